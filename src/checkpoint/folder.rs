@@ -1,0 +1,68 @@
+//! A Hugging Face folder: which files hold the tensors, and whether index and shards agree.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Component, Path},
+};
+
+use serde::Deserialize;
+
+use crate::{
+    checkpoint::{StoredTensor, header},
+    error::{Error, Result},
+};
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// All tensors of the folder.
+pub(super) fn read(folder: &Path) -> Result<Vec<StoredTensor>> {
+    let path = folder.join(INDEX);
+    let json = match fs::read(&path) {
+        Ok(json) => json,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let single = folder.join(SINGLE);
+            if folder.is_dir() && !single.exists() {
+                let cause = format!("holds neither {INDEX} nor {SINGLE}; name the folder that a model was saved to");
+                return Err(Error::checkpoint(folder, cause));
+            }
+            return header::read(&single);
+        }
+        Err(error) => return Err(Error::io("read", &path)(error)),
+    };
+    let Index { weight_map } =
+        serde_json::from_slice(&json).map_err(|e| Error::checkpoint(&path, format!("is no valid index: {e}")))?;
+
+    let mut shards = BTreeMap::<&str, Vec<&str>>::new();
+    for (name, shard) in &weight_map {
+        let mut parts = Path::new(shard).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(Error::tensor(&path, name, format!("its shard {shard:?} is no plain file name in the folder")));
+        }
+        shards.entry(shard).or_default().push(name);
+    }
+    let mut all = Vec::with_capacity(weight_map.len());
+    for (shard, names) in shards {
+        let shard_path = folder.join(shard);
+        let tensors = header::read(&shard_path)?;
+        if let Some(stray) = tensors.iter().find(|tensor| weight_map.get(&tensor.name).is_none_or(|at| at != shard)) {
+            return Err(Error::tensor(&shard_path, &stray.name, format!("is in this shard but not so in {INDEX}")));
+        }
+        let held: std::collections::HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        if let Some(missing) = names.into_iter().find(|name| !held.contains(name)) {
+            return Err(Error::tensor(
+                &shard_path,
+                missing,
+                format!("{INDEX} says it is in this shard, but it is not"),
+            ));
+        }
+        all.extend(tensors);
+    }
+    Ok(all)
+}

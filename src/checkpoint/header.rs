@@ -1,0 +1,118 @@
+//! The header of a safetensors file (<https://huggingface.co/docs/safetensors>): eight bytes of little-endian length, then
+//! JSON that maps each name to its type, shape and byte range in the rest of the file.
+
+use std::{
+    fmt,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+
+use crate::{
+    checkpoint::StoredTensor,
+    dtype::DType,
+    error::{Error, Result},
+};
+
+/// The format's own limit on the JSON's length.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Reads and checks the header of the file at `path`. The byte ranges must follow one another without a hole up to the end
+/// of the file, as the format demands; whether tensors overlap or leave the file is for [`super::Checkpoint`] to see.
+pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
+    let malformed = |cause: String| Error::checkpoint(path, cause);
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let length = file.metadata().map_err(Error::io("open", path))?.len();
+    if length < 8 {
+        return Err(malformed(format!("is {length} bytes long, too short for a safetensors file; is it truncated?")));
+    }
+    let mut prefix = [0; 8];
+    file.read_exact_at(&mut prefix, 0).map_err(Error::io("read", path))?;
+    let json_bytes = u64::from_le_bytes(prefix);
+    if json_bytes > MAX_HEADER {
+        return Err(malformed(format!(
+            "claims a header of {json_bytes} bytes, more than safetensors allows ({MAX_HEADER})"
+        )));
+    }
+    let data = 8 + json_bytes;
+    if data > length {
+        return Err(malformed(format!("its header ends at byte {data}, the file at byte {length}; is it truncated?")));
+    }
+    let mut json = vec![0; json_bytes as usize];
+    file.read_exact_at(&mut json, 8).map_err(Error::io("read", path))?;
+    let Header(records) =
+        serde_json::from_slice(&json).map_err(|e| malformed(format!("its header is no valid JSON: {e}")))?;
+
+    let mut tensors = Vec::with_capacity(records.len());
+    let mut ranges = Vec::with_capacity(records.len());
+    for (name, Record { dtype: dtype_name, shape, data_offsets: [start, end] }) in records {
+        let tensor_error = |cause: String| Error::tensor(path, &name, cause);
+        let dtype =
+            DType::from_name(&dtype_name).ok_or_else(|| tensor_error(format!("has the unknown type {dtype_name}")))?;
+        let bytes = dtype.bytes_of(&shape).map(|bytes| bytes as u64);
+        if end.checked_sub(start).is_none_or(|span| Some(span) != bytes) {
+            return Err(tensor_error(format!("its range {start}..{end} does not fit {dtype} {shape:?}")));
+        }
+        let offset =
+            data.checked_add(start).ok_or_else(|| tensor_error(format!("starts at {start}, outside any file")))?;
+        ranges.push((start, end, tensors.len()));
+        tensors.push(StoredTensor { name, file: PathBuf::from(path), offset, dtype, shape });
+    }
+    ranges.sort_unstable();
+    let mut filled = 0;
+    for (start, end, index) in ranges {
+        if start > filled {
+            let cause = format!("a hole of {} bytes lies before it", start - filled);
+            return Err(Error::tensor(path, &tensors[index].name, cause));
+        }
+        filled = filled.max(end);
+    }
+    // A range past the end is left to the caller's check, which names the tensor.
+    if data + filled < length {
+        return Err(malformed(format!("has {} bytes after its last tensor", length - data - filled)));
+    }
+    Ok(tensors)
+}
+
+#[derive(Deserialize)]
+struct Record {
+    dtype: String,
+    shape: Vec<usize>,
+    data_offsets: [u64; 2],
+}
+
+/// The JSON object in file order, duplicates kept so that they can be refused; `__metadata__` is skipped.
+struct Header(Vec<(String, Record)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Records;
+        impl<'de> Visitor<'de> for Records {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut records = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                    } else {
+                        let record =
+                            map.next_value().map_err(|e| serde::de::Error::custom(format!("tensor {name}: {e}")))?;
+                        records.push((name, record));
+                    }
+                }
+                Ok(Header(records))
+            }
+        }
+        deserializer.deserialize_map(Records)
+    }
+}

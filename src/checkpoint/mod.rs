@@ -1,0 +1,191 @@
+//! A checkpoint: a validated table that says where each tensor lies.
+//!
+//! It comes from a Hugging Face folder ([`Checkpoint::open`]) or from the caller ([`Checkpoint::from_table`]). Both pass the
+//! same checks before anything is reserved, so that whatever is planned from a table can be read as planned.
+
+mod folder;
+mod header;
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::{
+    dtype::DType,
+    error::{Error, Result},
+    plan::Unit,
+};
+
+/// Where one tensor lies, what it holds, and how it is shaped (row-major).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// The full name, such as `model.layers.0.mlp.up_proj.weight`.
+    pub name: String,
+    /// The file that holds the bytes.
+    pub file: PathBuf,
+    /// First byte, from the start of the file.
+    pub offset: u64,
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions, slowest first; empty for a scalar.
+    pub shape: Vec<usize>,
+}
+
+/// A tensor of a checkpoint, with its file as an index into [`Checkpoint::files`].
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) bytes: usize,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Entry {
+    pub(crate) fn end(&self) -> u64 {
+        self.offset + self.bytes as u64
+    }
+}
+
+/// A validated table of tensors. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Checkpoint(Arc<Table>);
+
+#[derive(Debug)]
+struct Table {
+    source: PathBuf,
+    files: Vec<PathBuf>,
+    entries: HashMap<String, Entry>,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder: `model.safetensors.index.json` with its shards, or a lone `model.safetensors`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a file cannot be read, [`Error::Checkpoint`] where one is malformed, naming file and tensor.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        Self::build(folder, folder::read(folder)?)
+    }
+
+    /// Takes the caller's own table, for weights in files of any layout. Tensors must lie inside their files and must not
+    /// overlap; names must be unique.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_table(tensors: impl IntoIterator<Item = StoredTensor>) -> Result<Self> {
+        Self::build(Path::new("tensor table"), tensors.into_iter().collect())
+    }
+
+    fn build(source: &Path, tensors: Vec<StoredTensor>) -> Result<Self> {
+        if tensors.is_empty() {
+            return Err(Error::checkpoint(source, "holds no tensor"));
+        }
+        let (mut files, mut lengths) = (Vec::<PathBuf>::new(), Vec::<u64>::new());
+        let mut indices = HashMap::<PathBuf, usize>::new();
+        let mut entries = HashMap::<String, Entry>::with_capacity(tensors.len());
+        for StoredTensor { name, file: path, offset, dtype, shape } in tensors {
+            let file = match indices.get(&path) {
+                Some(&file) => file,
+                None => {
+                    let metadata = std::fs::metadata(&path).map_err(Error::io("open", &path))?;
+                    if !metadata.is_file() {
+                        return Err(Error::tensor(path, &name, "its file is no regular file"));
+                    }
+                    indices.insert(path.clone(), files.len());
+                    files.push(path.clone());
+                    lengths.push(metadata.len());
+                    files.len() - 1
+                }
+            };
+            let bytes = dtype.bytes_of(&shape).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(|| {
+                Error::tensor(&path, &name, format!("{dtype} {shape:?} is more than can be addressed"))
+            })?;
+            if offset.checked_add(bytes as u64).is_none_or(|end| end > lengths[file]) {
+                let length = lengths[file];
+                let cause = format!(
+                    "bytes {offset} to {offset}+{bytes} are outside the file ({length} bytes); is it truncated?"
+                );
+                return Err(Error::tensor(&path, &name, cause));
+            }
+            if entries.contains_key(&name) {
+                return Err(Error::tensor(&path, &name, "is listed twice"));
+            }
+            entries.insert(name, Entry { file, offset, bytes, dtype, shape });
+        }
+        refuse_overlap(&files, &entries)?;
+        Ok(Self(Arc::new(Table { source: source.to_owned(), files, entries })))
+    }
+
+    /// The tensors, by name.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let mut names: Vec<_> = self.0.entries.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names.into_iter()
+    }
+
+    /// Element type and shape of a tensor, if there is one of that name.
+    pub fn describe(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.0.entries.get(name).map(|entry| (entry.dtype, entry.shape.as_slice()))
+    }
+
+    /// One unit per transformer layer: all tensors under `model.layers.N.`, named by what follows that.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is no such tensor or a number between 0 and the highest is missing.
+    pub fn layers(&self) -> Result<Vec<Unit>> {
+        const PREFIX: &str = "model.layers.";
+        let mut units = Vec::<Unit>::new();
+        let mut numbered: Vec<(usize, &str, &str)> = self
+            .0
+            .entries
+            .keys()
+            .filter_map(|name| {
+                let (number, rest) = name.strip_prefix(PREFIX)?.split_once('.')?;
+                Some((number.parse().ok()?, rest, name.as_str()))
+            })
+            .collect();
+        numbered.sort_unstable();
+        for (number, rest, name) in numbered {
+            if number > units.len() {
+                let cause = format!("has tensors of layer {number} but none of layer {}", units.len());
+                return Err(Error::checkpoint(&self.0.source, cause));
+            }
+            if number == units.len() {
+                units.push(Unit::new(format!("{PREFIX}{number}")));
+            }
+            units[number].keep(rest, name);
+        }
+        if units.is_empty() {
+            return Err(Error::checkpoint(&self.0.source, format!("has no tensor under {PREFIX}N.")));
+        }
+        Ok(units)
+    }
+
+    /// The folder it was opened from, for messages.
+    pub fn source(&self) -> &Path {
+        &self.0.source
+    }
+
+    pub(crate) fn files(&self) -> &[PathBuf] {
+        &self.0.files
+    }
+
+    pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
+        self.0.entries.get(name).ok_or_else(|| Error::tensor(&self.0.source, name, "is not in the checkpoint"))
+    }
+}
+
+fn refuse_overlap(files: &[PathBuf], entries: &HashMap<String, Entry>) -> Result<()> {
+    let mut order: Vec<_> = entries.iter().filter(|(_, entry)| entry.bytes > 0).collect();
+    order.sort_unstable_by_key(|(_, entry)| (entry.file, entry.offset));
+    for pair in order.windows(2) {
+        let ((name, entry), (next_name, next)) = (pair[0], pair[1]);
+        if entry.file == next.file && next.offset < entry.end() {
+            return Err(Error::tensor(&files[entry.file], next_name, format!("overlaps tensor {name}")));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it, before the
+//! call returns. The reference for every other device, and the default where there is none.
+
+use std::{ptr, slice};
+
+use crate::{
+    arena::Arena,
+    device::{Device, DevicePtr},
+    dtype::{self, DType},
+    error::Result,
+};
+
+/// The CPU device.
+#[derive(Clone, Debug, Default)]
+pub struct Cpu;
+
+/// A stream of the CPU device: nothing is ever pending on it.
+#[derive(Debug)]
+pub struct CpuStream(());
+
+/// An event of the CPU device: always reached, since a wait can only follow work that is done.
+#[derive(Debug)]
+pub struct CpuEvent(());
+
+/// Memory of the CPU device.
+pub struct CpuMemory(Arena);
+
+impl Device for Cpu {
+    type Stream = CpuStream;
+    type Event = CpuEvent;
+    type Memory = CpuMemory;
+    type Registration = ();
+
+    fn describe(&self) -> String {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        format!("cpu ({threads} threads)")
+    }
+
+    fn bind_thread(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
+        Ok(CpuMemory(Arena::new(what, 1, bytes)?))
+    }
+
+    fn address(&self, memory: &CpuMemory) -> DevicePtr {
+        DevicePtr::new(memory.0.slot(0).as_ptr())
+    }
+
+    unsafe fn register(&self, _host: *mut u8, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn stream(&self) -> Result<CpuStream> {
+        Ok(CpuStream(()))
+    }
+
+    fn event(&self) -> Result<CpuEvent> {
+        Ok(CpuEvent(()))
+    }
+
+    unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, _: &CpuStream) -> Result<()> {
+        // SAFETY: the caller's, who also says that the ranges are distinct by giving one as the host's, one as the device's.
+        unsafe { ptr::copy_nonoverlapping(from, to.as_ptr(), bytes) };
+        Ok(())
+    }
+
+    unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, bytes) };
+        Ok(())
+    }
+
+    unsafe fn zero(&self, to: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { ptr::write_bytes(to.as_ptr(), 0, bytes) };
+        Ok(())
+    }
+
+    unsafe fn transform(
+        &self,
+        (to, to_type): (DevicePtr, DType),
+        (from, from_type): (DevicePtr, DType),
+        elements: usize,
+        _: &CpuStream,
+    ) -> Result<()> {
+        // SAFETY: the caller's; the ranges do not overlap, and bytes have no alignment.
+        let (src, dst) = unsafe {
+            (
+                slice::from_raw_parts(from.as_ptr(), elements * from_type.size()),
+                slice::from_raw_parts_mut(to.as_ptr(), elements * to_type.size()),
+            )
+        };
+        dtype::convert(from_type, src, to_type, dst);
+        Ok(())
+    }
+
+    fn record(&self, _: &CpuEvent, _: &CpuStream) -> Result<()> {
+        Ok(())
+    }
+
+    fn wait(&self, _: &CpuStream, _: &CpuEvent) -> Result<()> {
+        Ok(())
+    }
+
+    fn query(&self, _: &CpuEvent) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn synchronize(&self, _: &CpuEvent) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! Element types of stored tensors, by their safetensors names, and the conversions between them that a host can do.
+
+use std::fmt;
+
+use half::{bf16, f16};
+
+/// Element type of a tensor, named as in the safetensors format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "each variant is the type of that name")]
+pub enum DType {
+    Bool,
+    U8,
+    I8,
+    F8E4M3,
+    F8E5M2,
+    U16,
+    I16,
+    F16,
+    BF16,
+    U32,
+    I32,
+    F32,
+    U64,
+    I64,
+    F64,
+}
+
+/// Every type with its safetensors name and its size in bytes.
+const TABLE: [(DType, &str, usize); 15] = [
+    (DType::Bool, "BOOL", 1),
+    (DType::U8, "U8", 1),
+    (DType::I8, "I8", 1),
+    (DType::F8E4M3, "F8_E4M3", 1),
+    (DType::F8E5M2, "F8_E5M2", 1),
+    (DType::U16, "U16", 2),
+    (DType::I16, "I16", 2),
+    (DType::F16, "F16", 2),
+    (DType::BF16, "BF16", 2),
+    (DType::U32, "U32", 4),
+    (DType::I32, "I32", 4),
+    (DType::F32, "F32", 4),
+    (DType::U64, "U64", 8),
+    (DType::I64, "I64", 8),
+    (DType::F64, "F64", 8),
+];
+
+impl DType {
+    /// The type that safetensors calls `name`, or `None`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        TABLE.iter().find(|row| row.1 == name).map(|row| row.0)
+    }
+
+    /// The safetensors name.
+    pub fn name(self) -> &'static str {
+        TABLE[self as usize].1
+    }
+
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        TABLE[self as usize].2
+    }
+
+    /// Bytes of a tensor of this type and `shape`, or `None` if that overflows.
+    pub fn bytes_of(self, shape: &[usize]) -> Option<usize> {
+        shape.iter().try_fold(self.size(), |bytes, &dim| bytes.checked_mul(dim))
+    }
+
+    /// Whether [`convert`] goes from this type to `to`.
+    pub fn converts_to(self, to: DType) -> bool {
+        matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3) && matches!(to, DType::F32 | DType::BF16)
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A Rust type whose values are the elements of a tensor.
+///
+/// # Safety
+/// `DTYPE.size()` is the size of `Self`, and every bit pattern is a value.
+pub unsafe trait Element: Copy + Send + Sync + 'static {
+    /// The tensor type that stores `Self`.
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($rust:ty => $dtype:ident),*) => {$(
+        // SAFETY: plain numbers of the size that TABLE states (asserted below), without invalid bit patterns.
+        unsafe impl Element for $rust { const DTYPE: DType = DType::$dtype; }
+        const _: () = assert!(TABLE[DType::$dtype as usize].2 == size_of::<$rust>());
+    )*};
+}
+elements!(u8 => U8, u32 => U32, i64 => I64, f32 => F32, f16 => F16, bf16 => BF16);
+
+/// Converts `src`, elements of `from`, into `dst`, elements of `to`, both little-endian as safetensors stores them.
+/// Rounding is to nearest even; BF16 and F8E4M3 to F32 are exact. NaN stays NaN.
+///
+/// # Panics
+/// If the lengths disagree or [`DType::converts_to`] says no: callers check both when they plan.
+pub(crate) fn convert(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
+    assert!(from == to || from.converts_to(to), "{from} to {to} is no conversion");
+    assert_eq!(src.len() / from.size(), dst.len() / to.size(), "conversion between different lengths");
+    match (from, to) {
+        _ if from == to => dst.copy_from_slice(src),
+        (DType::BF16, DType::F32) => map(src, dst, |b| (u32::from(u16::from_le_bytes(b)) << 16).to_le_bytes()),
+        (DType::F16, DType::F32) => map(src, dst, |b| f16::from_le_bytes(b).to_f32().to_le_bytes()),
+        (DType::F8E4M3, DType::F32) => map(src, dst, |[b]| f8e4m3_to_f32(b).to_le_bytes()),
+        (DType::F32, DType::BF16) => map(src, dst, |b| bf16::from_f32(f32::from_le_bytes(b)).to_le_bytes()),
+        (DType::F16, DType::BF16) => map(src, dst, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32()).to_le_bytes()),
+        (DType::F8E4M3, DType::BF16) => map(src, dst, |[b]| bf16::from_f32(f8e4m3_to_f32(b)).to_le_bytes()),
+        _ => unreachable!("converts_to names the pairs above"),
+    }
+}
+
+fn map<const A: usize, const B: usize>(src: &[u8], dst: &mut [u8], f: impl Fn([u8; A]) -> [u8; B]) {
+    for (s, d) in src.as_chunks::<A>().0.iter().zip(dst.as_chunks_mut::<B>().0) {
+        *d = f(*s);
+    }
+}
+
+/// One OCP 8-bit float (E4M3FN: no infinities, 0x7f and 0xff are NaN; OCP 8-bit Floating Point Specification 1.0, table 1).
+fn f8e4m3_to_f32(bits: u8) -> f32 {
+    let (exponent, mantissa) = ((bits >> 3) & 0xf, bits & 7);
+    let magnitude = match (exponent, mantissa) {
+        (0xf, 7) => f32::NAN,
+        (0, _) => f32::from(mantissa) / 512.0,
+        _ => f32::from_bits(((u32::from(exponent) + 120) << 23) | (u32::from(mantissa) << 20)),
+    };
+    if bits & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_sizes_stand_at_their_own_rows() {
+        for (row, (dtype, name, size)) in TABLE.into_iter().enumerate() {
+            assert_eq!((dtype as usize, dtype.name(), dtype.size()), (row, name, size));
+            assert_eq!(DType::from_name(name), Some(dtype));
+        }
+        assert_eq!(DType::from_name("F4"), None);
+        assert_eq!(DType::F32.bytes_of(&[usize::MAX, 2]), None);
+    }
+
+    #[test]
+    fn every_sixteen_bit_float_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let mut out = [0; 4];
+            convert(DType::BF16, &bits.to_le_bytes(), DType::F32, &mut out);
+            assert_eq!(u32::from_le_bytes(out), u32::from(bits) << 16);
+            convert(DType::F16, &bits.to_le_bytes(), DType::F32, &mut out);
+            let expected = f16::from_bits(bits).to_f64();
+            assert!(f64::from(f32::from_le_bytes(out)) == expected || expected.is_nan());
+        }
+    }
+
+    #[test]
+    fn e4m3_has_the_values_of_the_specification() {
+        for (bits, value) in
+            [(0x00, 0.0), (0x01, 0.001953125), (0x08, 0.015625), (0x38, 1.0), (0x7e, 448.0), (0xc4, -3.0)]
+        {
+            assert_eq!(f8e4m3_to_f32(bits), value, "{bits:#x}");
+        }
+        assert!(f8e4m3_to_f32(0x7f).is_nan() && f8e4m3_to_f32(0xff).is_nan());
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even() {
+        let mut out = [0; 2];
+        // Ties go to the even neighbour: down from 1 + 1/256, up from 1 + 3/256.
+        for (value, bits) in
+            [(1.0f32, 0x3f80u16), (257.0 / 256.0, 0x3f80), (259.0 / 256.0, 0x3f82), (f32::INFINITY, 0x7f80)]
+        {
+            convert(DType::F32, &value.to_le_bytes(), DType::BF16, &mut out);
+            assert_eq!(u16::from_le_bytes(out), bits, "{value}");
+        }
+    }
+}

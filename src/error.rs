@@ -1,0 +1,164 @@
+//! The one error type: what was tried, where, why it failed, and what to do about it.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+/// `Result` with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong. Cheap to clone, so that the first error of a pass can be kept and returned.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operating system call on a file failed.
+    #[error("cannot {operation} {}: {source}{}", path.display(), remedy(source))]
+    Io {
+        /// What was tried, as a verb: `open`, `read`, …
+        operation: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's error.
+        source: Arc<io::Error>,
+    },
+    /// A checkpoint, or a table standing for one, is malformed.
+    #[error("{}: {}{cause}", path.display(), tensor_prefix(tensor))]
+    Checkpoint {
+        /// The shard, index or configuration at fault.
+        path: PathBuf,
+        /// The tensor at fault, where there is one.
+        tensor: Option<String>,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// A read of a unit failed while it streamed.
+    #[error(
+        "unit {unit}: cannot read tensor {tensor} from {} at byte {offset}: {source}{}", path.display(), remedy(source)
+    )]
+    Read {
+        /// The unit (layer) that was being read.
+        unit: String,
+        /// The first tensor that the failing read belongs to.
+        tensor: String,
+        /// The shard.
+        path: PathBuf,
+        /// Where the read failed, in bytes from the start of the file.
+        offset: u64,
+        /// The operating system's error; `UnexpectedEof` if the file became shorter than it was when opened.
+        source: Arc<io::Error>,
+    },
+    /// A setting or argument is out of range.
+    #[error("{name}: {cause}")]
+    Setting {
+        /// The setting or argument, as the caller spells it.
+        name: &'static str,
+        /// What it must be, and what it was.
+        cause: String,
+    },
+    /// Memory could not be had.
+    #[error("cannot reserve {bytes} bytes for {what}: {source}; use smaller settings or free memory")]
+    Memory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for, in bytes.
+        bytes: usize,
+        /// The operating system's error.
+        source: Arc<io::Error>,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the {stage} thread: {source}; raise the limit on processes (ulimit -u)")]
+    Thread {
+        /// The pipeline stage that the thread was for.
+        stage: &'static str,
+        /// The operating system's error.
+        source: Arc<io::Error>,
+    },
+    /// A name that the unit, or the set of static tensors, does not have.
+    #[error("{unit} has no tensor named {tensor}; it has {known}")]
+    NoTensor {
+        /// The unit, or "the static tensors".
+        unit: String,
+        /// The name asked for.
+        tensor: String,
+        /// The names there are.
+        known: String,
+    },
+    /// More layers are held than the settings allow.
+    #[error(
+        "cannot take another layer: {held} are held already, the oldest is {oldest}; release a layer or raise n_gpu"
+    )]
+    LayersHeld {
+        /// How many are held: `n_gpu` of them.
+        held: usize,
+        /// The one taken first.
+        oldest: String,
+    },
+    /// A layer was leaked (`mem::forget`) instead of released, so its slot can never be filled again.
+    #[error("layer {layer} was taken and never released; drop or release each layer before the next pass")]
+    LayerLeaked {
+        /// The layer's name.
+        layer: String,
+    },
+    /// A kernel was given tensors that do not fit together.
+    #[error("{kernel}: {cause}")]
+    Kernel {
+        /// The kernel.
+        kernel: &'static str,
+        /// Which shapes or types disagree.
+        cause: String,
+    },
+    /// Something this build or machine cannot do.
+    #[error("{what} is not supported: {remedy}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What to do instead.
+        remedy: String,
+    },
+    /// A pipeline thread panicked: a bug in this crate. The streamer can only be dropped.
+    #[error("the {stage} thread panicked: {message}; this is a bug, please report it")]
+    Panicked {
+        /// The stage whose thread it was.
+        stage: &'static str,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`], for `map_err`.
+    pub(crate) fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Io { operation, path, source: Arc::new(source) }
+    }
+
+    /// An [`Error::Setting`].
+    pub(crate) fn setting(name: &'static str, cause: impl Into<String>) -> Error {
+        Error::Setting { name, cause: cause.into() }
+    }
+
+    /// An [`Error::Checkpoint`] about the file as a whole.
+    pub(crate) fn checkpoint(path: impl Into<PathBuf>, cause: impl Into<String>) -> Error {
+        Error::Checkpoint { path: path.into(), tensor: None, cause: cause.into() }
+    }
+
+    /// An [`Error::Checkpoint`] about one tensor.
+    pub(crate) fn tensor(path: impl Into<PathBuf>, tensor: &str, cause: impl Into<String>) -> Error {
+        Error::Checkpoint { path: path.into(), tensor: Some(tensor.to_owned()), cause: cause.into() }
+    }
+}
+
+fn tensor_prefix(tensor: &Option<String>) -> String {
+    tensor.as_ref().map(|name| format!("tensor {name}: ")).unwrap_or_default()
+}
+
+/// What a person can do about an operating system's error, where that is known.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::EMFILE) => "; raise the limit on open files (ulimit -n)",
+        Some(libc::EIO) => "; the disk or its file system failed, see the kernel log",
+        Some(libc::ENOSPC) => "; free some space",
+        None if source.kind() == io::ErrorKind::UnexpectedEof => {
+            "; the file became shorter while it was in use, restore it and open the checkpoint again"
+        }
+        _ => "",
+    }
+}

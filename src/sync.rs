@@ -1,0 +1,91 @@
+//! The one door through which atomics, cells and blocking come, so that loom can stand in for them, and the
+//! [`Signal`] on which every pipeline thread sleeps.
+
+#[cfg(loom)]
+pub(crate) use loom::{
+    cell::UnsafeCell,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+    },
+};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{
+    Arc, Condvar, Mutex,
+    atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+};
+
+/// `std::cell::UnsafeCell` with the interface of loom's.
+#[cfg(not(loom))]
+pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+
+#[cfg(not(loom))]
+impl<T> UnsafeCell<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(std::cell::UnsafeCell::new(value))
+    }
+
+    pub(crate) fn with<R>(&self, f: impl FnOnce(*const T) -> R) -> R {
+        f(self.0.get())
+    }
+
+    pub(crate) fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
+        f(self.0.get())
+    }
+}
+
+/// Wakes one waiting thread: an event count. The waiter takes a [`ticket`](Signal::ticket), looks whether there is work,
+/// and if not waits with that ticket; a notification after the ticket was taken ends the wait at once, so none is lost.
+pub(crate) struct Signal {
+    count: AtomicU32,
+    asleep: AtomicBool,
+    lock: Mutex<()>,
+    woken: Condvar,
+}
+
+impl Signal {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            count: AtomicU32::new(0),
+            asleep: AtomicBool::new(false),
+            lock: Mutex::new(()),
+            woken: Condvar::new(),
+        })
+    }
+
+    /// What to hand to [`wait`](Signal::wait). Take it before looking for work.
+    pub(crate) fn ticket(&self) -> u32 {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    /// Says that there may be work. Any thread may call it.
+    pub(crate) fn notify(&self) {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        // SeqCst on both sides: either this load sees the sleeper, or the sleeper's load of `count` sees the line above.
+        if self.asleep.load(Ordering::SeqCst) {
+            // Taking the lock puts this after the sleeper's last look at `count`, so that the wake-up cannot come too early.
+            drop(self.lock.lock());
+            self.woken.notify_one();
+        }
+    }
+
+    /// Returns once there has been a notification since `ticket`: spins briefly, then sleeps. One thread at a time.
+    pub(crate) fn wait(&self, ticket: u32) {
+        #[cfg(not(loom))]
+        {
+            let backoff = crossbeam_utils::Backoff::new();
+            while !backoff.is_completed() {
+                if self.ticket() != ticket {
+                    return;
+                }
+                backoff.snooze();
+            }
+        }
+        let mut guard = self.lock.lock().expect("nothing panics under this lock");
+        self.asleep.store(true, Ordering::SeqCst);
+        while self.ticket() == ticket {
+            guard = self.woken.wait(guard).expect("nothing panics under this lock");
+        }
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+}
