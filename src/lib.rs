@@ -7,16 +7,20 @@
 #![allow(dead_code)]
 
 pub mod device;
+pub mod pipeline;
 pub mod plan;
+pub mod trace;
 
 mod arena;
 mod checkpoint;
 mod dtype;
 mod error;
+mod io;
 mod ring;
 mod sync;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
+pub use pipeline::{Layer, LayerStreamer, Progress, StaticTensors};
 pub use plan::{Plan, Settings, Unit};

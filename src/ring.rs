@@ -5,9 +5,11 @@
 //! all others are the producer's. Each side stores one counter (release) and keeps a copy of the other's, which it loads
 //! (acquire) only when the copy says that the ring is full or empty, so that in steady state the cache lines stay put.
 
+use std::sync::Arc;
+
 use crossbeam_utils::CachePadded;
 
-use crate::sync::{Arc, AtomicUsize, Ordering, UnsafeCell};
+use crate::sync::{AtomicUsize, Ordering, UnsafeCell};
 
 struct Shared<T> {
     head: CachePadded<AtomicUsize>,

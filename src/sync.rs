@@ -5,15 +5,17 @@
 pub(crate) use loom::{
     cell::UnsafeCell,
     sync::{
-        Arc, Condvar, Mutex,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
 };
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
-    Arc, Condvar, Mutex,
-    atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+    Condvar, Mutex,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
 };
+
+use std::sync::Arc;
 
 /// `std::cell::UnsafeCell` with the interface of loom's.
 #[cfg(not(loom))]

@@ -1,0 +1,109 @@
+//! The rung that works everywhere: a few threads, each in `pread`, each fed by a ring of its own.
+
+use std::{io, sync::Arc, thread};
+
+use super::{Chunk, Done, Source};
+use crate::{
+    error::{Error, Result},
+    ring::{Consumer, Producer, ring},
+    sync::{AtomicBool, Ordering, Signal},
+};
+
+/// Threads in `pread` at once. Four keep the queues of the disks seen so far full; more only take turns.
+const THREADS: usize = 4;
+
+/// Requests per thread: the one being read and the next.
+const QUEUED: usize = 2;
+
+/// The engine. Requests come back in any order.
+///
+/// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back or the engine
+/// is dropped, which waits for every read to end.
+pub(crate) struct PreadThreads {
+    workers: Vec<Worker>,
+    stop: Arc<AtomicBool>,
+    in_flight: usize,
+}
+
+struct Worker {
+    requests: Producer<Chunk>,
+    results: Consumer<Done>,
+    wake: Arc<Signal>,
+    pending: usize,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl PreadThreads {
+    /// Starts the threads. They notify `finished` after each read.
+    pub(crate) fn new(sources: &Arc<[Source]>, finished: &Arc<Signal>) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut engine = Self { workers: Vec::with_capacity(THREADS), stop: stop.clone(), in_flight: 0 };
+        for _ in 0..THREADS {
+            let (requests, mut inbox) = ring::<Chunk>(QUEUED);
+            let (mut outbox, results) = ring::<Done>(QUEUED);
+            let wake = Signal::new();
+            let (sources, stop, wake_in, finished) = (sources.clone(), stop.clone(), wake.clone(), finished.clone());
+            let work = move || {
+                loop {
+                    let ticket = wake_in.ticket();
+                    if stop.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    let Some(chunk) = inbox.pop() else {
+                        wake_in.wait(ticket);
+                        continue;
+                    };
+                    // SAFETY: the chunk's memory is this engine's until the result is pushed.
+                    let result = unsafe { sources[chunk.file].read(&chunk) };
+                    outbox.push(Done { tag: chunk.tag, file: chunk.file, result });
+                    finished.notify();
+                }
+            };
+            let failed = |source: io::Error| Error::Thread { stage: "read", source: source.into() };
+            let thread = thread::Builder::new().name("ls-pread".into()).spawn(work).map_err(failed)?;
+            engine.workers.push(Worker { requests, results, wake, pending: 0, thread: Some(thread) });
+        }
+        Ok(engine)
+    }
+
+    /// How many requests are under way.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether another request finds room.
+    pub(crate) fn has_room(&self) -> bool {
+        self.in_flight < self.workers.len() * QUEUED
+    }
+
+    /// Starts a read. Call it only after [`has_room`](Self::has_room).
+    ///
+    /// # Safety
+    /// The chunk's memory is writable, and nobody else's for as long as the engine's invariant says.
+    pub(crate) unsafe fn submit(&mut self, chunk: Chunk) {
+        let worker = self.workers.iter_mut().min_by_key(|worker| worker.pending).expect("there are workers");
+        assert!(worker.requests.push(chunk), "submit without room");
+        worker.pending += 1;
+        worker.wake.notify();
+        self.in_flight += 1;
+    }
+
+    /// A finished read, if there is one.
+    pub(crate) fn completion(&mut self) -> Option<Done> {
+        let (worker, done) =
+            self.workers.iter_mut().find_map(|worker| worker.results.pop().map(|done| (worker, done)))?;
+        worker.pending -= 1;
+        self.in_flight -= 1;
+        Some(done)
+    }
+}
+
+impl Drop for PreadThreads {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.workers.iter().for_each(|worker| worker.wake.notify());
+        for worker in &mut self.workers {
+            let _ = worker.thread.take().map(thread::JoinHandle::join);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The compute side of the pipeline, in the caller's thread: takes units that have arrived, orders the caller's stream after
+//! their arrival, and hands their slots back ordered after the caller's work.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::{
+    device::{Device, Shape, TensorRef},
+    error::{Error, Result},
+    pipeline::{
+        LayerStreamer,
+        link::{Inlet, Slot},
+        stage::Control,
+        transfer::DeviceSlots,
+    },
+    plan::{Placed, Plan},
+    sync::Signal,
+    trace::{Activity, Span, Stage},
+};
+
+/// How far a pass has come, for progress bars.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Passes completed before this one.
+    pub passes: u64,
+    /// Units of this pass handed to the caller so far.
+    pub done: usize,
+    /// Units of a pass.
+    pub units: usize,
+    /// Bytes of this unit, as stored.
+    pub bytes: usize,
+}
+
+/// A hook that is called for every unit handed over.
+pub(super) type ProgressHook = Box<dyn FnMut(Progress) + Send>;
+
+struct Held {
+    slot: Slot,
+    unit: usize,
+}
+
+/// What the caller's side of the streamer keeps between calls.
+pub(super) struct ComputeSide<D: Device> {
+    device: D,
+    plan: Arc<Plan>,
+    control: Arc<Control>,
+    signal: Arc<Signal>,
+    slots: Arc<DeviceSlots<D>>,
+    inlet: Inlet,
+    epoch: u64,
+    position: usize,
+    passes: u64,
+    held: Vec<Held>,
+    failed: Option<Error>,
+    returned: Option<(Instant, usize)>,
+    pub(super) progress: Option<ProgressHook>,
+}
+
+impl<D: Device> ComputeSide<D> {
+    pub(super) fn new(
+        device: &D,
+        plan: &Arc<Plan>,
+        control: &Arc<Control>,
+        signal: &Arc<Signal>,
+        slots: &Arc<DeviceSlots<D>>,
+        inlet: Inlet,
+    ) -> Self {
+        Self {
+            device: device.clone(),
+            plan: plan.clone(),
+            control: control.clone(),
+            signal: signal.clone(),
+            slots: slots.clone(),
+            inlet,
+            epoch: control.epoch(),
+            position: 0,
+            passes: 0,
+            held: Vec::with_capacity(plan.gpu.slots),
+            failed: None,
+            returned: None,
+            progress: None,
+        }
+    }
+
+    /// Waits for the next unit; `stream` will not run ahead of its arrival.
+    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Slot)> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let may_hold = self.plan.gpu.slots - 1;
+        if self.held.len() >= may_hold {
+            let oldest = self.plan.units[self.held[0].unit].name.clone();
+            return Err(Error::LayersHeld { held: self.held.len(), oldest });
+        }
+        let start = Instant::now();
+        if let Some((returned, bytes)) = self.returned.take() {
+            self.report(Activity::Busy, Some(bytes), returned, start);
+        }
+        let arrival = self.arrival();
+        let end = Instant::now();
+        self.report(Activity::Starved, None, start, end);
+        let ordered = arrival.and_then(|(unit, slot)| {
+            self.device
+                .wait(stream, &self.slots.arrived[slot.0])
+                .inspect_err(|e| self.control.fail_for_good(e.clone()))?;
+            Ok((unit, slot))
+        });
+        let (unit, slot) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
+        debug_assert_eq!(unit, self.position, "units arrive in order");
+        self.held.push(Held { slot, unit });
+        self.returned = Some((end, self.plan.units[unit].disk_bytes));
+        self.position += 1;
+        let progress = Progress {
+            passes: self.passes,
+            done: self.position,
+            units: self.plan.units(),
+            bytes: self.plan.units[unit].disk_bytes,
+        };
+        if self.position == self.plan.units() {
+            self.position = 0;
+            self.passes += 1;
+        }
+        if let Some(hook) = &mut self.progress {
+            hook(progress);
+        }
+        Ok((unit, slot))
+    }
+
+    fn arrival(&mut self) -> Result<(usize, Slot)> {
+        loop {
+            let ticket = self.signal.ticket();
+            if let Some(error) = self.control.fatal() {
+                return Err(error);
+            }
+            match self.inlet.peek(self.epoch) {
+                Some(entry) => {
+                    self.inlet.take();
+                    return match entry.slot {
+                        Some(slot) => Ok((entry.unit, slot)),
+                        None => Err(self.control.error_of(self.epoch).expect("an epoch fails with an error")),
+                    };
+                }
+                None => {
+                    self.inlet.nudge();
+                    self.signal.wait(ticket);
+                }
+            }
+        }
+    }
+
+    fn report(&self, activity: Activity, unit_bytes: Option<usize>, start: Instant, end: Instant) {
+        let unit = unit_bytes.map(|_| (self.position + self.plan.units() - 1) % self.plan.units());
+        let bytes = unit_bytes.unwrap_or(0);
+        self.control.trace.span(&Span { stage: Stage::Compute, activity, unit, bytes, start, end });
+    }
+
+    /// Hands the slot back, to be filled once the work now on `stream` is done.
+    pub(super) fn release(&mut self, slot: Slot, stream: &D::Stream) -> Result<()> {
+        self.held.retain(|held| held.slot != slot);
+        // Without the record the slot must never be filled again: its event still shows the lap before.
+        self.device.record(&self.slots.compute_done[slot.0], stream).inspect_err(|e| {
+            self.control.fail_for_good(e.clone());
+            self.failed = Some(e.clone());
+        })?;
+        self.inlet.release(slot);
+        Ok(())
+    }
+
+    /// Whether the next unit is not the first, or cannot come.
+    pub(super) fn is_mid_pass(&self) -> bool {
+        self.position != 0 || self.failed.is_some()
+    }
+
+    pub(super) fn rewind(&mut self) -> Result<()> {
+        if let Some(error) = self.control.fatal() {
+            return Err(error);
+        }
+        self.check_no_leak()?;
+        self.control.rewind();
+        self.epoch = self.control.epoch();
+        (self.position, self.failed, self.returned) = (0, None, None);
+        Ok(())
+    }
+
+    /// To be called where no [`Layer`] can exist.
+    pub(super) fn check_no_leak(&self) -> Result<()> {
+        let Some(held) = self.held.first() else { return Ok(()) };
+        Err(Error::LayerLeaked { layer: self.plan.units[held.unit].name.clone() })
+    }
+}
+
+/// A unit on the device, ready for work on the stream it was taken with. Its slot goes back when it is released or dropped.
+pub struct Layer<'s, D: Device> {
+    streamer: &'s LayerStreamer<D>,
+    stream: &'s D::Stream,
+    unit: usize,
+    slot: Slot,
+    released: bool,
+}
+
+impl<'s, D: Device> Layer<'s, D> {
+    pub(super) fn new(streamer: &'s LayerStreamer<D>, stream: &'s D::Stream, unit: usize, slot: Slot) -> Self {
+        Self { streamer, stream, unit, slot, released: false }
+    }
+
+    /// Its number in the pass, from 0.
+    pub fn index(&self) -> usize {
+        self.unit
+    }
+
+    /// The unit's name.
+    pub fn name(&self) -> &str {
+        &self.streamer.plan().units[self.unit].name
+    }
+
+    /// The tensor that the unit calls `name`, in device memory; nothing is copied or allocated.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] if there is none, listing those there are.
+    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+        let index = self.streamer.plan().units[self.unit].find(name)?;
+        self.tensor_at(index)
+    }
+
+    /// The tensor that the unit calls `name`, or `None`.
+    pub fn get(&self, name: &str) -> Option<TensorRef<'_>> {
+        let index = self.streamer.plan().units[self.unit].position(name)?;
+        self.tensor_at(index).ok()
+    }
+
+    /// The unit's tensors by name, in alphabetical order.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, TensorRef<'_>)> {
+        let tensors = &self.streamer.plan().units[self.unit].tensors;
+        tensors
+            .iter()
+            .enumerate()
+            .filter_map(|(index, placed)| Some((placed.name.as_str(), self.tensor_at(index).ok()?)))
+    }
+
+    fn tensor_at(&self, index: usize) -> Result<TensorRef<'_>> {
+        let placed = &self.streamer.plan().units[self.unit].tensors[index];
+        let base = self.streamer.slots().address(self.streamer.device(), self.slot);
+        // SAFETY: the plan placed the tensor, aligned, inside the slot, which is this layer's until it is released.
+        unsafe { view(base, placed) }
+    }
+
+    /// Gives the slot back, to be filled again once the work now on `stream` is done. Use this in place of dropping where
+    /// the layer's work ends on another stream than it was taken with, or to see an error of the device.
+    ///
+    /// # Errors
+    /// The device's own, if it could not mark the end of the work; the streamer is then beyond use.
+    pub fn release_on(mut self, stream: &D::Stream) -> Result<()> {
+        self.released = true;
+        self.streamer.release(self.slot, stream)
+    }
+
+    /// As [`release_on`](Self::release_on), with the stream that the layer was taken with.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn release(self) -> Result<()> {
+        let stream = self.stream;
+        self.release_on(stream)
+    }
+}
+
+impl<D: Device> Drop for Layer<'_, D> {
+    fn drop(&mut self) {
+        if !self.released {
+            // An error is kept by the streamer, and the next call returns it.
+            let _ = self.streamer.release(self.slot, self.stream);
+        }
+    }
+}
+
+/// # Safety
+/// `placed` lies, aligned, in memory that starts at `base` and lives for `'a`.
+pub(super) unsafe fn view<'a>(base: crate::device::DevicePtr, placed: &Placed) -> Result<TensorRef<'a>> {
+    let shape = Shape::new(&placed.shape)?;
+    // SAFETY: the caller's.
+    Ok(unsafe { TensorRef::from_raw(base.offset(placed.at), placed.dtype, shape) })
+}

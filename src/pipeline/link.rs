@@ -1,0 +1,186 @@
+//! What joins two stages: a ring of loaded slots one way, a ring of free slots the other way, and a wake-up for each side.
+//!
+//! **Invariant**: a slot is in exactly one place: free (in the free ring or the outlet's spare list), being filled by the
+//! producing stage, pending or loaded (in the ring), or held by the consuming stage. Whoever has it may touch its bytes.
+
+use std::sync::Arc;
+
+use crate::{
+    ring::{Consumer, Producer, ring},
+    sync::Signal,
+};
+
+/// Which slot of a stage's arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot(pub(crate) usize);
+
+/// What travels between stages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) epoch: u64,
+    pub(crate) unit: usize,
+    /// `None`: the epoch failed at this unit, and nothing more comes.
+    pub(crate) slot: Option<Slot>,
+}
+
+/// The producing end.
+pub(crate) struct Outlet {
+    loaded: Producer<Entry>,
+    free: Consumer<Slot>,
+    spare: Vec<Slot>,
+    pending: Vec<Entry>,
+    batch: usize,
+    consumer: Arc<Signal>,
+}
+
+/// The consuming end.
+pub(crate) struct Inlet {
+    loaded: Consumer<Entry>,
+    free: Producer<Slot>,
+    producer: Arc<Signal>,
+}
+
+/// Joins two stages by `slots` slots, handed over `batch` at a time.
+pub(crate) fn link(slots: usize, batch: usize, producer: &Arc<Signal>, consumer: &Arc<Signal>) -> (Outlet, Inlet) {
+    // One place more than there are slots, for the entry that says that an epoch failed.
+    let (loaded_in, loaded_out) = ring(slots + 1);
+    let (free_in, free_out) = ring(slots);
+    let outlet = Outlet {
+        loaded: loaded_in,
+        free: free_out,
+        spare: (0..slots).rev().map(Slot).collect(),
+        pending: Vec::with_capacity(slots),
+        batch,
+        consumer: consumer.clone(),
+    };
+    (outlet, Inlet { loaded: loaded_out, free: free_in, producer: producer.clone() })
+}
+
+impl Outlet {
+    /// A slot to fill.
+    pub(crate) fn slot(&mut self) -> Option<Slot> {
+        self.spare.pop().or_else(|| self.free.pop())
+    }
+
+    /// Puts back a slot that was not filled after all.
+    pub(crate) fn put_back(&mut self, slot: Slot) {
+        self.spare.push(slot);
+    }
+
+    /// Hands over a filled slot: at once, or with the rest of its batch. A pass's last unit completes any batch.
+    pub(crate) fn publish(&mut self, entry: Entry, ends_pass: bool) {
+        self.pending.push(entry);
+        if self.pending.len() >= self.batch || ends_pass {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        if !self.pending.is_empty() {
+            let pushed = self.loaded.push_all(&self.pending);
+            debug_assert_eq!(pushed, self.pending.len(), "the ring has a place for every slot");
+            self.pending.clear();
+            self.consumer.notify();
+        }
+    }
+
+    /// Completes the batch early if waiting for the rest could be for ever: no slot is free and the consumer, which holds
+    /// them, has nothing left to take.
+    pub(crate) fn flush_if_starving(&mut self) {
+        if self.loaded.is_drained() {
+            self.flush();
+        }
+    }
+
+    /// Says that the epoch failed at `unit`, after everything that was loaded before; `false` if there is no room just now.
+    pub(crate) fn fail(&mut self, epoch: u64, unit: usize) -> bool {
+        self.flush();
+        let pushed = self.loaded.push(Entry { epoch, unit, slot: None });
+        self.consumer.notify();
+        pushed
+    }
+
+    /// Forgets the batch that was not yet handed over.
+    pub(crate) fn discard_pending(&mut self) {
+        self.spare.extend(self.pending.drain(..).filter_map(|entry| entry.slot));
+    }
+}
+
+impl Inlet {
+    /// The next entry of `epoch`, left in the ring until [`take`](Self::take); older ones are handed back unused.
+    pub(crate) fn peek(&mut self, epoch: u64) -> Option<Entry> {
+        loop {
+            let entry = self.loaded.peek()?;
+            if entry.epoch >= epoch {
+                return (entry.epoch == epoch).then_some(entry);
+            }
+            self.loaded.pop();
+            if let Some(slot) = entry.slot {
+                self.release(slot);
+            }
+        }
+    }
+
+    /// Takes the entry just peeked at.
+    pub(crate) fn take(&mut self) {
+        self.loaded.pop();
+    }
+
+    /// Hands a slot back to be filled again.
+    pub(crate) fn release(&mut self, slot: Slot) {
+        let pushed = self.free.push(slot);
+        debug_assert!(pushed, "the free ring has a place for every slot");
+        self.producer.notify();
+    }
+
+    /// Tells the producer that this side is out of work.
+    pub(crate) fn nudge(&self) {
+        self.producer.notify();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(epoch: u64, unit: usize, slot: Slot) -> Entry {
+        Entry { epoch, unit, slot: Some(slot) }
+    }
+
+    #[test]
+    fn a_batch_is_handed_over_whole_and_cut_short_at_the_end_of_a_pass() {
+        let signal = Signal::new();
+        let (mut outlet, mut inlet) = link(4, 3, &signal, &signal);
+        for unit in 0..2 {
+            let slot = outlet.slot().unwrap();
+            outlet.publish(entry(1, unit, slot), false);
+            assert!(inlet.peek(1).is_none());
+        }
+        let slot = outlet.slot().unwrap();
+        outlet.publish(entry(1, 2, slot), true);
+        for unit in 0..3 {
+            assert_eq!(inlet.peek(1).unwrap().unit, unit);
+            inlet.take();
+        }
+        let slot = outlet.slot().unwrap();
+        outlet.publish(entry(1, 0, slot), false);
+        assert!(inlet.peek(1).is_none());
+        outlet.flush_if_starving();
+        assert_eq!(inlet.peek(1).unwrap().unit, 0);
+    }
+
+    #[test]
+    fn entries_of_an_older_epoch_are_handed_back_and_newer_ones_wait() {
+        let signal = Signal::new();
+        let (mut outlet, mut inlet) = link(2, 1, &signal, &signal);
+        let (a, b) = (outlet.slot().unwrap(), outlet.slot().unwrap());
+        outlet.publish(entry(1, 0, a), false);
+        assert!(outlet.fail(1, 1));
+        outlet.publish(entry(2, 0, b), false);
+        assert!(outlet.slot().is_none());
+        assert_eq!(inlet.peek(2).unwrap().slot, Some(b));
+        assert_eq!(outlet.slot(), Some(a));
+        assert!(inlet.peek(1).is_none(), "a newer entry is not for this epoch");
+        assert_eq!(inlet.peek(2).unwrap().slot, Some(b));
+    }
+}

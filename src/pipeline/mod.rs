@@ -1,0 +1,258 @@
+//! The pipeline: stages joined by rings, and [`LayerStreamer`], which owns them.
+
+mod compute;
+mod link;
+mod pin;
+mod read;
+mod stage;
+mod statics;
+mod transfer;
+
+use std::{cell::RefCell, mem::ManuallyDrop, sync::Arc, thread::JoinHandle};
+
+pub use compute::{Layer, Progress};
+pub use statics::StaticTensors;
+
+use crate::{
+    arena::Arena,
+    checkpoint::Checkpoint,
+    device::Device,
+    error::{Error, Result},
+    io::{self, Source},
+    pipeline::{
+        compute::ComputeSide,
+        link::{Slot, link},
+        pin::PinStage,
+        read::ReadStage,
+        stage::Control,
+        transfer::{DeviceSlots, TransferStage},
+    },
+    plan::{Plan, Settings, Unit, UnitPlan},
+    sync::Signal,
+    trace::{Mark, Observer, Stats, Trace},
+};
+
+/// Streams the units of a checkpoint to a device, pass after pass, ahead of the caller's work.
+///
+/// Its threads start at once and keep every buffer full: when a pass ends, the first units of the next are already there.
+/// Dropping it stops the threads and waits for the device to be done with its memory.
+pub struct LayerStreamer<D: Device> {
+    device: D,
+    checkpoint: Checkpoint,
+    plan: Arc<Plan>,
+    sources: Arc<[Source]>,
+    control: Arc<Control>,
+    compute: RefCell<ComputeSide<D>>,
+    slots: ManuallyDrop<Arc<DeviceSlots<D>>>,
+    host: ManuallyDrop<Vec<HostSlots<D>>>,
+    threads: Vec<JoinHandle<bool>>,
+}
+
+/// A host stage's slots. Fields drop in this order: forgotten by the device before they are unmapped.
+struct HostSlots<D: Device> {
+    _registration: Option<D::Registration>,
+    arena: Arc<Arena>,
+}
+
+impl<D: Device> LayerStreamer<D> {
+    /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
+    ///
+    /// # Errors
+    /// Whatever [`Plan::new`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own. Nothing is
+    /// left behind after an error.
+    pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
+        Self::with_observer(device, checkpoint, units, settings, None)
+    }
+
+    /// As [`LayerStreamer::new`], with someone who sees every span and mark.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_observer(
+        device: &D,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        settings: &Settings,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self> {
+        let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
+        device.bind_thread()?;
+        let sources = io::open_all(checkpoint.files())?;
+        let slots = Arc::new(DeviceSlots::new(device, &plan)?);
+        let mut host = Vec::new();
+        let mut arena = |what, stage: &crate::plan::StagePlan, pinned| -> Result<Arc<Arena>> {
+            let arena = Arc::new(Arena::new(what, stage.slots, stage.slot_bytes)?);
+            let (start, bytes) = arena.whole();
+            // SAFETY: HostSlots drops the registration before the arena.
+            let registration = if pinned { Some(unsafe { device.register(start.as_ptr(), bytes)? }) } else { None };
+            host.push(HostSlots { _registration: registration, arena: arena.clone() });
+            Ok(arena)
+        };
+        let ram = plan.ram.as_ref().map(|stage| arena("RAM slots", stage, false)).transpose()?;
+        let pinned = plan.pinned.as_ref().map(|stage| arena("pinned slots", stage, true)).transpose()?;
+
+        let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
+        let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
+        let control = Control::new(signals, Trace::new(observer));
+        let (gpu_out, gpu_in) = link(plan.gpu.slots, plan.gpu.batch, &transfer, &compute);
+        let mut streamer = Self {
+            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &slots, gpu_in)),
+            device: device.clone(),
+            checkpoint: checkpoint.clone(),
+            plan: plan.clone(),
+            sources: sources.clone(),
+            control: control.clone(),
+            slots: ManuallyDrop::new(slots.clone()),
+            host: ManuallyDrop::new(host),
+            threads: Vec::with_capacity(3),
+        };
+        // From here on an error drops the streamer, which stops whatever has started.
+        let first = ram.as_ref().or(pinned.as_ref()).expect("a plan has a host stage");
+        let last = pinned.as_ref().unwrap_or(first);
+        let first_plan = plan.ram.as_ref().or(plan.pinned.as_ref()).expect("a plan has a host stage");
+        let after_read = if ram.is_some() && pinned.is_some() { &pin } else { &transfer };
+        let (read_out, mut transfer_in) = link(first_plan.slots, first_plan.batch, &read, after_read);
+        let read_stage = ReadStage::new(&plan, &sources, first, read_out, &control, &read)?;
+        let mut pin_stage = None;
+        if let (Some(ram), Some(pinned), Some(stage)) = (&ram, &pinned, &plan.pinned) {
+            let (pin_out, pin_in) = link(stage.slots, stage.batch, &pin, &transfer);
+            let pin_from = std::mem::replace(&mut transfer_in, pin_in);
+            pin_stage = Some(PinStage::new(&plan, ram, pinned, pin_from, pin_out));
+        }
+        let transfer_stage = TransferStage::new(device, &plan, &control, last, &slots, transfer_in, gpu_out)?;
+        streamer.threads.push(stage::spawn(transfer_stage, control.clone(), transfer)?);
+        if let Some(stage) = pin_stage {
+            streamer.threads.push(stage::spawn(stage, control.clone(), pin)?);
+        }
+        streamer.threads.push(stage::spawn(read_stage, control, read)?);
+        Ok(streamer)
+    }
+
+    /// Waits until the next unit is on its way to the device and orders `stream` after its arrival; the caller's thread
+    /// does not wait for the device. Up to `n_gpu` layers may be held at once and released in any order.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
+    /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
+    pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
+        let (unit, slot) = self.compute.borrow_mut().next(stream)?;
+        Ok(Layer::new(self, stream, unit, slot))
+    }
+
+    /// Runs one pass: `layer_fn` is called for each unit in order with what it returned for the one before, `x` at first.
+    /// After an error or a panic of `layer_fn`, or an error of the pipeline, the next pass starts afresh at the first unit.
+    ///
+    /// # Errors
+    /// The first error of `layer_fn` or of the pipeline.
+    pub fn run_pass<X, E: From<Error>>(
+        &mut self,
+        stream: &D::Stream,
+        x: X,
+        mut layer_fn: impl FnMut(X, &Layer<'_, D>) -> Result<X, E>,
+    ) -> Result<X, E> {
+        self.compute.get_mut().check_no_leak()?;
+        if self.compute.get_mut().is_mid_pass() {
+            self.rewind()?;
+        }
+        /// Sends the pipeline back at once when `layer_fn` fails or panics, so that it is ready again early.
+        struct Abandoned<'s, D: Device>(&'s LayerStreamer<D>);
+        impl<D: Device> Drop for Abandoned<'_, D> {
+            fn drop(&mut self) {
+                // What stands in the way of it is found again, and reported, when the next pass starts.
+                let _ = self.0.compute.borrow_mut().rewind();
+            }
+        }
+        let streamer = &*self;
+        (0..streamer.plan().units()).try_fold(x, |x, _| {
+            let layer = streamer.next(stream)?;
+            // Made before the layer is bound again, so that it is dropped after it, when the slot is back.
+            let abandoned = Abandoned(streamer);
+            let layer = layer;
+            let x = layer_fn(x, &layer)?;
+            std::mem::forget(abandoned);
+            layer.release()?;
+            Ok(x)
+        })
+    }
+
+    /// Goes back to the first unit, after an error or in the middle of a pass. No thread or memory is made anew.
+    ///
+    /// # Errors
+    /// [`Error::LayerLeaked`] if a layer was leaked; the first error of the device if it is beyond use.
+    pub fn rewind(&mut self) -> Result<()> {
+        self.compute.get_mut().rewind()
+    }
+
+    /// Loads tensors that stay on the device. Call it before the first pass: it reads beside the pipeline.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a name that the checkpoint lacks, [`Error::Read`], [`Error::Memory`] or the device's own.
+    pub fn load_static(&self, names: &[&str]) -> Result<StaticTensors<D>> {
+        let mut unit = Unit::new("the static tensors");
+        for &name in names {
+            unit.keep(name, name);
+        }
+        StaticTensors::load(&self.device, &self.sources, UnitPlan::new(&self.checkpoint, &unit)?)
+    }
+
+    /// Calls `hook` for every unit handed over, in the thread that takes it.
+    pub fn track_progress(&mut self, hook: impl FnMut(Progress) + Send + 'static) {
+        self.compute.get_mut().progress = Some(Box::new(hook));
+    }
+
+    /// Where the time and the bytes went since the start.
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.control.trace.stats();
+        stats.buffered_files =
+            (self.sources.iter()).filter_map(|source| Some((source.path.clone(), source.buffered.clone()?))).collect();
+        stats
+    }
+
+    /// The plan that is being followed.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    fn slots(&self) -> &DeviceSlots<D> {
+        &self.slots
+    }
+
+    fn release(&self, slot: Slot, stream: &D::Stream) -> Result<()> {
+        self.compute.borrow_mut().release(slot, stream)
+    }
+}
+
+impl<D: Device> Drop for LayerStreamer<D> {
+    fn drop(&mut self) {
+        self.control.stop();
+        let mut idle = true;
+        for thread in self.threads.drain(..) {
+            idle &= thread.join().unwrap_or(false);
+        }
+        // The device may still compute on slots that were released: wait for our own events, never for the caller's stream.
+        idle &= self
+            .slots
+            .arrived
+            .iter()
+            .chain(&self.slots.compute_done)
+            .all(|event| self.device.synchronize(event).is_ok());
+        // A leaked layer's work has no event to wait for.
+        idle &= self.compute.get_mut().check_no_leak().is_ok();
+        if idle {
+            // SAFETY: nothing else drops these, and the threads and the device are done with the memory.
+            unsafe {
+                ManuallyDrop::drop(&mut self.host);
+                ManuallyDrop::drop(&mut self.slots);
+            }
+        } else {
+            let host: usize = self.host.iter().map(|slots| slots.arena.whole().1).sum();
+            let bytes = host + self.slots.slot_bytes * self.slots.arrived.len();
+            self.control.trace.mark(&Mark::Leaked { bytes });
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! The loop that every pipeline thread runs: advance the stage, sleep when it cannot, start over when the epoch changes,
+//! stop when told to.
+
+use std::{
+    any::Any,
+    panic::{self, AssertUnwindSafe},
+    sync::Arc,
+    thread,
+    time::Instant,
+};
+
+use crate::{
+    error::{Error, Result},
+    pipeline::link::Outlet,
+    sync::{AtomicBool, AtomicU64, Mutex, Ordering, Signal},
+    trace::{Activity, Mark, Span, Stage, Trace},
+};
+
+/// What all threads of a streamer share.
+pub(crate) struct Control {
+    epoch: AtomicU64,
+    stop: AtomicBool,
+    /// The first error of the epoch it is tagged with; with [`FATAL`] the streamer is beyond use.
+    error: Mutex<Option<(u64, Error)>>,
+    /// One for each thread that may sleep, the caller's last.
+    signals: Vec<Arc<Signal>>,
+    pub(crate) trace: Trace,
+}
+
+const FATAL: u64 = u64::MAX;
+
+impl Control {
+    pub(crate) fn new(signals: Vec<Arc<Signal>>, trace: Trace) -> Arc<Self> {
+        let error = Mutex::new(None);
+        Arc::new(Self { epoch: AtomicU64::new(1), stop: AtomicBool::new(false), error, signals, trace })
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Sends every stage back to the first unit.
+    pub(crate) fn rewind(&self) {
+        self.trace.mark(&Mark::Rewind);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        self.notify_all();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.notify_all();
+    }
+
+    fn notify_all(&self) {
+        self.signals.iter().for_each(|signal| signal.notify());
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Keeps `error` as the epoch's, unless there is one.
+    pub(crate) fn fail(&self, epoch: u64, error: Error) {
+        let mut kept = self.error.lock().expect("nothing panics under this lock");
+        if kept.as_ref().is_none_or(|(of, _)| *of < epoch) {
+            *kept = Some((epoch, error));
+        }
+    }
+
+    /// Keeps `error` for good, unless there is such a one, and wakes everyone.
+    pub(crate) fn fail_for_good(&self, error: Error) {
+        self.fail(FATAL, error);
+        self.notify_all();
+    }
+
+    /// The error of `epoch`, if it has failed.
+    pub(crate) fn error_of(&self, epoch: u64) -> Option<Error> {
+        let kept = self.error.lock().expect("nothing panics under this lock");
+        kept.as_ref().filter(|(of, _)| *of == epoch || *of == FATAL).map(|(_, error)| error.clone())
+    }
+
+    /// The error that ended the streamer, if one did.
+    pub(crate) fn fatal(&self) -> Option<Error> {
+        self.error_of(FATAL)
+    }
+}
+
+/// How a stage's attempt to advance went.
+pub(crate) enum Progress {
+    /// It handed this unit on.
+    Handed { unit: usize, bytes: usize },
+    /// It did something, no unit is done yet.
+    Moved { bytes: usize },
+    /// It can do nothing before it is notified; until then its time counts as this.
+    Waiting(Activity),
+    /// The stage before failed at this unit.
+    Failed { unit: usize },
+}
+
+/// One stage, advanced by the thread that owns it.
+pub(crate) trait Advance: Send {
+    const STAGE: Stage;
+
+    /// Called first, in the stage's thread.
+    fn begin(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Does what can be done without waiting, or a little of it. After an error, with the unit at fault, it is not called
+    /// again in this epoch.
+    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)>;
+
+    /// Goes back to the first unit. Returns when nothing of the old epoch is under way in this stage.
+    fn rewind(&mut self);
+
+    fn outlet(&mut self) -> &mut Outlet;
+
+    /// Called last: waits for what the stage has set going. After an error the memory it uses must stay mapped.
+    fn end(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Runs `stage` in a thread of its own until [`Control::stop`]. The thread returns whether the stage's memory is idle.
+pub(crate) fn spawn<S: Advance + 'static>(
+    mut stage: S,
+    control: Arc<Control>,
+    signal: Arc<Signal>,
+) -> Result<thread::JoinHandle<bool>> {
+    let name = S::STAGE.name();
+    let body = move || {
+        let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
+            if let Err(error) = stage.begin() {
+                control.fail_for_good(error);
+            }
+            run(&mut stage, &control, &signal);
+        }));
+        if let Err(payload) = outcome {
+            control.fail_for_good(Error::Panicked { stage: name, message: panic_message(&*payload) });
+        }
+        panic::catch_unwind(AssertUnwindSafe(|| stage.end().is_ok())).unwrap_or(false)
+    };
+    let failed = |source: std::io::Error| Error::Thread { stage: name, source: source.into() };
+    thread::Builder::new().name(format!("ls-{name}")).spawn(body).map_err(failed)
+}
+
+fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal) {
+    let mut epoch = control.epoch();
+    // In a failed epoch: at which unit, and whether the next stage has been told.
+    let mut failed: Option<(usize, bool)> = None;
+    let mut start = Instant::now();
+    let mut report = |activity, unit, bytes| {
+        let end = Instant::now();
+        control.trace.span(&Span { stage: S::STAGE, activity, unit, bytes, start, end });
+        start = end;
+    };
+    loop {
+        let ticket = signal.ticket();
+        if control.stopped() {
+            return;
+        }
+        if control.epoch() != epoch {
+            epoch = control.epoch();
+            stage.rewind();
+            stage.outlet().discard_pending();
+            failed = None;
+        }
+        if let Some((unit, told)) = &mut failed {
+            *told = *told || stage.outlet().fail(epoch, *unit);
+            signal.wait(ticket);
+            report(Activity::Blocked, None, 0);
+            continue;
+        }
+        match stage.advance(epoch) {
+            Ok(Progress::Handed { unit, bytes }) => report(Activity::Busy, Some(unit), bytes),
+            Ok(Progress::Moved { bytes }) => report(Activity::Busy, None, bytes),
+            Ok(Progress::Waiting(activity)) => {
+                signal.wait(ticket);
+                report(activity, None, 0);
+            }
+            Ok(Progress::Failed { unit }) => failed = Some((unit, false)),
+            Err((unit, error)) => {
+                control.fail(epoch, error);
+                failed = Some((unit, false));
+            }
+        }
+    }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}

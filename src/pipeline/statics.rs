@@ -1,0 +1,118 @@
+//! Tensors that are loaded once and stay on the device: embeddings, the final norm, the output head.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use crate::{
+    arena::Arena,
+    device::{self, Device, TensorRef},
+    error::{Error, Result},
+    io::{self, CHUNK, PreadThreads, Source},
+    pipeline::compute::view,
+    plan::UnitPlan,
+    sync::Signal,
+};
+
+/// Blocks through which static tensors pass on their way to the device.
+const BLOCKS: usize = 8;
+
+/// Tensors in device memory, freed when this is dropped.
+pub struct StaticTensors<D: Device> {
+    device: D,
+    memory: D::Memory,
+    plan: UnitPlan,
+}
+
+impl<D: Device> StaticTensors<D> {
+    /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are.
+    pub(super) fn load(device: &D, sources: &Arc<[Source]>, plan: UnitPlan) -> Result<Self> {
+        let memory = device.allocate("static tensors", plan.device_bytes)?;
+        let base = device.address(&memory);
+        let (stream, signal) = (device.stream()?, Signal::new());
+        let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
+        let mut engine = PreadThreads::new(sources, &signal)?;
+        // A chunk goes to block `number % BLOCKS`; chunks may finish in any order, and none is reused before it is copied.
+        let mut extents =
+            plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(CHUNK).map(move |at| (extent, at)));
+        let mut waiting = VecDeque::with_capacity(BLOCKS);
+        let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
+        let mut failure = None;
+        loop {
+            let ticket = signal.ticket();
+            while failure.is_none() && engine.has_room() && !free.is_empty() {
+                let Some((extent, at)) = extents.next() else { break };
+                let block = free.pop().expect("checked above");
+                // The block stands for the part of the extent that is read into it.
+                let part = crate::plan::Extent {
+                    offset: extent.offset + at as u64,
+                    len: CHUNK.min(extent.len - at),
+                    at: 0,
+                    ..*extent
+                };
+                // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
+                unsafe {
+                    let chunk = io::chunk_at(&part, 0, blocks.slot(block).as_ptr(), number).expect("it is not empty");
+                    engine.submit(chunk);
+                }
+                waiting.push_back((number, block, extent.at + at, part.len));
+                number += 1;
+            }
+            if waiting.is_empty() {
+                break;
+            }
+            let Some(done) = engine.completion() else {
+                signal.wait(ticket);
+                continue;
+            };
+            let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");
+            let (_, block, at, len) = waiting.remove(index).expect("found above");
+            free.push(block);
+            match done.result {
+                Err(error) => failure = failure.or(Some((done.file, error))),
+                Ok(_) if failure.is_some() => {}
+                Ok(_) => {
+                    for copy in &plan.copies {
+                        let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(at + len));
+                        if start < end {
+                            // SAFETY: the range lies in the block and in the tensor's place; both stay until it is drained.
+                            unsafe {
+                                let from = blocks.slot(block).as_ptr().add(start - at);
+                                device.copy_to_device(
+                                    base.offset(copy.to + start - copy.from),
+                                    from,
+                                    end - start,
+                                    &stream,
+                                )?;
+                            }
+                        }
+                    }
+                    device::drain(device, &stream)?;
+                }
+            }
+        }
+        if let Some((file, failure)) = failure {
+            return Err(Error::Read {
+                unit: plan.name.clone(),
+                tensor: plan.tensor_at(file, failure.offset).to_owned(),
+                path: sources[file].path.clone(),
+                offset: failure.offset,
+                source: failure.source(),
+            });
+        }
+        Ok(Self { device: device.clone(), memory, plan })
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] if there is none.
+    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+        let index = self.plan.find(name)?;
+        // SAFETY: the plan placed the tensor, aligned, inside the memory, which lives as long as this.
+        unsafe { view(self.device.address(&self.memory), &self.plan.tensors[index]) }
+    }
+
+    /// Device memory taken, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.plan.device_bytes
+    }
+}

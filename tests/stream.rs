@@ -1,0 +1,281 @@
+//! The pipeline from outside: every unit arrives byte for byte, in order, pass after pass, whatever the settings, and after
+//! every kind of failure the next pass works.
+
+mod common;
+
+use std::{
+    fs,
+    panic::{self, AssertUnwindSafe},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use common::{Fixture, fixture};
+use layer_streamer::{
+    DType, Error, Layer, LayerStreamer, Settings, Unit,
+    device::{self, Cpu, Device},
+    plan::{Arrival, ArrivalOp},
+    trace::Stage,
+};
+
+fn bytes_of(device: &Cpu, tensor: device::TensorRef<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; tensor.bytes()];
+    let stream = device.stream().unwrap();
+    // SAFETY: the vector has the tensor's length, and the copy is done when the call returns.
+    unsafe { device.copy_to_host(bytes.as_mut_ptr(), tensor.ptr(), bytes.len(), &stream).unwrap() };
+    bytes
+}
+
+/// Compares a layer with the files.
+fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
+    let unit = &fixture.units[layer.index()];
+    assert_eq!(layer.name(), unit.name());
+    assert_eq!(layer.tensors().count(), unit.arrivals().len());
+    for arrival in unit.arrivals() {
+        let tensor = layer.tensor(&arrival.output).unwrap();
+        let stored = &fixture.table[&arrival.inputs[0]];
+        assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype, stored.shape.as_slice()));
+        assert_eq!(tensor.ptr().as_ptr() as usize % 256, 0);
+        assert!(bytes_of(device, tensor) == fixture.stored(&stored.name), "{} of {}", arrival.output, layer.name());
+    }
+}
+
+/// One pass that checks every unit.
+fn checked_pass(fixture: &Fixture, streamer: &mut LayerStreamer<Cpu>) {
+    let device = Cpu;
+    let stream = device.stream().unwrap();
+    let mut expected = 0..fixture.units.len();
+    let seen = streamer.run_pass(&stream, 0, |count, layer| {
+        assert_eq!(Some(layer.index()), expected.next());
+        check(fixture, &device, layer);
+        Ok::<_, Error>(count + 1)
+    });
+    assert_eq!(seen.unwrap(), fixture.units.len());
+}
+
+const SIZES: [usize; 6] = [1, 60_000, 3, 700_000, 40, 5_000];
+
+fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
+    Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
+}
+
+#[test]
+fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings() {
+    let fixture = fixture(7, &SIZES, 1);
+    for n_cpu in [0, 1, 5] {
+        for n_cpu_pinned in [0, 1, 4] {
+            for n_gpu in [1, 2, 7] {
+                for whole in [false, true] {
+                    let batch = |n: usize| if whole { n } else { 0 };
+                    let settings = Settings {
+                        batch_gpu: batch(n_gpu),
+                        batch_cpu_pinned: batch(n_cpu_pinned),
+                        batch_cpu: batch(n_cpu),
+                        ..settings(n_gpu, n_cpu_pinned, n_cpu)
+                    };
+                    let mut streamer =
+                        LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+                    for _ in 0..3 {
+                        checked_pass(&fixture, &mut streamer);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn layers_may_be_held_up_to_n_gpu_and_released_in_any_order() {
+    let fixture = fixture(6, &SIZES, 2);
+    let device = Cpu;
+    let stream = device.stream().unwrap();
+    let settings = Settings { batch_gpu: 3, ..settings(3, 2, 0) };
+    let streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+    for _ in 0..4 {
+        let mut held: Vec<_> = (0..3).map(|_| streamer.next(&stream).unwrap()).collect();
+        let refused = streamer.next(&stream).err().expect("three are held").to_string();
+        assert!(refused.contains("3 are held") && refused.contains(held[0].name()), "{refused}");
+        held.swap(0, 1);
+        for layer in held.drain(..) {
+            check(&fixture, &device, &layer);
+            layer.release().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_leaked_layer_is_an_error_that_names_it_and_drop_still_ends() {
+    let fixture = fixture(4, &SIZES, 3);
+    let device = Cpu;
+    let stream = device.stream().unwrap();
+    let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings(2, 1, 0)).unwrap();
+    std::mem::forget(streamer.next(&stream).unwrap());
+    let refused = streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap_err().to_string();
+    assert!(refused.contains("unit 0"), "{refused}");
+    assert!(matches!(streamer.rewind(), Err(Error::LayerLeaked { .. })));
+}
+
+#[test]
+fn tensors_that_change_on_arrival_arrive_changed_piece_by_piece() {
+    let fixture = fixture(3, &[9_000_000, 5, 70_000], 4);
+    let mut units = Vec::new();
+    for number in 0..3 {
+        let mut unit = Unit::new(format!("unit {number}"));
+        unit.keep("kept", format!("{number}.2"));
+        for index in 0..2 {
+            let inputs = vec![format!("{number}.{index}")];
+            unit.add(Arrival { output: format!("f32 {index}"), inputs, op: ArrivalOp::To(DType::F32) });
+        }
+        units.push(unit);
+    }
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &units, &settings(2, 2, 0)).unwrap();
+    let stream = Cpu.stream().unwrap();
+    for _ in 0..2 {
+        let pass = streamer.run_pass(&stream, (), |(), layer| {
+            assert!(bytes_of(&Cpu, layer.tensor("kept")?) == fixture.stored(&format!("{}.2", layer.index())));
+            for index in 0..2 {
+                let tensor = layer.tensor(&format!("f32 {index}"))?;
+                let stored = fixture.stored(&format!("{}.{index}", layer.index()));
+                let widened: Vec<u8> = stored.chunks(2).flat_map(|b| [0, 0, b[0], b[1]]).collect();
+                assert_eq!(tensor.dtype(), DType::F32);
+                assert!(bytes_of(&Cpu, tensor) == widened);
+            }
+            Ok::<_, Error>(())
+        });
+        pass.unwrap();
+    }
+}
+
+#[derive(Debug)]
+#[allow(dead_code, reason = "shown when a test fails")]
+enum Trouble {
+    Mine(usize),
+    Streamer(Error),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Trouble::Streamer(error)
+    }
+}
+
+#[test]
+fn after_an_error_or_a_panic_of_the_layer_function_at_any_layer_the_next_pass_works() {
+    let fixture = fixture(5, &SIZES, 5);
+    let stream = Cpu.stream().unwrap();
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 1, 1)).unwrap();
+    panic::set_hook(Box::new(|_| {}));
+    for at in 0..5 {
+        let failed =
+            streamer.run_pass(
+                &stream,
+                0,
+                |count, layer| {
+                    if layer.index() == at { Err(Trouble::Mine(at)) } else { Ok(count + 1) }
+                },
+            );
+        assert!(matches!(failed, Err(Trouble::Mine(index)) if index == at), "{failed:?}");
+        checked_pass(&fixture, &mut streamer);
+
+        let panicked = panic::catch_unwind(AssertUnwindSafe(|| {
+            streamer.run_pass(&stream, (), |(), layer| {
+                assert!(layer.index() != at, "on purpose");
+                Ok::<_, Error>(())
+            })
+        }));
+        assert!(panicked.is_err());
+        checked_pass(&fixture, &mut streamer);
+    }
+    let _ = panic::take_hook();
+}
+
+#[test]
+fn rewind_in_the_middle_of_a_pass_starts_over_with_the_first_unit() {
+    let fixture = fixture(5, &SIZES, 6);
+    let stream = Cpu.stream().unwrap();
+    let settings = Settings { batch_gpu: 2, batch_cpu_pinned: 3, ..settings(2, 3, 2) };
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+    for taken in [1, 4, 2, 0, 3] {
+        for _ in 0..taken {
+            check(&fixture, &Cpu, &streamer.next(&stream).unwrap());
+        }
+        streamer.rewind().unwrap();
+        streamer.rewind().unwrap();
+        checked_pass(&fixture, &mut streamer);
+    }
+}
+
+#[test]
+fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals_the_next_pass() {
+    let fixture = fixture(6, &SIZES, 7);
+    let stream = Cpu.stream().unwrap();
+    for (n_cpu_pinned, n_cpu) in [(2, 0), (0, 2), (1, 1), (0, 0)] {
+        let mut streamer =
+            LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, n_cpu_pinned, n_cpu)).unwrap();
+        checked_pass(&fixture, &mut streamer);
+        let path = fixture.file("a.bin");
+        let whole = fs::read(&path).unwrap();
+        let cut = fixture.table.values().filter(|t| t.file == path).map(|t| t.offset).max().unwrap();
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
+        // The pass under way may have been read before the cut; a later one was not.
+        let failed = (0..5).find_map(|_| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).err());
+        let message = failed.expect("the bytes are gone").to_string();
+        let tensor = &fixture.table.values().find(|t| t.file == path && t.offset == cut).unwrap().name;
+        for part in [path.to_str().unwrap(), tensor.as_str(), "unit ", "became shorter"] {
+            assert!(message.contains(part), "{message} lacks {part}");
+        }
+        let still = streamer.next(&stream).err().expect("the error stays until a rewind").to_string();
+        assert_eq!(still, message);
+        fs::write(&path, whole).unwrap();
+        checked_pass(&fixture, &mut streamer);
+    }
+}
+
+#[test]
+fn static_tensors_are_loaded_whole_however_large() {
+    let fixture = fixture(3, &[9, 6_000_000, 70_000], 8);
+    let streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, 1, 0)).unwrap();
+    let statics = streamer.load_static(&["0.1", "2.0", "1.2"]).unwrap();
+    for name in ["0.1", "2.0", "1.2"] {
+        assert!(bytes_of(&Cpu, statics.tensor(name).unwrap()) == fixture.stored(name), "{name}");
+    }
+    assert!(statics.tensor("0.0").unwrap_err().to_string().contains("0.1"), "the error lists what there is");
+    assert!(streamer.load_static(&["nothing"]).err().unwrap().to_string().contains("nothing"));
+}
+
+#[test]
+fn the_counts_are_those_of_the_work_done() {
+    let fixture = fixture(4, &SIZES, 9);
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counter = seen.clone();
+    streamer.track_progress(move |progress| {
+        assert_eq!((progress.units, progress.done), (4, counter.fetch_add(1, Ordering::Relaxed) % 4 + 1));
+    });
+    for _ in 0..3 {
+        checked_pass(&fixture, &mut streamer);
+    }
+    assert_eq!(seen.load(Ordering::Relaxed), 12);
+    let stats = streamer.stats();
+    let pass = streamer.plan().bytes_per_pass() as u64;
+    assert_eq!(pass, fixture.table.values().map(|t| 2 * t.shape[0] as u64).sum::<u64>());
+    for stage in [Stage::Read, Stage::Pin, Stage::Transfer] {
+        assert!(stats.stage(stage).units >= 12 && stats.stage(stage).bytes >= 3 * pass, "{stage}: {stats:?}");
+    }
+    assert!(stats.direct_bytes + stats.buffered_bytes >= 3 * pass);
+}
+
+#[test]
+fn dropping_at_any_moment_ends_every_thread() {
+    let fixture = fixture(5, &SIZES, 10);
+    let stream = Cpu.stream().unwrap();
+    for taken in [0, 1, 5, 8] {
+        let streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 1, 1)).unwrap();
+        for _ in 0..taken {
+            drop(streamer.next(&stream).unwrap());
+        }
+        drop(streamer);
+    }
+}
