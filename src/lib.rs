@@ -4,9 +4,12 @@
 //! disk ──read──► RAM slots ──pin──► pinned slots ──transfer──► GPU slots ──compute──► the caller's layer function
 //! ```
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
-#![allow(dead_code)]
 
 pub mod device;
+#[cfg(feature = "model")]
+pub mod kernels;
+#[cfg(feature = "model")]
+pub mod model;
 pub mod pipeline;
 pub mod plan;
 pub mod trace;

@@ -261,6 +261,7 @@ fn the_counts_are_those_of_the_work_done() {
     let stats = streamer.stats();
     let pass = streamer.plan().bytes_per_pass() as u64;
     assert_eq!(pass, fixture.table.values().map(|t| 2 * t.shape[0] as u64).sum::<u64>());
+    assert_eq!((stats.stage(Stage::Compute).units, stats.stage(Stage::Compute).bytes), (12, 3 * pass));
     for stage in [Stage::Read, Stage::Pin, Stage::Transfer] {
         assert!(stats.stage(stage).units >= 12 && stats.stage(stage).bytes >= 3 * pass, "{stage}: {stats:?}");
     }

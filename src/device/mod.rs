@@ -8,7 +8,7 @@ mod cpu;
 
 use std::marker::PhantomData;
 
-pub use cpu::Cpu;
+pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
 
 use crate::{
     dtype::{DType, Element},

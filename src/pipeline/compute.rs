@@ -51,7 +51,8 @@ pub(super) struct ComputeSide<D: Device> {
     passes: u64,
     held: Vec<Held>,
     failed: Option<Error>,
-    returned: Option<(Instant, usize)>,
+    /// Up to when the caller's time has been reported.
+    clock: Option<Instant>,
     pub(super) progress: Option<ProgressHook>,
 }
 
@@ -76,7 +77,7 @@ impl<D: Device> ComputeSide<D> {
             passes: 0,
             held: Vec::with_capacity(plan.gpu.slots),
             failed: None,
-            returned: None,
+            clock: None,
             progress: None,
         }
     }
@@ -91,13 +92,9 @@ impl<D: Device> ComputeSide<D> {
             let oldest = self.plan.units[self.held[0].unit].name.clone();
             return Err(Error::LayersHeld { held: self.held.len(), oldest });
         }
-        let start = Instant::now();
-        if let Some((returned, bytes)) = self.returned.take() {
-            self.report(Activity::Busy, Some(bytes), returned, start);
-        }
+        self.report(Activity::Busy, None);
         let arrival = self.arrival();
-        let end = Instant::now();
-        self.report(Activity::Starved, None, start, end);
+        self.report(Activity::Starved, None);
         let ordered = arrival.and_then(|(unit, slot)| {
             self.device
                 .wait(stream, &self.slots.arrived[slot.0])
@@ -107,7 +104,6 @@ impl<D: Device> ComputeSide<D> {
         let (unit, slot) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
         debug_assert_eq!(unit, self.position, "units arrive in order");
         self.held.push(Held { slot, unit });
-        self.returned = Some((end, self.plan.units[unit].disk_bytes));
         self.position += 1;
         let progress = Progress {
             passes: self.passes,
@@ -147,15 +143,20 @@ impl<D: Device> ComputeSide<D> {
         }
     }
 
-    fn report(&self, activity: Activity, unit_bytes: Option<usize>, start: Instant, end: Instant) {
-        let unit = unit_bytes.map(|_| (self.position + self.plan.units() - 1) % self.plan.units());
-        let bytes = unit_bytes.unwrap_or(0);
+    /// Accounts for the time since the last report, and for `unit` if it was spent on one to the end.
+    fn report(&mut self, activity: Activity, unit: Option<usize>) {
+        let end = Instant::now();
+        let start = self.clock.replace(end).unwrap_or(end);
+        let bytes = unit.map_or(0, |unit| self.plan.units[unit].disk_bytes);
         self.control.trace.span(&Span { stage: Stage::Compute, activity, unit, bytes, start, end });
     }
 
     /// Hands the slot back, to be filled once the work now on `stream` is done.
     pub(super) fn release(&mut self, slot: Slot, stream: &D::Stream) -> Result<()> {
-        self.held.retain(|held| held.slot != slot);
+        if let Some(index) = self.held.iter().position(|held| held.slot == slot) {
+            let held = self.held.remove(index);
+            self.report(Activity::Busy, Some(held.unit));
+        }
         // Without the record the slot must never be filled again: its event still shows the lap before.
         self.device.record(&self.slots.compute_done[slot.0], stream).inspect_err(|e| {
             self.control.fail_for_good(e.clone());
@@ -177,7 +178,7 @@ impl<D: Device> ComputeSide<D> {
         self.check_no_leak()?;
         self.control.rewind();
         self.epoch = self.control.epoch();
-        (self.position, self.failed, self.returned) = (0, None, None);
+        (self.position, self.failed) = (0, None);
         Ok(())
     }
 

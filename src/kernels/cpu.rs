@@ -1,0 +1,471 @@
+//! The kernels on the CPU: plain loops that a compiler vectorises, spread over threads by rayon, and matrix products by
+//! `gemm`, which picks the widest instructions that the machine has (AVX-512, AVX2, …) at run time.
+//!
+//! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
+//! constructor demanded; inputs are not written and outputs are no one else's while the kernel runs, in the caller's thread.
+
+use std::{cell::RefCell, slice};
+
+use gemm::Parallelism;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::{AttentionMask, Kernels, Ragged, check, expect};
+use crate::{
+    device::{Cpu, CpuStream, TensorMut, TensorRef},
+    dtype::{self, DType, Element},
+    error::{Error, Result},
+};
+
+/// Least work, in multiplications, that is worth another thread.
+const PER_THREAD: usize = 1 << 15;
+
+/// F32 elements of the panel that a thread widens weights into: a part of the cache for a few tokens, and for many, where
+/// the panel is read often, as much as makes the product efficient.
+const PANEL: [usize; 2] = [1 << 17, 1 << 20];
+
+thread_local! {
+    static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+fn read<'a, T: Element>(tensor: TensorRef<'a>) -> &'a [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: the module's invariant, for elements of the type that was just checked.
+    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+}
+
+fn write<'a, T: Element>(tensor: &'a mut TensorMut<'_>) -> &'a mut [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: as above, and `tensor` is borrowed for as long as the slice.
+    unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+}
+
+fn raw(tensor: TensorRef<'_>) -> &[u8] {
+    // SAFETY: the module's invariant; bytes have no alignment.
+    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) }
+}
+
+/// A weight, read one element or one row at a time as F32.
+#[derive(Clone, Copy)]
+enum Weight<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+impl<'a> Weight<'a> {
+    fn new(kernel: &'static str, tensor: TensorRef<'a>) -> Result<Self> {
+        Ok(match tensor.dtype() {
+            DType::F32 => Self::F32(read(tensor)),
+            DType::F16 => Self::F16(read(tensor)),
+            DType::BF16 => Self::BF16(read(tensor)),
+            other => {
+                return Err(Error::Kernel {
+                    kernel,
+                    cause: format!("weights of type {other}; convert them on arrival"),
+                });
+            }
+        })
+    }
+
+    fn at(self, index: usize) -> f32 {
+        match self {
+            Self::F32(x) => x[index],
+            Self::F16(x) => x[index].to_f32(),
+            Self::BF16(x) => x[index].to_f32(),
+        }
+    }
+}
+
+/// Whether to spread `work` multiplications over threads.
+fn parallel(work: usize) -> bool {
+    work >= 2 * PER_THREAD
+}
+
+/// Calls `f` with the number and the content of each row of `out`, in parallel if that pays.
+fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    if width == 0 {
+        return;
+    }
+    if parallel(work) {
+        out.par_chunks_mut(width).enumerate().for_each(|(index, row)| f(index, row));
+    } else {
+        out.chunks_mut(width).enumerate().for_each(|(index, row)| f(index, row));
+    }
+}
+
+/// Sums `f` over the indices in sixteen lanes, which vectorises and loses less than one running sum.
+fn lanes(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let whole = len / 16 * 16;
+    for start in (0..whole).step_by(16) {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            *sum += f(start + lane);
+        }
+    }
+    sums.iter().sum::<f32>() + (whole..len).map(f).sum::<f32>()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let b = &b[..a.len()];
+    lanes(a.len(), |i| a[i] * b[i])
+}
+
+fn norm_factor(x: &[f32], eps: f32) -> f32 {
+    1.0 / (lanes(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+}
+
+impl Kernels for Cpu {
+    fn cast(&self, _: &CpuStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        check("cast", x.dtype() == out.dtype() || x.dtype().converts_to(out.dtype()), || {
+            format!("no conversion from {} to {}", x.dtype(), out.dtype())
+        })?;
+        expect("cast", "out", (out.dtype(), out.shape()), out.dtype(), x.shape())?;
+        // SAFETY: the module's invariant; bytes have no alignment.
+        let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
+        dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
+        Ok(())
+    }
+
+    fn embed(&self, _: &CpuStream, table: TensorRef<'_>, ids: TensorRef<'_>, mut out: TensorMut<'_>) -> Result<()> {
+        let &[rows, width] = table.shape() else {
+            return Err(Error::Kernel {
+                kernel: "embed",
+                cause: format!("table is {:?}, expected [V, H]", table.shape()),
+            });
+        };
+        expect("embed", "out", (out.dtype(), out.shape()), DType::F32, &[ids.elements(), width])?;
+        let convertible = table.dtype() == DType::F32 || table.dtype().converts_to(DType::F32);
+        check("embed", convertible, || format!("a table of type {}", table.dtype()))?;
+        let (row_bytes, table_bytes, ids) = (width * table.dtype().size(), raw(table), read::<u32>(ids));
+        for (row, &id) in write::<f32>(&mut out).chunks_mut(width.max(1)).zip(ids) {
+            let source = &table_bytes[(id as usize).min(rows - 1) * row_bytes..][..row_bytes];
+            // SAFETY: a row of F32 is that many bytes.
+            let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
+            dtype::convert(table.dtype(), source, DType::F32, row);
+        }
+        Ok(())
+    }
+
+    fn rms_norm(
+        &self,
+        _: &CpuStream,
+        x: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        eps: f32,
+        mut out: TensorMut<'_>,
+    ) -> Result<()> {
+        let width = weight.elements();
+        check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
+        expect("rms_norm", "out", (out.dtype(), out.shape()), DType::F32, x.shape())?;
+        let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
+        let x = read::<f32>(x);
+        for_rows(write(&mut out), width, work, |index, row| {
+            let x = &x[index * width..][..width];
+            let factor = norm_factor(x, eps);
+            row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
+        });
+        Ok(())
+    }
+
+    fn rms_norm_in_place(&self, _: &CpuStream, mut x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
+        let (width, work) = (weight.elements(), x.elements());
+        check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
+        let weight = Weight::new("rms_norm", weight)?;
+        for_rows(write(&mut x), width, work, |_, row| {
+            let factor = norm_factor(row, eps);
+            row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
+        });
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        _: &CpuStream,
+        x: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        bias: Option<TensorRef<'_>>,
+        mut out: TensorMut<'_>,
+    ) -> Result<()> {
+        let (&[tokens, k], &[n, weight_k]) = (x.shape(), weight.shape()) else {
+            let cause = format!("x is {:?} and weight {:?}, expected [T, K] and [N, K]", x.shape(), weight.shape());
+            return Err(Error::Kernel { kernel: "linear", cause });
+        };
+        check("linear", k == weight_k, || format!("x is {:?} but weight {:?}", x.shape(), weight.shape()))?;
+        expect("linear", "out", (out.dtype(), out.shape()), DType::F32, &[tokens, n])?;
+        let bias = bias.map(|bias| {
+            check("linear", bias.elements() == n, || format!("{} biases for {n} columns", bias.elements()))?;
+            Weight::new("linear", bias)
+        });
+        let bias = bias.transpose()?;
+        if tokens * n == 0 {
+            return Ok(());
+        }
+        Weight::new("linear", weight)?;
+        let (x, out) = (read::<f32>(x), Columns(write::<f32>(&mut out).as_mut_ptr()));
+        let (dtype, bytes) = (weight.dtype(), raw(weight));
+        let row_bytes = k * dtype.size();
+        let panel = PANEL[usize::from(tokens >= 16)];
+        // A product over panels of weight rows: each is widened where it is needed, then multiplied, by one thread.
+        let threads = rayon::current_num_threads();
+        let rows = (panel / k.max(1)).clamp(1, n.div_ceil(threads).next_multiple_of(8));
+        let one = |first: usize| {
+            let rows = rows.min(n - first);
+            let product = |panel: *const f32| {
+                if let Some(bias) = bias {
+                    for token in 0..tokens {
+                        for row in first..first + rows {
+                            // SAFETY: (token, row) is inside [T, N], and this panel's columns are this call's alone.
+                            unsafe { *out.at(token * n + row) = bias.at(row) };
+                        }
+                    }
+                }
+                // SAFETY: `out` holds tokens × rows from `first` on at stride n, `x` tokens × k, `panel` rows × k.
+                unsafe {
+                    gemm::gemm(
+                        tokens,
+                        rows,
+                        k,
+                        out.at(first),
+                        1,
+                        n as isize,
+                        bias.is_some(),
+                        x.as_ptr(),
+                        1,
+                        k as isize,
+                        panel,
+                        k as isize,
+                        1,
+                        1.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        Parallelism::None,
+                    );
+                }
+            };
+            let source = &bytes[first * row_bytes..][..rows * row_bytes];
+            if dtype == DType::F32 {
+                return product(source.as_ptr().cast());
+            }
+            WIDENED.with_borrow_mut(|widened| {
+                // As large as it may ever be at once, so that it is allocated once a thread.
+                widened.resize(widened.len().max(panel).max(rows * k), 0.0);
+                // SAFETY: the vector holds rows × k elements of F32.
+                let dst = unsafe { slice::from_raw_parts_mut(widened.as_mut_ptr().cast::<u8>(), rows * k * 4) };
+                dtype::convert(dtype, source, DType::F32, dst);
+                product(widened.as_ptr());
+            });
+        };
+        let panels = n.div_ceil(rows);
+        if parallel(tokens * n * k) {
+            (0..panels).into_par_iter().for_each(|index| one(index * rows));
+        } else {
+            (0..panels).for_each(|index| one(index * rows));
+        }
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        _: &CpuStream,
+        mut x: TensorMut<'_>,
+        positions: TensorRef<'_>,
+        inv_freq: TensorRef<'_>,
+    ) -> Result<()> {
+        let half = inv_freq.elements();
+        let &[tokens, heads, size] = x.shape() else {
+            return Err(Error::Kernel {
+                kernel: "rope",
+                cause: format!("x is {:?}, expected [T, heads, D]", x.shape()),
+            });
+        };
+        check("rope", size == 2 * half, || format!("{half} frequencies for heads of {size}"))?;
+        expect("rope", "positions", (positions.dtype(), positions.shape()), DType::U32, &[tokens])?;
+        let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
+        for_rows(write(&mut x), heads * size, tokens * heads * size * 8, |token, row| {
+            for (i, &frequency) in inv_freq.iter().enumerate() {
+                let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
+                for head in row.chunks_mut(size) {
+                    let (a, b) = (head[i], head[i + half]);
+                    head[i] = a * cos - b * sin;
+                    head[i + half] = b * cos + a * sin;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn swiglu(&self, _: &CpuStream, mut gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
+        expect("swiglu", "gate", (gate.dtype(), gate.shape()), DType::F32, up.shape())?;
+        let (up, width) = (read::<f32>(up), up.shape().last().copied().unwrap_or(1));
+        for_rows(write(&mut gate), width, up.len() * 8, |index, row| {
+            let up = &up[index * width..][..width];
+            row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
+        });
+        Ok(())
+    }
+
+    fn add(&self, _: &CpuStream, mut x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
+        expect("add", "x", (x.dtype(), x.shape()), DType::F32, y.shape())?;
+        write::<f32>(&mut x).iter_mut().zip(read::<f32>(y)).for_each(|(x, y)| *x += y);
+        Ok(())
+    }
+
+    fn append_kv(
+        &self,
+        _: &CpuStream,
+        block: TensorRef<'_>,
+        batch: Ragged<'_>,
+        mut cache: TensorMut<'_>,
+    ) -> Result<()> {
+        let (&[tokens, groups, size], &[rows, cache_groups, capacity, cache_size]) = (block.shape(), cache.shape())
+        else {
+            let cause = format!("block is {:?} and cache {:?}", block.shape(), cache.shape());
+            return Err(Error::Kernel { kernel: "append_kv", cause });
+        };
+        check("append_kv", (groups, size) == (cache_groups, cache_size), || {
+            format!("block is {:?} but cache {:?}", block.shape(), cache.shape())
+        })?;
+        let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
+        for sequence in sequences("append_kv", batch, tokens, rows, capacity)? {
+            let first = sequence.kv_len - sequence.tokens.len();
+            for (place, token) in (first..).zip(sequence.tokens.clone()) {
+                for group in 0..groups {
+                    let source = &block[(token * groups + group) * size..][..size];
+                    cache[((sequence.row * groups + group) * capacity + place) * size..][..size]
+                        .copy_from_slice(source);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        _: &CpuStream,
+        q: TensorRef<'_>,
+        keys: TensorRef<'_>,
+        values: TensorRef<'_>,
+        batch: Ragged<'_>,
+        mask: AttentionMask,
+        mut out: TensorMut<'_>,
+    ) -> Result<()> {
+        let (&[tokens, heads, size], &[rows, groups, capacity, cache_size]) = (q.shape(), keys.shape()) else {
+            let cause = format!("q is {:?} and keys {:?}", q.shape(), keys.shape());
+            return Err(Error::Kernel { kernel: "attention", cause });
+        };
+        check("attention", size == cache_size && groups > 0 && heads % groups == 0, || {
+            format!("q is {:?} but keys {:?}", q.shape(), keys.shape())
+        })?;
+        expect("attention", "values", (values.dtype(), values.shape()), DType::F32, keys.shape())?;
+        expect("attention", "out", (out.dtype(), out.shape()), DType::F32, q.shape())?;
+        let (q, keys, values) = (read::<f32>(q), read::<f32>(keys), read::<f32>(values));
+        let mut rest = write::<f32>(&mut out);
+        for sequence in sequences("attention", batch, tokens, rows, capacity)? {
+            let (part, after) = rest.split_at_mut(sequence.tokens.len() * heads * size);
+            rest = after;
+            let work = part.len() * sequence.kv_len;
+            for_rows(part, size, work, |index, out| {
+                let (token, head) = (index / heads, index % heads);
+                let end = sequence.kv_len - sequence.tokens.len() + token + 1;
+                let start = mask.window.map_or(0, |window| end.saturating_sub(window));
+                let lane = (sequence.row * groups + head * groups / heads) * capacity * size;
+                let query = &q[((sequence.tokens.start + token) * heads + head) * size..][..size];
+                let row = |cache: &'_ [f32], place: usize| -> std::ops::Range<usize> {
+                    debug_assert!(lane + place * size < cache.len());
+                    lane + place * size..lane + (place + 1) * size
+                };
+                SCORES.with_borrow_mut(|scores| {
+                    scores.clear();
+                    scores.extend((start..end).map(|place| dot(query, &keys[row(keys, place)]) * mask.scale));
+                    let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    scores.iter_mut().for_each(|score| *score = (*score - greatest).exp());
+                    let sum = lanes(scores.len(), |i| scores[i]);
+                    out.fill(0.0);
+                    for (score, place) in scores.iter().zip(start..) {
+                        let weight = score / sum;
+                        out.iter_mut().zip(&values[row(values, place)]).for_each(|(out, value)| *out += weight * value);
+                    }
+                });
+            });
+        }
+        Ok(())
+    }
+
+    fn argmax(&self, _: &CpuStream, x: TensorRef<'_>, mut out: TensorMut<'_>) -> Result<()> {
+        let &[rows, width] = x.shape() else {
+            return Err(Error::Kernel { kernel: "argmax", cause: format!("x is {:?}, expected [R, V]", x.shape()) });
+        };
+        expect("argmax", "out", (out.dtype(), out.shape()), DType::U32, &[rows])?;
+        for (row, out) in read::<f32>(x).chunks(width.max(1)).zip(write::<u32>(&mut out)) {
+            let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
+            *out = (0..width).reduce(better).unwrap_or(0) as u32;
+        }
+        Ok(())
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        // The widened panel, and as much again for what `gemm` packs.
+        rayon::current_num_threads() * 2 * PANEL[1] * size_of::<f32>()
+    }
+}
+
+/// Where a product is written: threads fill distinct columns.
+#[derive(Clone, Copy)]
+struct Columns(*mut f32);
+
+// SAFETY: each thread writes its own columns only.
+unsafe impl Send for Columns {}
+// SAFETY: as above.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// # Safety
+    /// `index` is inside the output.
+    unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: the caller's.
+        unsafe { self.0.add(index) }
+    }
+}
+
+/// One sequence of a batch, checked.
+struct Sequence {
+    tokens: std::ops::Range<usize>,
+    kv_len: usize,
+    row: usize,
+}
+
+fn sequences<'a>(
+    kernel: &'static str,
+    batch: Ragged<'a>,
+    tokens: usize,
+    rows: usize,
+    capacity: usize,
+) -> Result<impl Iterator<Item = Sequence> + 'a> {
+    let (offsets, lens, places) = (read::<u32>(batch.q_offsets), read::<u32>(batch.kv_lens), read::<u32>(batch.rows));
+    let consistent = offsets.len() == lens.len() + 1
+        && places.len() == lens.len()
+        && offsets.first() == Some(&0)
+        && offsets.last() == Some(&(tokens as u32))
+        && offsets.is_sorted();
+    check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {} lengths", lens.len()))?;
+    let sequence = |i: usize| Sequence {
+        tokens: offsets[i] as usize..offsets[i + 1] as usize,
+        kv_len: lens[i] as usize,
+        row: places[i] as usize,
+    };
+    for s in (0..lens.len()).map(sequence) {
+        check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
+            format!(
+                "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
+                s.tokens.len(),
+                s.row,
+                s.kv_len
+            )
+        })?;
+    }
+    Ok((0..lens.len()).map(sequence))
+}

@@ -1,0 +1,489 @@
+//! A decoder-only transformer computed layer by layer as the layers arrive.
+//!
+//! A pass takes any number of tokens of any number of sequences. Inside each layer they go through in blocks of a fixed
+//! size, so that only the residual stream and the KV cache grow with the context, and the bytes streamed do not.
+
+use super::{
+    Model, NORM,
+    workspace::{Layout, Region, Workspace},
+};
+use crate::{
+    device::{self, TensorRef},
+    dtype::DType,
+    error::{Error, Result},
+    kernels::{AttentionMask, Kernels, Ragged},
+    pipeline::{Layer, LayerStreamer, StaticTensors},
+    plan::{Plan, Settings, UnitPlan},
+};
+
+/// Tokens that go through a layer at once.
+const BLOCK: usize = 256;
+
+/// Tokens that go through the output head at once.
+const HEAD_BLOCK: usize = 16;
+
+/// New tokens of one sequence of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    /// The sequence's row in the KV cache.
+    pub row: usize,
+    /// The tokens that follow what the cache holds; at least one.
+    pub tokens: &'a [u32],
+}
+
+/// Regions of device memory whose size depends on the context, on the block, or on neither.
+struct Regions {
+    residual: Region,
+    positions: Region,
+    ids: Region,
+    blocks: Region,
+    inv_freq: Region,
+    hidden: Region,
+    query: Region,
+    key: Region,
+    value: Region,
+    mixed: Region,
+    gate: Region,
+    up: Region,
+    last: Region,
+    head_in: Region,
+    head_normed: Region,
+    logits: Region,
+    best: Region,
+}
+
+/// A model with its memory on a device. The KV cache holds `batch` sequences of up to `context` tokens.
+pub struct Decoder<D: Kernels> {
+    model: Model,
+    device: D,
+    streamer: LayerStreamer<D>,
+    statics: StaticTensors<D>,
+    stream: D::Stream,
+    cache: Workspace<D>,
+    cache_regions: [Vec<Region>; 2],
+    work: Workspace<D>,
+    regions: Regions,
+    batch: usize,
+    context: usize,
+    lengths: Vec<usize>,
+    /// Of the pass before: its tokens, and the number of each sequence's last one.
+    tokens: usize,
+    last: Vec<u32>,
+    /// Filled and uploaded in each pass; kept so that nothing is allocated.
+    upload: Vec<u32>,
+}
+
+fn cache_layout(model: &Model, batch: usize, context: usize) -> (Layout, [Vec<Region>; 2]) {
+    let (layout, config) = (Layout::default(), &model.config);
+    let shape = [batch, config.kv_heads, context, config.head_dim];
+    let regions = [(), ()].map(|()| (0..config.layers).map(|_| layout.region(DType::F32, &shape)).collect());
+    (layout, regions)
+}
+
+fn work_layout(model: &Model, batch: usize, context: usize) -> (Layout, Regions) {
+    let (layout, config) = (Layout::default(), &model.config);
+    let tokens = batch.saturating_mul(context);
+    let block = tokens.min(BLOCK);
+    let head_block = tokens.min(HEAD_BLOCK);
+    let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
+    let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
+    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let regions = Regions {
+        residual: f32s(&[tokens, config.hidden]),
+        positions: u32s(&[tokens]),
+        ids: u32s(&[tokens]),
+        blocks: u32s(&[tokens.div_ceil(block.max(1)), 3 * batch + 1]),
+        inv_freq: f32s(&[config.head_dim / 2]),
+        hidden: f32s(&[block, config.hidden]),
+        query: f32s(&[block, q]),
+        key: f32s(&[block, kv]),
+        value: f32s(&[block, kv]),
+        mixed: f32s(&[block, q]),
+        gate: f32s(&[block, config.ffn]),
+        up: f32s(&[block, config.ffn]),
+        last: u32s(&[batch]),
+        head_in: f32s(&[head_block, config.hidden]),
+        head_normed: f32s(&[head_block, config.hidden]),
+        logits: f32s(&[head_block, config.vocab]),
+        best: u32s(&[head_block]),
+    };
+    (layout, regions)
+}
+
+impl<D: Kernels> Decoder<D> {
+    /// Reserves everything, loads what stays on the device, and starts streaming.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's; else as [`LayerStreamer::new`].
+    pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
+        check_size(model, batch, context)?;
+        device.bind_thread()?;
+        let (cache_layout, cache_regions) = cache_layout(model, batch, context);
+        let (work_layout, regions) = work_layout(model, batch, context);
+        let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
+        let work = Workspace::new(device, "activations", &work_layout)?;
+        let streamer = LayerStreamer::new(device, &model.checkpoint, &model.units, settings)?;
+        let statics = streamer.load_static(&model.statics())?;
+        let stream = device.stream()?;
+        let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
+        device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;
+        Ok(Self {
+            device: device.clone(),
+            streamer,
+            statics,
+            stream,
+            cache,
+            cache_regions,
+            work,
+            regions,
+            batch,
+            context,
+            lengths: vec![0; batch],
+            tokens: 0,
+            last: Vec::with_capacity(batch),
+            upload: Vec::with_capacity(batch * context),
+            model: model.clone(),
+        })
+    }
+
+    /// What [`Decoder::new`] will reserve with the same arguments: descriptions and bytes.
+    ///
+    /// # Errors
+    /// As there, as far as can be known beforehand.
+    pub fn memory(
+        device: &D,
+        model: &Model,
+        settings: &Settings,
+        batch: usize,
+        context: usize,
+    ) -> Result<Vec<(String, usize)>> {
+        check_size(model, batch, context)?;
+        let mut rows = Plan::new(&model.checkpoint, &model.units, settings)?.memory();
+        let mut statics = crate::plan::Unit::new("the static tensors");
+        model.statics().into_iter().for_each(|name| _ = statics.keep(name, name));
+        rows.push(("static tensors".into(), UnitPlan::new(&model.checkpoint, &statics)?.device_bytes));
+        let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
+        rows.push((format!("KV cache of {sequences}{context} tokens"), cache_layout(model, batch, context).0.bytes()?));
+        rows.push(("activations".into(), work_layout(model, batch, context).0.bytes()?));
+        rows.push(("kernels' scratch".into(), device.scratch_bytes()));
+        Ok(rows)
+    }
+
+    /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a row is out of range or named twice, a sequence has no token or would outgrow the context, or
+    /// a token is not in the vocabulary; else the streamer's. After an error the cache is as it was before.
+    pub fn forward(&mut self, batch: &[Sequence<'_>]) -> Result<()> {
+        self.forward_observed(batch, |_, _| Ok(()))
+    }
+
+    /// As [`forward`](Self::forward); after each layer `observe` is given its number and the residual stream `[T, H]`.
+    ///
+    /// # Errors
+    /// As there, or what `observe` returns.
+    pub fn forward_observed(
+        &mut self,
+        batch: &[Sequence<'_>],
+        mut observe: impl FnMut(usize, TensorRef<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.check_batch(batch)?;
+        self.tokens = 0;
+        let tokens = self.upload_batch(batch)?;
+        let Self { streamer, stream, device, statics, work, regions, model, .. } = self;
+        let (hidden, sequences) = (model.config.hidden, batch.len());
+        let ids = work.read(regions.ids, 0, &[tokens])?;
+        let residual = work.write(regions.residual, 0, &[tokens, hidden])?;
+        device.embed(stream, statics.tensor(super::EMBED)?, ids, residual)?;
+        let math =
+            LayerMath { device, stream, model, work, regions, cache: &self.cache, cache_regions: &self.cache_regions };
+        let shape = [self.batch, model.config.kv_heads, self.context, model.config.head_dim];
+        streamer.run_pass(stream, (), |(), layer| {
+            for (number, start) in (0..tokens).step_by(BLOCK).enumerate() {
+                math.block(layer, number, start, BLOCK.min(tokens - start), sequences, shape)?;
+            }
+            observe(layer.index(), work.read(regions.residual, 0, &[tokens, hidden])?)
+        })?;
+        for sequence in batch {
+            self.lengths[sequence.row] += sequence.tokens.len();
+        }
+        self.tokens = tokens;
+        Ok(())
+    }
+
+    fn check_batch(&self, batch: &[Sequence<'_>]) -> Result<()> {
+        if batch.is_empty() {
+            return Err(Error::setting("batch", "has no sequence"));
+        }
+        for (number, sequence) in batch.iter().enumerate() {
+            let Some(&length) = self.lengths.get(sequence.row) else {
+                return Err(Error::setting(
+                    "row",
+                    format!("is {}, the KV cache has {} rows", sequence.row, self.batch),
+                ));
+            };
+            if batch[..number].iter().any(|other| other.row == sequence.row) {
+                return Err(Error::setting("row", format!("{} is in the batch twice", sequence.row)));
+            }
+            if sequence.tokens.is_empty() {
+                return Err(Error::setting("prompt", "is empty; give at least one token"));
+            }
+            if length + sequence.tokens.len() > self.context {
+                let cause =
+                    format!("{} tokens after {length} exceed the context of {}", sequence.tokens.len(), self.context);
+                return Err(Error::setting("prompt", cause));
+            }
+            if let Some(id) = sequence.tokens.iter().find(|&&id| id as usize >= self.model.config.vocab) {
+                let cause = format!("token {id} is not in the vocabulary of {}", self.model.config.vocab);
+                return Err(Error::setting("prompt", cause));
+            }
+        }
+        Ok(())
+    }
+
+    /// Uploads what the kernels need to know of the batch; returns how many tokens it has.
+    fn upload_batch(&mut self, batch: &[Sequence<'_>]) -> Result<usize> {
+        let Self { device, stream, work, regions, lengths, upload, .. } = self;
+        let mut send = |region: Region, values: &mut dyn Iterator<Item = u32>| -> Result<()> {
+            upload.clear();
+            upload.extend(values);
+            let mut to = work.write(region, 0, &[upload.len()])?;
+            device::upload(device, stream, upload, &mut to)
+        };
+        let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        send(regions.ids, &mut batch.iter().flat_map(|sequence| sequence.tokens.iter().copied()))?;
+        let lengths = &*lengths;
+        let positions = |s: &Sequence<'_>| lengths[s.row] as u32..(lengths[s.row] + s.tokens.len()) as u32;
+        send(regions.positions, &mut batch.iter().flat_map(positions))?;
+
+        // Per block: where each sequence's tokens begin in it, how long its cache is by then, and its row.
+        let begins: Vec<usize> = (batch.iter())
+            .scan(0, |end, s| {
+                *end += s.tokens.len();
+                Some(*end - s.tokens.len())
+            })
+            .collect();
+        let mut blocks = (0..tokens).step_by(BLOCK).flat_map(|start| {
+            let end = tokens.min(start + BLOCK);
+            let clip = move |at: usize| at.clamp(start, end);
+            let sequences = || begins.iter().zip(batch);
+            let offsets = sequences().map(move |(&begin, _)| clip(begin) - start).chain([end - start]);
+            let lens =
+                sequences().map(move |(&begin, s)| lengths[s.row] + end.min(begin + s.tokens.len()).max(begin) - begin);
+            let rows = batch.iter().map(|s| s.row);
+            offsets.chain(lens).chain(rows).map(|value| value as u32).collect::<Vec<_>>()
+        });
+        send(regions.blocks, &mut blocks)?;
+        self.last.clear();
+        self.last.extend(begins.iter().zip(batch).map(|(begin, s)| (begin + s.tokens.len() - 1) as u32));
+        Ok(tokens)
+    }
+
+    /// The most likely next token of each sequence of the pass before, in its order, appended to `out`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if no pass went before, or the device's own.
+    pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
+        self.check_passed()?;
+        let regions = &self.regions;
+        let mut to = self.work.write(regions.last, 0, &[self.last.len()])?;
+        device::upload(&self.device, &self.stream, &self.last, &mut to)?;
+        for start in (0..self.last.len()).step_by(HEAD_BLOCK) {
+            let rows = HEAD_BLOCK.min(self.last.len() - start);
+            let (indices, hidden) = (self.work.read(regions.last, start, &[rows])?, self.model.config.hidden);
+            let residual = self.work.read(regions.residual, 0, &[self.tokens, hidden])?;
+            let head_in = self.work.write(regions.head_in, 0, &[rows, hidden])?;
+            self.device.gather(&self.stream, residual, indices, head_in)?;
+            let logits = self.head(self.work.read(regions.head_in, 0, &[rows, hidden])?)?;
+            self.device.argmax(&self.stream, logits, self.work.write(regions.best, 0, &[rows])?)?;
+            let before = out.len();
+            out.resize(before + rows, 0);
+            device::download(
+                &self.device,
+                &self.stream,
+                self.work.read(regions.best, 0, &[rows])?,
+                &mut out[before..],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The logits of every token of the pass before, in order, as rows of the vocabulary's length, a few rows at a time.
+    ///
+    /// # Errors
+    /// As [`greedy`](Self::greedy), or what `sink` returns.
+    pub fn all_logits<E: From<Error>>(&mut self, mut sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
+        self.check_passed()?;
+        let (hidden, vocab) = (self.model.config.hidden, self.model.config.vocab);
+        let mut rows_out = Vec::new();
+        for start in (0..self.tokens).step_by(HEAD_BLOCK) {
+            let rows = HEAD_BLOCK.min(self.tokens - start);
+            let logits = self.head(self.work.read(self.regions.residual, start * hidden, &[rows, hidden])?)?;
+            rows_out.resize(rows * vocab, 0.0);
+            device::download(&self.device, &self.stream, logits, &mut rows_out)?;
+            sink(&rows_out)?;
+        }
+        Ok(())
+    }
+
+    /// Final norm and output head of some rows of the residual stream.
+    fn head(&self, residual: TensorRef<'_>) -> Result<TensorRef<'_>> {
+        let (config, regions) = (&self.model.config, &self.regions);
+        let rows = residual.shape()[0];
+        let normed = self.work.write(regions.head_normed, 0, &[rows, config.hidden])?;
+        self.device.rms_norm(&self.stream, residual, self.statics.tensor(NORM)?, config.rms_eps, normed)?;
+        let normed = self.work.read(regions.head_normed, 0, &[rows, config.hidden])?;
+        let logits = self.work.write(regions.logits, 0, &[rows, config.vocab])?;
+        self.device.linear(&self.stream, normed, self.statics.tensor(self.model.head())?, None, logits)?;
+        self.work.read(regions.logits, 0, &[rows, config.vocab])
+    }
+
+    fn check_passed(&self) -> Result<()> {
+        if self.tokens > 0 { Ok(()) } else { Err(Error::setting("logits", "need a forward pass that succeeded")) }
+    }
+
+    /// How many tokens of sequence `row` the KV cache holds.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn length(&self, row: usize) -> usize {
+        self.lengths[row]
+    }
+
+    /// How many tokens a sequence may have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Forgets all tokens of sequence `row` from number `length` on.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if there is no such row, or it is shorter.
+    pub fn truncate(&mut self, row: usize, length: usize) -> Result<()> {
+        match self.lengths.get_mut(row) {
+            Some(held) if length <= *held => *held = length,
+            Some(held) => {
+                return Err(Error::setting("truncate", format!("to {length}, but row {row} holds {held} tokens")));
+            }
+            None => return Err(Error::setting("row", format!("is {row}, the KV cache has {} rows", self.batch))),
+        }
+        Ok(())
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The streamer underneath, for its counts and hooks.
+    pub fn streamer(&mut self) -> &mut LayerStreamer<D> {
+        &mut self.streamer
+    }
+}
+
+fn check_size(model: &Model, batch: usize, context: usize) -> Result<()> {
+    if batch == 0 || batch > u16::MAX.into() {
+        return Err(Error::setting("batch", format!("is {batch}, expected 1 to {}", u16::MAX)));
+    }
+    if context == 0 || context > model.config.max_positions {
+        let most = model.config.max_positions;
+        return Err(Error::setting("context", format!("is {context} tokens, this model takes 1 to {most}")));
+    }
+    Ok(())
+}
+
+/// What a layer computes with, apart from its weights.
+struct LayerMath<'a, D: Kernels> {
+    device: &'a D,
+    stream: &'a D::Stream,
+    model: &'a Model,
+    work: &'a Workspace<D>,
+    regions: &'a Regions,
+    cache: &'a Workspace<D>,
+    cache_regions: &'a [Vec<Region>; 2],
+}
+
+impl<D: Kernels> LayerMath<'_, D> {
+    /// Sends tokens `start..start + tokens`, the block called `number`, through a layer.
+    fn block(
+        &self,
+        layer: &Layer<'_, D>,
+        number: usize,
+        start: usize,
+        tokens: usize,
+        sequences: usize,
+        cache_shape: [usize; 4],
+    ) -> Result<()> {
+        let Self { device, stream, work, regions: at, cache, .. } = *self;
+        let config = &self.model.config;
+        let (hidden, heads, groups, size, ffn) =
+            (config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn);
+        let (q, kv) = (heads * size, groups * size);
+        let linear = |x: TensorRef<'_>, name: &str, bias: &str, out| {
+            device.linear(stream, x, layer.tensor(name)?, layer.get(bias), out)
+        };
+        let residual = || work.write(at.residual, start * hidden, &[tokens, hidden]);
+        let header = number * (3 * sequences + 1);
+        let batch = Ragged {
+            q_offsets: work.read(at.blocks, header, &[sequences + 1])?,
+            kv_lens: work.read(at.blocks, header + sequences + 1, &[sequences])?,
+            rows: work.read(at.blocks, header + 2 * sequences + 1, &[sequences])?,
+        };
+        let positions = work.read(at.positions, start, &[tokens])?;
+        let inv_freq = work.read(at.inv_freq, 0, &[size / 2])?;
+
+        let norm = |name: &str| -> Result<TensorRef<'_>> {
+            let normed = work.write(at.hidden, 0, &[tokens, hidden])?;
+            device.rms_norm(stream, residual()?.as_ref(), layer.tensor(name)?, config.rms_eps, normed)?;
+            work.read(at.hidden, 0, &[tokens, hidden])
+        };
+        let x = norm("input_layernorm.weight")?;
+        for (region, width, name, bias) in [
+            (at.query, q, "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
+            (at.key, kv, "self_attn.k_proj.weight", "self_attn.k_proj.bias"),
+            (at.value, kv, "self_attn.v_proj.weight", "self_attn.v_proj.bias"),
+        ] {
+            linear(x, name, bias, work.write(region, 0, &[tokens, width])?)?;
+        }
+        for (region, heads, norm) in
+            [(at.query, heads, "self_attn.q_norm.weight"), (at.key, groups, "self_attn.k_norm.weight")]
+        {
+            let view = || work.write(region, 0, &[tokens, heads, size]);
+            if config.family.qk_norm {
+                device.rms_norm_in_place(stream, view()?, layer.tensor(norm)?, config.rms_eps)?;
+            }
+            device.rope(stream, view()?, positions, inv_freq)?;
+        }
+        let [keys, values] = [0, 1].map(|kind| self.cache_regions[kind][layer.index()]);
+        for (region, to) in [(at.key, keys), (at.value, values)] {
+            let block = work.read(region, 0, &[tokens, groups, size])?;
+            device.append_kv(stream, block, batch, cache.write(to, 0, &cache_shape)?)?;
+        }
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.window_of(layer.index()) };
+        device.attention(
+            stream,
+            work.read(at.query, 0, &[tokens, heads, size])?,
+            cache.read(keys, 0, &cache_shape)?,
+            cache.read(values, 0, &cache_shape)?,
+            batch,
+            mask,
+            work.write(at.mixed, 0, &[tokens, heads, size])?,
+        )?;
+        let mixed = work.read(at.mixed, 0, &[tokens, q])?;
+        linear(
+            mixed,
+            "self_attn.o_proj.weight",
+            "self_attn.o_proj.bias",
+            work.write(at.hidden, 0, &[tokens, hidden])?,
+        )?;
+        device.add(stream, residual()?, work.read(at.hidden, 0, &[tokens, hidden])?)?;
+
+        let x = norm("post_attention_layernorm.weight")?;
+        linear(x, "mlp.gate_proj.weight", "mlp.gate_proj.bias", work.write(at.gate, 0, &[tokens, ffn])?)?;
+        linear(x, "mlp.up_proj.weight", "mlp.up_proj.bias", work.write(at.up, 0, &[tokens, ffn])?)?;
+        device.swiglu(stream, work.write(at.gate, 0, &[tokens, ffn])?, work.read(at.up, 0, &[tokens, ffn])?)?;
+        let gated = work.read(at.gate, 0, &[tokens, ffn])?;
+        linear(gated, "mlp.down_proj.weight", "mlp.down_proj.bias", work.write(at.hidden, 0, &[tokens, hidden])?)?;
+        device.add(stream, residual()?, work.read(at.hidden, 0, &[tokens, hidden])?)
+    }
+}

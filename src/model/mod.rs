@@ -1,0 +1,98 @@
+//! Decoder-only models on top of the streamer and the kernels.
+//!
+//! A [`Model`] is what a folder says, checked; a [`Decoder`] holds the memory and computes; [`Decoder::generate`] decodes
+//! greedily. Llama, Mistral, Qwen2 and Qwen3 differ by a row of a table in `config.rs`.
+
+mod config;
+mod decoder;
+mod generate;
+mod workspace;
+
+use std::path::Path;
+
+pub use config::ModelConfig;
+pub use decoder::{Decoder, Sequence};
+
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    plan::Unit,
+};
+
+/// The embedding table, the norm before the output head, and the output head of untied models.
+const EMBED: &str = "model.embed_tokens.weight";
+const NORM: &str = "model.norm.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// A model's configuration and checkpoint, found to agree.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Dimensions and constants.
+    pub config: ModelConfig,
+    /// Where the tensors lie.
+    pub checkpoint: Checkpoint,
+    /// One unit per layer.
+    pub units: Vec<Unit>,
+}
+
+impl Model {
+    /// Opens a Hugging Face folder and checks that every tensor that the configuration calls for is there, with its shape,
+    /// and that no layer has one that would be left out of the computation.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`], [`Error::Io`] or [`Error::Unsupported`], naming file and tensor.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config = ModelConfig::read(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let require = |name: &str, shape: &[usize]| match checkpoint.describe(name) {
+            None => Err(Error::tensor(folder, name, "config.json calls for it, but the checkpoint lacks it")),
+            Some((_, stored)) if stored != shape => {
+                Err(Error::tensor(folder, name, format!("is {stored:?} in the checkpoint, {shape:?} by config.json")))
+            }
+            Some(_) => Ok(()),
+        };
+        require(EMBED, &[config.vocab, config.hidden])?;
+        require(NORM, &[config.hidden])?;
+        if !config.tied {
+            require(HEAD, &[config.vocab, config.hidden])?;
+        }
+        let tensors = config.layer_tensors();
+        let units = (0..config.layers).map(|layer| {
+            let mut unit = Unit::new(format!("layer {layer}"));
+            for (name, shape) in &tensors {
+                let full = format!("model.layers.{layer}.{name}");
+                require(&full, shape)?;
+                unit.keep(*name, full);
+            }
+            Ok(unit)
+        });
+        let units = units.collect::<Result<Vec<_>>>()?;
+        for name in checkpoint.names() {
+            let Some((layer, local)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
+                continue;
+            };
+            let used = layer.parse::<usize>().is_ok_and(|layer| layer < config.layers)
+                && tensors.iter().any(|(known, _)| *known == local);
+            // Older Llama checkpoints carry the rotation frequencies, which follow from the configuration.
+            if !used && local != "self_attn.rotary_emb.inv_freq" {
+                return Err(Error::tensor(
+                    folder,
+                    name,
+                    "config.json knows no such tensor; the model would compute without it",
+                ));
+            }
+        }
+        Ok(Self { config, checkpoint, units })
+    }
+
+    /// The tensors that stay on the device.
+    pub(crate) fn statics(&self) -> Vec<&'static str> {
+        if self.config.tied { vec![EMBED, NORM] } else { vec![EMBED, NORM, HEAD] }
+    }
+
+    /// The name of the output head's weights.
+    pub(crate) fn head(&self) -> &'static str {
+        if self.config.tied { EMBED } else { HEAD }
+    }
+}

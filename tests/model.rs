@@ -1,0 +1,278 @@
+//! The decoder against what Hugging Face transformers computes for the same checkpoints (`tests/data/make_reference.py`), and
+//! the speller, which anyone can check by eye.
+
+mod common;
+
+use std::{collections::HashMap, fs, ops::ControlFlow, path::Path};
+
+use common::data;
+use layer_streamer::{
+    Error, Settings, device,
+    device::{Cpu, Device},
+    model::{Decoder, Model, Sequence},
+    trace::Stage,
+};
+use safetensors::SafeTensors;
+
+const REFERENCES: [&str; 6] = ["qwen2-f32", "qwen2-sharded", "qwen2-tied", "llama3", "mistral", "qwen3"];
+
+struct Expected {
+    prompt: Vec<u32>,
+    continuation: Vec<u32>,
+    floats: HashMap<String, Vec<f32>>,
+}
+
+fn expected(folder: &Path) -> Expected {
+    let bytes = fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = |name: &str| {
+        let view = file.tensor(name).unwrap();
+        view.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
+    };
+    let floats =
+        |name: &str| file.tensor(name).unwrap().data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let names = file.names().into_iter().filter(|name| name.starts_with("hidden") || *name == "logits");
+    Expected {
+        prompt: ids("prompt"),
+        continuation: ids("continuation"),
+        floats: names.map(|name| (name.to_owned(), floats(name))).collect(),
+    }
+}
+
+fn decoder(model: &Model, batch: usize, context: usize) -> Decoder<Cpu> {
+    Decoder::new(&Cpu, model, &Settings::default(), batch, context).unwrap()
+}
+
+/// ‖a − b‖ / ‖b‖
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f64| x * x;
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+    (difference / b.iter().map(|b| square(f64::from(*b))).sum::<f64>()).sqrt()
+}
+
+fn logits(decoder: &mut Decoder<Cpu>) -> Vec<f32> {
+    let mut all = Vec::new();
+    decoder
+        .all_logits(|rows| {
+            all.extend_from_slice(rows);
+            Ok::<_, Error>(())
+        })
+        .unwrap();
+    all
+}
+
+fn generate(decoder: &mut Decoder<Cpu>, prompts: &[&[u32]], most: usize, stop: &[u32]) -> Vec<Vec<u32>> {
+    let mut found = vec![Vec::new(); prompts.len()];
+    decoder
+        .generate(prompts, most, stop, |row, token| {
+            found[row].push(token);
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        })
+        .unwrap();
+    found
+}
+
+fn forget(decoder: &mut Decoder<Cpu>, rows: usize) {
+    (0..rows).for_each(|row| decoder.truncate(row, 0).unwrap());
+}
+
+#[test]
+fn prompt_logits_and_every_residual_stream_agree_with_the_reference() {
+    for name in REFERENCES {
+        let (folder, stream) = (data(name), Cpu.stream().unwrap());
+        let (model, reference) = (Model::open(&folder).unwrap(), expected(&folder));
+        let mut decoder = decoder(&model, 1, reference.prompt.len());
+        let batch = [Sequence { row: 0, tokens: &reference.prompt }];
+        let mut layers = 0;
+        let pass = decoder.forward_observed(&batch, |layer, residual| {
+            let mut hidden = vec![0.0; residual.elements()];
+            device::download(&Cpu, &stream, residual, &mut hidden)?;
+            let off = distance(&hidden, &reference.floats[&format!("hidden.{layer}")]);
+            assert!(off <= 1e-4, "{name}: residual stream after layer {layer} is off by {off:.1e}");
+            layers += 1;
+            Ok(())
+        });
+        pass.unwrap();
+        assert_eq!(layers, model.config.layers);
+        let off = distance(&logits(&mut decoder), &reference.floats["logits"]);
+        assert!(off <= 1e-4, "{name}: logits are off by {off:.1e}");
+        println!("{name}: logits off by {off:.1e}");
+    }
+}
+
+#[test]
+fn the_greedy_continuation_is_the_reference_s_alone_and_in_a_batch_of_unequal_lengths() {
+    for name in REFERENCES {
+        let folder = data(name);
+        let (model, reference) = (Model::open(&folder).unwrap(), expected(&folder));
+        let prompt = reference.prompt.as_slice();
+        let (part, more) = prompt.split_at(prompt.len() / 2);
+        let mut decoder = decoder(&model, 2, prompt.len() + 20);
+        assert_eq!(generate(&mut decoder, &[prompt], 16, &[])[0], reference.continuation, "{name}");
+
+        forget(&mut decoder, 2);
+        let alone = generate(&mut decoder, &[part], 16, &[]).remove(0);
+        for (prompts, at) in [([prompt, part], 0), ([part, prompt], 1)] {
+            forget(&mut decoder, 2);
+            let found = generate(&mut decoder, &prompts, 16, &[]);
+            assert_eq!(found[at], reference.continuation, "{name} as sequence {at} of two");
+            assert_eq!(found[1 - at], alone, "{name}, the other sequence");
+        }
+
+        // The prompt in two passes, something wrong in between, truncated and done again.
+        forget(&mut decoder, 2);
+        for tokens in [part, &[5, 6, 7][..]] {
+            decoder.forward(&[Sequence { row: 1, tokens }]).unwrap();
+        }
+        decoder.truncate(1, part.len()).unwrap();
+        assert_eq!(decoder.length(1), part.len());
+        decoder.forward(&[Sequence { row: 1, tokens: more }]).unwrap();
+        let mut ids = Vec::new();
+        for _ in 0..16 {
+            decoder.greedy(&mut ids).unwrap();
+            decoder.forward(&[Sequence { row: 1, tokens: &ids[ids.len() - 1..] }]).unwrap();
+        }
+        assert_eq!(ids, reference.continuation, "{name} after truncate and redo");
+    }
+}
+
+#[test]
+fn a_prompt_of_several_blocks_gives_what_token_by_token_gives_and_streams_as_many_bytes() {
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let ids: Vec<u32> = (0..400u32).map(|i| 3 + i * 7919 % 300).collect();
+    let (long, short) = (&ids[..390], &ids[..150]);
+    let bytes = |decoder: &mut Decoder<Cpu>| decoder.streamer().stats().stage(Stage::Compute).bytes;
+    let mut whole = decoder(&model, 3, 400);
+    // Three sequences whose borders lie inside blocks; the middle one is the long one.
+    let batch =
+        [Sequence { row: 2, tokens: short }, Sequence { row: 0, tokens: long }, Sequence { row: 1, tokens: &ids[..1] }];
+    whole.forward(&batch).unwrap();
+    let at_once = logits(&mut whole);
+    let per_pass = whole.streamer().plan().bytes_per_pass() as u64;
+    assert_eq!(bytes(&mut whole), per_pass);
+    whole.forward(&[Sequence { row: 0, tokens: &ids[..1] }]).unwrap();
+    assert_eq!(bytes(&mut whole), 2 * per_pass);
+
+    let vocab = model.config.vocab;
+    let mut pieces = decoder(&model, 1, 400);
+    let mut one_by_one = Vec::new();
+    for tokens in long.chunks(13) {
+        pieces.forward(&[Sequence { row: 0, tokens }]).unwrap();
+        one_by_one.extend(logits(&mut pieces));
+    }
+    let off = distance(&at_once[150 * vocab..540 * vocab], &one_by_one);
+    assert!(off <= 1e-5, "long sequence off by {off:.1e}");
+    let off = distance(&at_once[..150 * vocab], &one_by_one[..150 * vocab]);
+    assert!(off <= 1e-5, "short sequence off by {off:.1e}");
+}
+
+#[test]
+fn misuse_of_the_decoder_is_an_error_and_leaves_the_cache_as_it_was() {
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let mut decoder = decoder(&model, 2, 8);
+    decoder.forward(&[Sequence { row: 0, tokens: &[3, 4, 5] }]).unwrap();
+    let long = [3; 6];
+    for (batch, part) in [
+        (vec![], "no sequence"),
+        (vec![(2, &[3][..])], "2 rows"),
+        (vec![(1, &[3][..]), (1, &[4][..])], "twice"),
+        (vec![(1, &[][..])], "empty"),
+        (vec![(0, &long[..])], "exceed the context of 8"),
+        (vec![(1, &[320][..])], "vocabulary of 320"),
+    ] {
+        let batch: Vec<_> = batch.into_iter().map(|(row, tokens)| Sequence { row, tokens }).collect();
+        let message = decoder.forward(&batch).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+        assert_eq!((decoder.length(0), decoder.length(1)), (3, 0));
+    }
+    assert!(decoder.truncate(0, 4).unwrap_err().to_string().contains("holds 3"));
+    assert!(decoder.truncate(9, 0).is_err());
+    for (batch, context) in [(0, 8), (1, 0), (1, 513)] {
+        assert!(Decoder::new(&Cpu, &model, &Settings::default(), batch, context).is_err());
+    }
+}
+
+/// The reference spelling, written down independently of the model.
+fn spell(n: u32) -> String {
+    const ONES: [&str; 20] = [
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+    ];
+    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    let joined = |head: String, glue: &str, rest: u32| if rest == 0 { head } else { head + glue + &spell(rest) };
+    match n {
+        0..20 => ONES[n as usize].into(),
+        20..100 => joined(TENS[n as usize / 10].into(), "-", n % 10),
+        100..1000 => joined(format!("{} hundred", ONES[n as usize / 100]), " ", n % 100),
+        _ => joined(format!("{} thousand", spell(n / 1000)), " ", n % 1000),
+    }
+}
+
+fn speller() -> (Model, tokenizers::Tokenizer) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/speller");
+    (Model::open(&folder).unwrap(), tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
+}
+
+#[test]
+fn the_speller_is_right_on_at_least_995_in_1000_random_numbers() {
+    let (model, tokenizer) = speller();
+    let mut rng = fastrand::Rng::with_seed(20);
+    let numbers: Vec<u32> = (0..500).map(|_| rng.u32(..1_000_000)).collect();
+    let ids: Vec<Vec<u32>> =
+        numbers.iter().map(|n| tokenizer.encode(format!("{n}="), false).unwrap().get_ids().to_vec()).collect();
+    let mut decoder = decoder(&model, 100, 48);
+    let mut right = 0;
+    for (numbers, ids) in numbers.chunks(100).zip(ids.chunks(100)) {
+        forget(&mut decoder, 100);
+        let prompts: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+        for (n, found) in numbers.iter().zip(generate(&mut decoder, &prompts, 32, &model.config.stop)) {
+            right += usize::from(tokenizer.decode(&found, true).unwrap() == format!(" {}", spell(*n)));
+        }
+    }
+    println!("{right} of {} right", numbers.len());
+    assert!(right * 1000 >= 995 * numbers.len(), "{right} of {}", numbers.len());
+}
+
+#[test]
+fn every_combination_of_stages_and_batches_gives_the_same_text() {
+    let (model, tokenizer) = speller();
+    let prompt = tokenizer.encode("907613=", false).unwrap();
+    for n_cpu in [0, 1, 5] {
+        for n_cpu_pinned in [0, 1, 4] {
+            for n_gpu in [1, 2, 7] {
+                let batches = |n: usize| if n > 1 { vec![0, 2, n] } else { vec![n] };
+                for batch_cpu in batches(n_cpu) {
+                    for batch_cpu_pinned in batches(n_cpu_pinned) {
+                        for batch_gpu in batches(n_gpu) {
+                            let settings =
+                                Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu };
+                            let mut decoder = Decoder::new(&Cpu, &model, &settings, 1, 32).unwrap();
+                            let found = generate(&mut decoder, &[prompt.get_ids()], 24, &model.config.stop).remove(0);
+                            let text = tokenizer.decode(&found, true).unwrap();
+                            assert_eq!(text, " nine hundred seven thousand six hundred thirteen", "{settings:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
