@@ -155,7 +155,7 @@ mod tests {
     }
 }
 
-/// `RUSTFLAGS="--cfg loom" cargo test --release --lib loom_` runs every interleaving of these.
+/// The crate in `tests/loom` runs every interleaving of these.
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;

@@ -6,13 +6,13 @@ pub(crate) use loom::{
     cell::UnsafeCell,
     sync::{
         Condvar, Mutex,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
     },
 };
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Condvar, Mutex,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
 use std::sync::Arc;
@@ -57,14 +57,15 @@ impl Signal {
 
     /// What to hand to [`wait`](Signal::wait). Take it before looking for work.
     pub(crate) fn ticket(&self) -> u32 {
-        self.count.load(Ordering::SeqCst)
+        self.count.load(Ordering::Acquire)
     }
 
     /// Says that there may be work. Any thread may call it.
     pub(crate) fn notify(&self) {
-        self.count.fetch_add(1, Ordering::SeqCst);
-        // SeqCst on both sides: either this load sees the sleeper, or the sleeper's load of `count` sees the line above.
-        if self.asleep.load(Ordering::SeqCst) {
+        self.count.fetch_add(1, Ordering::Release);
+        // A fence on both sides: either this load sees the sleeper, or the sleeper's load of `count` sees the line above.
+        fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) {
             // Taking the lock puts this after the sleeper's last look at `count`, so that the wake-up cannot come too early.
             drop(self.lock.lock());
             self.woken.notify_one();
@@ -84,10 +85,11 @@ impl Signal {
             }
         }
         let mut guard = self.lock.lock().expect("nothing panics under this lock");
-        self.asleep.store(true, Ordering::SeqCst);
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         while self.ticket() == ticket {
             guard = self.woken.wait(guard).expect("nothing panics under this lock");
         }
-        self.asleep.store(false, Ordering::SeqCst);
+        self.asleep.store(false, Ordering::Relaxed);
     }
 }
