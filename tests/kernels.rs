@@ -1,0 +1,287 @@
+//! The CPU kernels against plain f64 arithmetic written from the papers' formulas, on fresh random data.
+
+use half::{bf16, f16};
+use layer_streamer::{
+    DType, Element, Error,
+    device::{Cpu, CpuMemory, Device, DevicePtr, Shape, TensorMut, TensorRef},
+    kernels::{AttentionMask, Kernels, Ragged},
+};
+
+/// A tensor in memory of its own, filled from host values.
+struct Tensor {
+    _memory: CpuMemory,
+    ptr: DevicePtr,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl Tensor {
+    fn new<T: Element>(shape: &[usize], values: &[T]) -> Self {
+        assert_eq!(values.len(), shape.iter().product::<usize>());
+        let memory = Cpu.allocate("a test", size_of_val(values).max(1)).unwrap();
+        let tensor = Self { ptr: Cpu.address(&memory), _memory: memory, dtype: T::DTYPE, shape: shape.to_vec() };
+        let stream = Cpu.stream().unwrap();
+        // SAFETY: the memory is as long as the values.
+        unsafe { Cpu.copy_to_device(tensor.ptr, values.as_ptr().cast(), size_of_val(values), &stream).unwrap() };
+        tensor
+    }
+
+    fn zeros(shape: &[usize]) -> Self {
+        Self::new(shape, &vec![f32::NAN; shape.iter().product()])
+    }
+
+    fn get(&self) -> TensorRef<'_> {
+        // SAFETY: the memory holds the tensor and lives as long as self.
+        unsafe { TensorRef::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).unwrap()) }
+    }
+
+    fn out(&mut self) -> TensorMut<'_> {
+        // SAFETY: as above, and self is borrowed mutably.
+        unsafe { TensorMut::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).unwrap()) }
+    }
+
+    fn values<T: Element>(&self) -> Vec<T> {
+        assert_eq!(self.dtype, T::DTYPE);
+        let count = self.shape.iter().product();
+        // SAFETY: the memory holds that many elements of the type just checked.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast::<T>(), count) }.to_vec()
+    }
+}
+
+struct Random(fastrand::Rng);
+
+impl Random {
+    fn new() -> Self {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        Self(fastrand::Rng::with_seed(seed))
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.0.f32() * 2.0 - 1.0).collect()
+    }
+
+    fn tensor(&mut self, shape: &[usize]) -> (Tensor, Vec<f64>) {
+        let values = self.floats(shape.iter().product());
+        (Tensor::new(shape, &values), values.iter().map(|&x| x.into()).collect())
+    }
+
+    /// A weight of one of the three types, with the values it holds after rounding.
+    fn weight(&mut self, shape: &[usize]) -> (Tensor, Vec<f64>) {
+        let values = self.floats(shape.iter().product());
+        match self.0.u8(..3) {
+            0 => (Tensor::new(shape, &values), values.iter().map(|&x| x.into()).collect()),
+            1 => {
+                let rounded: Vec<_> = values.iter().map(|&x| f16::from_f32(x)).collect();
+                (Tensor::new(shape, &rounded), rounded.iter().map(|x| x.to_f64()).collect())
+            }
+            _ => {
+                let rounded: Vec<_> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+                (Tensor::new(shape, &rounded), rounded.iter().map(|x| x.to_f64()).collect())
+            }
+        }
+    }
+}
+
+fn close(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len());
+    for (i, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let off = (f64::from(got) - expected).abs();
+        assert!(off <= tolerance * expected.abs().max(1.0), "{what}[{i}] is {got}, expected {expected}");
+    }
+}
+
+#[test]
+fn linear_multiplies_every_shape_and_type_with_and_without_bias() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    for (tokens, k, n) in
+        [(1, 1, 1), (1, 640, 384), (3, 17, 5), (15, 96, 33), (16, 300, 70), (40, 1100, 129), (0, 8, 8)]
+    {
+        for _ in 0..4 {
+            let ((x, xs), (w, ws), (b, bs)) =
+                (random.tensor(&[tokens, k]), random.weight(&[n, k]), random.weight(&[n]));
+            for bias in [false, true] {
+                let mut out = Tensor::zeros(&[tokens, n]);
+                Cpu.linear(&stream, x.get(), w.get(), bias.then(|| b.get()), out.out()).unwrap();
+                let cell = |t: usize, j: usize| {
+                    (0..k).map(|i| xs[t * k + i] * ws[j * k + i]).sum::<f64>() + if bias { bs[j] } else { 0.0 }
+                };
+                let expected: Vec<_> = (0..tokens * n).map(|at| cell(at / n, at % n)).collect();
+                close("linear", &out.values(), &expected, 1e-5 * (k as f64).sqrt().max(4.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn norms_rope_swiglu_add_and_lookups_follow_their_formulas() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    for (tokens, width) in [(1, 2), (5, 36), (70, 1030)] {
+        let ((mut x, xs), (w, ws)) = (random.tensor(&[tokens, width]), random.weight(&[width]));
+        let expected: Vec<f64> = (0..tokens * width)
+            .map(|at| {
+                let row = &xs[at / width * width..][..width];
+                let mean = row.iter().map(|x| x * x).sum::<f64>() / width as f64;
+                xs[at] / (mean + 1e-5).sqrt() * ws[at % width]
+            })
+            .collect();
+        let mut out = Tensor::zeros(&[tokens, width]);
+        Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()).unwrap();
+        close("rms_norm", &out.values(), &expected, 1e-5);
+        Cpu.rms_norm_in_place(&stream, x.out(), w.get(), 1e-5).unwrap();
+        close("rms_norm in place", &x.values(), &expected, 1e-5);
+
+        let ((mut gate, gates), (up, ups)) = (random.tensor(&[tokens, width]), random.tensor(&[tokens, width]));
+        Cpu.swiglu(&stream, gate.out(), up.get()).unwrap();
+        let expected: Vec<_> = gates.iter().zip(&ups).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        close("swiglu", &gate.values(), &expected, 1e-6);
+
+        let ((mut sum, sums), (y, ys)) = (random.tensor(&[tokens, width]), random.tensor(&[tokens, width]));
+        Cpu.add(&stream, sum.out(), y.get()).unwrap();
+        close("add", &sum.values(), &sums.iter().zip(&ys).map(|(a, b)| a + b).collect::<Vec<_>>(), 1e-6);
+
+        let (table, rows) = random.weight(&[9, width]);
+        let ids: Vec<u32> = (0..tokens).map(|_| random.0.u32(..9)).collect();
+        let mut out = Tensor::zeros(&[tokens, width]);
+        Cpu.embed(&stream, table.get(), Tensor::new(&[tokens], &ids).get(), out.out()).unwrap();
+        let expected: Vec<f64> = ids.iter().flat_map(|&id| rows[id as usize * width..][..width].to_vec()).collect();
+        close("embed", &out.values(), &expected, 0.0);
+
+        let heads = 3;
+        let (mut x, xs) = random.tensor(&[tokens, heads, width]);
+        let positions: Vec<u32> = (0..tokens).map(|_| random.0.u32(..5000)).collect();
+        let frequencies = random.floats(width / 2);
+        let (p, f) = (Tensor::new(&[tokens], &positions), Tensor::new(&[width / 2], &frequencies));
+        Cpu.rope(&stream, x.out(), p.get(), f.get()).unwrap();
+        let expected: Vec<f64> = (0..xs.len())
+            .map(|at| {
+                let (i, half) = (at % width, width / 2);
+                let angle = positions[at / (heads * width)] as f32 * frequencies[i % half];
+                let (sin, cos) = f64::from(angle).sin_cos();
+                if i < half { xs[at] * cos - xs[at + half] * sin } else { xs[at] * cos + xs[at - half] * sin }
+            })
+            .collect();
+        close("rope", &x.values(), &expected, 1e-5);
+    }
+    let x = Tensor::new(&[3, 4], &[1.0f32, 5.0, 5.0, 2.0, -4.0, -3.0, -9.0, -3.0, 0.0, 0.0, 0.0, 0.0]);
+    let mut best = Tensor::new(&[3], &[9u32; 3]);
+    Cpu.argmax(&stream, x.get(), best.out()).unwrap();
+    assert_eq!(best.values::<u32>(), [1, 1, 0], "the first of equals");
+}
+
+#[test]
+fn cast_converts_between_the_float_types() {
+    let stream = Cpu.stream().unwrap();
+    let source = [1.0f32, -0.5, 3.1415927, 65504.0];
+    let halves = source.map(f16::from_f32);
+    let mut narrow = Tensor::new(&[4], &[bf16::ZERO; 4]);
+    Cpu.cast(&stream, Tensor::new(&[4], &source).get(), narrow.out()).unwrap();
+    assert_eq!(narrow.values::<bf16>(), source.map(bf16::from_f32));
+    let mut wide = Tensor::zeros(&[4]);
+    Cpu.cast(&stream, Tensor::new(&[4], &halves).get(), wide.out()).unwrap();
+    assert_eq!(wide.values::<f32>(), halves.map(f16::to_f32));
+    let refused = Cpu.cast(&stream, Tensor::new(&[4], &[0u32; 4]).get(), wide.out()).unwrap_err();
+    assert!(matches!(refused, Error::Kernel { kernel: "cast", .. }), "{refused}");
+}
+
+/// A batch of sequences with these (cached before, new) lengths; attention reads only what it may.
+fn attention_case(
+    random: &mut Random,
+    lengths: &[(usize, usize)],
+    (heads, groups, size): (usize, usize, usize),
+    window: Option<usize>,
+) {
+    let stream = Cpu.stream().unwrap();
+    let (rows, capacity) = (lengths.len() + 1, lengths.iter().map(|(before, new)| before + new).max().unwrap() + 3);
+    let tokens: usize = lengths.iter().map(|(_, new)| new).sum();
+    let mut offsets = vec![0u32];
+    lengths.iter().for_each(|(_, new)| offsets.push(offsets.last().unwrap() + *new as u32));
+    let kv_lens: Vec<u32> = lengths.iter().map(|(before, new)| (before + new) as u32).collect();
+    let mut places: Vec<u32> = (0..rows as u32).collect();
+    random.0.shuffle(&mut places);
+    let places = &places[..lengths.len()];
+    let of = |values: &[u32]| Tensor::new(&[values.len()], values);
+    let (q_offsets, lens, row_numbers) = (of(&offsets), of(&kv_lens), of(places));
+    let batch = Ragged { q_offsets: q_offsets.get(), kv_lens: lens.get(), rows: row_numbers.get() };
+
+    // What is cached already is random; what is not yet is NaN, which would spread to any sum that includes it.
+    let shape = [rows, groups, capacity, size];
+    let mut caches = [0, 1].map(|_| {
+        let mut values = random.floats(shape.iter().product());
+        for (at, value) in values.iter_mut().enumerate() {
+            let (row, place) = (at / (groups * capacity * size), at / size % capacity);
+            let known = places.iter().position(|&r| r as usize == row).map_or(0, |s| lengths[s].0);
+            if place >= known {
+                *value = f32::NAN;
+            }
+        }
+        Tensor::new(&shape, &values)
+    });
+    let new = [random.floats(tokens * groups * size), random.floats(tokens * groups * size)];
+    for (cache, new) in caches.iter_mut().zip(&new) {
+        Cpu.append_kv(&stream, Tensor::new(&[tokens, groups, size], new).get(), batch, cache.out()).unwrap();
+    }
+    let (q, qs) = random.tensor(&[tokens, heads, size]);
+    let mut out = Tensor::zeros(&[tokens, heads, size]);
+    let mask = AttentionMask { scale: 0.3, window };
+    Cpu.attention(&stream, q.get(), caches[0].get(), caches[1].get(), batch, mask, out.out()).unwrap();
+
+    let [keys, values] = caches.map(|cache| cache.values::<f32>());
+    let mut expected = Vec::new();
+    for (s, &(before, new)) in lengths.iter().enumerate() {
+        for t in 0..new {
+            for head in 0..heads {
+                let end = before + t + 1;
+                let start = window.map_or(0, |w| end.saturating_sub(w));
+                let at =
+                    |place: usize| ((places[s] as usize * groups + head / (heads / groups)) * capacity + place) * size;
+                let query = &qs[((offsets[s] as usize + t) * heads + head) * size..][..size];
+                let score = |place| (0..size).map(|i| query[i] * f64::from(keys[at(place) + i])).sum::<f64>() * 0.3;
+                let weights: Vec<f64> = (start..end).map(|place| score(place).exp()).collect();
+                let sum: f64 = weights.iter().sum();
+                for i in 0..size {
+                    let mixed: f64 = (start..end).zip(&weights).map(|(p, w)| w * f64::from(values[at(p) + i])).sum();
+                    expected.push(mixed / sum);
+                }
+            }
+        }
+    }
+    close("attention", &out.values(), &expected, 1e-5);
+}
+
+#[test]
+fn attention_is_causal_grouped_windowed_and_ragged() {
+    let mut random = Random::new();
+    for heads in [(1, 1, 2), (4, 2, 64), (6, 2, 5), (7, 7, 33), (14, 2, 128)] {
+        for window in [None, Some(1), Some(4), Some(1000)] {
+            for lengths in [&[(0, 1)][..], &[(0, 9)], &[(30, 1), (0, 1), (7, 1)], &[(5, 4), (0, 11), (2, 0), (64, 3)]] {
+                attention_case(&mut random, lengths, heads, window);
+            }
+        }
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_together_are_refused_by_name() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    let ((x, _), (w, _), mut out) = (random.tensor(&[2, 8]), random.tensor(&[4, 9]), Tensor::zeros(&[2, 4]));
+    let refused = Cpu.linear(&stream, x.get(), w.get(), None, out.out()).unwrap_err().to_string();
+    assert!(refused.contains("linear") && refused.contains("[2, 8]") && refused.contains("[4, 9]"), "{refused}");
+    assert!(Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()).is_err());
+    assert!(Cpu.add(&stream, out.out(), x.get()).is_err());
+    let (q, (cache, _)) = (Tensor::zeros(&[1, 2, 4]), random.tensor(&[1, 2, 5, 4]));
+    let mut out = Tensor::zeros(&[1, 2, 4]);
+    let of = |values: &[u32]| Tensor::new(&[values.len()], values);
+    for (offsets, lens, rows, part) in [
+        (vec![0, 2], vec![1], vec![0], "offsets"),
+        (vec![0, 1], vec![6], vec![0], "do not fit"),
+        (vec![0, 1], vec![1], vec![1], "do not fit"),
+        (vec![0, 1], vec![0], vec![0], "do not fit"),
+    ] {
+        let (offsets, lens, rows) = (of(&offsets), of(&lens), of(&rows));
+        let batch = Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), rows: rows.get() };
+        let mask = AttentionMask { scale: 1.0, window: None };
+        let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();
+        assert!(refused.to_string().contains(part), "{refused}");
+    }
+}
