@@ -228,7 +228,7 @@ fn spell(n: u32) -> String {
 }
 
 fn speller() -> (Model, tokenizers::Tokenizer) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/speller");
+    let folder = common::speller();
     (Model::open(&folder).unwrap(), tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
 }
 

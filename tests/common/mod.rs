@@ -68,3 +68,26 @@ impl Fixture {
 pub fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
+
+/// A built example. `cargo test` builds them beside the test executables; `cargo test --test NAME` takes those built before.
+pub fn example(name: &str) -> std::process::Command {
+    let tests = std::env::current_exe().unwrap();
+    let path = tests.parent().unwrap().with_file_name("examples").join(name);
+    assert!(path.exists(), "the example is not built: cargo build --example {name}");
+    std::process::Command::new(path)
+}
+
+/// A copy of a checkpoint folder that a test may spoil.
+pub fn copy_of(folder: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+/// The model that comes with the project.
+pub fn speller() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/speller")
+}

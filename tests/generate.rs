@@ -1,0 +1,200 @@
+//! The `generate` example as its users meet it: what goes where, and one clear error for every bad input.
+
+mod common;
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use common::{copy_of, data, example, speller};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn generate(arguments: &[&str]) -> Output {
+    example("generate").args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
+    let done = generate(&["4096="]);
+    assert!(done.status.success());
+    assert_eq!(text(&done.stdout), " four thousand ninety-six\n");
+    let said = text(&done.stderr);
+    for part in
+        ["pinned slots", "GPU slots", "static tensors", "KV cache of 37 tokens", "total", "tokens/s", "GB/s", "busiest"]
+    {
+        assert!(said.contains(part), "{said} lacks {part}");
+    }
+    let quiet =
+        generate(&["--quiet", "--n-gpu", "7", "--n-cpu-pinned", "0", "--n-cpu", "3", "--batch-cpu", "2", "4096="]);
+    assert_eq!((text(&quiet.stdout), text(&quiet.stderr)), (" four thousand ninety-six\n".into(), String::new()));
+}
+
+#[test]
+fn ids_go_in_and_out_without_a_tokenizer() {
+    let folder = copy_of(&speller());
+    fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let with = generate(&["--quiet", "--print-ids", "4096="]);
+    let tokenizer = tokenizers::Tokenizer::from_file(speller().join("tokenizer.json")).unwrap();
+    let encoded = tokenizer.encode("4096=", false).unwrap();
+    let prompt = encoded.get_ids().iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let without = generate(&["--model", model, "--quiet", "--print-ids", "--prompt-ids", &prompt]);
+    assert_eq!(text(&without.stdout), text(&with.stdout));
+    assert!(text(&with.stdout).split(',').count() > 2, "{}", text(&with.stdout));
+    let refused = generate(&["--model", model, "4096="]);
+    assert!(!refused.status.success());
+    assert!(text(&refused.stderr).contains("tokenizer.json") && text(&refused.stderr).contains("--prompt-ids"));
+}
+
+#[test]
+fn dumped_logits_are_a_safetensors_file_of_the_prompt_s_logits() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (path, reference) = (folder.path().join("logits.safetensors"), data("qwen2-tied"));
+    let bytes = fs::read(reference.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let ids: Vec<String> = expected
+        .tensor("prompt")
+        .unwrap()
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| i64::from_le_bytes(*b).to_string())
+        .collect();
+    let (model, path_text) = (reference.to_str().unwrap(), path.to_str().unwrap());
+    let done = generate(&[
+        "--model",
+        model,
+        "--quiet",
+        "--print-ids",
+        "--prompt-ids",
+        &ids.join(","),
+        "--dump-logits",
+        path_text,
+    ]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let bytes = fs::read(&path).unwrap();
+    let dumped = SafeTensors::deserialize(&bytes).unwrap();
+    let (got, wanted) = (dumped.tensor("logits").unwrap(), expected.tensor("logits").unwrap());
+    assert_eq!((got.dtype(), got.shape()), (wanted.dtype(), wanted.shape()));
+    let floats = |bytes: &[u8]| -> Vec<f32> { bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect() };
+    for (a, b) in floats(got.data()).iter().zip(floats(wanted.data())) {
+        assert!((a - b).abs() < 1e-3, "{a} and {b}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left behind");
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_it_quietly() {
+    let mut child =
+        example("generate").args(["--quiet", "777777="]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(child.wait().unwrap().success() && said.is_empty(), "{said}");
+}
+
+/// Runs with a limit on time: a bad input must not hang.
+fn refusal(arguments: &[&str]) -> String {
+    let mut child = example("generate").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            panic!("{arguments:?} hangs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let done = child.wait_with_output().unwrap();
+    let said = text(&done.stderr);
+    assert!(!done.status.success() && done.stdout.is_empty(), "{arguments:?} was not refused: {said}");
+    assert!(!said.contains("panicked"), "{said}");
+    let errors = said.lines().filter(|line| line.starts_with("error: ")).count();
+    assert_eq!(errors, 1, "one clear error, not: {said}");
+    said
+}
+
+fn assert_says(said: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(said.contains(part), "{said} lacks {part}");
+    }
+}
+
+#[test]
+fn bad_arguments_are_refused_by_name() {
+    let long = "1234567890=".repeat(20);
+    for (arguments, parts) in [
+        (&["--n-gpu", "0", "1="][..], &["n_gpu", "at least 1"][..]),
+        (&["--batch-gpu", "3", "1="], &["batch_gpu", "n_gpu = 2"]),
+        (&["--batch-cpu-pinned", "5", "1="], &["batch_cpu_pinned", "n_cpu_pinned = 4"]),
+        (&["--batch-cpu", "1", "1="], &["batch_cpu", "n_cpu = 0"]),
+        (&["--n-gpu", "99999999", "1="], &["n_gpu", "99999999"]),
+        (&[""], &["prompt is empty"]),
+        (&["--prompt-ids", "1,x"], &["--prompt-ids", "x"]),
+        (&["--prompt-ids", "5000"], &["token 5000", "vocabulary of 343"]),
+        (&["--context", "3", "4096="], &["5 tokens", "context 3", "--context"]),
+        (&["--context", "0", "4096="], &["context 0"]),
+        (&["--context", "1000", "4096="], &["context", "1 to 128"]),
+        (&[&long], &["tokens", "128"]),
+        (&["--model", "/nowhere/at/all", "1="], &["/nowhere/at/all/config.json", "No such file"]),
+        (&["--dump-logits", "/nowhere/at/all", "1="], &["--dump-logits /nowhere/at/all", "No such file"]),
+    ] {
+        assert_says(&refusal(arguments), parts);
+    }
+}
+
+/// Spoils a copy of the speller and returns what is said of it.
+fn spoiled(spoil: impl FnOnce(&Path)) -> String {
+    let folder = copy_of(&speller());
+    spoil(folder.path());
+    refusal(&["--model", folder.path().to_str().unwrap(), "1="])
+}
+
+fn edit_json(path: PathBuf, edit: impl FnOnce(&mut Value)) {
+    let mut value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut value);
+    fs::write(path, value.to_string()).unwrap();
+}
+
+const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+
+#[test]
+fn bad_checkpoints_are_refused_with_file_tensor_and_cause() {
+    let config =
+        |key: &'static str, value: Value| spoiled(|folder| edit_json(folder.join("config.json"), |c| c[key] = value));
+    assert_says(&config("model_type", "gpt_neox".into()), &["config.json", "gpt_neox", "llama, mistral, qwen2, qwen3"]);
+    assert_says(&config("num_attention_heads", 0.into()), &["config.json", "num_attention_heads is 0"]);
+    assert_says(&config("num_key_value_heads", 0.into()), &["config.json", "num_key_value_heads is 0"]);
+    assert_says(&config("num_hidden_layers", 9.into()), &["model.layers.8.", "config.json calls for it"]);
+    assert_says(&config("num_hidden_layers", 7.into()), &["model.layers.7.", "config.json knows no such tensor"]);
+    assert_says(&config("hidden_size", 256.into()), &["model.embed_tokens.weight", "[343, 128]", "[343, 256]"]);
+    assert_says(&config("hidden_act", "gelu".into()), &["hidden_act", "gelu"]);
+    assert_says(&config("vocab_size", "many".into()), &["config.json", "many"]);
+    let rope = serde_json::json!({ "rope_type": "yarn", "factor": 4.0 });
+    assert_says(&config("rope_parameters", rope), &["config.json", "yarn"]);
+    assert_says(&spoiled(|f| fs::write(f.join("config.json"), "{").unwrap()), &["config.json", "JSON"]);
+    assert_says(&spoiled(|f| fs::write(f.join("tokenizer.json"), "{").unwrap()), &["tokenizer.json"]);
+
+    assert_says(&spoiled(|f| fs::remove_file(f.join(SHARDS[1])).unwrap()), &[SHARDS[1], "No such file"]);
+    assert_says(&spoiled(|f| fs::write(f.join(SHARDS[1]), "").unwrap()), &[SHARDS[1], "0 bytes"]);
+    let cut =
+        spoiled(|f| fs::OpenOptions::new().write(true).open(f.join(SHARDS[1])).unwrap().set_len(900_000).unwrap());
+    assert_says(&cut, &[SHARDS[1], "tensor model.", "truncated"]);
+    let index = |edit: fn(&mut Value)| {
+        spoiled(|f| edit_json(f.join("model.safetensors.index.json"), |i| edit(&mut i["weight_map"])))
+    };
+    assert_says(&index(|map| map["model.extra.weight"] = SHARDS[0].into()), &[SHARDS[0], "model.extra.weight"]);
+    assert_says(
+        &index(|map| map["model.norm.weight"] = "../elsewhere.safetensors".into()),
+        &["model.norm.weight", "../elsewhere"],
+    );
+}
