@@ -1,12 +1,9 @@
 //! `examples/make_checkpoint` makes what a reader of Hugging Face checkpoints expects, the same each time, and leaves
 //! nothing behind where it fails.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Output},
-};
+mod common;
+
+use std::{collections::BTreeMap, fs, path::Path, process::Output};
 
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
@@ -14,16 +11,8 @@ use serde_json::Value;
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
-/// Cargo builds examples beside the folder of the test executables.
-fn example() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let path = test.parent().and_then(Path::parent).unwrap().join("examples/make_checkpoint");
-    assert!(path.exists(), "{} is missing: run `cargo build --examples` first", path.display());
-    path
-}
-
 fn run(dir: &Path, args: &str) -> Output {
-    Command::new(example()).arg(dir).args(args.split_whitespace()).output().unwrap()
+    common::example("make_checkpoint").arg(dir).args(args.split_whitespace()).output().unwrap()
 }
 
 fn make(dir: &Path, args: &str) -> String {
