@@ -63,7 +63,7 @@ impl DType {
 
     /// Bytes of a tensor of this type and `shape`, or `None` if that overflows.
     pub fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        shape.iter().try_fold(self.size(), |bytes, &dim| bytes.checked_mul(dim))
+        shape.iter().try_fold(1usize, |elements, &dim| elements.checked_mul(dim))?.checked_mul(self.size())
     }
 
     /// Whether [`convert`] goes from this type to `to`.

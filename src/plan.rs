@@ -205,12 +205,9 @@ impl UnitPlan {
         let mut inputs = Vec::<(&Arrival, &str, &Entry)>::with_capacity(unit.arrivals.len());
         for arrival in &unit.arrivals {
             let [input] = arrival.inputs.as_slice() else {
-                let cause = format!(
-                    "{}: {:?} takes one stored tensor, not {}",
-                    arrival.output,
-                    arrival.op,
-                    arrival.inputs.len()
-                );
+                let (output, op, given) = (&arrival.output, arrival.op, arrival.inputs.len());
+                let cause =
+                    format!("{}: {output} is made by {op:?}, which takes one stored tensor, not {given}", unit.name);
                 return Err(Error::setting("unit", cause));
             };
             let entry = checkpoint.entry(input)?;
@@ -224,7 +221,8 @@ impl UnitPlan {
             inputs.push((arrival, input, entry));
         }
         // In file order, so that what lies side by side on disk does so in every slot and moves in one piece.
-        inputs.sort_by_key(|(_, _, entry)| (entry.file, entry.offset));
+        // By size too: a tensor without elements must not come between two uses of the one that starts where it does.
+        inputs.sort_by_key(|(_, _, entry)| (entry.file, entry.offset, entry.bytes));
         let extents = lay_out_extents(inputs.iter().map(|(_, _, entry)| *entry));
 
         let (mut copies, mut transforms, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());

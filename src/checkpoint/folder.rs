@@ -1,9 +1,10 @@
 //! A Hugging Face folder: which files hold the tensors, and whether index and shards agree.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
+    ffi::OsStr,
     fs, io,
-    path::{Component, Path},
+    path::Path,
 };
 
 use serde::Deserialize;
@@ -23,12 +24,15 @@ struct Index {
 
 /// All tensors of the folder.
 pub(super) fn read(folder: &Path) -> Result<Vec<StoredTensor>> {
+    if !fs::metadata(folder).map_err(Error::io("open", folder))?.is_dir() {
+        return Err(Error::checkpoint(folder, "is no folder; name the folder that a model was saved to"));
+    }
     let path = folder.join(INDEX);
     let json = match fs::read(&path) {
         Ok(json) => json,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let single = folder.join(SINGLE);
-            if folder.is_dir() && !single.exists() {
+            if !single.exists() {
                 let cause = format!("holds neither {INDEX} nor {SINGLE}; name the folder that a model was saved to");
                 return Err(Error::checkpoint(folder, cause));
             }
@@ -41,8 +45,7 @@ pub(super) fn read(folder: &Path) -> Result<Vec<StoredTensor>> {
 
     let mut shards = BTreeMap::<&str, Vec<&str>>::new();
     for (name, shard) in &weight_map {
-        let mut parts = Path::new(shard).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+        if Path::new(shard).file_name() != Some(OsStr::new(shard)) {
             return Err(Error::tensor(&path, name, format!("its shard {shard:?} is no plain file name in the folder")));
         }
         shards.entry(shard).or_default().push(name);
@@ -51,16 +54,17 @@ pub(super) fn read(folder: &Path) -> Result<Vec<StoredTensor>> {
     for (shard, names) in shards {
         let shard_path = folder.join(shard);
         let tensors = header::read(&shard_path)?;
-        if let Some(stray) = tensors.iter().find(|tensor| weight_map.get(&tensor.name).is_none_or(|at| at != shard)) {
-            return Err(Error::tensor(&shard_path, &stray.name, format!("is in this shard but not so in {INDEX}")));
+        for StoredTensor { name, .. } in &tensors {
+            let cause = match weight_map.get(name) {
+                Some(at) if at == shard => continue,
+                Some(at) => format!("is in this file, but {INDEX} places it in {at}"),
+                None => format!("is in this file, but {INDEX} does not list it"),
+            };
+            return Err(Error::tensor(&shard_path, name, cause));
         }
-        let held: std::collections::HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        let held: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         if let Some(missing) = names.into_iter().find(|name| !held.contains(name)) {
-            return Err(Error::tensor(
-                &shard_path,
-                missing,
-                format!("{INDEX} says it is in this shard, but it is not"),
-            ));
+            return Err(Error::tensor(&shard_path, missing, format!("is not in this file, where {INDEX} places it")));
         }
         all.extend(tensors);
     }

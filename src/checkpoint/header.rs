@@ -2,15 +2,16 @@
 //! JSON that maps each name to its type, shape and byte range in the rest of the file.
 
 use std::{
+    collections::HashMap,
     fmt,
-    fs::File,
+    fs::{self, File},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, Visitor},
+    de::{Error as _, MapAccess, Visitor},
 };
 
 use crate::{
@@ -22,15 +23,22 @@ use crate::{
 /// The format's own limit on the JSON's length.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Reads and checks the header of the file at `path`. The byte ranges must follow one another without a hole up to the end
-/// of the file, as the format demands; whether tensors overlap or leave the file is for [`super::Checkpoint`] to see.
+/// Reads and checks the header of the file at `path`. The byte ranges must follow one another without hole or overlap up to
+/// the end of the file, as the format demands; whether they leave the file is for [`super::Checkpoint`] to see.
+///
+/// What the `safetensors` crate refuses is refused, except in fields of a tensor that the format does not have: those are
+/// skipped unread. Of what it accepts, duplicate names and types that [`DType`] lacks are refused.
 pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
     let malformed = |cause: String| Error::checkpoint(path, cause);
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let length = file.metadata().map_err(Error::io("open", path))?.len();
+    let metadata = fs::metadata(path).map_err(Error::io("open", path))?;
+    if !metadata.is_file() {
+        return Err(malformed("is no regular file".into()));
+    }
+    let length = metadata.len();
     if length < 8 {
         return Err(malformed(format!("is {length} bytes long, too short for a safetensors file; is it truncated?")));
     }
+    let file = File::open(path).map_err(Error::io("open", path))?;
     let mut prefix = [0; 8];
     file.read_exact_at(&mut prefix, 0).map_err(Error::io("read", path))?;
     let json_bytes = u64::from_le_bytes(prefix);
@@ -46,7 +54,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
     let mut json = vec![0; json_bytes as usize];
     file.read_exact_at(&mut json, 8).map_err(Error::io("read", path))?;
     let Header(records) =
-        serde_json::from_slice(&json).map_err(|e| malformed(format!("its header is no valid JSON: {e}")))?;
+        serde_json::from_slice(&json).map_err(|e| malformed(format!("its header is malformed: {e}")))?;
 
     let mut tensors = Vec::with_capacity(records.len());
     let mut ranges = Vec::with_capacity(records.len());
@@ -64,16 +72,19 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
         tensors.push(StoredTensor { name, file: PathBuf::from(path), offset, dtype, shape });
     }
     ranges.sort_unstable();
-    let mut filled = 0;
+    let (mut filled, mut before) = (0, "");
     for (start, end, index) in ranges {
+        let name = &tensors[index].name;
         if start > filled {
-            let cause = format!("a hole of {} bytes lies before it", start - filled);
-            return Err(Error::tensor(path, &tensors[index].name, cause));
+            return Err(Error::tensor(path, name, format!("a hole of {} bytes lies before it", start - filled)));
         }
-        filled = filled.max(end);
+        if start < filled {
+            return Err(Error::tensor(path, name, format!("overlaps tensor {before}")));
+        }
+        (filled, before) = (end, name);
     }
     // A range past the end is left to the caller's check, which names the tensor.
-    if data + filled < length {
+    if filled < length - data {
         return Err(malformed(format!("has {} bytes after its last tensor", length - data - filled)));
     }
     Ok(tensors)
@@ -86,7 +97,7 @@ struct Record {
     data_offsets: [u64; 2],
 }
 
-/// The JSON object in file order, duplicates kept so that they can be refused; `__metadata__` is skipped.
+/// The JSON object in file order, duplicates kept so that they can be refused; `__metadata__` is checked and dropped.
 struct Header(Vec<(String, Record)>);
 
 impl<'de> Deserialize<'de> for Header {
@@ -100,14 +111,13 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut records = Vec::new();
+                let (mut records, mut metadata) = (Vec::new(), None::<Option<HashMap<String, String>>>);
                 while let Some(name) = map.next_key::<String>()? {
-                    if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
-                    } else {
-                        let record =
-                            map.next_value().map_err(|e| serde::de::Error::custom(format!("tensor {name}: {e}")))?;
+                    if name != "__metadata__" {
+                        let record = map.next_value().map_err(|e| A::Error::custom(format!("tensor {name}: {e}")))?;
                         records.push((name, record));
+                    } else if metadata.replace(map.next_value()?).is_some() {
+                        return Err(A::Error::duplicate_field("__metadata__"));
                     }
                 }
                 Ok(Header(records))

@@ -106,7 +106,7 @@ impl Checkpoint {
             if offset.checked_add(bytes as u64).is_none_or(|end| end > lengths[file]) {
                 let length = lengths[file];
                 let cause = format!(
-                    "bytes {offset} to {offset}+{bytes} are outside the file ({length} bytes); is it truncated?"
+                    "its {bytes} bytes from byte {offset} on do not fit in the file of {length} bytes; is it truncated?"
                 );
                 return Err(Error::tensor(&path, &name, cause));
             }
@@ -134,19 +134,25 @@ impl Checkpoint {
     /// One unit per transformer layer: all tensors under `model.layers.N.`, named by what follows that.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is no such tensor or a number between 0 and the highest is missing.
+    /// [`Error::Checkpoint`] if there is no such tensor, a number between 0 and the highest is missing, or one has leading
+    /// zeros.
     pub fn layers(&self) -> Result<Vec<Unit>> {
         const PREFIX: &str = "model.layers.";
-        let mut units = Vec::<Unit>::new();
-        let mut numbered: Vec<(usize, &str, &str)> = self
-            .0
-            .entries
-            .keys()
-            .filter_map(|name| {
-                let (number, rest) = name.strip_prefix(PREFIX)?.split_once('.')?;
-                Some((number.parse().ok()?, rest, name.as_str()))
-            })
-            .collect();
+        let (mut units, mut numbered) = (Vec::<Unit>::new(), Vec::new());
+        for name in self.names() {
+            let Some((number, rest)) = name.strip_prefix(PREFIX).and_then(|tail| tail.split_once('.')) else {
+                continue;
+            };
+            match number.parse::<usize>() {
+                // One spelling for each number, or two tensors could claim one place in a layer.
+                Ok(parsed) if parsed.to_string() == number => numbered.push((parsed, rest, name)),
+                _ if number.bytes().all(|digit| digit.is_ascii_digit()) => {
+                    let cause = format!("{number:?} is no layer number; write it without leading zeros");
+                    return Err(Error::tensor(&self.0.source, name, cause));
+                }
+                _ => {}
+            }
+        }
         numbered.sort_unstable();
         for (number, rest, name) in numbered {
             if number > units.len() {
