@@ -1,6 +1,6 @@
 //! Memory for slots: one anonymous mapping cut into equal, page-aligned slots, touched before the first read.
 
-use std::{io, ptr::NonNull, sync::Arc};
+use std::{io, ptr::NonNull, sync::Arc, thread};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
@@ -32,13 +32,31 @@ impl Arena {
             let _ = map.advise(advice);
         }
         let mut arena = Self { map, slot_bytes, slots };
-        match arena.map.advise(Advice::PopulateWrite) {
+        match arena.populate() {
+            // Linux before 5.14 does not know the advice.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 arena.map.chunks_mut(PAGE).for_each(|page| page[0] = 0);
             }
             other => other.map_err(failed)?,
         }
         Ok(arena)
+    }
+
+    /// Makes every page present, on several threads: the kernel zeroes pages, and in a virtual machine fetches them from
+    /// the host, no faster than one thread can ask.
+    fn populate(&self) -> io::Result<()> {
+        const SHARE: usize = 64 << 20;
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let share = self.map.len().div_ceil(threads).next_multiple_of(PAGE).max(SHARE);
+        let populate = |at: usize| self.map.advise_range(Advice::PopulateWrite, at, share.min(self.map.len() - at));
+        thread::scope(|scope| {
+            let spawn = |at| thread::Builder::new().spawn_scoped(scope, move || populate(at));
+            let helpers: Vec<_> = (share..self.map.len()).step_by(share).map(spawn).collect();
+            let join =
+                |helper: thread::ScopedJoinHandle<'_, io::Result<()>>| helper.join().expect("advice does not panic");
+            let first = populate(0);
+            helpers.into_iter().fold(first, |so_far, helper| so_far.and(helper.and_then(join)))
+        })
     }
 
     /// The first byte of slot `index`, on a page boundary.
