@@ -181,7 +181,12 @@ fn a_failed_write_names_the_file_and_leaves_nothing() {
     let dir = parent.path().join("model");
     // Blocks are of 512 bytes: the first shard fits into 72 of them, the second does not.
     let script = r#"trap '' XFSZ; ulimit -f 72; exec "$0" "$1" --shape tiny --shard-size 41000"#;
-    let output = Command::new("sh").args(["-c", script]).arg(example()).arg(&dir).output().unwrap();
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .arg(common::example("make_checkpoint").get_program())
+        .arg(&dir)
+        .output()
+        .unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("model-00002-of-00005.safetensors: File too large"), "{message}");
