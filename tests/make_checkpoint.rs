@@ -3,7 +3,12 @@
 
 mod common;
 
-use std::{collections::BTreeMap, fs, path::Path, process::Output};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::{Command, Output},
+};
 
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};

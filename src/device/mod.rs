@@ -4,6 +4,8 @@
 //! event is a counter of records: a wait captures the record that is newest **when the wait is called**, and an event that
 //! was never recorded counts as complete. Enqueuing may return before the work is done (`cuda`) or after (`cpu`).
 
+#[cfg(test)]
+pub(crate) mod async_cpu;
 mod cpu;
 
 use std::marker::PhantomData;

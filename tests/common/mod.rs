@@ -17,38 +17,61 @@ pub struct Fixture {
     pub table: HashMap<String, StoredTensor>,
 }
 
-/// Shapes `units` units of BF16 tensors of these element counts, at odd offsets, alternating between two files.
+/// A folder on a real file system where there is one: a temporary folder may lie in memory.
+pub fn folder() -> tempfile::TempDir {
+    let parent = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    tempfile::tempdir_in(parent).unwrap()
+}
+
+/// `units` units of BF16 tensors of these element counts, at odd offsets, dealt at random to two files.
 pub fn fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let files = [folder.path().join("a.bin"), folder.path().join("b.bin")];
-    let mut ends = [0u64; 2];
-    let (mut table, mut made) = (HashMap::new(), Vec::new());
-    for number in 0..units {
-        let mut unit = Unit::new(format!("unit {number}"));
-        for (index, &count) in elements.iter().enumerate() {
-            let file = rng.usize(..2);
-            let offset = ends[file] + 2 * rng.u64(..40);
-            let name = format!("{number}.{index}");
-            ends[file] = offset + 2 * count as u64;
-            unit.keep(format!("t{index}"), &name);
-            let stored = StoredTensor {
-                name: name.clone(),
-                file: files[file].clone(),
-                offset,
-                dtype: DType::BF16,
-                shape: vec![count],
-            };
-            table.insert(name, stored);
-        }
-        made.push(unit);
+    let tensors = vec![elements.iter().map(|&count| (DType::BF16, count)).collect(); units];
+    lay_out(&tensors, 2, &mut fastrand::Rng::with_seed(seed))
+}
+
+/// Units that differ, of tensors from nothing up to `most` bytes, of several types, in any order in up to three files.
+pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
+    let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
+    let mut unit = || -> Vec<_> {
+        let tensors = 1 + rng.usize(..6);
+        (0..tensors)
+            .map(|_| {
+                let (dtype, scale) = (types[rng.usize(..types.len())], 1 + rng.usize(..most));
+                (dtype, rng.usize(..scale.max(2)) / dtype.size())
+            })
+            .collect()
+    };
+    let units: Vec<Vec<(DType, usize)>> = (0..9).map(|_| unit()).collect();
+    let (count, files) = (1 + rng.usize(..units.len()), 1 + rng.usize(..3));
+    lay_out(&units[..count], files, rng)
+}
+
+/// Tensors given by type and length, unit by unit, written to files of random bytes in any order.
+fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng) -> Fixture {
+    let folder = folder();
+    let files: Vec<_> = (0..files).map(|file| folder.path().join(format!("{}.bin", ["a", "b", "c"][file]))).collect();
+    let mut order: Vec<_> =
+        (0..units.len()).flat_map(|unit| (0..units[unit].len()).map(move |index| (unit, index))).collect();
+    rng.shuffle(&mut order);
+    let (mut ends, mut table) = (vec![0u64; files.len()], HashMap::new());
+    for (unit, index) in order {
+        let ((dtype, count), file) = (units[unit][index], rng.usize(..files.len()));
+        let offset = ends[file] + 2 * rng.u64(..40) + if rng.u8(..8) == 0 { 2 * rng.u64(..60_000) } else { 0 };
+        ends[file] = offset + (dtype.size() * count) as u64;
+        let name = format!("{unit}.{index}");
+        table.insert(name.clone(), StoredTensor { name, file: files[file].clone(), offset, dtype, shape: vec![count] });
     }
     for (file, end) in files.iter().zip(ends) {
         let bytes: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(end as usize).collect();
         fs::write(file, bytes).unwrap();
     }
-    let used = table.values().cloned();
-    Fixture { checkpoint: Checkpoint::from_table(used).unwrap(), folder, units: made, table }
+    let named = |(number, tensors): (usize, &Vec<_>)| {
+        let mut unit = Unit::new(format!("unit {number}"));
+        (0..tensors.len()).for_each(|index| _ = unit.keep(format!("t{index}"), format!("{number}.{index}")));
+        unit
+    };
+    let units = units.iter().enumerate().map(named).collect();
+    Fixture { checkpoint: Checkpoint::from_table(table.values().cloned()).unwrap(), folder, units, table }
 }
 
 impl Fixture {
@@ -78,9 +101,9 @@ pub fn example(name: &str) -> std::process::Command {
 }
 
 /// A copy of a checkpoint folder that a test may spoil.
-pub fn copy_of(folder: &Path) -> tempfile::TempDir {
-    let copy = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    for entry in fs::read_dir(folder).unwrap() {
+pub fn copy_of(original: &Path) -> tempfile::TempDir {
+    let copy = folder();
+    for entry in fs::read_dir(original).unwrap() {
         let entry = entry.unwrap();
         fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
     }
