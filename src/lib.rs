@@ -44,6 +44,10 @@ pub use error::{Error, Result};
 pub use pipeline::{Layer, LayerStreamer, Progress, StaticTensors};
 pub use plan::{Plan, Settings, Unit};
 
+// Integration tests and unit tests share fixtures, which know the crate by its name.
+#[cfg(test)]
+extern crate self as layer_streamer;
+
 /// The README's Rust code runs as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -9,7 +9,7 @@ use crate::{
     pipeline::{
         LayerStreamer,
         link::{Inlet, Slot},
-        stage::Control,
+        stage::{Control, Safeguard},
         transfer::DeviceSlots,
     },
     plan::{Placed, Plan},
@@ -96,9 +96,10 @@ impl<D: Device> ComputeSide<D> {
         let arrival = self.arrival();
         self.report(Activity::Starved, None);
         let ordered = arrival.and_then(|(unit, slot)| {
-            self.device
-                .wait(stream, &self.slots.arrived[slot.0])
-                .inspect_err(|e| self.control.fail_for_good(e.clone()))?;
+            if self.control.keeps(Safeguard::WaitArrived) {
+                let waited = self.device.wait(stream, &self.slots.arrived[slot.0]);
+                waited.inspect_err(|e| self.control.fail_for_good(e.clone()))?;
+            }
             Ok((unit, slot))
         });
         let (unit, slot) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
@@ -156,6 +157,11 @@ impl<D: Device> ComputeSide<D> {
         if let Some(index) = self.held.iter().position(|held| held.slot == slot) {
             let held = self.held.remove(index);
             self.report(Activity::Busy, Some(held.unit));
+        }
+        if !self.control.keeps(Safeguard::RecordBeforeRelease) {
+            self.inlet.release(slot);
+            std::thread::sleep(std::time::Duration::from_micros(300));
+            return self.device.record(&self.slots.compute_done[slot.0], stream);
         }
         // Without the record the slot must never be filled again: its event still shows the lap before.
         self.device.record(&self.slots.compute_done[slot.0], stream).inspect_err(|e| {

@@ -6,6 +6,8 @@ mod pin;
 mod read;
 mod stage;
 mod statics;
+#[cfg(test)]
+mod tests;
 mod transfer;
 
 use std::{cell::RefCell, mem::ManuallyDrop, sync::Arc, thread::JoinHandle};

@@ -16,6 +16,19 @@ use crate::{
     trace::{Activity, Mark, Span, Stage, Trace},
 };
 
+/// A step that keeps a slot from being overwritten early. Tests leave one out, to prove that they notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Safeguard {
+    /// Compute waits for the unit's arrival.
+    WaitArrived = 1,
+    /// A copy waits for the last use of the slot it fills.
+    WaitComputeDone,
+    /// A source slot is released when its copies are done, not before.
+    WaitTransferDone,
+    /// A device slot is handed back after the record that its next copy waits for, not before.
+    RecordBeforeRelease,
+}
+
 /// What all threads of a streamer share.
 pub(crate) struct Control {
     epoch: AtomicU64,
@@ -25,14 +38,38 @@ pub(crate) struct Control {
     /// One for each thread that may sleep, the caller's last.
     signals: Vec<Arc<Signal>>,
     pub(crate) trace: Trace,
+    #[cfg(test)]
+    omitted: std::sync::Mutex<Option<Safeguard>>,
 }
 
 const FATAL: u64 = u64::MAX;
 
 impl Control {
     pub(crate) fn new(signals: Vec<Arc<Signal>>, trace: Trace) -> Arc<Self> {
-        let error = Mutex::new(None);
-        Arc::new(Self { epoch: AtomicU64::new(1), stop: AtomicBool::new(false), error, signals, trace })
+        Arc::new(Self {
+            epoch: AtomicU64::new(1),
+            stop: AtomicBool::new(false),
+            error: Mutex::new(None),
+            signals,
+            trace,
+            #[cfg(test)]
+            omitted: std::sync::Mutex::new(None),
+        })
+    }
+
+    /// From now on leaves out `safeguard`.
+    #[cfg(test)]
+    pub(crate) fn omit(&self, safeguard: Option<Safeguard>) {
+        *self.omitted.lock().unwrap() = safeguard;
+    }
+
+    /// Whether `safeguard` stands, as it always does outside tests.
+    #[inline]
+    pub(crate) fn keeps(&self, safeguard: Safeguard) -> bool {
+        #[cfg(test)]
+        return *self.omitted.lock().unwrap() != Some(safeguard);
+        #[cfg(not(test))]
+        return matches!(safeguard, _);
     }
 
     pub(crate) fn epoch(&self) -> u64 {

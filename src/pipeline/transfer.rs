@@ -16,11 +16,11 @@ use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
     arena::Arena,
-    device::{Device, DevicePtr},
+    device::{Device, DevicePtr, drain},
     error::{Error, Result},
     pipeline::{
         link::{Entry, Inlet, Outlet, Slot},
-        stage::{Advance, Control, Progress},
+        stage::{Advance, Control, Progress, Safeguard},
     },
     plan::{Plan, Step, UnitPlan},
     trace::{Activity, Stage},
@@ -126,7 +126,7 @@ impl<D: Device> TransferStage<D> {
         let mut released = false;
         while let Some(&slot) = self.in_flight.front() {
             let done = &self.transfer_done[slot.0];
-            if !self.device.query(done)? {
+            if self.control.keeps(Safeguard::WaitTransferDone) && !self.device.query(done)? {
                 if !block {
                     break;
                 }
@@ -141,7 +141,9 @@ impl<D: Device> TransferStage<D> {
 
     fn enqueue(&mut self, unit: &UnitPlan, from: Slot, to: Slot) -> Result<()> {
         let (source, target) = (self.from.slot(from.0).as_ptr(), self.to.address(&self.device, to));
-        self.device.wait(&self.stream, &self.to.compute_done[to.0])?;
+        if self.control.keeps(Safeguard::WaitComputeDone) {
+            self.device.wait(&self.stream, &self.to.compute_done[to.0])?;
+        }
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
         self.device.wait(&self.stream, &self.to.arrived[to.0])?;
         for copy in &unit.copies {
@@ -249,12 +251,8 @@ impl<D: Device> Advance for TransferStage<D> {
     }
 
     fn end(&mut self) -> Result<()> {
-        while let Some(slot) = self.in_flight.pop_front() {
-            self.device.synchronize(&self.transfer_done[slot.0])?;
-        }
-        match &self.staging {
-            Some(staging) => staging.consumed.iter().try_for_each(|event| self.device.synchronize(event)),
-            None => Ok(()),
-        }
+        // The streams, not the events: after an error there may be copies that no event marks.
+        drain(&self.device, &self.stream)?;
+        self.staging.as_ref().map_or(Ok(()), |staging| drain(&self.device, &staging.stream))
     }
 }

@@ -1,0 +1,180 @@
+//! The pipeline on the asynchronous device: random units, settings, streams and interruptions, every byte compared by work
+//! that runs on a stream like a layer function's. And the proof that these tests notice: with any one safeguard left out
+//! they fail.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::SeqCst},
+};
+
+use super::{Layer, LayerStreamer, stage::Safeguard};
+use crate::{
+    device::{Device, async_cpu::AsyncCpu, drain},
+    dtype::{self, DType},
+    error::Error,
+    plan::{Arrival, ArrivalOp, Settings, Unit},
+};
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+use common::{Fixture, random_fixture};
+
+/// What each tensor of each unit must be on the device.
+type Expected = Vec<Vec<(String, Arc<Vec<u8>>)>>;
+
+struct Case {
+    fixture: Fixture,
+    units: Vec<Unit>,
+    expected: Expected,
+    settings: Settings,
+    device: AsyncCpu,
+    rng: fastrand::Rng,
+    wrong: Arc<AtomicUsize>,
+}
+
+impl Case {
+    fn new(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let fixture = random_fixture(60_000, &mut rng);
+        let (mut units, mut expected) = (Vec::new(), Vec::new());
+        for unit in &fixture.units {
+            let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
+            for arrival in unit.arrivals() {
+                let (stored, bytes) = (fixture.table[&arrival.inputs[0]].dtype, fixture.stored(&arrival.inputs[0]));
+                let to = if rng.u8(..3) == 0 && stored.converts_to(DType::F32) { DType::F32 } else { stored };
+                let mut arrived = vec![0; bytes.len() / stored.size() * to.size()];
+                dtype::convert(stored, &bytes, to, &mut arrived);
+                tensors.push((arrival.output.clone(), Arc::new(arrived)));
+                changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
+            }
+            units.push(changed);
+            expected.push(tensors);
+        }
+        let (n_gpu, n_cpu_pinned, n_cpu) = (1 + rng.usize(..4), rng.usize(..4), rng.usize(..4));
+        let settings = Settings {
+            n_gpu,
+            n_cpu_pinned,
+            n_cpu,
+            batch_gpu: rng.usize(..=n_gpu),
+            batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
+            batch_cpu: rng.usize(..=n_cpu),
+        };
+        Self { fixture, units, expected, settings, device: AsyncCpu::new(seed), rng, wrong: Arc::default() }
+    }
+
+    fn streamer(&self) -> LayerStreamer<AsyncCpu> {
+        LayerStreamer::new(&self.device, &self.fixture.checkpoint, &self.units, &self.settings).unwrap()
+    }
+
+    /// Enqueues a comparison of everything in the layer with what it must be.
+    fn verify(&self, layer: &Layer<'_, AsyncCpu>, stream: &<AsyncCpu as Device>::Stream) {
+        for (name, expected) in &self.expected[layer.index()] {
+            let tensor = layer.tensor(name).unwrap();
+            assert_eq!(tensor.bytes(), expected.len());
+            let (address, expected, wrong) = (tensor.ptr(), expected.clone(), self.wrong.clone());
+            self.device.enqueue(stream, move || {
+                // SAFETY: the layer is released on this stream after this, so its slot is not refilled before this is done.
+                let bytes = unsafe { std::slice::from_raw_parts(address.as_ptr(), expected.len()) };
+                // A copy first, volatile: this test is about races that the compiler must not reason away.
+                let differs = bytes.iter().zip(expected.iter()).any(|(a, b)| {
+                    // SAFETY: a reference to a byte.
+                    let a = unsafe { std::ptr::read_volatile(a) };
+                    a != *b
+                });
+                wrong.fetch_add(usize::from(differs), SeqCst);
+            });
+        }
+    }
+
+    /// Takes and releases `count` layers, holding a few at a time, on several streams.
+    fn take(&mut self, streamer: &LayerStreamer<AsyncCpu>, streams: &[<AsyncCpu as Device>::Stream], count: usize) {
+        let mut held = Vec::new();
+        for _ in 0..count {
+            if held.len() == self.settings.n_gpu || (!held.is_empty() && self.rng.bool()) {
+                let layer: Layer<'_, AsyncCpu> = held.swap_remove(self.rng.usize(..held.len()));
+                drop(layer);
+            }
+            let stream = &streams[self.rng.usize(..streams.len())];
+            let layer = streamer.next(stream).unwrap();
+            self.verify(&layer, stream);
+            held.push(layer);
+        }
+    }
+
+    /// Some passes with interruptions; returns how many tensors were found wrong.
+    fn run(mut self, omitted: Option<Safeguard>) -> usize {
+        let mut streamer = self.streamer();
+        streamer.control.omit(omitted);
+        let streams = [self.device.stream().unwrap(), self.device.stream().unwrap()];
+        let units = self.units.len();
+        for _ in 0..4 {
+            if self.rng.u8(..3) == 0 {
+                let part = self.rng.usize(..=units);
+                self.take(&streamer, &streams, part);
+                streamer.rewind().unwrap();
+            }
+            self.take(&streamer, &streams, units);
+        }
+        if self.rng.bool() {
+            drop(streamer);
+        }
+        streams.iter().for_each(|stream| drain(&self.device, stream).unwrap());
+        self.wrong.load(SeqCst)
+    }
+}
+
+#[test]
+fn every_unit_arrives_byte_for_byte_on_an_asynchronous_device() {
+    let start = fastrand::u64(..);
+    for seed in (0..150).map(|i| start.wrapping_add(i)) {
+        let case = Case::new(seed);
+        let settings = case.settings.clone();
+        assert_eq!(case.run(None), 0, "seed {seed}: {settings:?}");
+    }
+}
+
+#[test]
+fn without_any_one_of_the_safeguards_wrong_bytes_are_seen() {
+    for safeguard in [
+        Safeguard::WaitArrived,
+        Safeguard::WaitComputeDone,
+        Safeguard::WaitTransferDone,
+        Safeguard::RecordBeforeRelease,
+    ] {
+        let seen = (0..200).find(|&seed| Case::new(seed).run(Some(safeguard)) > 0);
+        println!("without {safeguard:?}: noticed at seed {seen:?}");
+        assert!(seen.is_some(), "nobody noticed that {safeguard:?} is missing");
+    }
+}
+
+#[test]
+fn after_a_failure_at_any_unit_the_next_pass_is_exact() {
+    for seed in 0..20 {
+        let mut case = Case::new(seed);
+        let (units, streams) = (case.units.len(), [case.device.stream().unwrap()]);
+        let mut streamer = case.streamer();
+        for at in 0..units {
+            let failed = streamer.run_pass(&streams[0], (), |(), layer| {
+                if layer.index() == at { Err(Error::setting("test", "fails on purpose")) } else { Ok(()) }
+            });
+            assert!(matches!(failed, Err(Error::Setting { name: "test", .. })));
+            case.take(&streamer, &streams, units);
+        }
+        drain(&case.device, &streams[0]).unwrap();
+        assert_eq!(case.wrong.load(SeqCst), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn when_the_device_fails_every_later_call_returns_that_error_and_drop_ends() {
+    for copies in [0, 1, 7, 23] {
+        let case = Case::new(5);
+        let (mut streamer, stream) = (case.streamer(), case.device.stream().unwrap());
+        case.device.fail_after(copies);
+        let pass = |streamer: &mut LayerStreamer<AsyncCpu>| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(()));
+        let first = (0..100).find_map(|_| pass(&mut streamer).err()).expect("copies fail").to_string();
+        assert!(first.contains("on purpose"), "{first}");
+        assert_eq!(pass(&mut streamer).unwrap_err().to_string(), first);
+        assert_eq!(streamer.rewind().unwrap_err().to_string(), first);
+    }
+}
