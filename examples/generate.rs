@@ -138,6 +138,7 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
         batch_gpu: options.batch_gpu,
         batch_cpu_pinned: options.batch_cpu_pinned,
         batch_cpu: options.batch_cpu,
+        ..Settings::default()
     };
     if !options.quiet {
         let rows = Decoder::memory(device, &model, &settings, 1, context)?;
@@ -296,6 +297,13 @@ fn report<D: Kernels>(
             Stage::ALL.map(share).join(", ")
         );
     }
+    eprintln!(
+        "read by {}{}: {:.3} GB past the page cache, {:.3} GB from it",
+        stats.reader,
+        if stats.reader_reason.is_empty() { String::new() } else { format!(" ({})", stats.reader_reason) },
+        stats.direct_bytes as f64 / 1e9,
+        stats.buffered_bytes as f64 / 1e9,
+    );
     for (path, reason) in &stats.buffered_files {
         eprintln!("{} was read through the page cache: {reason}", path.display());
     }

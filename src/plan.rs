@@ -3,6 +3,8 @@
 //! A stage never computes where bytes go. It walks its program, a list of [`Step`]s, round and round, and looks up the unit's
 //! [`UnitPlan`]: which extents to read into a host slot, which ranges to copy to the device, which tensors arrive changed.
 
+use std::fmt;
+
 use crate::{
     arena::PAGE,
     checkpoint::{Checkpoint, Entry},
@@ -88,6 +90,44 @@ pub enum Home {
     Disk,
 }
 
+/// Who reads from disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reader {
+    /// The first of the others that the system allows.
+    #[default]
+    Auto,
+    /// io_uring with registered buffers, which must fit in RLIMIT_MEMLOCK.
+    UringFixed,
+    /// io_uring without them.
+    Uring,
+    /// A few threads in `pread`.
+    Pread,
+}
+
+impl fmt::Display for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::UringFixed => "io_uring with registered buffers",
+            Self::Uring => "io_uring",
+            Self::Pread => "pread threads",
+        })
+    }
+}
+
+/// Whether reads go past the page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without
+    /// it as [`CachePolicy::Direct`]).
+    #[default]
+    Auto,
+    /// Past the page cache where the file system allows it.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
 /// How deep the pipeline is. The names are those of `llm-layer-prefetch`.
 ///
 /// A stage that buffers `n` units owns `n + 1` slots, the extra one being what its consumer holds.
@@ -105,12 +145,25 @@ pub struct Settings {
     pub batch_cpu_pinned: usize,
     /// The same from pageable RAM to its consumer; at most `n_cpu`.
     pub batch_cpu: usize,
+    /// Who reads.
+    pub reader: Reader,
+    /// How the page cache is used.
+    pub cache: CachePolicy,
 }
 
 impl Default for Settings {
     /// Two units ahead on the device and four in pinned RAM, which the disk fills directly.
     fn default() -> Self {
-        Self { n_gpu: 2, n_cpu_pinned: 4, n_cpu: 0, batch_gpu: 0, batch_cpu_pinned: 0, batch_cpu: 0 }
+        Self {
+            n_gpu: 2,
+            n_cpu_pinned: 4,
+            n_cpu: 0,
+            batch_gpu: 0,
+            batch_cpu_pinned: 0,
+            batch_cpu: 0,
+            reader: Reader::Auto,
+            cache: CachePolicy::Auto,
+        }
     }
 }
 

@@ -13,6 +13,8 @@ use std::{
 
 use crossbeam_utils::CachePadded;
 
+use crate::plan::Reader;
+
 /// A stage of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stage {
@@ -115,8 +117,12 @@ pub struct Stats {
     pub direct_bytes: u64,
     /// Bytes read through the page cache.
     pub buffered_bytes: u64,
-    /// Files read through the page cache, each with the reason.
+    /// Files that are only read through the page cache, each with the reason.
     pub buffered_files: Vec<(PathBuf, String)>,
+    /// Who reads.
+    pub reader: Reader,
+    /// Why it is not a faster reader; empty if it is the fastest, or was asked for.
+    pub reader_reason: String,
 }
 
 impl Stats {
@@ -192,7 +198,7 @@ impl Trace {
             }),
             direct_bytes: self.direct_bytes.load(Relaxed),
             buffered_bytes: self.buffered_bytes.load(Relaxed),
-            buffered_files: Vec::new(),
+            ..Stats::default()
         }
     }
 }

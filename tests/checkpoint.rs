@@ -354,7 +354,8 @@ fn a_table_is_taken_if_its_tensors_lie_apart_in_their_files() {
 fn settings_out_of_range_are_refused_by_name_and_limit() {
     let checkpoint = open_single(bytes_named(&["model.layers.0.w"])).unwrap();
     let plan = |[n_gpu, n_cpu_pinned, n_cpu]: [usize; 3], [batch_gpu, batch_cpu_pinned, batch_cpu]: [usize; 3]| {
-        let settings = Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu };
+        let settings =
+            Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, ..Settings::default() };
         Plan::new(&checkpoint, &checkpoint.layers().unwrap(), &settings)
     };
     for (n, batch) in [([1, 0, 0], [0; 3]), ([2, 3, 4], [2, 3, 4]), ([1 << 16; 3], [1 << 16; 3])] {

@@ -263,8 +263,15 @@ fn every_combination_of_stages_and_batches_gives_the_same_text() {
                 for batch_cpu in batches(n_cpu) {
                     for batch_cpu_pinned in batches(n_cpu_pinned) {
                         for batch_gpu in batches(n_gpu) {
-                            let settings =
-                                Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu };
+                            let settings = Settings {
+                                n_gpu,
+                                n_cpu_pinned,
+                                n_cpu,
+                                batch_gpu,
+                                batch_cpu_pinned,
+                                batch_cpu,
+                                ..Settings::default()
+                            };
                             let mut decoder = Decoder::new(&Cpu, &model, &settings, 1, 32).unwrap();
                             let found = generate(&mut decoder, &[prompt.get_ids()], 24, &model.config.stop).remove(0);
                             let text = tokenizer.decode(&found, true).unwrap();

@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, thread};
 
-use super::{Chunk, Done, Source};
+use super::{Chunk, Done, Failure, Flight, Source};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
@@ -54,8 +54,8 @@ impl PreadThreads {
                         continue;
                     };
                     // SAFETY: the chunk's memory is this engine's until the result is pushed.
-                    let result = unsafe { sources[chunk.file].read(&chunk) };
-                    outbox.push(Done { tag: chunk.tag, file: chunk.file, result });
+                    let result = unsafe { read(&sources[chunk.file], chunk) };
+                    outbox.push(Done { tag: chunk.tag, file: chunk.file, direct: chunk.direct, result });
                     finished.notify();
                 }
             };
@@ -95,6 +95,21 @@ impl PreadThreads {
         worker.pending -= 1;
         self.in_flight -= 1;
         Some(done)
+    }
+}
+
+/// # Safety
+/// The chunk's memory is writable, and nobody else's until this returns.
+unsafe fn read(source: &Source, chunk: Chunk) -> Result<usize, Failure> {
+    let (mut flight, file) = (Flight::new(chunk), source.descriptor(chunk.direct));
+    loop {
+        let start = flight.start();
+        // SAFETY: start < len, so the rest of the range is the caller's to write.
+        let result =
+            unsafe { super::pread(file, chunk.to.0.add(start), chunk.len - start, chunk.offset + start as u64) };
+        if let Some(result) = flight.advance(result) {
+            return result;
+        }
     }
 }
 

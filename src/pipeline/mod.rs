@@ -20,7 +20,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
-    io::{self, Source},
+    io::{self, Engine, Source},
     pipeline::{
         compute::ComputeSide,
         link::{Slot, link},
@@ -29,7 +29,7 @@ use crate::{
         stage::Control,
         transfer::{DeviceSlots, TransferStage},
     },
-    plan::{Plan, Settings, Unit, UnitPlan},
+    plan::{Plan, Reader, Settings, Unit, UnitPlan},
     sync::Signal,
     trace::{Mark, Observer, Stats, Trace},
 };
@@ -43,6 +43,8 @@ pub struct LayerStreamer<D: Device> {
     checkpoint: Checkpoint,
     plan: Arc<Plan>,
     sources: Arc<[Source]>,
+    /// Which rung reads, and why not a higher one.
+    reader: (Reader, String),
     control: Arc<Control>,
     compute: RefCell<ComputeSide<D>>,
     slots: ManuallyDrop<Arc<DeviceSlots<D>>>,
@@ -79,7 +81,7 @@ impl<D: Device> LayerStreamer<D> {
     ) -> Result<Self> {
         let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
         device.bind_thread()?;
-        let sources = io::open_all(checkpoint.files())?;
+        let sources = io::open_all(checkpoint.files(), settings.cache)?;
         let slots = Arc::new(DeviceSlots::new(device, &plan)?);
         let mut host = Vec::new();
         let mut arena = |what, stage: &crate::plan::StagePlan, pinned| -> Result<Arc<Arena>> {
@@ -103,6 +105,7 @@ impl<D: Device> LayerStreamer<D> {
             checkpoint: checkpoint.clone(),
             plan: plan.clone(),
             sources: sources.clone(),
+            reader: (settings.reader, String::new()),
             control: control.clone(),
             slots: ManuallyDrop::new(slots.clone()),
             host: ManuallyDrop::new(host),
@@ -114,7 +117,12 @@ impl<D: Device> LayerStreamer<D> {
         let first_plan = plan.ram.as_ref().or(plan.pinned.as_ref()).expect("a plan has a host stage");
         let after_read = if ram.is_some() && pinned.is_some() { &pin } else { &transfer };
         let (read_out, mut transfer_in) = link(first_plan.slots, first_plan.batch, &read, after_read);
-        let read_stage = ReadStage::new(&plan, &sources, first, read_out, &control, &read)?;
+        let (start, bytes) = first.whole();
+        // SAFETY: the read stage owns the engine, and its own handle of the arena, which is dropped after it.
+        let engine = unsafe { Engine::new(settings.reader, &sources, &[(start.as_ptr(), bytes)], &read) };
+        let (engine, rung, why) = engine?;
+        streamer.reader = (rung, why);
+        let read_stage = ReadStage::new(&plan, &sources, first, read_out, &control, &read, engine);
         let mut pin_stage = None;
         if let (Some(ram), Some(pinned), Some(stage)) = (&ram, &pinned, &plan.pinned) {
             let (pin_out, pin_in) = link(stage.slots, stage.batch, &pin, &transfer);
@@ -194,7 +202,7 @@ impl<D: Device> LayerStreamer<D> {
         for &name in names {
             unit.keep(name, name);
         }
-        StaticTensors::load(&self.device, &self.sources, UnitPlan::new(&self.checkpoint, &unit)?)
+        StaticTensors::load(&self.device, &self.sources, self.reader.0, UnitPlan::new(&self.checkpoint, &unit)?)
     }
 
     /// Calls `hook` for every unit handed over, in the thread that takes it.
@@ -205,8 +213,10 @@ impl<D: Device> LayerStreamer<D> {
     /// Where the time and the bytes went since the start.
     pub fn stats(&self) -> Stats {
         let mut stats = self.control.trace.stats();
-        stats.buffered_files =
-            (self.sources.iter()).filter_map(|source| Some((source.path.clone(), source.buffered.clone()?))).collect();
+        (stats.reader, stats.reader_reason) = self.reader.clone();
+        stats.buffered_files = (self.sources.iter())
+            .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
+            .collect();
         stats
     }
 

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use crate::{
     arena::Arena,
     error::Error,
-    io::{self, Failure, PreadThreads, Source},
+    io::{self, Engine, Failure, Source},
     pipeline::{
         link::{Entry, Outlet, Slot},
         stage::{Advance, Control, Progress},
@@ -26,6 +26,8 @@ struct Load {
 }
 
 pub(crate) struct ReadStage {
+    /// First, so that it is dropped before the arena that it reads into.
+    engine: Engine,
     plan: Arc<Plan>,
     program: Vec<Step>,
     sources: Arc<[Source]>,
@@ -33,7 +35,6 @@ pub(crate) struct ReadStage {
     outlet: Outlet,
     control: Arc<Control>,
     signal: Arc<Signal>,
-    engine: PreadThreads,
     cursor: usize,
     /// In program order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,
@@ -48,12 +49,13 @@ impl ReadStage {
         outlet: Outlet,
         control: &Arc<Control>,
         signal: &Arc<Signal>,
-    ) -> Result<Self, Error> {
+        engine: Engine,
+    ) -> Self {
         let stage = plan.ram.as_ref().or(plan.pinned.as_ref()).expect("a plan has a host stage");
-        Ok(Self {
+        Self {
             program: stage.program.clone(),
             loads: VecDeque::with_capacity(stage.slots),
-            engine: PreadThreads::new(sources, signal)?,
+            engine,
             plan: plan.clone(),
             sources: sources.clone(),
             arena: arena.clone(),
@@ -62,7 +64,7 @@ impl ReadStage {
             signal: signal.clone(),
             cursor: 0,
             first: 0,
-        })
+        }
     }
 
     /// Takes finished reads off the engine; returns how many bytes they brought.
@@ -74,7 +76,7 @@ impl ReadStage {
             match done.result {
                 Ok(count) => {
                     bytes += count;
-                    self.control.trace.count_read(count, self.sources[done.file].buffered.is_none());
+                    self.control.trace.count_read(count, done.direct);
                 }
                 // The first in file order is the one to report.
                 Err(failure)
@@ -89,7 +91,7 @@ impl ReadStage {
     }
 
     /// Starts as many reads as the engine and the free slots allow; returns whether it started any.
-    fn submit(&mut self) -> bool {
+    fn submit(&mut self) -> Result<bool, (usize, Error)> {
         let mut started = false;
         while self.engine.has_room() {
             let unfinished =
@@ -104,9 +106,9 @@ impl ReadStage {
             let load = self.loads.back_mut().expect("pushed above");
             let (extent, position) = load.next;
             let Some(extent) = self.plan.units[load.step.unit].extents.get(extent) else { continue };
-            // SAFETY: the slot was sized for the unit's extents by the plan.
-            let chunk = unsafe { io::chunk_at(extent, position, self.arena.slot(load.slot.0).as_ptr(), tag) };
-            let Some(chunk) = chunk else { unreachable!("next is kept inside its extent") };
+            let slot = self.arena.slot(load.slot.0).as_ptr();
+            // SAFETY: the slot was sized for the unit's extents by the plan, and `next` is kept inside its extent.
+            let chunk = unsafe { io::chunk_at(&self.sources[extent.file], extent, position, slot, tag) };
             load.next = if position + chunk.len < extent.len {
                 (load.next.0, position + chunk.len)
             } else {
@@ -117,7 +119,13 @@ impl ReadStage {
             unsafe { self.engine.submit(chunk) };
             started = true;
         }
-        started
+        self.engine.flush().map_err(|error| self.engine_failed(error))?;
+        Ok(started)
+    }
+
+    /// The engine itself failed, not a read: nothing can be read any more.
+    fn engine_failed(&self, error: std::io::Error) -> (usize, Error) {
+        (self.program[self.cursor].unit, Error::io("read with io_uring from", &self.sources[0].path)(error))
     }
 }
 
@@ -126,7 +134,7 @@ impl Advance for ReadStage {
 
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
         let bytes = self.reap();
-        let started = self.submit();
+        let started = self.submit()?;
         if let Some(load) = self.loads.front()
             && load.outstanding == 0
             && load.next.0 >= self.plan.units[load.step.unit].extents.len()
@@ -157,12 +165,17 @@ impl Advance for ReadStage {
         })
     }
 
+    fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
+        self.engine.wait(signal, ticket).map_err(|error| self.engine_failed(error))
+    }
+
     fn rewind(&mut self) {
         while self.engine.in_flight() > 0 {
             let ticket = self.signal.ticket();
             self.reap();
-            if self.engine.in_flight() > 0 {
-                self.signal.wait(ticket);
+            if self.engine.in_flight() > 0 && self.engine.wait(&self.signal, ticket).is_err() {
+                // Said again, and kept as the epoch's error, by the next read.
+                break;
             }
         }
         self.first += self.loads.len();

@@ -147,6 +147,12 @@ pub(crate) trait Advance: Send {
     /// again in this epoch.
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)>;
 
+    /// Sleeps until there may be something to do, usually until `signal` is notified after `ticket`.
+    fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
+        signal.wait(ticket);
+        Ok(())
+    }
+
     /// Goes back to the first unit. Returns when nothing of the old epoch is under way in this stage.
     fn rewind(&mut self);
 
@@ -208,18 +214,21 @@ fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal) {
             report(Activity::Blocked, None, 0);
             continue;
         }
+        let mut fail = |(unit, error)| {
+            control.fail(epoch, error);
+            failed = Some((unit, false));
+        };
         match stage.advance(epoch) {
             Ok(Progress::Handed { unit, bytes }) => report(Activity::Busy, Some(unit), bytes),
             Ok(Progress::Moved { bytes }) => report(Activity::Busy, None, bytes),
             Ok(Progress::Waiting(activity)) => {
-                signal.wait(ticket);
+                if let Err(error) = stage.wait(signal, ticket) {
+                    fail(error);
+                }
                 report(activity, None, 0);
             }
             Ok(Progress::Failed { unit }) => failed = Some((unit, false)),
-            Err((unit, error)) => {
-                control.fail(epoch, error);
-                failed = Some((unit, false));
-            }
+            Err(error) => fail(error),
         }
     }
 }

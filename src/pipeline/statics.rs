@@ -6,9 +6,9 @@ use crate::{
     arena::Arena,
     device::{self, Device, TensorRef},
     error::{Error, Result},
-    io::{self, CHUNK, PreadThreads, Source},
+    io::{self, CHUNK, Engine, Source},
     pipeline::compute::view,
-    plan::UnitPlan,
+    plan::{Extent, Reader, UnitPlan},
     sync::Signal,
 };
 
@@ -24,12 +24,16 @@ pub struct StaticTensors<D: Device> {
 
 impl<D: Device> StaticTensors<D> {
     /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are.
-    pub(super) fn load(device: &D, sources: &Arc<[Source]>, plan: UnitPlan) -> Result<Self> {
+    pub(super) fn load(device: &D, sources: &Arc<[Source]>, rung: Reader, plan: UnitPlan) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
         let base = device.address(&memory);
         let (stream, signal) = (device.stream()?, Signal::new());
         let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
-        let mut engine = PreadThreads::new(sources, &signal)?;
+        // Registering a few blocks for one use would cost more than it saves.
+        let rung = if rung == Reader::UringFixed { Reader::Uring } else { rung };
+        // SAFETY: there are no registered buffers.
+        let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
+        let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
         // A chunk goes to block `number % BLOCKS`; chunks may finish in any order, and none is reused before it is copied.
         let mut extents =
             plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(CHUNK).map(move |at| (extent, at)));
@@ -42,16 +46,12 @@ impl<D: Device> StaticTensors<D> {
                 let Some((extent, at)) = extents.next() else { break };
                 let block = free.pop().expect("checked above");
                 // The block stands for the part of the extent that is read into it.
-                let part = crate::plan::Extent {
-                    offset: extent.offset + at as u64,
-                    len: CHUNK.min(extent.len - at),
-                    at: 0,
-                    ..*extent
-                };
+                let len = CHUNK.min(extent.len - at);
+                let part = Extent { offset: extent.offset + at as u64, len, at: 0, ..*extent };
                 // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
                 unsafe {
-                    let chunk = io::chunk_at(&part, 0, blocks.slot(block).as_ptr(), number).expect("it is not empty");
-                    engine.submit(chunk);
+                    let to = blocks.slot(block).as_ptr();
+                    engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
                 }
                 waiting.push_back((number, block, extent.at + at, part.len));
                 number += 1;
@@ -59,8 +59,9 @@ impl<D: Device> StaticTensors<D> {
             if waiting.is_empty() {
                 break;
             }
+            engine.flush().map_err(failed)?;
             let Some(done) = engine.completion() else {
-                signal.wait(ticket);
+                engine.wait(&signal, ticket).map_err(failed)?;
                 continue;
             };
             let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");

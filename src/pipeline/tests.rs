@@ -12,7 +12,7 @@ use crate::{
     device::{Device, async_cpu::AsyncCpu, drain},
     dtype::{self, DType},
     error::Error,
-    plan::{Arrival, ArrivalOp, Settings, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Reader, Settings, Unit},
 };
 
 #[path = "../../tests/common/mod.rs"]
@@ -58,6 +58,8 @@ impl Case {
             batch_gpu: rng.usize(..=n_gpu),
             batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
             batch_cpu: rng.usize(..=n_cpu),
+            reader: [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread][rng.usize(..4)],
+            cache: [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered][rng.usize(..3)],
         };
         Self { fixture, units, expected, settings, device: AsyncCpu::new(seed), rng, wrong: Arc::default() }
     }

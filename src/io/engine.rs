@@ -1,0 +1,104 @@
+//! The ladder: the best engine that the system allows, or the one that was asked for.
+
+use std::{io, sync::Arc};
+
+use super::{Chunk, Done, Source, pread::PreadThreads, uring::Uring};
+use crate::{
+    error::{Error, Result},
+    plan::Reader,
+    sync::Signal,
+};
+
+/// Something that reads chunks. See the engines for the invariant that both keep.
+pub(crate) enum Engine {
+    Uring(Box<Uring>),
+    Pread(PreadThreads),
+}
+
+impl Engine {
+    /// Takes the first rung from `wanted` down that can be had, or `wanted` alone if that is not [`Reader::Auto`]. Returns
+    /// with the engine which rung it is, and why it is not a higher one.
+    ///
+    /// # Safety
+    /// `buffers` (start and length) outlive the engine.
+    pub(crate) unsafe fn new(
+        wanted: Reader,
+        sources: &Arc<[Source]>,
+        buffers: &[(*mut u8, usize)],
+        finished: &Arc<Signal>,
+    ) -> Result<(Self, Reader, String)> {
+        let mut reasons = Vec::new();
+        for (rung, buffers) in [(Reader::UringFixed, buffers), (Reader::Uring, &[])] {
+            if wanted != rung && wanted != Reader::Auto {
+                continue;
+            }
+            // SAFETY: the caller's.
+            match unsafe { Uring::new(sources, buffers) } {
+                Ok(ring) => return Ok((Self::Uring(Box::new(ring)), rung, reasons.join("; "))),
+                Err(error) => reasons.push(format!("{rung} refused: {error}")),
+            }
+        }
+        if !matches!(wanted, Reader::Auto | Reader::Pread) {
+            return Err(Error::Unsupported { what: reasons.join("; "), remedy: "use the reader \"auto\"".into() });
+        }
+        Ok((Self::Pread(PreadThreads::new(sources, finished)?), Reader::Pread, reasons.join("; ")))
+    }
+
+    /// How many reads are under way.
+    pub(crate) fn in_flight(&self) -> usize {
+        match self {
+            Self::Uring(engine) => engine.in_flight(),
+            Self::Pread(engine) => engine.in_flight(),
+        }
+    }
+
+    /// Whether another read finds room.
+    pub(crate) fn has_room(&self) -> bool {
+        match self {
+            Self::Uring(engine) => engine.has_room(),
+            Self::Pread(engine) => engine.has_room(),
+        }
+    }
+
+    /// Takes a read; it starts by the next [`flush`](Self::flush) or [`wait`](Self::wait) at the latest.
+    ///
+    /// # Safety
+    /// The chunk's memory is writable, and nobody else's until its `Done` comes back or the engine is dropped.
+    pub(crate) unsafe fn submit(&mut self, chunk: Chunk) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Self::Uring(engine) => engine.submit(chunk),
+                Self::Pread(engine) => engine.submit(chunk),
+            }
+        }
+    }
+
+    /// Starts the reads taken.
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Uring(engine) => engine.flush(),
+            Self::Pread(_) => Ok(()),
+        }
+    }
+
+    /// A finished read, if there is one.
+    pub(crate) fn completion(&mut self) -> Option<Done> {
+        match self {
+            Self::Uring(engine) => engine.completion(),
+            Self::Pread(engine) => engine.completion(),
+        }
+    }
+
+    /// Blocks until there may be a finished read, or `signal` was notified since `ticket`. While a ring has reads in flight,
+    /// only they end the wait: the next one is never far.
+    pub(crate) fn wait(&mut self, signal: &Signal, ticket: u32) -> io::Result<()> {
+        match self {
+            Self::Uring(engine) if engine.in_flight() > 0 => engine.wait(),
+            _ => {
+                signal.wait(ticket);
+                Ok(())
+            }
+        }
+    }
+}
