@@ -75,6 +75,12 @@ impl<T: Copy> Producer<T> {
         self.push_all(&[entry]) == 1
     }
 
+    /// How many entries find room.
+    pub(crate) fn room(&mut self) -> usize {
+        self.head_seen = self.shared.head.load(Ordering::Acquire);
+        self.shared.places.len() - self.tail.wrapping_sub(self.head_seen)
+    }
+
     /// Whether the consumer has taken everything.
     pub(crate) fn is_drained(&mut self) -> bool {
         self.head_seen = self.shared.head.load(Ordering::Acquire);

@@ -8,9 +8,9 @@ use crate::{
     error::{Error, Result},
     pipeline::{
         LayerStreamer,
-        link::{Inlet, Slot},
+        link::{Inlet, Place},
+        on_device::DeviceMemory,
         stage::{Control, Safeguard},
-        transfer::DeviceSlots,
     },
     plan::{Placed, Plan},
     sync::Signal,
@@ -34,7 +34,7 @@ pub struct Progress {
 pub(super) type ProgressHook = Box<dyn FnMut(Progress) + Send>;
 
 struct Held {
-    slot: Slot,
+    place: Place,
     unit: usize,
 }
 
@@ -44,7 +44,7 @@ pub(super) struct ComputeSide<D: Device> {
     plan: Arc<Plan>,
     control: Arc<Control>,
     signal: Arc<Signal>,
-    slots: Arc<DeviceSlots<D>>,
+    memory: Arc<DeviceMemory<D>>,
     inlet: Inlet,
     epoch: u64,
     position: usize,
@@ -62,7 +62,7 @@ impl<D: Device> ComputeSide<D> {
         plan: &Arc<Plan>,
         control: &Arc<Control>,
         signal: &Arc<Signal>,
-        slots: &Arc<DeviceSlots<D>>,
+        memory: &Arc<DeviceMemory<D>>,
         inlet: Inlet,
     ) -> Self {
         Self {
@@ -70,7 +70,7 @@ impl<D: Device> ComputeSide<D> {
             plan: plan.clone(),
             control: control.clone(),
             signal: signal.clone(),
-            slots: slots.clone(),
+            memory: memory.clone(),
             inlet,
             epoch: control.epoch(),
             position: 0,
@@ -83,7 +83,7 @@ impl<D: Device> ComputeSide<D> {
     }
 
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
-    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Slot)> {
+    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Place)> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -95,16 +95,22 @@ impl<D: Device> ComputeSide<D> {
         self.report(Activity::Busy, None);
         let arrival = self.arrival();
         self.report(Activity::Starved, None);
-        let ordered = arrival.and_then(|(unit, slot)| {
+        let ordered = arrival.and_then(|(unit, place)| {
+            let [arrived, compute_done] = self.memory.events(unit, place);
+            let mut waited = Ok(());
             if self.control.keeps(Safeguard::WaitArrived) {
-                let waited = self.device.wait(stream, &self.slots.arrived[slot.0]);
-                waited.inspect_err(|e| self.control.fail_for_good(e.clone()))?;
+                waited = self.device.wait(stream, arrived);
             }
-            Ok((unit, slot))
+            if place == Place::Home {
+                // So that the newest record of the end of its use stands for all before it, on whichever streams.
+                waited = waited.and_then(|()| self.device.wait(stream, compute_done));
+            }
+            waited.inspect_err(|e| self.control.fail_for_good(e.clone()))?;
+            Ok((unit, place))
         });
-        let (unit, slot) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
+        let (unit, place) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
         debug_assert_eq!(unit, self.position, "units arrive in order");
-        self.held.push(Held { slot, unit });
+        self.held.push(Held { place, unit });
         self.position += 1;
         let progress = Progress {
             passes: self.passes,
@@ -119,10 +125,10 @@ impl<D: Device> ComputeSide<D> {
         if let Some(hook) = &mut self.progress {
             hook(progress);
         }
-        Ok((unit, slot))
+        Ok((unit, place))
     }
 
-    fn arrival(&mut self) -> Result<(usize, Slot)> {
+    fn arrival(&mut self) -> Result<(usize, Place)> {
         loop {
             let ticket = self.signal.ticket();
             if let Some(error) = self.control.fatal() {
@@ -131,9 +137,9 @@ impl<D: Device> ComputeSide<D> {
             match self.inlet.peek(self.epoch) {
                 Some(entry) => {
                     self.inlet.take();
-                    return match entry.slot {
-                        Some(slot) => Ok((entry.unit, slot)),
-                        None => Err(self.control.error_of(self.epoch).expect("an epoch fails with an error")),
+                    return match entry.place {
+                        Place::Failed => Err(self.control.error_of(self.epoch).expect("an epoch fails with an error")),
+                        place => Ok((entry.unit, place)),
                     };
                 }
                 None => {
@@ -152,23 +158,28 @@ impl<D: Device> ComputeSide<D> {
         self.control.trace.span(&Span { stage: Stage::Compute, activity, unit, bytes, start, end });
     }
 
-    /// Hands the slot back, to be filled once the work now on `stream` is done.
-    pub(super) fn release(&mut self, slot: Slot, stream: &D::Stream) -> Result<()> {
-        if let Some(index) = self.held.iter().position(|held| held.slot == slot) {
-            let held = self.held.remove(index);
-            self.report(Activity::Busy, Some(held.unit));
+    /// Ends the use of a layer; its slot is handed back, to be filled once the work now on `stream` is done.
+    pub(super) fn release(&mut self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
+        if let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) {
+            self.held.remove(index);
+            self.report(Activity::Busy, Some(unit));
         }
-        if !self.control.keeps(Safeguard::RecordBeforeRelease) {
+        let [_, compute_done] = self.memory.events(unit, place);
+        if let Place::Slot(slot) = place
+            && !self.control.keeps(Safeguard::RecordBeforeRelease)
+        {
             self.inlet.release(slot);
             std::thread::sleep(std::time::Duration::from_micros(300));
-            return self.device.record(&self.slots.compute_done[slot.0], stream);
+            return self.device.record(compute_done, stream);
         }
         // Without the record the slot must never be filled again: its event still shows the lap before.
-        self.device.record(&self.slots.compute_done[slot.0], stream).inspect_err(|e| {
+        self.device.record(compute_done, stream).inspect_err(|e| {
             self.control.fail_for_good(e.clone());
             self.failed = Some(e.clone());
         })?;
-        self.inlet.release(slot);
+        if let Place::Slot(slot) = place {
+            self.inlet.release(slot);
+        }
         Ok(())
     }
 
@@ -200,13 +211,13 @@ pub struct Layer<'s, D: Device> {
     streamer: &'s LayerStreamer<D>,
     stream: &'s D::Stream,
     unit: usize,
-    slot: Slot,
+    place: Place,
     released: bool,
 }
 
 impl<'s, D: Device> Layer<'s, D> {
-    pub(super) fn new(streamer: &'s LayerStreamer<D>, stream: &'s D::Stream, unit: usize, slot: Slot) -> Self {
-        Self { streamer, stream, unit, slot, released: false }
+    pub(super) fn new(streamer: &'s LayerStreamer<D>, stream: &'s D::Stream, unit: usize, place: Place) -> Self {
+        Self { streamer, stream, unit, place, released: false }
     }
 
     /// Its number in the pass, from 0.
@@ -245,8 +256,9 @@ impl<'s, D: Device> Layer<'s, D> {
 
     fn tensor_at(&self, index: usize) -> Result<TensorRef<'_>> {
         let placed = &self.streamer.plan().units[self.unit].tensors[index];
-        let base = self.streamer.slots().address(self.streamer.device(), self.slot);
-        // SAFETY: the plan placed the tensor, aligned, inside the slot, which is this layer's until it is released.
+        let (streamer, memory) = (self.streamer, self.streamer.memory());
+        let base = memory.address(streamer.device(), streamer.plan(), self.unit, self.place);
+        // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is this layer's until it is released.
         unsafe { view(base, placed) }
     }
 
@@ -257,7 +269,7 @@ impl<'s, D: Device> Layer<'s, D> {
     /// The device's own, if it could not mark the end of the work; the streamer is then beyond use.
     pub fn release_on(mut self, stream: &D::Stream) -> Result<()> {
         self.released = true;
-        self.streamer.release(self.slot, stream)
+        self.streamer.release(self.unit, self.place, stream)
     }
 
     /// As [`release_on`](Self::release_on), with the stream that the layer was taken with.
@@ -274,7 +286,7 @@ impl<D: Device> Drop for Layer<'_, D> {
     fn drop(&mut self) {
         if !self.released {
             // An error is kept by the streamer, and the next call returns it.
-            let _ = self.streamer.release(self.slot, self.stream);
+            let _ = self.streamer.release(self.unit, self.place, self.stream);
         }
     }
 }

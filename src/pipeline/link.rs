@@ -19,8 +19,18 @@ pub(crate) struct Slot(pub(crate) usize);
 pub(crate) struct Entry {
     pub(crate) epoch: u64,
     pub(crate) unit: usize,
-    /// `None`: the epoch failed at this unit, and nothing more comes.
-    pub(crate) slot: Option<Slot>,
+    pub(crate) place: Place,
+}
+
+/// Where a unit that is handed over lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a slot, which goes back when it has been used.
+    Slot(Slot),
+    /// In its home, filled: the entry only keeps its place in the order.
+    Home,
+    /// Nowhere: the epoch failed at this unit, and nothing more comes.
+    Failed,
 }
 
 /// The producing end.
@@ -40,16 +50,22 @@ pub(crate) struct Inlet {
     producer: Arc<Signal>,
 }
 
-/// Joins two stages by `slots` slots, handed over `batch` at a time.
-pub(crate) fn link(slots: usize, batch: usize, producer: &Arc<Signal>, consumer: &Arc<Signal>) -> (Outlet, Inlet) {
-    // One place more than there are slots, for the entry that says that an epoch failed.
-    let (loaded_in, loaded_out) = ring(slots + 1);
+/// Joins two stages by `slots` slots, handed over `batch` at a time, and room for `residents` entries without a slot.
+pub(crate) fn link(
+    slots: usize,
+    residents: usize,
+    batch: usize,
+    producer: &Arc<Signal>,
+    consumer: &Arc<Signal>,
+) -> (Outlet, Inlet) {
+    // One place more, for the entry that says that an epoch failed.
+    let (loaded_in, loaded_out) = ring(slots + residents + 1);
     let (free_in, free_out) = ring(slots);
     let outlet = Outlet {
         loaded: loaded_in,
         free: free_out,
         spare: (0..slots).rev().map(Slot).collect(),
-        pending: Vec::with_capacity(slots),
+        pending: Vec::with_capacity(slots + residents),
         batch,
         consumer: consumer.clone(),
     };
@@ -67,7 +83,12 @@ impl Outlet {
         self.spare.push(slot);
     }
 
-    /// Hands over a filled slot: at once, or with the rest of its batch. A pass's last unit completes any batch.
+    /// How many more entries can be published now.
+    pub(crate) fn room(&mut self) -> usize {
+        self.loaded.room().min(self.pending.capacity()).saturating_sub(self.pending.len())
+    }
+
+    /// Hands over a unit: at once, or with the rest of its batch. A pass's last unit completes any batch. There must be room.
     pub(crate) fn publish(&mut self, entry: Entry, ends_pass: bool) {
         self.pending.push(entry);
         if self.pending.len() >= self.batch || ends_pass {
@@ -78,7 +99,7 @@ impl Outlet {
     fn flush(&mut self) {
         if !self.pending.is_empty() {
             let pushed = self.loaded.push_all(&self.pending);
-            debug_assert_eq!(pushed, self.pending.len(), "the ring has a place for every slot");
+            debug_assert_eq!(pushed, self.pending.len(), "whoever publishes asks for room first");
             self.pending.clear();
             self.consumer.notify();
         }
@@ -95,14 +116,18 @@ impl Outlet {
     /// Says that the epoch failed at `unit`, after everything that was loaded before; `false` if there is no room just now.
     pub(crate) fn fail(&mut self, epoch: u64, unit: usize) -> bool {
         self.flush();
-        let pushed = self.loaded.push(Entry { epoch, unit, slot: None });
+        let pushed = self.loaded.push(Entry { epoch, unit, place: Place::Failed });
         self.consumer.notify();
         pushed
     }
 
     /// Forgets the batch that was not yet handed over.
     pub(crate) fn discard_pending(&mut self) {
-        self.spare.extend(self.pending.drain(..).filter_map(|entry| entry.slot));
+        for entry in self.pending.drain(..) {
+            if let Place::Slot(slot) = entry.place {
+                self.spare.push(slot);
+            }
+        }
     }
 }
 
@@ -114,16 +139,17 @@ impl Inlet {
             if entry.epoch >= epoch {
                 return (entry.epoch == epoch).then_some(entry);
             }
-            self.loaded.pop();
-            if let Some(slot) = entry.slot {
+            self.take();
+            if let Place::Slot(slot) = entry.place {
                 self.release(slot);
             }
         }
     }
 
-    /// Takes the entry just peeked at.
+    /// Takes the entry just peeked at, which makes room for another.
     pub(crate) fn take(&mut self) {
         self.loaded.pop();
+        self.producer.notify();
     }
 
     /// Hands a slot back to be filled again.
@@ -144,13 +170,13 @@ mod tests {
     use super::*;
 
     fn entry(epoch: u64, unit: usize, slot: Slot) -> Entry {
-        Entry { epoch, unit, slot: Some(slot) }
+        Entry { epoch, unit, place: Place::Slot(slot) }
     }
 
     #[test]
     fn a_batch_is_handed_over_whole_and_cut_short_at_the_end_of_a_pass() {
         let signal = Signal::new();
-        let (mut outlet, mut inlet) = link(4, 3, &signal, &signal);
+        let (mut outlet, mut inlet) = link(4, 0, 3, &signal, &signal);
         for unit in 0..2 {
             let slot = outlet.slot().unwrap();
             outlet.publish(entry(1, unit, slot), false);
@@ -172,15 +198,15 @@ mod tests {
     #[test]
     fn entries_of_an_older_epoch_are_handed_back_and_newer_ones_wait() {
         let signal = Signal::new();
-        let (mut outlet, mut inlet) = link(2, 1, &signal, &signal);
+        let (mut outlet, mut inlet) = link(2, 0, 1, &signal, &signal);
         let (a, b) = (outlet.slot().unwrap(), outlet.slot().unwrap());
         outlet.publish(entry(1, 0, a), false);
         assert!(outlet.fail(1, 1));
         outlet.publish(entry(2, 0, b), false);
         assert!(outlet.slot().is_none());
-        assert_eq!(inlet.peek(2).unwrap().slot, Some(b));
+        assert_eq!(inlet.peek(2).unwrap().place, Place::Slot(b));
         assert_eq!(outlet.slot(), Some(a));
         assert!(inlet.peek(1).is_none(), "a newer entry is not for this epoch");
-        assert_eq!(inlet.peek(2).unwrap().slot, Some(b));
+        assert_eq!(inlet.peek(2).unwrap().place, Place::Slot(b));
     }
 }

@@ -1,7 +1,9 @@
 //! The pipeline: stages joined by rings, and [`LayerStreamer`], which owns them.
 
 mod compute;
+mod host;
 mod link;
+mod on_device;
 mod pin;
 mod read;
 mod stage;
@@ -16,20 +18,21 @@ pub use compute::{Layer, Progress};
 pub use statics::StaticTensors;
 
 use crate::{
-    arena::Arena,
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
     io::{self, Engine, Source},
     pipeline::{
         compute::ComputeSide,
-        link::{Slot, link},
+        host::HostMemory,
+        link::{Place, link},
+        on_device::DeviceMemory,
         pin::PinStage,
         read::ReadStage,
         stage::Control,
-        transfer::{DeviceSlots, TransferStage},
+        transfer::TransferStage,
     },
-    plan::{Plan, Reader, Settings, Unit, UnitPlan},
+    plan::{Plan, Reader, Settings, StagePlan, Unit, UnitPlan},
     sync::Signal,
     trace::{Mark, Observer, Stats, Trace},
 };
@@ -47,15 +50,11 @@ pub struct LayerStreamer<D: Device> {
     reader: (Reader, String),
     control: Arc<Control>,
     compute: RefCell<ComputeSide<D>>,
-    slots: ManuallyDrop<Arc<DeviceSlots<D>>>,
-    host: ManuallyDrop<Vec<HostSlots<D>>>,
+    /// Dropped in this order: the device forgets host memory before it is unmapped.
+    registrations: ManuallyDrop<Vec<D::Registration>>,
+    host: ManuallyDrop<Arc<HostMemory>>,
+    memory: ManuallyDrop<Arc<DeviceMemory<D>>>,
     threads: Vec<JoinHandle<bool>>,
-}
-
-/// A host stage's slots. Fields drop in this order: forgotten by the device before they are unmapped.
-struct HostSlots<D: Device> {
-    _registration: Option<D::Registration>,
-    arena: Arc<Arena>,
 }
 
 impl<D: Device> LayerStreamer<D> {
@@ -82,54 +81,46 @@ impl<D: Device> LayerStreamer<D> {
         let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
         device.bind_thread()?;
         let sources = io::open_all(checkpoint.files(), settings.cache)?;
-        let slots = Arc::new(DeviceSlots::new(device, &plan)?);
-        let mut host = Vec::new();
-        let mut arena = |what, stage: &crate::plan::StagePlan, pinned| -> Result<Arc<Arena>> {
-            let arena = Arc::new(Arena::new(what, stage.slots, stage.slot_bytes)?);
-            let (start, bytes) = arena.whole();
-            // SAFETY: HostSlots drops the registration before the arena.
-            let registration = if pinned { Some(unsafe { device.register(start.as_ptr(), bytes)? }) } else { None };
-            host.push(HostSlots { _registration: registration, arena: arena.clone() });
-            Ok(arena)
-        };
-        let ram = plan.ram.as_ref().map(|stage| arena("RAM slots", stage, false)).transpose()?;
-        let pinned = plan.pinned.as_ref().map(|stage| arena("pinned slots", stage, true)).transpose()?;
+        let memory = Arc::new(DeviceMemory::new(device, &plan)?);
+        let host = HostMemory::new(&plan)?;
+        // SAFETY: a local declared after `host`, then a field that Drop treats before it.
+        let registrations = unsafe { host.register(device)? };
 
         let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
         let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
         let control = Control::new(signals, Trace::new(observer));
-        let (gpu_out, gpu_in) = link(plan.gpu.slots, plan.gpu.batch, &transfer, &compute);
+        let between = |stage: &StagePlan, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
+            link(stage.slots, plan.residents.count, stage.batch, producer, consumer)
+        };
+        let (gpu_out, gpu_in) = between(&plan.gpu, &transfer, &compute);
         let mut streamer = Self {
-            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &slots, gpu_in)),
+            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)),
             device: device.clone(),
             checkpoint: checkpoint.clone(),
             plan: plan.clone(),
             sources: sources.clone(),
             reader: (settings.reader, String::new()),
             control: control.clone(),
-            slots: ManuallyDrop::new(slots.clone()),
-            host: ManuallyDrop::new(host),
+            registrations: ManuallyDrop::new(registrations),
+            host: ManuallyDrop::new(host.clone()),
+            memory: ManuallyDrop::new(memory.clone()),
             threads: Vec::with_capacity(3),
         };
         // From here on an error drops the streamer, which stops whatever has started.
-        let first = ram.as_ref().or(pinned.as_ref()).expect("a plan has a host stage");
-        let last = pinned.as_ref().unwrap_or(first);
-        let first_plan = plan.ram.as_ref().or(plan.pinned.as_ref()).expect("a plan has a host stage");
-        let after_read = if ram.is_some() && pinned.is_some() { &pin } else { &transfer };
-        let (read_out, mut transfer_in) = link(first_plan.slots, first_plan.batch, &read, after_read);
-        let (start, bytes) = first.whole();
-        // SAFETY: the read stage owns the engine, and its own handle of the arena, which is dropped after it.
-        let engine = unsafe { Engine::new(settings.reader, &sources, &[(start.as_ptr(), bytes)], &read) };
+        // SAFETY: the read stage owns the engine, and after it its own handle of the memory.
+        let engine = unsafe { Engine::new(settings.reader, &sources, &host.read_targets(), &read) };
         let (engine, rung, why) = engine?;
         streamer.reader = (rung, why);
-        let read_stage = ReadStage::new(&plan, &sources, first, read_out, &control, &read, engine);
-        let mut pin_stage = None;
-        if let (Some(ram), Some(pinned), Some(stage)) = (&ram, &pinned, &plan.pinned) {
-            let (pin_out, pin_in) = link(stage.slots, stage.batch, &pin, &transfer);
-            let pin_from = std::mem::replace(&mut transfer_in, pin_in);
-            pin_stage = Some(PinStage::new(&plan, ram, pinned, pin_from, pin_out));
-        }
-        let transfer_stage = TransferStage::new(device, &plan, &control, last, &slots, transfer_in, gpu_out)?;
+        let pins = plan.ram.is_some() && plan.pinned.is_some();
+        let (read_out, read_in) = between(&host.first().1, &read, if pins { &pin } else { &transfer });
+        let read_stage = ReadStage::new(&plan, &sources, &host, &memory, read_out, &control, &read, engine);
+        let (pin_stage, transfer_in) = if pins {
+            let (pin_out, pin_in) = between(&host.last().1, &pin, &transfer);
+            (Some(PinStage::new(&plan, &host, read_in, pin_out)), pin_in)
+        } else {
+            (None, read_in)
+        };
+        let transfer_stage = TransferStage::new(device, &plan, &control, &host, &memory, transfer_in, gpu_out)?;
         streamer.threads.push(stage::spawn(transfer_stage, control.clone(), transfer)?);
         if let Some(stage) = pin_stage {
             streamer.threads.push(stage::spawn(stage, control.clone(), pin)?);
@@ -145,8 +136,8 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
     /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
     pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
-        let (unit, slot) = self.compute.borrow_mut().next(stream)?;
-        Ok(Layer::new(self, stream, unit, slot))
+        let (unit, place) = self.compute.borrow_mut().next(stream)?;
+        Ok(Layer::new(self, stream, unit, place))
     }
 
     /// Runs one pass: `layer_fn` is called for each unit in order with what it returned for the one before, `x` at first.
@@ -230,12 +221,12 @@ impl<D: Device> LayerStreamer<D> {
         &self.device
     }
 
-    fn slots(&self) -> &DeviceSlots<D> {
-        &self.slots
+    fn memory(&self) -> &DeviceMemory<D> {
+        &self.memory
     }
 
-    fn release(&self, slot: Slot, stream: &D::Stream) -> Result<()> {
-        self.compute.borrow_mut().release(slot, stream)
+    fn release(&self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
+        self.compute.borrow_mut().release(unit, place, stream)
     }
 }
 
@@ -247,24 +238,18 @@ impl<D: Device> Drop for LayerStreamer<D> {
             idle &= thread.join().unwrap_or(false);
         }
         // The device may still compute on slots that were released: wait for our own events, never for the caller's stream.
-        idle &= self
-            .slots
-            .arrived
-            .iter()
-            .chain(&self.slots.compute_done)
-            .all(|event| self.device.synchronize(event).is_ok());
+        idle &= self.memory.all_events().all(|event| self.device.synchronize(event).is_ok());
         // A leaked layer's work has no event to wait for.
         idle &= self.compute.get_mut().check_no_leak().is_ok();
         if idle {
             // SAFETY: nothing else drops these, and the threads and the device are done with the memory.
             unsafe {
+                ManuallyDrop::drop(&mut self.registrations);
                 ManuallyDrop::drop(&mut self.host);
-                ManuallyDrop::drop(&mut self.slots);
+                ManuallyDrop::drop(&mut self.memory);
             }
         } else {
-            let host: usize = self.host.iter().map(|slots| slots.arena.whole().1).sum();
-            let bytes = host + self.slots.slot_bytes * self.slots.arrived.len();
-            self.control.trace.mark(&Mark::Leaked { bytes });
+            self.control.trace.mark(&Mark::Leaked { bytes: self.host.bytes() + self.memory.bytes });
         }
     }
 }

@@ -1,32 +1,29 @@
-//! The pin stage: copies a unit from pageable RAM into a pinned slot, which leaves the RAM slot free for the disk again.
+//! The pin stage: copies a unit from pageable RAM, slot or home, into a pinned slot, which leaves a RAM slot free for the disk
+//! again. Units that live further on pass it by.
 
 use std::{ptr, sync::Arc};
 
 use crate::{
-    arena::Arena,
     error::Error,
     pipeline::{
-        link::{Entry, Inlet, Outlet},
+        host::HostMemory,
+        link::{Entry, Inlet, Outlet, Place},
         stage::{Advance, Progress},
     },
-    plan::{Plan, Step},
+    plan::{Home, Plan},
     trace::{Activity, Stage},
 };
 
 pub(crate) struct PinStage {
     plan: Arc<Plan>,
-    program: Vec<Step>,
-    from: Arc<Arena>,
-    to: Arc<Arena>,
+    memory: Arc<HostMemory>,
     inlet: Inlet,
     outlet: Outlet,
-    cursor: usize,
 }
 
 impl PinStage {
-    pub(crate) fn new(plan: &Arc<Plan>, from: &Arc<Arena>, to: &Arc<Arena>, inlet: Inlet, outlet: Outlet) -> Self {
-        let program = plan.pinned.as_ref().expect("the stage is planned").program.clone();
-        Self { plan: plan.clone(), program, from: from.clone(), to: to.clone(), inlet, outlet, cursor: 0 }
+    pub(crate) fn new(plan: &Arc<Plan>, memory: &Arc<HostMemory>, inlet: Inlet, outlet: Outlet) -> Self {
+        Self { plan: plan.clone(), memory: memory.clone(), inlet, outlet }
     }
 }
 
@@ -38,29 +35,42 @@ impl Advance for PinStage {
             self.inlet.nudge();
             return Ok(Progress::Waiting(Activity::Starved));
         };
-        let Some(source) = entry.slot else {
-            self.inlet.take();
-            return Ok(Progress::Failed { unit: entry.unit });
+        let unit = &self.plan.units[entry.unit];
+        let ends_pass = entry.unit + 1 == self.plan.units();
+        let blocked = |outlet: &mut Outlet| {
+            outlet.flush_if_starving();
+            Ok(Progress::Waiting(Activity::Blocked))
         };
-        let Some(slot) = self.outlet.slot() else {
-            self.outlet.flush_if_starving();
-            return Ok(Progress::Waiting(Activity::Blocked));
+        if self.outlet.room() == 0 {
+            return blocked(&mut self.outlet);
+        }
+        let from = match entry.place {
+            Place::Failed => {
+                self.inlet.take();
+                return Ok(Progress::Failed { unit: entry.unit });
+            }
+            Place::Home if unit.home != Home::Ram => {
+                self.inlet.take();
+                self.outlet.publish(entry, ends_pass);
+                return Ok(Progress::Handed { unit: entry.unit, bytes: 0 });
+            }
+            Place::Home => self.memory.home(unit),
+            Place::Slot(slot) => self.memory.first().0.slot(slot.0),
         };
-        let step = self.program[self.cursor];
-        debug_assert_eq!(step.unit, entry.unit, "stages walk the same program");
-        self.cursor = (self.cursor + 1) % self.program.len();
+        let Some(slot) = self.outlet.slot() else { return blocked(&mut self.outlet) };
         self.inlet.take();
-        let bytes = self.plan.units[step.unit].host_bytes;
-        // SAFETY: both slots are this stage's by the link's invariant, and sized for the unit by the plan.
-        unsafe { ptr::copy_nonoverlapping(self.from.slot(source.0).as_ptr(), self.to.slot(slot.0).as_ptr(), bytes) };
-        self.inlet.release(source);
-        self.outlet.publish(Entry { slot: Some(slot), ..entry }, step.ends_pass);
-        Ok(Progress::Handed { unit: step.unit, bytes })
+        let to = self.memory.last().0.slot(slot.0);
+        // SAFETY: both slots are this stage's by the link's invariant, a home is not written any more, and all were sized for
+        // the unit by the plan.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), unit.host_bytes) };
+        if let Place::Slot(source) = entry.place {
+            self.inlet.release(source);
+        }
+        self.outlet.publish(Entry { place: Place::Slot(slot), ..entry }, ends_pass);
+        Ok(Progress::Handed { unit: entry.unit, bytes: unit.host_bytes })
     }
 
-    fn rewind(&mut self) {
-        self.cursor = 0;
-    }
+    fn rewind(&mut self) {}
 
     fn outlet(&mut self) -> &mut Outlet {
         &mut self.outlet

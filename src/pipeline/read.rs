@@ -1,64 +1,80 @@
-//! The read stage: keeps the engine full of chunks, across slots, and hands slots on in order.
+//! The read stage: keeps the engine full of chunks, across slots, and hands units on in order.
+//!
+//! A unit that lives in RAM is read once, straight into its home; one that lives on the device is read once, through a slot.
+//! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, io as std_io, sync::Arc};
 
 use crate::{
-    arena::Arena,
+    device::Device,
     error::Error,
     io::{self, Engine, Failure, Source},
     pipeline::{
-        link::{Entry, Outlet, Slot},
+        host::HostMemory,
+        link::{Entry, Outlet, Place, Slot},
+        on_device::DeviceMemory,
         stage::{Advance, Control, Progress},
     },
-    plan::{Plan, Step},
+    plan::{Home, Plan},
     sync::Signal,
     trace::{Activity, Stage},
 };
 
-/// A slot being filled.
+/// A unit on its way from disk.
 struct Load {
-    step: Step,
-    slot: Slot,
+    unit: usize,
+    /// The slot it is read into; without one it goes to its home, or is there.
+    slot: Option<Slot>,
+    to: *mut u8,
     /// The extent and the position in it from which the next chunk is cut.
     next: (usize, usize),
     outstanding: usize,
     failure: Option<(usize, Failure)>,
 }
 
-pub(crate) struct ReadStage {
-    /// First, so that it is dropped before the arena that it reads into.
+// SAFETY: `to` points into memory that the stage keeps alive, and is its own while it reads.
+unsafe impl Send for Load {}
+
+pub(crate) struct ReadStage<D: Device> {
+    /// First, so that it is dropped before the memory that it reads into.
     engine: Engine,
     plan: Arc<Plan>,
-    program: Vec<Step>,
     sources: Arc<[Source]>,
-    arena: Arc<Arena>,
+    memory: Arc<HostMemory>,
+    /// What has reached the device for good.
+    on_device: Arc<DeviceMemory<D>>,
     outlet: Outlet,
     control: Arc<Control>,
     signal: Arc<Signal>,
+    /// By unit: it need not be read again in this epoch.
+    read: Vec<bool>,
     cursor: usize,
-    /// In program order; a chunk's tag is the number of its load, counted from the start.
+    /// In order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,
     first: usize,
 }
 
-impl ReadStage {
+impl<D: Device> ReadStage<D> {
+    #[allow(clippy::too_many_arguments, reason = "a stage is put together once")]
     pub(crate) fn new(
         plan: &Arc<Plan>,
         sources: &Arc<[Source]>,
-        arena: &Arc<Arena>,
+        memory: &Arc<HostMemory>,
+        on_device: &Arc<DeviceMemory<D>>,
         outlet: Outlet,
         control: &Arc<Control>,
         signal: &Arc<Signal>,
         engine: Engine,
     ) -> Self {
-        let stage = plan.ram.as_ref().or(plan.pinned.as_ref()).expect("a plan has a host stage");
+        let slots = memory.first().1.slots;
         Self {
-            program: stage.program.clone(),
-            loads: VecDeque::with_capacity(stage.slots),
             engine,
+            read: vec![false; plan.units()],
+            loads: VecDeque::with_capacity(slots + plan.residents.count),
             plan: plan.clone(),
             sources: sources.clone(),
-            arena: arena.clone(),
+            memory: memory.clone(),
+            on_device: on_device.clone(),
             outlet,
             control: control.clone(),
             signal: signal.clone(),
@@ -90,56 +106,76 @@ impl ReadStage {
         bytes
     }
 
-    /// Starts as many reads as the engine and the free slots allow; returns whether it started any.
+    fn is_submitted(&self, load: &Load) -> bool {
+        load.next.0 >= self.plan.units[load.unit].extents.len()
+    }
+
+    /// Begins with the next unit, if there is a slot for it and room to hand it on.
+    fn begin_load(&mut self) -> bool {
+        if self.loads.len() == self.loads.capacity() || self.outlet.room() <= self.loads.len() {
+            return false;
+        }
+        let index = self.cursor;
+        let unit = &self.plan.units[index];
+        let done = (unit.extents.len(), 0);
+        let (slot, to, next) = match unit.home {
+            _ if self.read[index] => (None, std::ptr::null_mut(), done),
+            Home::Ram | Home::Pinned => (None, self.memory.home(unit).as_ptr(), (0, 0)),
+            Home::Disk | Home::Gpu => {
+                let Some(slot) = self.outlet.slot() else { return false };
+                (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
+            }
+        };
+        self.read[index] = unit.home != Home::Disk;
+        self.cursor = (index + 1) % self.plan.units();
+        self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None });
+        true
+    }
+
+    /// Starts as many reads as the engine and the free slots allow; returns whether it did anything.
     fn submit(&mut self) -> Result<bool, (usize, Error)> {
-        let mut started = false;
+        let mut moved = false;
         while self.engine.has_room() {
-            let unfinished =
-                self.loads.back().filter(|load| load.next.0 < self.plan.units[load.step.unit].extents.len());
-            if unfinished.is_none() {
-                let Some(slot) = self.outlet.slot() else { break };
-                let step = self.program[self.cursor];
-                self.cursor = (self.cursor + 1) % self.program.len();
-                self.loads.push_back(Load { step, slot, next: (0, 0), outstanding: 0, failure: None });
+            if self.loads.back().is_none_or(|load| self.is_submitted(load)) {
+                if !self.begin_load() {
+                    break;
+                }
+                moved = true;
             }
             let tag = self.first + self.loads.len() - 1;
-            let load = self.loads.back_mut().expect("pushed above");
+            let load = self.loads.back_mut().expect("begun above");
             let (extent, position) = load.next;
-            let Some(extent) = self.plan.units[load.step.unit].extents.get(extent) else { continue };
-            let slot = self.arena.slot(load.slot.0).as_ptr();
-            // SAFETY: the slot was sized for the unit's extents by the plan, and `next` is kept inside its extent.
-            let chunk = unsafe { io::chunk_at(&self.sources[extent.file], extent, position, slot, tag) };
-            load.next = if position + chunk.len < extent.len {
-                (load.next.0, position + chunk.len)
-            } else {
-                (load.next.0 + 1, 0)
-            };
+            let Some(extent) = self.plan.units[load.unit].extents.get(extent) else { continue };
+            // SAFETY: slot and home were sized for the unit's extents by the plan, and `next` is kept inside its extent.
+            let chunk = unsafe { io::chunk_at(&self.sources[extent.file], extent, position, load.to, tag) };
+            let after = position + chunk.len;
+            load.next = if after < extent.len { (load.next.0, after) } else { (load.next.0 + 1, 0) };
             load.outstanding += 1;
-            // SAFETY: the slot is this stage's until it is published, which waits for `outstanding`.
+            // SAFETY: the memory is this stage's until the unit is published, which waits for `outstanding`.
             unsafe { self.engine.submit(chunk) };
-            started = true;
+            moved = true;
         }
         self.engine.flush().map_err(|error| self.engine_failed(error))?;
-        Ok(started)
+        Ok(moved)
     }
 
     /// The engine itself failed, not a read: nothing can be read any more.
-    fn engine_failed(&self, error: std::io::Error) -> (usize, Error) {
-        (self.program[self.cursor].unit, Error::io("read with io_uring from", &self.sources[0].path)(error))
+    fn engine_failed(&self, error: std_io::Error) -> (usize, Error) {
+        (self.cursor, Error::io("read with io_uring from", &self.sources[0].path)(error))
     }
 }
 
-impl Advance for ReadStage {
+impl<D: Device> Advance for ReadStage<D> {
     const STAGE: Stage = Stage::Read;
 
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
         let bytes = self.reap();
-        let started = self.submit()?;
+        let moved = self.submit()?;
         if let Some(load) = self.loads.front()
             && load.outstanding == 0
-            && load.next.0 >= self.plan.units[load.step.unit].extents.len()
+            && self.is_submitted(load)
         {
-            let (step, unit) = (load.step, &self.plan.units[load.step.unit]);
+            let (index, unit) = (load.unit, &self.plan.units[load.unit]);
             if let Some((file, failure)) = load.failure {
                 let error = Error::Read {
                     unit: unit.name.clone(),
@@ -148,14 +184,15 @@ impl Advance for ReadStage {
                     offset: failure.offset,
                     source: failure.source(),
                 };
-                return Err((step.unit, error));
+                return Err((index, error));
             }
-            self.outlet.publish(Entry { epoch, unit: step.unit, slot: Some(load.slot) }, step.ends_pass);
+            let place = load.slot.map_or(Place::Home, Place::Slot);
+            self.outlet.publish(Entry { epoch, unit: index, place }, index + 1 == self.plan.units());
             self.loads.pop_front();
             self.first += 1;
-            return Ok(Progress::Handed { unit: step.unit, bytes });
+            return Ok(Progress::Handed { unit: index, bytes });
         }
-        Ok(if bytes > 0 || started {
+        Ok(if bytes > 0 || moved {
             Progress::Moved { bytes }
         } else if self.engine.in_flight() > 0 {
             Progress::Waiting(Activity::Busy)
@@ -179,8 +216,19 @@ impl Advance for ReadStage {
             }
         }
         self.first += self.loads.len();
-        for load in self.loads.drain(..) {
-            self.outlet.put_back(load.slot);
+        while let Some(load) = self.loads.pop_front() {
+            // A home that was read to the end is filled, handed over or not.
+            if !self.is_submitted(&load) || load.outstanding > 0 || load.failure.is_some() {
+                self.read[load.unit] = false;
+            }
+            if let Some(slot) = load.slot {
+                self.outlet.put_back(slot);
+            }
+        }
+        for (unit, plan) in self.plan.units.iter().enumerate() {
+            if plan.home == Home::Gpu {
+                self.read[unit] = self.on_device.is_filled(unit);
+            }
         }
         self.cursor = 0;
     }

@@ -12,7 +12,7 @@ use crate::{
     device::{Device, async_cpu::AsyncCpu, drain},
     dtype::{self, DType},
     error::Error,
-    plan::{Arrival, ArrivalOp, CachePolicy, Reader, Settings, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader, Settings, Unit},
 };
 
 #[path = "../../tests/common/mod.rs"]
@@ -21,6 +21,8 @@ use common::{Fixture, random_fixture};
 
 /// What each tensor of each unit must be on the device.
 type Expected = Vec<Vec<(String, Arc<Vec<u8>>)>>;
+
+const HOMES: [Home; 4] = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
 
 struct Case {
     fixture: Fixture,
@@ -37,6 +39,12 @@ impl Case {
         let mut rng = fastrand::Rng::with_seed(seed);
         let fixture = random_fixture(60_000, &mut rng);
         let (mut units, mut expected) = (Vec::new(), Vec::new());
+        // Sometimes all on disk, sometimes all in one home, mostly mixed.
+        let homes = match rng.u8(..6) {
+            0 => vec![Home::Disk],
+            1 => vec![HOMES[rng.usize(..4)]],
+            _ => HOMES.to_vec(),
+        };
         for unit in &fixture.units {
             let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
             for arrival in unit.arrivals() {
@@ -47,6 +55,7 @@ impl Case {
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
             }
+            changed.home(homes[rng.usize(..homes.len())]);
             units.push(changed);
             expected.push(tensors);
         }
@@ -164,6 +173,30 @@ fn after_a_failure_at_any_unit_the_next_pass_is_exact() {
         }
         drain(&case.device, &streams[0]).unwrap();
         assert_eq!(case.wrong.load(SeqCst), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_does_not_live_on_disk_is_read_once() {
+    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+        for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 2)] {
+            let mut case = Case::new(11);
+            case.units.iter_mut().for_each(|unit| _ = unit.home(home));
+            case.settings = Settings { n_cpu_pinned, n_cpu, ..Settings::default() };
+            let streams = [case.device.stream().unwrap()];
+            let streamer = case.streamer();
+            case.take(&streamer, &streams, case.units.len());
+            let read = |streamer: &LayerStreamer<AsyncCpu>| {
+                let stats = streamer.stats();
+                stats.direct_bytes + stats.buffered_bytes
+            };
+            let once = read(&streamer);
+            assert!(once >= streamer.plan().bytes_per_pass() as u64);
+            case.take(&streamer, &streams, 5 * case.units.len());
+            assert_eq!(read(&streamer), once, "{home:?} with {:?}", case.settings);
+            drain(&case.device, &streams[0]).unwrap();
+            assert_eq!(case.wrong.load(SeqCst), 0);
+        }
     }
 }
 

@@ -15,43 +15,17 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
-    arena::Arena,
-    device::{Device, DevicePtr, drain},
+    device::{Device, drain},
     error::{Error, Result},
     pipeline::{
-        link::{Entry, Inlet, Outlet, Slot},
+        host::HostMemory,
+        link::{Entry, Inlet, Outlet, Place, Slot},
+        on_device::DeviceMemory,
         stage::{Advance, Control, Progress, Safeguard},
     },
-    plan::{Plan, Step, UnitPlan},
+    plan::{Home, Plan},
     trace::{Activity, Stage},
 };
-
-/// Device slots and the events that guard them; shared with the compute side.
-pub(crate) struct DeviceSlots<D: Device> {
-    pub(crate) memory: D::Memory,
-    pub(crate) slot_bytes: usize,
-    /// The unit in this slot is on the device and as the layer function expects it.
-    pub(crate) arrived: Vec<D::Event>,
-    /// The layer function is done with this slot.
-    pub(crate) compute_done: Vec<D::Event>,
-}
-
-impl<D: Device> DeviceSlots<D> {
-    pub(crate) fn new(device: &D, plan: &Plan) -> Result<Self> {
-        let stage = &plan.gpu;
-        let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
-        Ok(Self {
-            memory: device.allocate("GPU slots", stage.bytes())?,
-            slot_bytes: stage.slot_bytes,
-            arrived: events()?,
-            compute_done: events()?,
-        })
-    }
-
-    pub(crate) fn address(&self, device: &D, slot: Slot) -> DevicePtr {
-        device.address(&self.memory).offset(slot.0 * self.slot_bytes)
-    }
-}
 
 /// Two blocks through which stored bytes pass on their way to a transform, on a stream of their own, so that the copies of
 /// the next piece need not wait for it.
@@ -67,10 +41,9 @@ struct Staging<D: Device> {
 pub(crate) struct TransferStage<D: Device> {
     device: D,
     plan: Arc<Plan>,
-    program: Vec<Step>,
     control: Arc<Control>,
-    from: Arc<Arena>,
-    to: Arc<DeviceSlots<D>>,
+    from: Arc<HostMemory>,
+    to: Arc<DeviceMemory<D>>,
     inlet: Inlet,
     outlet: Outlet,
     stream: D::Stream,
@@ -78,7 +51,6 @@ pub(crate) struct TransferStage<D: Device> {
     transfer_done: Vec<D::Event>,
     /// Source slots whose copies may still be running, oldest first.
     in_flight: VecDeque<Slot>,
-    cursor: usize,
 }
 
 impl<D: Device> TransferStage<D> {
@@ -86,12 +58,12 @@ impl<D: Device> TransferStage<D> {
         device: &D,
         plan: &Arc<Plan>,
         control: &Arc<Control>,
-        from: &Arc<Arena>,
-        to: &Arc<DeviceSlots<D>>,
+        from: &Arc<HostMemory>,
+        to: &Arc<DeviceMemory<D>>,
         inlet: Inlet,
         outlet: Outlet,
     ) -> Result<Self> {
-        let sources = plan.pinned.as_ref().or(plan.ram.as_ref()).expect("a plan has a host stage").slots;
+        let sources = from.last().1.slots;
         let staging = if plan.staging_bytes == 0 {
             None
         } else {
@@ -105,7 +77,6 @@ impl<D: Device> TransferStage<D> {
             })
         };
         Ok(Self {
-            program: plan.gpu.program.clone(),
             plan: plan.clone(),
             control: control.clone(),
             from: from.clone(),
@@ -116,7 +87,6 @@ impl<D: Device> TransferStage<D> {
             staging,
             transfer_done: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
             in_flight: VecDeque::with_capacity(sources),
-            cursor: 0,
             device: device.clone(),
         })
     }
@@ -139,13 +109,22 @@ impl<D: Device> TransferStage<D> {
         Ok(released)
     }
 
-    fn enqueue(&mut self, unit: &UnitPlan, from: Slot, to: Slot) -> Result<()> {
-        let (source, target) = (self.from.slot(from.0).as_ptr(), self.to.address(&self.device, to));
-        if self.control.keeps(Safeguard::WaitComputeDone) {
-            self.device.wait(&self.stream, &self.to.compute_done[to.0])?;
+    /// Enqueues all of a unit's work: from a slot or home in host memory to a slot or home on the device.
+    fn enqueue(&mut self, index: usize, from: Place, to: Place) -> Result<()> {
+        let plan = self.plan.clone();
+        let unit = &plan.units[index];
+        let source = match from {
+            Place::Slot(slot) => self.from.last().0.slot(slot.0).as_ptr(),
+            Place::Home | Place::Failed => self.from.home(unit).as_ptr(),
+        };
+        let target = self.to.address(&self.device, &plan, index, to);
+        let [arrived, compute_done] = self.to.events(index, to);
+        let reused = self.control.keeps(Safeguard::WaitComputeDone).then_some(compute_done);
+        if let Some(compute_done) = reused {
+            self.device.wait(&self.stream, compute_done)?;
         }
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
-        self.device.wait(&self.stream, &self.to.arrived[to.0])?;
+        self.device.wait(&self.stream, arrived)?;
         for copy in &unit.copies {
             // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until transfer_done;
             // the device slot was handed back, and the wait above orders the copy after its last use.
@@ -154,10 +133,11 @@ impl<D: Device> TransferStage<D> {
                 self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
             }
         }
-        let arrived = &self.to.arrived[to.0];
         match &mut self.staging {
             Some(staging) if !unit.transforms.is_empty() => {
-                self.device.wait(&staging.stream, &self.to.compute_done[to.0])?;
+                if let Some(compute_done) = reused {
+                    self.device.wait(&staging.stream, compute_done)?;
+                }
                 for transform in &unit.transforms {
                     let (from_size, to_size) = (transform.from_type.size(), transform.to_type.size());
                     let piece = staging.block_bytes / from_size;
@@ -180,39 +160,59 @@ impl<D: Device> TransferStage<D> {
                         self.device.record(&staging.consumed[turn], &staging.stream)?;
                     }
                 }
-                self.device.record(&self.transfer_done[from.0], &self.stream)?;
-                self.device.wait(&staging.stream, &self.transfer_done[from.0])?;
-                self.device.record(arrived, &staging.stream)
+                // All copies of the unit, those that are not transformed too.
+                self.device.record(&staging.staged[0], &self.stream)?;
+                self.device.wait(&staging.stream, &staging.staged[0])?;
+                self.device.record(arrived, &staging.stream)?;
             }
-            _ => {
-                self.device.record(&self.transfer_done[from.0], &self.stream)?;
-                self.device.record(arrived, &self.stream)
+            _ => self.device.record(arrived, &self.stream)?,
+        }
+        if let Place::Slot(slot) = from {
+            self.device.record(&self.transfer_done[slot.0], &self.stream)?;
+            self.in_flight.push_back(slot);
+        }
+        Ok(())
+    }
+
+    /// Where a unit goes on the device: its home there, or a free slot.
+    fn target(&mut self, unit: usize) -> Option<Place> {
+        if self.plan.units[unit].home == Home::Gpu { Some(Place::Home) } else { self.outlet.slot().map(Place::Slot) }
+    }
+
+    fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Progress> {
+        let unit = entry.unit;
+        let mut bytes = 0;
+        if place == Place::Home && self.to.is_filled(unit) {
+            if let Place::Slot(source) = entry.place {
+                // Read once more after a rewind, before it was known that it had arrived.
+                self.inlet.release(source);
+            }
+        } else {
+            bytes = self.plan.units[unit].disk_bytes;
+            self.enqueue(unit, entry.place, place)?;
+            if place == Place::Home {
+                self.to.set_filled(unit);
             }
         }
+        self.outlet.publish(Entry { place, ..entry }, unit + 1 == self.plan.units());
+        Ok(Progress::Handed { unit, bytes })
     }
 
     fn try_advance(&mut self, epoch: u64) -> Result<Progress> {
         let retired = self.retire(false)?;
         let waiting = match self.inlet.peek(epoch) {
-            Some(Entry { slot: None, unit, .. }) => {
+            Some(Entry { place: Place::Failed, unit, .. }) => {
                 self.inlet.take();
                 return Ok(Progress::Failed { unit });
             }
-            Some(entry @ Entry { slot: Some(source), .. }) => {
-                if let Some(slot) = self.outlet.slot() {
-                    let step = self.program[self.cursor];
-                    debug_assert_eq!(step.unit, entry.unit, "stages walk the same program");
-                    self.cursor = (self.cursor + 1) % self.program.len();
+            Some(entry) if self.outlet.room() > 0 => {
+                if let Some(place) = self.target(entry.unit) {
                     self.inlet.take();
-                    let plan = self.plan.clone();
-                    let unit = &plan.units[step.unit];
-                    self.enqueue(unit, source, slot)?;
-                    self.in_flight.push_back(source);
-                    self.outlet.publish(Entry { slot: Some(slot), ..entry }, step.ends_pass);
-                    return Ok(Progress::Handed { unit: step.unit, bytes: unit.disk_bytes });
+                    return self.hand_on(entry, place);
                 }
                 Activity::Blocked
             }
+            Some(_) => Activity::Blocked,
             None => Activity::Starved,
         };
         // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need.
@@ -238,13 +238,11 @@ impl<D: Device> Advance for TransferStage<D> {
         self.try_advance(epoch).map_err(|error| {
             // What the device holds is unknown now: slots that were under way are never handed on again.
             self.control.fail_for_good(error.clone());
-            (self.program[self.cursor].unit, error)
+            (0, error)
         })
     }
 
-    fn rewind(&mut self) {
-        self.cursor = 0;
-    }
+    fn rewind(&mut self) {}
 
     fn outlet(&mut self) -> &mut Outlet {
         &mut self.outlet

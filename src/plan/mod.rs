@@ -1,9 +1,12 @@
 //! The plan: what every stage does, worked out once, before anything is reserved.
 //!
-//! A stage never computes where bytes go. It walks its program, a list of [`Step`]s, round and round, and looks up the unit's
-//! [`UnitPlan`]: which extents to read into a host slot, which ranges to copy to the device, which tensors arrive changed.
+//! A stage never computes where bytes go. It walks the units round and round and looks up each one's `UnitPlan`: where it
+//! lives between passes, which extents to read into a host slot, which ranges to copy to the device, which tensors arrive
+//! changed.
 
-use std::fmt;
+mod settings;
+
+pub use settings::{CachePolicy, Home, Reader, Settings};
 
 use crate::{
     arena::PAGE,
@@ -81,123 +84,6 @@ impl Unit {
     }
 }
 
-/// Where a unit lives between passes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Home {
-    /// On disk: read in every pass.
-    #[default]
-    Disk,
-}
-
-/// Who reads from disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Reader {
-    /// The first of the others that the system allows.
-    #[default]
-    Auto,
-    /// io_uring with registered buffers, which must fit in RLIMIT_MEMLOCK.
-    UringFixed,
-    /// io_uring without them.
-    Uring,
-    /// A few threads in `pread`.
-    Pread,
-}
-
-impl fmt::Display for Reader {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::UringFixed => "io_uring with registered buffers",
-            Self::Uring => "io_uring",
-            Self::Pread => "pread threads",
-        })
-    }
-}
-
-/// Whether reads go past the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CachePolicy {
-    /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without
-    /// it as [`CachePolicy::Direct`]).
-    #[default]
-    Auto,
-    /// Past the page cache where the file system allows it.
-    Direct,
-    /// Through the page cache.
-    Buffered,
-}
-
-/// How deep the pipeline is. The names are those of `llm-layer-prefetch`.
-///
-/// A stage that buffers `n` units owns `n + 1` slots, the extra one being what its consumer holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Units buffered ahead on the device, at least 1; also how many layers a host may hold at once.
-    pub n_gpu: usize,
-    /// Units buffered in pinned (registered) RAM; 0 skips the stage.
-    pub n_cpu_pinned: usize,
-    /// Units buffered in pageable RAM; 0 skips the stage.
-    pub n_cpu: usize,
-    /// Units handed over at once from the device's buffer to the layer function; 0 means one by one; at most `n_gpu`.
-    pub batch_gpu: usize,
-    /// The same from pinned RAM to the transfer; at most `n_cpu_pinned`.
-    pub batch_cpu_pinned: usize,
-    /// The same from pageable RAM to its consumer; at most `n_cpu`.
-    pub batch_cpu: usize,
-    /// Who reads.
-    pub reader: Reader,
-    /// How the page cache is used.
-    pub cache: CachePolicy,
-}
-
-impl Default for Settings {
-    /// Two units ahead on the device and four in pinned RAM, which the disk fills directly.
-    fn default() -> Self {
-        Self {
-            n_gpu: 2,
-            n_cpu_pinned: 4,
-            n_cpu: 0,
-            batch_gpu: 0,
-            batch_cpu_pinned: 0,
-            batch_cpu: 0,
-            reader: Reader::Auto,
-            cache: CachePolicy::Auto,
-        }
-    }
-}
-
-impl Settings {
-    /// Checks the settings against each other.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] that names the first one out of range.
-    pub fn validate(&self) -> Result<()> {
-        if self.n_gpu == 0 {
-            return Err(Error::setting("n_gpu", "must be at least 1: the layer function needs a unit on the device"));
-        }
-        for (name, n_name, batch, n) in [
-            ("batch_gpu", "n_gpu", self.batch_gpu, self.n_gpu),
-            ("batch_cpu_pinned", "n_cpu_pinned", self.batch_cpu_pinned, self.n_cpu_pinned),
-            ("batch_cpu", "n_cpu", self.batch_cpu, self.n_cpu),
-        ] {
-            if batch > n {
-                let cause = format!("a batch of {batch} never fills a buffer of {n_name} = {n}; use at most {n}");
-                return Err(Error::setting(name, cause));
-            }
-        }
-        for (name, n) in [("n_gpu", self.n_gpu), ("n_cpu_pinned", self.n_cpu_pinned), ("n_cpu", self.n_cpu)] {
-            if n > MAX_SLOTS {
-                return Err(Error::setting(name, format!("is {n}, more than the {MAX_SLOTS} that a stage can hold")));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Far above any use; keeps arithmetic on slots small.
-const MAX_SLOTS: usize = 1 << 16;
-
 /// One contiguous read: `len` bytes at `offset` of file `file`, both multiples of the page size, into the host slot at `at`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
@@ -249,6 +135,9 @@ pub(crate) struct UnitPlan {
     pub(crate) disk_bytes: usize,
     pub(crate) host_bytes: usize,
     pub(crate) device_bytes: usize,
+    pub(crate) home: Home,
+    /// Where it lies among the residents of its home.
+    pub(crate) resident_at: usize,
     /// For messages: (file, first byte, name) of each stored tensor, sorted.
     stored: Vec<(usize, u64, String)>,
 }
@@ -313,7 +202,19 @@ impl UnitPlan {
         }
         let host_bytes = extents.last().map_or(0, |extent| extent.at + extent.len);
         let name = unit.name.clone();
-        Ok(Self { name, extents, copies, transforms, tensors, disk_bytes, host_bytes, device_bytes, stored })
+        Ok(Self {
+            name,
+            extents,
+            copies,
+            transforms,
+            tensors,
+            disk_bytes,
+            host_bytes,
+            device_bytes,
+            home: unit.home,
+            resident_at: 0,
+            stored,
+        })
     }
 
     /// Index of the tensor called `name`.
@@ -364,26 +265,9 @@ fn host_position(extents: &[Extent], entry: &Entry) -> usize {
     extent.at + (entry.offset - extent.offset) as usize
 }
 
-/// Where a stage finds a unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// The stage before hands it over (for the reader: the disk).
-    Upstream,
-}
-
-/// One entry of a stage's program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Step {
-    pub(crate) unit: usize,
-    pub(crate) source: Source,
-    /// The last step of a pass: batches are cut short here.
-    pub(crate) ends_pass: bool,
-}
-
-/// What a stage needs to know: its program, its slots, how many units it hands over at once.
+/// What a stage needs to know: its slots, how many units it hands over at once.
 #[derive(Clone, Debug)]
 pub(crate) struct StagePlan {
-    pub(crate) program: Vec<Step>,
     pub(crate) slots: usize,
     pub(crate) slot_bytes: usize,
     pub(crate) batch: usize,
@@ -395,7 +279,7 @@ impl StagePlan {
     }
 }
 
-/// The whole plan: units, and one program for each stage that is not skipped.
+/// The whole plan: units, and the stages that are not skipped.
 ///
 /// With both host stages skipped the reader fills one hidden pinned slot, from which the transfer copies.
 #[derive(Clone, Debug)]
@@ -404,8 +288,18 @@ pub struct Plan {
     pub(crate) ram: Option<StagePlan>,
     pub(crate) pinned: Option<StagePlan>,
     pub(crate) gpu: StagePlan,
+    pub(crate) residents: Residents,
     /// Bytes of one staging block for transforms; 0 if no unit has any.
     pub(crate) staging_bytes: usize,
+}
+
+/// Bytes of the units that live in each of these homes, and how many units these are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Residents {
+    pub(crate) ram: usize,
+    pub(crate) pinned: usize,
+    pub(crate) gpu: usize,
+    pub(crate) count: usize,
 }
 
 /// Largest piece of a tensor that is converted at once (bytes, before conversion).
@@ -421,30 +315,42 @@ impl Plan {
         if units.is_empty() {
             return Err(Error::setting("units", "there must be at least one"));
         }
-        let program: Vec<_> = (units.iter().enumerate())
-            .map(|(unit, given)| {
-                let source = match given.home {
-                    Home::Disk => Source::Upstream,
-                };
-                Step { unit, source, ends_pass: unit + 1 == units.len() }
-            })
-            .collect();
-        let units = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
-        let stage = |n: usize, batch: usize, slot_bytes: usize, page: usize| StagePlan {
-            program: program.clone(),
+        let mut units = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+        let mut residents = Residents::default();
+        for unit in &mut units {
+            let (place, bytes, align) = match unit.home {
+                Home::Disk => continue,
+                Home::Ram => (&mut residents.ram, unit.host_bytes, PAGE),
+                Home::Pinned => (&mut residents.pinned, unit.host_bytes, PAGE),
+                Home::Gpu => (&mut residents.gpu, unit.device_bytes, DEVICE_ALIGN),
+            };
+            unit.resident_at = *place;
+            let end = place.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(align));
+            *place = end.ok_or_else(|| Error::setting("home", "more lives there than can be addressed"))?;
+            residents.count += 1;
+        }
+        let stage = |n: usize, batch: usize, slot_bytes: usize| StagePlan {
             slots: n + 1,
-            slot_bytes: slot_bytes.next_multiple_of(page).max(page),
+            slot_bytes: slot_bytes.next_multiple_of(PAGE).max(PAGE),
             batch: batch.max(1),
         };
-        let host_bytes = units.iter().map(|unit| unit.host_bytes).max().unwrap_or(0);
-        let device_bytes = units.iter().map(|unit| unit.device_bytes).max().unwrap_or(0);
+        // Slots are for the units that pass through them.
+        let most = |bytes: fn(&UnitPlan) -> usize, homes: &[Home]| {
+            units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).max().unwrap_or(0)
+        };
+        let host_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu]);
+        let pinned_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu, Home::Ram]);
+        let device_bytes = most(|unit| unit.device_bytes, &[Home::Disk, Home::Ram, Home::Pinned]);
         let staging = units.iter().flat_map(|unit| &unit.transforms).map(|t| t.elements * t.from_type.size()).max();
+        // Units that live in RAM need the pin stage, and that a RAM slot for the others.
+        let pins = settings.n_cpu > 0 || (residents.ram > 0 && settings.n_cpu_pinned > 0);
         let both_skipped = settings.n_cpu == 0 && settings.n_cpu_pinned == 0;
         Ok(Self {
-            ram: (settings.n_cpu > 0).then(|| stage(settings.n_cpu, settings.batch_cpu, host_bytes, PAGE)),
+            ram: pins.then(|| stage(settings.n_cpu, settings.batch_cpu, host_bytes)),
             pinned: (settings.n_cpu_pinned > 0 || both_skipped)
-                .then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, host_bytes, PAGE)),
-            gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes, PAGE),
+                .then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, pinned_bytes)),
+            gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes),
+            residents,
             staging_bytes: staging.unwrap_or(0).min(STAGING).next_multiple_of(DEVICE_ALIGN),
             units,
         })
@@ -467,6 +373,10 @@ impl Plan {
         let mut rows: Vec<_> = (stages.into_iter())
             .filter_map(|(what, stage)| stage.map(|stage| (format!("{} {what}", stage.slots), stage.bytes())))
             .collect();
+        let Residents { ram, pinned, gpu, .. } = self.residents;
+        let homes =
+            [(ram, "units living in RAM"), (pinned, "units living in pinned RAM"), (gpu, "units living on the GPU")];
+        rows.extend(homes.into_iter().filter(|(bytes, _)| *bytes > 0).map(|(bytes, what)| (what.to_owned(), bytes)));
         if self.staging_bytes > 0 {
             rows.push(("2 staging blocks".into(), 2 * self.staging_bytes));
         }

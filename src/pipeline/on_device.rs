@@ -1,0 +1,78 @@
+//! Device memory: the slots that compute uses, the homes of the units that stay, and the events that guard both.
+
+use crate::{
+    device::{Device, DevicePtr},
+    error::Result,
+    pipeline::link::{Place, Slot},
+    plan::{Home, Plan, UnitPlan},
+    sync::{AtomicBool, Ordering},
+};
+
+/// Device memory with its events; the transfer fills it, compute uses it.
+///
+/// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a home is written
+/// once, and `filled` set when that copy was enqueued before `arrived`.
+pub(crate) struct DeviceMemory<D: Device> {
+    slots: D::Memory,
+    slot_bytes: usize,
+    homes: Option<D::Memory>,
+    /// By slot: the unit in it is on the device and as the layer function expects it.
+    arrived: Vec<D::Event>,
+    /// By slot: the layer function is done with it.
+    compute_done: Vec<D::Event>,
+    /// The same two by unit, for those that live on the device.
+    home: Vec<Option<[D::Event; 2]>>,
+    filled: Vec<AtomicBool>,
+    pub(crate) bytes: usize,
+}
+
+impl<D: Device> DeviceMemory<D> {
+    pub(crate) fn new(device: &D, plan: &Plan) -> Result<Self> {
+        let (stage, homes) = (&plan.gpu, plan.residents.gpu);
+        let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
+        let at_home =
+            |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
+        Ok(Self {
+            slots: device.allocate("GPU slots", stage.bytes())?,
+            slot_bytes: stage.slot_bytes,
+            homes: (homes > 0).then(|| device.allocate("units living on the GPU", homes)).transpose()?,
+            arrived: events()?,
+            compute_done: events()?,
+            home: plan.units.iter().map(at_home).collect::<Result<_>>()?,
+            filled: plan.units.iter().map(|_| AtomicBool::new(false)).collect(),
+            bytes: stage.bytes() + homes,
+        })
+    }
+
+    /// Where `unit` lies.
+    pub(crate) fn address(&self, device: &D, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
+        match (place, &self.homes) {
+            (Place::Slot(Slot(slot)), _) => device.address(&self.slots).offset(slot * self.slot_bytes),
+            (_, Some(homes)) => device.address(homes).offset(plan.units[unit].resident_at),
+            // A unit without a byte needs no home.
+            (_, None) => device.address(&self.slots),
+        }
+    }
+
+    /// The event of the unit's arrival there, and that of the end of its use.
+    pub(crate) fn events(&self, unit: usize, place: Place) -> [&D::Event; 2] {
+        match place {
+            Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
+            Place::Home | Place::Failed => self.home[unit].as_ref().expect("the unit lives on the device").each_ref(),
+        }
+    }
+
+    /// Whether the unit is in its home on the device, or on its way there.
+    pub(crate) fn is_filled(&self, unit: usize) -> bool {
+        self.filled[unit].load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_filled(&self, unit: usize) {
+        self.filled[unit].store(true, Ordering::Release);
+    }
+
+    /// All events that say that the device may still use the memory.
+    pub(crate) fn all_events(&self) -> impl Iterator<Item = &D::Event> {
+        self.arrived.iter().chain(&self.compute_done).chain(self.home.iter().flatten().flatten())
+    }
+}
