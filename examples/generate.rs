@@ -17,6 +17,7 @@ use layer_streamer::{
     device::Cpu,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
+    plan::Home,
     trace::Stage,
 };
 use tokenizers::Tokenizer;
@@ -84,6 +85,10 @@ struct Options {
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pipeline")]
     batch_cpu: usize,
 
+    /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]
+    #[arg(long, value_name = "LIST", help_heading = "Pipeline")]
+    home: Option<String>,
+
     /// Print nothing but the text (and errors)
     #[arg(long)]
     quiet: bool,
@@ -111,7 +116,8 @@ fn main() {
 
 fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     let begun = Instant::now();
-    let model = Model::open(&options.model)?;
+    let mut model = Model::open(&options.model)?;
+    Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
     let needs_tokenizer = options.prompt_ids.is_none() || !options.print_ids;
     let tokenizer = if needs_tokenizer { load_tokenizer(&options.model, options.prompt_ids.is_none())? } else { None };
     let prompt = match (&options.prompt_ids, &options.prompt, &tokenizer) {

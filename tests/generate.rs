@@ -39,6 +39,22 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
 }
 
 #[test]
+fn layers_at_home_are_listed_and_change_nothing_in_the_text() {
+    for homes in ["0-7=gpu", "0-7=pinned", "0-7=ram", "0=gpu,2-3=pinned,5-7=ram"] {
+        for pipeline in [&["--n-cpu-pinned", "0"][..], &["--n-cpu", "1"], &[]] {
+            let done = generate(&[&["--home", homes, "4096="], pipeline].concat());
+            assert_eq!(
+                text(&done.stdout),
+                " four thousand ninety-six\n",
+                "{homes} {pipeline:?}: {}",
+                text(&done.stderr)
+            );
+            assert!(text(&done.stderr).contains("units living"), "{}", text(&done.stderr));
+        }
+    }
+}
+
+#[test]
 fn ids_go_in_and_out_without_a_tokenizer() {
     let folder = copy_of(&speller());
     fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
@@ -146,6 +162,9 @@ fn bad_arguments_are_refused_by_name() {
         (&["--context", "1000", "4096="], &["context", "1 to 128"]),
         (&[&long], &["tokens", "128"]),
         (&["--model", "/nowhere/at/all", "1="], &["/nowhere/at/all/config.json", "No such file"]),
+        (&["--home", "0-8=gpu", "1="], &["home", "0-8=gpu", "8 units, 0 to 7"]),
+        (&["--home", "3-2=gpu", "1="], &["home", "3-2=gpu"]),
+        (&["--home", "1=attic", "1="], &["home", "attic", "disk, ram, pinned or gpu"]),
         (&["--dump-logits", "/nowhere/at/all", "1="], &["--dump-logits /nowhere/at/all", "No such file"]),
     ] {
         assert_says(&refusal(arguments), parts);
