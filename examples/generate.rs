@@ -22,6 +22,11 @@ use layer_streamer::{
 };
 use tokenizers::Tokenizer;
 
+/// Says something on stderr, which may be closed or full: that is no reason to stop.
+macro_rules! say {
+    ($($text:tt)*) => { let _ = writeln!(io::stderr(), $($text)*); };
+}
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Generate text with a model whose layers are streamed from disk while they compute.
@@ -93,7 +98,7 @@ struct Options {
     #[arg(long)]
     quiet: bool,
 
-    /// The text to continue
+    /// The text to continue (after --, if it begins with a dash)
     #[arg(required_unless_present = "prompt_ids")]
     prompt: Option<String>,
 }
@@ -109,7 +114,7 @@ fn main() {
         DeviceName::Cpu => run(&Cpu, &options),
     };
     if let Err(error) = outcome {
-        eprintln!("error: {error}");
+        say!("error: {error}");
         std::process::exit(1);
     }
 }
@@ -119,7 +124,7 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     let mut model = Model::open(&options.model)?;
     Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
     let needs_tokenizer = options.prompt_ids.is_none() || !options.print_ids;
-    let tokenizer = if needs_tokenizer { load_tokenizer(&options.model, options.prompt_ids.is_none())? } else { None };
+    let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
     let prompt = match (&options.prompt_ids, &options.prompt, &tokenizer) {
         (Some(ids), _, _) => ids.clone(),
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
@@ -161,16 +166,17 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     });
     let start = Instant::now();
     decoder.forward(&[Sequence { row: 0, tokens: &prompt }])?;
+    let prompt_time = start.elapsed();
     if let Some(dump) = dump {
         dump.write(&mut decoder, prompt.len())?;
     }
 
-    let (mut first, mut count) = (None, 0usize);
+    let decoding = Instant::now();
+    let mut count = 0usize;
     let mut text = tokenizer.as_ref().filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
     let mut out = io::stdout().lock();
     let shared_line = out.is_terminal();
     decoder.decode(&[0], options.max_new_tokens, &model.config.stop, |_, token| {
-        first.get_or_insert_with(|| begun.elapsed());
         count += 1;
         let piece = match &mut text {
             Some(text) => text.step(token)?.unwrap_or_default(),
@@ -187,25 +193,31 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
             Ok(()) => Ok::<_, Failure>(ControlFlow::Continue(())),
         }
     })?;
-    let _ = writeln!(out);
-    drop(out);
+    match writeln!(out) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            return Err(format!("cannot write to stdout: {error}").into());
+        }
+        _ => drop(out),
+    }
     bar.finish_and_clear();
     if !options.quiet {
-        report(&mut decoder, (start, begun), first, prompt.len(), count);
+        report(&mut decoder, begun, (prompt.len(), prompt_time), (count, decoding.elapsed()));
     }
     Ok(())
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.
-fn load_tokenizer(folder: &Path, required: bool) -> Result<Option<Tokenizer>, Failure> {
-    let path = folder.join("tokenizer.json");
+fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
+    let path = options.model.join("tokenizer.json");
     if !path.exists() {
-        if required {
+        if options.prompt_ids.is_none() {
             let message =
                 format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
             return Err(message.into());
         }
-        eprintln!("no tokenizer.json in {}: printing token ids", folder.display());
+        if !options.quiet {
+            say!("no tokenizer.json in {}: printing token ids", options.model.display());
+        }
         return Ok(None);
     }
     Tokenizer::from_file(&path).map(Some).map_err(|e| format!("{}: {e}", path.display()).into())
@@ -219,11 +231,16 @@ struct Dump<'a> {
 }
 
 impl<'a> Dump<'a> {
+    /// Makes sure, before the long work, that the file can be written.
     fn create(path: &'a Path) -> Result<Self, Failure> {
+        if path.symlink_metadata().is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(failed(path, &io::Error::other("there is something that is no regular file")));
+        }
         let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
+        partial.push(format!(".partial-{}", std::process::id()));
         let partial = PathBuf::from(partial);
-        let file = fs::File::create(&partial).map_err(|error| failed(path, &error))?;
+        let file =
+            fs::File::options().write(true).create_new(true).open(&partial).map_err(|error| failed(path, &error))?;
         Ok(Self { path, partial, file })
     }
 
@@ -258,14 +275,14 @@ fn failed(path: &Path, error: &io::Error) -> Failure {
 }
 
 fn print_memory(device: &str, rows: &[(String, usize)], hidden_slot: bool) {
-    eprintln!("device: {device}");
+    say!("device: {device}");
     if hidden_slot {
-        eprintln!("no stage ahead of the transfer: each layer is read when the one before has been copied");
+        say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
     }
     let total = rows.iter().map(|(_, bytes)| bytes).sum::<usize>();
     let width = rows.iter().map(|(what, _)| what.chars().count()).max().unwrap_or(0);
     for (what, bytes) in rows.iter().map(|(what, bytes)| (what.as_str(), *bytes)).chain([("total", total)]) {
-        eprintln!("  {what:width$}  {:>10}", HumanBytes(bytes as u64).to_string());
+        say!("  {what:width$}  {:>10}", HumanBytes(bytes as u64).to_string());
     }
 }
 
@@ -275,35 +292,30 @@ fn progress_bar(quiet: bool, layers: usize) -> ProgressBar {
     ProgressBar::with_draw_target(Some(layers as u64), target).with_style(style.progress_chars("=> "))
 }
 
-fn report<D: Kernels>(
-    decoder: &mut Decoder<D>,
-    (start, begun): (Instant, Instant),
-    first: Option<Duration>,
-    prompt: usize,
-    new: usize,
-) {
+fn report<D: Kernels>(decoder: &mut Decoder<D>, begun: Instant, prompt: (usize, Duration), new: (usize, Duration)) {
     let streamer = decoder.streamer();
     let (stats, units) = (streamer.stats(), streamer.plan().units() as u64);
     let compute = stats.stage(Stage::Compute);
     let (gigabytes, passes) = (compute.bytes as f64 / 1e9, compute.units / units);
-    let (seconds, running) = (start.elapsed().as_secs_f64(), begun.elapsed().as_secs_f64());
-    eprintln!(
-        "{prompt} tokens in, {new} out in {seconds:.2} s: {:.2} tokens/s; {passes} passes of {:.3} s streamed {gigabytes:.3} GB \
-         at {:.2} GB/s; {} was busiest",
-        new as f64 / seconds,
+    let per_second = |(tokens, time): (usize, Duration)| tokens as f64 / time.as_secs_f64().max(1e-9);
+    let (seconds, running) = ((prompt.1 + new.1).as_secs_f64(), begun.elapsed().as_secs_f64());
+    say!(
+        "{} tokens in at {:.2} tokens/s, {} out at {:.2} tokens/s",
+        prompt.0,
+        per_second(prompt),
+        new.0,
+        per_second(new)
+    );
+    say!(
+        "{passes} passes of {:.3} s streamed {gigabytes:.3} GB at {:.2} GB/s; {} was busiest",
         seconds / passes.max(1) as f64,
         gigabytes / seconds,
         stats.bottleneck(),
     );
-    if let Some(first) = first {
-        let share = |stage| format!("{stage} {:.0} %", 100.0 * stats.stage(stage).busy.as_secs_f64() / running);
-        eprintln!(
-            "first token {:.2} s after the start; at work: {}",
-            first.as_secs_f64(),
-            Stage::ALL.map(share).join(", ")
-        );
-    }
-    eprintln!(
+    let share = |stage| format!("{stage} {:.0} %", 100.0 * stats.stage(stage).busy.as_secs_f64() / running);
+    let first = (begun.elapsed() - new.1).as_secs_f64();
+    say!("prompt read {first:.2} s after the start; at work: {}", Stage::ALL.map(share).join(", "));
+    say!(
         "read by {}{}: {:.3} GB past the page cache, {:.3} GB from it",
         stats.reader,
         if stats.reader_reason.is_empty() { String::new() } else { format!(" ({})", stats.reader_reason) },
@@ -311,6 +323,6 @@ fn report<D: Kernels>(
         stats.buffered_bytes as f64 / 1e9,
     );
     for (path, reason) in &stats.buffered_files {
-        eprintln!("{} was read through the page cache: {reason}", path.display());
+        say!("{} was read through the page cache: {reason}", path.display());
     }
 }

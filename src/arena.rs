@@ -2,7 +2,7 @@
 
 use std::{io, ptr::NonNull, sync::Arc, thread};
 
-use memmap2::{Advice, MmapMut, MmapOptions};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::error::{Error, Result};
 
@@ -14,7 +14,7 @@ pub(crate) const PAGE: usize = 4096;
 /// **Invariant** for everyone who writes through [`slot`](Arena::slot): a slot belongs to one stage at a time, and the
 /// rings hand it on. The arena itself never reads or writes it after start.
 pub(crate) struct Arena {
-    map: MmapMut,
+    map: MmapRaw,
     slot_bytes: usize,
     slots: usize,
 }
@@ -26,16 +26,19 @@ impl Arena {
         let slot_bytes = slot_bytes.next_multiple_of(PAGE).max(PAGE);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
-        let map = MmapOptions::new().len(bytes).map_anon().map_err(failed)?;
+        let map: MmapRaw = MmapOptions::new().len(bytes).map_anon().map_err(failed)?.into();
         // Older kernels lack some of these; the memory works without them.
         for advice in [Advice::HugePage, Advice::DontFork, Advice::DontDump] {
             let _ = map.advise(advice);
         }
-        let mut arena = Self { map, slot_bytes, slots };
+        let arena = Self { map, slot_bytes, slots };
         match arena.populate() {
             // Linux before 5.14 does not know the advice.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                arena.map.chunks_mut(PAGE).for_each(|page| page[0] = 0);
+                for at in (0..bytes).step_by(PAGE) {
+                    // SAFETY: inside the mapping, which nobody else knows yet.
+                    unsafe { arena.map.as_mut_ptr().add(at).write(0) };
+                }
             }
             other => other.map_err(failed)?,
         }
@@ -50,12 +53,14 @@ impl Arena {
         let share = self.map.len().div_ceil(threads).next_multiple_of(PAGE).max(SHARE);
         let populate = |at: usize| self.map.advise_range(Advice::PopulateWrite, at, share.min(self.map.len() - at));
         thread::scope(|scope| {
-            let spawn = |at| thread::Builder::new().spawn_scoped(scope, move || populate(at));
+            let spawn = |at| (at, thread::Builder::new().spawn_scoped(scope, move || populate(at)));
             let helpers: Vec<_> = (share..self.map.len()).step_by(share).map(spawn).collect();
-            let join =
-                |helper: thread::ScopedJoinHandle<'_, io::Result<()>>| helper.join().expect("advice does not panic");
             let first = populate(0);
-            helpers.into_iter().fold(first, |so_far, helper| so_far.and(helper.and_then(join)))
+            helpers.into_iter().fold(first, |so_far, (at, helper)| {
+                // Without a thread the share is this one's.
+                let own = |_| populate(at);
+                so_far.and(helper.map_or_else(own, |helper| helper.join().expect("advice does not panic")))
+            })
         })
     }
 
@@ -63,7 +68,7 @@ impl Arena {
     pub(crate) fn slot(&self, index: usize) -> NonNull<u8> {
         assert!(index < self.slots.max(1), "slot {index} of {}", self.slots);
         // SAFETY: the offset is inside the mapping by the assertion, and a mapping is never at address zero.
-        unsafe { NonNull::new_unchecked(self.map.as_ptr().cast_mut().add(index * self.slot_bytes)) }
+        unsafe { NonNull::new_unchecked(self.map.as_mut_ptr().add(index * self.slot_bytes)) }
     }
 
     /// The whole mapping: where it starts and how long it is.

@@ -1,5 +1,5 @@
 //! What the pipeline does with its time. Every stage reports spans and marks; [`Stats`] are sums of the same spans, and an
-//! [`Observer`] sees each one. Without an observer a span costs two atomic additions.
+//! [`Observer`] sees each one. Without an observer a span costs a few atomic additions.
 
 use std::{
     fmt,

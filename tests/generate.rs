@@ -119,6 +119,15 @@ fn a_reader_that_goes_away_ends_it_quietly() {
     assert!(child.wait().unwrap().success() && said.is_empty(), "{said}");
 }
 
+#[test]
+fn a_closed_stderr_is_no_reason_to_stop() {
+    let mut child = example("generate").arg("77=").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    let done = child.wait_with_output().unwrap();
+    assert!(done.status.success());
+    assert_eq!(text(&done.stdout), " seventy-seven\n");
+}
+
 /// Runs with a limit on time: a bad input must not hang.
 fn refusal(arguments: &[&str]) -> String {
     let mut child = example("generate").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -165,6 +174,7 @@ fn bad_arguments_are_refused_by_name() {
         (&["--home", "0-8=gpu", "1="], &["home", "0-8=gpu", "8 units, 0 to 7"]),
         (&["--home", "3-2=gpu", "1="], &["home", "3-2=gpu"]),
         (&["--home", "1=attic", "1="], &["home", "attic", "disk, ram, pinned or gpu"]),
+        (&["--dump-logits", "/", "1="], &["--dump-logits /", "no regular file"]),
         (&["--dump-logits", "/nowhere/at/all", "1="], &["--dump-logits /nowhere/at/all", "No such file"]),
     ] {
         assert_says(&refusal(arguments), parts);
@@ -191,10 +201,19 @@ fn bad_checkpoints_are_refused_with_file_tensor_and_cause() {
     let config =
         |key: &'static str, value: Value| spoiled(|folder| edit_json(folder.join("config.json"), |c| c[key] = value));
     assert_says(&config("model_type", "gpt_neox".into()), &["config.json", "gpt_neox", "llama, mistral, qwen2, qwen3"]);
+    assert_says(&config("rms_norm_eps", (-1.0).into()), &["config.json", "rms_norm_eps is -1"]);
     assert_says(&config("num_attention_heads", 0.into()), &["config.json", "num_attention_heads is 0"]);
     assert_says(&config("num_key_value_heads", 0.into()), &["config.json", "num_key_value_heads is 0"]);
-    assert_says(&config("num_hidden_layers", 9.into()), &["model.layers.8.", "config.json calls for it"]);
-    assert_says(&config("num_hidden_layers", 7.into()), &["model.layers.7.", "config.json knows no such tensor"]);
+    let layers = |count: usize| {
+        spoiled(|folder| {
+            edit_json(folder.join("config.json"), |c| {
+                c["num_hidden_layers"] = count.into();
+                c["layer_types"] = Value::Null;
+            })
+        })
+    };
+    assert_says(&layers(9), &["model.layers.8.", "config.json calls for it"]);
+    assert_says(&layers(7), &["model.layers.7.", "config.json knows no such tensor"]);
     assert_says(&config("hidden_size", 256.into()), &["model.embed_tokens.weight", "[343, 128]", "[343, 256]"]);
     assert_says(&config("hidden_act", "gelu".into()), &["hidden_act", "gelu"]);
     assert_says(&config("vocab_size", "many".into()), &["config.json", "many"]);

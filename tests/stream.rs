@@ -234,6 +234,37 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
 }
 
 #[test]
+fn rewinding_again_and_again_over_a_broken_file_loses_nothing() {
+    let fixture = fixture(4, &SIZES, 17);
+    let stream = Cpu.stream().unwrap();
+    for n_gpu in [1, 3] {
+        let settings = Settings { batch_gpu: n_gpu, ..settings(n_gpu, 1, 1) };
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+        checked_pass(&fixture, &mut streamer);
+        let whole = ["a.bin", "b.bin"].map(|name| (fixture.file(name), fs::read(fixture.file(name)).unwrap()));
+        whole.iter().for_each(|(path, _)| fs::write(path, "gone").unwrap());
+        for pause in 0..12 {
+            streamer.rewind().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(pause));
+        }
+        assert!(matches!(streamer.next(&stream).err(), Some(Error::Read { .. })));
+        whole.iter().for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
+        checked_pass(&fixture, &mut streamer);
+    }
+}
+
+#[test]
+fn a_progress_hook_that_panics_leaves_a_streamer_that_works() {
+    let fixture = fixture(4, &SIZES, 18);
+    let stream = Cpu.stream().unwrap();
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 1, 0)).unwrap();
+    streamer.track_progress(|progress| assert!(progress.done != 2, "on purpose"));
+    let pass = AssertUnwindSafe(|| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())));
+    assert!(panic::catch_unwind(pass).is_err());
+    checked_pass(&fixture, &mut streamer);
+}
+
+#[test]
 fn static_tensors_are_loaded_whole_however_large() {
     let fixture = fixture(3, &[9, 6_000_000, 70_000], 8);
     let streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, 1, 0)).unwrap();

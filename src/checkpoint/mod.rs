@@ -131,6 +131,11 @@ impl Checkpoint {
         self.0.entries.get(name).map(|entry| (entry.dtype, entry.shape.as_slice()))
     }
 
+    /// The file that holds a tensor, and where in it the tensor starts (bytes).
+    pub fn location(&self, name: &str) -> Option<(&Path, u64)> {
+        self.0.entries.get(name).map(|entry| (self.0.files[entry.file].as_path(), entry.offset))
+    }
+
     /// One unit per transformer layer: all tensors under `model.layers.N.`, named by what follows that.
     ///
     /// # Errors

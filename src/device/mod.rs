@@ -44,26 +44,23 @@ impl DevicePtr {
     }
 }
 
-/// Dimensions of a tensor in device memory: up to four, slowest first.
+/// Dimensions of a tensor in device memory: up to eight, slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    dims: [usize; 4],
+    dims: [usize; 8],
     rank: usize,
 }
 
 impl Shape {
-    /// At most four dimensions.
+    /// At most eight dimensions.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for more.
     pub fn new(shape: &[usize]) -> Result<Self> {
-        let mut dims = [1; 4];
+        let mut dims = [1; 8];
         let Some(used) = dims.get_mut(..shape.len()) else {
             let what = format!("a tensor of {} dimensions", shape.len());
-            return Err(Error::Unsupported {
-                what,
-                remedy: "use at most four, or give it to the kernel as raw bytes".into(),
-            });
+            return Err(Error::Unsupported { what, remedy: "eight is the most".into() });
         };
         used.copy_from_slice(shape);
         Ok(Self { dims, rank: shape.len() })
@@ -138,17 +135,6 @@ macro_rules! tensor_methods {
 tensor_methods!(TensorRef);
 tensor_methods!(TensorMut);
 
-impl<'a> TensorRef<'a> {
-    /// Rows `start..start + rows` of a tensor with at least one dimension.
-    ///
-    /// # Panics
-    /// If it has fewer rows.
-    pub fn rows(&self, start: usize, rows: usize) -> TensorRef<'a> {
-        let (shape, skip) = row_range(self.shape, start, rows);
-        TensorRef { ptr: self.ptr.offset(skip * self.dtype.size()), shape, ..*self }
-    }
-}
-
 impl TensorMut<'_> {
     /// A shorter borrow of the same tensor.
     pub fn borrow(&mut self) -> TensorMut<'_> {
@@ -159,22 +145,6 @@ impl TensorMut<'_> {
     pub fn as_ref(&self) -> TensorRef<'_> {
         TensorRef { ptr: self.ptr, dtype: self.dtype, shape: self.shape, lives: PhantomData }
     }
-
-    /// Rows `start..start + rows` of a tensor with at least one dimension.
-    ///
-    /// # Panics
-    /// If it has fewer rows.
-    pub fn rows(&mut self, start: usize, rows: usize) -> TensorMut<'_> {
-        let (shape, skip) = row_range(self.shape, start, rows);
-        TensorMut { ptr: self.ptr.offset(skip * self.dtype.size()), shape, dtype: self.dtype, lives: PhantomData }
-    }
-}
-
-fn row_range(shape: Shape, start: usize, rows: usize) -> (Shape, usize) {
-    assert!(shape.rank > 0 && start + rows <= shape.dims[0], "rows {start}+{rows} of {:?}", shape.dims());
-    let mut part = shape;
-    part.dims[0] = rows;
-    (part, shape.dims()[1..].iter().product::<usize>() * start)
 }
 
 /// What the pipeline needs of a device, and no more. Cloning gives another handle of the same device.

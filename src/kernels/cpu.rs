@@ -29,16 +29,20 @@ thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-fn read<'a, T: Element>(tensor: TensorRef<'a>) -> &'a [T] {
-    assert_eq!(tensor.dtype(), T::DTYPE);
+fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a>) -> Result<&'a [T]> {
+    check(kernel, tensor.dtype() == T::DTYPE, || {
+        format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
+    })?;
     // SAFETY: the module's invariant, for elements of the type that was just checked.
-    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+    Ok(unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
-fn write<'a, T: Element>(tensor: &'a mut TensorMut<'_>) -> &'a mut [T] {
-    assert_eq!(tensor.dtype(), T::DTYPE);
+fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_>) -> Result<&'a mut [T]> {
+    check(kernel, tensor.dtype() == T::DTYPE, || {
+        format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
+    })?;
     // SAFETY: as above, and `tensor` is borrowed for as long as the slice.
-    unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+    Ok(unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
 fn raw(tensor: TensorRef<'_>) -> &[u8] {
@@ -57,9 +61,9 @@ enum Weight<'a> {
 impl<'a> Weight<'a> {
     fn new(kernel: &'static str, tensor: TensorRef<'a>) -> Result<Self> {
         Ok(match tensor.dtype() {
-            DType::F32 => Self::F32(read(tensor)),
-            DType::F16 => Self::F16(read(tensor)),
-            DType::BF16 => Self::BF16(read(tensor)),
+            DType::F32 => Self::F32(read(kernel, tensor)?),
+            DType::F16 => Self::F16(read(kernel, tensor)?),
+            DType::BF16 => Self::BF16(read(kernel, tensor)?),
             other => {
                 return Err(Error::Kernel {
                     kernel,
@@ -136,10 +140,11 @@ impl Kernels for Cpu {
             });
         };
         expect("embed", "out", (out.dtype(), out.shape()), DType::F32, &[ids.elements(), width])?;
+        check("embed", rows > 0 || ids.elements() == 0, || "the table has no rows".into())?;
         let convertible = table.dtype() == DType::F32 || table.dtype().converts_to(DType::F32);
         check("embed", convertible, || format!("a table of type {}", table.dtype()))?;
-        let (row_bytes, table_bytes, ids) = (width * table.dtype().size(), raw(table), read::<u32>(ids));
-        for (row, &id) in write::<f32>(&mut out).chunks_mut(width.max(1)).zip(ids) {
+        let (row_bytes, table_bytes, ids) = (width * table.dtype().size(), raw(table), read::<u32>("embed", ids)?);
+        for (row, &id) in write::<f32>("embed", &mut out)?.chunks_mut(width.max(1)).zip(ids) {
             let source = &table_bytes[(id as usize).min(rows - 1) * row_bytes..][..row_bytes];
             // SAFETY: a row of F32 is that many bytes.
             let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
@@ -160,8 +165,8 @@ impl Kernels for Cpu {
         check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
         expect("rms_norm", "out", (out.dtype(), out.shape()), DType::F32, x.shape())?;
         let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
-        let x = read::<f32>(x);
-        for_rows(write(&mut out), width, work, |index, row| {
+        let x = read::<f32>("rms_norm", x)?;
+        for_rows(write("rms_norm", &mut out)?, width, work, |index, row| {
             let x = &x[index * width..][..width];
             let factor = norm_factor(x, eps);
             row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
@@ -173,7 +178,7 @@ impl Kernels for Cpu {
         let (width, work) = (weight.elements(), x.elements());
         check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
         let weight = Weight::new("rms_norm", weight)?;
-        for_rows(write(&mut x), width, work, |_, row| {
+        for_rows(write("rms_norm", &mut x)?, width, work, |_, row| {
             let factor = norm_factor(row, eps);
             row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
         });
@@ -203,7 +208,7 @@ impl Kernels for Cpu {
             return Ok(());
         }
         Weight::new("linear", weight)?;
-        let (x, out) = (read::<f32>(x), Columns(write::<f32>(&mut out).as_mut_ptr()));
+        let (x, out) = (read::<f32>("linear", x)?, Columns(write::<f32>("linear", &mut out)?.as_mut_ptr()));
         let (dtype, bytes) = (weight.dtype(), raw(weight));
         let row_bytes = k * dtype.size();
         let panel = PANEL[usize::from(tokens >= 16)];
@@ -284,8 +289,8 @@ impl Kernels for Cpu {
         };
         check("rope", size == 2 * half, || format!("{half} frequencies for heads of {size}"))?;
         expect("rope", "positions", (positions.dtype(), positions.shape()), DType::U32, &[tokens])?;
-        let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
-        for_rows(write(&mut x), heads * size, tokens * heads * size * 8, |token, row| {
+        let (positions, inv_freq) = (read::<u32>("rope", positions)?, read::<f32>("rope", inv_freq)?);
+        for_rows(write("rope", &mut x)?, heads * size, tokens * heads * size * 8, |token, row| {
             for (i, &frequency) in inv_freq.iter().enumerate() {
                 let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
                 for head in row.chunks_mut(size) {
@@ -300,8 +305,8 @@ impl Kernels for Cpu {
 
     fn swiglu(&self, _: &CpuStream, mut gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
         expect("swiglu", "gate", (gate.dtype(), gate.shape()), DType::F32, up.shape())?;
-        let (up, width) = (read::<f32>(up), up.shape().last().copied().unwrap_or(1));
-        for_rows(write(&mut gate), width, up.len() * 8, |index, row| {
+        let (up, width) = (read::<f32>("swiglu", up)?, up.shape().last().copied().unwrap_or(1));
+        for_rows(write("swiglu", &mut gate)?, width, up.len() * 8, |index, row| {
             let up = &up[index * width..][..width];
             row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
         });
@@ -310,7 +315,7 @@ impl Kernels for Cpu {
 
     fn add(&self, _: &CpuStream, mut x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
         expect("add", "x", (x.dtype(), x.shape()), DType::F32, y.shape())?;
-        write::<f32>(&mut x).iter_mut().zip(read::<f32>(y)).for_each(|(x, y)| *x += y);
+        write::<f32>("add", &mut x)?.iter_mut().zip(read::<f32>("add", y)?).for_each(|(x, y)| *x += y);
         Ok(())
     }
 
@@ -329,7 +334,7 @@ impl Kernels for Cpu {
         check("append_kv", (groups, size) == (cache_groups, cache_size), || {
             format!("block is {:?} but cache {:?}", block.shape(), cache.shape())
         })?;
-        let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
+        let (block, cache) = (read::<f32>("append_kv", block)?, write::<f32>("append_kv", &mut cache)?);
         for sequence in sequences("append_kv", batch, tokens, rows, capacity)? {
             let first = sequence.kv_len - sequence.tokens.len();
             for (place, token) in (first..).zip(sequence.tokens.clone()) {
@@ -362,8 +367,9 @@ impl Kernels for Cpu {
         })?;
         expect("attention", "values", (values.dtype(), values.shape()), DType::F32, keys.shape())?;
         expect("attention", "out", (out.dtype(), out.shape()), DType::F32, q.shape())?;
-        let (q, keys, values) = (read::<f32>(q), read::<f32>(keys), read::<f32>(values));
-        let mut rest = write::<f32>(&mut out);
+        let (q, keys, values) =
+            (read::<f32>("attention", q)?, read::<f32>("attention", keys)?, read::<f32>("attention", values)?);
+        let mut rest = write::<f32>("attention", &mut out)?;
         for sequence in sequences("attention", batch, tokens, rows, capacity)? {
             let (part, after) = rest.split_at_mut(sequence.tokens.len() * heads * size);
             rest = after;
@@ -400,7 +406,7 @@ impl Kernels for Cpu {
             return Err(Error::Kernel { kernel: "argmax", cause: format!("x is {:?}, expected [R, V]", x.shape()) });
         };
         expect("argmax", "out", (out.dtype(), out.shape()), DType::U32, &[rows])?;
-        for (row, out) in read::<f32>(x).chunks(width.max(1)).zip(write::<u32>(&mut out)) {
+        for (row, out) in read::<f32>("argmax", x)?.chunks(width.max(1)).zip(write::<u32>("argmax", &mut out)?) {
             let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
             *out = (0..width).reduce(better).unwrap_or(0) as u32;
         }
@@ -445,7 +451,8 @@ fn sequences<'a>(
     rows: usize,
     capacity: usize,
 ) -> Result<impl Iterator<Item = Sequence> + 'a> {
-    let (offsets, lens, places) = (read::<u32>(batch.q_offsets), read::<u32>(batch.kv_lens), read::<u32>(batch.rows));
+    let (offsets, lens, places) =
+        (read::<u32>(kernel, batch.q_offsets)?, read::<u32>(kernel, batch.kv_lens)?, read::<u32>(kernel, batch.rows)?);
     let consistent = offsets.len() == lens.len() + 1
         && places.len() == lens.len()
         && offsets.first() == Some(&0)

@@ -69,7 +69,7 @@ pub struct Decoder<D: Kernels> {
     /// Of the pass before: its tokens, and the number of each sequence's last one.
     tokens: usize,
     last: Vec<u32>,
-    /// Filled and uploaded in each pass; kept so that nothing is allocated.
+    /// Filled and uploaded in each pass.
     upload: Vec<u32>,
 }
 
@@ -350,6 +350,11 @@ impl<D: Kernels> Decoder<D> {
         self.lengths[row]
     }
 
+    /// How many sequences the pass before had.
+    pub(super) fn sequences(&self) -> usize {
+        self.last.len()
+    }
+
     /// How many tokens a sequence may have.
     pub fn context(&self) -> usize {
         self.context
@@ -459,7 +464,7 @@ impl<D: Kernels> LayerMath<'_, D> {
             let block = work.read(region, 0, &[tokens, groups, size])?;
             device.append_kv(stream, block, batch, cache.write(to, 0, &cache_shape)?)?;
         }
-        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.window_of(layer.index()) };
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.windows[layer.index()] };
         device.attention(
             stream,
             work.read(at.query, 0, &[tokens, heads, size])?,

@@ -41,6 +41,10 @@ impl<D: Kernels> Decoder<D> {
         stop: &[u32],
         mut on_token: impl FnMut(usize, u32) -> Result<ControlFlow<()>, E>,
     ) -> Result<(), E> {
+        if rows.len() != self.sequences() {
+            let cause = format!("are {}, but the pass before had {} sequences", rows.len(), self.sequences());
+            return Err(Error::setting("rows", cause).into());
+        }
         let mut live = rows.to_vec();
         let mut found = Vec::with_capacity(rows.len());
         for left in (0..most).rev() {

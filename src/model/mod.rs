@@ -15,6 +15,7 @@ pub use decoder::{Decoder, Sequence};
 
 use crate::{
     checkpoint::Checkpoint,
+    dtype::DType,
     error::{Error, Result},
     plan::Unit,
 };
@@ -45,12 +46,21 @@ impl Model {
         let folder = folder.as_ref();
         let config = ModelConfig::read(folder)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let require = |name: &str, shape: &[usize]| match checkpoint.describe(name) {
-            None => Err(Error::tensor(folder, name, "config.json calls for it, but the checkpoint lacks it")),
-            Some((_, stored)) if stored != shape => {
-                Err(Error::tensor(folder, name, format!("is {stored:?} in the checkpoint, {shape:?} by config.json")))
+        let require = |name: &str, shape: &[usize]| {
+            let Some(((dtype, stored), (file, _))) = checkpoint.describe(name).zip(checkpoint.location(name)) else {
+                return Err(Error::tensor(folder, name, "config.json calls for it, but the checkpoint lacks it"));
+            };
+            if stored != shape {
+                return Err(Error::tensor(file, name, format!("is {stored:?}, but {shape:?} by config.json")));
             }
-            Some(_) => Ok(()),
+            if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+                return Err(Error::tensor(
+                    file,
+                    name,
+                    format!("is of type {dtype}; F32, F16 and BF16 can be computed with"),
+                ));
+            }
+            Ok(())
         };
         require(EMBED, &[config.vocab, config.hidden])?;
         require(NORM, &[config.hidden])?;

@@ -53,7 +53,6 @@ pub(super) struct ComputeSide<D: Device> {
     failed: Option<Error>,
     /// Up to when the caller's time has been reported.
     clock: Option<Instant>,
-    pub(super) progress: Option<ProgressHook>,
 }
 
 impl<D: Device> ComputeSide<D> {
@@ -78,12 +77,11 @@ impl<D: Device> ComputeSide<D> {
             held: Vec::with_capacity(plan.gpu.slots),
             failed: None,
             clock: None,
-            progress: None,
         }
     }
 
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
-    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Place)> {
+    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -122,10 +120,7 @@ impl<D: Device> ComputeSide<D> {
             self.position = 0;
             self.passes += 1;
         }
-        if let Some(hook) = &mut self.progress {
-            hook(progress);
-        }
-        Ok((unit, place))
+        Ok((unit, place, progress))
     }
 
     fn arrival(&mut self) -> Result<(usize, Place)> {
@@ -160,16 +155,13 @@ impl<D: Device> ComputeSide<D> {
 
     /// Ends the use of a layer; its slot is handed back, to be filled once the work now on `stream` is done.
     pub(super) fn release(&mut self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
-        if let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) {
-            self.held.remove(index);
-            self.report(Activity::Busy, Some(unit));
-        }
         let [_, compute_done] = self.memory.events(unit, place);
         if let Place::Slot(slot) = place
             && !self.control.keeps(Safeguard::RecordBeforeRelease)
         {
             self.inlet.release(slot);
             std::thread::sleep(std::time::Duration::from_micros(300));
+            self.held.retain(|held| held.place != place);
             return self.device.record(compute_done, stream);
         }
         // Without the record the slot must never be filled again: its event still shows the lap before.
@@ -180,6 +172,11 @@ impl<D: Device> ComputeSide<D> {
         if let Place::Slot(slot) = place {
             self.inlet.release(slot);
         }
+        // Held until here: what was not recorded must count as in use at the end.
+        if let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) {
+            self.held.remove(index);
+        }
+        self.report(Activity::Busy, Some(unit));
         Ok(())
     }
 
@@ -189,9 +186,6 @@ impl<D: Device> ComputeSide<D> {
     }
 
     pub(super) fn rewind(&mut self) -> Result<()> {
-        if let Some(error) = self.control.fatal() {
-            return Err(error);
-        }
         self.check_no_leak()?;
         self.control.rewind();
         self.epoch = self.control.epoch();
@@ -199,8 +193,16 @@ impl<D: Device> ComputeSide<D> {
         Ok(())
     }
 
+    /// Whether a layer was never released.
+    pub(super) fn holds_layers(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// To be called where no [`Layer`] can exist.
     pub(super) fn check_no_leak(&self) -> Result<()> {
+        if let Some(error) = self.control.fatal() {
+            return Err(error);
+        }
         let Some(held) = self.held.first() else { return Ok(()) };
         Err(Error::LayerLeaked { layer: self.plan.units[held.unit].name.clone() })
     }

@@ -97,10 +97,10 @@ impl Outlet {
     }
 
     fn flush(&mut self) {
-        if !self.pending.is_empty() {
-            let pushed = self.loaded.push_all(&self.pending);
-            debug_assert_eq!(pushed, self.pending.len(), "whoever publishes asks for room first");
-            self.pending.clear();
+        // Failures of epochs that the consumer has not looked at yet take places too: what finds none stays pending.
+        let pushed = self.loaded.push_all(&self.pending);
+        if pushed > 0 {
+            self.pending.drain(..pushed);
             self.consumer.notify();
         }
     }
@@ -116,7 +116,7 @@ impl Outlet {
     /// Says that the epoch failed at `unit`, after everything that was loaded before; `false` if there is no room just now.
     pub(crate) fn fail(&mut self, epoch: u64, unit: usize) -> bool {
         self.flush();
-        let pushed = self.loaded.push(Entry { epoch, unit, place: Place::Failed });
+        let pushed = self.pending.is_empty() && self.loaded.push(Entry { epoch, unit, place: Place::Failed });
         self.consumer.notify();
         pushed
     }
@@ -193,6 +193,25 @@ mod tests {
         assert!(inlet.peek(1).is_none());
         outlet.flush_if_starving();
         assert_eq!(inlet.peek(1).unwrap().unit, 0);
+    }
+
+    #[test]
+    fn failures_that_nobody_looked_at_cost_no_entry() {
+        let signal = Signal::new();
+        let (mut outlet, mut inlet) = link(2, 0, 2, &signal, &signal);
+        let told = (1..=9).filter(|&epoch| outlet.fail(epoch, 0)).count();
+        assert!(told < 9, "the ring is full of failures");
+        for unit in 0..2 {
+            let slot = outlet.slot().unwrap();
+            outlet.publish(entry(10, unit, slot), false);
+        }
+        for unit in 0..2 {
+            if inlet.peek(10).is_none() {
+                outlet.flush_if_starving();
+            }
+            assert_eq!(inlet.peek(10).unwrap().unit, unit);
+            inlet.take();
+        }
     }
 
     #[test]

@@ -12,7 +12,12 @@ mod statics;
 mod tests;
 mod transfer;
 
-use std::{cell::RefCell, mem::ManuallyDrop, sync::Arc, thread::JoinHandle};
+use std::{
+    cell::{Cell, RefCell},
+    mem::ManuallyDrop,
+    sync::Arc,
+    thread::JoinHandle,
+};
 
 pub use compute::{Layer, Progress};
 pub use statics::StaticTensors;
@@ -23,7 +28,7 @@ use crate::{
     error::{Error, Result},
     io::{self, Engine, Source},
     pipeline::{
-        compute::ComputeSide,
+        compute::{ComputeSide, ProgressHook},
         host::HostMemory,
         link::{Place, link},
         on_device::DeviceMemory,
@@ -50,6 +55,7 @@ pub struct LayerStreamer<D: Device> {
     reader: (Reader, String),
     control: Arc<Control>,
     compute: RefCell<ComputeSide<D>>,
+    progress: Cell<Option<ProgressHook>>,
     /// Dropped in this order: the device forgets host memory before it is unmapped.
     registrations: ManuallyDrop<Vec<D::Registration>>,
     host: ManuallyDrop<Arc<HostMemory>>,
@@ -95,6 +101,7 @@ impl<D: Device> LayerStreamer<D> {
         let (gpu_out, gpu_in) = between(&plan.gpu, &transfer, &compute);
         let mut streamer = Self {
             compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)),
+            progress: Cell::new(None),
             device: device.clone(),
             checkpoint: checkpoint.clone(),
             plan: plan.clone(),
@@ -136,8 +143,15 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
     /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
     pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
-        let (unit, place) = self.compute.borrow_mut().next(stream)?;
-        Ok(Layer::new(self, stream, unit, place))
+        let (unit, place, progress) = self.compute.borrow_mut().next(stream)?;
+        let layer = Layer::new(self, stream, unit, place);
+        // With the layer made and nothing borrowed: a hook that panics leaves a layer that is released.
+        let hook = self.progress.take();
+        if let Some(mut hook) = hook {
+            hook(progress);
+            self.progress.set(Some(hook));
+        }
+        Ok(layer)
     }
 
     /// Runs one pass: `layer_fn` is called for each unit in order with what it returned for the one before, `x` at first.
@@ -189,6 +203,7 @@ impl<D: Device> LayerStreamer<D> {
     /// # Errors
     /// [`Error::Checkpoint`] for a name that the checkpoint lacks, [`Error::Read`], [`Error::Memory`] or the device's own.
     pub fn load_static(&self, names: &[&str]) -> Result<StaticTensors<D>> {
+        self.device.bind_thread()?;
         let mut unit = Unit::new("the static tensors");
         for &name in names {
             unit.keep(name, name);
@@ -198,7 +213,7 @@ impl<D: Device> LayerStreamer<D> {
 
     /// Calls `hook` for every unit handed over, in the thread that takes it.
     pub fn track_progress(&mut self, hook: impl FnMut(Progress) + Send + 'static) {
-        self.compute.get_mut().progress = Some(Box::new(hook));
+        self.progress.set(Some(Box::new(hook)));
     }
 
     /// Where the time and the bytes went since the start.
@@ -233,14 +248,14 @@ impl<D: Device> LayerStreamer<D> {
 impl<D: Device> Drop for LayerStreamer<D> {
     fn drop(&mut self) {
         self.control.stop();
-        let mut idle = true;
+        let mut idle = self.device.bind_thread().is_ok();
         for thread in self.threads.drain(..) {
             idle &= thread.join().unwrap_or(false);
         }
         // The device may still compute on slots that were released: wait for our own events, never for the caller's stream.
         idle &= self.memory.all_events().all(|event| self.device.synchronize(event).is_ok());
         // A leaked layer's work has no event to wait for.
-        idle &= self.compute.get_mut().check_no_leak().is_ok();
+        idle &= !self.compute.get_mut().holds_layers();
         if idle {
             // SAFETY: nothing else drops these, and the threads and the device are done with the memory.
             unsafe {

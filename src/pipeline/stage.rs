@@ -128,6 +128,8 @@ pub(crate) enum Progress {
     Handed { unit: usize, bytes: usize },
     /// It did something, no unit is done yet.
     Moved { bytes: usize },
+    /// It was kept waiting inside the attempt; the time since the last report counts as this.
+    Waited(Activity),
     /// It can do nothing before it is notified; until then its time counts as this.
     Waiting(Activity),
     /// The stage before failed at this unit.
@@ -172,16 +174,19 @@ pub(crate) fn spawn<S: Advance + 'static>(
 ) -> Result<thread::JoinHandle<bool>> {
     let name = S::STAGE.name();
     let body = move || {
-        let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
-            if let Err(error) = stage.begin() {
-                control.fail_for_good(error);
-            }
-            run(&mut stage, &control, &signal);
+        let outcome = panic::catch_unwind(AssertUnwindSafe(|| match stage.begin() {
+            Ok(()) => run(&mut stage, &control, &signal),
+            Err(error) => control.fail_for_good(error),
         }));
         if let Err(payload) = outcome {
             control.fail_for_good(Error::Panicked { stage: name, message: panic_message(&*payload) });
         }
-        panic::catch_unwind(AssertUnwindSafe(|| stage.end().is_ok())).unwrap_or(false)
+        let idle = panic::catch_unwind(AssertUnwindSafe(|| stage.end().is_ok())).unwrap_or(false);
+        if !idle {
+            // The device may still use the stage's own memory.
+            std::mem::forget(stage);
+        }
+        idle
     };
     let failed = |source: std::io::Error| Error::Thread { stage: name, source: source.into() };
     thread::Builder::new().name(format!("ls-{name}")).spawn(body).map_err(failed)
@@ -221,6 +226,7 @@ fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal) {
         match stage.advance(epoch) {
             Ok(Progress::Handed { unit, bytes }) => report(Activity::Busy, Some(unit), bytes),
             Ok(Progress::Moved { bytes }) => report(Activity::Busy, None, bytes),
+            Ok(Progress::Waited(activity)) => report(activity, None, 0),
             Ok(Progress::Waiting(activity)) => {
                 if let Err(error) = stage.wait(signal, ticket) {
                     fail(error);

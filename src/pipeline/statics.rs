@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
     arena::Arena,
-    device::{self, Device, TensorRef},
+    device::{self, Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
     pipeline::compute::view,
@@ -33,72 +33,14 @@ impl<D: Device> StaticTensors<D> {
         let rung = if rung == Reader::UringFixed { Reader::Uring } else { rung };
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
-        let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
-        // A chunk goes to block `number % BLOCKS`; chunks may finish in any order, and none is reused before it is copied.
-        let mut extents =
-            plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(CHUNK).map(move |at| (extent, at)));
-        let mut waiting = VecDeque::with_capacity(BLOCKS);
-        let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
-        let mut failure = None;
-        loop {
-            let ticket = signal.ticket();
-            while failure.is_none() && engine.has_room() && !free.is_empty() {
-                let Some((extent, at)) = extents.next() else { break };
-                let block = free.pop().expect("checked above");
-                // The block stands for the part of the extent that is read into it.
-                let len = CHUNK.min(extent.len - at);
-                let part = Extent { offset: extent.offset + at as u64, len, at: 0, ..*extent };
-                // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
-                unsafe {
-                    let to = blocks.slot(block).as_ptr();
-                    engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
-                }
-                waiting.push_back((number, block, extent.at + at, part.len));
-                number += 1;
-            }
-            if waiting.is_empty() {
-                break;
-            }
-            engine.flush().map_err(failed)?;
-            let Some(done) = engine.completion() else {
-                engine.wait(&signal, ticket).map_err(failed)?;
-                continue;
-            };
-            let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");
-            let (_, block, at, len) = waiting.remove(index).expect("found above");
-            free.push(block);
-            match done.result {
-                Err(error) => failure = failure.or(Some((done.file, error))),
-                Ok(_) if failure.is_some() => {}
-                Ok(_) => {
-                    for copy in &plan.copies {
-                        let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(at + len));
-                        if start < end {
-                            // SAFETY: the range lies in the block and in the tensor's place; both stay until it is drained.
-                            unsafe {
-                                let from = blocks.slot(block).as_ptr().add(start - at);
-                                device.copy_to_device(
-                                    base.offset(copy.to + start - copy.from),
-                                    from,
-                                    end - start,
-                                    &stream,
-                                )?;
-                            }
-                        }
-                    }
-                    device::drain(device, &stream)?;
-                }
-            }
+        let loaded = fill(device, sources, &plan, base, &stream, &blocks, &mut engine, &signal);
+        // The reads end here. After an error a copy may still be under way.
+        drop(engine);
+        if loaded.is_err() && device::drain(device, &stream).is_err() {
+            std::mem::forget((memory, blocks));
+            return loaded.map(|()| unreachable!("it failed"));
         }
-        if let Some((file, failure)) = failure {
-            return Err(Error::Read {
-                unit: plan.name.clone(),
-                tensor: plan.tensor_at(file, failure.offset).to_owned(),
-                path: sources[file].path.clone(),
-                offset: failure.offset,
-                source: failure.source(),
-            });
-        }
+        loaded?;
         Ok(Self { device: device.clone(), memory, plan })
     }
 
@@ -116,4 +58,84 @@ impl<D: Device> StaticTensors<D> {
     pub fn bytes(&self) -> usize {
         self.plan.device_bytes
     }
+}
+
+/// Reads everything that `plan` names, chunk by chunk, and copies it to where it belongs from `base` on.
+#[allow(clippy::too_many_arguments, reason = "the body of one function, apart so that its errors meet in one place")]
+fn fill<D: Device>(
+    device: &D,
+    sources: &Arc<[Source]>,
+    plan: &UnitPlan,
+    base: DevicePtr,
+    stream: &D::Stream,
+    blocks: &Arena,
+    engine: &mut Engine,
+    signal: &Signal,
+) -> Result<()> {
+    let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
+    // Chunks may finish in any order; a block is not used again before it was copied.
+    let mut extents = plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(CHUNK).map(move |at| (extent, at)));
+    let mut waiting = VecDeque::with_capacity(BLOCKS);
+    let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
+    let mut failure = None;
+    loop {
+        let ticket = signal.ticket();
+        while failure.is_none() && engine.has_room() && !free.is_empty() {
+            let Some((extent, at)) = extents.next() else { break };
+            let block = free.pop().expect("checked above");
+            // The block stands for the part of the extent that is read into it.
+            let len = CHUNK.min(extent.len - at);
+            let part = Extent { offset: extent.offset + at as u64, len, at: 0, ..*extent };
+            // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
+            unsafe {
+                let to = blocks.slot(block).as_ptr();
+                engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
+            }
+            waiting.push_back((number, block, extent.at + at, part.len));
+            number += 1;
+        }
+        if waiting.is_empty() {
+            break;
+        }
+        engine.flush().map_err(failed)?;
+        let Some(done) = engine.completion() else {
+            engine.wait(signal, ticket).map_err(failed)?;
+            continue;
+        };
+        let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");
+        let (_, block, at, len) = waiting.remove(index).expect("found above");
+        free.push(block);
+        match done.result {
+            Err(error) => failure = failure.or(Some((done.file, error))),
+            Ok(_) if failure.is_some() => {}
+            Ok(_) => {
+                for copy in &plan.copies {
+                    let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(at + len));
+                    if start < end {
+                        // SAFETY: the range lies in the block and in the tensor's place; both stay until it is drained.
+                        unsafe {
+                            let from = blocks.slot(block).as_ptr().add(start - at);
+                            device.copy_to_device(
+                                base.offset(copy.to + start - copy.from),
+                                from,
+                                end - start,
+                                stream,
+                            )?;
+                        }
+                    }
+                }
+                device::drain(device, stream)?;
+            }
+        }
+    }
+    if let Some((file, failure)) = failure {
+        return Err(Error::Read {
+            unit: plan.name.clone(),
+            tensor: plan.tensor_at(file, failure.offset).to_owned(),
+            path: sources[file].path.clone(),
+            offset: failure.offset,
+            source: failure.source(),
+        });
+    }
+    Ok(())
 }

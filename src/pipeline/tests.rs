@@ -201,6 +201,21 @@ fn what_does_not_live_on_disk_is_read_once() {
 }
 
 #[test]
+fn a_run_that_waits_for_compute_is_not_called_bound_by_the_transfer() {
+    let case = Case::new(3);
+    let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, ..Settings::default() };
+    let streamer = LayerStreamer::new(&case.device, &case.fixture.checkpoint, &case.units, &settings).unwrap();
+    let stream = case.device.stream().unwrap();
+    for _ in 0..20 {
+        let layer = streamer.next(&stream).unwrap();
+        case.device.enqueue(&stream, || std::thread::sleep(std::time::Duration::from_millis(10)));
+        layer.release().unwrap();
+    }
+    let transfer = *streamer.stats().stage(crate::trace::Stage::Transfer);
+    assert!(transfer.blocked > 2 * transfer.busy, "{transfer:?}");
+}
+
+#[test]
 fn when_the_device_fails_every_later_call_returns_that_error_and_drop_ends() {
     for copies in [0, 1, 7, 23] {
         let case = Case::new(5);

@@ -49,6 +49,8 @@ pub(crate) struct TransferStage<D: Device> {
     stream: D::Stream,
     staging: Option<Staging<D>>,
     transfer_done: Vec<D::Event>,
+    /// By source slot as well: its copies have begun, after whatever the device made them wait for.
+    transfer_begun: Vec<D::Event>,
     /// Source slots whose copies may still be running, oldest first.
     in_flight: VecDeque<Slot>,
 }
@@ -86,6 +88,7 @@ impl<D: Device> TransferStage<D> {
             stream: device.stream()?,
             staging,
             transfer_done: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
+            transfer_begun: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
             in_flight: VecDeque::with_capacity(sources),
             device: device.clone(),
         })
@@ -125,6 +128,9 @@ impl<D: Device> TransferStage<D> {
         }
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
         self.device.wait(&self.stream, arrived)?;
+        if let Place::Slot(slot) = from {
+            self.device.record(&self.transfer_begun[slot.0], &self.stream)?;
+        }
         for copy in &unit.copies {
             // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until transfer_done;
             // the device slot was handed back, and the wait above orders the copy after its last use.
@@ -215,7 +221,15 @@ impl<D: Device> TransferStage<D> {
             Some(_) => Activity::Blocked,
             None => Activity::Starved,
         };
-        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need.
+        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. Until the
+        // copy has begun it is compute that keeps it waiting.
+        if let Some(oldest) = self.in_flight.front().filter(|_| !retired) {
+            let begun = &self.transfer_begun[oldest.0];
+            if !self.device.query(begun)? {
+                self.device.synchronize(begun)?;
+                return Ok(Progress::Waited(Activity::Blocked));
+            }
+        }
         if retired || self.retire(true)? {
             return Ok(Progress::Moved { bytes: 0 });
         }

@@ -11,6 +11,7 @@ pub use settings::{CachePolicy, Home, Reader, Settings};
 use crate::{
     arena::PAGE,
     checkpoint::{Checkpoint, Entry},
+    device::Shape,
     dtype::DType,
     error::{Error, Result},
 };
@@ -138,7 +139,7 @@ pub(crate) struct UnitPlan {
     pub(crate) home: Home,
     /// Where it lies among the residents of its home.
     pub(crate) resident_at: usize,
-    /// For messages: (file, first byte, name) of each stored tensor, sorted.
+    /// For messages: (file, end, name) of each stored tensor, sorted.
     stored: Vec<(usize, u64, String)>,
 }
 
@@ -153,6 +154,9 @@ impl UnitPlan {
                 return Err(Error::setting("unit", cause));
             };
             let entry = checkpoint.entry(input)?;
+            if let Err(error) = Shape::new(&entry.shape) {
+                return Err(Error::tensor(&checkpoint.files()[entry.file], input, error.to_string()));
+            }
             if let ArrivalOp::To(to) = arrival.op
                 && to != entry.dtype
                 && !entry.dtype.converts_to(to)
@@ -189,8 +193,8 @@ impl UnitPlan {
                     transforms.push(Transform { from, to: at, elements, from_type: entry.dtype, to_type: dtype });
                 }
             }
-            let record = (entry.file, entry.offset, input.to_owned());
-            if stored.last() != Some(&record) {
+            let record = (entry.file, entry.end(), input.to_owned());
+            if entry.bytes > 0 && stored.last() != Some(&record) {
                 disk_bytes += entry.bytes;
                 stored.push(record);
             }
@@ -231,10 +235,11 @@ impl UnitPlan {
         })
     }
 
-    /// The stored tensor that byte `offset` of file `file` belongs to, or the nearest before it.
+    /// The stored tensor that byte `offset` of file `file` belongs to, or the next: reads begin on page boundaries, before
+    /// the tensors that they are for.
     pub(crate) fn tensor_at(&self, file: usize, offset: u64) -> &str {
-        let after = self.stored.partition_point(|(f, start, _)| (*f, *start) <= (file, offset));
-        self.stored[after.saturating_sub(1)..].first().map_or("", |(_, _, name)| name)
+        let at = self.stored.partition_point(|(f, end, _)| (*f, *end) <= (file, offset));
+        self.stored.get(at).map_or("", |(_, _, name)| name)
     }
 }
 
@@ -275,7 +280,7 @@ pub(crate) struct StagePlan {
 
 impl StagePlan {
     pub(crate) fn bytes(&self) -> usize {
-        self.slots * self.slot_bytes
+        self.slots.saturating_mul(self.slot_bytes)
     }
 }
 
@@ -381,5 +386,30 @@ impl Plan {
             rows.push(("2 staging blocks".into(), 2 * self.staging_bytes));
         }
         rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::StoredTensor;
+
+    #[test]
+    fn a_read_that_begins_before_its_tensor_is_still_called_by_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let stored = |name: &str, file: &str, offset: u64, count: usize| {
+            let file = folder.path().join(file);
+            std::fs::write(&file, vec![0; 500_000]).unwrap();
+            StoredTensor { name: name.into(), file, offset, dtype: DType::U8, shape: vec![count] }
+        };
+        let table = [stored("first", "a", 10, 100), stored("empty", "b", 5, 0), stored("second", "b", 200_100, 9_000)];
+        let checkpoint = Checkpoint::from_table(table).unwrap();
+        let mut unit = Unit::new("unit");
+        ["first", "empty", "second"].iter().for_each(|name| _ = unit.keep(*name, *name));
+        let plan = UnitPlan::new(&checkpoint, &unit).unwrap();
+        let extent = plan.extents.last().unwrap();
+        assert!(extent.offset < 200_100);
+        assert_eq!(plan.tensor_at(extent.file, extent.offset), "second");
+        assert_eq!(plan.tensor_at(plan.extents[0].file, 0), "first");
     }
 }
