@@ -23,6 +23,7 @@ use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
     plan::{CachePolicy, Home, Plan, Reader},
+    trace::Stage,
 };
 use memmap2::MmapMut;
 
@@ -179,15 +180,21 @@ fn run(options: &Options) -> Result<(), Failure> {
     let window = Duration::from_secs_f64(options.window);
     limit.warm_up(Duration::from_secs_f64(options.warm_up))?;
     let (mut raw, mut ours, mut cpu, mut allocations) = (Moved::default(), Moved::default(), 0.0, 0);
+    let mut busy = [Duration::ZERO; 4];
     for pair in 0..options.pairs {
         bar.set_message("measuring");
         // In turn first and second, so that a drift of the disk favours neither.
         for ours_now in if pair % 2 == 0 { [false, true] } else { [true, false] } {
             if ours_now {
+                let before = streamer.stats();
                 let (moved, used, allocated) = pipeline_window(&mut streamer, &stream, window, reads)?;
                 ours.add(moved);
                 cpu += used;
                 allocations += allocated;
+                let after = streamer.stats();
+                for stage in Stage::ALL {
+                    busy[stage as usize] += after.stage(stage).busy - before.stage(stage).busy;
+                }
                 settle(&streamer);
             } else {
                 raw.add(limit.window(window)?);
@@ -198,12 +205,16 @@ fn run(options: &Options) -> Result<(), Failure> {
     bar.finish_and_clear();
 
     let stats = streamer.stats();
+    // Taking layers and nothing else, the compute side has no work of its own to be bound by.
+    let bottleneck =
+        Stage::ALL.into_iter().filter(|&stage| stage != Stage::Compute).max_by_key(|&stage| busy[stage as usize]);
+    let bottleneck = bottleneck.map_or("", Stage::name);
     let (ratio, per_gb) = (ours.rate() / raw.rate(), cpu / (ours.bytes as f64 / 1e9));
     if options.json {
         let object = serde_json::json!({
             "bytes": ours.bytes, "seconds": ours.seconds, "gb_s": ours.rate(), "limit_gb_s": raw.rate(), "ratio": ratio,
             "limit": limit.name(), "allocations": allocations, "reader": stats.reader.to_string(), "cpu_seconds_per_gb": per_gb,
-            "bottleneck": stats.bottleneck().name(), "unit_bytes": plan.bytes_per_pass(), "slot_bytes": slots,
+            "bottleneck": bottleneck, "unit_bytes": plan.bytes_per_pass(), "slot_bytes": slots,
         });
         println!("{object}");
         return Ok(());
@@ -218,8 +229,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     println!("limit     {:.2} GB/s  ({})", raw.rate(), limit.name());
     println!("ratio     {ratio:.3}");
     println!(
-        "CPU       {per_gb:.3} s/GB, {allocations} allocations in the pipeline's windows, {} was busiest",
-        stats.bottleneck()
+        "CPU       {per_gb:.3} s/GB, {allocations} allocations in the pipeline's windows, {bottleneck} was busiest"
     );
     if reads && 4 * slots > plan.bytes_per_pass() {
         println!("note: slots take {slots} bytes, a pass {}: a larger model measures better", plan.bytes_per_pass());
@@ -271,6 +281,11 @@ fn pipeline_window(
     window: Duration,
     reads: bool,
 ) -> Result<(Moved, f64, u64), Failure> {
+    // The pipeline emptied first: the window begins when the reader is at work again.
+    let full = read_bytes(streamer);
+    while reads && read_bytes(streamer) == full {
+        streamer.next(stream)?.release()?;
+    }
     let before = read_bytes(streamer);
     let (start, cpu, allocations) = (Instant::now(), cpu_seconds(), ALLOCATIONS.load(Relaxed));
     let mut handed = 0;
@@ -338,8 +353,7 @@ impl Limit {
 
     /// Reads for this long; for a disk that is a sweep, after which the best depth and chunk are kept.
     fn warm_up(&mut self, time: Duration) -> Result<(), Failure> {
-        let settings =
-            [(2, 1 << 20), (4, 1 << 20), (8, 1 << 20), (16, 1 << 20), (4, 4 << 20), (8, 4 << 20), (8, 1 << 18)];
+        let settings = [2, 4, 8, 16, 32].map(|depth| [(depth, 1 << 20), (depth, 4 << 20)]).concat();
         let mut best = (0.0, settings[0]);
         // Twice, and the second time counts: the first uses up what the disk had saved up while idle.
         for round in 0..2 {
@@ -373,9 +387,13 @@ impl Limit {
             Self::Disk { files, depth, chunk, at } => {
                 let (read, over) = (AtomicU64::new(0), AtomicBool::new(false));
                 let total: u64 = files.iter().map(|(_, length)| length / *chunk as u64).sum();
-                let (files, chunk, at) = (&*files, *chunk, &*at);
-                let work = || -> std::io::Result<()> {
-                    let buffer = MmapMut::map_anon(chunk)?;
+                let (files, chunk, at, read, over) = (&*files, *chunk, &*at, &read, &over);
+                // The same kind of memory as the pipeline's: huge pages make a read's list of segments short.
+                let memory = MmapMut::map_anon(*depth * chunk)?;
+                let _ = memory.advise(memmap2::Advice::HugePage);
+                let memory = &memory;
+                let work = |thread: usize| -> std::io::Result<()> {
+                    let buffer = &memory[thread * chunk..(thread + 1) * chunk];
                     while !over.load(Relaxed) {
                         let mut index = at.fetch_add(1, Relaxed) % total;
                         for (file, length) in files {
@@ -397,7 +415,7 @@ impl Limit {
                     Ok(())
                 };
                 let moved = thread::scope(|scope| {
-                    let threads: Vec<_> = (0..*depth).map(|_| scope.spawn(work)).collect();
+                    let threads: Vec<_> = (0..*depth).map(|thread| scope.spawn(move || work(thread))).collect();
                     thread::sleep(window);
                     let moved = Moved { bytes: read.load(Relaxed), seconds: start.elapsed().as_secs_f64() };
                     over.store(true, Relaxed);
