@@ -66,7 +66,7 @@ impl DType {
         shape.iter().try_fold(1usize, |elements, &dim| elements.checked_mul(dim))?.checked_mul(self.size())
     }
 
-    /// Whether [`convert`] goes from this type to `to`.
+    /// Whether this type can be converted to `to`, on arrival or by a kernel.
     pub fn converts_to(self, to: DType) -> bool {
         matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3) && matches!(to, DType::F32 | DType::BF16)
     }

@@ -193,6 +193,67 @@ fn misuse_of_the_decoder_is_an_error_and_leaves_the_cache_as_it_was() {
     }
 }
 
+#[test]
+fn decoding_ends_where_it_is_told_to_and_makes_no_pass_for_nothing() {
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let layers = model.config.layers as u64;
+    let prompt: &[u32] = &[3, 4, 5];
+    let units = |decoder: &mut Decoder<Cpu>| decoder.streamer().stats().stage(Stage::Compute).units;
+    let mut free = decoder(&model, 1, 40);
+    let all = generate(&mut free, &[prompt], 10, &[]).remove(0);
+    assert_eq!((all.len(), units(&mut free)), (10, 10 * layers), "one pass a token, the prompt's for the first");
+    // A context that fills up: its last token is fed, and one more comes out.
+    let mut tight = decoder(&model, 1, 6);
+    assert_eq!(generate(&mut tight, &[prompt], 100, &[])[0], all[..4]);
+    assert_eq!((tight.length(0), units(&mut tight)), (6, 4 * layers));
+    let mut stopped = decoder(&model, 1, 40);
+    assert_eq!(generate(&mut stopped, &[prompt], 10, &[9999, all[2]])[0], all[..2]);
+    let (mut broken, mut seen) = (decoder(&model, 1, 40), Vec::new());
+    broken
+        .generate(&[prompt], 10, &[], |_, token| {
+            seen.push(token);
+            Ok::<_, Error>(if seen.len() == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })
+        .unwrap();
+    assert_eq!((seen.as_slice(), units(&mut broken)), (&all[..3], 3 * layers));
+    assert!(broken.decode(&[0, 0], 1, &[], |_, _| Ok::<_, Error>(ControlFlow::Continue(()))).is_err());
+}
+
+#[test]
+fn after_a_pass_that_failed_there_are_no_logits_and_the_sequence_goes_on_where_it_was() {
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let mut decoder = decoder(&model, 1, 40);
+    let step = |decoder: &mut Decoder<Cpu>, tokens: &[u32]| decoder.forward(&[Sequence { row: 0, tokens }]);
+    assert!(decoder.greedy(&mut Vec::new()).is_err(), "no pass yet");
+    step(&mut decoder, &[3, 4, 5]).unwrap();
+    let batch = [Sequence { row: 0, tokens: &[6, 7] }];
+    let failed = decoder.forward_observed(&batch, |layer, _| {
+        if layer == 1 { Err(Error::Kernel { kernel: "test", cause: "on purpose".into() }) } else { Ok(()) }
+    });
+    assert!(failed.is_err() && decoder.greedy(&mut Vec::new()).is_err() && decoder.length(0) == 3);
+    step(&mut decoder, &[6, 7]).unwrap();
+    let again = logits(&mut decoder);
+    decoder.truncate(0, 0).unwrap();
+    step(&mut decoder, &[3, 4, 5, 6, 7]).unwrap();
+    let whole = logits(&mut decoder);
+    assert!(distance(&again, &whole[3 * model.config.vocab..]) < 1e-5);
+}
+
+#[test]
+fn the_memory_table_is_the_sum_of_its_parts_by_hand() {
+    let (model, settings) = (Model::open(data("qwen2-f32")).unwrap(), Settings::default());
+    let c = &model.config;
+    let rows: HashMap<String, usize> = Decoder::memory(&Cpu, &model, &settings, 3, 100).unwrap().into_iter().collect();
+    let near = |what: &str, expected: usize| {
+        let got = rows[what];
+        assert!(got >= expected && got < expected + expected / 8 + 8192, "{what}: {got}, by hand {expected}");
+    };
+    near("KV cache of 3 × 100 tokens", 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
+    let block = 2 * c.hidden + 2 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + 2 * c.ffn;
+    near("activations", 4 * (300 * c.hidden + 256 * (block - c.hidden) + 16 * (2 * c.hidden + c.vocab)));
+    near("static tensors", 4 * (2 * c.vocab * c.hidden + c.hidden));
+}
+
 /// The reference spelling, written down independently of the model.
 fn spell(n: u32) -> String {
     const ONES: [&str; 20] = [

@@ -4,7 +4,7 @@
 //! For a unit that goes from source slot `s` to device slot `d`, it enqueues
 //!
 //! ```text
-//! copy stream       wait(compute_done[d], arrived[d]) → copies → record(transfer_done[s])
+//! copy stream       wait(compute_done[d], arrived[d]) → record(transfer_begun[s]) → copies → record(transfer_done[s])
 //! transform stream  for each piece: wait(staged) → transform → record(consumed)        only if tensors change on arrival
 //! either            record(arrived[d])
 //! ```
