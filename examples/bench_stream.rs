@@ -311,10 +311,16 @@ fn cpu_seconds() -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
+/// The most that the raw reader tries: reads at once, and bytes of each.
+const MAX_DEPTH: usize = 32;
+const MAX_CHUNK: usize = 4 << 20;
+
+const HUGE_PAGE: usize = 2 << 20;
+
 /// The slowest link by itself.
 enum Limit {
     /// Threads in `pread`, past the page cache, over the same files.
-    Disk { files: Vec<(File, u64)>, depth: usize, chunk: usize, at: AtomicU64 },
+    Disk { files: Vec<(File, u64)>, memory: MmapMut, depth: usize, chunk: usize, at: AtomicU64 },
     /// One thread that copies memory of a layer's size.
     Copy { from: MmapMut, to: MmapMut },
 }
@@ -330,7 +336,11 @@ impl Limit {
                 files.push((file, length));
             }
         }
-        Ok(Self::Disk { files, depth: 4, chunk: 1 << 20, at: AtomicU64::new(0) })
+        // The same kind of memory as the pipeline's: huge pages make a read's list of segments short.
+        let mut memory = MmapMut::map_anon(MAX_DEPTH * MAX_CHUNK + HUGE_PAGE)?;
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        memory.fill(1);
+        Ok(Self::Disk { files, memory, depth: 4, chunk: 1 << 20, at: AtomicU64::new(0) })
     }
 
     fn copy(plan: &Plan) -> Result<Self, Failure> {
@@ -353,7 +363,7 @@ impl Limit {
 
     /// Reads for this long; for a disk that is a sweep, after which the best depth and chunk are kept.
     fn warm_up(&mut self, time: Duration) -> Result<(), Failure> {
-        let settings = [2, 4, 8, 16, 32].map(|depth| [(depth, 1 << 20), (depth, 4 << 20)]).concat();
+        let settings = [2, 4, 8, 16, MAX_DEPTH].map(|depth| [(depth, 1 << 20), (depth, MAX_CHUNK)]).concat();
         let mut best = (0.0, settings[0]);
         // Twice, and the second time counts: the first uses up what the disk had saved up while idle.
         for round in 0..2 {
@@ -384,14 +394,11 @@ impl Limit {
                 }
                 Ok(Moved { bytes, seconds: start.elapsed().as_secs_f64() })
             }
-            Self::Disk { files, depth, chunk, at } => {
+            Self::Disk { files, memory, depth, chunk, at } => {
                 let (read, over) = (AtomicU64::new(0), AtomicBool::new(false));
                 let total: u64 = files.iter().map(|(_, length)| length / *chunk as u64).sum();
                 let (files, chunk, at, read, over) = (&*files, *chunk, &*at, &read, &over);
-                // The same kind of memory as the pipeline's: huge pages make a read's list of segments short.
-                let memory = MmapMut::map_anon(*depth * chunk)?;
-                let _ = memory.advise(memmap2::Advice::HugePage);
-                let memory = &memory;
+                let memory = &memory[memory.as_ptr().align_offset(HUGE_PAGE)..];
                 let work = |thread: usize| -> std::io::Result<()> {
                     let buffer = &memory[thread * chunk..(thread + 1) * chunk];
                     while !over.load(Relaxed) {
