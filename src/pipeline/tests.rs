@@ -73,8 +73,14 @@ impl Case {
         Self { fixture, units, expected, settings, device: AsyncCpu::new(seed), rng, wrong: Arc::default() }
     }
 
+    /// With the reader that was drawn, or whichever this system allows.
     fn streamer(&self) -> LayerStreamer<AsyncCpu> {
-        LayerStreamer::new(&self.device, &self.fixture.checkpoint, &self.units, &self.settings).unwrap()
+        let start = |settings| LayerStreamer::new(&self.device, &self.fixture.checkpoint, &self.units, settings);
+        let any = Settings { reader: Reader::Auto, ..self.settings.clone() };
+        match start(&self.settings) {
+            Err(Error::Unsupported { .. }) => start(&any).unwrap(),
+            other => other.unwrap(),
+        }
     }
 
     /// Enqueues a comparison of everything in the layer with what it must be.
