@@ -97,6 +97,9 @@ pub enum Error {
         /// The layer's name.
         layer: String,
     },
+    /// The pass was cancelled from another thread.
+    #[error("the pass was cancelled; the next one starts afresh")]
+    Cancelled,
     /// A kernel was given tensors that do not fit together.
     #[error("{kernel}: {cause}")]
     Kernel {

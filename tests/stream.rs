@@ -254,6 +254,30 @@ fn rewinding_again_and_again_over_a_broken_file_loses_nothing() {
 }
 
 #[test]
+fn a_pass_cancelled_at_any_layer_ends_there_and_the_next_is_exact() {
+    let fixture = fixture(5, &SIZES, 19);
+    let stream = Cpu.stream().unwrap();
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 1, 1)).unwrap();
+    for at in 0..4 {
+        let canceller = streamer.canceller();
+        let pass = streamer.run_pass(&stream, 0, |count, layer| {
+            check(&fixture, &Cpu, layer);
+            if layer.index() == at {
+                let canceller = canceller.clone();
+                std::thread::spawn(move || canceller.cancel()).join().unwrap();
+            }
+            assert!(layer.index() <= at);
+            Ok::<_, Error>(count + 1)
+        });
+        assert!(matches!(pass, Err(Error::Cancelled)), "{pass:?}");
+        checked_pass(&fixture, &mut streamer);
+    }
+    let canceller = streamer.canceller();
+    drop(streamer);
+    canceller.cancel();
+}
+
+#[test]
 fn a_progress_hook_that_panics_leaves_a_streamer_that_works() {
     let fixture = fixture(4, &SIZES, 18);
     let stream = Cpu.stream().unwrap();

@@ -129,6 +129,9 @@ impl<D: Device> ComputeSide<D> {
             if let Some(error) = self.control.fatal() {
                 return Err(error);
             }
+            if self.control.is_cancelled(self.epoch) {
+                return Err(Error::Cancelled);
+            }
             match self.inlet.peek(self.epoch) {
                 Some(entry) => {
                     self.inlet.take();

@@ -63,6 +63,18 @@ pub struct LayerStreamer<D: Device> {
     threads: Vec<JoinHandle<bool>>,
 }
 
+/// Cancels passes from any thread. It may outlive the streamer, and does nothing then.
+#[derive(Clone)]
+pub struct Canceller(Arc<Control>);
+
+impl Canceller {
+    /// Makes the pass under way (or, between passes, the next one) fail with [`Error::Cancelled`] when it next asks for a layer,
+    /// or at once if it waits for one. Layers that are held stay usable, and the pass after starts afresh.
+    pub fn cancel(&self) {
+        self.0.cancel();
+    }
+}
+
 impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
@@ -196,6 +208,11 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::LayerLeaked`] if a layer was leaked; the first error of the device if it is beyond use.
     pub fn rewind(&mut self) -> Result<()> {
         self.compute.get_mut().rewind()
+    }
+
+    /// Something with which another thread can cancel the pass under way.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(self.control.clone())
     }
 
     /// Loads tensors that stay on the device. Call it before the first pass: it reads beside the pipeline.

@@ -32,6 +32,8 @@ pub(crate) enum Safeguard {
 /// What all threads of a streamer share.
 pub(crate) struct Control {
     epoch: AtomicU64,
+    /// The epoch that was cancelled last; 0 if none was.
+    cancelled: AtomicU64,
     stop: AtomicBool,
     /// The first error of the epoch it is tagged with; with [`FATAL`] the streamer is beyond use.
     error: Mutex<Option<(u64, Error)>>,
@@ -48,6 +50,7 @@ impl Control {
     pub(crate) fn new(signals: Vec<Arc<Signal>>, trace: Trace) -> Arc<Self> {
         Arc::new(Self {
             epoch: AtomicU64::new(1),
+            cancelled: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             signals,
@@ -81,6 +84,16 @@ impl Control {
         self.trace.mark(&Mark::Rewind);
         self.epoch.fetch_add(1, Ordering::SeqCst);
         self.notify_all();
+    }
+
+    /// Ends the present epoch for the caller's side, whichever thread that is waiting in.
+    pub(crate) fn cancel(&self) {
+        self.cancelled.store(self.epoch(), Ordering::SeqCst);
+        self.notify_all();
+    }
+
+    pub(crate) fn is_cancelled(&self, epoch: u64) -> bool {
+        self.cancelled.load(Ordering::SeqCst) == epoch
     }
 
     pub(crate) fn stop(&self) {
