@@ -247,7 +247,7 @@ fn settle(streamer: &LayerStreamer<Cpu>) {
     let mut last = None;
     while last != Some(read_bytes(streamer)) {
         last = Some(read_bytes(streamer));
-        thread::sleep(Duration::from_millis(if last == Some(0) { 100 } else { 30 }));
+        thread::sleep(Duration::from_millis(30));
     }
 }
 

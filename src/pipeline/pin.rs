@@ -70,8 +70,6 @@ impl Advance for PinStage {
         Ok(Progress::Handed { unit: entry.unit, bytes: unit.host_bytes })
     }
 
-    fn rewind(&mut self) {}
-
     fn outlet(&mut self) -> &mut Outlet {
         &mut self.outlet
     }

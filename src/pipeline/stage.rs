@@ -20,12 +20,13 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Safeguard {
     /// Compute waits for the unit's arrival.
-    WaitArrived = 1,
+    Arrival,
     /// A copy waits for the last use of the slot it fills.
-    WaitComputeDone,
+    ComputeDone,
     /// A source slot is released when its copies are done, not before.
-    WaitTransferDone,
+    TransferDone,
     /// A device slot is handed back after the record that its next copy waits for, not before.
+    #[cfg(test)]
     RecordBeforeRelease,
 }
 
@@ -70,9 +71,13 @@ impl Control {
     #[inline]
     pub(crate) fn keeps(&self, safeguard: Safeguard) -> bool {
         #[cfg(test)]
-        return *self.omitted.lock().unwrap() != Some(safeguard);
+        let stands = *self.omitted.lock().unwrap() != Some(safeguard);
         #[cfg(not(test))]
-        return matches!(safeguard, _);
+        let stands = {
+            let _ = safeguard;
+            true
+        };
+        stands
     }
 
     pub(crate) fn epoch(&self) -> u64 {
@@ -169,7 +174,7 @@ pub(crate) trait Advance: Send {
     }
 
     /// Goes back to the first unit. Returns when nothing of the old epoch is under way in this stage.
-    fn rewind(&mut self);
+    fn rewind(&mut self) {}
 
     fn outlet(&mut self) -> &mut Outlet;
 

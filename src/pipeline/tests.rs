@@ -152,12 +152,9 @@ fn every_unit_arrives_byte_for_byte_on_an_asynchronous_device() {
 
 #[test]
 fn without_any_one_of_the_safeguards_wrong_bytes_are_seen() {
-    for safeguard in [
-        Safeguard::WaitArrived,
-        Safeguard::WaitComputeDone,
-        Safeguard::WaitTransferDone,
-        Safeguard::RecordBeforeRelease,
-    ] {
+    for safeguard in
+        [Safeguard::Arrival, Safeguard::ComputeDone, Safeguard::TransferDone, Safeguard::RecordBeforeRelease]
+    {
         let seen = (0..200).find(|&seed| Case::new(seed).run(Some(safeguard)) > 0);
         println!("without {safeguard:?}: noticed at seed {seen:?}");
         assert!(seen.is_some(), "nobody noticed that {safeguard:?} is missing");

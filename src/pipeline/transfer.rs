@@ -99,7 +99,7 @@ impl<D: Device> TransferStage<D> {
         let mut released = false;
         while let Some(&slot) = self.in_flight.front() {
             let done = &self.transfer_done[slot.0];
-            if self.control.keeps(Safeguard::WaitTransferDone) && !self.device.query(done)? {
+            if self.control.keeps(Safeguard::TransferDone) && !self.device.query(done)? {
                 if !block {
                     break;
                 }
@@ -122,7 +122,7 @@ impl<D: Device> TransferStage<D> {
         };
         let target = self.to.address(&self.device, &plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
-        let reused = self.control.keeps(Safeguard::WaitComputeDone).then_some(compute_done);
+        let reused = self.control.keeps(Safeguard::ComputeDone).then_some(compute_done);
         if let Some(compute_done) = reused {
             self.device.wait(&self.stream, compute_done)?;
         }
@@ -255,8 +255,6 @@ impl<D: Device> Advance for TransferStage<D> {
             (0, error)
         })
     }
-
-    fn rewind(&mut self) {}
 
     fn outlet(&mut self) -> &mut Outlet {
         &mut self.outlet
