@@ -1,6 +1,7 @@
 //! The pipeline: stages joined by rings, and [`LayerStreamer`], which owns them.
 
 mod compute;
+mod copiers;
 mod host;
 mod link;
 mod on_device;
@@ -135,7 +136,7 @@ impl<D: Device> LayerStreamer<D> {
         let read_stage = ReadStage::new(&plan, &sources, &host, &memory, read_out, &control, &read, engine);
         let (pin_stage, transfer_in) = if pins {
             let (pin_out, pin_in) = between(&host.last().1, &pin, &transfer);
-            (Some(PinStage::new(&plan, &host, read_in, pin_out)), pin_in)
+            (Some(PinStage::new(&plan, &host, read_in, pin_out)?), pin_in)
         } else {
             (None, read_in)
         };

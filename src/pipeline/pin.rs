@@ -1,11 +1,12 @@
 //! The pin stage: copies a unit from pageable RAM, slot or home, into a pinned slot, which leaves a RAM slot free for the disk
 //! again. Units that live further on pass it by.
 
-use std::{ptr, sync::Arc};
+use std::sync::Arc;
 
 use crate::{
-    error::Error,
+    error::{Error, Result},
     pipeline::{
+        copiers::Copiers,
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place},
         stage::{Advance, Progress},
@@ -19,11 +20,15 @@ pub(crate) struct PinStage {
     memory: Arc<HostMemory>,
     inlet: Inlet,
     outlet: Outlet,
+    copiers: Copiers,
+    /// Copies since the stage last had to wait.
+    streak: usize,
 }
 
 impl PinStage {
-    pub(crate) fn new(plan: &Arc<Plan>, memory: &Arc<HostMemory>, inlet: Inlet, outlet: Outlet) -> Self {
-        Self { plan: plan.clone(), memory: memory.clone(), inlet, outlet }
+    pub(crate) fn new(plan: &Arc<Plan>, memory: &Arc<HostMemory>, inlet: Inlet, outlet: Outlet) -> Result<Self> {
+        let (plan, memory) = (plan.clone(), memory.clone());
+        Ok(Self { plan, memory, inlet, outlet, copiers: Copiers::new()?, streak: 0 })
     }
 }
 
@@ -31,6 +36,7 @@ impl Advance for PinStage {
     const STAGE: Stage = Stage::Pin;
 
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+        let streak = std::mem::take(&mut self.streak);
         let Some(entry) = self.inlet.peek(epoch) else {
             self.inlet.nudge();
             return Ok(Progress::Waiting(Activity::Starved));
@@ -50,6 +56,7 @@ impl Advance for PinStage {
                 return Ok(Progress::Failed { unit: entry.unit });
             }
             Place::Home if unit.home != Home::Ram => {
+                self.streak = streak;
                 self.inlet.take();
                 self.outlet.publish(entry, ends_pass);
                 return Ok(Progress::Handed { unit: entry.unit, bytes: 0 });
@@ -60,9 +67,15 @@ impl Advance for PinStage {
         let Some(slot) = self.outlet.slot() else { return blocked(&mut self.outlet) };
         self.inlet.take();
         let to = self.memory.last().0.slot(slot.0);
+        // Twice round the ring without a wait: were the next stage the slower one, its slots would have run out.
+        let slower = streak >= 2 * self.memory.last().1.slots;
+        if slower {
+            self.copiers.grow();
+        }
         // SAFETY: both slots are this stage's by the link's invariant, a home is not written any more, and all were sized for
         // the unit by the plan.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), unit.host_bytes) };
+        unsafe { self.copiers.copy(from.as_ptr(), to.as_ptr(), unit.host_bytes) };
+        self.streak = if slower { 0 } else { streak + 1 };
         if let Place::Slot(source) = entry.place {
             self.inlet.release(source);
         }

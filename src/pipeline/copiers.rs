@@ -1,0 +1,174 @@
+//! Threads that copy one block of memory together. One core copies some 10 GB/s, which a fast link to a device outruns.
+
+use std::{io, ptr, sync::Arc, thread};
+
+use crate::{
+    error::{Error, Result},
+    ring::{Consumer, Producer, ring},
+    sync::{AtomicBool, AtomicUsize, Ordering, Signal},
+};
+
+/// What a thread takes at a time: long enough for `memcpy` to bypass the cache, short enough to even out.
+const PIECE: usize = 4 << 20;
+
+/// More threads than this win nothing on the machines known.
+const MOST: usize = 8;
+
+/// A block to copy.
+#[derive(Clone, Copy)]
+struct Block {
+    from: *const u8,
+    to: *mut u8,
+    len: usize,
+}
+
+// SAFETY: addresses are plain data; `Copiers::copy` answers for the accesses.
+unsafe impl Send for Block {}
+
+/// What the threads share.
+struct Shared {
+    /// Where the next piece of the block begins.
+    next: AtomicUsize,
+    /// Helpers that have not said yet that they are done with the block.
+    working: AtomicUsize,
+    finished: Arc<Signal>,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    /// Copies pieces until there are none left.
+    ///
+    /// # Safety
+    /// As [`Copiers::copy`]; `next` was set to 0 for this block.
+    unsafe fn take_part(&self, block: Block) {
+        loop {
+            let at = self.next.fetch_add(PIECE, Ordering::Relaxed);
+            if at >= block.len {
+                return;
+            }
+            // SAFETY: inside the block, and every piece is taken by one thread.
+            unsafe { ptr::copy_nonoverlapping(block.from.add(at), block.to.add(at), PIECE.min(block.len - at)) };
+        }
+    }
+}
+
+struct Helper {
+    blocks: Producer<Block>,
+    wake: Arc<Signal>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// The calling thread and its helpers, asleep until they are needed.
+pub(crate) struct Copiers {
+    shared: Arc<Shared>,
+    helpers: Vec<Helper>,
+    /// How many of the helpers take part.
+    active: usize,
+}
+
+impl Copiers {
+    /// As many threads as there are cores, up to a limit; at first the calling one copies alone.
+    pub(crate) fn new() -> Result<Self> {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(MOST);
+        let mut copiers = Self {
+            shared: Arc::new(Shared {
+                next: AtomicUsize::new(0),
+                working: AtomicUsize::new(0),
+                finished: Signal::new(),
+                stop: AtomicBool::new(false),
+            }),
+            helpers: Vec::with_capacity(threads - 1),
+            active: 0,
+        };
+        for _ in 1..threads {
+            let (blocks, inbox) = ring(1);
+            let wake = Signal::new();
+            let (shared, wake_in) = (copiers.shared.clone(), wake.clone());
+            let failed = |source: io::Error| Error::Thread { stage: "pin", source: source.into() };
+            let thread = thread::Builder::new().name("ls-pin-copy".into());
+            let thread = thread.spawn(move || help(&shared, inbox, &wake_in)).map_err(failed)?;
+            copiers.helpers.push(Helper { blocks, wake, thread: Some(thread) });
+        }
+        Ok(copiers)
+    }
+
+    /// Takes one thread more from now on, if there is one.
+    pub(crate) fn grow(&mut self) {
+        self.active = (self.active + 1).min(self.helpers.len());
+    }
+
+    /// Copies `len` bytes; returns when they are there.
+    ///
+    /// # Safety
+    /// Both ranges are valid, do not overlap, and nobody else touches them meanwhile.
+    pub(crate) unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) {
+        let block = Block { from, to, len };
+        let helpers = &mut self.helpers[..self.active.min(len / PIECE)];
+        if helpers.is_empty() {
+            // SAFETY: the caller's.
+            return unsafe { ptr::copy_nonoverlapping(from, to, len) };
+        }
+        self.shared.next.store(0, Ordering::Relaxed);
+        self.shared.working.store(helpers.len(), Ordering::Relaxed);
+        for helper in helpers {
+            // The ring orders the two stores above before whatever the helper does with the block.
+            let pushed = helper.blocks.push(block);
+            debug_assert!(pushed, "a helper is idle when the copy before has returned");
+            helper.wake.notify();
+        }
+        // SAFETY: the caller's, to the end of this function, which waits for every helper.
+        unsafe { self.shared.take_part(block) };
+        loop {
+            let ticket = self.shared.finished.ticket();
+            if self.shared.working.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            self.shared.finished.wait(ticket);
+        }
+    }
+}
+
+fn help(shared: &Shared, mut inbox: Consumer<Block>, wake: &Signal) {
+    loop {
+        let ticket = wake.ticket();
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Some(block) = inbox.pop() else {
+            wake.wait(ticket);
+            continue;
+        };
+        // SAFETY: `copy` waits for this thread before its caller may use the memory otherwise.
+        unsafe { shared.take_part(block) };
+        shared.working.fetch_sub(1, Ordering::Release);
+        shared.finished.notify();
+    }
+}
+
+impl Drop for Copiers {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.helpers.iter().for_each(|helper| helper.wake.notify());
+        for helper in &mut self.helpers {
+            let _ = helper.thread.take().map(thread::JoinHandle::join);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_of_threads_copies_every_byte_and_no_more() {
+        let mut copiers = Copiers::new().unwrap();
+        let source: Vec<u8> = (0..4 * PIECE + 7).map(|i| (i * 31 >> 7) as u8).collect();
+        for len in [0, 1, PIECE - 1, PIECE, 2 * PIECE + 1, source.len() - 1] {
+            let mut target = vec![0xaa; source.len()];
+            // SAFETY: two vectors, both longer than `len`.
+            unsafe { copiers.copy(source.as_ptr(), target.as_mut_ptr(), len) };
+            assert!(target[..len] == source[..len] && target[len..].iter().all(|&byte| byte == 0xaa), "{len}");
+            copiers.grow();
+        }
+    }
+}
