@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn any_number_of_threads_copies_every_byte_and_no_more() {
         let mut copiers = Copiers::new().unwrap();
-        let source: Vec<u8> = (0..4 * PIECE + 7).map(|i| (i * 31 >> 7) as u8).collect();
+        let source: Vec<u8> = (0..4 * PIECE + 7).map(|i| ((i * 31) >> 7) as u8).collect();
         for len in [0, 1, PIECE - 1, PIECE, 2 * PIECE + 1, source.len() - 1] {
             let mut target = vec![0xaa; source.len()];
             // SAFETY: two vectors, both longer than `len`.
