@@ -7,6 +7,8 @@
 //! registered buffers, io_uring, and threads in `pread`. An I/O error is an error, never a reason to step down.
 
 mod engine;
+#[cfg(test)]
+pub(crate) mod faults;
 mod pread;
 mod uring;
 
@@ -39,6 +41,8 @@ pub(crate) struct Source {
     direct: Result<File, String>,
     buffered: File,
     policy: CachePolicy,
+    #[cfg(test)]
+    faults: faults::Faults,
 }
 
 impl Source {
@@ -55,7 +59,14 @@ impl Source {
                 Err(error) => return Err(Error::io("read", path)(error)),
             },
         };
-        Ok(Self { path: path.to_owned(), direct, buffered, policy })
+        Ok(Self {
+            path: path.to_owned(),
+            direct,
+            buffered,
+            policy,
+            #[cfg(test)]
+            faults: faults::Faults::of_this_thread(),
+        })
     }
 
     /// Why every read goes through the page cache, if it does.
@@ -75,9 +86,26 @@ impl Source {
 
 fn try_direct(path: &Path, trial: &Arena) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
-    // SAFETY: the slot is a page long and nobody else's.
-    unsafe { pread(file.as_raw_fd(), trial.slot(0).as_ptr(), PAGE, 0) }?;
-    Ok(file)
+    loop {
+        let to = trial.slot(0).as_ptr();
+        // SAFETY: the slot is a page long and nobody else's.
+        let result = unsafe { pread(file.as_raw_fd(), to, PAGE, 0) };
+        #[cfg(test)]
+        // SAFETY: as above.
+        let result = unsafe {
+            let attempt = faults::Attempt { path, offset: 0, len: PAGE, trial: true, result };
+            faults::Faults::of_this_thread().apply(attempt, to)
+        };
+        match result {
+            Err(error) if is_passing(&error) => {}
+            other => return other.map(|_| file),
+        }
+    }
+}
+
+/// Whether the same read may well succeed if it is made again.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }
 
 /// Whether the page cache holds all of these bytes of the file, as far as cachestat(2) (Linux 6.5) tells.
@@ -146,26 +174,42 @@ pub(crate) struct Chunk {
 struct Flight {
     chunk: Chunk,
     done: usize,
+    /// As the chunk says, until that does not get on.
+    direct: bool,
 }
 
 impl Flight {
     fn new(chunk: Chunk) -> Self {
-        Self { chunk, done: 0 }
+        Self { chunk, done: 0, direct: chunk.direct }
     }
 
     /// Where the next read starts, from the start of the chunk: at a page boundary, as O_DIRECT demands.
     fn start(&self) -> usize {
-        self.done / PAGE * PAGE
+        if self.direct { self.done / PAGE * PAGE } else { self.done }
     }
 
     /// Takes the result of a read from [`start`](Self::start) on; `None` if there must be another. A count that covers `need`
     /// is success, short or not: extents are rounded past the end of the file.
-    fn advance(&mut self, result: io::Result<usize>) -> Option<Result<usize, Failure>> {
+    fn advance(&mut self, source: &Source, result: io::Result<usize>) -> Option<Result<usize, Failure>> {
         let (start, chunk) = (self.start(), &self.chunk);
+        #[cfg(test)]
+        // SAFETY: the chunk is the engine's, and the read that brought the bytes has ended.
+        let result = unsafe {
+            let (offset, len) = (chunk.offset + start as u64, chunk.len - start);
+            let attempt = faults::Attempt { path: &source.path, offset, len, trial: false, result };
+            source.faults.apply(attempt, chunk.to.0.add(start))
+        };
+        #[cfg(not(test))]
+        let _ = source;
+        // Only what this read vouches for counts: it may have spoiled the bytes of the one before it that share its first page.
+        let before = std::mem::replace(&mut self.done, start + *result.as_ref().unwrap_or(&0));
         match result {
-            Ok(count) if start + count > self.done => self.done = start + count,
+            Ok(_) if self.done > before => {}
+            // The file ended inside a page, or the read was cut short there: a buffered read goes on from the very byte,
+            // and tells.
+            Ok(_) if self.direct => self.direct = false,
             Ok(_) => return Some(Err(Failure { offset: chunk.offset + self.done as u64, errno: None })),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+            Err(error) if is_passing(&error) => {}
             Err(error) => {
                 return Some(Err(Failure { offset: chunk.offset + start as u64, errno: error.raw_os_error() }));
             }

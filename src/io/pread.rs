@@ -101,13 +101,13 @@ impl PreadThreads {
 /// # Safety
 /// The chunk's memory is writable, and nobody else's until this returns.
 unsafe fn read(source: &Source, chunk: Chunk) -> Result<usize, Failure> {
-    let (mut flight, file) = (Flight::new(chunk), source.descriptor(chunk.direct));
+    let mut flight = Flight::new(chunk);
     loop {
-        let start = flight.start();
+        let (start, file) = (flight.start(), source.descriptor(flight.direct));
         // SAFETY: start < len, so the rest of the range is the caller's to write.
         let result =
             unsafe { super::pread(file, chunk.to.0.add(start), chunk.len - start, chunk.offset + start as u64) };
-        if let Some(result) = flight.advance(result) {
+        if let Some(result) = flight.advance(source, result) {
             return result;
         }
     }

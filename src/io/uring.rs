@@ -79,10 +79,10 @@ impl Uring {
     }
 
     fn push(&mut self, number: usize) {
-        let Flight { chunk, .. } = self.flights[number].expect("a flight has its number until it is done");
-        let start = self.flights[number].map_or(0, |flight| flight.start());
+        let flight = self.flights[number].expect("a flight has its number until it is done");
+        let (chunk, start) = (flight.chunk, flight.start());
         let (address, len) = (chunk.to.0.wrapping_add(start), (chunk.len - start) as u32);
-        let file = types::Fd(self.sources[chunk.file].descriptor(chunk.direct));
+        let file = types::Fd(self.sources[chunk.file].descriptor(flight.direct));
         let offset = chunk.offset + start as u64;
         let inside = |&(start, bytes): &(usize, usize)| {
             (start..start + bytes).contains(&(address as usize)) && address as usize + len as usize <= start + bytes
@@ -92,7 +92,7 @@ impl Uring {
             None => opcode::Read::new(file, address, len).offset(offset).build(),
         };
         // A read from the page cache copies while it is submitted: the kernel's own threads do that side by side.
-        let flags = if chunk.direct { io_uring::squeue::Flags::empty() } else { io_uring::squeue::Flags::ASYNC };
+        let flags = if flight.direct { io_uring::squeue::Flags::empty() } else { io_uring::squeue::Flags::ASYNC };
         let entry = entry.user_data(number as u64).flags(flags);
         // SAFETY: the range is the chunk's, valid by the invariant; the descriptor is open for the life of `sources`.
         unsafe { self.ring.submission().push(&entry) }.expect("the queue has a place for every flight");
@@ -124,7 +124,7 @@ impl Uring {
             let (number, result) = (entry.user_data() as usize, entry.result());
             let flight = self.flights[number].as_mut().expect("a flight has its number until it is done");
             let result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
-            match flight.advance(result) {
+            match flight.advance(&self.sources[flight.chunk.file], result) {
                 Some(result) => {
                     let Chunk { tag, file, direct, .. } = flight.chunk;
                     self.flights[number] = None;

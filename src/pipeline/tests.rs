@@ -17,6 +17,7 @@ use crate::{
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod faults;
 use common::{Fixture, random_fixture};
 
 /// What each tensor of each unit must be on the device.

@@ -71,7 +71,10 @@ fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng)
         unit
     };
     let units = units.iter().enumerate().map(named).collect();
-    Fixture { checkpoint: Checkpoint::from_table(table.values().cloned()).unwrap(), folder, units, table }
+    // In an order that the seed decides, like all else.
+    let mut tensors: Vec<_> = table.values().cloned().collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Fixture { checkpoint: Checkpoint::from_table(tensors).unwrap(), folder, units, table }
 }
 
 impl Fixture {

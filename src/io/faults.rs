@@ -1,0 +1,70 @@
+//! Faults that tests put between the system's answer to a read and the engine that asked for it.
+
+use std::{
+    cell::RefCell,
+    io,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+/// What bytes are that the system brought and a fault took away again.
+const POISON: u8 = 0x5a;
+
+/// A read that has ended.
+pub(crate) struct Attempt<'a> {
+    pub(crate) path: &'a Path,
+    /// Where it started in the file, and how much it asked for.
+    pub(crate) offset: u64,
+    pub(crate) len: usize,
+    /// Whether it is the one that finds out whether a file allows O_DIRECT.
+    pub(crate) trial: bool,
+    /// The system's answer.
+    pub(crate) result: io::Result<usize>,
+}
+
+/// Turns answers into others: an error, or a count that is no larger.
+type Plan = Box<dyn FnMut(Attempt<'_>) -> io::Result<usize> + Send>;
+
+/// The plan that all files of one streamer share.
+#[derive(Clone, Default)]
+pub(crate) struct Faults(Arc<Mutex<Option<Plan>>>);
+
+thread_local! {
+    static NEXT: RefCell<Faults> = RefCell::default();
+}
+
+impl Faults {
+    /// For the files that this thread opens from now on.
+    pub(crate) fn plan(plan: impl FnMut(Attempt<'_>) -> io::Result<usize> + Send + 'static) -> Self {
+        let faults = Self(Arc::new(Mutex::new(Some(Box::new(plan)))));
+        NEXT.set(faults.clone());
+        faults
+    }
+
+    /// Those planned for the files that this thread opens.
+    pub(crate) fn of_this_thread() -> Self {
+        NEXT.with_borrow(Self::clone)
+    }
+
+    /// Heals the disk.
+    pub(crate) fn end(&self) {
+        *self.0.lock().unwrap() = None;
+    }
+
+    /// The answer to use; what it takes away of what was read to `to` is gone.
+    ///
+    /// # Safety
+    /// `to` points to as many writable bytes as the system's answer counts.
+    pub(crate) unsafe fn apply(&self, attempt: Attempt<'_>, to: *mut u8) -> io::Result<usize> {
+        let read = *attempt.result.as_ref().unwrap_or(&0);
+        let result = match &mut *self.0.lock().unwrap() {
+            Some(plan) => plan(attempt),
+            None => return attempt.result,
+        };
+        let kept = *result.as_ref().unwrap_or(&0);
+        assert!(kept <= read, "a fault brings no bytes");
+        // SAFETY: the caller's.
+        unsafe { to.add(kept).write_bytes(POISON, read - kept) };
+        result
+    }
+}
