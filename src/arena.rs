@@ -26,6 +26,11 @@ impl Arena {
         let slot_bytes = slot_bytes.next_multiple_of(PAGE).max(PAGE);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
+        // The system may promise more than it has, and then kill whoever touches it.
+        if let Some(available) = available().filter(|&available| available < bytes) {
+            let cause = format!("only {available} bytes are available");
+            return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
+        }
         let map: MmapRaw = MmapOptions::new().len(bytes).map_anon().map_err(failed)?.into();
         // Older kernels lack some of these; the memory works without them.
         for advice in [Advice::HugePage, Advice::DontFork, Advice::DontDump] {
@@ -75,6 +80,13 @@ impl Arena {
     pub(crate) fn whole(&self) -> (NonNull<u8>, usize) {
         (self.slot(0), self.map.len())
     }
+}
+
+/// Memory that can be had without swapping, in bytes, if the system tells.
+fn available() -> Option<usize> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<usize>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -64,7 +64,9 @@ pub enum Error {
         source: Arc<io::Error>,
     },
     /// A thread could not be started.
-    #[error("cannot start the {stage} thread: {source}; raise the limit on processes (ulimit -u)")]
+    #[error(
+        "cannot start the {stage} thread: {source}; raise the limit on processes (ulimit -u) or memory (ulimit -v)"
+    )]
     Thread {
         /// The pipeline stage that the thread was for.
         stage: &'static str,

@@ -4,6 +4,7 @@
 mod common;
 
 use std::{
+    collections::HashMap,
     fs,
     panic::{self, AssertUnwindSafe},
     sync::{
@@ -12,54 +13,13 @@ use std::{
     },
 };
 
-use common::{Fixture, fixture};
+use common::{SIZES, bytes_of, check, checked_pass, fixture, settings};
 use layer_streamer::{
-    DType, Error, Layer, LayerStreamer, Settings, Unit,
-    device::{self, Cpu, Device},
+    DType, Error, LayerStreamer, Settings, Unit,
+    device::{Cpu, Device},
     plan::{Arrival, ArrivalOp},
     trace::Stage,
 };
-
-fn bytes_of(device: &Cpu, tensor: device::TensorRef<'_>) -> Vec<u8> {
-    let mut bytes = vec![0; tensor.bytes()];
-    let stream = device.stream().unwrap();
-    // SAFETY: the vector has the tensor's length, and the copy is done when the call returns.
-    unsafe { device.copy_to_host(bytes.as_mut_ptr(), tensor.ptr(), bytes.len(), &stream).unwrap() };
-    bytes
-}
-
-/// Compares a layer with the files.
-fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
-    let unit = &fixture.units[layer.index()];
-    assert_eq!(layer.name(), unit.name());
-    assert_eq!(layer.tensors().count(), unit.arrivals().len());
-    for arrival in unit.arrivals() {
-        let tensor = layer.tensor(&arrival.output).unwrap();
-        let stored = &fixture.table[&arrival.inputs[0]];
-        assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype, stored.shape.as_slice()));
-        assert_eq!(tensor.ptr().as_ptr() as usize % 256, 0);
-        assert!(bytes_of(device, tensor) == fixture.stored(&stored.name), "{} of {}", arrival.output, layer.name());
-    }
-}
-
-/// One pass that checks every unit.
-fn checked_pass(fixture: &Fixture, streamer: &mut LayerStreamer<Cpu>) {
-    let device = Cpu;
-    let stream = device.stream().unwrap();
-    let mut expected = 0..fixture.units.len();
-    let seen = streamer.run_pass(&stream, 0, |count, layer| {
-        assert_eq!(Some(layer.index()), expected.next());
-        check(fixture, &device, layer);
-        Ok::<_, Error>(count + 1)
-    });
-    assert_eq!(seen.unwrap(), fixture.units.len());
-}
-
-const SIZES: [usize; 6] = [1, 60_000, 3, 700_000, 40, 5_000];
-
-fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
-    Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
-}
 
 #[test]
 fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings() {
@@ -213,17 +173,23 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
     let stream = Cpu.stream().unwrap();
     for (n_cpu_pinned, n_cpu) in [(2, 0), (0, 2), (1, 1), (0, 0)] {
         let mut streamer =
-            LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, n_cpu_pinned, n_cpu)).unwrap();
+            LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings(1, n_cpu_pinned, n_cpu))
+                .unwrap();
         checked_pass(&fixture, &mut streamer);
         let path = fixture.file("a.bin");
         let whole = fs::read(&path).unwrap();
         let cut = fixture.table.values().filter(|t| t.file == path).map(|t| t.offset).max().unwrap();
-        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
-        // The pass under way may have been read before the cut; a later one was not.
+        // In the middle of a pass. It may have been read before the cut; a later one was not.
+        let _ = streamer.run_pass(&stream, (), |(), layer| {
+            if layer.index() == 2 {
+                fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
+            }
+            Ok::<_, Error>(())
+        });
         let failed = (0..5).find_map(|_| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).err());
         let message = failed.expect("the bytes are gone").to_string();
         let tensor = &fixture.table.values().find(|t| t.file == path && t.offset == cut).unwrap().name;
-        for part in [path.to_str().unwrap(), tensor.as_str(), "unit ", "became shorter"] {
+        for part in [path.to_str().unwrap(), tensor, "unit ", &format!("at byte {cut}:"), "became shorter"] {
             assert!(message.contains(part), "{message} lacks {part}");
         }
         let still = streamer.next(&stream).err().expect("the error stays until a rewind").to_string();
@@ -234,12 +200,53 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
 }
 
 #[test]
+fn a_shard_that_is_replaced_is_read_as_it_was_by_who_has_it_open_and_refused_to_who_opens_it() {
+    let fixture = fixture(5, &SIZES, 20);
+    let stream = Cpu.stream().unwrap();
+    let start = |checkpoint: &_| LayerStreamer::new(&Cpu, checkpoint, &fixture.units, &settings(2, 1, 1));
+    let path = fixture.file("a.bin");
+    let replace = || {
+        let other: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| !byte).collect();
+        fs::write(fixture.file("new"), other).unwrap();
+        fs::rename(fixture.file("new"), &path).unwrap();
+    };
+    let stored: HashMap<_, _> = fixture.table.keys().map(|name| (name, fixture.stored(name))).collect();
+    // While it streams, and before the first pass.
+    let mut streamer = start(&fixture.checkpoint).unwrap();
+    for at in [2, 0, 4] {
+        let pass = streamer.run_pass(&stream, (), |(), layer| {
+            for arrival in fixture.units[layer.index()].arrivals() {
+                assert!(bytes_of(&Cpu, layer.tensor(&arrival.output)?) == stored[&arrival.inputs[0]]);
+            }
+            if layer.index() == at {
+                replace();
+            }
+            Ok::<_, Error>(())
+        });
+        pass.unwrap();
+    }
+    let refused = start(&fixture.checkpoint).err().expect("it is another file").to_string();
+    assert!(refused.contains("a.bin") && refused.contains("open it again"), "{refused}");
+
+    checked_pass(&fixture, &mut start(&fixture.opened_again()).unwrap());
+    // The same file with other bytes, and the same bytes in a shorter file.
+    let opened = fixture.opened_again();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes).unwrap();
+    assert!(matches!(start(&opened).err(), Some(Error::Checkpoint { .. })));
+    let opened = fixture.opened_again();
+    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(matches!(start(&opened).err(), Some(Error::Checkpoint { .. })));
+}
+
+#[test]
 fn rewinding_again_and_again_over_a_broken_file_loses_nothing() {
     let fixture = fixture(4, &SIZES, 17);
     let stream = Cpu.stream().unwrap();
     for n_gpu in [1, 3] {
         let settings = Settings { batch_gpu: n_gpu, ..settings(n_gpu, 1, 1) };
-        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings).unwrap();
         checked_pass(&fixture, &mut streamer);
         let whole = ["a.bin", "b.bin"].map(|name| (fixture.file(name), fs::read(fixture.file(name)).unwrap()));
         whole.iter().for_each(|(path, _)| fs::write(path, "gone").unwrap());

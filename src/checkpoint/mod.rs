@@ -8,6 +8,8 @@ mod header;
 
 use std::{
     collections::HashMap,
+    fs::Metadata,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -49,6 +51,16 @@ impl Entry {
     }
 }
 
+/// By what a file is known again: device, inode, length in bytes, and when it was last written to (seconds, nanoseconds).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileState(u64, u64, u64, i64, i64);
+
+impl FileState {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
+        Self(metadata.dev(), metadata.ino(), metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+    }
+}
+
 /// A validated table of tensors. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Checkpoint(Arc<Table>);
@@ -57,6 +69,8 @@ pub struct Checkpoint(Arc<Table>);
 struct Table {
     source: PathBuf,
     files: Vec<PathBuf>,
+    /// By file: what it was when the table was checked against it.
+    states: Vec<FileState>,
     entries: HashMap<String, Entry>,
 }
 
@@ -83,7 +97,7 @@ impl Checkpoint {
         if tensors.is_empty() {
             return Err(Error::checkpoint(source, "holds no tensor"));
         }
-        let (mut files, mut lengths) = (Vec::<PathBuf>::new(), Vec::<u64>::new());
+        let (mut files, mut states) = (Vec::<PathBuf>::new(), Vec::new());
         let mut indices = HashMap::<PathBuf, usize>::new();
         let mut entries = HashMap::<String, Entry>::with_capacity(tensors.len());
         for StoredTensor { name, file: path, offset, dtype, shape } in tensors {
@@ -96,15 +110,15 @@ impl Checkpoint {
                     }
                     indices.insert(path.clone(), files.len());
                     files.push(path.clone());
-                    lengths.push(metadata.len());
+                    states.push(FileState::of(&metadata));
                     files.len() - 1
                 }
             };
             let bytes = dtype.bytes_of(&shape).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(|| {
                 Error::tensor(&path, &name, format!("{dtype} {shape:?} is more than can be addressed"))
             })?;
-            if offset.checked_add(bytes as u64).is_none_or(|end| end > lengths[file]) {
-                let length = lengths[file];
+            if offset.checked_add(bytes as u64).is_none_or(|end| end > states[file].2) {
+                let length = states[file].2;
                 let cause = format!(
                     "its {bytes} bytes from byte {offset} on do not fit in the file of {length} bytes; is it truncated?"
                 );
@@ -116,7 +130,7 @@ impl Checkpoint {
             entries.insert(name, Entry { file, offset, bytes, dtype, shape });
         }
         refuse_overlap(&files, &entries)?;
-        Ok(Self(Arc::new(Table { source: source.to_owned(), files, entries })))
+        Ok(Self(Arc::new(Table { source: source.to_owned(), files, states, entries })))
     }
 
     /// The tensors, by name.
@@ -182,6 +196,11 @@ impl Checkpoint {
 
     pub(crate) fn files(&self) -> &[PathBuf] {
         &self.0.files
+    }
+
+    /// The files with what they were when the table was checked.
+    pub(crate) fn file_states(&self) -> impl Iterator<Item = (&PathBuf, FileState)> {
+        self.0.files.iter().zip(self.0.states.iter().copied())
     }
 
     pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {

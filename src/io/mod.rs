@@ -27,6 +27,7 @@ pub(crate) use engine::Engine;
 
 use crate::{
     arena::{Arena, PAGE},
+    checkpoint::{Checkpoint, FileState},
     error::{Error, Result},
     plan::{CachePolicy, Extent},
 };
@@ -46,7 +47,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    fn open(path: &Path, policy: CachePolicy, trial: &Arena) -> Result<Self> {
+    fn open(path: &Path, state: FileState, policy: CachePolicy, trial: &Arena) -> Result<Self> {
         let buffered = File::open(path).map_err(Error::io("open", path))?;
         let direct = match policy {
             CachePolicy::Buffered => Err("asked for".into()),
@@ -59,6 +60,12 @@ impl Source {
                 Err(error) => return Err(Error::io("read", path)(error)),
             },
         };
+        // Another file by that name has its tensors elsewhere.
+        for file in std::iter::once(&buffered).chain(&direct) {
+            if FileState::of(&file.metadata().map_err(Error::io("examine", path))?) != state {
+                return Err(Error::checkpoint(path, "has changed since the checkpoint was opened; open it again"));
+            }
+        }
         Ok(Self {
             path: path.to_owned(),
             direct,
@@ -140,10 +147,10 @@ unsafe fn pread(file: RawFd, to: *mut u8, len: usize, offset: u64) -> io::Result
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-/// Opens `paths`, in that order.
-pub(crate) fn open_all(paths: &[PathBuf], policy: CachePolicy) -> Result<Arc<[Source]>> {
+/// Opens the files of a checkpoint, in its order.
+pub(crate) fn open_all(checkpoint: &Checkpoint, policy: CachePolicy) -> Result<Arc<[Source]>> {
     let trial = Arena::new("a trial read", 1, PAGE)?;
-    paths.iter().map(|path| Source::open(path, policy, &trial)).collect()
+    checkpoint.file_states().map(|(path, state)| Source::open(path, state, policy, &trial)).collect()
 }
 
 /// An address in a host slot.

@@ -41,6 +41,8 @@ impl Uring {
     /// The buffers outlive the engine.
     pub(crate) unsafe fn new(sources: &Arc<[Source]>, buffers: &[(*mut u8, usize)]) -> io::Result<Self> {
         let ring = IoUring::new(DEPTH as u32)?;
+        // Where a ring can be had its use may be forbidden still.
+        ring.submit()?;
         // Pieces overlap by a chunk, so that every chunk lies wholly in one of them.
         let mut registered = Vec::new();
         for &(start, bytes) in buffers {
@@ -53,7 +55,13 @@ impl Uring {
                 .map(|&(start, len)| libc::iovec { iov_base: start as *mut libc::c_void, iov_len: len })
                 .collect();
             // SAFETY: the caller's.
-            unsafe { ring.submitter().register_buffers(&iovecs) }?;
+            unsafe { ring.submitter().register_buffers(&iovecs) }.map_err(|error| match error.raw_os_error() {
+                Some(libc::ENOMEM) => {
+                    let cause = format!("{error}; raise the limit on locked memory (ulimit -l)");
+                    io::Error::new(error.kind(), cause)
+                }
+                _ => error,
+            })?;
         }
         let flights = (0..DEPTH).map(|_| None).collect();
         Ok(Self { ring, sources: sources.clone(), registered, flights, in_flight: 0, unsubmitted: false })

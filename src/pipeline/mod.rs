@@ -80,8 +80,8 @@ impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
     /// # Errors
-    /// Whatever [`Plan::new`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own. Nothing is
-    /// left behind after an error.
+    /// Whatever [`Plan::new`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
+    /// [`Error::Checkpoint`] if a file is not the one that the checkpoint was opened with. Nothing is left behind after an error.
     pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
         Self::with_observer(device, checkpoint, units, settings, None)
     }
@@ -99,7 +99,7 @@ impl<D: Device> LayerStreamer<D> {
     ) -> Result<Self> {
         let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
         device.bind_thread()?;
-        let sources = io::open_all(checkpoint.files(), settings.cache)?;
+        let sources = io::open_all(checkpoint, settings.cache)?;
         let memory = Arc::new(DeviceMemory::new(device, &plan)?);
         let host = HostMemory::new(&plan)?;
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.

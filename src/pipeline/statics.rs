@@ -29,8 +29,9 @@ impl<D: Device> StaticTensors<D> {
         let base = device.address(&memory);
         let (stream, signal) = (device.stream()?, Signal::new());
         let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
-        // Registering a few blocks for one use would cost more than it saves.
-        let rung = if rung == Reader::UringFixed { Reader::Uring } else { rung };
+        // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
+        // go now, for want of a descriptor.
+        let rung = if rung == Reader::Pread { rung } else { Reader::Auto };
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
         let loaded = fill(device, sources, &plan, base, &stream, &blocks, &mut engine, &signal);

@@ -7,7 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use layer_streamer::{Checkpoint, DType, StoredTensor, Unit};
+use layer_streamer::{
+    Checkpoint, DType, Error, Layer, LayerStreamer, Settings, StoredTensor, Unit,
+    device::{Cpu, Device, TensorRef},
+};
 
 /// Files of random bytes, the table of the tensors in them, and units over those.
 pub struct Fixture {
@@ -71,13 +74,22 @@ fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng)
         unit
     };
     let units = units.iter().enumerate().map(named).collect();
-    // In an order that the seed decides, like all else.
+    Fixture { checkpoint: open(&table), folder, units, table }
+}
+
+/// In an order that the seed decides, like all else.
+fn open(table: &HashMap<String, StoredTensor>) -> Checkpoint {
     let mut tensors: Vec<_> = table.values().cloned().collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    Fixture { checkpoint: Checkpoint::from_table(tensors).unwrap(), folder, units, table }
+    Checkpoint::from_table(tensors).unwrap()
 }
 
 impl Fixture {
+    /// The checkpoint of the files as they are now.
+    pub fn opened_again(&self) -> Checkpoint {
+        open(&self.table)
+    }
+
     /// The bytes of a stored tensor, by the plainest read there is.
     pub fn stored(&self, name: &str) -> Vec<u8> {
         let tensor = &self.table[name];
@@ -88,6 +100,50 @@ impl Fixture {
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
+}
+
+/// A copy of a tensor's bytes.
+pub fn bytes_of(device: &Cpu, tensor: TensorRef<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; tensor.bytes()];
+    let stream = device.stream().unwrap();
+    // SAFETY: the vector has the tensor's length, and the copy is done when the call returns.
+    unsafe { device.copy_to_host(bytes.as_mut_ptr(), tensor.ptr(), bytes.len(), &stream).unwrap() };
+    bytes
+}
+
+/// Compares a layer with the files.
+pub fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
+    let unit = &fixture.units[layer.index()];
+    assert_eq!(layer.name(), unit.name());
+    assert_eq!(layer.tensors().count(), unit.arrivals().len());
+    for arrival in unit.arrivals() {
+        let tensor = layer.tensor(&arrival.output).unwrap();
+        let stored = &fixture.table[&arrival.inputs[0]];
+        assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype, stored.shape.as_slice()));
+        assert_eq!(tensor.ptr().as_ptr() as usize % 256, 0);
+        assert!(bytes_of(device, tensor) == fixture.stored(&stored.name), "{} of {}", arrival.output, layer.name());
+    }
+}
+
+/// One pass that checks every unit.
+pub fn checked_pass(fixture: &Fixture, streamer: &mut LayerStreamer<Cpu>) {
+    let device = Cpu;
+    let stream = device.stream().unwrap();
+    let mut expected = 0..fixture.units.len();
+    let seen = streamer.run_pass(&stream, 0, |count, layer| {
+        assert_eq!(Some(layer.index()), expected.next());
+        check(fixture, &device, layer);
+        Ok::<_, Error>(count + 1)
+    });
+    assert_eq!(seen.unwrap(), fixture.units.len());
+}
+
+/// Element counts of a unit's tensors: tiny ones between large ones.
+pub const SIZES: [usize; 6] = [1, 60_000, 3, 700_000, 40, 5_000];
+
+/// So many units ahead at each stage.
+pub fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
+    Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
 }
 
 /// The repository's folder of reference checkpoints.
