@@ -195,6 +195,16 @@ impl Flight {
         if self.direct { self.done / PAGE * PAGE } else { self.done }
     }
 
+    /// Reads the rest in this thread, as far as it comes.
+    ///
+    /// # Safety
+    /// The chunk's memory is writable, and nobody else's until this returns.
+    unsafe fn read(&self, source: &Source) -> io::Result<usize> {
+        let (chunk, start, file) = (&self.chunk, self.start(), source.descriptor(self.direct));
+        // SAFETY: start < len, so the rest of the range is the caller's to write.
+        unsafe { pread(file, chunk.to.0.add(start), chunk.len - start, chunk.offset + start as u64) }
+    }
+
     /// Takes the result of a read from [`start`](Self::start) on; `None` if there must be another. A count that covers `need`
     /// is success, short or not: extents are rounded past the end of the file.
     fn advance(&mut self, source: &Source, result: io::Result<usize>) -> Option<Result<usize, Failure>> {

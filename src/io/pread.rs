@@ -103,10 +103,8 @@ impl PreadThreads {
 unsafe fn read(source: &Source, chunk: Chunk) -> Result<usize, Failure> {
     let mut flight = Flight::new(chunk);
     loop {
-        let (start, file) = (flight.start(), source.descriptor(flight.direct));
-        // SAFETY: start < len, so the rest of the range is the caller's to write.
-        let result =
-            unsafe { super::pread(file, chunk.to.0.add(start), chunk.len - start, chunk.offset + start as u64) };
+        // SAFETY: the caller's.
+        let result = unsafe { flight.read(source) };
         if let Some(result) = flight.advance(source, result) {
             return result;
         }

@@ -131,7 +131,12 @@ impl Uring {
             let entry = self.ring.completion().next()?;
             let (number, result) = (entry.user_data() as usize, entry.result());
             let flight = self.flights[number].as_mut().expect("a flight has its number until it is done");
-            let result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+            let mut result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+            if result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ECANCELED)) {
+                // The kernel could not start a thread of its own for it (a limit on threads): this one reads.
+                // SAFETY: the rest of the chunk's memory is the engine's, and no read into it is under way.
+                result = unsafe { flight.read(&self.sources[flight.chunk.file]) };
+            }
             match flight.advance(&self.sources[flight.chunk.file], result) {
                 Some(result) => {
                     let Chunk { tag, file, direct, .. } = flight.chunk;

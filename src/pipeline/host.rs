@@ -27,11 +27,12 @@ impl HostMemory {
             made.transpose()
         };
         let homes = |what, bytes: usize| (bytes > 0).then(|| Arena::new(what, 1, bytes)).transpose();
+        // Homes first: what does not fit is most often they, and is refused before time was spent on the rest.
         Ok(Arc::new(Self {
-            ram: slots("RAM slots", &plan.ram)?,
-            pinned: slots("pinned slots", &plan.pinned)?,
             ram_homes: homes("units living in RAM", plan.residents.ram)?,
             pinned_homes: homes("units living in pinned RAM", plan.residents.pinned)?,
+            ram: slots("RAM slots", &plan.ram)?,
+            pinned: slots("pinned slots", &plan.pinned)?,
         }))
     }
 

@@ -33,9 +33,9 @@ impl<D: Device> DeviceMemory<D> {
         let at_home =
             |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
         Ok(Self {
+            homes: (homes > 0).then(|| device.allocate("units living on the GPU", homes)).transpose()?,
             slots: device.allocate("GPU slots", stage.bytes())?,
             slot_bytes: stage.slot_bytes,
-            homes: (homes > 0).then(|| device.allocate("units living on the GPU", homes)).transpose()?,
             arrived: events()?,
             compute_done: events()?,
             home: plan.units.iter().map(at_home).collect::<Result<_>>()?,

@@ -268,10 +268,13 @@ fn a_pass_that_waits_for_a_disk_that_stands_still_is_cancelled_at_once() {
         let mut case = case(4, rung);
         let gate = Arc::new((Mutex::new(false), Condvar::new()));
         let (inside, (stuck, waits)) = (gate.clone(), mpsc::channel());
+        // So that a cancel without effect fails this test instead of hanging it.
+        let give_up = Instant::now() + Duration::from_secs(3);
         Faults::plan(move |attempt| {
             if !attempt.trial {
                 _ = stuck.send(());
-                drop(inside.1.wait_while(inside.0.lock().unwrap(), |open| !*open).unwrap());
+                let left = give_up.saturating_duration_since(Instant::now());
+                drop(inside.1.wait_timeout_while(inside.0.lock().unwrap(), left, |open| !*open).unwrap());
             }
             attempt.result
         });
