@@ -1,0 +1,224 @@
+//! The pipeline under measurement.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use layer_streamer::{
+    Checkpoint, Error, LayerStreamer, Settings, Unit,
+    device::{Cpu, Device},
+    trace::{Stage, Stats},
+};
+
+use super::{Clocks, Failure, Moved, clock};
+
+/// Counts what is allocated on the Rust heap.
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: every call is passed on unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What the pipeline did while it was measured.
+#[derive(Clone, Copy, Default)]
+pub struct Used {
+    /// Bytes read, or where nothing is read brought to the device, and the CPU time of the whole process.
+    pub moved: Moved,
+    pub allocations: u64,
+    pub clocks: Clocks,
+    /// Bytes moved and time at work, by stage.
+    pub stages: [(u64, Duration); 4],
+}
+
+impl Used {
+    pub fn add(&mut self, other: Self) {
+        self.moved.add(other.moved);
+        self.allocations += other.allocations;
+        self.clocks.add(other.clocks);
+        for (sum, stage) in self.stages.iter_mut().zip(other.stages) {
+            *sum = (sum.0 + stage.0, sum.1 + stage.1);
+        }
+    }
+
+    /// The stage that was at work most. Taking layers and nothing else, the compute side has no work to be bound by.
+    pub fn bottleneck(&self) -> Stage {
+        let stages = [Stage::Read, Stage::Pin, Stage::Transfer];
+        stages.into_iter().max_by_key(|&stage| self.stages[stage as usize].1).expect("there are three")
+    }
+
+    /// CPU seconds per GB that a stage moved, if it moved any. Where the reader's work is done by threads of the kernel's,
+    /// theirs counts as its own.
+    pub fn cpu_per_gb(&self, stage: Stage) -> Option<f64> {
+        let bytes = if stage == Stage::Compute { self.moved.bytes } else { self.stages[stage as usize].0 };
+        let cpu_seconds = match stage {
+            Stage::Read => self.clocks.stages[0] + self.clocks.kernel_workers(),
+            Stage::Pin => self.clocks.stages[1],
+            Stage::Transfer => self.clocks.stages[2],
+            Stage::Compute => self.clocks.own,
+        };
+        (bytes > 0).then(|| Moved { bytes, seconds: 0.0, cpu_seconds }.cpu_per_gb())
+    }
+}
+
+/// A streamer on the CPU device, and someone who takes its layers.
+pub struct Pipeline {
+    streamer: LayerStreamer<Cpu>,
+    stream: <Cpu as Device>::Stream,
+    /// Slots of all stages together, or a few more.
+    slots: usize,
+    /// Whether it reads in every pass. If not, it copies.
+    pub reads: bool,
+}
+
+impl Pipeline {
+    pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self, Failure> {
+        let streamer = LayerStreamer::new(&Cpu, checkpoint, units, settings)?;
+        let slots = settings.n_gpu + settings.n_cpu_pinned + settings.n_cpu + 3;
+        Ok(Self { streamer, stream: Cpu.stream()?, slots, reads: true })
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.streamer.stats()
+    }
+
+    /// Runs one pass and compares every tensor of one unit in `every` with a plain read.
+    pub fn check(&mut self, checkpoint: &Checkpoint, units: &[Unit], every: usize) -> Result<(), Failure> {
+        let mut expected = Vec::new();
+        self.streamer.run_pass(&self.stream, (), |(), layer| {
+            for arrival in units[layer.index()].arrivals().iter().filter(|_| layer.index().is_multiple_of(every)) {
+                let tensor = layer.tensor(&arrival.output)?;
+                let (path, offset) = checkpoint.location(&arrival.inputs[0]).ok_or("a tensor without a place")?;
+                expected.resize(tensor.bytes(), 0);
+                File::open(path)?.read_exact_at(&mut expected, offset)?;
+                // SAFETY: the CPU device's memory is memory, and the layer is held.
+                let arrived = unsafe { std::slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) };
+                if arrived != expected {
+                    return Err(Failure::from(format!("{} of {} arrived wrong", arrival.output, layer.name())));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs a pass to see what a steady one does.
+    pub fn find_out(&mut self) -> Result<(), Failure> {
+        self.settle();
+        let before = self.stats();
+        self.pass()?;
+        self.settle();
+        let after = self.stats();
+        self.reads = read_bytes(&after) > read_bytes(&before);
+        if !self.reads && after.stage(Stage::Transfer).bytes == before.stage(Stage::Transfer).bytes {
+            return Err("--home: every layer lives on the device, so nothing moves; leave some elsewhere".into());
+        }
+        Ok(())
+    }
+
+    /// Takes the layers of one pass.
+    pub fn pass(&mut self) -> Result<(), Failure> {
+        Ok(self.streamer.run_pass(&self.stream, (), |(), _| Ok::<_, Error>(()))?)
+    }
+
+    /// Takes the rest of the pass, or one more where none is begun.
+    pub fn finish_pass(&self) -> Result<(), Failure> {
+        loop {
+            let layer = self.streamer.next(&self.stream)?;
+            let last = layer.index() + 1 == self.streamer.plan().units();
+            layer.release()?;
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn take(&self) -> Result<(), Failure> {
+        Ok(self.streamer.next(&self.stream)?.release()?)
+    }
+
+    /// Waits until all slots are full and nothing moves any more.
+    pub fn settle(&self) {
+        let total = || {
+            let stats = self.stats();
+            (read_bytes(&stats), Stage::ALL.map(|stage| stats.stage(stage).bytes))
+        };
+        let mut last = None;
+        while last != Some(total()) {
+            last = Some(total());
+            thread::sleep(Duration::from_millis(30));
+        }
+    }
+
+    /// Takes as many layers as all slots hold: what was read before is gone then.
+    pub fn empty(&self) -> Result<(), Failure> {
+        (0..self.slots).try_for_each(|_| self.take())
+    }
+
+    /// Takes layers as fast as they come until the window is over. Empty it first.
+    pub fn window(&mut self, window: Duration) -> Result<Used, Failure> {
+        self.measure(|pipeline| {
+            let start = Instant::now();
+            while start.elapsed() < window {
+                pipeline.take()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Whatever `work` makes the pipeline do.
+    pub fn measure(&mut self, work: impl FnOnce(&mut Self) -> Result<(), Failure>) -> Result<Used, Failure> {
+        let (before, clocks) = (self.stats(), Clocks::now()?);
+        let (start, from, allocations) = (Instant::now(), self.moved_bytes(), ALLOCATIONS.load(Relaxed));
+        work(self)?;
+        let (seconds, allocations) = (start.elapsed().as_secs_f64(), ALLOCATIONS.load(Relaxed) - allocations);
+        let bytes = self.moved_bytes() - from;
+        let (after, clocks) = (self.stats(), Clocks::now()?.since(clocks));
+        let stages = Stage::ALL.map(|stage| {
+            let (before, after) = (before.stage(stage), after.stage(stage));
+            (after.bytes - before.bytes, after.busy - before.busy)
+        });
+        let moved = Moved { bytes, seconds, cpu_seconds: clocks.process };
+        Ok(Used { moved, allocations, clocks, stages })
+    }
+
+    /// The CPU time of all the pipeline's threads, as a share of one core, while the caller holds a layer and takes no other.
+    pub fn stalled_share(&self, time: Duration) -> Result<f64, Failure> {
+        let layer = self.streamer.next(&self.stream)?;
+        self.settle();
+        let (start, process, own) = (Instant::now(), clock::process(), clock::own_thread());
+        thread::sleep(time);
+        let cpu = (clock::process() - process) - (clock::own_thread() - own);
+        // The two clocks are read one after the other, which shows when nothing runs.
+        let share = (cpu / start.elapsed().as_secs_f64()).max(0.0);
+        layer.release()?;
+        Ok(share)
+    }
+
+    fn moved_bytes(&self) -> u64 {
+        let stats = self.stats();
+        if self.reads { read_bytes(&stats) } else { stats.stage(Stage::Transfer).bytes }
+    }
+}
+
+fn read_bytes(stats: &Stats) -> u64 {
+    stats.direct_bytes + stats.buffered_bytes
+}
