@@ -15,11 +15,11 @@ mod ring;
 mod sync;
 
 use std::{
-    hint,
+    fs, hint,
     process::ExitCode,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
         mpsc::sync_channel,
     },
     thread,
@@ -217,8 +217,20 @@ fn hand_over(mut tx: impl Sender, mut rx: impl Receiver, window: Duration) -> Re
     Ok((sent, start.elapsed().as_secs_f64()))
 }
 
-/// How long the receiver is left alone before an entry: it has stopped looking by then, and sleeps.
+/// How long the receiver is left alone before an entry. By then it has stopped looking and sleeps, unless others want the
+/// processor, when it is given this long again.
 const QUIET: Duration = Duration::from_millis(1);
+
+/// Whether a thread of this process is asleep.
+fn is_asleep(thread: libc::pid_t) -> bool {
+    let state = fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap_or_default();
+    state.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
+}
+
+fn own_number() -> libc::pid_t {
+    // SAFETY: without arguments, and it cannot fail.
+    unsafe { libc::gettid() }
+}
 
 /// Microseconds from just before an entry is sent until the receiver has it, and how often it was asleep then.
 #[derive(Default)]
@@ -255,10 +267,12 @@ fn wake_ups(count: u32, mut woken: impl FnMut()) -> [WakeUps; 2] {
     let signal = Signal::new();
     // For the parked thread: when it was woken, in nanoseconds, 0 for not yet.
     let (stamp, taken) = (AtomicU64::new(0), AtomicU64::new(0));
-    let (signal, stamp, taken) = (&*signal, &stamp, &taken);
+    let numbers = [AtomicI32::new(0), AtomicI32::new(0)];
+    let (signal, stamp, taken, numbers) = (&*signal, &stamp, &taken, &numbers);
     let samples = || WakeUps { micros: Vec::with_capacity(count as usize), parked: 0 };
     thread::scope(|scope| {
         let sleeper = scope.spawn(move || {
+            numbers[0].store(own_number(), Ordering::Relaxed);
             let (mut samples, mut switches) = (samples(), voluntary_switches());
             for _ in 0..count {
                 let entry = loop {
@@ -274,6 +288,7 @@ fn wake_ups(count: u32, mut woken: impl FnMut()) -> [WakeUps; 2] {
             samples
         });
         let parked = scope.spawn(move || {
+            numbers[1].store(own_number(), Ordering::Relaxed);
             let (mut samples, mut switches) = (samples(), voluntary_switches());
             for _ in 0..count {
                 let sent = loop {
@@ -288,7 +303,13 @@ fn wake_ups(count: u32, mut woken: impl FnMut()) -> [WakeUps; 2] {
             samples
         });
         for number in 0..2 * u64::from(count) {
-            thread::sleep(QUIET);
+            let receiver = &numbers[number as usize % 2];
+            for _ in 0..100 {
+                thread::sleep(QUIET);
+                if is_asleep(receiver.load(Ordering::Relaxed)) {
+                    break;
+                }
+            }
             let now = base.elapsed().as_nanos() as u64;
             if number.is_multiple_of(2) {
                 assert!(tx.push(Entry::new(now)), "the ring is empty");

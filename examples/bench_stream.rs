@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bench::{CachedFiles, Disk, Failure, Moved, Pipeline, PlainCopy, Used, finish, progress, quantile, seconds};
+use bench::{CachedFiles, Disk, Failure, Moved, Piece, Pipeline, PlainCopy, Used, finish, progress, quantile, seconds};
 use clap::{Parser, ValueEnum};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
@@ -245,11 +245,14 @@ fn plain_copy(plan: &Plan, checkpoint: &Checkpoint, units: &[Unit]) -> Result<Pl
             from += bytes;
         }
     }
-    let bytes = |name: &String| checkpoint.describe(name).and_then(|(dtype, shape)| dtype.bytes_of(shape));
-    let pieces = |unit: &Unit| -> Vec<usize> {
-        unit.arrivals().iter().flat_map(|arrival| &arrival.inputs).filter_map(bytes).collect()
+    let piece = |name: &String| {
+        let (dtype, shape) = checkpoint.describe(name)?;
+        Some(Piece { bytes: dtype.bytes_of(shape)?, offset: checkpoint.location(name)?.1 })
     };
-    let largest = units.iter().map(pieces).max_by_key(|pieces| pieces.iter().sum::<usize>());
+    let pieces = |unit: &Unit| -> Vec<Piece> {
+        unit.arrivals().iter().flat_map(|arrival| &arrival.inputs).filter_map(piece).collect()
+    };
+    let largest = units.iter().map(pieces).max_by_key(|pieces| pieces.iter().map(|piece| piece.bytes).sum::<usize>());
     PlainCopy::new(from, to, largest.unwrap_or_default())
 }
 

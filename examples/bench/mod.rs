@@ -17,7 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use memmap2::{Advice, MmapRaw};
 
 pub use clock::Clocks;
-pub use copy::PlainCopy;
+pub use copy::{Piece, PlainCopy};
 pub use disk::{CachedFiles, Disk, Way};
 pub use stream::{Pipeline, Used};
 

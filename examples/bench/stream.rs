@@ -86,6 +86,7 @@ pub struct Pipeline {
     stream: <Cpu as Device>::Stream,
     /// Slots of all stages together, or a few more.
     slots: usize,
+    longest_copy: Duration,
     /// Whether it reads in every pass. If not, it copies.
     pub reads: bool,
 }
@@ -94,7 +95,9 @@ impl Pipeline {
     pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self, Failure> {
         let streamer = LayerStreamer::new(&Cpu, checkpoint, units, settings)?;
         let slots = settings.n_gpu + settings.n_cpu_pinned + settings.n_cpu + 3;
-        Ok(Self { streamer, stream: Cpu.stream()?, slots, reads: true })
+        let largest = units.iter().map(|unit| bytes(checkpoint, unit)).max().unwrap_or(0);
+        let longest_copy = Duration::from_nanos(largest as u64);
+        Ok(Self { streamer, stream: Cpu.stream()?, slots, longest_copy, reads: true })
     }
 
     pub fn stats(&self) -> Stats {
@@ -129,7 +132,10 @@ impl Pipeline {
         let after = self.stats();
         self.reads = read_bytes(&after) > read_bytes(&before);
         if !self.reads && after.stage(Stage::Transfer).bytes == before.stage(Stage::Transfer).bytes {
-            return Err("--home: every layer lives on the device, so nothing moves; leave some elsewhere".into());
+            return Err(
+                "--home: every layer lives on the device, so nothing moves from pass to pass; leave some elsewhere"
+                    .into(),
+            );
         }
         Ok(())
     }
@@ -155,7 +161,8 @@ impl Pipeline {
         Ok(self.streamer.next(&self.stream)?.release()?)
     }
 
-    /// Waits until all slots are full and nothing moves any more.
+    /// Waits until all slots are full and nothing moves any more. A copy shows only when its layer is done, so that is how
+    /// long nothing must have moved: at 1 GB/s, which the slowest memory beats.
     pub fn settle(&self) {
         let total = || {
             let stats = self.stats();
@@ -164,7 +171,7 @@ impl Pipeline {
         let mut last = None;
         while last != Some(total()) {
             last = Some(total());
-            thread::sleep(Duration::from_millis(30));
+            thread::sleep(Duration::from_millis(30) + self.longest_copy);
         }
     }
 
@@ -217,6 +224,12 @@ impl Pipeline {
         let stats = self.stats();
         if self.reads { read_bytes(&stats) } else { stats.stage(Stage::Transfer).bytes }
     }
+}
+
+/// Bytes of a unit's tensors.
+fn bytes(checkpoint: &Checkpoint, unit: &Unit) -> usize {
+    let inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
+    inputs.filter_map(|name| checkpoint.describe(name).and_then(|(dtype, shape)| dtype.bytes_of(shape))).sum()
 }
 
 fn read_bytes(stats: &Stats) -> u64 {
