@@ -1,8 +1,9 @@
 //! What a disk gives to which way of reading, and what the crate's own reader makes of it.
 //!
-//! First a table of raw reads: past the page cache and through it, `pread` threads and io_uring, by depth (reads at once) and
-//! chunk (bytes of each). Then the best row and the crate's pipeline, which streams the same files as units of bytes, in
-//! alternating windows. Nothing is evicted from the page cache: for buffered rows the table says how much came from it.
+//! First a table of raw reads: past the page cache and through it, `pread` threads and io_uring, by depth (reads at
+//! once) and chunk (bytes of each). Then the best row and the crate's pipeline, which streams the same files as units
+//! of bytes, in alternating windows. Nothing is evicted from the page cache: for buffered rows the table says how much
+//! came from it.
 
 mod bench;
 
@@ -22,8 +23,8 @@ use layer_streamer::{
 
 /// Measure the disk that files lie on, and how close this crate's reader comes to it.
 ///
-/// Checks samples first, reads for a while, tries every way of reading, then measures the best one and the crate's reader in
-/// turn. Prints GB/s (10⁹ bytes) and CPU seconds per GB.
+/// Checks samples first, reads for a while, tries every way of reading, then measures the best one and the crate's
+/// reader in turn. Prints GB/s (10⁹ bytes) and CPU seconds per GB.
 #[derive(Parser)]
 #[command(after_help = "\
 Examples:
@@ -31,8 +32,8 @@ Examples:
   bench_read --window 2 FILE                    a quieter table, in four times the time
   bench_read FILE --json | jq .best             the way of reading to use
 
-A row reads one third of a second or so: on a disk that several programs share, compare rows only roughly. The last lines
-alternate, and compare well.")]
+A row is one short window: on a disk that several programs share, compare rows only roughly. The two lines below
+the table were measured in turn, and compare well.")]
 struct Options {
     /// Files to read, all on the disk to measure; they are only read
     #[arg(required = true, value_name = "FILE")]
@@ -181,7 +182,8 @@ impl Figures {
             object
         });
         let object = serde_json::json!({
-            "file_bytes": self.bytes, "page_cache_bytes": self.cached, "rows": rows.collect::<Vec<_>>(), "best": way(self.best),
+            "file_bytes": self.bytes, "page_cache_bytes": self.cached, "rows": rows.collect::<Vec<_>>(),
+            "best": way(self.best),
             "bytes": self.ours.moved.bytes, "seconds": self.ours.moved.seconds, "gb_s": self.ours.moved.rate(),
             "limit_gb_s": self.raw.rate(), "ratio": self.ratio(), "reader": self.reader, "slot_bytes": self.slots,
             "allocations": self.ours.allocations, "notes": self.notes,
@@ -230,7 +232,7 @@ impl Figures {
         if 4 * self.slots as u64 > self.bytes {
             let (files, slots) = (gb(self.bytes), gb(self.slots as u64));
             text += &format!(
-                "note: {files:.3} GB of files are less than four times the {slots:.3} GB of slots; larger files measure better\n"
+                "note: {files:.3} GB of files are less than four times the {slots:.3} GB of slots; use larger ones\n"
             );
         }
         text

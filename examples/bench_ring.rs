@@ -1,9 +1,9 @@
 //! How fast the rings between the stages hand entries over, and how soon a sleeping stage wakes.
 //!
-//! Hand-overs: two threads, one entry at a time, as two stages do it: put one in and notify; take one out, or sleep. Beside it
-//! the same ring without sleeping, which is the limit, and the standard library's `sync_channel`. Wake-up: an entry for a
-//! thread that has been asleep for a while, beside a bare `park` and `unpark`, which is as fast as the system wakes a thread.
-//! All kinds take turns, so that whatever else the machine does meets all of them.
+//! Hand-overs: two threads, one entry at a time, as two stages do it: put one in and notify; take one out, or sleep.
+//! Beside it the same ring without sleeping, which is the limit, and the standard library's `sync_channel`. Wake-up: an
+//! entry for a thread that has been asleep for a while, beside a bare `park` and `unpark`, which is as fast as the
+//! system wakes a thread. All kinds take turns, so that whatever else the machine does meets all of them.
 
 mod bench;
 // The crate keeps its ring to itself; these are the crate's own files.
@@ -217,8 +217,8 @@ fn hand_over(mut tx: impl Sender, mut rx: impl Receiver, window: Duration) -> Re
     Ok((sent, start.elapsed().as_secs_f64()))
 }
 
-/// How long the receiver is left alone before an entry. By then it has stopped looking and sleeps, unless others want the
-/// processor, when it is given this long again.
+/// How long the receiver is left alone before an entry. By then it has stopped looking and sleeps, unless others want
+/// the processor, when it is given this long again.
 const QUIET: Duration = Duration::from_millis(1);
 
 /// Whether a thread of this process is asleep.
@@ -365,7 +365,8 @@ fn run(options: &Options) -> Result<String, Failure> {
         let object = serde_json::json!({
             "hand_overs": hand_overs.collect::<Vec<_>>(), "wake_ups": options.wake_ups,
             "wake_ups_asleep": ours.parked, "wake_up_us_median": ours_at[0], "wake_up_us_p99": ours_at[1],
-            "limit_wake_ups_asleep": bare.parked, "limit_wake_up_us_median": bare_at[0], "limit_wake_up_us_p99": bare_at[1],
+            "limit_wake_ups_asleep": bare.parked, "limit_wake_up_us_median": bare_at[0],
+            "limit_wake_up_us_p99": bare_at[1],
         });
         return Ok(format!("{object}\n"));
     }

@@ -1,9 +1,9 @@
 //! How close the pipeline comes to the limit of its slowest link, measured in the same run.
 //!
-//! Disks are uneven from minute to minute, so the pipeline and a raw reader of the same files take turns in short windows.
-//! In a window only bytes that were read in it count, and what the pipeline had read before is taken out of it first. The
-//! raw reader reads on while the pipeline comes to rest and while it sets off, so the disk is never idle; whatever is read
-//! then counts for nobody. Where no layer lives on disk the limit is a plain copy.
+//! Disks are uneven from minute to minute, so the pipeline and a raw reader of the same files take turns in short
+//! windows. In a window only bytes that were read in it count, and what the pipeline had read before is taken out of it
+//! first. The raw reader reads on while the pipeline comes to rest and while it sets off, so the disk is never idle;
+//! whatever is read then counts for nobody. Where no layer lives on disk the limit is a plain copy.
 
 mod bench;
 
@@ -24,8 +24,9 @@ use layer_streamer::{
 
 /// Measure how close streaming comes to the disk's own speed, or to a plain copy where nothing is read.
 ///
-/// Checks every byte first, reads for a while, then measures the pipeline and the limit in turn. Prints GB/s (10⁹ bytes),
-/// CPU seconds per GB of each stage beside those of a plain memcpy, and what the pipeline's threads use while it is stalled.
+/// Checks every byte first, reads for a while, then measures the pipeline and the limit in turn. Prints GB/s (10⁹
+/// bytes), CPU seconds per GB of each stage beside those of a plain memcpy, and what the pipeline's threads use while
+/// it is stalled.
 #[derive(Parser)]
 #[command(after_help = "\
 Examples:
@@ -43,7 +44,7 @@ struct Options {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Pairs of windows, one of each kind
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
     /// Time whole passes in place of windows, back to back, with a window of the limit before and after
     #[arg(long, value_name = "N", conflicts_with = "pairs", value_parser = clap::value_parser!(u32).range(1..))]
@@ -345,7 +346,7 @@ impl Figures {
         if self.reads && 4 * self.slot_bytes > self.unit_bytes {
             let (slots, pass) = (self.slot_bytes as f64 / 1e9, self.unit_bytes as f64 / 1e9);
             line(format!(
-                "note: a pass of {pass:.3} GB is less than four times the {slots:.3} GB of slots; a larger model measures better"
+                "note: a pass of {pass:.3} GB is less than four times the {slots:.3} GB of slots; use a larger model"
             ));
         }
         text

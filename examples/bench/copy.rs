@@ -20,8 +20,8 @@ pub struct Piece {
 
 /// Copies a layer's tensors, one after the other, from place after place of a source to place after place of a target.
 ///
-/// Like is compared with like: the pipeline copies from memory of this size to memory of this size, in these pieces with
-/// these alignments, and a source that fitted in a cache would flatter the plain copy.
+/// Like is compared with like: the pipeline copies from memory of this size to memory of this size, in these pieces
+/// with these alignments, and a source that fitted in a cache would flatter the plain copy.
 pub struct PlainCopy {
     from: MmapRaw,
     to: MmapRaw,
@@ -60,7 +60,8 @@ impl PlainCopy {
                 let to = self.to_at.next_multiple_of(DEVICE_ALIGN);
                 let from = if from + piece.bytes > self.from.len() { piece.offset as usize % PAGE } else { from };
                 let to = if to + piece.bytes > self.to.len() { 0 } else { to };
-                // SAFETY: both mappings hold a layer with its alignments, both places were just checked, nobody else uses them.
+                // SAFETY: both mappings hold a layer with its alignments, both places were just checked, nobody else
+                // uses them.
                 unsafe {
                     ptr::copy_nonoverlapping(self.from.as_ptr().add(from), self.to.as_mut_ptr().add(to), piece.bytes);
                 }

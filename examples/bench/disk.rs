@@ -125,8 +125,8 @@ impl Disk {
                 return Err(format!("{}: is empty; name files with bytes to read", path.display()));
             }
             let buffered = File::open(path).map_err(|e| named("open", &e))?;
-            // SAFETY: the descriptor is open. Each read then fetches what it asks for and no more, so that rows of a table differ
-            // by depth and chunk alone; a kernel that takes no advice reads ahead.
+            // SAFETY: the descriptor is open. Each read then fetches what it asks for and no more, so that rows of a
+            // table differ by depth and chunk alone; a kernel that takes no advice reads ahead.
             unsafe { libc::posix_fadvise(buffered.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
             let direct = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
             Ok(Source { path: path.clone(), length: about.len(), buffered, direct })
@@ -159,8 +159,8 @@ impl Disk {
             .collect()
     }
 
-    /// The fastest way, past the page cache or through it. The first third of the time uses up what the disk had saved up
-    /// while idle, and counts for nothing.
+    /// The fastest way, past the page cache or through it. The first third of the time uses up what the disk had saved
+    /// up while idle, and counts for nothing.
     pub fn fastest(&self, direct: bool, time: Duration) -> Result<Way, Failure> {
         let ways = self.ways(direct, &[4, 8, 16, MAX_DEPTH], &[1 << 20, MAX_CHUNK]);
         self.window(ways[2], time / 3)?;
@@ -179,8 +179,8 @@ impl Disk {
         self.window_between(way, window, || Ok(()), || Ok(()))
     }
 
-    /// As [`window`](Self::window); it is reading already while `before` runs, and still while `after` does, and neither counts:
-    /// so the disk is not idle while the pipeline comes to rest before, or sets off again after.
+    /// As [`window`](Self::window); it is reading already while `before` runs, and still while `after` does, and
+    /// neither counts: so the disk is not idle while the pipeline comes to rest before, or sets off again after.
     pub fn window_between(
         &self,
         way: Way,
@@ -282,9 +282,11 @@ impl Disk {
                 } else {
                     opcode::Read::new(descriptor, to, len).offset(read.offset).build()
                 };
-                // A read from the page cache copies while it is submitted: the kernel's own threads do that side by side.
+                // A read from the page cache copies while it is submitted: the kernel's own threads do that side by
+                // side.
                 let flags = if way.direct { squeue::Flags::empty() } else { squeue::Flags::ASYNC };
-                // SAFETY: the buffer is a chunk long, and this read's until it comes back: the loop ends with none under way.
+                // SAFETY: the buffer is a chunk long, and this read's until it comes back: the loop ends with none
+                // under way.
                 unsafe { ring.submission().push(&entry.user_data(number as u64).flags(flags)) }
                     .expect("the queue has a place for every buffer");
                 under_way[number] = Some(read);
@@ -367,8 +369,8 @@ impl CachedFiles {
         self.0.iter().map(|(_, _, cached)| cached).sum()
     }
 
-    /// Takes files out of the page cache again that were mostly not in it: a check has read them, which must not make what is
-    /// measured next faster.
+    /// Takes files out of the page cache again that were mostly not in it: a check has read them, which must not make
+    /// what is measured next faster.
     pub fn restore(&self) {
         for (file, _, _) in self.0.iter().filter(|(_, length, cached)| 2 * cached < *length) {
             // SAFETY: the descriptor is open. Without effect on other programs' data: these pages are clean.

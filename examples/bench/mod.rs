@@ -1,5 +1,5 @@
-//! What the benchmarks share: windows and what moved in them, clocks, the raw reader, the plain copy, the pipeline under
-//! measurement, and how figures are printed.
+//! What the benchmarks share: windows and what moved in them, clocks, the raw reader, the plain copy, the pipeline
+//! under measurement, and how figures are printed.
 #![allow(dead_code, unused_imports, reason = "each benchmark uses a part")]
 
 mod clock;

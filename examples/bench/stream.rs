@@ -66,8 +66,8 @@ impl Used {
         stages.into_iter().max_by_key(|&stage| self.stages[stage as usize].1).expect("there are three")
     }
 
-    /// CPU seconds per GB that a stage moved, if it moved any. Where the reader's work is done by threads of the kernel's,
-    /// theirs counts as its own.
+    /// CPU seconds per GB that a stage moved, if it moved any. Where the reader's work is done by threads of the
+    /// kernel's, theirs counts as its own.
     pub fn cpu_per_gb(&self, stage: Stage) -> Option<f64> {
         let bytes = if stage == Stage::Compute { self.moved.bytes } else { self.stages[stage as usize].0 };
         let cpu_seconds = match stage {
@@ -161,8 +161,8 @@ impl Pipeline {
         Ok(self.streamer.next(&self.stream)?.release()?)
     }
 
-    /// Waits until all slots are full and nothing moves any more. A copy shows only when its layer is done, so that is how
-    /// long nothing must have moved: at 1 GB/s, which the slowest memory beats.
+    /// Waits until all slots are full and nothing moves any more. A copy shows only when its layer is done, so that is
+    /// how long nothing must have moved: at 1 GB/s, which the slowest memory beats.
     pub fn settle(&self) {
         let total = || {
             let stats = self.stats();
@@ -207,7 +207,8 @@ impl Pipeline {
         Ok(Used { moved, allocations, clocks, stages })
     }
 
-    /// The CPU time of all the pipeline's threads, as a share of one core, while the caller holds a layer and takes no other.
+    /// The CPU time of all the pipeline's threads, as a share of one core, while the caller holds a layer and takes no
+    /// other.
     pub fn stalled_share(&self, time: Duration) -> Result<f64, Failure> {
         let layer = self.streamer.next(&self.stream)?;
         self.settle();
