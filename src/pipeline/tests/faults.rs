@@ -262,22 +262,33 @@ fn a_pass_cancelled_at_any_unit_ends_there_and_the_next_is_exact() {
     }
 }
 
+/// A disk that stands still until it is opened, or for three seconds, so that a test fails and does not hang; and what tells
+/// that a read waits for it.
+fn still_disk() -> (Arc<(Mutex<bool>, Condvar)>, mpsc::Receiver<()>) {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let (inside, (stuck, waits)) = (gate.clone(), mpsc::channel());
+    let give_up = Instant::now() + Duration::from_secs(3);
+    Faults::plan(move |attempt| {
+        if !attempt.trial {
+            _ = stuck.send(());
+            let left = give_up.saturating_duration_since(Instant::now());
+            drop(inside.1.wait_timeout_while(inside.0.lock().unwrap(), left, |open| !*open).unwrap());
+        }
+        attempt.result
+    });
+    (gate, waits)
+}
+
+fn open((open, changed): &(Mutex<bool>, Condvar)) {
+    *open.lock().unwrap() = true;
+    changed.notify_all();
+}
+
 #[test]
 fn a_pass_that_waits_for_a_disk_that_stands_still_is_cancelled_at_once() {
     for rung in RUNGS {
         let mut case = case(4, rung);
-        let gate = Arc::new((Mutex::new(false), Condvar::new()));
-        let (inside, (stuck, waits)) = (gate.clone(), mpsc::channel());
-        // So that a cancel without effect fails this test instead of hanging it.
-        let give_up = Instant::now() + Duration::from_secs(3);
-        Faults::plan(move |attempt| {
-            if !attempt.trial {
-                _ = stuck.send(());
-                let left = give_up.saturating_duration_since(Instant::now());
-                drop(inside.1.wait_timeout_while(inside.0.lock().unwrap(), left, |open| !*open).unwrap());
-            }
-            attempt.result
-        });
+        let (gate, waits) = still_disk();
         let (mut streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
         waits.recv().unwrap();
         let (canceller, start) = (streamer.canceller(), Instant::now());
@@ -289,10 +300,27 @@ fn a_pass_that_waits_for_a_disk_that_stands_still_is_cancelled_at_once() {
         assert!(matches!(error, Some(Error::Cancelled)), "{error:?}");
         streamer.rewind().unwrap();
         assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
-        *gate.0.lock().unwrap() = true;
-        gate.1.notify_all();
+        open(&gate);
         let units = case.units.len();
         case.take(&streamer, &streams, 2 * units);
         case.assert_exact(&streams, "after the disk went on");
+    }
+}
+
+#[test]
+fn dropping_waits_for_reads_that_still_write_to_its_memory() {
+    for rung in RUNGS {
+        let case = case(4, rung);
+        let (gate, waits) = still_disk();
+        let streamer = case.streamer();
+        waits.recv().unwrap();
+        let start = Instant::now();
+        let opener = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            open(&gate);
+        });
+        drop(streamer);
+        assert!(start.elapsed() >= Duration::from_millis(100), "{rung}: it was dropped with reads under way");
+        opener.join().unwrap();
     }
 }
