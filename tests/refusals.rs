@@ -238,8 +238,10 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
         let body = || {
             give_up(&[CAP_SYS_ADMIN, CAP_SYS_RESOURCE]);
             let before = Holdings::at_rest();
-            // The stages' threads, and eight that read.
-            for (rung, needed) in [(Reader::Auto, if usual == Reader::Pread { 11 } else { 3 }), (Reader::Pread, 11)] {
+            // The stages' threads, those that help the pin stage to copy, and eight that read.
+            let stages = 2 + std::thread::available_parallelism().map_or(1, usize::from).min(8);
+            let auto = if usual == Reader::Pread { stages + 8 } else { stages };
+            for (rung, needed) in [(Reader::Auto, auto), (Reader::Pread, stages + 8)] {
                 for cache in [CachePolicy::Direct, CachePolicy::Buffered] {
                     let settings = Settings { cache, ..reader(rung) };
                     for more in 0..needed + 3 {

@@ -25,7 +25,7 @@ impl Clocks {
             let Ok(name) = fs::read_to_string(folder.join("comm")) else { continue };
             let stage = match name.trim_end() {
                 "ls-read" | "ls-pread" => 0,
-                "ls-pin" => 1,
+                "ls-pin" | "ls-pin-copy" => 1,
                 "ls-transfer" => 2,
                 _ => continue,
             };
