@@ -15,7 +15,31 @@ pub(crate) use std::sync::{
     atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
-use std::sync::Arc;
+use std::{
+    io,
+    sync::{Arc, Barrier},
+    thread,
+};
+
+/// Starts a thread and returns once it has run `begin`, whose result `work` takes: what starting a thread allocates, in the
+/// thread too, is then allocated before anything streams.
+pub(crate) fn spawn<B, T: Send + 'static>(
+    name: &str,
+    begin: impl FnOnce() -> B + Send + 'static,
+    work: impl FnOnce(B) -> T + Send + 'static,
+) -> io::Result<thread::JoinHandle<T>> {
+    let begun = Arc::new(Barrier::new(2));
+    let inside = begun.clone();
+    let body = move || {
+        let state = begin();
+        inside.wait();
+        drop(inside);
+        work(state)
+    };
+    let thread = thread::Builder::new().name(name.into()).spawn(body)?;
+    begun.wait();
+    Ok(thread)
+}
 
 /// `std::cell::UnsafeCell` with the interface of loom's.
 #[cfg(not(loom))]

@@ -6,7 +6,7 @@ use super::{Chunk, Done, Failure, Flight, Source};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
-    sync::{AtomicBool, Ordering, Signal},
+    sync::{self, AtomicBool, Ordering, Signal},
 };
 
 /// Threads in `pread` at once. With four the pipeline fell an eighth behind a raw reader of the same disk, with eight it kept up.
@@ -43,7 +43,7 @@ impl PreadThreads {
             let (mut outbox, results) = ring::<Done>(QUEUED);
             let wake = Signal::new();
             let (sources, stop, wake_in, finished) = (sources.clone(), stop.clone(), wake.clone(), finished.clone());
-            let work = move || {
+            let work = move |()| {
                 loop {
                     let ticket = wake_in.ticket();
                     if stop.load(Ordering::SeqCst) {
@@ -60,7 +60,7 @@ impl PreadThreads {
                 }
             };
             let failed = |source: io::Error| Error::Thread { stage: "read", source: source.into() };
-            let thread = thread::Builder::new().name("ls-pread".into()).spawn(work).map_err(failed)?;
+            let thread = sync::spawn("ls-pread", || (), work).map_err(failed)?;
             engine.workers.push(Worker { requests, results, wake, pending: 0, thread: Some(thread) });
         }
         Ok(engine)

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     pipeline::{
         LayerStreamer,
-        link::{Inlet, Place},
+        link::{Entry, Inlet, Place},
         on_device::DeviceMemory,
         stage::{Control, Safeguard},
     },
@@ -91,9 +91,9 @@ impl<D: Device> ComputeSide<D> {
             return Err(Error::LayersHeld { held: self.held.len(), oldest });
         }
         self.report(Activity::Busy, None);
-        let arrival = self.arrival();
+        let arrival = self.control.next_entry(self.epoch, &mut self.inlet, &self.signal);
         self.report(Activity::Starved, None);
-        let ordered = arrival.and_then(|(unit, place)| {
+        let ordered = arrival.and_then(|Entry { unit, place, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
             let mut waited = Ok(());
             if self.control.keeps(Safeguard::Arrival) {
@@ -121,31 +121,6 @@ impl<D: Device> ComputeSide<D> {
             self.passes += 1;
         }
         Ok((unit, place, progress))
-    }
-
-    fn arrival(&mut self) -> Result<(usize, Place)> {
-        loop {
-            let ticket = self.signal.ticket();
-            if let Some(error) = self.control.fatal() {
-                return Err(error);
-            }
-            if self.control.is_cancelled(self.epoch) {
-                return Err(Error::Cancelled);
-            }
-            match self.inlet.peek(self.epoch) {
-                Some(entry) => {
-                    self.inlet.take();
-                    return match entry.place {
-                        Place::Failed => Err(self.control.error_of(self.epoch).expect("an epoch fails with an error")),
-                        place => Ok((entry.unit, place)),
-                    };
-                }
-                None => {
-                    self.inlet.nudge();
-                    self.signal.wait(ticket);
-                }
-            }
-        }
     }
 
     /// Accounts for the time since the last report, and for `unit` if it was spent on one to the end.

@@ -11,8 +11,8 @@ use std::{
 
 use crate::{
     error::{Error, Result},
-    pipeline::link::Outlet,
-    sync::{AtomicBool, AtomicU64, Mutex, Ordering, Signal},
+    pipeline::link::{Entry, Inlet, Outlet, Place},
+    sync::{self, AtomicBool, AtomicU64, Mutex, Ordering, Signal},
     trace::{Activity, Mark, Span, Stage, Trace},
 };
 
@@ -97,7 +97,7 @@ impl Control {
         self.notify_all();
     }
 
-    pub(crate) fn is_cancelled(&self, epoch: u64) -> bool {
+    fn is_cancelled(&self, epoch: u64) -> bool {
         self.cancelled.load(Ordering::SeqCst) == epoch
     }
 
@@ -132,6 +132,30 @@ impl Control {
     pub(crate) fn error_of(&self, epoch: u64) -> Option<Error> {
         let kept = self.error.lock().expect("nothing panics under this lock");
         kept.as_ref().filter(|(of, _)| *of == epoch || *of == FATAL).map(|(_, error)| error.clone())
+    }
+
+    /// Waits for the next unit of `epoch`, on the caller's side, which sleeps on `signal`. The first error of the epoch comes
+    /// in its place in the order, a cancel or the end of the streamer at once.
+    pub(crate) fn next_entry(&self, epoch: u64, inlet: &mut Inlet, signal: &Signal) -> Result<Entry> {
+        loop {
+            let ticket = signal.ticket();
+            if let Some(error) = self.fatal() {
+                return Err(error);
+            }
+            if self.is_cancelled(epoch) {
+                return Err(Error::Cancelled);
+            }
+            let Some(entry) = inlet.peek(epoch) else {
+                inlet.nudge();
+                signal.wait(ticket);
+                continue;
+            };
+            inlet.take();
+            return match entry.place {
+                Place::Failed => Err(self.error_of(epoch).expect("an epoch fails with an error")),
+                _ => Ok(entry),
+            };
+        }
     }
 
     /// The error that ended the streamer, if one did.
@@ -191,11 +215,18 @@ pub(crate) fn spawn<S: Advance + 'static>(
     signal: Arc<Signal>,
 ) -> Result<thread::JoinHandle<bool>> {
     let name = S::STAGE.name();
-    let body = move || {
-        let outcome = panic::catch_unwind(AssertUnwindSafe(|| match stage.begin() {
-            Ok(()) => run(&mut stage, &control, &signal),
-            Err(error) => control.fail_for_good(error),
-        }));
+    let begin = move || {
+        let begun = panic::catch_unwind(AssertUnwindSafe(|| stage.begin()));
+        (stage, begun)
+    };
+    let work = move |(mut stage, begun): (S, thread::Result<Result<()>>)| {
+        let outcome = begun.and_then(|begun| match begun {
+            Ok(()) => panic::catch_unwind(AssertUnwindSafe(|| run(&mut stage, &control, &signal))),
+            Err(error) => {
+                control.fail_for_good(error);
+                Ok(())
+            }
+        });
         if let Err(payload) = outcome {
             control.fail_for_good(Error::Panicked { stage: name, message: panic_message(&*payload) });
         }
@@ -207,10 +238,11 @@ pub(crate) fn spawn<S: Advance + 'static>(
         idle
     };
     let failed = |source: std::io::Error| Error::Thread { stage: name, source: source.into() };
-    thread::Builder::new().name(format!("ls-{name}")).spawn(body).map_err(failed)
+    sync::spawn(&format!("ls-{name}"), begin, work).map_err(failed)
 }
 
-fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal) {
+/// The loop itself.
+pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal) {
     let mut epoch = control.epoch();
     // In a failed epoch: at which unit, and whether the next stage has been told.
     let mut failed: Option<(usize, bool)> = None;

@@ -1,0 +1,190 @@
+//! Nothing asks for memory from the first pass to the drop: no pipeline thread, nor `next` and `release`, nor any library
+//! below them. Counted by a shared object that stands before malloc, mmap and their kin, in a child process.
+//!
+//! Errors that carry names allocate them, so a failed read is left uncounted; what comes after it is counted again.
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
+
+mod common;
+
+use std::{env, ffi::CStr, fs, path::Path, process::Command, slice};
+
+use common::{Fixture, fixture};
+use layer_streamer::{
+    DType, Error, Layer, LayerStreamer, Settings, Unit,
+    device::{Cpu, Device},
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader},
+};
+
+/// The shared object's counter.
+struct Counter {
+    begin: extern "C" fn(libc::c_int),
+    end: extern "C" fn() -> libc::c_ulong,
+}
+
+impl Counter {
+    /// The counter, where the shared object is loaded.
+    fn loaded() -> Option<Self> {
+        let find = |name: &CStr| {
+            // SAFETY: a terminated string, looked up in what is loaded.
+            let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+            (!symbol.is_null()).then_some(symbol)
+        };
+        let (begin, end) = (find(c"no_alloc_begin")?, find(c"no_alloc_end")?);
+        // SAFETY: the functions of these names in interpose.c have these types.
+        Some(unsafe { Self { begin: std::mem::transmute(begin), end: std::mem::transmute(end) } })
+    }
+
+    /// How often memory was asked for meanwhile, by anyone; `loud` shows where.
+    fn count(&self, loud: bool, work: impl FnOnce()) -> u64 {
+        (self.begin)(loud.into());
+        work();
+        (self.end)()
+    }
+}
+
+/// Runs the test called `name` in a child process, with the counter loaded.
+fn run_counted(name: &str) {
+    assert!(env::var_os("LD_PRELOAD").is_none(), "the counter was not loaded");
+    let folder = tempfile::tempdir().unwrap();
+    let object = folder.path().join("interpose.so");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/no_alloc/interpose.c");
+    let mut compiler = Command::new("cc");
+    compiler
+        .args(["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o"])
+        .arg(&object)
+        .arg(source)
+        .arg("-ldl");
+    assert!(compiler.status().expect("a C compiler").success());
+    let child = Command::new(env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env("LD_PRELOAD", &object)
+        .output()
+        .unwrap();
+    let said = [child.stdout, child.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    println!("{}", said[0]);
+    assert!(child.status.success(), "{}{}", said[0], said[1]);
+    assert!(said[0].contains("1 passed"), "the child ran another test");
+}
+
+/// What each unit's tensors must be on the device.
+type Expected = Vec<Vec<(String, Vec<u8>)>>;
+
+/// Compares a layer with what it must be, in place.
+fn check(expected: &Expected, layer: &Layer<'_, Cpu>) {
+    for (name, bytes) in &expected[layer.index()] {
+        let tensor = layer.tensor(name).unwrap();
+        // SAFETY: device memory of the CPU is RAM, and the layer is held.
+        let arrived = unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) };
+        assert!(arrived == bytes.as_slice());
+    }
+}
+
+/// The units of `fixture` with these homes in turn, every third tensor converted, and what must arrive.
+fn units(fixture: &Fixture, homes: &[Home]) -> (Vec<Unit>, Expected) {
+    let describe = |(index, unit): (usize, &Unit)| {
+        let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
+        changed.home(homes[index % homes.len()]);
+        for (number, arrival) in unit.arrivals().iter().enumerate() {
+            let (stored, widen) = (fixture.stored(&arrival.inputs[0]), number % 3 == 2);
+            let op = if widen { ArrivalOp::To(DType::F32) } else { ArrivalOp::Keep };
+            changed.add(Arrival { op, ..arrival.clone() });
+            let widened = || stored.chunks(2).flat_map(|b| [0, 0, b[0], b[1]]).collect();
+            tensors.push((arrival.output.clone(), if widen { widened() } else { stored }));
+        }
+        (changed, tensors)
+    };
+    fixture.units.iter().enumerate().map(describe).unzip()
+}
+
+/// Everything that a host does again and again.
+fn stream(streamer: &mut LayerStreamer<Cpu>, expected: &Expected) {
+    let (stream, other) = (Cpu.stream().unwrap(), Cpu.stream().unwrap());
+    let canceller = streamer.canceller();
+    let pass = |streamer: &mut LayerStreamer<Cpu>| {
+        let count = streamer.run_pass(&stream, 0, |count, layer| {
+            check(expected, layer);
+            Ok::<_, Error>(count + 1)
+        });
+        assert!(matches!(count, Ok(units) if units == expected.len()));
+    };
+    (0..3).for_each(|_| pass(streamer));
+    // Two layers held at once, released out of order and on another stream, and the pass abandoned.
+    for _ in 0..2 {
+        let first = streamer.next(&stream).unwrap();
+        let second = streamer.next(&other).unwrap();
+        check(expected, &first);
+        second.release_on(&stream).unwrap();
+        drop(first);
+        streamer.rewind().unwrap();
+    }
+    pass(streamer);
+    for at in [0, expected.len() - 1] {
+        let failed = streamer.run_pass(&stream, (), |(), layer| {
+            // An error that carries nothing stands for the layer function's own.
+            if layer.index() == at { Err(Error::Cancelled) } else { Ok(()) }
+        });
+        assert!(matches!(failed, Err(Error::Cancelled)));
+        pass(streamer);
+    }
+    let cancelled = streamer.run_pass(&stream, (), |(), layer| {
+        assert!(layer.index() < 2);
+        if layer.index() == 1 {
+            canceller.cancel();
+        }
+        Ok::<_, Error>(())
+    });
+    assert!(matches!(cancelled, Err(Error::Cancelled)));
+    pass(streamer);
+}
+
+#[test]
+fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
+    let Some(counter) = Counter::loaded() else {
+        return run_counted("nothing_is_allocated_from_the_first_pass_to_the_drop");
+    };
+    assert_eq!(counter.count(false, || drop(std::hint::black_box(vec![1u8; 3]))), 1, "the counter counts");
+    assert!(counter.count(false, || drop(memmap2::MmapMut::map_anon(1 << 20).unwrap())) >= 1, "the counter counts");
+
+    let fixture = fixture(9, &[1, 60_000, 3, 700_000, 40, 5_000], 21);
+    let everywhere = [Home::Disk, Home::Ram, Home::Disk, Home::Pinned, Home::Gpu];
+    for (homes, cache) in [(&[Home::Disk][..], CachePolicy::Direct), (&everywhere[..], CachePolicy::Auto)] {
+        let (units, expected) = units(&fixture, homes);
+        for reader in [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread] {
+            for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 3)] {
+                let batches = (n_cpu_pinned.min(1), n_cpu / 2);
+                let settings = Settings {
+                    n_gpu: 2,
+                    n_cpu_pinned,
+                    n_cpu,
+                    batch_gpu: 2,
+                    batch_cpu_pinned: batches.0,
+                    batch_cpu: batches.1,
+                    reader,
+                    cache,
+                };
+                let mut streamer = match LayerStreamer::new(&Cpu, &fixture.checkpoint, &units, &settings) {
+                    Err(Error::Unsupported { what, .. }) => {
+                        println!("left out: {what}");
+                        break;
+                    }
+                    other => other.unwrap(),
+                };
+                streamer.track_progress(|progress| assert!(progress.done <= progress.units));
+                let count = counter.count(true, || stream(&mut streamer, &expected));
+                assert_eq!(count, 0, "{settings:?}");
+
+                // A shard that is cut while it is read, and made whole again.
+                let path = fixture.file("a.bin");
+                let whole = fs::read(&path).unwrap();
+                fs::write(&path, "gone").unwrap();
+                let cpu = Cpu.stream().unwrap();
+                let failed = (0..9).find_map(|_| streamer.run_pass(&cpu, (), |(), _| Ok::<_, Error>(())).err());
+                assert!(matches!(failed, Some(Error::Read { .. })), "{failed:?}");
+                fs::write(&path, whole).unwrap();
+                let count = counter.count(true, || stream(&mut streamer, &expected));
+                assert_eq!(count, 0, "after a failed read: {settings:?}");
+                println!("{}: {:?}", streamer.stats().reader, (n_cpu_pinned, n_cpu));
+            }
+        }
+    }
+}
