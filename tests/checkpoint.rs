@@ -1,6 +1,8 @@
 //! What a checkpoint and a plan accept and describe, and what they say about everything else. The `safetensors` crate is
 //! the reference for the format.
 
+mod common;
+
 use std::{collections::BTreeMap, fs, path::Path};
 
 use layer_streamer::{
@@ -83,6 +85,8 @@ fn bytes_of(dtype: Dtype, shape: &[usize]) -> usize {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(common::cases(256)))]
+
     #[test]
     fn what_safetensors_writes_opens_as_written(tensors in tensors(), metadata: bool) {
         let zeros = [0; 4 * 4 * 4 * 8];
@@ -169,6 +173,8 @@ fn every_single_damage_to_a_file_is_judged_as_safetensors_judges_it() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(common::cases(256)))]
+
     #[test]
     fn garbage_is_judged_as_safetensors_judges_it(garbage: Vec<u8>, json in r#"[\[\]{}":,a0-9 _.\\-]{0,40}"#) {
         assert_agrees_with_safetensors(&garbage);

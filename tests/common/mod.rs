@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     fs,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -18,6 +19,12 @@ pub struct Fixture {
     pub checkpoint: Checkpoint,
     pub units: Vec<Unit>,
     pub table: HashMap<String, StoredTensor>,
+}
+
+/// How many random cases to try where `usual` are tried in everyday runs: `LAYER_STREAMER_EFFORT` times as many.
+pub fn cases(usual: u32) -> u32 {
+    let effort = std::env::var("LAYER_STREAMER_EFFORT").map_or(1, |effort| effort.parse().expect("a whole number"));
+    usual * effort
 }
 
 /// A folder on a real file system where there is one: a temporary folder may lie in memory.
@@ -94,7 +101,9 @@ impl Fixture {
     pub fn stored(&self, name: &str) -> Vec<u8> {
         let tensor = &self.table[name];
         let bytes = tensor.dtype.bytes_of(&tensor.shape).unwrap();
-        fs::read(&tensor.file).unwrap()[tensor.offset as usize..][..bytes].to_vec()
+        let mut stored = vec![0; bytes];
+        fs::File::open(&tensor.file).unwrap().read_exact_at(&mut stored, tensor.offset).unwrap();
+        stored
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
