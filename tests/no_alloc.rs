@@ -145,7 +145,7 @@ fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
     assert_eq!(counter.count(false, || drop(std::hint::black_box(vec![1u8; 3]))), 1, "the counter counts");
     assert!(counter.count(false, || drop(memmap2::MmapMut::map_anon(1 << 20).unwrap())) >= 1, "the counter counts");
 
-    let fixture = fixture(9, &[1, 60_000, 3, 700_000, 40, 5_000], 21);
+    let mut fixture = fixture(9, &[1, 60_000, 3, 700_000, 40, 5_000], 21);
     let everywhere = [Home::Disk, Home::Ram, Home::Disk, Home::Pinned, Home::Gpu];
     for (homes, cache) in [(&[Home::Disk][..], CachePolicy::Direct), (&everywhere[..], CachePolicy::Auto)] {
         let (units, expected) = units(&fixture, homes);
@@ -181,6 +181,7 @@ fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
                 let failed = (0..9).find_map(|_| streamer.run_pass(&cpu, (), |(), _| Ok::<_, Error>(())).err());
                 assert!(matches!(failed, Some(Error::Read { .. })), "{failed:?}");
                 fs::write(&path, whole).unwrap();
+                fixture.checkpoint = fixture.opened_again();
                 let count = counter.count(true, || stream(&mut streamer, &expected));
                 assert_eq!(count, 0, "after a failed read: {settings:?}");
                 println!("{}: {:?}", streamer.stats().reader, (n_cpu_pinned, n_cpu));

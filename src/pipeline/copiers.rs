@@ -5,7 +5,7 @@ use std::{io, ptr, sync::Arc, thread};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
-    sync::{AtomicBool, AtomicUsize, Ordering, Signal},
+    sync::{self, AtomicBool, AtomicUsize, Ordering, Signal},
 };
 
 /// What a thread takes at a time: long enough for `memcpy` to bypass the cache, short enough to even out.
@@ -85,8 +85,8 @@ impl Copiers {
             let wake = Signal::new();
             let (shared, wake_in) = (copiers.shared.clone(), wake.clone());
             let failed = |source: io::Error| Error::Thread { stage: "pin", source: source.into() };
-            let thread = thread::Builder::new().name("ls-pin-copy".into());
-            let thread = thread.spawn(move || help(&shared, inbox, &wake_in)).map_err(failed)?;
+            let work = move |()| help(&shared, inbox, &wake_in);
+            let thread = sync::spawn("ls-pin-copy", || (), work).map_err(failed)?;
             copiers.helpers.push(Helper { blocks, wake, thread: Some(thread) });
         }
         Ok(copiers)
