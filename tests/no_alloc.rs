@@ -31,7 +31,12 @@ impl Counter {
         };
         let (begin, end) = (find(c"no_alloc_begin")?, find(c"no_alloc_end")?);
         // SAFETY: the functions of these names in interpose.c have these types.
-        Some(unsafe { Self { begin: std::mem::transmute(begin), end: std::mem::transmute(end) } })
+        Some(unsafe {
+            Self {
+                begin: std::mem::transmute::<*mut libc::c_void, extern "C" fn(libc::c_int)>(begin),
+                end: std::mem::transmute::<*mut libc::c_void, extern "C" fn() -> libc::c_ulong>(end),
+            }
+        })
     }
 
     /// How often memory was asked for meanwhile, by anyone; `loud` shows where.
