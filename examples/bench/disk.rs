@@ -11,7 +11,7 @@ use std::{
     path::PathBuf,
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -89,6 +89,8 @@ struct Shared {
     /// Of the chunk that is read next.
     next: AtomicU64,
     read: AtomicU64,
+    /// Reads that have ended.
+    ended: AtomicUsize,
     cached: AtomicU64,
     over: AtomicBool,
     failed: Mutex<Option<Failure>>,
@@ -108,6 +110,7 @@ impl Read<'_> {
         let count = result.map_err(|error| unreadable(self.file, self.offset, error))?;
         shared.read.fetch_add(count, Relaxed);
         shared.cached.fetch_add(self.cached, Relaxed);
+        shared.ended.fetch_add(1, Relaxed);
         Ok(())
     }
 }
@@ -174,7 +177,8 @@ impl Disk {
         Ok(best.1)
     }
 
-    /// Reads for this long. Returns with what it moved how much of it the page cache held when it was asked for.
+    /// Reads for this long, from when it is at full depth. Returns with what it moved how much of it the page cache held when
+    /// it was asked for.
     pub fn window(&self, way: Way, window: Duration) -> Result<(Moved, u64), Failure> {
         self.window_between(way, window, || Ok(()), || Ok(()))
     }
@@ -192,6 +196,7 @@ impl Disk {
             way,
             next: AtomicU64::new(self.at.load(Relaxed) / way.chunk as u64),
             read: AtomicU64::new(0),
+            ended: AtomicUsize::new(0),
             cached: AtomicU64::new(0),
             over: AtomicBool::new(false),
             failed: Mutex::new(None),
@@ -205,6 +210,12 @@ impl Disk {
                         *shared.failed.lock().expect("no thread panics") = Some(error);
                     }
                 });
+            }
+            // Until as many reads have ended as there are at once: setting up a ring takes longer than many a read, and what
+            // is under way when the window ends counts as little as what was still to be asked for when it began.
+            let failed = || shared.failed.lock().expect("no thread panics").is_some();
+            while shared.ended.load(Relaxed) < way.depth && !failed() {
+                thread::sleep(Duration::from_millis(1));
             }
             let measured = before().and_then(|()| {
                 let totals = || (shared.read.load(Relaxed), shared.cached.load(Relaxed));
