@@ -69,7 +69,11 @@ pub(crate) struct Copiers {
 impl Copiers {
     /// As many threads as there are cores, up to a limit; at first the calling one copies alone.
     pub(crate) fn new() -> Result<Self> {
-        let threads = thread::available_parallelism().map_or(1, usize::from).min(MOST);
+        Self::with(thread::available_parallelism().map_or(1, usize::from).min(MOST))
+    }
+
+    /// So many threads, the calling one included.
+    fn with(threads: usize) -> Result<Self> {
         let mut copiers = Self {
             shared: Arc::new(Shared {
                 next: AtomicUsize::new(0),
@@ -103,7 +107,8 @@ impl Copiers {
     /// Both ranges are valid, do not overlap, and nobody else touches them meanwhile.
     pub(crate) unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) {
         let block = Block { from, to, len };
-        let helpers = &mut self.helpers[..self.active.min(len / PIECE)];
+        // One piece is the calling thread's own.
+        let helpers = &mut self.helpers[..self.active.min(len.saturating_sub(1) / PIECE)];
         if helpers.is_empty() {
             // SAFETY: the caller's.
             return unsafe { ptr::copy_nonoverlapping(from, to, len) };
@@ -161,14 +166,19 @@ mod tests {
 
     #[test]
     fn any_number_of_threads_copies_every_byte_and_no_more() {
-        let mut copiers = Copiers::new().unwrap();
-        let source: Vec<u8> = (0..4 * PIECE + 7).map(|i| ((i * 31) >> 7) as u8).collect();
-        for len in [0, 1, PIECE - 1, PIECE, 2 * PIECE + 1, source.len() - 1] {
-            let mut target = vec![0xaa; source.len()];
-            // SAFETY: two vectors, both longer than `len`.
-            unsafe { copiers.copy(source.as_ptr(), target.as_mut_ptr(), len) };
-            assert!(target[..len] == source[..len] && target[len..].iter().all(|&byte| byte == 0xaa), "{len}");
-            copiers.grow();
+        for threads in [1, 2, 5] {
+            let mut copiers = Copiers::with(threads).unwrap();
+            (1..threads).for_each(|_| copiers.grow());
+            let source: Vec<u8> = (0..6 * PIECE + 7).map(|i| ((i * 31) >> 7) as u8).collect();
+            // Again at once, so that helpers which are slow to sleep, or to wake, meet the block after.
+            for len in [0, 1, PIECE - 1, PIECE, 2 * PIECE, 2 * PIECE + 1, source.len() - 1].repeat(3) {
+                let mut target = vec![0xaa; source.len()];
+                // SAFETY: two vectors, both longer than `len`.
+                unsafe { copiers.copy(source.as_ptr(), target.as_mut_ptr(), len) };
+                assert_eq!(copiers.shared.working.load(Ordering::Relaxed), 0, "it returned with helpers at work");
+                assert!(target[..len] == source[..len], "{len} bytes by {threads} threads");
+                assert!(target[len..].iter().all(|&byte| byte == 0xaa), "{len} bytes by {threads} threads");
+            }
         }
     }
 }
