@@ -61,7 +61,8 @@ fn run_counted(name: &str) {
         .arg("-ldl");
     assert!(compiler.status().expect("a C compiler").success());
     let child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture"])
+        // In the main thread: one that waits for the test would say, and allocate for it, that a minute has passed.
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env("LD_PRELOAD", &object)
         .output()
         .unwrap();
