@@ -30,15 +30,16 @@ use layer_streamer::{
 #[derive(Parser)]
 #[command(after_help = "\
 Examples:
-  bench_stream --model /tmp/7b                        disk → RAM → device, beside the disk's own speed
-  bench_stream --model /tmp/7b --passes 5             how long a pass takes
-  bench_stream --model /tmp/7b --n-cpu 2              one more stage: pageable RAM in front of pinned RAM
-  bench_stream --model /tmp/7b --reader pread         the rung for systems without io_uring
-  bench_stream --model /tmp/7b --home 0-7=pinned      nothing from disk: beside a plain copy
-  bench_stream --model /tmp/7b --cache buffered       through the page cache
-  bench_stream --model /tmp/7b --json | jq .ratio     one figure, for a script
+  bench_stream --model /tmp/3b                        disk → RAM → device, beside the disk's own speed
+  bench_stream --model /tmp/3b --passes 5             how long a pass takes
+  bench_stream --model /tmp/3b --n-cpu 2              one more stage: pageable RAM in front of pinned RAM
+  bench_stream --model /tmp/3b --reader pread         the rung for systems without io_uring
+  bench_stream --model /tmp/3b --home 0-35=pinned     nothing from disk: beside a plain copy
+  bench_stream --model /tmp/3b --cache buffered       through the page cache
+  bench_stream --model /tmp/3b --json | jq .ratio     one figure, for a script
 
-Make a checkpoint with: make_checkpoint /tmp/7b --shape qwen2.5-7b --layers 8")]
+Make a checkpoint with: make_checkpoint /tmp/3b --shape qwen2.5-3b
+(layers large enough to be typical, and enough of them: a pass should be at least four times what the slots hold)")]
 struct Options {
     /// Folder with a checkpoint
     #[arg(long, value_name = "DIR")]
