@@ -22,9 +22,13 @@ use memmap2::MmapRaw;
 
 use super::{Failure, Moved, clock, memory};
 
-/// The most reads at once, and the most bytes of each, that [`Disk`] has memory for.
+/// The most reads at once, and the most bytes of each.
 const MAX_DEPTH: usize = 32;
 const MAX_CHUNK: usize = 4 << 20;
+
+/// What reads go round in, chunk after chunk. Slots do not fit into a cache, and whoever brings the bytes there (in a virtual
+/// machine the host copies them) is faster if its target does: such a limit would be one for data that nobody keeps.
+const MEMORY: usize = 512 << 20;
 
 const PAGE: u64 = 4096;
 const HUGE_PAGE: usize = 2 << 20;
@@ -102,6 +106,8 @@ struct Read<'d> {
     file: &'d Source,
     offset: u64,
     cached: u64,
+    /// The buffer to read into.
+    to: usize,
 }
 
 impl Read<'_> {
@@ -135,7 +141,7 @@ impl Disk {
             Ok(Source { path: path.clone(), length: about.len(), buffered, direct })
         });
         let files = files.collect::<Result<_, _>>()?;
-        let memory = memory(MAX_DEPTH * MAX_CHUNK + HUGE_PAGE)?;
+        let memory = memory(MEMORY + HUGE_PAGE)?;
         let without_uring = IoUring::new(1).err().map(|error| format!("io_uring refused: {error}"));
         Ok(Self { files, memory, at: AtomicU64::new(0), without_uring })
     }
@@ -202,10 +208,10 @@ impl Disk {
             failed: Mutex::new(None),
         };
         let moved = thread::scope(|scope| {
-            for number in 0..if way.uring { 1 } else { way.depth } {
+            for _ in 0..if way.uring { 1 } else { way.depth } {
                 let shared = &shared;
                 scope.spawn(move || {
-                    let outcome = if way.uring { self.read_uring(shared) } else { self.read_pread(shared, number) };
+                    let outcome = if way.uring { self.read_uring(shared) } else { self.read_pread(shared) };
                     if let Err(error) = outcome {
                         *shared.failed.lock().expect("no thread panics") = Some(error);
                     }
@@ -239,7 +245,8 @@ impl Disk {
     fn next(&self, shared: &Shared) -> Read<'_> {
         let chunk = shared.way.chunk as u64;
         let total: u64 = self.files.iter().map(|file| file.length.div_ceil(chunk)).sum();
-        let mut index = shared.next.fetch_add(1, Relaxed) % total;
+        let number = shared.next.fetch_add(1, Relaxed);
+        let mut index = number % total;
         let file = self.files.iter().find(|file| {
             let chunks = file.length.div_ceil(chunk);
             let found = index < chunks;
@@ -249,7 +256,9 @@ impl Disk {
         let (file, offset) = (file.expect("the index is below the total"), index * chunk);
         let len = chunk.min(file.length - offset);
         let cached = if shared.way.direct { None } else { cached(&file.buffered, offset, len) };
-        Read { file, offset, cached: cached.unwrap_or(0) }
+        // So many chunks later nobody reads into this buffer any more.
+        let to = number as usize % (MEMORY / shared.way.chunk);
+        Read { file, offset, cached: cached.unwrap_or(0), to }
     }
 
     /// The first byte of buffer `number`, on a huge page's boundary if chunks are that large.
@@ -258,14 +267,13 @@ impl Disk {
         start.wrapping_add(start.align_offset(HUGE_PAGE) + number * way.chunk)
     }
 
-    fn read_pread(&self, shared: &Shared, number: usize) -> Result<(), Failure> {
+    fn read_pread(&self, shared: &Shared) -> Result<(), Failure> {
         let Shared { way, .. } = *shared;
-        let buffer = self.buffer(way, number);
         while !shared.over.load(Relaxed) {
             let read = self.next(shared);
-            let descriptor = read.file.descriptor(way.direct);
-            // SAFETY: the buffer is a chunk long and this thread's.
-            let count = unsafe { libc::pread(descriptor, buffer.cast(), way.chunk, read.offset as libc::off_t) };
+            let (descriptor, to) = (read.file.descriptor(way.direct), self.buffer(way, read.to));
+            // SAFETY: the buffer is a chunk long, and its bytes mean nothing to anyone.
+            let count = unsafe { libc::pread(descriptor, to.cast(), way.chunk, read.offset as libc::off_t) };
             read.done(u64::try_from(count).map_err(|_| io::Error::last_os_error()), shared)?;
         }
         Ok(())
@@ -274,7 +282,7 @@ impl Disk {
     fn read_uring(&self, shared: &Shared) -> Result<(), Failure> {
         let Shared { way, .. } = *shared;
         let mut ring = IoUring::new(way.depth as u32)?;
-        let whole = libc::iovec { iov_base: self.buffer(way, 0).cast(), iov_len: way.depth * way.chunk };
+        let whole = libc::iovec { iov_base: self.buffer(way, 0).cast(), iov_len: MEMORY };
         // SAFETY: the memory outlives the ring. Where the limit on locked memory forbids it, reads go without.
         let fixed = unsafe { ring.submitter().register_buffers(&[whole]) }.is_ok();
         let mut under_way = vec![None; way.depth];
@@ -286,7 +294,7 @@ impl Disk {
                     continue;
                 }
                 let read = self.next(shared);
-                let (to, len) = (self.buffer(way, number), way.chunk as u32);
+                let (to, len) = (self.buffer(way, read.to), way.chunk as u32);
                 let descriptor = types::Fd(read.file.descriptor(way.direct));
                 let entry = if fixed {
                     opcode::ReadFixed::new(descriptor, to, len, 0).offset(read.offset).build()
@@ -296,8 +304,7 @@ impl Disk {
                 // A read from the page cache copies while it is submitted: the kernel's own threads do that side by
                 // side.
                 let flags = if way.direct { squeue::Flags::empty() } else { squeue::Flags::ASYNC };
-                // SAFETY: the buffer is a chunk long, and this read's until it comes back: the loop ends with none
-                // under way.
+                // SAFETY: the buffer is a chunk long, and stays until it comes back: the loop ends with none under way.
                 unsafe { ring.submission().push(&entry.user_data(number as u64).flags(flags)) }
                     .expect("the queue has a place for every buffer");
                 under_way[number] = Some(read);
