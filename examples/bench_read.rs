@@ -18,6 +18,7 @@ use bench::{CachedFiles, Disk, Failure, Moved, Pipeline, Used, Way, finish, prog
 use clap::Parser;
 use layer_streamer::{
     Checkpoint, DType, Settings, StoredTensor, Unit,
+    device::Cpu,
     plan::{CachePolicy, Plan},
 };
 
@@ -101,7 +102,7 @@ fn run(options: &Options) -> Result<String, Failure> {
     let settings = Settings { cache, ..Settings::default() };
     let plan = Plan::new(&checkpoint, &units, &settings)?;
     let slots: usize = plan.memory().iter().map(|(_, bytes)| bytes).sum();
-    let mut pipeline = Pipeline::new(&checkpoint, &units, &settings)?;
+    let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings)?;
     // A sample: about sixteen units.
     pipeline.check(&checkpoint, &units, units.len().div_ceil(16))?;
     let (mut raw, mut ours) = (Moved::default(), Used::default());

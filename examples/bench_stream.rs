@@ -6,6 +6,8 @@
 //! whatever is read then counts for nobody. Where no layer lives on disk the limit is a plain copy.
 
 mod bench;
+#[path = "device/mod.rs"]
+mod device;
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +16,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bench::{CachedFiles, Disk, Failure, Moved, Piece, Pipeline, PlainCopy, Used, finish, progress, quantile, seconds};
+use bench::{
+    CachedFiles, Disk, Failure, Link, Moved, Piece, Pipeline, PlainCopy, Used, Way, finish, progress, quantile, seconds,
+};
 use clap::{Parser, ValueEnum};
+use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
+    device::Device,
     plan::{CachePolicy, Home, Plan, Reader},
     trace::Stage,
 };
@@ -44,6 +50,9 @@ struct Options {
     /// Folder with a checkpoint
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// cpu, cuda or cuda:N [default: cuda if there is one]
+    #[arg(long)]
+    device: Option<Wanted>,
     /// Pairs of windows, one of each kind
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
@@ -128,10 +137,16 @@ impl Options {
 }
 
 fn main() -> ExitCode {
-    finish(run(&Options::parse()))
+    let options = Options::parse();
+    finish(device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
+        Chosen::Cpu(device) => run(&device, false, &options),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda(device) => run(&device, true, &options),
+    }))
 }
 
-fn run(options: &Options) -> Result<String, Failure> {
+/// `linked`: whether the device has memory of its own, behind a link.
+fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String, Failure> {
     let checkpoint = Checkpoint::open(&options.model)?;
     let mut units = checkpoint.layers()?;
     Home::parse(&options.home, &mut units)?;
@@ -139,7 +154,7 @@ fn run(options: &Options) -> Result<String, Failure> {
     let plan = Plan::new(&checkpoint, &units, &settings)?;
     let files = files(&checkpoint, &units);
     let disk = Disk::open(&files)?;
-    let mut pipeline = Pipeline::new(&checkpoint, &units, &settings)?;
+    let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings)?;
 
     // Check first: one pass, every tensor compared with a plain read.
     let cached = CachedFiles::note(&files)?;
@@ -159,19 +174,23 @@ fn run(options: &Options) -> Result<String, Failure> {
     let window = options.window;
     let bar = progress(u64::from(options.passes.map_or(2 * options.pairs, |_| 3)), options.json)?;
     bar.set_message("warming up");
-    let way = if pipeline.reads { Some(disk.fastest(direct, options.warm_up)?) } else { None };
+    let mut limit = match pipeline.reads {
+        true => Limit::Disk(disk.fastest(direct, options.warm_up)?),
+        false if linked => Limit::Link(Link::new(device, plan.bytes_per_pass() / plan.units())?),
+        false => Limit::Memory,
+    };
     bar.set_message("measuring");
     let (mut raw, mut ours, mut passes) = (Moved::default(), Used::default(), Vec::new());
-    let mut raw_window = |pipeline: &Pipeline| -> Result<(), Failure> {
+    let mut raw_window = |pipeline: &Pipeline<D>| -> Result<(), Failure> {
         let settle = || {
             pipeline.settle();
             Ok(())
         };
-        raw.add(match way {
-            Some(way) => disk.window_between(way, window, settle, || pipeline.empty())?.0,
-            None => {
+        raw.add(match &mut limit {
+            Limit::Disk(way) => disk.window_between(*way, window, settle, || pipeline.empty())?.0,
+            other => {
                 settle()?;
-                let moved = copy.window(window);
+                let moved = if let Limit::Link(link) = other { link.window(window)? } else { copy.window(window) };
                 pipeline.empty()?;
                 moved
             }
@@ -215,7 +234,11 @@ fn run(options: &Options) -> Result<String, Failure> {
     let figures = Figures {
         ours,
         raw,
-        limit: way.map_or_else(|| copy.name(), |way| way.to_string()),
+        limit: match limit {
+            Limit::Disk(way) => way.to_string(),
+            Limit::Link(link) => link.name(),
+            Limit::Memory => copy.name(),
+        },
         reader: pipeline.stats().reader.to_string(),
         passes,
         copied,
@@ -225,6 +248,13 @@ fn run(options: &Options) -> Result<String, Failure> {
         reads: pipeline.reads,
     };
     Ok(if options.json { figures.json() } else { figures.text() })
+}
+
+/// The slowest link by itself.
+enum Limit<D: Device> {
+    Disk(Way),
+    Link(Link<D>),
+    Memory,
 }
 
 /// How long the caller holds a layer, to see what waiting costs.

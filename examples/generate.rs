@@ -2,6 +2,9 @@
 //!
 //! Only the generated text goes to stdout; the memory table, the progress bar and the closing line go to stderr.
 
+#[path = "device/mod.rs"]
+mod device;
+
 use std::{
     fs,
     io::{self, BufWriter, IsTerminal, Write},
@@ -10,11 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use device::{Chosen, Wanted};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Settings,
-    device::Cpu,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
     plan::Home,
@@ -42,9 +45,9 @@ struct Options {
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/speller"), hide_default_value = true)]
     model: PathBuf,
 
-    /// Where to compute
-    #[arg(long, default_value = "cpu")]
-    device: DeviceName,
+    /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
+    #[arg(long)]
+    device: Option<Wanted>,
 
     /// Tokens that the KV cache holds [default: prompt + new tokens]
     #[arg(long, value_name = "N")]
@@ -103,24 +106,22 @@ struct Options {
     prompt: Option<String>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum DeviceName {
-    Cpu,
-}
-
 fn main() {
     let options = Options::parse();
-    let outcome = match options.device {
-        DeviceName::Cpu => run(&Cpu, &options),
-    };
+    let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
+        Chosen::Cpu(device) => run(&device, &options, &|| None),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda(device) => run(&device, &options, &|| device.memory().ok()),
+    });
     if let Err(error) = outcome {
         say!("error: {error}");
         std::process::exit(1);
     }
 }
 
-fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
-    let begun = Instant::now();
+/// `memory`: of a device that has its own, bytes free and in all.
+fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(usize, usize)>) -> Result<(), Failure> {
+    let (begun, before) = (Instant::now(), memory());
     let mut model = Model::open(&options.model)?;
     Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
     let needs_tokenizer = options.prompt_ids.is_none() || !options.print_ids;
@@ -202,6 +203,11 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     bar.finish_and_clear();
     if !options.quiet {
         report(&mut decoder, begun, (prompt.len(), prompt_time), (count, decoding.elapsed()));
+        if let Some((before, (free, total))) = before.zip(memory()) {
+            let bytes = |bytes: usize| HumanBytes(bytes as u64);
+            let (used, idle) = (bytes(total - free), bytes(total.saturating_sub(before.0)));
+            say!("device memory in use: {used} of {}, {idle} of it before the model was loaded", bytes(total));
+        }
     }
     Ok(())
 }

@@ -110,6 +110,18 @@ pub enum Error {
         /// Which shapes or types disagree.
         cause: String,
     },
+    /// The CUDA runtime, or a kernel, failed.
+    #[error("cannot {operation}: {name} ({message}){}", after_semicolon(remedy))]
+    Cuda {
+        /// What was tried, as a verb with its object. Work fails after it was enqueued, so that an earlier kernel may be at fault.
+        operation: String,
+        /// The code's name, such as `cudaErrorMemoryAllocation`.
+        name: &'static str,
+        /// What the runtime says about it.
+        message: &'static str,
+        /// What to do about it; empty where that is not known.
+        remedy: String,
+    },
     /// Something this build or machine cannot do.
     #[error("{what} is not supported: {remedy}")]
     Unsupported {
@@ -153,6 +165,10 @@ impl Error {
 
 fn tensor_prefix(tensor: &Option<String>) -> String {
     tensor.as_ref().map(|name| format!("tensor {name}: ")).unwrap_or_default()
+}
+
+fn after_semicolon(remedy: &str) -> String {
+    if remedy.is_empty() { String::new() } else { format!("; {remedy}") }
 }
 
 /// What a person can do about an operating system's error, where that is known.

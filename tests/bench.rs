@@ -51,7 +51,8 @@ fn model() -> String {
 
 #[test]
 fn bench_stream_measures_reads_beside_raw_reads_and_copies_beside_plain_copies() {
-    let stream = |options: &str| object("bench_stream", &["--model", &model()], &format!("{SHORT} {options}"));
+    let stream =
+        |options: &str| object("bench_stream", &["--model", &model()], &format!("{SHORT} --device cpu {options}"));
     let read = stream("--n-cpu 1");
     assert_positive(&read, RATES);
     assert_near(number(&read, "gb_s"), number(&read, "bytes") / 1e9 / number(&read, "seconds"));
@@ -75,7 +76,7 @@ fn bench_stream_measures_reads_beside_raw_reads_and_copies_beside_plain_copies()
 
 #[test]
 fn bench_stream_times_each_of_the_passes_asked_for() {
-    let options = "--passes 5 --window 0.05 --warm-up 0.2 --reader pread";
+    let options = "--device cpu --passes 5 --window 0.05 --warm-up 0.2 --reader pread";
     let passes = object("bench_stream", &["--model", &model()], options);
     assert_eq!((&passes["passes"], &passes["reader"]), (&5.into(), &"pread threads".into()));
     let [min, median, max] = ["min", "median", "max"].map(|which| number(&passes, &format!("pass_seconds_{which}")));
@@ -161,5 +162,21 @@ fn what_cannot_be_measured_is_refused_by_name() {
         symlink(spoil, copy.path().join(shard)).unwrap();
         let said = refusal(example("bench_stream").arg("--model").arg(copy.path()));
         assert!(said.contains(shard) && said.contains(part), "{said} lacks {part}");
+    }
+}
+
+#[test]
+fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
+    let measured = object("bench_kernels", &[], "--device cpu --quick");
+    assert_positive(&measured, &["copy_gb_s"]);
+    let kernels = measured["kernels"].as_array().unwrap();
+    for row in kernels {
+        assert_positive(row, &["seconds", "bytes", "gb_s", "of_copy"]);
+        assert_near(number(row, "gb_s"), number(row, "bytes") / number(row, "seconds") / 1e9);
+        assert!(row["off"].is_null() || row["off"] == 0.0, "the CPU is its own twin: {row}");
+    }
+    for kernel in ["cast", "rms_norm", "add_rms_norm", "rope", "swiglu", "argmax", "linear", "attention"] {
+        let checked = |row: &Value| row["kernel"].as_str().unwrap().starts_with(kernel);
+        assert!(kernels.iter().any(checked), "{kernel} is missing");
     }
 }

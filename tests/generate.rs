@@ -6,7 +6,7 @@ use std::{
     fs,
     io::Read,
     path::{Path, PathBuf},
-    process::{Output, Stdio},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -14,8 +14,15 @@ use common::{copy_of, data, example, speller};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+/// The example on the CPU, whatever there is besides.
+fn on_cpu() -> Command {
+    let mut command = example("generate");
+    command.args(["--device", "cpu"]);
+    command
+}
+
 fn generate(arguments: &[&str]) -> Output {
-    example("generate").args(arguments).output().unwrap()
+    on_cpu().args(arguments).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -112,7 +119,7 @@ fn dumped_logits_are_a_safetensors_file_of_the_prompt_s_logits() {
 #[test]
 fn a_reader_that_goes_away_ends_it_quietly() {
     let mut child =
-        example("generate").args(["--quiet", "777777="]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        on_cpu().args(["--quiet", "777777="]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -121,7 +128,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
 
 #[test]
 fn a_closed_stderr_is_no_reason_to_stop() {
-    let mut child = example("generate").arg("77=").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = on_cpu().arg("77=").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
     let done = child.wait_with_output().unwrap();
     assert!(done.status.success());
@@ -130,7 +137,7 @@ fn a_closed_stderr_is_no_reason_to_stop() {
 
 /// Runs with a limit on time: a bad input must not hang.
 fn refusal(arguments: &[&str]) -> String {
-    let mut child = example("generate").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = on_cpu().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let begun = Instant::now();
     while child.try_wait().unwrap().is_none() {
         if begun.elapsed() > Duration::from_secs(60) {

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use layer_streamer::{
     DType, Element, Error,
     device::{Cpu, CpuMemory, Device, DevicePtr, Shape, TensorMut, TensorRef},
-    kernels::{AttentionMask, Kernels, Ragged},
+    kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
 };
 
 /// A tensor in memory of its own, filled from host values.
@@ -148,20 +148,22 @@ fn norms_rope_swiglu_add_and_lookups_follow_their_formulas() {
         close("embed", &out.values(), &expected, 0.0);
 
         let heads = 3;
-        let (mut x, xs) = random.tensor(&[tokens, heads, width]);
         let positions: Vec<u32> = (0..tokens).map(|_| random.0.u32(..5000)).collect();
         let frequencies = random.floats(width / 2);
         let (p, f) = (Tensor::new(&[tokens], &positions), Tensor::new(&[width / 2], &frequencies));
-        Cpu.rope(&stream, x.out(), p.get(), f.get()).unwrap();
-        let expected: Vec<f64> = (0..xs.len())
-            .map(|at| {
-                let (i, half) = (at % width, width / 2);
-                let angle = positions[at / (heads * width)] as f32 * frequencies[i % half];
-                let (sin, cos) = f64::from(angle).sin_cos();
-                if i < half { xs[at] * cos - xs[at + half] * sin } else { xs[at] * cos + xs[at - half] * sin }
-            })
-            .collect();
-        close("rope", &x.values(), &expected, 1e-5);
+        for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+            let (mut x, mut expected) = random.tensor(&[tokens, heads, width]);
+            Cpu.rope(&stream, x.out(), p.get(), f.get(), layout).unwrap();
+            for (head, values) in expected.chunks_mut(width).enumerate() {
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let (sin, cos) = f64::from(positions[head / heads] as f32 * frequency).sin_cos();
+                    let pair = if layout == RopeLayout::Halves { [i, i + width / 2] } else { [2 * i, 2 * i + 1] };
+                    let [a, b] = pair.map(|at| values[at]);
+                    (values[pair[0]], values[pair[1]]) = (a * cos - b * sin, b * cos + a * sin);
+                }
+            }
+            close("rope", &x.values(), &expected, 1e-5);
+        }
     }
     let x = Tensor::new(&[3, 4], &[1.0f32, 5.0, 5.0, 2.0, -4.0, -3.0, -9.0, -3.0, 0.0, 0.0, 0.0, 0.0]);
     let mut best = Tensor::new(&[3], &[9u32; 3]);

@@ -3,91 +3,31 @@
 
 mod common;
 
-use std::{collections::HashMap, fs, ops::ControlFlow, path::Path};
+use std::{collections::HashMap, ops::ControlFlow};
 
-use common::data;
+use common::{REFERENCES, data, distance, expected, forget, generate, logits, speller};
 use layer_streamer::{
     Error, Settings, device,
-    device::{Cpu, Device},
+    device::Cpu,
     model::{Decoder, Model, Sequence},
     trace::Stage,
 };
-use safetensors::SafeTensors;
-
-const REFERENCES: [&str; 6] = ["qwen2-f32", "qwen2-sharded", "qwen2-tied", "llama3", "mistral", "qwen3"];
-
-struct Expected {
-    prompt: Vec<u32>,
-    continuation: Vec<u32>,
-    floats: HashMap<String, Vec<f32>>,
-}
-
-fn expected(folder: &Path) -> Expected {
-    let bytes = fs::read(folder.join("expected.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let ids = |name: &str| {
-        let view = file.tensor(name).unwrap();
-        view.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
-    };
-    let floats =
-        |name: &str| file.tensor(name).unwrap().data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    let names = file.names().into_iter().filter(|name| name.starts_with("hidden") || *name == "logits");
-    Expected {
-        prompt: ids("prompt"),
-        continuation: ids("continuation"),
-        floats: names.map(|name| (name.to_owned(), floats(name))).collect(),
-    }
-}
 
 fn decoder(model: &Model, batch: usize, context: usize) -> Decoder<Cpu> {
     Decoder::new(&Cpu, model, &Settings::default(), batch, context).unwrap()
 }
 
-/// ‖a − b‖ / ‖b‖
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let square = |x: f64| x * x;
-    let difference: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
-    (difference / b.iter().map(|b| square(f64::from(*b))).sum::<f64>()).sqrt()
-}
-
-fn logits(decoder: &mut Decoder<Cpu>) -> Vec<f32> {
-    let mut all = Vec::new();
-    decoder
-        .all_logits(|rows| {
-            all.extend_from_slice(rows);
-            Ok::<_, Error>(())
-        })
-        .unwrap();
-    all
-}
-
-fn generate(decoder: &mut Decoder<Cpu>, prompts: &[&[u32]], most: usize, stop: &[u32]) -> Vec<Vec<u32>> {
-    let mut found = vec![Vec::new(); prompts.len()];
-    decoder
-        .generate(prompts, most, stop, |row, token| {
-            found[row].push(token);
-            Ok::<_, Error>(ControlFlow::Continue(()))
-        })
-        .unwrap();
-    found
-}
-
-fn forget(decoder: &mut Decoder<Cpu>, rows: usize) {
-    (0..rows).for_each(|row| decoder.truncate(row, 0).unwrap());
-}
-
 #[test]
 fn prompt_logits_and_every_residual_stream_agree_with_the_reference() {
     for name in REFERENCES {
-        let (folder, stream) = (data(name), Cpu.stream().unwrap());
+        let folder = data(name);
         let (model, reference) = (Model::open(&folder).unwrap(), expected(&folder));
         let mut decoder = decoder(&model, 1, reference.prompt.len());
         let batch = [Sequence { row: 0, tokens: &reference.prompt }];
         let mut layers = 0;
-        let pass = decoder.forward_observed(&batch, |layer, residual| {
+        let pass = decoder.forward_observed(&batch, |layer, residual, stream| {
             let mut hidden = vec![0.0; residual.elements()];
-            device::download(&Cpu, &stream, residual, &mut hidden)?;
+            device::download(&Cpu, stream, residual, &mut hidden)?;
             let off = distance(&hidden, &reference.floats[&format!("hidden.{layer}")]);
             assert!(off <= 1e-4, "{name}: residual stream after layer {layer} is off by {off:.1e}");
             layers += 1;
@@ -227,7 +167,7 @@ fn after_a_pass_that_failed_there_are_no_logits_and_the_sequence_goes_on_where_i
     assert!(decoder.greedy(&mut Vec::new()).is_err(), "no pass yet");
     step(&mut decoder, &[3, 4, 5]).unwrap();
     let batch = [Sequence { row: 0, tokens: &[6, 7] }];
-    let failed = decoder.forward_observed(&batch, |layer, _| {
+    let failed = decoder.forward_observed(&batch, |layer, _, _| {
         if layer == 1 { Err(Error::Kernel { kernel: "test", cause: "on purpose".into() }) } else { Ok(()) }
     });
     assert!(failed.is_err() && decoder.greedy(&mut Vec::new()).is_err() && decoder.length(0) == 3);
@@ -250,72 +190,21 @@ fn the_memory_table_is_the_sum_of_its_parts_by_hand() {
     };
     near("KV cache of 3 × 100 tokens", 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
     let block = 2 * c.hidden + 2 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + 2 * c.ffn;
-    near("activations", 4 * (300 * c.hidden + 256 * (block - c.hidden) + 16 * (2 * c.hidden + c.vocab)));
+    near("activations", 4 * (300 * c.hidden + 256 * block + 16 * (2 * c.hidden + c.vocab)));
     near("static tensors", 4 * (2 * c.vocab * c.hidden + c.hidden));
-}
-
-/// The reference spelling, written down independently of the model.
-fn spell(n: u32) -> String {
-    const ONES: [&str; 20] = [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-        "seventeen",
-        "eighteen",
-        "nineteen",
-    ];
-    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
-    let joined = |head: String, glue: &str, rest: u32| if rest == 0 { head } else { head + glue + &spell(rest) };
-    match n {
-        0..20 => ONES[n as usize].into(),
-        20..100 => joined(TENS[n as usize / 10].into(), "-", n % 10),
-        100..1000 => joined(format!("{} hundred", ONES[n as usize / 100]), " ", n % 100),
-        _ => joined(format!("{} thousand", spell(n / 1000)), " ", n % 1000),
-    }
-}
-
-fn speller() -> (Model, tokenizers::Tokenizer) {
-    let folder = common::speller();
-    (Model::open(&folder).unwrap(), tokenizers::Tokenizer::from_file(folder.join("tokenizer.json")).unwrap())
 }
 
 #[test]
 fn the_speller_is_right_on_at_least_995_in_1000_random_numbers() {
-    let (model, tokenizer) = speller();
-    let mut rng = fastrand::Rng::with_seed(20);
-    let numbers: Vec<u32> = (0..500).map(|_| rng.u32(..1_000_000)).collect();
-    let ids: Vec<Vec<u32>> =
-        numbers.iter().map(|n| tokenizer.encode(format!("{n}="), false).unwrap().get_ids().to_vec()).collect();
-    let mut decoder = decoder(&model, 100, 48);
-    let mut right = 0;
-    for (numbers, ids) in numbers.chunks(100).zip(ids.chunks(100)) {
-        forget(&mut decoder, 100);
-        let prompts: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
-        for (n, found) in numbers.iter().zip(generate(&mut decoder, &prompts, 32, &model.config.stop)) {
-            right += usize::from(tokenizer.decode(&found, true).unwrap() == format!(" {}", spell(*n)));
-        }
-    }
+    let (model, numbers) = (Model::open(speller()).unwrap(), common::numbers());
+    let right = common::spelled_right(&mut decoder(&model, 100, 48), &numbers);
     println!("{right} of {} right", numbers.len());
     assert!(right * 1000 >= 995 * numbers.len(), "{right} of {}", numbers.len());
 }
 
 #[test]
 fn every_combination_of_stages_and_batches_gives_the_same_text() {
-    let (model, tokenizer) = speller();
+    let (model, tokenizer) = (Model::open(speller()).unwrap(), common::tokenizer());
     let prompt = tokenizer.encode("907613=", false).unwrap();
     for n_cpu in [0, 1, 5] {
         for n_cpu_pinned in [0, 1, 4] {

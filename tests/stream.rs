@@ -307,6 +307,50 @@ fn static_tensors_are_loaded_whole_however_large() {
     assert!(streamer.load_static(&["nothing"]).err().unwrap().to_string().contains("nothing"));
 }
 
+#[cfg(feature = "model")]
+#[test]
+fn static_tensors_may_change_on_arrival_wherever_they_start() {
+    use layer_streamer::{
+        device::{DevicePtr, Shape, TensorMut},
+        kernels::Kernels,
+    };
+    // Elements of four bytes at any multiple of two: some lie across the pieces that are read.
+    let mut rng = fastrand::Rng::with_seed(17);
+    let fixture = common::random_fixture(9 << 20, &mut rng);
+    let mut unit = Unit::new("converted");
+    for name in fixture.table.keys() {
+        unit.keep(name.clone(), name.clone());
+    }
+    let floats = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3);
+    let mut narrow = Unit::new("narrow");
+    for tensor in fixture.table.values().filter(|tensor| floats(tensor.dtype)) {
+        narrow.keep(tensor.name.clone(), tensor.name.clone());
+    }
+    narrow.convert(DType::BF16);
+    let streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, 1, 0)).unwrap();
+    let (whole, narrowed) = (streamer.load_static_unit(&unit).unwrap(), streamer.load_static_unit(&narrow).unwrap());
+    let (stream, mut straddling) = (Cpu.stream().unwrap(), 0);
+    for (name, tensor) in &fixture.table {
+        assert!(bytes_of(&Cpu, whole.tensor(name).unwrap()) == fixture.stored(name), "{name}");
+        if !floats(tensor.dtype) {
+            continue;
+        }
+        straddling += usize::from(tensor.dtype == DType::F32 && tensor.offset % 4 != 0 && tensor.shape[0] > 600_000);
+        let got = narrowed.tensor(name).unwrap();
+        assert_eq!((got.dtype(), got.shape()), (DType::BF16, tensor.shape.as_slice()));
+        let mut expected = vec![half::bf16::ZERO; tensor.shape[0]];
+        // SAFETY: the vector is as long as the tensor, and lives until the kernel, in this thread, is done.
+        let out = unsafe {
+            let shape = Shape::new(&tensor.shape).unwrap();
+            TensorMut::from_raw(DevicePtr::new(expected.as_mut_ptr().cast()), DType::BF16, shape)
+        };
+        Cpu.cast(&stream, whole.tensor(name).unwrap(), out).unwrap();
+        let expected: Vec<u8> = expected.iter().flat_map(|x| x.to_le_bytes()).collect();
+        assert!(bytes_of(&Cpu, got) == expected, "{name}");
+    }
+    assert!(straddling > 0, "choose another seed");
+}
+
 #[test]
 fn the_counts_are_those_of_the_work_done() {
     let fixture = fixture(4, &SIZES, 9);

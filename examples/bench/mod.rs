@@ -5,6 +5,7 @@
 mod clock;
 mod copy;
 mod disk;
+mod link;
 mod stream;
 
 use std::{
@@ -19,6 +20,7 @@ use memmap2::{Advice, MmapRaw};
 pub use clock::Clocks;
 pub use copy::{Piece, PlainCopy};
 pub use disk::{CachedFiles, Disk, Way};
+pub use link::Link;
 pub use stream::{Pipeline, Used};
 
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

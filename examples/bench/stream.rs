@@ -11,7 +11,7 @@ use std::{
 
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
-    device::{Cpu, Device},
+    device::Device,
     trace::{Stage, Stats},
 };
 
@@ -80,10 +80,10 @@ impl Used {
     }
 }
 
-/// A streamer on the CPU device, and someone who takes its layers.
-pub struct Pipeline {
-    streamer: LayerStreamer<Cpu>,
-    stream: <Cpu as Device>::Stream,
+/// A streamer, and someone who takes its layers.
+pub struct Pipeline<D: Device> {
+    streamer: LayerStreamer<D>,
+    stream: D::Stream,
     /// Slots of all stages together, or a few more.
     slots: usize,
     longest_copy: Duration,
@@ -91,13 +91,13 @@ pub struct Pipeline {
     pub reads: bool,
 }
 
-impl Pipeline {
-    pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self, Failure> {
-        let streamer = LayerStreamer::new(&Cpu, checkpoint, units, settings)?;
+impl<D: Device> Pipeline<D> {
+    pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self, Failure> {
+        let streamer = LayerStreamer::new(device, checkpoint, units, settings)?;
         let slots = settings.n_gpu + settings.n_cpu_pinned + settings.n_cpu + 3;
         let largest = units.iter().map(|unit| bytes(checkpoint, unit)).max().unwrap_or(0);
         let longest_copy = Duration::from_nanos(largest as u64);
-        Ok(Self { streamer, stream: Cpu.stream()?, slots, longest_copy, reads: true })
+        Ok(Self { streamer, stream: device.stream()?, slots, longest_copy, reads: true })
     }
 
     pub fn stats(&self) -> Stats {
@@ -106,15 +106,18 @@ impl Pipeline {
 
     /// Runs one pass and compares every tensor of one unit in `every` with a plain read.
     pub fn check(&mut self, checkpoint: &Checkpoint, units: &[Unit], every: usize) -> Result<(), Failure> {
-        let mut expected = Vec::new();
+        let (mut expected, mut arrived) = (Vec::new(), Vec::new());
+        let device = self.streamer.device().clone();
         self.streamer.run_pass(&self.stream, (), |(), layer| {
             for arrival in units[layer.index()].arrivals().iter().filter(|_| layer.index().is_multiple_of(every)) {
                 let tensor = layer.tensor(&arrival.output)?;
                 let (path, offset) = checkpoint.location(&arrival.inputs[0]).ok_or("a tensor without a place")?;
                 expected.resize(tensor.bytes(), 0);
                 File::open(path)?.read_exact_at(&mut expected, offset)?;
-                // SAFETY: the CPU device's memory is memory, and the layer is held.
-                let arrived = unsafe { std::slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) };
+                arrived.resize(tensor.bytes(), 0);
+                // SAFETY: the vector is as long as the tensor, whose layer is held; the copy is waited for.
+                unsafe { device.copy_to_host(arrived.as_mut_ptr(), tensor.ptr(), tensor.bytes(), &self.stream)? };
+                device.drain(&self.stream)?;
                 if arrived != expected {
                     return Err(Failure::from(format!("{} of {} arrived wrong", arrival.output, layer.name())));
                 }

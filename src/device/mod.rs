@@ -7,10 +7,18 @@
 #[cfg(test)]
 pub(crate) mod async_cpu;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "cuda/absent.rs"]
+mod cuda;
 
 use std::marker::PhantomData;
 
 pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
+pub use cuda::Cuda;
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 
 use crate::{
     dtype::{DType, Element},
@@ -225,6 +233,13 @@ pub trait Device: Clone + Send + Sync + 'static {
 
     /// Blocks until the newest record of `event` has been reached.
     fn synchronize(&self, event: &Self::Event) -> Result<()>;
+
+    /// Blocks until all work enqueued on `stream` so far is done.
+    fn drain(&self, stream: &Self::Stream) -> Result<()> {
+        let event = self.event()?;
+        self.record(&event, stream)?;
+        self.synchronize(&event)
+    }
 }
 
 /// Copies `data` into `to` and waits until it is there.
@@ -235,7 +250,7 @@ pub fn upload<D: Device, T: Element>(device: &D, stream: &D::Stream, data: &[T],
     fits::<T>("upload", data.len(), to.dtype(), to.elements())?;
     // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
     unsafe { device.copy_to_device(to.ptr(), data.as_ptr().cast(), size_of_val(data), stream)? };
-    drain(device, stream)
+    device.drain(stream)
 }
 
 /// Copies `from` into `data` and waits until it is there.
@@ -251,14 +266,7 @@ pub fn download<D: Device, T: Element>(
     fits::<T>("download", data.len(), from.dtype(), from.elements())?;
     // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
     unsafe { device.copy_to_host(data.as_mut_ptr().cast(), from.ptr(), size_of_val(data), stream)? };
-    drain(device, stream)
-}
-
-/// Waits until all work enqueued on `stream` so far is done.
-pub(crate) fn drain<D: Device>(device: &D, stream: &D::Stream) -> Result<()> {
-    let event = device.event()?;
-    device.record(&event, stream)?;
-    device.synchronize(&event)
+    device.drain(stream)
 }
 
 fn fits<T: Element>(kernel: &'static str, len: usize, dtype: DType, elements: usize) -> Result<()> {

@@ -10,7 +10,10 @@ use gemm::Parallelism;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{AttentionMask, Kernels, Ragged, check, expect};
+use super::{
+    AttentionMask, Kernels, Precision, Ragged, RopeLayout,
+    shapes::{self, Cached, check},
+};
 use crate::{
     device::{Cpu, CpuStream, TensorMut, TensorRef},
     dtype::{self, DType, Element},
@@ -19,6 +22,9 @@ use crate::{
 
 /// Least work, in multiplications, that is worth another thread.
 const PER_THREAD: usize = 1 << 15;
+
+/// Activations and cache are F32, and weights are widened where they are used.
+const PRECISION: Precision = Precision { activation: DType::F32, cache: DType::F32, weight: None };
 
 /// F32 elements of the panel that a thread widens weights into: a part of the cache for a few tokens, and for many, where
 /// the panel is read often, as much as makes the product efficient.
@@ -121,36 +127,26 @@ fn norm_factor(x: &[f32], eps: f32) -> f32 {
 }
 
 impl Kernels for Cpu {
+    fn precision(&self) -> Precision {
+        PRECISION
+    }
+
     fn cast(&self, _: &CpuStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        check("cast", x.dtype() == out.dtype() || x.dtype().converts_to(out.dtype()), || {
-            format!("no conversion from {} to {}", x.dtype(), out.dtype())
-        })?;
-        expect("cast", "out", (out.dtype(), out.shape()), out.dtype(), x.shape())?;
+        shapes::cast(x, out.as_ref())?;
         // SAFETY: the module's invariant; bytes have no alignment.
         let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
         dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
         Ok(())
     }
 
-    fn embed(&self, _: &CpuStream, table: TensorRef<'_>, ids: TensorRef<'_>, mut out: TensorMut<'_>) -> Result<()> {
-        let &[rows, width] = table.shape() else {
-            return Err(Error::Kernel {
-                kernel: "embed",
-                cause: format!("table is {:?}, expected [V, H]", table.shape()),
-            });
-        };
-        expect("embed", "out", (out.dtype(), out.shape()), DType::F32, &[ids.elements(), width])?;
-        check("embed", rows > 0 || ids.elements() == 0, || "the table has no rows".into())?;
-        let convertible = table.dtype() == DType::F32 || table.dtype().converts_to(DType::F32);
-        check("embed", convertible, || format!("a table of type {}", table.dtype()))?;
-        let (row_bytes, table_bytes, ids) = (width * table.dtype().size(), raw(table), read::<u32>("embed", ids)?);
-        for (row, &id) in write::<f32>("embed", &mut out)?.chunks_mut(width.max(1)).zip(ids) {
-            let source = &table_bytes[(id as usize).min(rows - 1) * row_bytes..][..row_bytes];
-            // SAFETY: a row of F32 is that many bytes.
-            let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
-            dtype::convert(table.dtype(), source, DType::F32, row);
-        }
-        Ok(())
+    fn embed(&self, _: &CpuStream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        let shape = shapes::embed(PRECISION, table, ids, out.as_ref())?;
+        copy_rows("embed", table, shape, ids, out)
+    }
+
+    fn gather(&self, _: &CpuStream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        let shape = shapes::gather(x, indices, out.as_ref())?;
+        copy_rows("gather", x, shape, indices, out)
     }
 
     fn rms_norm(
@@ -161,9 +157,7 @@ impl Kernels for Cpu {
         eps: f32,
         mut out: TensorMut<'_>,
     ) -> Result<()> {
-        let width = weight.elements();
-        check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
-        expect("rms_norm", "out", (out.dtype(), out.shape()), DType::F32, x.shape())?;
+        let [_, width] = shapes::rms_norm(PRECISION, x, weight, out.as_ref())?;
         let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
         let x = read::<f32>("rms_norm", x)?;
         for_rows(write("rms_norm", &mut out)?, width, work, |index, row| {
@@ -175,9 +169,8 @@ impl Kernels for Cpu {
     }
 
     fn rms_norm_in_place(&self, _: &CpuStream, mut x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
-        let (width, work) = (weight.elements(), x.elements());
-        check("rms_norm", x.shape().last() == Some(&width), || format!("{width} weights for rows of {:?}", x.shape()))?;
-        let weight = Weight::new("rms_norm", weight)?;
+        let [_, width] = shapes::rms_norm_in_place(PRECISION, x.as_ref(), weight)?;
+        let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
         for_rows(write("rms_norm", &mut x)?, width, work, |_, row| {
             let factor = norm_factor(row, eps);
             row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
@@ -193,21 +186,11 @@ impl Kernels for Cpu {
         bias: Option<TensorRef<'_>>,
         mut out: TensorMut<'_>,
     ) -> Result<()> {
-        let (&[tokens, k], &[n, weight_k]) = (x.shape(), weight.shape()) else {
-            let cause = format!("x is {:?} and weight {:?}, expected [T, K] and [N, K]", x.shape(), weight.shape());
-            return Err(Error::Kernel { kernel: "linear", cause });
-        };
-        check("linear", k == weight_k, || format!("x is {:?} but weight {:?}", x.shape(), weight.shape()))?;
-        expect("linear", "out", (out.dtype(), out.shape()), DType::F32, &[tokens, n])?;
-        let bias = bias.map(|bias| {
-            check("linear", bias.elements() == n, || format!("{} biases for {n} columns", bias.elements()))?;
-            Weight::new("linear", bias)
-        });
-        let bias = bias.transpose()?;
+        let [tokens, k, n] = shapes::linear(PRECISION, x, weight, bias, out.as_ref())?;
+        let bias = bias.map(|bias| Weight::new("linear", bias)).transpose()?;
         if tokens * n == 0 {
             return Ok(());
         }
-        Weight::new("linear", weight)?;
         let (x, out) = (read::<f32>("linear", x)?, Columns(write::<f32>("linear", &mut out)?.as_mut_ptr()));
         let (dtype, bytes) = (weight.dtype(), raw(weight));
         let row_bytes = k * dtype.size();
@@ -279,24 +262,23 @@ impl Kernels for Cpu {
         mut x: TensorMut<'_>,
         positions: TensorRef<'_>,
         inv_freq: TensorRef<'_>,
+        layout: RopeLayout,
     ) -> Result<()> {
-        let half = inv_freq.elements();
-        let &[tokens, heads, size] = x.shape() else {
-            return Err(Error::Kernel {
-                kernel: "rope",
-                cause: format!("x is {:?}, expected [T, heads, D]", x.shape()),
-            });
+        let [tokens, heads, size] = shapes::rope(PRECISION, x.as_ref(), positions, inv_freq)?;
+        // Pair `i` is made of elements `i · step` and `i · step + apart`.
+        let (step, apart) = match layout {
+            RopeLayout::Halves => (1, size / 2),
+            RopeLayout::Interleaved => (2, 1),
         };
-        check("rope", size == 2 * half, || format!("{half} frequencies for heads of {size}"))?;
-        expect("rope", "positions", (positions.dtype(), positions.shape()), DType::U32, &[tokens])?;
         let (positions, inv_freq) = (read::<u32>("rope", positions)?, read::<f32>("rope", inv_freq)?);
         for_rows(write("rope", &mut x)?, heads * size, tokens * heads * size * 8, |token, row| {
             for (i, &frequency) in inv_freq.iter().enumerate() {
                 let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
                 for head in row.chunks_mut(size) {
-                    let (a, b) = (head[i], head[i + half]);
-                    head[i] = a * cos - b * sin;
-                    head[i + half] = b * cos + a * sin;
+                    let (first, second) = (i * step, i * step + apart);
+                    let (a, b) = (head[first], head[second]);
+                    head[first] = a * cos - b * sin;
+                    head[second] = b * cos + a * sin;
                 }
             }
         });
@@ -304,7 +286,7 @@ impl Kernels for Cpu {
     }
 
     fn swiglu(&self, _: &CpuStream, mut gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
-        expect("swiglu", "gate", (gate.dtype(), gate.shape()), DType::F32, up.shape())?;
+        shapes::swiglu(PRECISION, gate.as_ref(), up)?;
         let (up, width) = (read::<f32>("swiglu", up)?, up.shape().last().copied().unwrap_or(1));
         for_rows(write("swiglu", &mut gate)?, width, up.len() * 8, |index, row| {
             let up = &up[index * width..][..width];
@@ -314,7 +296,7 @@ impl Kernels for Cpu {
     }
 
     fn add(&self, _: &CpuStream, mut x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
-        expect("add", "x", (x.dtype(), x.shape()), DType::F32, y.shape())?;
+        shapes::add(PRECISION, x.as_ref(), y)?;
         write::<f32>("add", &mut x)?.iter_mut().zip(read::<f32>("add", y)?).for_each(|(x, y)| *x += y);
         Ok(())
     }
@@ -326,16 +308,10 @@ impl Kernels for Cpu {
         batch: Ragged<'_>,
         mut cache: TensorMut<'_>,
     ) -> Result<()> {
-        let (&[tokens, groups, size], &[rows, cache_groups, capacity, cache_size]) = (block.shape(), cache.shape())
-        else {
-            let cause = format!("block is {:?} and cache {:?}", block.shape(), cache.shape());
-            return Err(Error::Kernel { kernel: "append_kv", cause });
-        };
-        check("append_kv", (groups, size) == (cache_groups, cache_size), || {
-            format!("block is {:?} but cache {:?}", block.shape(), cache.shape())
-        })?;
+        let cached @ Cached { groups, capacity, size, .. } =
+            shapes::append_kv(PRECISION, block, batch, cache.as_ref())?;
         let (block, cache) = (read::<f32>("append_kv", block)?, write::<f32>("append_kv", &mut cache)?);
-        for sequence in sequences("append_kv", batch, tokens, rows, capacity)? {
+        for sequence in sequences("append_kv", batch, cached)? {
             let first = sequence.kv_len - sequence.tokens.len();
             for (place, token) in (first..).zip(sequence.tokens.clone()) {
                 for group in 0..groups {
@@ -358,19 +334,12 @@ impl Kernels for Cpu {
         mask: AttentionMask,
         mut out: TensorMut<'_>,
     ) -> Result<()> {
-        let (&[tokens, heads, size], &[rows, groups, capacity, cache_size]) = (q.shape(), keys.shape()) else {
-            let cause = format!("q is {:?} and keys {:?}", q.shape(), keys.shape());
-            return Err(Error::Kernel { kernel: "attention", cause });
-        };
-        check("attention", size == cache_size && groups > 0 && heads % groups == 0, || {
-            format!("q is {:?} but keys {:?}", q.shape(), keys.shape())
-        })?;
-        expect("attention", "values", (values.dtype(), values.shape()), DType::F32, keys.shape())?;
-        expect("attention", "out", (out.dtype(), out.shape()), DType::F32, q.shape())?;
+        let cached @ Cached { heads, groups, capacity, size, .. } =
+            shapes::attention(PRECISION, q, keys, values, batch, mask, out.as_ref())?;
         let (q, keys, values) =
             (read::<f32>("attention", q)?, read::<f32>("attention", keys)?, read::<f32>("attention", values)?);
         let mut rest = write::<f32>("attention", &mut out)?;
-        for sequence in sequences("attention", batch, tokens, rows, capacity)? {
+        for sequence in sequences("attention", batch, cached)? {
             let (part, after) = rest.split_at_mut(sequence.tokens.len() * heads * size);
             rest = after;
             let work = part.len() * sequence.kv_len;
@@ -402,10 +371,7 @@ impl Kernels for Cpu {
     }
 
     fn argmax(&self, _: &CpuStream, x: TensorRef<'_>, mut out: TensorMut<'_>) -> Result<()> {
-        let &[rows, width] = x.shape() else {
-            return Err(Error::Kernel { kernel: "argmax", cause: format!("x is {:?}, expected [R, V]", x.shape()) });
-        };
-        expect("argmax", "out", (out.dtype(), out.shape()), DType::U32, &[rows])?;
+        let [_, width] = shapes::argmax(x, out.as_ref())?;
         for (row, out) in read::<f32>("argmax", x)?.chunks(width.max(1)).zip(write::<u32>("argmax", &mut out)?) {
             let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
             *out = (0..width).reduce(better).unwrap_or(0) as u32;
@@ -417,6 +383,24 @@ impl Kernels for Cpu {
         // The widened panel, and as much again for what `gemm` packs.
         rayon::current_num_threads() * 2 * PANEL[1] * size_of::<f32>()
     }
+}
+
+/// Rows of `table`, of a type that widens to F32.
+fn copy_rows(
+    kernel: &'static str,
+    table: TensorRef<'_>,
+    [rows, width]: [usize; 2],
+    indices: TensorRef<'_>,
+    mut out: TensorMut<'_>,
+) -> Result<()> {
+    let (row_bytes, bytes, indices) = (width * table.dtype().size(), raw(table), read::<u32>(kernel, indices)?);
+    for (row, &index) in write::<f32>(kernel, &mut out)?.chunks_mut(width.max(1)).zip(indices) {
+        let source = &bytes[(index as usize).min(rows - 1) * row_bytes..][..row_bytes];
+        // SAFETY: a row of F32 is that many bytes.
+        let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
+        dtype::convert(table.dtype(), source, DType::F32, row);
+    }
+    Ok(())
 }
 
 /// Where a product is written: threads fill distinct columns.
@@ -447,24 +431,18 @@ struct Sequence {
 fn sequences<'a>(
     kernel: &'static str,
     batch: Ragged<'a>,
-    tokens: usize,
-    rows: usize,
-    capacity: usize,
+    Cached { sequences, tokens, rows, capacity, .. }: Cached,
 ) -> Result<impl Iterator<Item = Sequence> + 'a> {
     let (offsets, lens, places) =
         (read::<u32>(kernel, batch.q_offsets)?, read::<u32>(kernel, batch.kv_lens)?, read::<u32>(kernel, batch.rows)?);
-    let consistent = offsets.len() == lens.len() + 1
-        && places.len() == lens.len()
-        && offsets.first() == Some(&0)
-        && offsets.last() == Some(&(tokens as u32))
-        && offsets.is_sorted();
-    check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {} lengths", lens.len()))?;
+    let consistent = offsets[0] == 0 && offsets[sequences] as usize == tokens && offsets.is_sorted();
+    check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {sequences} lengths"))?;
     let sequence = |i: usize| Sequence {
         tokens: offsets[i] as usize..offsets[i + 1] as usize,
         kv_len: lens[i] as usize,
         row: places[i] as usize,
     };
-    for s in (0..lens.len()).map(sequence) {
+    for s in (0..sequences).map(sequence) {
         check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
             format!(
                 "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
@@ -474,5 +452,5 @@ fn sequences<'a>(
             )
         })?;
     }
-    Ok((0..lens.len()).map(sequence))
+    Ok((0..sequences).map(sequence))
 }

@@ -1,16 +1,42 @@
 //! What a decoder computes, as operations that a device enqueues on a stream.
 //!
-//! Shapes are written slowest dimension first. `T` counts tokens of all sequences of a batch, one after the other. Activations
-//! are F32; weights are F32, F16 or BF16 and are widened exactly; everything accumulates in F32. Outputs never overlap inputs.
-//! A kernel checks that its tensors fit together and returns [`Error::Kernel`] if not, before it touches any.
+//! Shapes are written slowest dimension first. `T` counts tokens of all sequences of a batch, one after the other. The residual
+//! stream and the logits are F32; what activations, weights and the KV cache are is the device's [`Precision`]; everything
+//! accumulates in F32. Outputs never overlap inputs. A kernel checks that its tensors fit together and returns
+//! [`crate::Error::Kernel`] if not, before it touches any.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod shapes;
 
 use crate::{
     device::{Device, TensorMut, TensorRef},
     dtype::DType,
-    error::{Error, Result},
+    error::Result,
 };
+
+/// The types that a device computes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Every activation but the residual stream and the logits, which are F32.
+    pub activation: DType,
+    /// The KV cache.
+    pub cache: DType,
+    /// Weights, converted on arrival where they are stored otherwise; `None`: as stored, F32, F16 or BF16.
+    pub weight: Option<DType>,
+}
+
+/// Which elements of a head make a pair that rotates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// Elements `i` and `i + D/2`, as checkpoints in Hugging Face's layout have it.
+    Halves,
+    /// Elements `2i` and `2i + 1`, as in the paper and in Meta's own checkpoints.
+    Interleaved,
+}
 
 /// One block of tokens of several sequences, and where their keys and values lie.
 ///
@@ -37,15 +63,25 @@ pub struct AttentionMask {
 
 /// A device that computes.
 pub trait Kernels: Device {
+    /// The types of activations, cache and weights.
+    fn precision(&self) -> Precision;
+
+    /// Makes `stream` ready for kernels: whatever they need beyond their arguments is reserved here, not in a pass. Called once
+    /// per stream before its first kernel; calling it again does nothing.
+    fn prepare(&self, _stream: &Self::Stream) -> Result<()> {
+        Ok(())
+    }
+
     /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8E4M3 → F32 or BF16.
     fn cast(&self, stream: &Self::Stream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
 
-    /// Looks up rows: `out[t] = table[ids[t]]`, with `table [V, H]`, `ids [T]` U32, `out [T, H]`. Ids from `V` on are the
-    /// caller's error: what they give is unspecified.
+    /// Looks up rows: `out[t] = table[ids[t]]`, with `table [V, H]` a weight, `ids [T]` U32, `out [T, H]` F32. Ids from `V` on
+    /// are the caller's error: what they give is unspecified.
     fn embed(&self, stream: &Self::Stream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
 
     /// Root mean square norm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467):
-    /// `out = x / sqrt(mean(x²) + eps) · weight`, with `x` and `out [.., H]`, `weight [H]`.
+    /// `out = x / sqrt(mean(x²) + eps) · weight`, with `x [.., H]` F32 (the residual stream), `weight [H]` and `out [.., H]` an
+    /// activation, rounded once.
     fn rms_norm(
         &self,
         stream: &Self::Stream,
@@ -55,11 +91,27 @@ pub trait Kernels: Device {
         out: TensorMut<'_>,
     ) -> Result<()>;
 
-    /// The same in place, for the norm of each head of a query or key.
+    /// `residual += y`, then the norm of it: [`add`](Self::add) and [`rms_norm`](Self::rms_norm), which a device may do in one
+    /// go.
+    fn add_rms_norm(
+        &self,
+        stream: &Self::Stream,
+        mut residual: TensorMut<'_>,
+        y: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        eps: f32,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        self.add(stream, residual.borrow(), y)?;
+        self.rms_norm(stream, residual.as_ref(), weight, eps, out)
+    }
+
+    /// The norm of an activation `[.., H]` in place, for each head of a query or key.
     fn rms_norm_in_place(&self, stream: &Self::Stream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32)
     -> Result<()>;
 
-    /// `out = x · weightᵀ + bias`, with `x [T, K]`, `weight [N, K]`, `bias [N]`, `out [T, N]`.
+    /// `out = x · weightᵀ + bias`, with activations `x [T, K]` and `out [T, N]`, `weight [N, K]`, `bias [N]`. `out` may be F32
+    /// instead, for logits; there is no bias then, unless activations are F32.
     fn linear(
         &self,
         stream: &Self::Stream,
@@ -69,20 +121,21 @@ pub trait Kernels: Device {
         out: TensorMut<'_>,
     ) -> Result<()>;
 
-    /// Rotary position embedding in place (Su et al. 2021, arXiv:2104.09864), halves layout as in Llama and Qwen: elements `i`
-    /// and `i + D/2` of a head turn by `positions[t] · inv_freq[i]`. `x [T, heads, D]`, `positions [T]` U32, `inv_freq [D/2]`.
+    /// Rotary position embedding in place (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
+    /// `positions[t] · inv_freq[i]`. `x [T, heads, D]`, `positions [T]` U32, `inv_freq [D/2]` F32.
     fn rope(
         &self,
         stream: &Self::Stream,
         x: TensorMut<'_>,
         positions: TensorRef<'_>,
         inv_freq: TensorRef<'_>,
+        layout: RopeLayout,
     ) -> Result<()>;
 
-    /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), both `[T, F]`.
+    /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.
     fn swiglu(&self, stream: &Self::Stream, gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()>;
 
-    /// `x += y`, of one shape.
+    /// `x += y`, of one shape: `x` F32 (the residual stream), `y` an activation.
     fn add(&self, stream: &Self::Stream, x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()>;
 
     /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [rows, G, capacity, D]`.
@@ -108,30 +161,13 @@ pub trait Kernels: Device {
         out: TensorMut<'_>,
     ) -> Result<()>;
 
-    /// Copies rows: `out[i] = x[indices[i]]`, with `x [T, H]`, `indices [R]` U32, `out [R, H]`.
-    fn gather(
-        &self,
-        stream: &Self::Stream,
-        x: TensorRef<'_>,
-        indices: TensorRef<'_>,
-        out: TensorMut<'_>,
-    ) -> Result<()> {
-        self.embed(stream, x, indices, out)
-    }
+    /// Copies rows of the residual stream: `out[i] = x[indices[i]]`, with `x [T, H]` F32, `indices [R]` U32, `out [R, H]` F32.
+    fn gather(&self, stream: &Self::Stream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>)
+    -> Result<()>;
 
-    /// The index of each row's greatest element, the first if there are several: `x [R, V]`, `out [R]` U32.
+    /// The index of each row's greatest element, the first if there are several: `x [R, V]` F32, `out [R]` U32.
     fn argmax(&self, stream: &Self::Stream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
 
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;
-}
-
-/// [`Error::Kernel`] with `cause`, unless `holds`.
-fn check(kernel: &'static str, holds: bool, cause: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::Kernel { kernel, cause: cause() }) }
-}
-
-/// Checks that `tensor` is of this type and shape.
-fn expect(kernel: &'static str, what: &str, got: (DType, &[usize]), dtype: DType, shape: &[usize]) -> Result<()> {
-    check(kernel, got == (dtype, shape), || format!("{what} is {} {:?}, expected {dtype} {shape:?}", got.0, got.1))
 }

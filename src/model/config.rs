@@ -321,7 +321,7 @@ mod tests {
 
     /// Reads the speller's configuration with some keys changed; `null` removes one.
     fn read(changes: Value) -> Result<ModelConfig> {
-        let speller = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/speller");
+        let speller = Path::new("examples/speller");
         let folder = tempfile::tempdir().unwrap();
         let mut config: Value = serde_json::from_slice(&fs::read(speller.join("config.json")).unwrap()).unwrap();
         for (key, value) in changes.as_object().unwrap() {

@@ -5,13 +5,14 @@
 
 use super::{
     Model, NORM,
+    exchange::Exchange,
     workspace::{Layout, Region, Workspace},
 };
 use crate::{
     device::{self, TensorRef},
     dtype::DType,
     error::{Error, Result},
-    kernels::{AttentionMask, Kernels, Ragged},
+    kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
     pipeline::{Layer, LayerStreamer, StaticTensors},
     plan::{Plan, Settings, UnitPlan},
 };
@@ -34,10 +35,9 @@ pub struct Sequence<'a> {
 /// Regions of device memory whose size depends on the context, on the block, or on neither.
 struct Regions {
     residual: Region,
-    positions: Region,
-    ids: Region,
-    blocks: Region,
+    header: Region,
     inv_freq: Region,
+    normed: Region,
     hidden: Region,
     query: Region,
     key: Region,
@@ -45,11 +45,37 @@ struct Regions {
     mixed: Region,
     gate: Region,
     up: Region,
-    last: Region,
     head_in: Region,
     head_normed: Region,
     logits: Region,
     best: Region,
+}
+
+/// Where the words lie that say what is in a batch: each token's id, each token's position, for each block what [`Ragged`]
+/// tells the kernels, and the number of each sequence's last token.
+#[derive(Clone, Copy)]
+struct Header {
+    tokens: usize,
+    sequences: usize,
+}
+
+impl Header {
+    fn positions(self) -> usize {
+        self.tokens
+    }
+
+    /// The offsets of block `number`; after them the lengths, then the rows.
+    fn block(self, number: usize) -> usize {
+        2 * self.tokens + number * (3 * self.sequences + 1)
+    }
+
+    fn last(self) -> usize {
+        self.block(self.tokens.div_ceil(BLOCK))
+    }
+
+    fn words(self) -> usize {
+        self.last() + self.sequences
+    }
 }
 
 /// A model with its memory on a device. The KV cache holds `batch` sequences of up to `context` tokens.
@@ -66,46 +92,48 @@ pub struct Decoder<D: Kernels> {
     batch: usize,
     context: usize,
     lengths: Vec<usize>,
-    /// Of the pass before: its tokens, and the number of each sequence's last one.
-    tokens: usize,
-    last: Vec<u32>,
-    /// Filled and uploaded in each pass.
-    upload: Vec<u32>,
+    /// Of the pass before; no tokens if there was none, or it failed.
+    header: Header,
+    exchange: Exchange<D>,
 }
 
-fn cache_layout(model: &Model, batch: usize, context: usize) -> (Layout, [Vec<Region>; 2]) {
+fn cache_layout(model: &Model, precision: Precision, batch: usize, context: usize) -> (Layout, [Vec<Region>; 2]) {
     let (layout, config) = (Layout::default(), &model.config);
     let shape = [batch, config.kv_heads, context, config.head_dim];
-    let regions = [(), ()].map(|()| (0..config.layers).map(|_| layout.region(DType::F32, &shape)).collect());
+    let regions = [(), ()].map(|()| (0..config.layers).map(|_| layout.region(precision.cache, &shape)).collect());
     (layout, regions)
 }
 
-fn work_layout(model: &Model, batch: usize, context: usize) -> (Layout, Regions) {
+/// The largest header, that of one token in every place of the cache.
+fn most(batch: usize, context: usize) -> Header {
+    Header { tokens: batch * context, sequences: batch }
+}
+
+fn work_layout(model: &Model, precision: Precision, batch: usize, context: usize) -> (Layout, Regions) {
     let (layout, config) = (Layout::default(), &model.config);
-    let tokens = batch.saturating_mul(context);
+    let tokens = batch * context;
     let block = tokens.min(BLOCK);
     let head_block = tokens.min(HEAD_BLOCK);
     let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
     let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
+    let activations = |shape: &[usize]| layout.region(precision.activation, shape);
     let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
     let regions = Regions {
         residual: f32s(&[tokens, config.hidden]),
-        positions: u32s(&[tokens]),
-        ids: u32s(&[tokens]),
-        blocks: u32s(&[tokens.div_ceil(block.max(1)), 3 * batch + 1]),
+        header: u32s(&[most(batch, context).words()]),
         inv_freq: f32s(&[config.head_dim / 2]),
-        hidden: f32s(&[block, config.hidden]),
-        query: f32s(&[block, q]),
-        key: f32s(&[block, kv]),
-        value: f32s(&[block, kv]),
-        mixed: f32s(&[block, q]),
-        gate: f32s(&[block, config.ffn]),
-        up: f32s(&[block, config.ffn]),
-        last: u32s(&[batch]),
+        normed: activations(&[block, config.hidden]),
+        hidden: activations(&[block, config.hidden]),
+        query: activations(&[block, q]),
+        key: activations(&[block, kv]),
+        value: activations(&[block, kv]),
+        mixed: activations(&[block, q]),
+        gate: activations(&[block, config.ffn]),
+        up: activations(&[block, config.ffn]),
         head_in: f32s(&[head_block, config.hidden]),
-        head_normed: f32s(&[head_block, config.hidden]),
+        head_normed: activations(&[head_block, config.hidden]),
         logits: f32s(&[head_block, config.vocab]),
-        best: u32s(&[head_block]),
+        best: u32s(&[batch]),
     };
     (layout, regions)
 }
@@ -118,13 +146,16 @@ impl<D: Kernels> Decoder<D> {
     pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
         check_size(model, batch, context)?;
         device.bind_thread()?;
-        let (cache_layout, cache_regions) = cache_layout(model, batch, context);
-        let (work_layout, regions) = work_layout(model, batch, context);
+        let precision = device.precision();
+        let (cache_layout, cache_regions) = cache_layout(model, precision, batch, context);
+        let (work_layout, regions) = work_layout(model, precision, batch, context);
+        let stream = device.stream()?;
+        device.prepare(&stream)?;
         let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
         let work = Workspace::new(device, "activations", &work_layout)?;
-        let streamer = LayerStreamer::new(device, &model.checkpoint, &model.units, settings)?;
-        let statics = streamer.load_static(&model.statics())?;
-        let stream = device.stream()?;
+        let exchange = Exchange::new(device, most(batch, context).words())?;
+        let streamer = LayerStreamer::new(device, &model.checkpoint, &model.units_for(precision), settings)?;
+        let statics = streamer.load_static_unit(&model.statics_for(precision))?;
         let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
         device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;
         Ok(Self {
@@ -139,9 +170,8 @@ impl<D: Kernels> Decoder<D> {
             batch,
             context,
             lengths: vec![0; batch],
-            tokens: 0,
-            last: Vec::with_capacity(batch),
-            upload: Vec::with_capacity(batch * context),
+            header: Header { tokens: 0, sequences: 0 },
+            exchange,
             model: model.clone(),
         })
     }
@@ -158,13 +188,17 @@ impl<D: Kernels> Decoder<D> {
         context: usize,
     ) -> Result<Vec<(String, usize)>> {
         check_size(model, batch, context)?;
-        let mut rows = Plan::new(&model.checkpoint, &model.units, settings)?.memory();
-        let mut statics = crate::plan::Unit::new("the static tensors");
-        model.statics().into_iter().for_each(|name| _ = statics.keep(name, name));
-        rows.push(("static tensors".into(), UnitPlan::new(&model.checkpoint, &statics)?.device_bytes));
+        let precision = device.precision();
+        let mut rows = Plan::new(&model.checkpoint, &model.units_for(precision), settings)?.memory();
+        let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?;
+        rows.push(("static tensors".into(), statics.device_bytes));
         let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
-        rows.push((format!("KV cache of {sequences}{context} tokens"), cache_layout(model, batch, context).0.bytes()?));
-        rows.push(("activations".into(), work_layout(model, batch, context).0.bytes()?));
+        rows.push((
+            format!("KV cache of {sequences}{context} tokens"),
+            cache_layout(model, precision, batch, context).0.bytes()?,
+        ));
+        rows.push(("activations".into(), work_layout(model, precision, batch, context).0.bytes()?));
+        rows.push(("tokens on their way".into(), Exchange::<D>::bytes(most(batch, context).words())));
         rows.push(("kernels' scratch".into(), device.scratch_bytes()));
         Ok(rows)
     }
@@ -175,39 +209,49 @@ impl<D: Kernels> Decoder<D> {
     /// [`Error::Setting`] if a row is out of range or named twice, a sequence has no token or would outgrow the context, or
     /// a token is not in the vocabulary; else the streamer's. After an error the cache is as it was before.
     pub fn forward(&mut self, batch: &[Sequence<'_>]) -> Result<()> {
-        self.forward_observed(batch, |_, _| Ok(()))
+        self.forward_observed(batch, |_, _, _| Ok(()))
     }
 
-    /// As [`forward`](Self::forward); after each layer `observe` is given its number and the residual stream `[T, H]`.
+    /// As [`forward`](Self::forward); after each layer `observe` is given its number, the residual stream `[T, H]`, and the
+    /// device's stream on which that is computed.
     ///
     /// # Errors
     /// As there, or what `observe` returns.
     pub fn forward_observed(
         &mut self,
         batch: &[Sequence<'_>],
-        mut observe: impl FnMut(usize, TensorRef<'_>) -> Result<()>,
+        mut observe: impl FnMut(usize, TensorRef<'_>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
         self.check_batch(batch)?;
-        self.tokens = 0;
-        let tokens = self.upload_batch(batch)?;
+        self.device.bind_thread()?;
+        self.header.tokens = 0;
+        let header = self.send_batch(batch)?;
         let Self { streamer, stream, device, statics, work, regions, model, .. } = self;
-        let (hidden, sequences) = (model.config.hidden, batch.len());
-        let ids = work.read(regions.ids, 0, &[tokens])?;
+        let (hidden, tokens) = (model.config.hidden, header.tokens);
+        let ids = work.read(regions.header, 0, &[tokens])?;
         let residual = work.write(regions.residual, 0, &[tokens, hidden])?;
         device.embed(stream, statics.tensor(super::EMBED)?, ids, residual)?;
-        let math =
-            LayerMath { device, stream, model, work, regions, cache: &self.cache, cache_regions: &self.cache_regions };
+        let math = LayerMath {
+            device,
+            stream,
+            model,
+            work,
+            regions,
+            header,
+            cache: &self.cache,
+            cache_regions: &self.cache_regions,
+        };
         let shape = [self.batch, model.config.kv_heads, self.context, model.config.head_dim];
         streamer.run_pass(stream, (), |(), layer| {
             for (number, start) in (0..tokens).step_by(BLOCK).enumerate() {
-                math.block(layer, number, start, BLOCK.min(tokens - start), sequences, shape)?;
+                math.block(layer, number, start, BLOCK.min(tokens - start), shape)?;
             }
-            observe(layer.index(), work.read(regions.residual, 0, &[tokens, hidden])?)
+            observe(layer.index(), work.read(regions.residual, 0, &[tokens, hidden])?, stream)
         })?;
         for sequence in batch {
             self.lengths[sequence.row] += sequence.tokens.len();
         }
-        self.tokens = tokens;
+        self.header = header;
         Ok(())
     }
 
@@ -241,42 +285,32 @@ impl<D: Kernels> Decoder<D> {
         Ok(())
     }
 
-    /// Uploads what the kernels need to know of the batch; returns how many tokens it has.
-    fn upload_batch(&mut self, batch: &[Sequence<'_>]) -> Result<usize> {
-        let Self { device, stream, work, regions, lengths, upload, .. } = self;
-        let mut send = |region: Region, values: &mut dyn Iterator<Item = u32>| -> Result<()> {
-            upload.clear();
-            upload.extend(values);
-            let mut to = work.write(region, 0, &[upload.len()])?;
-            device::upload(device, stream, upload, &mut to)
-        };
-        let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
-        send(regions.ids, &mut batch.iter().flat_map(|sequence| sequence.tokens.iter().copied()))?;
-        let lengths = &*lengths;
-        let positions = |s: &Sequence<'_>| lengths[s.row] as u32..(lengths[s.row] + s.tokens.len()) as u32;
-        send(regions.positions, &mut batch.iter().flat_map(positions))?;
-
-        // Per block: where each sequence's tokens begin in it, how long its cache is by then, and its row.
-        let begins: Vec<usize> = (batch.iter())
-            .scan(0, |end, s| {
-                *end += s.tokens.len();
-                Some(*end - s.tokens.len())
-            })
-            .collect();
-        let mut blocks = (0..tokens).step_by(BLOCK).flat_map(|start| {
-            let end = tokens.min(start + BLOCK);
-            let clip = move |at: usize| at.clamp(start, end);
-            let sequences = || begins.iter().zip(batch);
-            let offsets = sequences().map(move |(&begin, _)| clip(begin) - start).chain([end - start]);
-            let lens =
-                sequences().map(move |(&begin, s)| lengths[s.row] + end.min(begin + s.tokens.len()).max(begin) - begin);
-            let rows = batch.iter().map(|s| s.row);
-            offsets.chain(lens).chain(rows).map(|value| value as u32).collect::<Vec<_>>()
-        });
-        send(regions.blocks, &mut blocks)?;
-        self.last.clear();
-        self.last.extend(begins.iter().zip(batch).map(|(begin, s)| (begin + s.tokens.len() - 1) as u32));
-        Ok(tokens)
+    /// Sends what the kernels need to know of the batch.
+    fn send_batch(&mut self, batch: &[Sequence<'_>]) -> Result<Header> {
+        let tokens = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        let header = Header { tokens, sequences: batch.len() };
+        let words = self.exchange.words()?;
+        let mut first = 0;
+        for (i, sequence) in batch.iter().enumerate() {
+            let (count, held) = (sequence.tokens.len(), self.lengths[sequence.row]);
+            words[first..][..count].copy_from_slice(sequence.tokens);
+            let positions = &mut words[header.positions() + first..][..count];
+            positions.iter_mut().zip(held..).for_each(|(word, position)| *word = position as u32);
+            let after = first + count;
+            for (number, start) in (0..tokens).step_by(BLOCK).enumerate() {
+                // Where its tokens begin and end in the block, how long its cache is by then, and its row.
+                let (offsets, end) = (header.block(number), tokens.min(start + BLOCK));
+                let (lengths, in_block) = (offsets + header.sequences + 1, |at: usize| at.clamp(start, end) - start);
+                words[offsets + i] = in_block(first) as u32;
+                words[offsets + i + 1] = in_block(after) as u32;
+                words[lengths + i] = (held + end.clamp(first, after) - first) as u32;
+                words[lengths + header.sequences + i] = sequence.row as u32;
+            }
+            words[header.last() + i] = (after - 1) as u32;
+            first = after;
+        }
+        self.exchange.send(self.work.write(self.regions.header, 0, &[header.words()])?, &self.stream)?;
+        Ok(header)
     }
 
     /// The most likely next token of each sequence of the pass before, in its order, appended to `out`.
@@ -285,26 +319,19 @@ impl<D: Kernels> Decoder<D> {
     /// [`Error::Setting`] if no pass went before, or the device's own.
     pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
         self.check_passed()?;
-        let regions = &self.regions;
-        let mut to = self.work.write(regions.last, 0, &[self.last.len()])?;
-        device::upload(&self.device, &self.stream, &self.last, &mut to)?;
-        for start in (0..self.last.len()).step_by(HEAD_BLOCK) {
-            let rows = HEAD_BLOCK.min(self.last.len() - start);
-            let (indices, hidden) = (self.work.read(regions.last, start, &[rows])?, self.model.config.hidden);
-            let residual = self.work.read(regions.residual, 0, &[self.tokens, hidden])?;
+        self.device.bind_thread()?;
+        let (regions, header, hidden) = (&self.regions, self.header, self.model.config.hidden);
+        for start in (0..header.sequences).step_by(HEAD_BLOCK) {
+            let rows = HEAD_BLOCK.min(header.sequences - start);
+            let indices = self.work.read(regions.header, header.last() + start, &[rows])?;
+            let residual = self.work.read(regions.residual, 0, &[header.tokens, hidden])?;
             let head_in = self.work.write(regions.head_in, 0, &[rows, hidden])?;
             self.device.gather(&self.stream, residual, indices, head_in)?;
             let logits = self.head(self.work.read(regions.head_in, 0, &[rows, hidden])?)?;
-            self.device.argmax(&self.stream, logits, self.work.write(regions.best, 0, &[rows])?)?;
-            let before = out.len();
-            out.resize(before + rows, 0);
-            device::download(
-                &self.device,
-                &self.stream,
-                self.work.read(regions.best, 0, &[rows])?,
-                &mut out[before..],
-            )?;
+            self.device.argmax(&self.stream, logits, self.work.write(regions.best, start, &[rows])?)?;
         }
+        let best = self.work.read(regions.best, 0, &[header.sequences])?;
+        out.extend_from_slice(self.exchange.receive(best, &self.stream)?);
         Ok(())
     }
 
@@ -314,10 +341,11 @@ impl<D: Kernels> Decoder<D> {
     /// As [`greedy`](Self::greedy), or what `sink` returns.
     pub fn all_logits<E: From<Error>>(&mut self, mut sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
         self.check_passed()?;
+        self.device.bind_thread()?;
         let (hidden, vocab) = (self.model.config.hidden, self.model.config.vocab);
         let mut rows_out = Vec::new();
-        for start in (0..self.tokens).step_by(HEAD_BLOCK) {
-            let rows = HEAD_BLOCK.min(self.tokens - start);
+        for start in (0..self.header.tokens).step_by(HEAD_BLOCK) {
+            let rows = HEAD_BLOCK.min(self.header.tokens - start);
             let logits = self.head(self.work.read(self.regions.residual, start * hidden, &[rows, hidden])?)?;
             rows_out.resize(rows * vocab, 0.0);
             device::download(&self.device, &self.stream, logits, &mut rows_out)?;
@@ -339,7 +367,11 @@ impl<D: Kernels> Decoder<D> {
     }
 
     fn check_passed(&self) -> Result<()> {
-        if self.tokens > 0 { Ok(()) } else { Err(Error::setting("logits", "need a forward pass that succeeded")) }
+        if self.header.tokens > 0 {
+            Ok(())
+        } else {
+            Err(Error::setting("logits", "need a forward pass that succeeded"))
+        }
     }
 
     /// How many tokens of sequence `row` the KV cache holds.
@@ -352,7 +384,7 @@ impl<D: Kernels> Decoder<D> {
 
     /// How many sequences the pass before had.
     pub(super) fn sequences(&self) -> usize {
-        self.last.len()
+        self.header.sequences
     }
 
     /// How many tokens a sequence may have.
@@ -404,6 +436,7 @@ struct LayerMath<'a, D: Kernels> {
     model: &'a Model,
     work: &'a Workspace<D>,
     regions: &'a Regions,
+    header: Header,
     cache: &'a Workspace<D>,
     cache_regions: &'a [Vec<Region>; 2],
 }
@@ -416,10 +449,9 @@ impl<D: Kernels> LayerMath<'_, D> {
         number: usize,
         start: usize,
         tokens: usize,
-        sequences: usize,
         cache_shape: [usize; 4],
     ) -> Result<()> {
-        let Self { device, stream, work, regions: at, cache, .. } = *self;
+        let Self { device, stream, work, regions: at, header, cache, .. } = *self;
         let config = &self.model.config;
         let (hidden, heads, groups, size, ffn) =
             (config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn);
@@ -428,21 +460,20 @@ impl<D: Kernels> LayerMath<'_, D> {
             device.linear(stream, x, layer.tensor(name)?, layer.get(bias), out)
         };
         let residual = || work.write(at.residual, start * hidden, &[tokens, hidden]);
-        let header = number * (3 * sequences + 1);
+        let (offsets, sequences) = (header.block(number), header.sequences);
+        let lengths = offsets + sequences + 1;
         let batch = Ragged {
-            q_offsets: work.read(at.blocks, header, &[sequences + 1])?,
-            kv_lens: work.read(at.blocks, header + sequences + 1, &[sequences])?,
-            rows: work.read(at.blocks, header + 2 * sequences + 1, &[sequences])?,
+            q_offsets: work.read(at.header, offsets, &[sequences + 1])?,
+            kv_lens: work.read(at.header, lengths, &[sequences])?,
+            rows: work.read(at.header, lengths + sequences, &[sequences])?,
         };
-        let positions = work.read(at.positions, start, &[tokens])?;
+        let positions = work.read(at.header, header.positions() + start, &[tokens])?;
         let inv_freq = work.read(at.inv_freq, 0, &[size / 2])?;
 
-        let norm = |name: &str| -> Result<TensorRef<'_>> {
-            let normed = work.write(at.hidden, 0, &[tokens, hidden])?;
-            device.rms_norm(stream, residual()?.as_ref(), layer.tensor(name)?, config.rms_eps, normed)?;
-            work.read(at.hidden, 0, &[tokens, hidden])
-        };
-        let x = norm("input_layernorm.weight")?;
+        let normed = || work.write(at.normed, 0, &[tokens, hidden]);
+        let weight = layer.tensor("input_layernorm.weight")?;
+        device.rms_norm(stream, residual()?.as_ref(), weight, config.rms_eps, normed()?)?;
+        let x = work.read(at.normed, 0, &[tokens, hidden])?;
         for (region, width, name, bias) in [
             (at.query, q, "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
             (at.key, kv, "self_attn.k_proj.weight", "self_attn.k_proj.bias"),
@@ -457,7 +488,7 @@ impl<D: Kernels> LayerMath<'_, D> {
             if config.family.qk_norm {
                 device.rms_norm_in_place(stream, view()?, layer.tensor(norm)?, config.rms_eps)?;
             }
-            device.rope(stream, view()?, positions, inv_freq)?;
+            device.rope(stream, view()?, positions, inv_freq, RopeLayout::Halves)?;
         }
         let [keys, values] = [0, 1].map(|kind| self.cache_regions[kind][layer.index()]);
         for (region, to) in [(at.key, keys), (at.value, values)] {
@@ -481,9 +512,9 @@ impl<D: Kernels> LayerMath<'_, D> {
             "self_attn.o_proj.bias",
             work.write(at.hidden, 0, &[tokens, hidden])?,
         )?;
-        device.add(stream, residual()?, work.read(at.hidden, 0, &[tokens, hidden])?)?;
-
-        let x = norm("post_attention_layernorm.weight")?;
+        let (mixed, weight) =
+            (work.read(at.hidden, 0, &[tokens, hidden])?, layer.tensor("post_attention_layernorm.weight")?);
+        device.add_rms_norm(stream, residual()?, mixed, weight, config.rms_eps, normed()?)?;
         linear(x, "mlp.gate_proj.weight", "mlp.gate_proj.bias", work.write(at.gate, 0, &[tokens, ffn])?)?;
         linear(x, "mlp.up_proj.weight", "mlp.up_proj.bias", work.write(at.up, 0, &[tokens, ffn])?)?;
         device.swiglu(stream, work.write(at.gate, 0, &[tokens, ffn])?, work.read(at.up, 0, &[tokens, ffn])?)?;

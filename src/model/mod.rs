@@ -5,6 +5,7 @@
 
 mod config;
 mod decoder;
+mod exchange;
 mod generate;
 mod workspace;
 
@@ -17,6 +18,7 @@ use crate::{
     checkpoint::Checkpoint,
     dtype::DType,
     error::{Error, Result},
+    kernels::Precision,
     plan::Unit,
 };
 
@@ -96,13 +98,28 @@ impl Model {
         Ok(Self { config, checkpoint, units })
     }
 
-    /// The tensors that stay on the device.
-    pub(crate) fn statics(&self) -> Vec<&'static str> {
-        if self.config.tied { vec![EMBED, NORM] } else { vec![EMBED, NORM, HEAD] }
+    /// The units, with weights of the type that the device wants.
+    pub(crate) fn units_for(&self, precision: Precision) -> Vec<Unit> {
+        self.units.iter().map(|unit| converted(unit.clone(), precision)).collect()
+    }
+
+    /// The tensors that stay on the device, likewise.
+    pub(crate) fn statics_for(&self, precision: Precision) -> Unit {
+        let mut unit = Unit::new("the static tensors");
+        let names: &[_] = if self.config.tied { &[EMBED, NORM] } else { &[EMBED, NORM, HEAD] };
+        names.iter().for_each(|&name| _ = unit.keep(name, name));
+        converted(unit, precision)
     }
 
     /// The name of the output head's weights.
     pub(crate) fn head(&self) -> &'static str {
         if self.config.tied { EMBED } else { HEAD }
     }
+}
+
+fn converted(mut unit: Unit, precision: Precision) -> Unit {
+    if let Some(dtype) = precision.weight {
+        unit.convert(dtype);
+    }
+    unit
 }

@@ -221,12 +221,20 @@ impl<D: Device> LayerStreamer<D> {
     /// # Errors
     /// [`Error::Checkpoint`] for a name that the checkpoint lacks, [`Error::Read`], [`Error::Memory`] or the device's own.
     pub fn load_static(&self, names: &[&str]) -> Result<StaticTensors<D>> {
-        self.device.bind_thread()?;
         let mut unit = Unit::new("the static tensors");
         for &name in names {
             unit.keep(name, name);
         }
-        StaticTensors::load(&self.device, &self.sources, self.reader.0, UnitPlan::new(&self.checkpoint, &unit)?)
+        self.load_static_unit(&unit)
+    }
+
+    /// The same for the tensors of a unit, which may change on arrival.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Setting`] for a unit that cannot be made.
+    pub fn load_static_unit(&self, unit: &Unit) -> Result<StaticTensors<D>> {
+        self.device.bind_thread()?;
+        StaticTensors::load(&self.device, &self.sources, self.reader.0, UnitPlan::new(&self.checkpoint, unit)?)
     }
 
     /// Calls `hook` for every unit handed over, in the thread that takes it.

@@ -3,8 +3,8 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
-    arena::Arena,
-    device::{self, Device, DevicePtr, TensorRef},
+    arena::{Arena, PAGE},
+    device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
     pipeline::compute::view,
@@ -14,6 +14,10 @@ use crate::{
 
 /// Blocks through which static tensors pass on their way to the device.
 const BLOCKS: usize = 8;
+
+/// How far apart chunks begin. They overlap by a page, so that every element lies whole in the chunk in which it begins,
+/// wherever its tensor starts.
+const STEP: usize = CHUNK - PAGE;
 
 /// Tensors in device memory, freed when this is dropped.
 pub struct StaticTensors<D: Device> {
@@ -32,13 +36,18 @@ impl<D: Device> StaticTensors<D> {
         // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
         // go now, for want of a descriptor.
         let rung = if rung == Reader::Pread { rung } else { Reader::Auto };
+        let staging = match plan.transforms.is_empty() {
+            true => None,
+            false => Some(device.allocate("static tensors before they are converted", CHUNK)?),
+        };
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
-        let loaded = fill(device, sources, &plan, base, &stream, &blocks, &mut engine, &signal);
+        let staged = staging.as_ref().map(|memory| device.address(memory));
+        let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal);
         // The reads end here. After an error a copy may still be under way.
         drop(engine);
-        if loaded.is_err() && device::drain(device, &stream).is_err() {
-            std::mem::forget((memory, blocks));
+        if loaded.is_err() && device.drain(&stream).is_err() {
+            std::mem::forget((memory, staging, blocks));
             return loaded.map(|()| unreachable!("it failed"));
         }
         loaded?;
@@ -61,13 +70,14 @@ impl<D: Device> StaticTensors<D> {
     }
 }
 
-/// Reads everything that `plan` names, chunk by chunk, and copies it to where it belongs from `base` on.
+/// Reads everything that `plan` names, chunk by chunk, and copies it to where it belongs from `base` on, or by way of
+/// `staged` if it is converted.
 #[allow(clippy::too_many_arguments, reason = "the body of one function, apart so that its errors meet in one place")]
 fn fill<D: Device>(
     device: &D,
     sources: &Arc<[Source]>,
     plan: &UnitPlan,
-    base: DevicePtr,
+    (base, staged): (DevicePtr, Option<DevicePtr>),
     stream: &D::Stream,
     blocks: &Arena,
     engine: &mut Engine,
@@ -75,7 +85,7 @@ fn fill<D: Device>(
 ) -> Result<()> {
     let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
     // Chunks may finish in any order; a block is not used again before it was copied.
-    let mut extents = plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(CHUNK).map(move |at| (extent, at)));
+    let mut extents = plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(STEP).map(move |at| (extent, at)));
     let mut waiting = VecDeque::with_capacity(BLOCKS);
     let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
     let mut failure = None;
@@ -110,8 +120,9 @@ fn fill<D: Device>(
             Err(error) => failure = failure.or(Some((done.file, error))),
             Ok(_) if failure.is_some() => {}
             Ok(_) => {
+                let next = at + len.min(STEP);
                 for copy in &plan.copies {
-                    let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(at + len));
+                    let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(next));
                     if start < end {
                         // SAFETY: the range lies in the block and in the tensor's place; both stay until it is drained.
                         unsafe {
@@ -125,7 +136,24 @@ fn fill<D: Device>(
                         }
                     }
                 }
-                device::drain(device, stream)?;
+                for transform in &plan.transforms {
+                    let (from_size, to_size) = (transform.from_type.size(), transform.to_type.size());
+                    // The elements that begin in this chunk, before the next one does.
+                    let begin_before = |end: usize| end.saturating_sub(transform.from).div_ceil(from_size);
+                    let (start, end) = (begin_before(at), begin_before(next).min(transform.elements));
+                    if let Some(staged) = staged.filter(|_| start < end) {
+                        // SAFETY: the elements lie in the block, and the staging memory is as long; the stream runs in
+                        // order, and all of it stays until it is drained.
+                        unsafe {
+                            let from = blocks.slot(block).as_ptr().add(transform.from + start * from_size - at);
+                            device.copy_to_device(staged, from, (end - start) * from_size, stream)?;
+                            let to = base.offset(transform.to + start * to_size);
+                            let (to, from) = ((to, transform.to_type), (staged, transform.from_type));
+                            device.transform(to, from, end - start, stream)?;
+                        }
+                    }
+                }
+                device.drain(stream)?;
             }
         }
     }

@@ -9,7 +9,7 @@ use std::sync::{
 
 use super::{Layer, LayerStreamer, stage::Safeguard};
 use crate::{
-    device::{Device, async_cpu::AsyncCpu, drain},
+    device::{Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
     plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader, Settings, Unit},
@@ -136,7 +136,7 @@ impl Case {
         if self.rng.bool() {
             drop(streamer);
         }
-        streams.iter().for_each(|stream| drain(&self.device, stream).unwrap());
+        streams.iter().for_each(|stream| self.device.drain(stream).unwrap());
         self.wrong.load(SeqCst)
     }
 }
@@ -175,7 +175,7 @@ fn after_a_failure_at_any_unit_the_next_pass_is_exact() {
             assert!(matches!(failed, Err(Error::Setting { name: "test", .. })));
             case.take(&streamer, &streams, units);
         }
-        drain(&case.device, &streams[0]).unwrap();
+        case.device.drain(&streams[0]).unwrap();
         assert_eq!(case.wrong.load(SeqCst), 0, "seed {seed}");
     }
 }
@@ -198,7 +198,7 @@ fn what_does_not_live_on_disk_is_read_once() {
             assert!(once >= streamer.plan().bytes_per_pass() as u64);
             case.take(&streamer, &streams, 5 * case.units.len());
             assert_eq!(read(&streamer), once, "{home:?} with {:?}", case.settings);
-            drain(&case.device, &streams[0]).unwrap();
+            case.device.drain(&streams[0]).unwrap();
             assert_eq!(case.wrong.load(SeqCst), 0);
         }
     }

@@ -15,7 +15,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
-    device::{Device, drain},
+    device::Device,
     error::{Error, Result},
     pipeline::{
         host::HostMemory,
@@ -262,7 +262,7 @@ impl<D: Device> Advance for TransferStage<D> {
 
     fn end(&mut self) -> Result<()> {
         // The streams, not the events: after an error there may be copies that no event marks.
-        drain(&self.device, &self.stream)?;
-        self.staging.as_ref().map_or(Ok(()), |staging| drain(&self.device, &staging.stream))
+        self.device.drain(&self.stream)?;
+        self.staging.as_ref().map_or(Ok(()), |staging| self.device.drain(&staging.stream))
     }
 }

@@ -68,6 +68,14 @@ impl Unit {
         self
     }
 
+    /// Has every tensor added so far that arrives as it is stored converted to `dtype`, where that is another type.
+    pub fn convert(&mut self, dtype: DType) -> &mut Self {
+        for arrival in self.arrivals.iter_mut().filter(|arrival| arrival.op == ArrivalOp::Keep) {
+            arrival.op = ArrivalOp::To(dtype);
+        }
+        self
+    }
+
     /// Says where the unit lives between passes.
     pub fn home(&mut self, home: Home) -> &mut Self {
         self.home = home;

@@ -13,6 +13,12 @@ use layer_streamer::{
     device::{Cpu, Device, TensorRef},
 };
 
+#[cfg(feature = "model")]
+mod model;
+#[cfg(feature = "model")]
+#[allow(unused_imports, reason = "each test uses a part")]
+pub use model::*;
+
 /// Files of random bytes, the table of the tensors in them, and units over those.
 pub struct Fixture {
     pub folder: tempfile::TempDir,
@@ -29,7 +35,8 @@ pub fn cases(usual: u32) -> u32 {
 
 /// A folder on a real file system where there is one: a temporary folder may lie in memory.
 pub fn folder() -> tempfile::TempDir {
-    let parent = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    let built = option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from).filter(|folder| folder.exists());
+    let parent = built.unwrap_or_else(std::env::temp_dir);
     tempfile::tempdir_in(parent).unwrap()
 }
 
@@ -155,9 +162,14 @@ pub fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
     Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
 }
 
+/// The repository, or what was carried of it to a machine that only runs the tests.
+pub fn root() -> PathBuf {
+    std::env::var_os("LAYER_STREAMER_ROOT").unwrap_or(env!("CARGO_MANIFEST_DIR").into()).into()
+}
+
 /// The repository's folder of reference checkpoints.
 pub fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    root().join("tests/data").join(name)
 }
 
 /// A built example. `cargo test` builds them beside the test executables; `cargo test --test NAME` takes those built before.
@@ -178,7 +190,15 @@ pub fn copy_of(original: &Path) -> tempfile::TempDir {
     copy
 }
 
-/// The model that comes with the project.
-pub fn speller() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/speller")
+/// The GPU, if there is one to test. `LAYER_STREAMER_TEST_DEVICE=cuda` makes a missing one a failure.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<layer_streamer::device::Cuda> {
+    let error = match layer_streamer::device::Cuda::new(0) {
+        Ok(cuda) => return Some(cuda),
+        Err(error) => error.to_string(),
+    };
+    assert!(std::env::var("LAYER_STREAMER_TEST_DEVICE").as_deref() != Ok("cuda"), "{error}");
+    assert!(error.contains("cuda:0") && (error.contains("no usable GPU") || error.contains("driver")), "{error}");
+    println!("not tested: {error}");
+    None
 }

@@ -41,7 +41,7 @@ impl Case {
 
     /// Whether every byte that was compared so far was right.
     fn assert_exact(&self, streams: &[<AsyncCpu as Device>::Stream], what: &str) {
-        streams.iter().for_each(|stream| drain(&self.device, stream).unwrap());
+        streams.iter().for_each(|stream| self.device.drain(stream).unwrap());
         assert_eq!(self.wrong.load(SeqCst), 0, "{what}: {:?}", self.settings);
     }
 

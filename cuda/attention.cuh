@@ -1,0 +1,261 @@
+// What the two attention kernels share: how a context is cut into parts, the tiles in shared memory, and a warp's
+// online softmax on tensor cores (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
+#pragma once
+
+#include "mma.cuh"
+
+namespace lsk {
+
+// A call, as the kernels get it.
+struct Attention {
+  lsk_bf16* out;
+  const lsk_bf16 *q, *keys, *values;
+  const uint32_t *q_offsets, *kv_lens, *rows;
+  int sequences, tokens, heads, groups;
+  int64_t capacity;
+  float scale;    // of scores as powers of two: log2(e) included
+  int window;     // INT_MAX: none
+  int splits;     // parts that a context is cut into, at most
+  float* partial;  // what the parts gave: [tokens, heads, splits, size] sums, then [tokens, heads, splits] Weight
+};
+
+// What a part's sums stand for: they are relative to 2^top, and their weights sum to `sum`.
+struct Weight {
+  float top, sum;
+};
+
+// Scratch for each multiprocessor, whose number is known by it.
+constexpr size_t kScratch = 128 * 1024;
+
+// Enqueue attention for heads of `size`, a template's, or return cudaErrorInvalidValue.
+cudaError_t attention_decode(Attention call, int size, size_t scratch_bytes, cudaStream_t stream);
+cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cudaStream_t stream);
+
+// Adds up the parts of a call whose tiles are `tile` tokens and whose parts are `least` keys or more.
+cudaError_t attention_combine(Attention call, int size, int tile, int least, cudaStream_t stream);
+
+// How many parts fit the scratch, no more than `wanted` and one at least.
+inline int parts_that_fit(const Attention& call, int size, size_t scratch_bytes, int64_t wanted) {
+  const int64_t one = int64_t(call.tokens) * call.heads * (size * sizeof(float) + sizeof(Weight));
+  const int64_t fit = int64_t(scratch_bytes) / one;
+  const int64_t parts = wanted < fit ? wanted : fit;
+  return parts > 1 ? int(parts) : 1;
+}
+
+// Tokens `first .. first + count` of one sequence, `token ..` of the block: the sequence has `left` from there on,
+// `past` keys before the first one's own, and `row` of the cache.
+struct Tile {
+  int token, first, count, left, past, row;
+};
+
+// Finds tile `index` when each sequence is cut into tiles of `size` tokens; false: there are fewer. All lanes of a warp
+// call it.
+__device__ inline bool find_tile(const Attention& call, int index, int size, Tile* tile) {
+  const int lane = threadIdx.x % 32;
+  for (int base = 0; base < call.sequences; base += 32) {
+    int begin = 0, count = 0, kv_len = 0, row = 0;
+    if (base + lane < call.sequences) {
+      begin = int(call.q_offsets[base + lane]);
+      count = int(call.q_offsets[base + lane + 1]) - begin;
+      kv_len = int(call.kv_lens[base + lane]);
+      row = int(call.rows[base + lane]);
+    }
+    const int tiles = (count + size - 1) / size;
+    int through = tiles;  // tiles of this lane's sequence and those before it
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int before = __shfl_up_sync(kWarp, through, distance);
+      if (lane >= distance) through += before;
+    }
+    const unsigned after = __ballot_sync(kWarp, index < through);
+    if (after != 0) {
+      const int owner = __ffs(int(after)) - 1;
+      begin = __shfl_sync(kWarp, begin, owner);
+      count = __shfl_sync(kWarp, count, owner);
+      tile->first = (index - __shfl_sync(kWarp, through - tiles, owner)) * size;
+      tile->token = begin + tile->first;
+      tile->past = __shfl_sync(kWarp, kv_len, owner) - count + tile->first;
+      tile->left = count - tile->first;
+      tile->count = tile->left < size ? tile->left : size;
+      tile->row = __shfl_sync(kWarp, row, owner);
+      return true;
+    }
+    index -= __shfl_sync(kWarp, through, 31);
+  }
+  return false;
+}
+
+// A part of the keys that a tile sees, and how many parts there are: as many as `splits` and `least` keys allow.
+struct Part {
+  int begin, end, parts;
+};
+
+__device__ inline Part part_of(const Attention& call, const Tile& tile, int split, int least) {
+  constexpr int kStep = 64;
+  const int end = tile.past + tile.count;
+  const int begin = tile.past + 1 > call.window ? tile.past + 1 - call.window : 0;
+  const int even = (end - begin + call.splits - 1) / call.splits;
+  const int length = even < least ? least : (even + kStep - 1) / kStep * kStep;
+  Part part;
+  part.parts = (end - begin + length - 1) / length;
+  part.begin = split < part.parts ? begin + split * length : end;
+  part.end = end - part.begin < length ? end : part.begin + length;
+  return part;
+}
+
+__device__ inline float* partial_sums(const Attention& call, int size, int token, int head, int split) {
+  return call.partial + ((int64_t(token) * call.heads + head) * call.splits + split) * size;
+}
+
+__device__ inline Weight* partial_weight(const Attention& call, int size, int token, int head, int split) {
+  float* const weights = call.partial + int64_t(call.tokens) * call.heads * call.splits * size;
+  return reinterpret_cast<Weight*>(weights) + (int64_t(token) * call.heads + head) * call.splits + split;
+}
+
+// A tile in shared memory is rows of D elements without padding. Chunks of 16 bytes change places within a row, so that
+// the same chunk of eight consecutive rows, which is what ldmatrix reads, lies in eight different groups of banks.
+template <int D>
+__device__ inline int swizzle(int row) {
+  return D % 64 == 0 ? row & 7 : row >> 1 & 3;
+}
+
+// Starts the copy of `ROWS` rows by `THREADS` threads, of which this is `thread`; rows from `valid` on become zeros.
+template <int D, int ROWS, int THREADS>
+__device__ inline void copy_tile(char* tile, const lsk_bf16* source, int64_t stride, int valid, int thread) {
+  // Neighbours copy up to 128 bytes of a row, then the same of the rows below and to the right: the addresses differ by
+  // constants, for the swizzle stays within them.
+  constexpr int kAcross = D % 64 == 0 ? 8 : 4, kDown = THREADS / kAcross;
+  const int first = int(unsigned(thread) / kAcross), chunk = int(unsigned(thread) % kAcross);
+  source += first * stride + chunk * 8;
+  tile += first * D * 2;
+  valid -= first;
+#pragma unroll
+  for (int row = 0; row < ROWS; row += kDown) {
+    const int place = (chunk ^ (kDown % 8 == 0 ? swizzle<D>(first) : swizzle<D>(first + row))) * 16;
+#pragma unroll
+    for (int right = 0; right < D / 8; right += kAcross) {
+      cp_async_16(tile + row * D * 2 + place + right * 16, source + row * stride + right * 8, row < valid);
+    }
+  }
+}
+
+// The softmax of M × 16 queries, held by one warp, over keys that come in tiles of KEYS.
+template <int D, int M, int KEYS>
+struct Softmax {
+  // Sums lag behind the greatest score by at most 2^kSlack, so that they are hardly ever multiplied.
+  static constexpr float kSlack = 8.0f;
+
+  float sums[M][D / 8][4];
+  float top[M][2], sum[M][2];
+
+  __device__ Softmax() {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      top[m][0] = top[m][1] = -1e30f;
+      sum[m][0] = sum[m][1] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) sums[m][n][0] = sums[m][n][1] = sums[m][n][2] = sums[m][n][3] = 0.0f;
+    }
+  }
+
+  // scores = q · keysᵀ; `query(step, a)` gives elements 16 · step .. of the queries.
+  template <typename Query>
+  __device__ static void score(float (&scores)[M][KEYS / 8][4], Query query, const char* keys) {
+    const int lane = threadIdx.x % 32, row = (lane & 7) + (lane >> 4) * 8;
+    const int place = ((lane >> 3 & 1) ^ swizzle<D>(row)) * 16;
+    keys += row * D * 2;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      uint32_t a[M][4];
+      query(step, a);
+#pragma unroll
+      for (int n = 0; n < KEYS / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4(b, keys + n * 16 * D * 2 + (step * 32 ^ place));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          mma_16x8x16_bf16(scores[m][2 * n], a[m], b[0], b[1]);
+          mma_16x8x16_bf16(scores[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Turns scores into weights, and lowers the sums if a score outgrew them. A masked score is -infinity.
+  __device__ void weigh(float (&scores)[M][KEYS / 8][4], uint32_t (&weights)[M][KEYS / 16][4], float scale) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float next[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float most = scores[m][0][2 * h];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n) most = fmaxf(most, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+        most = fmaxf(most, __shfl_xor_sync(kWarp, most, 1));
+        next[h] = fmaxf(most, __shfl_xor_sync(kWarp, most, 2)) * scale;
+      }
+      if (__ballot_sync(kWarp, next[0] > top[m][0] + kSlack || next[1] > top[m][1] + kSlack) != 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          next[h] = fmaxf(next[h], top[m][h]);
+          const float factor = exp2_fast(top[m][h] - next[h]);
+          top[m][h] = next[h];
+          sum[m][h] *= factor;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+            sums[m][n][2 * h] *= factor;
+            sums[m][n][2 * h + 1] *= factor;
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float low = exp2_fast(scores[m][n][2 * h] * scale - top[m][h]);
+          const float high = exp2_fast(scores[m][n][2 * h + 1] * scale - top[m][h]);
+          sum[m][h] += low + high;
+          weights[m][n / 2][n % 2 * 2 + h] = pack_bf16(low, high);
+        }
+      }
+    }
+  }
+
+  // sums += weights · values.
+  __device__ void add(const uint32_t (&weights)[M][KEYS / 16][4], const char* values) {
+    const int lane = threadIdx.x % 32, row = lane & 15;
+    const int place = ((lane >> 4) ^ swizzle<D>(row)) * 16;
+    values += row * D * 2;
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, values + k * 16 * D * 2 + (n * 32 ^ place));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          mma_16x8x16_bf16(sums[m][2 * n], weights[m][k], b[0], b[1]);
+          mma_16x8x16_bf16(sums[m][2 * n + 1], weights[m][k], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Adds up the sums of weights, of which each lane has a part until then.
+  __device__ void finish() {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[m][h] += __shfl_xor_sync(kWarp, sum[m][h], 1);
+        sum[m][h] += __shfl_xor_sync(kWarp, sum[m][h], 2);
+      }
+    }
+  }
+};
+
+}  // namespace lsk

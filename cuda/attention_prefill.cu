@@ -1,0 +1,213 @@
+// Attention of many tokens: a block of four warps takes a tile of queries of one head, and goes over the keys they see.
+//
+// Shared memory holds the queries and three tiles of keys or values: while one is multiplied, the next two are on
+// their way.
+#include <limits.h>
+#include <math.h>
+
+#include "attention.cuh"
+
+namespace lsk {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Keys that are worth a part of their own.
+constexpr int kLeast = 256;
+
+template <int D, int M>
+struct Shape {
+  static constexpr int kRows = 64 * M;
+  static constexpr int kKeys = D > 128 ? 32 : 64;
+  static constexpr int kQueryBytes = kRows * D * 2, kTileBytes = kKeys * D * 2;
+  static constexpr int kBytes = kQueryBytes + 3 * kTileBytes;
+  // Small queries stay in registers.
+  static constexpr bool kHeld = D * M <= 128;
+};
+
+template <int D, int M>
+__global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
+  using Shape = Shape<D, M>;
+  constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows;
+  LSK_DYNAMIC_SHARED(shared);
+
+  // The last tiles of a sequence see the most keys: they go first. Heads of a group follow each other, for the cache.
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const int split = int(block % call.splits), head = int(block / call.splits % call.heads);
+  Tile tile;
+  if (!find_tile(call, int(block / call.splits / call.heads), kRows, &tile)) return;
+  const Part part = part_of(call, tile, split, kLeast);
+  if (part.begin >= part.end) return;
+
+  const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 16 * M;  // the warp's first query in the tile
+  const int group = int(int64_t(head) * call.groups / call.heads);
+  const int64_t cache = (int64_t(tile.row) * call.groups + group) * call.capacity * D;
+  // Every register counts here: a warp's sums and scores take 192 of 255.
+  const lsk_bf16* const keys = call.keys + cache;
+  const int64_t values = call.values - call.keys;
+  const auto copy = [&](int to, const lsk_bf16* from, int key) {
+    if (key < part.end) {
+      copy_tile<D, kKeys, kThreads>(shared + to, from + int64_t(key) * D, D, part.end - key, threadIdx.x);
+    }
+    cp_async_commit();
+  };
+  char* const queries = shared;
+  // The third tile is where these two are not.
+  int key_tile = Shape::kQueryBytes, value_tile = key_tile + Shape::kTileBytes;
+  constexpr int kTiles = 3 * (Shape::kQueryBytes + Shape::kTileBytes);
+  copy_tile<D, kRows, kThreads>(queries, call.q + (int64_t(tile.token) * call.heads + head) * D,
+                                int64_t(call.heads) * D, tile.count, threadIdx.x);
+  copy(key_tile, keys, part.begin);
+  copy(value_tile, keys + values, part.begin);
+
+  // Where this lane reads queries, as in Softmax::add.
+  const char* const query_row = queries + (row + (lane & 15)) * D * 2;
+  const int place = ((lane >> 4) ^ swizzle<D>(lane & 15)) * 16;
+  const auto load = [&](int step, uint32_t(&a)[M][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) ldmatrix_x4(a[m], query_row + m * 16 * D * 2 + (step * 32 ^ place));
+  };
+  uint32_t held[Shape::kHeld ? D / 16 : 1][M][4];
+  if constexpr (Shape::kHeld) {
+    cp_async_wait<1>();
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) load(step, held[step]);
+  }
+  const auto query = [&](int step, uint32_t(&a)[M][4]) {
+    if constexpr (Shape::kHeld) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = held[step][m][i];
+      }
+    } else {
+      load(step, a);
+    }
+  };
+
+  Softmax<D, M, kKeys> softmax;
+  const int first = tile.past + row, last = first + 16 * M - 1;  // the own keys of the warp's first and last query
+  for (int key = part.begin; key < part.end; key += kKeys) {
+    const bool seen = key <= last && key + kKeys - 1 > first - call.window;
+    uint32_t weights[M][kKeys / 16][4];
+    // The keys are here; every warp is done with the values before.
+    cp_async_wait<1>();
+    __syncthreads();
+    const int free_tile = kTiles - key_tile - value_tile;
+    copy(free_tile, keys, key + kKeys);
+    if (seen) {
+      float scores[M][kKeys / 8][4];
+      softmax.score(scores, query, shared + key_tile);
+      const int ahead = first + lane / 4 - key - lane % 4 * 2;  // of this lane's first query over its first key
+      if (key + kKeys - 1 > first || key <= last - call.window) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int behind = ahead + m * 16 + i / 2 * 8 - n * 8 - i % 2;
+              if (behind < 0 || behind >= call.window) scores[m][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+      softmax.weigh(scores, weights, call.scale);
+    }
+    // The values are here; every warp is done with the keys.
+    cp_async_wait<1>();
+    __syncthreads();
+    copy(key_tile, keys + values, key + kKeys);
+    if (seen) softmax.add(weights, shared + value_tile);
+    value_tile = key_tile, key_tile = free_tile;
+  }
+  softmax.finish();
+
+  if (part.parts > 1) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = row + m * 16 + h * 8 + lane / 4;
+        if (query >= tile.count) continue;
+        float* const sums = partial_sums(call, D, tile.token + query, head, split) + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+          *reinterpret_cast<float2*>(sums + n * 8) =
+              make_float2(softmax.sums[m][n][2 * h], softmax.sums[m][n][2 * h + 1]);
+        }
+        if (lane % 4 == 0) {
+          *partial_weight(call, D, tile.token + query, head, split) = {softmax.top[m][h], softmax.sum[m][h]};
+        }
+      }
+    }
+    return;
+  }
+  // Through the place of the warp's own queries, so that rows are written 16 bytes at a time.
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query = row + m * 16 + h * 8 + lane / 4;
+      const float factor = 1.0f / softmax.sum[m][h];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(queries + query * D * 2 + (n ^ swizzle<D>(query)) * 16 + lane % 4 * 4) =
+            pack_bf16(softmax.sums[m][n][2 * h] * factor, softmax.sums[m][n][2 * h + 1] * factor);
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = D / 8;
+#pragma unroll
+  for (int i = lane; i < 16 * M * kChunks; i += 32) {
+    const int query = row + i / kChunks, chunk = i % kChunks;
+    if (query >= tile.count) break;
+    *reinterpret_cast<uint4*>(call.out + (int64_t(tile.token + query) * call.heads + head) * D + chunk * 8) =
+        *reinterpret_cast<const uint4*>(queries + query * D * 2 + (chunk ^ swizzle<D>(query)) * 16);
+  }
+}
+
+template <int D, int M>
+cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
+  constexpr int kRows = Shape<D, M>::kRows;
+  const int64_t tiles = (call.tokens + int64_t(call.sequences) * (kRows - 1)) / kRows, blocks = tiles * call.heads;
+  // Contexts are cut where a short block of tokens would leave multiprocessors idle, which hold two blocks each.
+  const int64_t parts = int64_t(scratch_bytes / kScratch) * 2 / blocks, most = (call.capacity + kLeast - 1) / kLeast;
+  call.splits = parts_that_fit(call, D, scratch_bytes, parts < most ? parts : most);
+  if (blocks * call.splits > INT_MAX) return cudaErrorInvalidValue;
+  const cudaError_t error = lsk_launch(prefill<D, M>, dim3(unsigned(blocks * call.splits)), dim3(kThreads),
+                                       Shape<D, M>::kBytes, stream, call);
+  if (error != cudaSuccess) return error;
+  return attention_combine(call, D, kRows, kLeast, stream);
+}
+
+// Two times 16 queries a warp, unless sequences are too short for it.
+template <int D>
+cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
+  return call.tokens > int64_t(call.sequences) * 64 ? launch<D, 2>(call, scratch_bytes, stream)
+                                                    : launch<D, 1>(call, scratch_bytes, stream);
+}
+
+}  // namespace
+
+cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cudaStream_t stream) {
+  switch (size) {
+    case 32: return launch<32>(call, scratch_bytes, stream);
+    case 64: return launch<64>(call, scratch_bytes, stream);
+    case 96: return launch<96>(call, scratch_bytes, stream);
+    case 128: return launch<128>(call, scratch_bytes, stream);
+    case 256: return launch<256, 1>(call, scratch_bytes, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace lsk
+
+cudaError_t load_attention_prefill() {
+  return load_kernels(lsk::prefill<32, 1>, lsk::prefill<32, 2>, lsk::prefill<64, 1>, lsk::prefill<64, 2>,
+                      lsk::prefill<96, 1>, lsk::prefill<96, 2>, lsk::prefill<128, 1>, lsk::prefill<128, 2>,
+                      lsk::prefill<256, 1>);
+}

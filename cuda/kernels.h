@@ -1,0 +1,91 @@
+/* The kernels' launchers, as Rust sees them.
+ *
+ * Each enqueues on `stream` and returns: no wait, no allocation, no output. All pointers are device addresses, aligned for
+ * their elements; a size of zero is a success that launches nothing; tensors are row-major, slowest dimension first. The
+ * symbols are hidden: they are this library's own. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+#include <cuda_bf16.h>
+typedef __nv_bfloat16 lsk_bf16;
+extern "C" {
+#else
+typedef uint16_t lsk_bf16;
+#endif
+
+/* Element types, for lsk_cast. */
+#define LSK_F32 0
+#define LSK_F16 1
+#define LSK_BF16 2
+#define LSK_F8E4M3 3
+
+/* out[i] = x[i], any of the types above to LSK_F32 or LSK_BF16, rounded to nearest even. */
+cudaError_t lsk_cast(void* out, int out_dtype, const void* x, int x_dtype, size_t n, cudaStream_t stream);
+
+/* out[t] = table[ids[t]]: table [vocab, hidden] of bf16, out [tokens, hidden]. */
+cudaError_t lsk_embed(float* out, const void* table_bf16, const uint32_t* ids, int64_t tokens, int64_t hidden,
+                      int64_t vocab, cudaStream_t stream);
+
+/* out[i] = x[indices[i]]: x [.., hidden], out [rows, hidden]. */
+cudaError_t lsk_gather(float* out, const float* x, const uint32_t* indices, int64_t rows, int64_t hidden,
+                       cudaStream_t stream);
+
+/* out = x / sqrt(mean(x^2) + eps) * weight over each row: x, out [rows, hidden], weight [hidden]. */
+cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float eps, int64_t rows,
+                         int64_t hidden, cudaStream_t stream);
+
+/* residual += y, then out = the norm of residual, in one kernel. */
+cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float eps,
+                             int64_t rows, int64_t hidden, cudaStream_t stream);
+
+/* The norm in place, for heads: x [rows, size]. */
+cudaError_t lsk_rms_norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
+                               cudaStream_t stream);
+
+/* x += y. */
+cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
+
+/* out[r] = bias: out [rows, columns], what a product with beta = 1 is added to. */
+cudaError_t lsk_broadcast_row(lsk_bf16* out, const lsk_bf16* bias, int64_t rows, int64_t columns, cudaStream_t stream);
+
+/* Rotary embedding in place: x [tokens, heads, size], positions [tokens], inv_freq [size / 2]. */
+cudaError_t lsk_rope(lsk_bf16* x, const uint32_t* positions, const float* inv_freq, int64_t tokens, int heads, int size,
+                     int interleaved, cudaStream_t stream);
+
+/* gate = silu(gate) * up. */
+cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);
+
+/* Puts a block's keys or values [tokens, groups, size] where they belong in cache [.., groups, capacity, size]. Sequence i
+ * owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] in row rows[i] of the cache. */
+cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t* q_offsets, const uint32_t* kv_lens,
+                          const uint32_t* rows, int sequences, int tokens, int groups, int64_t capacity, int size,
+                          cudaStream_t stream);
+
+/* out[r] = the index of the greatest of x[r], the first of equals: x [rows, columns]. */
+cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream);
+
+/* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., groups, capacity, size], sequences
+ * as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none. */
+cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
+                          const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
+                          int tokens, int heads, int groups, int64_t capacity, int size, float scale, int64_t window,
+                          void* scratch, size_t scratch_bytes, cudaStream_t stream);
+
+/* The most scratch, in bytes, that lsk_attention uses on a device with so many multiprocessors. */
+size_t lsk_attention_scratch(int multiprocessors);
+
+/* Loads all kernels onto this thread's device. Left to itself the runtime loads each when it is first launched, which
+ * allocates. */
+cudaError_t lsk_load(void);
+
+/* The name of a device, cut to fit `bytes` with its terminating zero. */
+cudaError_t lsk_device_name(char* name, size_t bytes, int ordinal);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,131 @@
+// Tensor cores and the copies that feed them: the only inline assembly there is. Each function has a plain twin, for
+// the same sources compiled for the host, which gives every lane what the instruction gives it (PTX ISA 8, "Matrix
+// Fragments for mma.m16n8k16" and "ldmatrix").
+//
+// With `g = lane / 4` and `c = lane % 4 * 2`, a lane holds these elements, two to a register:
+//   A [16][16]: a[0] (g, c), a[1] (g + 8, c), a[2] (g, c + 8), a[3] (g + 8, c + 8), and the column after each
+//   B [16][8]:  b[0] (c, g), b[1] (c + 8, g), and the row after each
+//   C [16][8]:  (g, c), (g, c + 1), (g + 8, c), (g + 8, c + 1)
+#pragma once
+
+#include "common.cuh"
+
+// 2^x, to within two units in the last place; subnormal results are 0.
+__device__ inline float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Two floats, rounded to bf16: `low` in the lower half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// c += A · B.
+__device__ inline void mma_16x8x16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef __CUDA_ARCH__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  const auto half = [](uint32_t bits, int which) {
+    const uint32_t wide = which ? bits & 0xffff0000u : bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof(x));
+    return x;
+  };
+  const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 2;
+  for (int k = 0; k < 16; k += 2) {
+    const int quad = k % 8 / 2, high = k / 8;
+    const uint32_t a_low = __shfl_sync(kWarp, high ? a[2] : a[0], row + quad);
+    const uint32_t a_high = __shfl_sync(kWarp, high ? a[3] : a[1], row + quad);
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t b = __shfl_sync(kWarp, high ? b1 : b0, (column + j) * 4 + quad);
+      for (int which = 0; which < 2; ++which) {
+        c[j] += half(a_low, which) * half(b, which);
+        c[2 + j] += half(a_high, which) * half(b, which);
+      }
+    }
+  }
+#endif
+}
+
+// Four 8 × 8 matrices of bf16 from shared memory: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes, and
+// gets elements c and c + 1 of row g of each.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+#ifdef __CUDA_ARCH__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const auto from = __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), i * 8 + lane / 4);
+    memcpy(&r[i], reinterpret_cast<const char*>(from) + lane % 4 * 4, 4);
+  }
+#endif
+}
+
+// The same, each matrix transposed: a lane gets elements g of rows c and c + 1.
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+#ifdef __CUDA_ARCH__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const auto from = __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), i * 8 + lane % 4 * 2 + j);
+      memcpy(&pair[j], reinterpret_cast<const char*>(from) + lane / 4 * 2, 2);
+    }
+    memcpy(&r[i], pair, 4);
+  }
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory, of zeros instead unless `valid`; `global` is then not read.
+__device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
+#ifdef __CUDA_ARCH__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  if (valid) {
+    memcpy(shared, global, 16);
+  } else {
+    memset(shared, 0, 16);
+  }
+#endif
+}
+
+// Ends a group of copies. Groups complete in order; an empty one is complete.
+__device__ inline void cp_async_commit() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `PENDING` of this thread's groups are incomplete. Other threads see them after the next barrier.
+template <int PENDING>
+__device__ inline void cp_async_wait() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}

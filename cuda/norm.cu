@@ -1,0 +1,174 @@
+// Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467): of the residual stream, alone or after something was
+// added to it, and of each head of a query or key, in place.
+#include "common.cuh"
+
+namespace {
+
+// A row of at most this many elements is kept in the registers of one block: four times four a thread.
+constexpr int kVecs = 4, kMostInRegisters = 1024 * kVecs * 4;
+
+// Threads of a block when several rows share it, one warp to a row.
+constexpr int kWarps = 4;
+
+// The sum over the threads of a row: a warp, or a whole block if `blockDim.x` is more.
+__device__ inline float sum_over_row(float x) {
+  x = sum_over_lanes(x, 32);
+  if (blockDim.x == 32) return x;
+  __shared__ float sums[32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) sums[warp] = x;
+  __syncthreads();
+  return sum_over_lanes(lane < int(blockDim.x / 32) ? sums[lane] : 0.0f, 32);
+}
+
+struct Norm {
+  lsk_bf16* out;
+  const float* x;
+  float* sum;  // where x + y goes, x itself; not used without y
+  const lsk_bf16 *y, *weight;
+  float eps;
+  int64_t rows, hidden;
+};
+
+// One row for each value of threadIdx.y, read once: hidden is a multiple of 4.
+template <bool kAdd>
+__global__ void __launch_bounds__(1024) norm(Norm call) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool live = row < call.rows;
+  const int hidden = live ? int(call.hidden) : 0;
+  const int64_t begin = row * call.hidden;
+  Vec<float, 4> x[kVecs];
+  Vec<lsk_bf16, 4> y[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int column = int(i * blockDim.x + threadIdx.x) * 4;
+    if (column < hidden) {
+      x[i] = load<4>(call.x + begin + column);
+      if (kAdd) y[i] = load<4>(call.y + begin + column);
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int column = int(i * blockDim.x + threadIdx.x) * 4;
+    if (column < hidden) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (kAdd) x[i].at[k] += widen(y[i].at[k]);
+        squares += x[i].at[k] * x[i].at[k];
+      }
+      if (kAdd) store(call.sum + begin + column, x[i]);
+    }
+  }
+  const float factor = 1.0f / sqrtf(sum_over_row(squares) / float(call.hidden) + call.eps);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int column = int(i * blockDim.x + threadIdx.x) * 4;
+    if (column < hidden) {
+      float scaled[4];
+      widen(load<4>(call.weight + column), scaled);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) scaled[k] *= x[i].at[k] * factor;
+      store(call.out + begin + column, narrow<lsk_bf16>(scaled));
+    }
+  }
+}
+
+// Any row, read twice.
+template <bool kAdd>
+__global__ void __launch_bounds__(1024) norm_any(Norm call) {
+  const int64_t begin = int64_t(blockIdx.x) * call.hidden;
+  float squares = 0.0f;
+#pragma unroll 4
+  for (int64_t column = threadIdx.x; column < call.hidden; column += blockDim.x) {
+    float x = call.x[begin + column];
+    if (kAdd) {
+      x += widen(call.y[begin + column]);
+      call.sum[begin + column] = x;
+    }
+    squares += x * x;
+  }
+  const float factor = 1.0f / sqrtf(sum_over_row(squares) / float(call.hidden) + call.eps);
+  const float* const source = kAdd ? call.sum : call.x;
+#pragma unroll 4
+  for (int64_t column = threadIdx.x; column < call.hidden; column += blockDim.x) {
+    narrow(source[begin + column] * factor * widen(call.weight[column]), &call.out[begin + column]);
+  }
+}
+
+template <bool kAdd>
+cudaError_t launch(const Norm& call, cudaStream_t stream) {
+  if (call.rows == 0 || call.hidden == 0) return cudaSuccess;
+  const bool wide = call.hidden % 4 == 0 && call.hidden <= kMostInRegisters && aligned_for<4>(call.x) &&
+                    aligned_for<4>(call.out) && aligned_for<4>(call.weight) && (!kAdd || aligned_for<4>(call.y));
+  const unsigned threads = unsigned(((wide ? call.hidden : 4096) + 32 * kVecs * 4 - 1) / (32 * kVecs * 4) * 32);
+  if (!wide) return lsk_launch(norm_any<kAdd>, dim3(unsigned(call.rows)), dim3(threads), 0, stream, call);
+  const unsigned rows = threads == 32 ? kWarps : 1;
+  return lsk_launch(norm<kAdd>, dim3(unsigned((call.rows + rows - 1) / rows)), dim3(threads, rows), 0, stream, call);
+}
+
+constexpr int kHeadBlock = 256;
+
+// `lanes` neighbours, a power of two, share a row of up to 8 · lanes elements, a multiple of 8.
+__global__ void __launch_bounds__(kHeadBlock)
+    norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int size, int lanes) {
+  const int column = int(threadIdx.x) % lanes * 8;
+  const int64_t row = (int64_t(blockIdx.x) * kHeadBlock + threadIdx.x) / lanes;
+  const bool live = row < rows && column < size;
+  lsk_bf16* const place = x + row * size + column;
+  float values[8] = {};
+  if (live) widen(load<8>(place), values);
+  float squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) squares += values[k] * values[k];
+  const float factor = 1.0f / sqrtf(sum_over_lanes(squares, lanes) / float(size) + eps);
+  if (!live) return;
+  float scaled[8];
+  widen(load<8>(weight + column), scaled);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) scaled[k] *= values[k] * factor;
+  store(place, narrow<lsk_bf16>(scaled));
+}
+
+// Any row, by one warp that reads it twice; each lane writes what it alone has read.
+__global__ void __launch_bounds__(kHeadBlock)
+    norm_heads_any(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t(blockIdx.x) * (kHeadBlock / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  x += row * size;
+  float squares = 0.0f;
+  for (int64_t column = lane; column < size; column += 32) squares += widen(x[column]) * widen(x[column]);
+  const float factor = 1.0f / sqrtf(sum_over_lanes(squares, 32) / float(size) + eps);
+  for (int64_t column = lane; column < size; column += 32) {
+    narrow(widen(x[column]) * factor * widen(weight[column]), &x[column]);
+  }
+}
+
+}  // namespace
+
+cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float eps, int64_t rows,
+                         int64_t hidden, cudaStream_t stream) {
+  return launch<false>({out, x, nullptr, nullptr, weight, eps, rows, hidden}, stream);
+}
+
+cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float eps,
+                             int64_t rows, int64_t hidden, cudaStream_t stream) {
+  return launch<true>({out, residual, residual, y, weight, eps, rows, hidden}, stream);
+}
+
+cudaError_t lsk_rms_norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
+                               cudaStream_t stream) {
+  if (rows == 0 || size == 0) return cudaSuccess;
+  const bool wide = size % 8 == 0 && size <= 256 && aligned_for<8>(x) && aligned_for<8>(weight);
+  int lanes = wide ? 1 : 32;
+  while (lanes * 8 < size && wide) lanes *= 2;
+  const int64_t each = kHeadBlock / lanes;
+  const dim3 grid(unsigned((rows + each - 1) / each));
+  if (!wide) return lsk_launch(norm_heads_any, grid, dim3(kHeadBlock), 0, stream, x, weight, eps, rows, size);
+  return lsk_launch(norm_heads, grid, dim3(kHeadBlock), 0, stream, x, weight, eps, rows, int(size), lanes);
+}
+
+cudaError_t load_norm() {
+  return load_kernels(norm<false>, norm<true>, norm_any<false>, norm_any<true>, norm_heads, norm_heads_any);
+}

@@ -1,0 +1,100 @@
+// Rotary position embedding in place (Su et al. 2021, arXiv:2104.09864). Sine and cosine are computed once for a token and a
+// frequency, whatever the number of heads, while the first elements are on their way.
+#include "common.cuh"
+
+namespace {
+
+constexpr int kBlock = 256, kUnroll = 2;
+
+// Tokens whose sines a block computes at most.
+constexpr int64_t kMostTokens = 16;
+
+struct Rope {
+  lsk_bf16* x;
+  const uint32_t* positions;
+  const float* inv_freq;
+  int64_t tokens;
+  int heads, size, each;  // `each` tokens a block
+};
+
+// A thread takes N pairs at once: size is a multiple of 2 · N.
+template <int N, bool kInterleaved>
+__global__ void __launch_bounds__(kBlock) rope(Rope call) {
+  LSK_DYNAMIC_SHARED(shared);
+  const int half = call.size / 2, packs = half / N;
+  const int64_t first = int64_t(blockIdx.x) * call.each;
+  const int tokens = int(call.tokens - first < call.each ? call.tokens - first : call.each);
+  float* const cosines = reinterpret_cast<float*>(shared);
+  float* const sines = cosines + call.each * half;
+  lsk_bf16* const x = call.x + first * call.heads * call.size;
+  const int items = tokens * call.heads * packs;
+  // The second elements of the pairs lie this far from the first.
+  const int apart = kInterleaved ? N : half;
+  bool ready = false;
+  for (int base = 0; base < items; base += kBlock * kUnroll) {
+    Vec<lsk_bf16, N> low[kUnroll], high[kUnroll];
+    int place[kUnroll], angle[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int item = base + i * kBlock + int(threadIdx.x);
+      if (item < items) {
+        const int row = int(unsigned(item) / unsigned(packs)), pack = item - row * packs;
+        angle[i] = int(unsigned(row) / unsigned(call.heads)) * half + pack * N;
+        place[i] = row * call.size + pack * N * (kInterleaved ? 2 : 1);
+        low[i] = load<N>(x + place[i]);
+        high[i] = load<N>(x + place[i] + apart);
+      }
+    }
+    if (!ready) {
+      for (int i = threadIdx.x; i < tokens * half; i += kBlock) {
+        const int token = int(unsigned(i) / unsigned(half));
+        sincosf(float(call.positions[first + token]) * call.inv_freq[i - token * half], &sines[i], &cosines[i]);
+      }
+      __syncthreads();
+      ready = true;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (base + i * kBlock + int(threadIdx.x) < items) {
+        const Vec<float, N> cosine = load<N>(cosines + angle[i]), sine = load<N>(sines + angle[i]);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          // Interleaved, the 2 · N elements are N pairs side by side.
+          auto& first_of = kInterleaved ? (2 * k < N ? low[i] : high[i]).at[2 * k % N] : low[i].at[k];
+          auto& second_of = kInterleaved ? (2 * k + 1 < N ? low[i] : high[i]).at[(2 * k + 1) % N] : high[i].at[k];
+          const float a = widen(first_of), b = widen(second_of);
+          narrow(a * cosine.at[k] - b * sine.at[k], &first_of);
+          narrow(b * cosine.at[k] + a * sine.at[k], &second_of);
+        }
+        store(x + place[i], low[i]);
+        store(x + place[i] + apart, high[i]);
+      }
+    }
+  }
+}
+
+template <int N>
+cudaError_t launch(Rope call, bool interleaved, cudaStream_t stream) {
+  // As many tokens as give every thread its share of pairs.
+  const int64_t share = kBlock * kUnroll / (int64_t(call.heads) * (call.size / 2 / N));
+  call.each = int(share < 1 ? 1 : share < kMostTokens ? share : kMostTokens);
+  const size_t shared_bytes = size_t(call.each) * call.size * sizeof(float);
+  const dim3 grid(unsigned((call.tokens + call.each - 1) / call.each));
+  return lsk_launch(interleaved ? rope<N, true> : rope<N, false>, grid, dim3(kBlock), shared_bytes, stream, call);
+}
+
+}  // namespace
+
+cudaError_t lsk_rope(lsk_bf16* x, const uint32_t* positions, const float* inv_freq, int64_t tokens, int heads, int size,
+                     int interleaved, cudaStream_t stream) {
+  // The sines of a token must fit shared memory.
+  if (size < 0 || size % 2 != 0 || size > 4096 || heads < 0 || heads > 65536) return cudaErrorInvalidValue;
+  if (tokens == 0 || heads == 0 || size == 0) return cudaSuccess;
+  const Rope call = {x, positions, inv_freq, tokens, heads, size, 1};
+  return size % 16 == 0 && aligned_for<8>(x) ? launch<8>(call, interleaved != 0, stream)
+                                             : launch<1>(call, interleaved != 0, stream);
+}
+
+cudaError_t load_rope() {
+  return load_kernels(rope<8, false>, rope<8, true>, rope<1, false>, rope<1, true>);
+}

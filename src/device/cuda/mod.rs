@@ -1,0 +1,312 @@
+//! NVIDIA GPUs through the CUDA runtime: raw asynchronous copies between registered host memory and the card, on streams
+//! that nothing else waits for.
+//!
+//! Memory, streams and events keep the device alive and are freed on drop. A fault in a kernel loses the context: the
+//! first call that sees it keeps the error, every later one returns that same error without asking CUDA, and nothing is
+//! freed any more.
+
+mod fault;
+mod handles;
+pub(crate) mod sys;
+
+use std::{
+    ffi::{c_int, c_void},
+    fmt,
+    sync::{Arc, OnceLock},
+};
+
+pub use handles::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
+use sys::{cudaDeviceAttr as Attribute, cudaError as Code};
+
+use crate::{
+    device::{Device, DevicePtr},
+    dtype::DType,
+    error::{Error, Result},
+};
+
+/// One GPU. Cloning gives another handle of the same.
+#[derive(Clone)]
+pub struct Cuda(Arc<Shared>);
+
+struct Shared {
+    ordinal: c_int,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: i32,
+    /// The error that lost the context.
+    dead: OnceLock<Error>,
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cuda({})", self.0.ordinal)
+    }
+}
+
+impl Cuda {
+    /// Makes GPU `ordinal`, counted from 0 as `CUDA_VISIBLE_DEVICES` leaves them, ready for use, and this thread's.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] without a driver or a GPU, with too old a driver, or for an ordinal beyond the last;
+    /// [`Error::Unsupported`] for a GPU older than Ampere (sm_80).
+    pub fn new(ordinal: u32) -> Result<Self> {
+        let operation = || format!("use cuda:{ordinal}");
+        let mut count = 0;
+        // SAFETY: the result goes to a local.
+        let counted = unsafe { sys::cudaGetDeviceCount(&mut count) };
+        if counted != Code::cudaSuccess {
+            return Err(fault::error(operation(), counted, no_gpu(counted)));
+        }
+        let ordinal = match c_int::try_from(ordinal) {
+            Ok(ordinal) if ordinal < count => ordinal,
+            _ => {
+                let there =
+                    if count == 1 { "cuda:0 is the only GPU".into() } else { format!("there are {count} GPUs") };
+                return Err(fault::error(operation(), Code::cudaErrorInvalidDevice, Some(there)));
+            }
+        };
+        let attribute = |attribute| {
+            let mut value = 0;
+            // SAFETY: the result goes to a local.
+            let code = unsafe { sys::cudaDeviceGetAttribute(&mut value, attribute, ordinal) };
+            if code == Code::cudaSuccess { Ok(value) } else { Err(fault::error(operation(), code, None)) }
+        };
+        let mut name = [0u8; 256];
+        // SAFETY: the name, cut to fit, goes to the array.
+        let named = unsafe { sys::lsk_device_name(name.as_mut_ptr().cast(), name.len(), ordinal) };
+        if named != Code::cudaSuccess {
+            return Err(fault::error(operation(), named, None));
+        }
+        let name = String::from_utf8_lossy(name.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned();
+        let capability = (
+            attribute(Attribute::cudaDevAttrComputeCapabilityMajor)?,
+            attribute(Attribute::cudaDevAttrComputeCapabilityMinor)?,
+        );
+        if capability < (8, 0) {
+            let what = format!("cuda:{ordinal} ({name}, sm_{}{})", capability.0, capability.1);
+            return Err(Error::Unsupported { what, remedy: "it takes sm_80 (Ampere) or newer".into() });
+        }
+        let multiprocessors = attribute(Attribute::cudaDevAttrMultiProcessorCount)?;
+        let cuda = Self(Arc::new(Shared { ordinal, name, capability, multiprocessors, dead: OnceLock::new() }));
+        cuda.bind_thread()?;
+        // SAFETY: freeing nothing is allowed, and makes the runtime create the context.
+        cuda.call(operation, || unsafe { sys::cudaFree(std::ptr::null_mut()) })?;
+        // Left to itself the runtime loads a kernel at its first launch, and may wait for the whole device there.
+        // SAFETY: it takes nothing.
+        cuda.call(|| "load the kernels".into(), || unsafe { sys::lsk_load() })?;
+        Ok(cuda)
+    }
+
+    /// Its number.
+    pub fn ordinal(&self) -> u32 {
+        self.0.ordinal as u32
+    }
+
+    /// How many multiprocessors it has.
+    pub fn multiprocessors(&self) -> usize {
+        self.0.multiprocessors as usize
+    }
+
+    /// Device memory in bytes: free, and in all. Other processes count.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.bind_thread()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the results go to locals.
+        self.call(|| "ask for free memory".into(), || unsafe { sys::cudaMemGetInfo(&mut free, &mut total) })?;
+        Ok((free, total))
+    }
+
+    /// Enqueues a copy of `bytes` within the device.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    ///
+    /// # Safety
+    /// As [`Device::copy_to_device`], with both ranges on the device; they do not overlap.
+    pub unsafe fn copy_on_device(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        bytes: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (to, from) = (to.as_ptr().cast(), from.as_ptr().cast());
+        let (operation, kind) =
+            (|| format!("copy {bytes} bytes on the device"), sys::cudaMemcpyKind::cudaMemcpyDeviceToDevice);
+        // SAFETY: the caller's.
+        self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from, bytes, kind, stream.raw()) })
+    }
+
+    /// A stream of the caller's, a `cudaStream_t`, to enqueue on. It is not destroyed on drop.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for the per-thread default stream, which is another stream in every thread, and for a stream
+    /// that is capturing a graph; [`Error::Cuda`] for a stream of another GPU.
+    ///
+    /// # Safety
+    /// The stream exists until this handle is dropped.
+    pub unsafe fn stream_from_raw(&self, raw: *mut c_void) -> Result<CudaStream> {
+        // SAFETY: the caller's.
+        unsafe { CudaStream::borrow(self, raw.cast()) }
+    }
+
+    /// Calls CUDA, unless the context is lost. Whatever loses it is kept.
+    pub(crate) fn call(&self, operation: impl FnOnce() -> String, call: impl FnOnce() -> Code) -> Result<()> {
+        self.alive()?;
+        match call() {
+            Code::cudaSuccess => Ok(()),
+            code => Err(self.fault(operation(), code, None)),
+        }
+    }
+
+    /// The error of a call that returned `code`; the first one, if the context was lost meanwhile.
+    fn fault(&self, operation: String, code: Code, remedy: Option<String>) -> Error {
+        let error = fault::error(operation, code, remedy);
+        if fault::ends_context(code) { self.0.dead.get_or_init(|| error).clone() } else { error }
+    }
+
+    /// Whether the context is still there; the error that lost it if not.
+    pub(crate) fn alive(&self) -> Result<()> {
+        self.0.dead.get().map_or(Ok(()), |error| Err(error.clone()))
+    }
+}
+
+/// What to do where the runtime finds no GPU.
+fn no_gpu(code: Code) -> Option<String> {
+    let (mut driver, mut runtime) = (0, 0);
+    // SAFETY: the results go to locals; without a driver its version is 0.
+    unsafe {
+        let _ = sys::cudaDriverGetVersion(&mut driver);
+        let _ = sys::cudaRuntimeGetVersion(&mut runtime);
+    }
+    let version = |number: c_int| format!("{}.{}", number / 1000, number % 1000 / 10);
+    let (serves, needed) = (version(driver), version(runtime));
+    match code {
+        Code::cudaErrorInsufficientDriver if driver == 0 => Some("no usable GPU: there is no NVIDIA driver".into()),
+        Code::cudaErrorInsufficientDriver => Some(format!(
+            "the driver serves CUDA {serves}, this build needs {needed}: update the driver, or build with CUDA {serves}"
+        )),
+        Code::cudaErrorNoDevice => Some("no usable GPU: there is none, or CUDA_VISIBLE_DEVICES hides it".into()),
+        _ => None,
+    }
+}
+
+/// The type's code in `kernels.h`. Types that cannot be converted have one that the launcher refuses.
+fn code_of(dtype: DType) -> c_int {
+    match dtype {
+        DType::F32 => sys::LSK_F32,
+        DType::F16 => sys::LSK_F16,
+        DType::BF16 => sys::LSK_BF16,
+        DType::F8E4M3 => sys::LSK_F8E4M3,
+        _ => -1,
+    }
+}
+
+impl Device for Cuda {
+    type Stream = CudaStream;
+    type Event = CudaEvent;
+    type Memory = CudaMemory;
+    type Registration = CudaRegistration;
+
+    fn describe(&self) -> String {
+        let Shared { ordinal, name, capability: (major, minor), .. } = &*self.0;
+        let memory = self.memory().map(|(_, total)| format!(", {:.1} GiB", total as f64 / f64::from(1 << 30)));
+        format!("cuda:{ordinal} ({name}, sm_{major}{minor}{})", memory.unwrap_or_default())
+    }
+
+    fn bind_thread(&self) -> Result<()> {
+        let ordinal = self.0.ordinal;
+        // SAFETY: any ordinal may be asked for.
+        self.call(|| format!("make cuda:{ordinal} the thread's device"), || unsafe { sys::cudaSetDevice(ordinal) })
+    }
+
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<CudaMemory> {
+        CudaMemory::new(self, what, bytes)
+    }
+
+    fn address(&self, memory: &CudaMemory) -> DevicePtr {
+        memory.address()
+    }
+
+    unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<CudaRegistration> {
+        // SAFETY: the caller's.
+        unsafe { CudaRegistration::new(self, host, bytes) }
+    }
+
+    fn stream(&self) -> Result<CudaStream> {
+        CudaStream::new(self)
+    }
+
+    fn event(&self) -> Result<CudaEvent> {
+        CudaEvent::new(self)
+    }
+
+    unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &CudaStream) -> Result<()> {
+        let (to, kind) = (to.as_ptr().cast(), sys::cudaMemcpyKind::cudaMemcpyHostToDevice);
+        let operation = || format!("copy {bytes} bytes to the device");
+        // SAFETY: the caller's.
+        self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from.cast(), bytes, kind, stream.raw()) })
+    }
+
+    unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &CudaStream) -> Result<()> {
+        let (from, kind) = (from.as_ptr().cast(), sys::cudaMemcpyKind::cudaMemcpyDeviceToHost);
+        let operation = || format!("copy {bytes} bytes from the device");
+        // SAFETY: the caller's.
+        self.call(operation, || unsafe { sys::cudaMemcpyAsync(to.cast(), from, bytes, kind, stream.raw()) })
+    }
+
+    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &CudaStream) -> Result<()> {
+        let operation = || format!("set {bytes} bytes to zero");
+        // SAFETY: the caller's.
+        self.call(operation, || unsafe { sys::cudaMemsetAsync(to.as_ptr().cast(), 0, bytes, stream.raw()) })
+    }
+
+    unsafe fn transform(
+        &self,
+        (to, to_type): (DevicePtr, DType),
+        (from, from_type): (DevicePtr, DType),
+        elements: usize,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (to, from) = (to.as_ptr().cast::<c_void>(), from.as_ptr().cast::<c_void>());
+        let operation = || format!("convert {elements} elements from {from_type} to {to_type}");
+        // SAFETY: the caller's.
+        let launch =
+            || unsafe { sys::lsk_cast(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
+        self.call(operation, launch)
+    }
+
+    fn record(&self, event: &CudaEvent, stream: &CudaStream) -> Result<()> {
+        // SAFETY: both handles are valid until dropped.
+        self.call(|| "record an event".into(), || unsafe { sys::cudaEventRecord(event.raw(), stream.raw()) })
+    }
+
+    fn wait(&self, stream: &CudaStream, event: &CudaEvent) -> Result<()> {
+        // SAFETY: both handles are valid until dropped.
+        let wait = || unsafe { sys::cudaStreamWaitEvent(stream.raw(), event.raw(), 0) };
+        self.call(|| "make a stream wait for an event".into(), wait)
+    }
+
+    fn query(&self, event: &CudaEvent) -> Result<bool> {
+        self.alive()?;
+        // SAFETY: the handle is valid until dropped.
+        match unsafe { sys::cudaEventQuery(event.raw()) } {
+            Code::cudaSuccess => Ok(true),
+            Code::cudaErrorNotReady => Ok(false),
+            code => Err(self.fault("query an event".into(), code, None)),
+        }
+    }
+
+    fn synchronize(&self, event: &CudaEvent) -> Result<()> {
+        // SAFETY: the handle is valid until dropped.
+        self.call(|| "wait for an event".into(), || unsafe { sys::cudaEventSynchronize(event.raw()) })
+    }
+
+    fn drain(&self, stream: &CudaStream) -> Result<()> {
+        self.record(stream.end(), stream)?;
+        self.synchronize(stream.end())
+    }
+}

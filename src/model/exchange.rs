@@ -1,0 +1,75 @@
+//! The words that go to the device before each pass (tokens, positions, where sequences begin) and those that come back (the
+//! tokens found), through memory that the device knows, so that sending neither blocks nor allocates.
+
+use std::{mem::ManuallyDrop, slice};
+
+use crate::{
+    arena::Arena,
+    device::{Device, TensorMut, TensorRef},
+    dtype::DType,
+    error::Result,
+};
+
+/// **Invariant**: the device uses the memory only until `done`, for which every access by the host waits first.
+pub(super) struct Exchange<D: Device> {
+    device: D,
+    done: D::Event,
+    words: usize,
+    /// Dropped in this order: the device forgets the memory before it is unmapped.
+    registration: ManuallyDrop<D::Registration>,
+    host: ManuallyDrop<Arena>,
+}
+
+impl<D: Device> Exchange<D> {
+    /// Bytes of an exchange of up to so many words of 32 bits.
+    pub(super) fn bytes(words: usize) -> usize {
+        words.saturating_mul(size_of::<u32>())
+    }
+
+    pub(super) fn new(device: &D, words: usize) -> Result<Self> {
+        let host = Arena::new("tokens on their way", 1, Self::bytes(words))?;
+        let (start, bytes) = host.whole();
+        // SAFETY: they are dropped in order.
+        let registration = unsafe { device.register(start.as_ptr(), bytes)? };
+        let (done, device) = (device.event()?, device.clone());
+        Ok(Self { device, done, words, registration: ManuallyDrop::new(registration), host: ManuallyDrop::new(host) })
+    }
+
+    /// The words, for filling, once the device is done with what was there.
+    pub(super) fn words(&mut self) -> Result<&mut [u32]> {
+        self.device.synchronize(&self.done)?;
+        // SAFETY: the arena holds that many words, zeroed at first, and they are this borrow's alone after the wait.
+        Ok(unsafe { slice::from_raw_parts_mut(self.host.slot(0).as_ptr().cast(), self.words) })
+    }
+
+    /// Enqueues the copy of as many words as `to` has, from the first on.
+    pub(super) fn send(&mut self, to: TensorMut<'_>, stream: &D::Stream) -> Result<()> {
+        assert!(to.dtype() == DType::U32 && to.elements() <= self.words, "{to:?} for {} words", self.words);
+        // SAFETY: both sides are that long, and the host's is not touched before `done`.
+        unsafe { self.device.copy_to_device(to.ptr(), self.host.slot(0).as_ptr(), to.bytes(), stream)? };
+        self.device.record(&self.done, stream)
+    }
+
+    /// The words of `from`, once all work of `stream` before this is done.
+    pub(super) fn receive(&mut self, from: TensorRef<'_>, stream: &D::Stream) -> Result<&[u32]> {
+        assert!(from.dtype() == DType::U32 && from.elements() <= self.words, "{from:?} for {} words", self.words);
+        self.device.synchronize(&self.done)?;
+        // SAFETY: as above.
+        unsafe { self.device.copy_to_host(self.host.slot(0).as_ptr(), from.ptr(), from.bytes(), stream)? };
+        self.device.record(&self.done, stream)?;
+        Ok(&self.words()?[..from.elements()])
+    }
+}
+
+impl<D: Device> Drop for Exchange<D> {
+    fn drop(&mut self) {
+        // If the wait fails, the device may still use the memory, which then stays.
+        if self.device.synchronize(&self.done).is_ok() {
+            // SAFETY: dropped here only.
+            unsafe {
+                ManuallyDrop::drop(&mut self.registration);
+                ManuallyDrop::drop(&mut self.host);
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! What tests of whole models share: references, the speller, and how a decoder is asked.
+
+use std::{
+    collections::HashMap,
+    fs,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+use layer_streamer::{Error, kernels::Kernels, model::Decoder};
+use safetensors::SafeTensors;
+
+use super::root;
+
+/// The model that comes with the project.
+pub fn speller() -> PathBuf {
+    root().join("examples/speller")
+}
+
+/// The reference checkpoints.
+pub const REFERENCES: [&str; 6] = ["qwen2-f32", "qwen2-sharded", "qwen2-tied", "llama3", "mistral", "qwen3"];
+
+/// What transformers computed for a reference checkpoint.
+pub struct Expected {
+    pub prompt: Vec<u32>,
+    pub continuation: Vec<u32>,
+    pub floats: HashMap<String, Vec<f32>>,
+}
+
+pub fn expected(folder: &Path) -> Expected {
+    let bytes = fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = |name: &str| {
+        let view = file.tensor(name).unwrap();
+        view.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
+    };
+    let floats =
+        |name: &str| file.tensor(name).unwrap().data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let names = file.names().into_iter().filter(|name| name.starts_with("hidden") || *name == "logits");
+    Expected {
+        prompt: ids("prompt"),
+        continuation: ids("continuation"),
+        floats: names.map(|name| (name.to_owned(), floats(name))).collect(),
+    }
+}
+
+/// ‖a − b‖ / ‖b‖
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f64| x * x;
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+    (difference / b.iter().map(|b| square(f64::from(*b))).sum::<f64>()).sqrt()
+}
+
+/// The reference spelling, written down independently of the model.
+pub fn spell(n: u32) -> String {
+    const ONES: [&str; 20] = [
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+    ];
+    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    let joined = |head: String, glue: &str, rest: u32| if rest == 0 { head } else { head + glue + &spell(rest) };
+    match n {
+        0..20 => ONES[n as usize].into(),
+        20..100 => joined(TENS[n as usize / 10].into(), "-", n % 10),
+        100..1000 => joined(format!("{} hundred", ONES[n as usize / 100]), " ", n % 100),
+        _ => joined(format!("{} thousand", spell(n / 1000)), " ", n % 1000),
+    }
+}
+
+/// The logits of every token of the pass before.
+pub fn logits<D: Kernels>(decoder: &mut Decoder<D>) -> Vec<f32> {
+    let mut all = Vec::new();
+    let read = decoder.all_logits(|rows| {
+        all.extend_from_slice(rows);
+        Ok::<_, Error>(())
+    });
+    read.unwrap();
+    all
+}
+
+/// What follows each prompt.
+pub fn generate<D: Kernels>(decoder: &mut Decoder<D>, prompts: &[&[u32]], most: usize, stop: &[u32]) -> Vec<Vec<u32>> {
+    let mut found = vec![Vec::new(); prompts.len()];
+    let generated = decoder.generate(prompts, most, stop, |row, token| {
+        found[row].push(token);
+        Ok::<_, Error>(ControlFlow::Continue(()))
+    });
+    generated.unwrap();
+    found
+}
+
+/// Empties the first rows of the cache.
+pub fn forget<D: Kernels>(decoder: &mut Decoder<D>, rows: usize) {
+    (0..rows).for_each(|row| decoder.truncate(row, 0).unwrap());
+}
+
+/// The speller's.
+pub fn tokenizer() -> tokenizers::Tokenizer {
+    tokenizers::Tokenizer::from_file(speller().join("tokenizer.json")).unwrap()
+}
+
+/// 500 random numbers, always the same.
+pub fn numbers() -> Vec<u32> {
+    let mut rng = fastrand::Rng::with_seed(20);
+    (0..500).map(|_| rng.u32(..1_000_000)).collect()
+}
+
+/// The tokens that ask for a number's spelling.
+pub fn asks(tokenizer: &tokenizers::Tokenizer, number: u32) -> Vec<u32> {
+    tokenizer.encode(format!("{number}="), false).unwrap().get_ids().to_vec()
+}
+
+/// How many numbers a decoder with room for 100 sequences of 48 tokens spells right.
+pub fn spelled_right<D: Kernels>(decoder: &mut Decoder<D>, numbers: &[u32]) -> usize {
+    let (tokenizer, stop, mut right) = (tokenizer(), decoder.model().config.stop.clone(), 0);
+    for numbers in numbers.chunks(100) {
+        forget(decoder, 100);
+        let asked: Vec<_> = numbers.iter().map(|n| asks(&tokenizer, *n)).collect();
+        let prompts: Vec<&[u32]> = asked.iter().map(Vec::as_slice).collect();
+        for (n, found) in numbers.iter().zip(generate(decoder, &prompts, 32, &stop)) {
+            right += usize::from(tokenizer.decode(&found, true).unwrap() == format!(" {}", spell(*n)));
+        }
+    }
+    right
+}

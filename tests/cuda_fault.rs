@@ -1,0 +1,63 @@
+//! What remains after a kernel has faulted: an executable of its own, since the context dies with it.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use std::{fs, path::Path, time::Instant};
+
+use common::{fixture, gpu};
+use layer_streamer::{
+    DType, Error, LayerStreamer, Settings,
+    device::{Device, DevicePtr},
+};
+
+/// The pipeline's threads. The driver has threads and descriptors of its own, which may stay.
+fn threads() -> usize {
+    let names = fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("ls-")).count()
+}
+
+/// Open files of the checkpoint, and rings.
+fn descriptors(folder: &Path) -> usize {
+    let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+    targets.filter(|target| target.starts_with(folder) || target.to_string_lossy().contains("io_uring")).count()
+}
+
+#[test]
+fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
+    let Some(device) = gpu() else { return };
+    let fixture = fixture(6, &[60_000, 7], 1);
+    let stream = device.stream().unwrap();
+    let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, ..Settings::default() };
+    let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+    assert!(threads() >= 2 && descriptors(fixture.folder.path()) >= 1);
+    let pass = streamer.run_pass(&stream, (), |(), layer| {
+        if layer.index() == 2 {
+            let (nowhere, from) = (DevicePtr::new(std::ptr::without_provenance_mut(4096)), layer.tensor("t0")?);
+            // SAFETY: none. The address is nobody's: this is the fault.
+            unsafe { device.transform((nowhere, DType::F32), (from.ptr(), DType::BF16), 1000, &stream)? };
+            // A fault shows when someone asks.
+            device.drain(&stream)?;
+        }
+        Ok(())
+    });
+    let first = pass.expect_err("a kernel faulted");
+    assert!(matches!(&first, Error::Cuda { name: "cudaErrorIllegalAddress", .. }), "{first}");
+    let first = first.to_string();
+    let start = Instant::now();
+    for _ in 0..3 {
+        let again = streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap_err().to_string();
+        assert_eq!(again, first);
+    }
+    assert_eq!(device.allocate("a test", 1).err().expect("the context is lost").to_string(), first);
+    assert_eq!(device.bind_thread().unwrap_err().to_string(), first);
+    drop(streamer);
+    drop(stream);
+    assert!(start.elapsed().as_secs() < 10, "it took {:?}", start.elapsed());
+    // The checkpoint holds files open as well.
+    let folder = fixture.folder.path().to_owned();
+    drop(fixture.checkpoint);
+    assert_eq!((threads(), descriptors(&folder)), (0, 0));
+}

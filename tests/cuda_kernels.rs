@@ -1,0 +1,405 @@
+//! Each kernel on a GPU beside its twin on the CPU, on fresh random data of any shape. Without a GPU there is nothing to test,
+//! and the tests say so.
+#![cfg(feature = "cuda")]
+
+mod common;
+#[path = "../examples/bench/twin.rs"]
+#[allow(dead_code, reason = "a benchmark uses the rest")]
+mod twin;
+
+use half::bf16;
+use layer_streamer::{
+    DType, Error, Result,
+    device::{self, Cuda},
+    kernels::{AttentionMask, Kernels, RopeLayout},
+};
+use twin::{Batch, On, off, random};
+
+/// BF16 rounds to 2⁻⁹ of a value.
+const OFF: f64 = 1e-2;
+
+/// Runs `test` on a GPU with a few seeds, which it prints.
+fn on_gpu(rounds: usize, test: impl Fn(&On<Cuda>, &mut fastrand::Rng) -> Result<()>) {
+    let Some(device) = common::gpu() else { return };
+    let on = On::new(&device).unwrap();
+    for _ in 0..rounds {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        test(&on, &mut fastrand::Rng::with_seed(seed)).unwrap();
+    }
+}
+
+fn near(what: &str, (got, expected): (Vec<f32>, Vec<f32>)) {
+    let off = off(&got, &expected);
+    assert!(off <= OFF, "{what} is off by {off:.1e}");
+}
+
+fn same(what: &str, (got, expected): (Vec<f32>, Vec<f32>)) {
+    let wrong = got.iter().zip(&expected).position(|(a, b)| a != b && !(a.is_nan() && b.is_nan()));
+    assert!(wrong.is_none(), "{what}[{wrong:?}] of {}", got.len());
+}
+
+/// A length that is small, odd, or a multiple of what kernels take at once, up to about `most`.
+fn length(rng: &mut fastrand::Rng, most: usize) -> usize {
+    match rng.u8(..4) {
+        0 => 1 + rng.usize(..9.min(most)),
+        1 => 1 + rng.usize(..most),
+        _ => (1 + rng.usize(..most)).next_multiple_of([4, 8, 32, 256][rng.usize(..4)]),
+    }
+}
+
+#[test]
+fn cast_is_exact_for_every_pair_of_types_wherever_a_piece_starts() {
+    on_gpu(8, |gpu, rng| {
+        for from in [DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
+            // Every pattern of up to 16 bits, then random ones.
+            let count = 65536 + length(rng, 20_000);
+            let bytes: Vec<u8> = match from.size() {
+                1 => (0..count).map(|i| i as u8).collect(),
+                2 => (0..count).flat_map(|i| (i as u16).to_le_bytes()).collect(),
+                _ => (0..count).flat_map(|_| rng.u32(..).to_le_bytes()).collect(),
+            };
+            for to in [DType::F32, DType::BF16] {
+                // Not from the first element on, nor to it.
+                let (skip, skip_out) = (rng.usize(..9), rng.usize(..9));
+                let elements = count - skip;
+                let both = on_both!(gpu, |on| {
+                    let raw = on.tensor(&[bytes.len()], &bytes)?;
+                    let mut out = on.empty(to, &[elements + skip_out])?;
+                    let from_at = raw.get().ptr().offset(skip * from.size());
+                    let to_at = out.out().ptr().offset(skip_out * to.size());
+                    let shape = device::Shape::new(&[elements])?;
+                    // SAFETY: parts of the two tensors, which outlive the kernel.
+                    let (x, piece) = unsafe {
+                        (
+                            device::TensorRef::from_raw(from_at, from, shape),
+                            device::TensorMut::from_raw(to_at, to, shape),
+                        )
+                    };
+                    on.device.cast(&on.stream, x, piece)?;
+                    on.read(&out)?[skip_out..].to_vec()
+                });
+                same(&format!("{from} as {to}"), both);
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn norms_of_any_width() {
+    on_gpu(60, |gpu, rng| {
+        // Rows that fit the registers of a warp, of a block, and of neither.
+        let most = [512, 16384, 30_000][rng.usize(..3)];
+        let (rows, width) = (length(rng, 20), length(rng, most));
+        let count = rows * width;
+        let scale = 2f32.powi(rng.i32(-6..7));
+        let values: Vec<f32> = (0..count).map(|_| (rng.f32() - 0.5) * scale).collect();
+        let (weights, added, eps) = (random(rng, width), random(rng, count), 1e-6);
+        let what = format!("[{rows}, {width}]");
+        near(
+            &format!("rms_norm of {what}"),
+            on_both!(gpu, |on| {
+                let (x, weight) = (on.values(DType::F32, &[rows, width], &values)?, on.weight(&[width], &weights)?);
+                let mut out = on.empty(on.device.precision().activation, &[rows, width])?;
+                on.device.rms_norm(&on.stream, x.get(), weight.get(), eps, out.out())?;
+                on.read(&out)?
+            }),
+        );
+        let mut sums = [Vec::new(), Vec::new()];
+        near(
+            &format!("add_rms_norm of {what}"),
+            on_both!(gpu, |on| {
+                let (mut x, weight) = (on.values(DType::F32, &[rows, width], &values)?, on.weight(&[width], &weights)?);
+                let y = on.activation(&[rows, width], &added)?;
+                let mut out = on.empty(on.device.precision().activation, &[rows, width])?;
+                on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), eps, out.out())?;
+                sums.swap(0, 1);
+                sums[1] = on.read(&x)?;
+                on.read(&out)?
+            }),
+        );
+        let [on_gpu, expected] = sums;
+        same(&format!("the sum of {what}"), (on_gpu, expected));
+        near(
+            &format!("rms_norm_in_place of {what}"),
+            on_both!(gpu, |on| {
+                let (mut x, weight) = (on.activation(&[rows, width], &added)?, on.weight(&[width], &weights)?);
+                on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), eps)?;
+                on.read(&x)?
+            }),
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn rope_in_both_layouts_for_any_size_and_position() {
+    on_gpu(60, |gpu, rng| {
+        let (tokens, heads) = (length(rng, 70), 1 + rng.usize(..33));
+        let size = if rng.bool() { [32, 64, 96, 128, 256][rng.usize(..5)] } else { 2 * length(rng, 100) };
+        let positions: Vec<u32> = (0..tokens).map(|_| rng.u32(..131_072)).collect();
+        let inv_freq: Vec<f32> = (0..size / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / size as f32)).collect();
+        let values = random(rng, tokens * heads * size);
+        for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+            near(
+                &format!("rope of [{tokens}, {heads}, {size}], {layout:?}"),
+                on_both!(gpu, |on| {
+                    let mut x = on.activation(&[tokens, heads, size], &values)?;
+                    let (at, frequencies) = (on.tensor(&[tokens], &positions)?, on.tensor(&[size / 2], &inv_freq)?);
+                    on.device.rope(&on.stream, x.out(), at.get(), frequencies.get(), layout)?;
+                    on.read(&x)?
+                }),
+            );
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn swiglu_and_add_of_any_length() {
+    on_gpu(40, |gpu, rng| {
+        let (rows, width) = (length(rng, 40), length(rng, 3000));
+        let gates: Vec<f32> = random(rng, rows * width).into_iter().map(|x| x * 64.0).collect();
+        let (ups, values) = (random(rng, rows * width), random(rng, rows * width));
+        near(
+            &format!("swiglu of [{rows}, {width}]"),
+            on_both!(gpu, |on| {
+                let (mut gate, up) = (on.activation(&[rows, width], &gates)?, on.activation(&[rows, width], &ups)?);
+                on.device.swiglu(&on.stream, gate.out(), up.get())?;
+                on.read(&gate)?
+            }),
+        );
+        same(
+            &format!("add of [{rows}, {width}]"),
+            on_both!(gpu, |on| {
+                let (mut x, y) =
+                    (on.values(DType::F32, &[rows, width], &values)?, on.activation(&[rows, width], &ups)?);
+                on.device.add(&on.stream, x.out(), y.get())?;
+                on.read(&x)?
+            }),
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn lookups_are_exact() {
+    on_gpu(30, |gpu, rng| {
+        let (vocab, width, tokens) = (length(rng, 300), length(rng, 2000), length(rng, 90));
+        let (table, ids) =
+            (random(rng, vocab * width), (0..tokens).map(|_| rng.u32(..vocab as u32)).collect::<Vec<_>>());
+        same(
+            &format!("embed of [{vocab}, {width}]"),
+            on_both!(gpu, |on| {
+                let (table, ids) = (on.weight(&[vocab, width], &table)?, on.tensor(&[tokens], &ids)?);
+                let mut out = on.empty(DType::F32, &[tokens, width])?;
+                on.device.embed(&on.stream, table.get(), ids.get(), out.out())?;
+                on.read(&out)?
+            }),
+        );
+        same(
+            &format!("gather of [{vocab}, {width}]"),
+            on_both!(gpu, |on| {
+                let (x, ids) = (on.tensor(&[vocab, width], &table)?, on.tensor(&[tokens], &ids)?);
+                let mut out = on.empty(DType::F32, &[tokens, width])?;
+                on.device.gather(&on.stream, x.get(), ids.get(), out.out())?;
+                on.read(&out)?
+            }),
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn argmax_takes_the_first_of_equals_and_no_nan_but_the_first_element() {
+    on_gpu(40, |gpu, rng| {
+        let most = [100, 5000, 160_000][rng.usize(..3)];
+        let (rows, columns) = (1 + rng.usize(..6), length(rng, most));
+        let levels = [3, 1000, 1 << 20][rng.usize(..3)];
+        let mut values: Vec<f32> = (0..rows * columns).map(|_| rng.i32(-levels..levels) as f32).collect();
+        for value in &mut values {
+            match rng.u32(..2000) {
+                0 => *value = f32::NAN,
+                1 => *value = f32::NEG_INFINITY,
+                _ => {}
+            }
+        }
+        match rng.u8(..4) {
+            0 => values[0] = f32::NAN,
+            1 => values[..columns].fill(f32::NEG_INFINITY),
+            2 => values[..columns].fill(f32::NAN),
+            _ => {}
+        }
+        same(
+            &format!("argmax of [{rows}, {columns}]"),
+            on_both!(gpu, |on| {
+                let x = on.tensor(&[rows, columns], &values)?;
+                let mut out = on.tensor(&[rows], &vec![7u32; rows])?;
+                on.device.argmax(&on.stream, x.get(), out.out())?;
+                on.read(&out)?
+            }),
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn linear_of_any_shape_with_and_without_bias_to_both_types() {
+    on_gpu(40, |gpu, rng| {
+        let (tokens, k, n) = (length(rng, 300), length(rng, 900), length(rng, 900));
+        let (values, weights, biases) = (random(rng, tokens * k), random(rng, n * k), random(rng, n));
+        for (bias, logits) in [(false, false), (true, false), (false, true)] {
+            near(
+                &format!("linear of [{tokens}, {k}] and [{n}, {k}], bias {bias}, logits {logits}"),
+                on_both!(gpu, |on| {
+                    let (x, weight) = (on.activation(&[tokens, k], &values)?, on.weight(&[n, k], &weights)?);
+                    let with = on.weight(&[n], &biases)?;
+                    let to = if logits { DType::F32 } else { on.device.precision().activation };
+                    let mut out = on.empty(to, &[tokens, n])?;
+                    on.device.linear(&on.stream, x.get(), weight.get(), bias.then(|| with.get()), out.out())?;
+                    on.read(&out)?
+                }),
+            );
+        }
+        Ok(())
+    });
+}
+
+/// Writes a batch's keys and values to a cache that is NaN wherever it must not be read, and attends.
+fn attention_case(
+    gpu: &On<Cuda>,
+    rng: &mut fastrand::Rng,
+    batch: &Batch,
+    [heads, groups, size]: [usize; 3],
+    window: Option<usize>,
+) -> Result<()> {
+    let capacity = batch.lengths.iter().map(|(before, new)| before + new).max().unwrap_or(0) + rng.usize(..40);
+    let (rows, tokens) = (batch.rows.len() + 1, batch.tokens());
+    let shape = [rows, groups, capacity, size];
+    let mut caches = [0, 1].map(|_| random(rng, shape.iter().product()));
+    for (row, cache) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(groups * capacity * size).enumerate()) {
+        let sequence = batch.rows.iter().position(|&r| r as usize == row);
+        let known = sequence.map_or(0, |sequence| batch.lengths[sequence].0);
+        cache.chunks_mut(capacity * size).for_each(|lane| lane[known * size..].fill(f32::NAN));
+    }
+    let new = [0, 1].map(|_| random(rng, tokens * groups * size));
+    // Queries long enough for some keys to matter more than others.
+    let queries: Vec<f32> = random(rng, tokens * heads * size).into_iter().map(|x| x * 4.0).collect();
+    let what = format!("{batch:?}, {heads} heads, {groups} groups of {size}, window {window:?}");
+    let mut written = [Vec::new(), Vec::new()];
+    let both = on_both!(gpu, |on| {
+        let of = batch.on(on)?;
+        let [mut keys, mut values] = [on.cache(&shape, &caches[0])?, on.cache(&shape, &caches[1])?];
+        for (cache, new) in [(&mut keys, &new[0]), (&mut values, &new[1])] {
+            let block = on.activation(&[tokens, groups, size], new)?;
+            on.device.append_kv(&on.stream, block.get(), of.get(), cache.out())?;
+        }
+        written.swap(0, 1);
+        written[1] = on.read(&keys)?;
+        let q = on.activation(&[tokens, heads, size], &queries)?;
+        let mut out = on.empty(on.device.precision().activation, &[tokens, heads, size])?;
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window };
+        on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
+        on.read(&out)?
+    });
+    assert!(both.1.iter().all(|x| x.is_finite()), "{what}: the twin read what it must not");
+    let [on_gpu, expected] = written;
+    same(&format!("append_kv, {what}"), (on_gpu, expected));
+    near(&format!("attention, {what}"), both);
+    Ok(())
+}
+
+/// Sequences of any lengths, some without a new token, in rows of any order.
+fn random_batch(rng: &mut fastrand::Rng, sequences: usize, before: usize, new: usize) -> Batch {
+    let mut rows: Vec<u32> = (0..=sequences as u32).collect();
+    rng.shuffle(&mut rows);
+    rows.truncate(sequences);
+    let mut lengths: Vec<_> = (0..sequences)
+        .map(|_| (rng.usize(..=before), if rng.u8(..5) == 0 { 0 } else { 1 + rng.usize(..new) }))
+        .collect();
+    lengths[sequences - 1].1 = lengths[sequences - 1].1.max(1);
+    Batch { lengths, rows }
+}
+
+#[test]
+fn attention_is_causal_grouped_windowed_and_ragged_for_every_head_size() {
+    on_gpu(4, |gpu, rng| {
+        for size in [32, 64, 96, 128, 256] {
+            for (sequences, before, new) in
+                [(1, 0, 1), (1, 700, 1), (5, 300, 1), (3, 60, 12), (4, 200, 130), (1, 0, 300)]
+            {
+                let groups = 1 + rng.usize(..4);
+                let heads = groups * (1 + rng.usize(..8));
+                let window = [None, None, Some(1), Some(1 + rng.usize(..100)), Some(5000)][rng.usize(..5)];
+                let batch = random_batch(rng, sequences, before, new);
+                attention_case(gpu, rng, &batch, [heads, groups, size], window)?;
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn attention_over_long_contexts_and_more_heads_to_a_group_than_a_tile_has() {
+    on_gpu(1, |gpu, rng| {
+        for (lengths, shape) in [
+            (vec![(131_071, 1)], [4, 1, 64]),
+            (vec![(40_000, 1), (10, 1), (0, 1)], [28, 4, 128]),
+            (vec![(30_000, 40)], [4, 2, 128]),
+            (vec![(100, 1), (7, 3)], [40, 1, 64]),
+            (vec![(0, 2000)], [2, 1, 128]),
+        ] {
+            let rows = (0..lengths.len() as u32).collect();
+            attention_case(gpu, rng, &Batch { lengths, rows }, shape, None)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn nothing_to_do_is_done_without_a_launch() {
+    on_gpu(1, |on, _| {
+        let none = |dtype, shape: &[usize]| on.empty(dtype, shape);
+        let (mut x, y) = (none(DType::F32, &[0, 64])?, none(DType::BF16, &[0, 64])?);
+        let (weight, mut out) = (on.weight(&[64], &[1.0; 64])?, none(DType::BF16, &[0, 64])?);
+        let ids = none(DType::U32, &[0])?;
+        on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())?;
+        on.device.rms_norm(&on.stream, x.get(), weight.get(), 1e-6, out.out())?;
+        on.device.rms_norm_in_place(&on.stream, out.out(), weight.get(), 1e-6)?;
+        on.device.swiglu(&on.stream, out.out(), y.get())?;
+        on.device.cast(&on.stream, y.get(), x.out())?;
+        let table = on.weight(&[1, 64], &[0.0; 64])?;
+        on.device.embed(&on.stream, table.get(), ids.get(), x.out())?;
+        on.device.linear(&on.stream, y.get(), table.get(), None, none(DType::BF16, &[0, 1])?.out())?;
+        // A product over nothing is the bias.
+        let (wide, narrow) = (none(DType::BF16, &[2, 0])?, none(DType::BF16, &[3, 0])?);
+        let bias = on.weight(&[3], &[1.0, 2.0, 3.0])?;
+        let mut out = on.empty(DType::BF16, &[2, 3])?;
+        on.device.linear(&on.stream, wide.get(), narrow.get(), Some(bias.get()), out.out())?;
+        assert_eq!(on.read(&out)?, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+        Ok(())
+    });
+}
+
+#[test]
+fn what_cannot_be_computed_is_refused_by_name() {
+    on_gpu(1, |on, _| {
+        let zeros = |shape: &[usize]| on.tensor(shape, &vec![bf16::ZERO; shape.iter().product()]);
+        let (x, weight, mut out) = (zeros(&[2, 8])?, zeros(&[4, 8])?, zeros(&[2, 4])?);
+        let unprepared = device::Device::stream(&on.device)?;
+        let refused = on.device.linear(&unprepared, x.get(), weight.get(), None, out.out()).unwrap_err();
+        assert!(matches!(refused, Error::Kernel { kernel: "linear", .. }) && refused.to_string().contains("prepare"));
+        let floats = on.tensor(&[2, 8], &[0.0f32; 16])?;
+        let refused = on.device.linear(&on.stream, floats.get(), weight.get(), None, out.out()).unwrap_err();
+        assert!(refused.to_string().contains("F32"), "{refused}");
+        let batch = Batch { lengths: vec![(0, 2)], rows: vec![0] }.on(on)?;
+        let (q, cache, mut mixed) = (zeros(&[2, 1, 80])?, zeros(&[1, 1, 4, 80])?, zeros(&[2, 1, 80])?);
+        let mask = AttentionMask { scale: 1.0, window: None };
+        let (keys, values) = (cache.get(), cache.get());
+        let refused =
+            on.device.attention(&on.stream, q.get(), keys, values, batch.get(), mask, mixed.out()).unwrap_err();
+        assert!(refused.to_string().contains("heads of 80"), "{refused}");
+        Ok(())
+    });
+}

@@ -1,0 +1,169 @@
+//! The decoder on a GPU, in BF16, beside what transformers computed and beside the CPU device, in F32. Without a GPU there is
+//! nothing to test, and the tests say so.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::{
+    REFERENCES, asks, data, distance, expected, forget, generate, gpu, logits, numbers, spelled_right, speller,
+    tokenizer,
+};
+use layer_streamer::{
+    Settings,
+    device::{self, Cpu, Cuda},
+    kernels::Kernels,
+    model::{Decoder, Model, Sequence},
+};
+
+/// How far logits may be off: ‖Δ‖ / ‖reference‖.
+const OFF: f64 = 2e-2;
+
+/// Where the CPU's two best logits are further apart than this, in units of the root mean square of the token's logits, the GPU
+/// must find the same: ten times what [`OFF`] allows on average.
+const MARGIN: f32 = 0.2;
+
+fn decoder<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize) -> Decoder<D> {
+    Decoder::new(device, model, &Settings::default(), batch, context).unwrap()
+}
+
+#[test]
+fn prompt_logits_and_every_residual_stream_agree_with_the_reference() {
+    let Some(device) = gpu() else { return };
+    for name in REFERENCES {
+        let folder = data(name);
+        let (model, reference) = (Model::open(&folder).unwrap(), expected(&folder));
+        let mut decoder = decoder(&device, &model, 1, reference.prompt.len());
+        let batch = [Sequence { row: 0, tokens: &reference.prompt }];
+        let mut layers = 0;
+        let pass = decoder.forward_observed(&batch, |layer, residual, stream| {
+            let mut hidden = vec![0.0; residual.elements()];
+            device::download(&device, stream, residual, &mut hidden)?;
+            let off = distance(&hidden, &reference.floats[&format!("hidden.{layer}")]);
+            assert!(off <= OFF, "{name}: residual stream after layer {layer} is off by {off:.1e}");
+            layers += 1;
+            Ok(())
+        });
+        pass.unwrap();
+        assert_eq!(layers, model.config.layers);
+        let off = distance(&logits(&mut decoder), &reference.floats["logits"]);
+        assert!(off <= OFF, "{name}: logits are off by {off:.1e}");
+        println!("{name}: logits off by {off:.1e}");
+    }
+}
+
+#[test]
+fn the_greedy_continuation_is_the_reference_s_alone_and_in_a_batch_of_unequal_lengths() {
+    let Some(device) = gpu() else { return };
+    for name in REFERENCES {
+        let folder = data(name);
+        let (model, reference) = (Model::open(&folder).unwrap(), expected(&folder));
+        let prompt = reference.prompt.as_slice();
+        let part = &prompt[..prompt.len() / 2];
+        let mut decoder = decoder(&device, &model, 2, prompt.len() + 20);
+        assert_eq!(generate(&mut decoder, &[prompt], 16, &[])[0], reference.continuation, "{name}");
+        for (prompts, at) in [([prompt, part], 0), ([part, prompt], 1)] {
+            forget(&mut decoder, 2);
+            let found = generate(&mut decoder, &prompts, 16, &[]);
+            assert_eq!(found[at], reference.continuation, "{name} as sequence {at} of two");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_of_several_blocks_gives_what_pieces_of_any_length_give() {
+    let Some(device) = gpu() else { return };
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let ids: Vec<u32> = (0..400u32).map(|i| 3 + i * 7919 % 300).collect();
+    let (long, short, vocab) = (&ids[..390], &ids[..150], model.config.vocab);
+    let mut whole = decoder(&device, &model, 3, 400);
+    let batch =
+        [Sequence { row: 2, tokens: short }, Sequence { row: 0, tokens: long }, Sequence { row: 1, tokens: &ids[..1] }];
+    whole.forward(&batch).unwrap();
+    let at_once = logits(&mut whole);
+    let mut on_cpu = decoder(&Cpu, &model, 1, 400);
+    on_cpu.forward(&[Sequence { row: 0, tokens: long }]).unwrap();
+    let reference = logits(&mut on_cpu);
+    // One token by one, and pieces that take the other kernel.
+    for piece in [1, 13, 64] {
+        let mut pieces = decoder(&device, &model, 1, 400);
+        let mut found = Vec::new();
+        for tokens in long.chunks(piece) {
+            pieces.forward(&[Sequence { row: 0, tokens }]).unwrap();
+            found.extend(logits(&mut pieces));
+        }
+        let off = distance(&found, &reference);
+        assert!(off <= OFF, "pieces of {piece} off by {off:.1e}");
+    }
+    for (found, expected) in
+        [(&at_once[150 * vocab..540 * vocab], &reference[..]), (&at_once[..150 * vocab], &reference[..150 * vocab])]
+    {
+        let off = distance(found, expected);
+        assert!(off <= OFF, "several blocks off by {off:.1e}");
+    }
+}
+
+/// The greatest element, the first if there are several, and how far ahead of the next it is, in units of the root mean square.
+fn best(row: &[f32]) -> (usize, f32) {
+    let first = (0..row.len()).reduce(|best, i| if row[i] > row[best] { i } else { best }).unwrap();
+    let second = (0..row.len()).filter(|i| *i != first).map(|i| row[i]).fold(f32::NEG_INFINITY, f32::max);
+    let mean_square = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
+    (first, (row[first] - second) / mean_square.sqrt())
+}
+
+#[test]
+fn the_speller_spells_as_on_the_cpu_and_finds_the_same_token_wherever_the_choice_is_clear() {
+    let Some(device) = gpu() else { return };
+    let (model, numbers, tokenizer) = (Model::open(speller()).unwrap(), numbers(), tokenizer());
+    let (mut on_cpu, mut on_gpu) = (decoder(&Cpu, &model, 100, 48), decoder(&device, &model, 100, 48));
+    let [right, right_on_gpu] = [spelled_right(&mut on_cpu, &numbers), spelled_right(&mut on_gpu, &numbers)];
+    println!("of {} numbers: {right} right on the CPU, {right_on_gpu} on the GPU", numbers.len());
+    assert!((right - right_on_gpu.min(right)) * 1000 <= 5 * numbers.len(), "{right_on_gpu} instead of {right}");
+
+    // Both are given what the CPU writes, so that one difference does not lead to others.
+    let (vocab, mut tokens, mut others, mut clearest) = (model.config.vocab, 0, 0, 0.0f32);
+    for numbers in numbers.chunks(100) {
+        let asked: Vec<_> = numbers.iter().map(|n| asks(&tokenizer, *n)).collect();
+        let prompts: Vec<&[u32]> = asked.iter().map(Vec::as_slice).collect();
+        forget(&mut on_cpu, 100);
+        let written = generate(&mut on_cpu, &prompts, 32, &model.config.stop);
+        let texts: Vec<Vec<u32>> = asked.iter().zip(&written).map(|(a, b)| [a.as_slice(), b].concat()).collect();
+        let batch: Vec<_> = texts.iter().enumerate().map(|(row, tokens)| Sequence { row, tokens }).collect();
+        forget(&mut on_cpu, 100);
+        forget(&mut on_gpu, 100);
+        on_cpu.forward(&batch).unwrap();
+        on_gpu.forward(&batch).unwrap();
+        for (a, b) in logits(&mut on_cpu).chunks(vocab).zip(logits(&mut on_gpu).chunks(vocab)) {
+            let ((token, margin), (token_on_gpu, _)) = (best(a), best(b));
+            tokens += 1;
+            if token != token_on_gpu {
+                others += 1;
+                clearest = clearest.max(margin);
+            }
+        }
+    }
+    println!("{others} of {tokens} tokens differ, the clearest of them {clearest} root mean squares apart on the CPU");
+    assert!(clearest <= MARGIN, "a token differs that is {clearest} root mean squares apart on the CPU");
+}
+
+#[test]
+fn a_pass_takes_no_device_memory_and_what_is_given_back_at_the_end_is_all() {
+    let Some(device) = gpu() else { return };
+    let free = |device: &Cuda| device.memory().unwrap().0;
+    let model = Model::open(speller()).unwrap();
+    let run = |decoder: &mut Decoder<Cuda>| generate(decoder, &[&[5, 6, 7, 8], &[9]], 8, &[]);
+    // What CUDA and cuBLAS keep for the process is taken by the first run.
+    run(&mut decoder(&device, &model, 2, 32));
+    let before = free(&device);
+    for _ in 0..3 {
+        let mut decoder = decoder(&device, &model, 2, 32);
+        let found = run(&mut decoder);
+        let during = free(&device);
+        for _ in 0..5 {
+            forget(&mut decoder, 2);
+            assert_eq!(run(&mut decoder), found, "the same every time");
+        }
+        assert_eq!(free(&device), during, "passes took device memory");
+        drop(decoder);
+        assert_eq!(free(&device), before, "not all device memory was given back");
+    }
+}
