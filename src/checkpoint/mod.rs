@@ -51,13 +51,14 @@ impl Entry {
     }
 }
 
-/// By what a file is known again: device, inode, length in bytes, and when it was last written to (seconds, nanoseconds).
+/// By what a file is known again: length in bytes, and when it was last written to (seconds, nanoseconds). Not by its inode,
+/// which some network file systems number anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FileState(u64, u64, u64, i64, i64);
+pub(crate) struct FileState(u64, i64, i64);
 
 impl FileState {
     pub(crate) fn of(metadata: &Metadata) -> Self {
-        Self(metadata.dev(), metadata.ino(), metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+        Self(metadata.len(), metadata.mtime(), metadata.mtime_nsec())
     }
 }
 
@@ -117,8 +118,8 @@ impl Checkpoint {
             let bytes = dtype.bytes_of(&shape).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(|| {
                 Error::tensor(&path, &name, format!("{dtype} {shape:?} is more than can be addressed"))
             })?;
-            if offset.checked_add(bytes as u64).is_none_or(|end| end > states[file].2) {
-                let length = states[file].2;
+            if offset.checked_add(bytes as u64).is_none_or(|end| end > states[file].0) {
+                let length = states[file].0;
                 let cause = format!(
                     "its {bytes} bytes from byte {offset} on do not fit in the file of {length} bytes; is it truncated?"
                 );
