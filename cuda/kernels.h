@@ -44,18 +44,19 @@ cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, 
                              int64_t rows, int64_t hidden, cudaStream_t stream);
 
 /* The norm in place, for heads: x [rows, size]. */
-cudaError_t lsk_rms_norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
+cudaError_t lsk_rms_norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
                                cudaStream_t stream);
 
 /* x += y. */
 cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
 
-/* out[r] = bias: out [rows, columns], what a product with beta = 1 is added to. */
-cudaError_t lsk_broadcast_row(lsk_bf16* out, const lsk_bf16* bias, int64_t rows, int64_t columns, cudaStream_t stream);
+/* out[r] = bias: out [rows, columns] of LSK_F32 or LSK_BF16, what a product with beta = 1 is added to. */
+cudaError_t lsk_broadcast_row(void* out, int out_dtype, const lsk_bf16* bias, int64_t rows, int64_t columns,
+                              cudaStream_t stream);
 
-/* Rotary embedding in place: x [tokens, heads, size], positions [tokens], inv_freq [size / 2]. */
-cudaError_t lsk_rope(lsk_bf16* x, const uint32_t* positions, const float* inv_freq, int64_t tokens, int heads, int size,
-                     int interleaved, cudaStream_t stream);
+/* Rotary embedding: x, out [tokens, heads, size], positions [tokens], inv_freq [size / 2]. */
+cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, int64_t tokens,
+                     int heads, int size, int interleaved, cudaStream_t stream);
 
 /* gate = silu(gate) * up. */
 cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);

@@ -109,40 +109,50 @@ cudaError_t launch(const Norm& call, cudaStream_t stream) {
 
 constexpr int kHeadBlock = 256;
 
-// `lanes` neighbours, a power of two, share a row of up to 8 · lanes elements, a multiple of 8.
+// `lanes` neighbours, a power of two, share a row of up to 8 · lanes elements, a multiple of 4.
 __global__ void __launch_bounds__(kHeadBlock)
-    norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int size, int lanes) {
-  const int column = int(threadIdx.x) % lanes * 8;
+    norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int size, int lanes) {
+  const int lane = int(threadIdx.x) % lanes;
   const int64_t row = (int64_t(blockIdx.x) * kHeadBlock + threadIdx.x) / lanes;
-  const bool live = row < rows && column < size;
-  lsk_bf16* const place = x + row * size + column;
-  float values[8] = {};
-  if (live) widen(load<8>(place), values);
+  x += row * size;
+  Vec<float, 4> values[2];
   float squares = 0.0f;
 #pragma unroll
-  for (int k = 0; k < 8; ++k) squares += values[k] * values[k];
-  const float factor = 1.0f / sqrtf(sum_over_lanes(squares, lanes) / float(size) + eps);
-  if (!live) return;
-  float scaled[8];
-  widen(load<8>(weight + column), scaled);
+  for (int i = 0; i < 2; ++i) {
+    const int column = (i * lanes + lane) * 4;
+    if (row < rows && column < size) values[i] = load<4>(x + column);
+  }
 #pragma unroll
-  for (int k = 0; k < 8; ++k) scaled[k] *= values[k] * factor;
-  store(place, narrow<lsk_bf16>(scaled));
+  for (int i = 0; i < 2; ++i) {
+    if (row < rows && (i * lanes + lane) * 4 < size) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) squares += values[i].at[k] * values[i].at[k];
+    }
+  }
+  const float factor = 1.0f / sqrtf(sum_over_lanes(squares, lanes) / float(size) + eps);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int column = (i * lanes + lane) * 4;
+    if (row < rows && column < size) {
+      const Vec<lsk_bf16, 4> scale = load<4>(weight + column);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) values[i].at[k] *= factor * widen(scale.at[k]);
+      store(x + column, values[i]);
+    }
+  }
 }
 
 // Any row, by one warp that reads it twice; each lane writes what it alone has read.
 __global__ void __launch_bounds__(kHeadBlock)
-    norm_heads_any(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size) {
+    norm_heads_any(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size) {
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * (kHeadBlock / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   x += row * size;
   float squares = 0.0f;
-  for (int64_t column = lane; column < size; column += 32) squares += widen(x[column]) * widen(x[column]);
+  for (int64_t column = lane; column < size; column += 32) squares += x[column] * x[column];
   const float factor = 1.0f / sqrtf(sum_over_lanes(squares, 32) / float(size) + eps);
-  for (int64_t column = lane; column < size; column += 32) {
-    narrow(widen(x[column]) * factor * widen(weight[column]), &x[column]);
-  }
+  for (int64_t column = lane; column < size; column += 32) x[column] *= factor * widen(weight[column]);
 }
 
 }  // namespace
@@ -157,10 +167,10 @@ cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, 
   return launch<true>({out, residual, residual, y, weight, eps, rows, hidden}, stream);
 }
 
-cudaError_t lsk_rms_norm_heads(lsk_bf16* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
+cudaError_t lsk_rms_norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
                                cudaStream_t stream) {
   if (rows == 0 || size == 0) return cudaSuccess;
-  const bool wide = size % 8 == 0 && size <= 256 && aligned_for<8>(x) && aligned_for<8>(weight);
+  const bool wide = size % 4 == 0 && size <= 256 && aligned_for<4>(x) && aligned_for<4>(weight);
   int lanes = wide ? 1 : 32;
   while (lanes * 8 < size && wide) lanes *= 2;
   const int64_t each = kHeadBlock / lanes;

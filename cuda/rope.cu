@@ -1,5 +1,5 @@
-// Rotary position embedding in place (Su et al. 2021, arXiv:2104.09864). Sine and cosine are computed once for a token and a
-// frequency, whatever the number of heads, while the first elements are on their way.
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864), from F32 to BF16. Sine and cosine are computed once for a
+// token and a frequency, whatever the number of heads, while the first elements are on their way.
 #include "common.cuh"
 
 namespace {
@@ -10,29 +10,36 @@ constexpr int kBlock = 256, kUnroll = 2;
 constexpr int64_t kMostTokens = 16;
 
 struct Rope {
-  lsk_bf16* x;
+  lsk_bf16* out;
+  const float* x;
   const uint32_t* positions;
   const float* inv_freq;
   int64_t tokens;
   int heads, size, each;  // `each` tokens a block
 };
 
+// Of an F32 angle up to 2^32, to 1e-6. Its turns are taken off in double precision: sincosf does that for great angles with
+// a table in local memory.
+__device__ inline void sine_and_cosine(float angle, float* sine, float* cosine) {
+  const double turns = double(angle) * 0.15915494309189535;
+  sincospif(2.0f * float(turns - rint(turns)), sine, cosine);
+}
+
 // A thread takes N pairs at once: size is a multiple of 2 · N.
 template <int N, bool kInterleaved>
 __global__ void __launch_bounds__(kBlock) rope(Rope call) {
   LSK_DYNAMIC_SHARED(shared);
   const int half = call.size / 2, packs = half / N;
-  const int64_t first = int64_t(blockIdx.x) * call.each;
+  const int64_t first = int64_t(blockIdx.x) * call.each, begin = first * call.heads * call.size;
   const int tokens = int(call.tokens - first < call.each ? call.tokens - first : call.each);
   float* const cosines = reinterpret_cast<float*>(shared);
   float* const sines = cosines + call.each * half;
-  lsk_bf16* const x = call.x + first * call.heads * call.size;
   const int items = tokens * call.heads * packs;
   // The second elements of the pairs lie this far from the first.
   const int apart = kInterleaved ? N : half;
   bool ready = false;
   for (int base = 0; base < items; base += kBlock * kUnroll) {
-    Vec<lsk_bf16, N> low[kUnroll], high[kUnroll];
+    Vec<float, N> low[kUnroll], high[kUnroll];
     int place[kUnroll], angle[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -41,14 +48,14 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
         const int row = int(unsigned(item) / unsigned(packs)), pack = item - row * packs;
         angle[i] = int(unsigned(row) / unsigned(call.heads)) * half + pack * N;
         place[i] = row * call.size + pack * N * (kInterleaved ? 2 : 1);
-        low[i] = load<N>(x + place[i]);
-        high[i] = load<N>(x + place[i] + apart);
+        low[i] = load<N>(call.x + begin + place[i]);
+        high[i] = load<N>(call.x + begin + place[i] + apart);
       }
     }
     if (!ready) {
       for (int i = threadIdx.x; i < tokens * half; i += kBlock) {
         const int token = int(unsigned(i) / unsigned(half));
-        sincosf(float(call.positions[first + token]) * call.inv_freq[i - token * half], &sines[i], &cosines[i]);
+        sine_and_cosine(float(call.positions[first + token]) * call.inv_freq[i - token * half], &sines[i], &cosines[i]);
       }
       __syncthreads();
       ready = true;
@@ -60,14 +67,14 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
           // Interleaved, the 2 · N elements are N pairs side by side.
-          auto& first_of = kInterleaved ? (2 * k < N ? low[i] : high[i]).at[2 * k % N] : low[i].at[k];
-          auto& second_of = kInterleaved ? (2 * k + 1 < N ? low[i] : high[i]).at[(2 * k + 1) % N] : high[i].at[k];
-          const float a = widen(first_of), b = widen(second_of);
-          narrow(a * cosine.at[k] - b * sine.at[k], &first_of);
-          narrow(b * cosine.at[k] + a * sine.at[k], &second_of);
+          float& first_of = kInterleaved ? (2 * k < N ? low[i] : high[i]).at[2 * k % N] : low[i].at[k];
+          float& second_of = kInterleaved ? (2 * k + 1 < N ? low[i] : high[i]).at[(2 * k + 1) % N] : high[i].at[k];
+          const float a = first_of, b = second_of;
+          first_of = a * cosine.at[k] - b * sine.at[k];
+          second_of = b * cosine.at[k] + a * sine.at[k];
         }
-        store(x + place[i], low[i]);
-        store(x + place[i] + apart, high[i]);
+        store(call.out + begin + place[i], narrow<lsk_bf16>(low[i].at));
+        store(call.out + begin + place[i] + apart, narrow<lsk_bf16>(high[i].at));
       }
     }
   }
@@ -85,16 +92,16 @@ cudaError_t launch(Rope call, bool interleaved, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t lsk_rope(lsk_bf16* x, const uint32_t* positions, const float* inv_freq, int64_t tokens, int heads, int size,
-                     int interleaved, cudaStream_t stream) {
+cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, int64_t tokens,
+                     int heads, int size, int interleaved, cudaStream_t stream) {
   // The sines of a token must fit shared memory.
   if (size < 0 || size % 2 != 0 || size > 4096 || heads < 0 || heads > 65536) return cudaErrorInvalidValue;
   if (tokens == 0 || heads == 0 || size == 0) return cudaSuccess;
-  const Rope call = {x, positions, inv_freq, tokens, heads, size, 1};
-  return size % 16 == 0 && aligned_for<8>(x) ? launch<8>(call, interleaved != 0, stream)
-                                             : launch<1>(call, interleaved != 0, stream);
+  const Rope call = {out, x, positions, inv_freq, tokens, heads, size, 1};
+  return size % 8 == 0 && aligned_for<4>(x) && aligned_for<4>(out) ? launch<4>(call, interleaved != 0, stream)
+                                                                   : launch<1>(call, interleaved != 0, stream);
 }
 
 cudaError_t load_rope() {
-  return load_kernels(rope<8, false>, rope<8, true>, rope<1, false>, rope<1, true>);
+  return load_kernels(rope<4, false>, rope<4, true>, rope<1, false>, rope<1, true>);
 }

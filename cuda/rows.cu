@@ -53,22 +53,27 @@ struct Add {
 };
 
 // Each thread writes its columns of every row that blockIdx.y stands for.
-template <int N>
+template <typename Out, int N>
 __global__ void __launch_bounds__(kBlock)
-    broadcast_row(lsk_bf16* out, const lsk_bf16* bias, int64_t rows, int64_t columns) {
+    broadcast_row(Out* out, const lsk_bf16* bias, int64_t rows, int64_t columns) {
   const int64_t column = (int64_t(blockIdx.x) * kBlock + threadIdx.x) * N;
   if (column >= columns) return;
-  const Vec<lsk_bf16, N> values = load<N>(bias + column);
+  float wide[N];
+  widen(load<N>(bias + column), wide);
+  const Vec<Out, N> values = narrow<Out>(wide);
 #pragma unroll 4
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) store(out + row * columns + column, values);
 }
 
-template <int N>
-cudaError_t launch_broadcast_row(lsk_bf16* out, const lsk_bf16* bias, int64_t rows, int64_t columns,
-                                 cudaStream_t stream) {
-  constexpr int64_t kEach = kBlock * N, kMostRows = 256;
-  const dim3 grid(unsigned((columns + kEach - 1) / kEach), unsigned(rows < kMostRows ? rows : kMostRows));
-  return lsk_launch(broadcast_row<N>, grid, dim3(kBlock), 0, stream, out, bias, rows, columns);
+template <typename Out>
+cudaError_t launch_broadcast_row(Out* out, const lsk_bf16* bias, int64_t rows, int64_t columns, cudaStream_t stream) {
+  constexpr int N = 16 / sizeof(Out);
+  constexpr int64_t kMostRows = 256;
+  const bool wide = columns % N == 0 && aligned_for<N>(out) && aligned_for<N>(bias);
+  const int64_t each = kBlock * (wide ? N : 1);
+  const dim3 grid(unsigned((columns + each - 1) / each), unsigned(rows < kMostRows ? rows : kMostRows));
+  return lsk_launch(wide ? broadcast_row<Out, N> : broadcast_row<Out, 1>, grid, dim3(kBlock), 0, stream, out, bias, rows,
+                    columns);
 }
 
 constexpr int kGreatestBlock = 1024;
@@ -130,13 +135,14 @@ cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream) 
   return launch_elementwise(Add<1>(x, y), n, stream);
 }
 
-cudaError_t lsk_broadcast_row(lsk_bf16* out, const lsk_bf16* bias, int64_t rows, int64_t columns,
+cudaError_t lsk_broadcast_row(void* out, int out_dtype, const lsk_bf16* bias, int64_t rows, int64_t columns,
                               cudaStream_t stream) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  if (columns % 8 == 0 && aligned_for<8>(out) && aligned_for<8>(bias)) {
-    return launch_broadcast_row<8>(out, bias, rows, columns, stream);
+  switch (out_dtype) {
+    case LSK_F32: return launch_broadcast_row(static_cast<float*>(out), bias, rows, columns, stream);
+    case LSK_BF16: return launch_broadcast_row(static_cast<lsk_bf16*>(out), bias, rows, columns, stream);
+    default: return cudaErrorInvalidValue;
   }
-  return launch_broadcast_row<1>(out, bias, rows, columns, stream);
 }
 
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream) {
@@ -150,6 +156,6 @@ cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t colu
 
 cudaError_t load_rows() {
   return load_kernels(look_up<lsk_bf16, 4>, look_up<lsk_bf16, 1>, look_up<float, 4>, look_up<float, 1>,
-                      elementwise<Add<4>>, elementwise<Add<1>>, broadcast_row<8>, broadcast_row<1>, argmax<4>,
-                      argmax<1>);
+                      elementwise<Add<4>>, elementwise<Add<1>>, broadcast_row<float, 4>, broadcast_row<float, 1>,
+                      broadcast_row<lsk_bf16, 8>, broadcast_row<lsk_bf16, 1>, argmax<4>, argmax<1>);
 }

@@ -247,23 +247,26 @@ impl<D: Kernels> Bench<'_, D> {
             let values = random(&mut self.rng, few * heads * size);
             let positions: Vec<u32> = (0..tokens.max(few)).map(|_| self.rng.u32(..32_768)).collect();
             let both = on_both!(here, |on| {
-                let mut x = on.activation(&[few, heads, size], &values)?;
+                let shape = [few, heads, size];
+                let (x, mut out) =
+                    (on.values(DType::F32, &shape, &values)?, on.empty(on.device.precision().activation, &shape)?);
                 let (at, frequencies) = (on.tensor(&[few], &positions[..few])?, on.tensor(&[size / 2], &inv_freq)?);
-                on.device.rope(&on.stream, x.out(), at.get(), frequencies.get(), layout)?;
-                on.read(&x)?
+                on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), layout, out.out())?;
+                on.read(&out)?
             });
-            let mut x = self.fill(activation, &[tokens, heads, size])?;
+            let shape = [tokens, heads, size];
+            let (x, mut out) = (self.fill(DType::F32, &shape)?, here.empty(activation, &shape)?);
             let (at, frequencies) =
                 (here.tensor(&[tokens], &positions[..tokens])?, here.tensor(&[size / 2], &inv_freq)?);
-            let moved = 2 * x.bytes();
+            let moved = x.bytes() + out.bytes();
             let name = format!("rope [{tokens}, {heads}, {size}], {layout:?}");
             self.record(name, Some(off(&both.0, &both.1)), moved, 0.0, |_| {
-                here.device.rope(&here.stream, x.out(), at.get(), frequencies.get(), layout)
+                here.device.rope(&here.stream, x.get(), at.get(), frequencies.get(), layout, out.out())
             })?;
         }
         let rows = tokens * 28;
         let weight = self.fill(DType::BF16, &[size])?;
-        let mut x = self.fill(activation, &[rows, size])?;
+        let mut x = self.fill(DType::F32, &[rows, size])?;
         self.record(format!("rms_norm_in_place [{rows}, {size}]"), None, 2 * x.bytes(), 0.0, |_| {
             here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 1e-6)
         })?;

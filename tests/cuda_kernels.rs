@@ -124,7 +124,7 @@ fn norms_of_any_width() {
         near(
             &format!("rms_norm_in_place of {what}"),
             on_both!(gpu, |on| {
-                let (mut x, weight) = (on.activation(&[rows, width], &added)?, on.weight(&[width], &weights)?);
+                let (mut x, weight) = (on.values(DType::F32, &[rows, width], &added)?, on.weight(&[width], &weights)?);
                 on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), eps)?;
                 on.read(&x)?
             }),
@@ -145,10 +145,11 @@ fn rope_in_both_layouts_for_any_size_and_position() {
             near(
                 &format!("rope of [{tokens}, {heads}, {size}], {layout:?}"),
                 on_both!(gpu, |on| {
-                    let mut x = on.activation(&[tokens, heads, size], &values)?;
+                    let x = on.values(DType::F32, &[tokens, heads, size], &values)?;
                     let (at, frequencies) = (on.tensor(&[tokens], &positions)?, on.tensor(&[size / 2], &inv_freq)?);
-                    on.device.rope(&on.stream, x.out(), at.get(), frequencies.get(), layout)?;
-                    on.read(&x)?
+                    let mut out = on.empty(on.device.precision().activation, &[tokens, heads, size])?;
+                    on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), layout, out.out())?;
+                    on.read(&out)?
                 }),
             );
         }
@@ -249,13 +250,13 @@ fn linear_of_any_shape_with_and_without_bias_to_both_types() {
     on_gpu(40, |gpu, rng| {
         let (tokens, k, n) = (length(rng, 300), length(rng, 900), length(rng, 900));
         let (values, weights, biases) = (random(rng, tokens * k), random(rng, n * k), random(rng, n));
-        for (bias, logits) in [(false, false), (true, false), (false, true)] {
+        for (bias, wide) in [(false, false), (true, false), (false, true), (true, true)] {
             near(
-                &format!("linear of [{tokens}, {k}] and [{n}, {k}], bias {bias}, logits {logits}"),
+                &format!("linear of [{tokens}, {k}] and [{n}, {k}], bias {bias}, F32 {wide}"),
                 on_both!(gpu, |on| {
                     let (x, weight) = (on.activation(&[tokens, k], &values)?, on.weight(&[n, k], &weights)?);
                     let with = on.weight(&[n], &biases)?;
-                    let to = if logits { DType::F32 } else { on.device.precision().activation };
+                    let to = if wide { DType::F32 } else { on.device.precision().activation };
                     let mut out = on.empty(to, &[tokens, n])?;
                     on.device.linear(&on.stream, x.get(), weight.get(), bias.then(|| with.get()), out.out())?;
                     on.read(&out)?
@@ -366,7 +367,7 @@ fn nothing_to_do_is_done_without_a_launch() {
         let ids = none(DType::U32, &[0])?;
         on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())?;
         on.device.rms_norm(&on.stream, x.get(), weight.get(), 1e-6, out.out())?;
-        on.device.rms_norm_in_place(&on.stream, out.out(), weight.get(), 1e-6)?;
+        on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), 1e-6)?;
         on.device.swiglu(&on.stream, out.out(), y.get())?;
         on.device.cast(&on.stream, y.get(), x.out())?;
         let table = on.weight(&[1, 64], &[0.0; 64])?;
@@ -375,9 +376,11 @@ fn nothing_to_do_is_done_without_a_launch() {
         // A product over nothing is the bias.
         let (wide, narrow) = (none(DType::BF16, &[2, 0])?, none(DType::BF16, &[3, 0])?);
         let bias = on.weight(&[3], &[1.0, 2.0, 3.0])?;
-        let mut out = on.empty(DType::BF16, &[2, 3])?;
-        on.device.linear(&on.stream, wide.get(), narrow.get(), Some(bias.get()), out.out())?;
-        assert_eq!(on.read(&out)?, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+        for to in [DType::BF16, DType::F32] {
+            let mut out = on.empty(to, &[2, 3])?;
+            on.device.linear(&on.stream, wide.get(), narrow.get(), Some(bias.get()), out.out())?;
+            assert_eq!(on.read(&out)?, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+        }
         Ok(())
     });
 }

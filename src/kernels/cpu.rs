@@ -259,24 +259,27 @@ impl Kernels for Cpu {
     fn rope(
         &self,
         _: &CpuStream,
-        mut x: TensorMut<'_>,
+        x: TensorRef<'_>,
         positions: TensorRef<'_>,
         inv_freq: TensorRef<'_>,
         layout: RopeLayout,
+        mut out: TensorMut<'_>,
     ) -> Result<()> {
-        let [tokens, heads, size] = shapes::rope(PRECISION, x.as_ref(), positions, inv_freq)?;
+        let [tokens, heads, size] = shapes::rope(PRECISION, x, positions, inv_freq, out.as_ref())?;
         // Pair `i` is made of elements `i · step` and `i · step + apart`.
         let (step, apart) = match layout {
             RopeLayout::Halves => (1, size / 2),
             RopeLayout::Interleaved => (2, 1),
         };
         let (positions, inv_freq) = (read::<u32>("rope", positions)?, read::<f32>("rope", inv_freq)?);
-        for_rows(write("rope", &mut x)?, heads * size, tokens * heads * size * 8, |token, row| {
+        let (x, width) = (read::<f32>("rope", x)?, heads * size);
+        for_rows(write("rope", &mut out)?, width, tokens * width * 8, |token, row| {
+            let x = &x[token * width..][..width];
             for (i, &frequency) in inv_freq.iter().enumerate() {
                 let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
-                for head in row.chunks_mut(size) {
-                    let (first, second) = (i * step, i * step + apart);
-                    let (a, b) = (head[first], head[second]);
+                let (first, second) = (i * step, i * step + apart);
+                for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
+                    let (a, b) = (x[first], x[second]);
                     head[first] = a * cos - b * sin;
                     head[second] = b * cos + a * sin;
                 }

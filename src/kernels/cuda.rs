@@ -13,13 +13,16 @@ use super::{
 use crate::{
     device::{
         Cuda, CudaMemory, CudaStream, Device, TensorMut, TensorRef,
-        cuda::sys::{self, cudaError},
+        cuda::{
+            code_of,
+            sys::{self, cudaError},
+        },
     },
     dtype::DType,
     error::{Error, Result},
 };
 
-/// Everything but the residual stream and the logits is BF16.
+/// Everything is BF16 but what is F32 on every device.
 const PRECISION: Precision = Precision { activation: DType::BF16, cache: DType::BF16, weight: Some(DType::BF16) };
 
 /// Head sizes that attention is compiled for.
@@ -169,7 +172,7 @@ impl Kernels for Cuda {
         if let Some(bias) = bias {
             // SAFETY: the module's invariant.
             self.launch("linear", || unsafe {
-                sys::lsk_broadcast_row(to(&out), at(bias), tokens as i64, n as i64, stream.raw())
+                sys::lsk_broadcast_row(to(&out), code_of(out.dtype()), at(bias), tokens as i64, n as i64, stream.raw())
             })?;
         }
         let beta = if bias.is_some() { 1.0 } else { 0.0 };
@@ -180,17 +183,28 @@ impl Kernels for Cuda {
     fn rope(
         &self,
         stream: &CudaStream,
-        x: TensorMut<'_>,
+        x: TensorRef<'_>,
         positions: TensorRef<'_>,
         inv_freq: TensorRef<'_>,
         layout: RopeLayout,
+        out: TensorMut<'_>,
     ) -> Result<()> {
-        let [tokens, heads, size] = shapes::rope(PRECISION, x.as_ref(), positions, inv_freq)?;
+        let [tokens, heads, size] = shapes::rope(PRECISION, x, positions, inv_freq, out.as_ref())?;
         let (heads, size) = (int("rope", heads)?, int("rope", size)?);
         let interleaved = c_int::from(layout == RopeLayout::Interleaved);
         // SAFETY: the module's invariant.
         self.launch("rope", || unsafe {
-            sys::lsk_rope(to(&x), at(positions), at(inv_freq), tokens as i64, heads, size, interleaved, stream.raw())
+            sys::lsk_rope(
+                to(&out),
+                at(x),
+                at(positions),
+                at(inv_freq),
+                tokens as i64,
+                heads,
+                size,
+                interleaved,
+                stream.raw(),
+            )
         })
     }
 

@@ -1,8 +1,8 @@
 //! What a decoder computes, as operations that a device enqueues on a stream.
 //!
 //! Shapes are written slowest dimension first. `T` counts tokens of all sequences of a batch, one after the other. The residual
-//! stream and the logits are F32; what activations, weights and the KV cache are is the device's [`Precision`]; everything
-//! accumulates in F32. Outputs never overlap inputs. A kernel checks that its tensors fit together and returns
+//! stream, the logits, and queries and keys until they are rotated are F32; what other activations, weights and the KV cache
+//! are is the device's [`Precision`]; everything accumulates in F32. Outputs never overlap inputs. A kernel checks that its tensors fit together and returns
 //! [`crate::Error::Kernel`] if not, before it touches any.
 
 mod cpu;
@@ -21,7 +21,8 @@ use crate::{
 /// The types that a device computes with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
-    /// Every activation but the residual stream and the logits, which are F32.
+    /// Every activation but those that are always F32: the residual stream, the logits, queries and keys before
+    /// [`rope`](Kernels::rope).
     pub activation: DType,
     /// The KV cache.
     pub cache: DType,
@@ -106,12 +107,12 @@ pub trait Kernels: Device {
         self.rms_norm(stream, residual.as_ref(), weight, eps, out)
     }
 
-    /// The norm of an activation `[.., H]` in place, for each head of a query or key.
+    /// The norm of `x [.., H]`, F32, in place, for each head of a query or key.
     fn rms_norm_in_place(&self, stream: &Self::Stream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32)
     -> Result<()>;
 
     /// `out = x · weightᵀ + bias`, with activations `x [T, K]` and `out [T, N]`, `weight [N, K]`, `bias [N]`. `out` may be F32
-    /// instead, for logits; there is no bias then, unless activations are F32.
+    /// instead, for logits and for what [`rope`](Self::rope) takes.
     fn linear(
         &self,
         stream: &Self::Stream,
@@ -121,15 +122,17 @@ pub trait Kernels: Device {
         out: TensorMut<'_>,
     ) -> Result<()>;
 
-    /// Rotary position embedding in place (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
-    /// `positions[t] · inv_freq[i]`. `x [T, heads, D]`, `positions [T]` U32, `inv_freq [D/2]` F32.
+    /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
+    /// `positions[t] · inv_freq[i]`. `x [T, heads, D]` F32, `positions [T]` U32, `inv_freq [D/2]` F32, and `out [T, heads, D]`
+    /// an activation: queries and keys are rounded here, once, since attention makes more of their errors than any other part.
     fn rope(
         &self,
         stream: &Self::Stream,
-        x: TensorMut<'_>,
+        x: TensorRef<'_>,
         positions: TensorRef<'_>,
         inv_freq: TensorRef<'_>,
         layout: RopeLayout,
+        out: TensorMut<'_>,
     ) -> Result<()>;
 
     /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.

@@ -74,7 +74,7 @@ pub(super) fn gather(x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorRef<'_
 
 /// Rows and their width.
 pub(super) fn rms_norm_in_place(precision: Precision, x: TensorRef<'_>, scale: TensorRef<'_>) -> Result<[usize; 2]> {
-    expect("rms_norm", "x", x, precision.activation, x.shape())?;
+    expect("rms_norm", "x", x, DType::F32, x.shape())?;
     norm_rows(precision, x, scale)
 }
 
@@ -122,7 +122,6 @@ pub(super) fn linear(
     expect("linear", "out", out, to, &[tokens, n])?;
     if let Some(bias) = bias {
         weight("linear", precision, bias)?;
-        check("linear", out.dtype() == precision.activation, || format!("a bias for an output of {}", out.dtype()))?;
         check("linear", bias.elements() == n, || format!("{} biases for {n} columns", bias.elements()))?;
     }
     Ok([tokens, k, n])
@@ -134,13 +133,15 @@ pub(super) fn rope(
     x: TensorRef<'_>,
     positions: TensorRef<'_>,
     inv_freq: TensorRef<'_>,
+    out: TensorRef<'_>,
 ) -> Result<[usize; 3]> {
     let [tokens, heads, size] = dims("rope", "x", x, "[T, heads, D]")?;
     let half = inv_freq.elements();
-    expect("rope", "x", x, precision.activation, x.shape())?;
+    expect("rope", "x", x, DType::F32, x.shape())?;
     check("rope", size == 2 * half, || format!("{half} frequencies for heads of {size}"))?;
     expect("rope", "positions", positions, DType::U32, &[tokens])?;
     expect("rope", "inv_freq", inv_freq, DType::F32, &[half])?;
+    expect("rope", "out", out, precision.activation, x.shape())?;
     Ok([tokens, heads, size])
 }
 

@@ -39,6 +39,7 @@ struct Regions {
     inv_freq: Region,
     normed: Region,
     hidden: Region,
+    unrotated: Region,
     query: Region,
     key: Region,
     value: Region,
@@ -124,6 +125,7 @@ fn work_layout(model: &Model, precision: Precision, batch: usize, context: usize
         inv_freq: f32s(&[config.head_dim / 2]),
         normed: activations(&[block, config.hidden]),
         hidden: activations(&[block, config.hidden]),
+        unrotated: f32s(&[block, q]),
         query: activations(&[block, q]),
         key: activations(&[block, kv]),
         value: activations(&[block, kv]),
@@ -474,21 +476,19 @@ impl<D: Kernels> LayerMath<'_, D> {
         let weight = layer.tensor("input_layernorm.weight")?;
         device.rms_norm(stream, residual()?.as_ref(), weight, config.rms_eps, normed()?)?;
         let x = work.read(at.normed, 0, &[tokens, hidden])?;
-        for (region, width, name, bias) in [
-            (at.query, q, "self_attn.q_proj.weight", "self_attn.q_proj.bias"),
-            (at.key, kv, "self_attn.k_proj.weight", "self_attn.k_proj.bias"),
-            (at.value, kv, "self_attn.v_proj.weight", "self_attn.v_proj.bias"),
+        linear(x, "self_attn.v_proj.weight", "self_attn.v_proj.bias", work.write(at.value, 0, &[tokens, kv])?)?;
+        for (region, heads, [name, bias, norm]) in [
+            (at.query, heads, ["self_attn.q_proj.weight", "self_attn.q_proj.bias", "self_attn.q_norm.weight"]),
+            (at.key, groups, ["self_attn.k_proj.weight", "self_attn.k_proj.bias", "self_attn.k_norm.weight"]),
         ] {
-            linear(x, name, bias, work.write(region, 0, &[tokens, width])?)?;
-        }
-        for (region, heads, norm) in
-            [(at.query, heads, "self_attn.q_norm.weight"), (at.key, groups, "self_attn.k_norm.weight")]
-        {
-            let view = || work.write(region, 0, &[tokens, heads, size]);
+            let shape = [tokens, heads, size];
+            linear(x, name, bias, work.write(at.unrotated, 0, &[tokens, heads * size])?)?;
             if config.family.qk_norm {
-                device.rms_norm_in_place(stream, view()?, layer.tensor(norm)?, config.rms_eps)?;
+                let x = work.write(at.unrotated, 0, &shape)?;
+                device.rms_norm_in_place(stream, x, layer.tensor(norm)?, config.rms_eps)?;
             }
-            device.rope(stream, view()?, positions, inv_freq, RopeLayout::Halves)?;
+            let (x, out) = (work.read(at.unrotated, 0, &shape)?, work.write(region, 0, &shape)?);
+            device.rope(stream, x, positions, inv_freq, RopeLayout::Halves, out)?;
         }
         let [keys, values] = [0, 1].map(|kind| self.cache_regions[kind][layer.index()]);
         for (region, to) in [(at.key, keys), (at.value, values)] {

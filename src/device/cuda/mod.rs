@@ -195,7 +195,7 @@ fn no_gpu(code: Code) -> Option<String> {
 }
 
 /// The type's code in `kernels.h`. Types that cannot be converted have one that the launcher refuses.
-fn code_of(dtype: DType) -> c_int {
+pub(crate) fn code_of(dtype: DType) -> c_int {
     match dtype {
         DType::F32 => sys::LSK_F32,
         DType::F16 => sys::LSK_F16,
