@@ -143,9 +143,14 @@ impl<D: Device> Pipeline<D> {
         Ok(())
     }
 
-    /// Takes the layers of one pass.
+    /// Takes the layers of one pass, and waits until the last is on the device.
     pub fn pass(&mut self) -> Result<(), Failure> {
-        Ok(self.streamer.run_pass(&self.stream, (), |(), _| Ok::<_, Error>(()))?)
+        self.streamer.run_pass(&self.stream, (), |(), _| Ok::<_, Error>(()))?;
+        self.drain()
+    }
+
+    fn drain(&self) -> Result<(), Failure> {
+        Ok(self.streamer.device().drain(&self.stream)?)
     }
 
     /// Takes the rest of the pass, or one more where none is begun.
@@ -196,9 +201,12 @@ impl<D: Device> Pipeline<D> {
 
     /// Whatever `work` makes the pipeline do.
     pub fn measure(&mut self, work: impl FnOnce(&mut Self) -> Result<(), Failure>) -> Result<Used, Failure> {
+        // What a device was asked for counts when it is done, at both ends alike.
+        self.drain()?;
         let (before, clocks) = (self.stats(), Clocks::now()?);
         let (start, from, allocations) = (Instant::now(), self.moved_bytes(), ALLOCATIONS.load(Relaxed));
         work(self)?;
+        self.drain()?;
         let (seconds, allocations) = (start.elapsed().as_secs_f64(), ALLOCATIONS.load(Relaxed) - allocations);
         let bytes = self.moved_bytes() - from;
         let (after, clocks) = (self.stats(), Clocks::now()?.since(clocks));
