@@ -28,11 +28,11 @@ mod cuda {
     const ARCHS: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
     /// Every function of the runtime that the crate calls.
-    const RUNTIME: &str = "cuda(GetErrorName|GetErrorString|DriverGetVersion|RuntimeGetVersion|GetDevice|\
+    const RUNTIME: &str = "cuda(GetErrorName|GetErrorString|DriverGetVersion|RuntimeGetVersion|\
         GetDeviceCount|SetDevice|DeviceGetAttribute|MemGetInfo|Malloc|Free|\
         HostRegister|HostUnregister|MemcpyAsync|MemsetAsync|StreamCreateWithFlags|StreamDestroy|\
         StreamIsCapturing|StreamWaitEvent|EventCreateWithFlags|EventDestroy|EventRecord|EventQuery|\
-        EventSynchronize|EventElapsedTime)";
+        EventSynchronize)";
 
     struct Toolkit {
         nvcc: PathBuf,

@@ -2,8 +2,8 @@
 //!
 //! Shapes are written slowest dimension first. `T` counts tokens of all sequences of a batch, one after the other. The residual
 //! stream, the logits, and queries and keys until they are rotated are F32; what other activations, weights and the KV cache
-//! are is the device's [`Precision`]; everything accumulates in F32. Outputs never overlap inputs. A kernel checks that its tensors fit together and returns
-//! [`crate::Error::Kernel`] if not, before it touches any.
+//! are is the device's [`Precision`]; everything accumulates in F32. Outputs never overlap inputs. A kernel checks that its
+//! tensors fit together and returns [`crate::Error::Kernel`] if not, before it touches any.
 
 mod cpu;
 #[cfg(feature = "cuda")]
