@@ -2,6 +2,8 @@
 // online softmax on tensor cores (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
 #pragma once
 
+#include <type_traits>
+
 #include "mma.cuh"
 
 namespace lsk {
@@ -33,6 +35,19 @@ cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cu
 
 // Adds up the parts of a call whose tiles are `tile` tokens and whose parts are `least` keys or more.
 cudaError_t attention_combine(Attention call, int size, int tile, int least, cudaStream_t stream);
+
+// Calls `launch` with the head size as a type, of those that there are kernels for.
+template <typename Launch>
+inline cudaError_t with_size(int size, Launch launch) {
+  switch (size) {
+    case 32: return launch(std::integral_constant<int, 32>());
+    case 64: return launch(std::integral_constant<int, 64>());
+    case 96: return launch(std::integral_constant<int, 96>());
+    case 128: return launch(std::integral_constant<int, 128>());
+    case 256: return launch(std::integral_constant<int, 256>());
+    default: return cudaErrorInvalidValue;
+  }
+}
 
 // How many parts fit the scratch, no more than `wanted` and one at least.
 inline int parts_that_fit(const Attention& call, int size, size_t scratch_bytes, int64_t wanted) {

@@ -231,25 +231,11 @@ cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
 
 cudaError_t attention_combine(Attention call, int size, int tile, int least, cudaStream_t stream) {
   if (call.splits == 1) return cudaSuccess;
-  switch (size) {
-    case 32: return launch_combine<32>(call, tile, least, stream);
-    case 64: return launch_combine<64>(call, tile, least, stream);
-    case 96: return launch_combine<96>(call, tile, least, stream);
-    case 128: return launch_combine<128>(call, tile, least, stream);
-    case 256: return launch_combine<256>(call, tile, least, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_size(size, [&](auto d) { return launch_combine<decltype(d)::value>(call, tile, least, stream); });
 }
 
 cudaError_t attention_decode(Attention call, int size, size_t scratch_bytes, cudaStream_t stream) {
-  switch (size) {
-    case 32: return launch<32>(call, scratch_bytes, stream);
-    case 64: return launch<64>(call, scratch_bytes, stream);
-    case 96: return launch<96>(call, scratch_bytes, stream);
-    case 128: return launch<128>(call, scratch_bytes, stream);
-    case 256: return launch<256>(call, scratch_bytes, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_size(size, [&](auto d) { return launch<decltype(d)::value>(call, scratch_bytes, stream); });
 }
 
 }  // namespace lsk

@@ -184,24 +184,19 @@ cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
   return attention_combine(call, D, kRows, kLeast, stream);
 }
 
-// Two times 16 queries a warp, unless sequences are too short for it.
+// Two times 16 queries a warp, unless sequences are too short for it or heads too large.
 template <int D>
 cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
-  return call.tokens > int64_t(call.sequences) * 64 ? launch<D, 2>(call, scratch_bytes, stream)
-                                                    : launch<D, 1>(call, scratch_bytes, stream);
+  if constexpr (D <= 128) {
+    if (call.tokens > int64_t(call.sequences) * 64) return launch<D, 2>(call, scratch_bytes, stream);
+  }
+  return launch<D, 1>(call, scratch_bytes, stream);
 }
 
 }  // namespace
 
 cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cudaStream_t stream) {
-  switch (size) {
-    case 32: return launch<32>(call, scratch_bytes, stream);
-    case 64: return launch<64>(call, scratch_bytes, stream);
-    case 96: return launch<96>(call, scratch_bytes, stream);
-    case 128: return launch<128>(call, scratch_bytes, stream);
-    case 256: return launch<256, 1>(call, scratch_bytes, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_size(size, [&](auto d) { return launch<decltype(d)::value>(call, scratch_bytes, stream); });
 }
 
 }  // namespace lsk
