@@ -58,8 +58,7 @@ impl Advance for PinStage {
             Place::Home if unit.home != Home::Ram => {
                 self.streak = streak;
                 self.inlet.take();
-                self.outlet.publish(entry, ends_pass);
-                return Ok(Progress::Handed { unit: entry.unit, bytes: 0 });
+                return Ok(Progress::Ready { entry, ends_pass, bytes: 0 });
             }
             Place::Home => self.memory.home(unit),
             Place::Slot(slot) => self.memory.first().0.slot(slot.0),
@@ -79,8 +78,8 @@ impl Advance for PinStage {
         if let Place::Slot(source) = entry.place {
             self.inlet.release(source);
         }
-        self.outlet.publish(Entry { place: Place::Slot(slot), ..entry }, ends_pass);
-        Ok(Progress::Handed { unit: entry.unit, bytes: unit.host_bytes })
+        let entry = Entry { place: Place::Slot(slot), ..entry };
+        Ok(Progress::Ready { entry, ends_pass, bytes: unit.host_bytes })
     }
 
     fn outlet(&mut self) -> &mut Outlet {

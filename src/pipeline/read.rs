@@ -187,10 +187,10 @@ impl<D: Device> Advance for ReadStage<D> {
                 return Err((index, error));
             }
             let place = load.slot.map_or(Place::Home, Place::Slot);
-            self.outlet.publish(Entry { epoch, unit: index, place }, index + 1 == self.plan.units());
             self.loads.pop_front();
             self.first += 1;
-            return Ok(Progress::Handed { unit: index, bytes });
+            let (entry, ends_pass) = (Entry { epoch, unit: index, place }, index + 1 == self.plan.units());
+            return Ok(Progress::Ready { entry, ends_pass, bytes });
         }
         Ok(if bytes > 0 || moved {
             Progress::Moved { bytes }

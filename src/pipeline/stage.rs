@@ -166,8 +166,8 @@ impl Control {
 
 /// How a stage's attempt to advance went.
 pub(crate) enum Progress {
-    /// It handed this unit on.
-    Handed { unit: usize, bytes: usize },
+    /// A unit is ready to be handed on, which the loop does once it has counted it: whoever has a unit finds it in the sums.
+    Ready { entry: Entry, ends_pass: bool, bytes: usize },
     /// It did something, no unit is done yet.
     Moved { bytes: usize },
     /// It was kept waiting inside the attempt; the time since the last report counts as this.
@@ -274,7 +274,10 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
             failed = Some((unit, false));
         };
         match stage.advance(epoch) {
-            Ok(Progress::Handed { unit, bytes }) => report(Activity::Busy, Some(unit), bytes),
+            Ok(Progress::Ready { entry, ends_pass, bytes }) => {
+                report(Activity::Busy, Some(entry.unit), bytes);
+                stage.outlet().publish(entry, ends_pass);
+            }
             Ok(Progress::Moved { bytes }) => report(Activity::Busy, None, bytes),
             Ok(Progress::Waited(activity)) => report(activity, None, 0),
             Ok(Progress::Waiting(activity)) => {

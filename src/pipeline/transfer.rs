@@ -200,8 +200,7 @@ impl<D: Device> TransferStage<D> {
                 self.to.set_filled(unit);
             }
         }
-        self.outlet.publish(Entry { place, ..entry }, unit + 1 == self.plan.units());
-        Ok(Progress::Handed { unit, bytes })
+        Ok(Progress::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), bytes })
     }
 
     fn try_advance(&mut self, epoch: u64) -> Result<Progress> {

@@ -72,8 +72,8 @@ impl Advance for Source {
         self.left -= 1;
         self.slots.write(slot, (epoch, unit));
         self.cursor = (unit + 1) % self.units;
-        self.outlet.publish(Entry { epoch, unit, place: Place::Slot(slot) }, self.cursor == 0);
-        Ok(Progress::Handed { unit, bytes: 0 })
+        let entry = Entry { epoch, unit, place: Place::Slot(slot) };
+        Ok(Progress::Ready { entry, ends_pass: self.cursor == 0, bytes: 0 })
     }
 
     fn rewind(&mut self) {
@@ -113,8 +113,7 @@ impl Advance for Relay {
         };
         self.to.write(slot, self.from.read(source));
         self.inlet.release(source);
-        self.outlet.publish(Entry { place: Place::Slot(slot), ..entry }, true);
-        Ok(Progress::Handed { unit: entry.unit, bytes: 0 })
+        Ok(Progress::Ready { entry: Entry { place: Place::Slot(slot), ..entry }, ends_pass: true, bytes: 0 })
     }
 
     fn outlet(&mut self) -> &mut Outlet {
