@@ -201,3 +201,22 @@ fn a_pass_takes_no_device_memory_and_what_is_given_back_at_the_end_is_all() {
         assert_eq!(free(&device), before, "not all device memory was given back");
     }
 }
+
+#[test]
+fn heads_that_a_gpu_cannot_compute_are_refused_before_anything_is_loaded() {
+    let Some(device) = gpu() else { return };
+    // Twice as many heads, half as large: every tensor keeps its shape.
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(data("qwen2-tied")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let path = folder.path().join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let config = config.replace(r#""num_attention_heads": 2"#, r#""num_attention_heads": 8"#);
+    std::fs::write(&path, config.replace(r#""num_key_value_heads": 1"#, r#""num_key_value_heads": 4"#)).unwrap();
+    let model = Model::open(folder.path()).unwrap();
+    assert_eq!(model.config.head_dim, 16);
+    let error = Decoder::new(&device, &model, &Settings::default(), 1, 8).err().expect("heads of 16").to_string();
+    assert!(error.contains("heads of 16") && error.contains("CPU"), "{error}");
+}

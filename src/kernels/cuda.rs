@@ -86,6 +86,12 @@ impl Kernels for Cuda {
         Ok(())
     }
 
+    fn check_head_size(&self, size: usize) -> Result<()> {
+        check("attention", HEAD_SIZES.contains(&size), || {
+            format!("heads of {size} on a GPU, which computes those of {HEAD_SIZES:?}; use the CPU device")
+        })
+    }
+
     fn cast(&self, stream: &CudaStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
         shapes::cast(x, out.as_ref())?;
         // SAFETY: the module's invariant.
@@ -258,9 +264,7 @@ impl Kernels for Cuda {
         out: TensorMut<'_>,
     ) -> Result<()> {
         let of = shapes::attention(PRECISION, q, keys, values, batch, mask, out.as_ref())?;
-        check("attention", HEAD_SIZES.contains(&of.size), || {
-            format!("heads of {} on a GPU, which computes those of {HEAD_SIZES:?}; use the CPU device", of.size)
-        })?;
+        self.check_head_size(of.size)?;
         let [sequences, tokens, groups, size] = dimensions("attention", &of)?;
         let (heads, window) = (int("attention", of.heads)?, mask.window.map_or(0, |window| window as i64));
         let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();

@@ -73,6 +73,11 @@ pub trait Kernels: Device {
         Ok(())
     }
 
+    /// Whether [`attention`](Self::attention) computes heads of `size`, or why not: asked before anything is loaded.
+    fn check_head_size(&self, _size: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8E4M3 → F32 or BF16.
     fn cast(&self, stream: &Self::Stream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
 

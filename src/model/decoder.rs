@@ -144,9 +144,11 @@ impl<D: Kernels> Decoder<D> {
     /// Reserves everything, loads what stays on the device, and starts streaming.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's; else as [`LayerStreamer::new`].
+    /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's;
+    /// [`Error::Kernel`] for heads that the device cannot compute; else as [`LayerStreamer::new`].
     pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
         check_size(model, batch, context)?;
+        device.check_head_size(model.config.head_dim)?;
         device.bind_thread()?;
         let precision = device.precision();
         let (cache_layout, cache_regions) = cache_layout(model, precision, batch, context);
