@@ -122,8 +122,7 @@ impl<D: Device> TransferStage<D> {
         };
         let target = self.to.address(&self.device, &plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
-        let reused = self.control.keeps(Safeguard::ComputeDone).then_some(compute_done);
-        if let Some(compute_done) = reused {
+        if self.control.keeps(Safeguard::ComputeDone) {
             self.device.wait(&self.stream, compute_done)?;
         }
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
@@ -141,9 +140,7 @@ impl<D: Device> TransferStage<D> {
         }
         match &mut self.staging {
             Some(staging) if !unit.transforms.is_empty() => {
-                if let Some(compute_done) = reused {
-                    self.device.wait(&staging.stream, compute_done)?;
-                }
+                // None of them has no elements, so that the first waits for what the copies waited for, and the last for all copies.
                 for transform in &unit.transforms {
                     let (from_size, to_size) = (transform.from_type.size(), transform.to_type.size());
                     let piece = staging.block_bytes / from_size;
@@ -166,9 +163,6 @@ impl<D: Device> TransferStage<D> {
                         self.device.record(&staging.consumed[turn], &staging.stream)?;
                     }
                 }
-                // All copies of the unit, those that are not transformed too.
-                self.device.record(&staging.staged[0], &self.stream)?;
-                self.device.wait(&staging.stream, &staging.staged[0])?;
                 self.device.record(arrived, &staging.stream)?;
             }
             _ => self.device.record(arrived, &self.stream)?,
