@@ -3,6 +3,9 @@
 //!
 //! The toolkit is the one of `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `nvcc` on the PATH, or `/usr/local/cuda`, in this order.
 //! `LAYER_STREAMER_CUDA_ARCHS=80,90` compiles for these architectures only, and for later ones through the newest's PTX.
+//!
+//! `LAYER_STREAMER_CUDA=emulated` is for this project's own tests: the host's C++ compiler compiles the kernels, and they run
+//! on the CPU, on the runtime in `tests/cuda_emulation`. Of the toolkit it takes the headers alone.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -34,22 +37,41 @@ mod cuda {
         StreamIsCapturing|StreamWaitEvent|EventCreateWithFlags|EventDestroy|EventRecord|EventQuery|\
         EventSynchronize)";
 
+    /// The kernels' side of the emulation.
+    const EMULATION: &str = "tests/cuda_emulation/kernels";
+
     struct Toolkit {
         nvcc: PathBuf,
+        home: PathBuf,
         include: PathBuf,
-        lib: PathBuf,
     }
 
     pub(super) fn build() -> Result<(), String> {
         println!("cargo::rerun-if-changed=cuda");
-        for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LAYER_STREAMER_CUDA_ARCHS", "LIBCLANG_PATH"] {
+        for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH"] {
             println!("cargo::rerun-if-env-changed={name}");
         }
-        let toolkit = find_toolkit()?;
-        let archs = architectures(&toolkit)?;
-        make_bindings(&toolkit)?;
-        compile(&toolkit, &archs)?;
-        println!("cargo::rustc-link-search=native={}", toolkit.lib.display());
+        for name in ["LAYER_STREAMER_CUDA", "LAYER_STREAMER_CUDA_ARCHS"] {
+            println!("cargo::rerun-if-env-changed={name}");
+        }
+        let emulated = match env::var_os("LAYER_STREAMER_CUDA") {
+            None => false,
+            Some(value) if value == "emulated" => true,
+            Some(value) => return Err(format!("LAYER_STREAMER_CUDA={}: unset it", value.display())),
+        };
+        let toolkit = find_toolkit(emulated)?;
+        make_bindings(&toolkit, emulated)?;
+        if emulated { compile_for_host(&toolkit) } else { compile_for_gpu(&toolkit) }
+    }
+
+    /// All kernels for GPUs, and the runtime that launches them.
+    fn compile_for_gpu(toolkit: &Toolkit) -> Result<(), String> {
+        let archs = architectures(toolkit)?;
+        let debian = format!("lib/{}-linux-gnu", env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default());
+        let folders = [&format!("{}/lib", target()), "lib64", "lib", &debian];
+        let lib = toolkit_folder(&toolkit.home, &folders, "libcudart_static.a")?;
+        compile(toolkit, &archs)?;
+        println!("cargo::rustc-link-search=native={}", lib.display());
         println!("cargo::rustc-link-lib=static=cudart_static");
         for name in ["dl", "rt", "pthread"] {
             println!("cargo::rustc-link-lib={name}");
@@ -57,7 +79,20 @@ mod cuda {
         Ok(())
     }
 
-    fn find_toolkit() -> Result<Toolkit, String> {
+    /// All kernels, and what stands in for the GPU's threads, for the CPU. The crate itself holds the runtime then.
+    fn compile_for_host(toolkit: &Toolkit) -> Result<(), String> {
+        println!("cargo::rerun-if-changed={EMULATION}");
+        println!("cargo::rustc-cfg=cuda_emulated");
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(2).debug(true).pic(true).include("cuda").include(EMULATION);
+        build.flag("-isystem").flag(&toolkit.include).flag("-fno-exceptions").flag("-x").flag("c++");
+        build.warnings(true);
+        let mut files = files("cuda", "cu")?;
+        files.extend(self::files(EMULATION, "cpp")?);
+        archive(objects(&build, files)?)
+    }
+
+    fn find_toolkit(headers_alone: bool) -> Result<Toolkit, String> {
         let nvcc = if let Some(nvcc) = env::var_os("NVCC") {
             PathBuf::from(nvcc)
         } else if let Some(home) = env::var_os("CUDA_HOME").or_else(|| env::var_os("CUDA_PATH")) {
@@ -67,34 +102,40 @@ mod cuda {
             let mut places = env::split_paths(&path).map(|folder| folder.join("nvcc"));
             places.find(|nvcc| nvcc.is_file()).unwrap_or_else(|| "/usr/local/cuda/bin/nvcc".into())
         };
-        let Ok(nvcc) = nvcc.canonicalize() else {
-            return Err(format!(
-                "feature cuda needs the CUDA toolkit, but there is no {}: install it (without root: ci/cuda-toolkit DIR), \
-                 then set CUDA_HOME to its folder",
-                nvcc.display()
-            ));
+        let nvcc = match nvcc.canonicalize() {
+            Ok(nvcc) => nvcc,
+            Err(_) if headers_alone => nvcc,
+            Err(_) => {
+                return Err(format!(
+                    "feature cuda needs the CUDA toolkit, but there is no {}: install it (without root: \
+                     ci/cuda-toolkit DIR), then set CUDA_HOME to its folder",
+                    nvcc.display()
+                ));
+            }
         };
         let home = nvcc.parent().and_then(Path::parent).ok_or("NVCC is not inside a toolkit: set CUDA_HOME instead")?;
-        let target = match env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
+        let folders = [&format!("{}/include", target()), "include"];
+        let include = toolkit_folder(home, &folders, "cuda_runtime_api.h")?;
+        Ok(Toolkit { home: home.to_owned(), include, nvcc })
+    }
+
+    /// Where the toolkit keeps what is for the machine that the crate is compiled for.
+    fn target() -> &'static str {
+        match env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
             Ok("aarch64") => "targets/sbsa-linux",
             _ => "targets/x86_64-linux",
-        };
-        // The toolkit's own layout, that of the wheels, and a distribution's.
-        let include = [home.join(target).join("include"), home.join("include")];
-        let debian = format!("lib/{}-linux-gnu", env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default());
-        let lib = [home.join(target).join("lib"), home.join("lib64"), home.join("lib"), home.join(debian)];
-        let holding = |folders: &[PathBuf], file: &str, package: &str| {
-            folders.iter().find(|folder| folder.join(file).exists()).cloned().ok_or_else(|| {
-                format!(
-                    "the CUDA toolkit at {} lacks {file}: install its package {package}, or set CUDA_HOME to another toolkit",
-                    home.display()
-                )
-            })
-        };
-        Ok(Toolkit {
-            include: holding(&include, "cuda_runtime_api.h", "cuda-cudart-dev (wheel: nvidia-cuda-runtime)")?,
-            lib: holding(&lib, "libcudart_static.a", "cuda-cudart-dev (wheel: nvidia-cuda-runtime)")?,
-            nvcc,
+        }
+    }
+
+    /// Which of a toolkit's folders has `file`: they are the toolkit's own layout, that of the wheels, a distribution's.
+    fn toolkit_folder(home: &Path, folders: &[&str], file: &str) -> Result<PathBuf, String> {
+        let mut folders = folders.iter().map(|folder| home.join(folder));
+        folders.find(|folder| folder.join(file).exists()).ok_or_else(|| {
+            format!(
+                "the CUDA toolkit at {} lacks {file}: install its package cuda-cudart-dev (wheel: nvidia-cuda-runtime), or \
+                 set CUDA_HOME to another toolkit",
+                home.display()
+            )
         })
     }
 
@@ -128,14 +169,23 @@ mod cuda {
         Ok(archs)
     }
 
-    fn compile(toolkit: &Toolkit, archs: &[u32]) -> Result<(), String> {
-        let entries = fs::read_dir("cuda").map_err(|error| format!("cannot list cuda/: {error}"))?;
+    /// The files of a folder that end so, in the order of their names.
+    fn files(folder: &str, extension: &str) -> Result<Vec<PathBuf>, String> {
+        let entries = fs::read_dir(folder).map_err(|error| format!("cannot list {folder}: {error}"))?;
         let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        files.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+        files.retain(|path| path.extension().is_some_and(|of| of == extension));
         files.sort();
+        Ok(files)
+    }
+
+    fn jobs() -> usize {
+        env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1)
+    }
+
+    fn compile(toolkit: &Toolkit, archs: &[u32]) -> Result<(), String> {
+        let files = files("cuda", "cu")?;
         // SAFETY: this program has one thread yet. `cc` takes the compiler from there only.
         unsafe { env::set_var("NVCC", &toolkit.nvcc) };
-        let jobs: usize = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
         let mut build = cc::Build::new();
         build.cuda(true).cudart("none").debug(false).opt_level(3).pic(true);
         build.flag("-std=c++17").flag("-lineinfo").flag("-Xfatbin=-compress-all");
@@ -146,10 +196,14 @@ mod cuda {
         let newest = archs.last().expect("at least one is left");
         build.flag("-gencode").flag(format!("arch=compute_{newest},code=compute_{newest}"));
         // A file per job; jobs beyond that go to the architectures of each.
-        let count = files.len();
-        build.flag(format!("--threads={}", (jobs / count.max(1)).max(1)));
+        build.flag(format!("--threads={}", (jobs() / files.len().max(1)).max(1)));
+        archive(objects(&build, files)?)
+    }
 
-        // Several files together `cc` would compile for the device linker, which here only makes everything larger.
+    /// Compiles each file by itself: several together `cc` would compile for the device linker, which here only makes
+    /// everything larger.
+    fn objects(build: &cc::Build, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, String> {
+        let count = files.len();
         let (queue, objects) = (Mutex::new(files.into_iter()), Mutex::new(Vec::new()));
         let work = || {
             let next = || queue.lock().expect("nothing panics under this lock").next();
@@ -158,24 +212,26 @@ mod cuda {
                 objects.lock().expect("nothing panics under this lock").push((file, object));
             }
         };
-        thread::scope(|scope| (0..jobs.min(count)).for_each(|_| _ = scope.spawn(work)));
-        let mut library = cc::Build::new();
-        library.cpp(true);
+        thread::scope(|scope| (0..jobs().min(count)).for_each(|_| _ = scope.spawn(work)));
         let mut objects = objects.into_inner().expect("nothing panics under this lock");
         objects.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut compiled = Vec::with_capacity(count);
         for (file, object) in objects {
-            let object = object.map_err(|error| {
+            compiled.extend(object.map_err(|error| {
                 let error = error.to_string().replace('\n', " ");
-                format!("{} does not compile, see nvcc's messages above: {error}", file.display())
-            })?;
-            library.objects(object);
+                format!("{} does not compile, see the compiler's messages above: {error}", file.display())
+            })?);
         }
-        let archived = library.try_compile("layer_streamer_kernels");
+        Ok(compiled)
+    }
+
+    fn archive(objects: Vec<PathBuf>) -> Result<(), String> {
+        let archived = cc::Build::new().cpp(true).objects(objects).try_compile("layer_streamer_kernels");
         archived.map_err(|error| format!("cannot archive the kernels: {}", error.to_string().replace('\n', " ")))
     }
 
-    fn make_bindings(toolkit: &Toolkit) -> Result<(), String> {
-        let builder = bindgen::Builder::default()
+    fn make_bindings(toolkit: &Toolkit, emulated: bool) -> Result<(), String> {
+        let mut builder = bindgen::Builder::default()
             .header("cuda/kernels.h")
             .clang_arg(format!("-I{}", toolkit.include.display()))
             .allowlist_function(RUNTIME)
@@ -189,6 +245,10 @@ mod cuda {
             .rust_edition(bindgen::RustEdition::Edition2024)
             .generate_comments(false)
             .layout_tests(false);
+        if emulated {
+            // What the emulation says about itself.
+            builder = builder.allowlist_var("CUDART_VERSION").allowlist_type("cudaDeviceProp");
+        }
         // It panics where it finds no libclang.
         panic::set_hook(Box::new(|_| {}));
         let bindings = panic::catch_unwind(AssertUnwindSafe(|| builder.generate()));

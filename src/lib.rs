@@ -30,6 +30,11 @@ pub mod pipeline;
 pub mod plan;
 pub mod trace;
 
+#[cfg(cuda_emulated)]
+#[doc(hidden)]
+#[path = "../tests/cuda_emulation/mod.rs"]
+pub mod cuda_emulation;
+
 mod arena;
 mod checkpoint;
 mod dtype;

@@ -2,18 +2,16 @@
 //! and a copy poisons its target before it writes it. What CUDA's rules leave open goes wrong here, and soon: a forgotten
 //! wait shows up as poison, or as the bytes of another lap.
 
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Condvar, Mutex,
-        atomic::{AtomicU64, Ordering::SeqCst},
-    },
-    thread,
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::SeqCst},
 };
 
 use crate::{
-    device::{Cpu, CpuMemory, CpuStream, Device, DevicePtr},
+    device::{
+        Cpu, CpuMemory, CpuStream, Device, DevicePtr,
+        streams::{Along, Dice, Event, Stream, pause},
+    },
     dtype::DType,
     error::{Error, Result},
 };
@@ -21,73 +19,31 @@ use crate::{
 /// What a byte of device memory is before its copy, and while it is under way.
 pub(crate) const POISON: u8 = 0xa5;
 
+/// One piece of work in so many is delayed.
+const RARITY: u64 = 3;
+
 /// The device. Clones share the seed's sequence and the fault.
 #[derive(Clone)]
 pub(crate) struct AsyncCpu(Arc<Shared>);
 
 struct Shared {
-    random: Mutex<fastrand::Rng>,
+    dice: Dice,
     /// Counts copies down; the one that reaches zero fails, as do all after it.
     copies_left: AtomicU64,
 }
 
-/// Work in a stream's queue. Events are captured with the record that counts.
-enum Work {
-    Call(Box<dyn FnOnce() + Send>),
-    Record(Arc<EventState>, u64),
-    Wait(Arc<EventState>, u64),
-    End,
-}
-
-#[derive(Default)]
-struct Queue {
-    work: Mutex<VecDeque<Work>>,
-    filled: Condvar,
-}
-
-impl Queue {
-    fn push(&self, work: Work) {
-        self.work.lock().unwrap().push_back(work);
-        self.filled.notify_one();
-    }
-}
-
 /// A stream: dropping it lets queued work finish in the background, as CUDA does.
-pub(crate) struct AsyncStream(Arc<Queue>);
+pub(crate) struct AsyncStream(Stream);
 
 impl Drop for AsyncStream {
     fn drop(&mut self) {
-        self.0.push(Work::End);
+        self.0.end();
     }
 }
-
-#[derive(Default)]
-struct EventState {
-    recorded: AtomicU64,
-    reached: Mutex<u64>,
-    changed: Condvar,
-}
-
-impl EventState {
-    fn reach(&self, record: u64) {
-        let mut reached = self.reached.lock().unwrap();
-        *reached = reached.max(record);
-        self.changed.notify_all();
-    }
-
-    fn await_record(&self, record: u64) {
-        drop(self.changed.wait_while(self.reached.lock().unwrap(), |reached| *reached < record).unwrap());
-    }
-}
-
-/// An event.
-#[derive(Clone, Default)]
-pub(crate) struct AsyncEvent(Arc<EventState>);
 
 impl AsyncCpu {
     pub(crate) fn new(seed: u64) -> Self {
-        let random = Mutex::new(fastrand::Rng::with_seed(seed));
-        Self(Arc::new(Shared { random, copies_left: AtomicU64::new(u64::MAX) }))
+        Self(Arc::new(Shared { dice: Dice::new(seed), copies_left: AtomicU64::new(u64::MAX) }))
     }
 
     /// Makes the copy after `copies` more of them fail, and every later one.
@@ -97,28 +53,17 @@ impl AsyncCpu {
 
     /// Enqueues the caller's own work.
     pub(crate) fn enqueue(&self, stream: &AsyncStream, work: impl FnOnce() + Send + 'static) {
-        let delay = self.delay();
-        stream.0.push(Work::Call(Box::new(move || {
-            thread::sleep(delay);
+        let delay = self.0.dice.delay(RARITY);
+        stream.0.push(move || {
+            pause(delay);
             work();
-        })));
-    }
-
-    /// Mostly none, sometimes enough for other threads to overtake.
-    fn delay(&self) -> Duration {
-        let mut random = self.0.random.lock().unwrap();
-        Duration::from_micros(if random.u8(..3) == 0 { random.u64(..400) } else { 0 })
+        });
     }
 }
 
-/// Addresses that a closure takes along.
-struct Along<T>(T);
-// SAFETY: plain addresses; the enqueuing call's contract keeps the memory valid until the work is done.
-unsafe impl<T> Send for Along<T> {}
-
 impl Device for AsyncCpu {
     type Stream = AsyncStream;
-    type Event = AsyncEvent;
+    type Event = Event;
     type Memory = CpuMemory;
     type Registration = ();
 
@@ -146,26 +91,12 @@ impl Device for AsyncCpu {
     }
 
     fn stream(&self) -> Result<AsyncStream> {
-        let queue = Arc::new(Queue::default());
-        let inside = queue.clone();
-        thread::spawn(move || {
-            loop {
-                let mut queued = inside.filled.wait_while(inside.work.lock().unwrap(), |work| work.is_empty()).unwrap();
-                let work = queued.pop_front().unwrap();
-                drop(queued);
-                match work {
-                    Work::Call(call) => call(),
-                    Work::Record(event, record) => event.reach(record),
-                    Work::Wait(event, record) => event.await_record(record),
-                    Work::End => return,
-                }
-            }
-        });
-        Ok(AsyncStream(queue))
+        let failed = |source: std::io::Error| Error::Thread { stage: "stream", source: source.into() };
+        Stream::new().map(AsyncStream).map_err(failed)
     }
 
-    fn event(&self) -> Result<AsyncEvent> {
-        Ok(AsyncEvent::default())
+    fn event(&self) -> Result<Event> {
+        Ok(Event::default())
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AsyncStream) -> Result<()> {
@@ -174,13 +105,13 @@ impl Device for AsyncCpu {
             return Err(Error::Unsupported { what: "this copy".into(), remedy: "it fails on purpose".into() });
         }
         self.0.copies_left.store(left.saturating_sub(u64::from(left != u64::MAX)), SeqCst);
-        let (range, delay) = (Along((to, from)), self.delay());
+        let (range, delay) = (Along((to, from)), self.0.dice.delay(RARITY));
         self.enqueue(stream, move || {
             let Along((to, from)) = { range };
             // SAFETY: the contract of this call.
             unsafe {
                 std::ptr::write_bytes(to.as_ptr(), POISON, bytes);
-                thread::sleep(delay);
+                pause(delay);
                 std::ptr::copy_nonoverlapping(from, to.as_ptr(), bytes);
             }
         });
@@ -221,30 +152,29 @@ impl Device for AsyncCpu {
         Ok(())
     }
 
-    fn record(&self, event: &AsyncEvent, stream: &AsyncStream) -> Result<()> {
-        let record = event.0.recorded.fetch_add(1, SeqCst) + 1;
-        stream.0.push(Work::Record(event.0.clone(), record));
+    fn record(&self, event: &Event, stream: &AsyncStream) -> Result<()> {
+        stream.0.record(event);
         Ok(())
     }
 
-    fn wait(&self, stream: &AsyncStream, event: &AsyncEvent) -> Result<()> {
-        stream.0.push(Work::Wait(event.0.clone(), event.0.recorded.load(SeqCst)));
+    fn wait(&self, stream: &AsyncStream, event: &Event) -> Result<()> {
+        stream.0.wait(event);
         Ok(())
     }
 
-    fn query(&self, event: &AsyncEvent) -> Result<bool> {
-        Ok(*event.0.reached.lock().unwrap() >= event.0.recorded.load(SeqCst))
+    fn query(&self, event: &Event) -> Result<bool> {
+        Ok(event.is_reached())
     }
 
-    fn synchronize(&self, event: &AsyncEvent) -> Result<()> {
-        event.0.await_record(event.0.recorded.load(SeqCst));
+    fn synchronize(&self, event: &Event) -> Result<()> {
+        event.synchronize();
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
+    use std::{sync::atomic::AtomicBool, thread, time::Duration};
 
     use super::*;
 

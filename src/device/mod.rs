@@ -12,6 +12,9 @@ pub(crate) mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "cuda/absent.rs"]
 mod cuda;
+#[cfg(any(test, cuda_emulated))]
+#[path = "../../tests/cuda_emulation/streams.rs"]
+pub(crate) mod streams;
 
 use std::marker::PhantomData;
 

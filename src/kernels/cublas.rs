@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
 };
 
+#[cfg(not(cuda_emulated))]
 /// Newest first. Any of them works beside the runtime in this binary: what they share is the driver's.
 const NAMES: [&CStr; 2] = [c"libcublas.so.13", c"libcublas.so.12"];
 
@@ -42,11 +43,10 @@ macro_rules! library {
 
         impl Library {
             /// # Safety
-            /// `library` is a cuBLAS that stays open.
-            unsafe fn find(library: *mut c_void) -> Result<Self, &'static CStr> {
+            /// `symbol` finds functions of a cuBLAS that stays open.
+            unsafe fn find(symbol: impl Fn(&'static CStr) -> *mut c_void) -> Result<Self, &'static CStr> {
                 $(
-                    // SAFETY: the caller's, and the name ends with a zero.
-                    let $field = unsafe { libc::dlsym(library, $symbol.as_ptr()) };
+                    let $field = symbol($symbol);
                     if $field.is_null() {
                         return Err($symbol);
                     }
@@ -81,6 +81,13 @@ impl Library {
         OPENED.get_or_init(Self::try_open).clone()
     }
 
+    #[cfg(cuda_emulated)]
+    fn try_open() -> Result<Self> {
+        // SAFETY: functions of this program.
+        Ok(unsafe { Self::find(crate::cuda_emulation::cublas::symbol) }.expect("the emulation has them all"))
+    }
+
+    #[cfg(not(cuda_emulated))]
     fn try_open() -> Result<Self> {
         let mut causes = Vec::new();
         for name in NAMES {
@@ -91,8 +98,8 @@ impl Library {
                 causes.push(unsafe { text(libc::dlerror()) }.to_string_lossy().into_owned());
                 continue;
             }
-            // SAFETY: it is never closed.
-            match unsafe { Self::find(library) } {
+            // SAFETY: it is never closed, and the names end with a zero.
+            match unsafe { Self::find(|symbol| libc::dlsym(library, symbol.as_ptr())) } {
                 Ok(found) => return Ok(found),
                 Err(symbol) => causes.push(format!("{name:?} has no {symbol:?}")),
             }

@@ -1,0 +1,247 @@
+//! The part of cuBLAS that the crate uses: products of BF16, added up in F32.
+
+use std::{
+    ffi::{CStr, c_char, c_int, c_void},
+    slice,
+    sync::atomic::{AtomicUsize, Ordering::AcqRel},
+};
+
+use half::bf16;
+
+use super::{CURRENT, Code, current, runtime::Stream};
+use crate::device::streams::Along;
+
+type Status = c_int;
+
+// Of cublas_api.h and library_types.h.
+const SUCCESS: Status = 0;
+const INVALID_VALUE: Status = 7;
+const EXECUTION_FAILED: Status = 13;
+const OP_N: c_int = 0;
+const OP_T: c_int = 1;
+const CUDA_R_32F: c_int = 0;
+const CUDA_R_16BF: c_int = 14;
+const COMPUTE_32F: c_int = 68;
+
+/// How many handles there are.
+pub(super) static HANDLES: AtomicUsize = AtomicUsize::new(0);
+
+/// A handle: of one device, with the stream that it enqueues on.
+struct Handle {
+    device: usize,
+    stream: *mut c_void,
+}
+
+/// The function of that name, as `dlsym` would find it.
+pub(crate) fn symbol(name: &CStr) -> *mut c_void {
+    match name.to_bytes() {
+        b"cublasCreate_v2" => create as *mut c_void,
+        b"cublasDestroy_v2" => destroy as *mut c_void,
+        b"cublasSetStream_v2" => set_stream as *mut c_void,
+        b"cublasSetWorkspace_v2" => set_workspace as *mut c_void,
+        b"cublasSetMathMode" => set_math_mode as *mut c_void,
+        b"cublasGetStatusName" => status_name as *mut c_void,
+        b"cublasGetStatusString" => status_string as *mut c_void,
+        b"cublasGemmEx" => gemm as *mut c_void,
+        _ => std::ptr::null_mut(),
+    }
+}
+
+unsafe extern "C" fn create(to: *mut *mut c_void) -> Status {
+    if current().alive().is_err() {
+        return EXECUTION_FAILED;
+    }
+    HANDLES.fetch_add(1, AcqRel);
+    let handle = Box::new(Handle { device: CURRENT.get(), stream: std::ptr::null_mut() });
+    // SAFETY: the caller's: results have a place.
+    unsafe { to.write(Box::into_raw(handle).cast()) };
+    SUCCESS
+}
+
+unsafe extern "C" fn destroy(handle: *mut c_void) -> Status {
+    HANDLES.fetch_sub(1, AcqRel);
+    // SAFETY: the caller's: it was created, and is destroyed once.
+    drop(unsafe { Box::from_raw(handle.cast::<Handle>()) });
+    SUCCESS
+}
+
+unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> Status {
+    // SAFETY: the caller's: handle and stream exist.
+    let (handle, found) = unsafe { (&mut *handle.cast::<Handle>(), Stream::of(stream)) };
+    match found {
+        Ok(found) if std::ptr::eq(found.device(), &super::DEVICE[handle.device]) => {
+            handle.stream = stream;
+            SUCCESS
+        }
+        _ => INVALID_VALUE,
+    }
+}
+
+unsafe extern "C" fn set_workspace(handle: *mut c_void, start: *mut c_void, bytes: usize) -> Status {
+    // SAFETY: the caller's.
+    let stream = unsafe { Stream::of((*handle.cast::<Handle>()).stream) };
+    let there = stream.is_ok_and(|stream| stream.reaches(start.addr(), bytes));
+    if there && start.addr().is_multiple_of(256) { SUCCESS } else { INVALID_VALUE }
+}
+
+extern "C" fn set_math_mode(_handle: *mut c_void, _mode: c_int) -> Status {
+    SUCCESS
+}
+
+extern "C" fn status_name(status: Status) -> *const c_char {
+    let name = match status {
+        SUCCESS => c"CUBLAS_STATUS_SUCCESS",
+        INVALID_VALUE => c"CUBLAS_STATUS_INVALID_VALUE",
+        _ => c"CUBLAS_STATUS_EXECUTION_FAILED",
+    };
+    name.as_ptr()
+}
+
+extern "C" fn status_string(status: Status) -> *const c_char {
+    let text = match status {
+        SUCCESS => c"success",
+        INVALID_VALUE => c"an unsupported value or parameter was passed to the function",
+        _ => c"the function failed to launch on the GPU",
+    };
+    text.as_ptr()
+}
+
+/// A matrix of `columns` vectors of `rows` elements, so many elements apart.
+#[derive(Clone, Copy)]
+struct Matrix {
+    start: *mut c_void,
+    rows: usize,
+    columns: usize,
+    apart: usize,
+}
+
+impl Matrix {
+    fn elements(&self) -> usize {
+        if self.rows * self.columns == 0 { 0 } else { (self.columns - 1) * self.apart + self.rows }
+    }
+
+    /// Whether it lies in memory of the stream's device.
+    fn on(&self, stream: &Stream, element: usize) -> bool {
+        self.elements() == 0 || stream.reaches(self.start.addr(), self.elements() * element)
+    }
+
+    /// Its elements as F32, without gaps.
+    ///
+    /// # Safety
+    /// It is a matrix of BF16 that nobody writes.
+    unsafe fn widened(&self) -> Vec<f32> {
+        let column = |column: usize| {
+            // SAFETY: the caller's.
+            unsafe { slice::from_raw_parts(self.start.cast::<bf16>().add(column * self.apart), self.rows) }
+        };
+        (0..self.columns).flat_map(|at| column(at).iter().map(|x| x.to_f32())).collect()
+    }
+}
+
+/// `c = aᵀ · b + beta · c`.
+///
+/// # Safety
+/// The matrices are what their sizes say; nobody else uses `c`.
+unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32) {
+    // SAFETY: the caller's.
+    let (left, right) = unsafe { (a.widened(), b.widened()) };
+    let mut sums = vec![0f32; c.rows * c.columns];
+    // SAFETY: the vectors have `a.rows` elements for each of the product's rows and columns, and one for each of its elements.
+    unsafe {
+        gemm::gemm(
+            c.columns,
+            c.rows,
+            a.rows,
+            sums.as_mut_ptr(),
+            1,
+            c.rows as isize,
+            false,
+            right.as_ptr(),
+            1,
+            a.rows as isize,
+            left.as_ptr(),
+            a.rows as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+    for (column, sums) in sums.chunks(c.rows).enumerate() {
+        for (row, sum) in sums.iter().enumerate() {
+            let at = column * c.apart + row;
+            // What is multiplied by nothing is not read: it may be NaN.
+            let add = |before: f32| if beta == 0.0 { *sum } else { sum + beta * before };
+            // SAFETY: the caller's.
+            unsafe {
+                if wide {
+                    let to = c.start.cast::<f32>().add(at);
+                    to.write(add(to.read()));
+                } else {
+                    let to = c.start.cast::<bf16>().add(at);
+                    to.write(bf16::from_f32(add(to.read().to_f32())));
+                }
+            }
+        }
+    }
+}
+
+unsafe extern "C" fn gemm(
+    handle: *mut c_void,
+    transpose_a: c_int,
+    transpose_b: c_int,
+    m: c_int,
+    n: c_int,
+    k: c_int,
+    alpha: *const f32,
+    a: *const c_void,
+    a_type: c_int,
+    a_apart: c_int,
+    b: *const c_void,
+    b_type: c_int,
+    b_apart: c_int,
+    beta: *const f32,
+    c: *mut c_void,
+    c_type: c_int,
+    c_apart: c_int,
+    compute: c_int,
+    _algorithm: c_int,
+) -> Status {
+    // SAFETY: the caller's.
+    let (handle, alpha, beta) = unsafe { (&*handle.cast::<Handle>(), *alpha, *beta) };
+    let asked = (transpose_a, transpose_b, a_type, b_type, compute, alpha);
+    let wide = c_type == CUDA_R_32F;
+    let sizes = [m, n, k, a_apart, b_apart, c_apart].map(|size| usize::try_from(size).unwrap_or(usize::MAX));
+    let [m, n, k, a_apart, b_apart, c_apart] = sizes;
+    if asked != (OP_T, OP_N, CUDA_R_16BF, CUDA_R_16BF, COMPUTE_32F, 1.0)
+        || !(wide || c_type == CUDA_R_16BF)
+        || sizes.contains(&usize::MAX)
+        || [a_apart, b_apart].iter().any(|apart| *apart < k.max(1))
+        || c_apart < m.max(1)
+    {
+        return INVALID_VALUE;
+    }
+    let a = Matrix { start: a.cast_mut(), rows: k, columns: m, apart: a_apart };
+    let b = Matrix { start: b.cast_mut(), rows: k, columns: n, apart: b_apart };
+    let c = Matrix { start: c, rows: m, columns: n, apart: c_apart };
+    // SAFETY: the caller's: the stream exists.
+    let Ok(stream) = (unsafe { Stream::of(handle.stream) }) else { return EXECUTION_FAILED };
+    let size = if wide { 4 } else { 2 };
+    let there = a.on(stream, 2) && b.on(stream, 2) && c.on(stream, size);
+    let matrices = Along([a, b, c]);
+    stream.run(move || {
+        let Along(matrices) = { matrices };
+        if !there {
+            return Err(Code::cudaErrorIllegalAddress);
+        }
+        if m * n > 0 {
+            // SAFETY: they lie in device memory, as was found above, ordered by the stream.
+            unsafe { product(matrices, wide, beta) };
+        }
+        Ok(())
+    });
+    SUCCESS
+}
