@@ -6,15 +6,29 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
+
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
+#else
+// For tests without a GPU: threads, barriers and shuffles on the host.
+#include "emulation.h"
+#endif
 
 #include "kernels.h"
 
 // All lanes of a warp.
 constexpr unsigned kWarp = 0xffffffffu;
 
-// Names a block's dynamic shared memory, aligned for any access.
+// Names a block's dynamic shared memory, aligned for any access, and an array of its static shared memory.
+#ifdef __CUDACC__
 #define LSK_DYNAMIC_SHARED(name) extern __shared__ __align__(128) char name[]
+#define LSK_SHARED(type, name, count) __shared__ type name[count]
+#else
+#define LSK_DYNAMIC_SHARED(name) char* const name = emulation::dynamic_shared()
+#define LSK_SHARED(type, name, count) \
+  static const char name##_tag = 0;   \
+  type* const name = reinterpret_cast<type*>(emulation::static_shared(&name##_tag, sizeof(type) * (count)))
+#endif
 
 // Launches `kernel`, and returns this launch's own error: cudaGetLastError would hand over somebody else's, and clear it.
 template <typename... Parameters, typename... Arguments>

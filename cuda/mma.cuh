@@ -36,23 +36,27 @@ __device__ inline void mma_16x8x16_bf16(float (&c)[4], const uint32_t (&a)[4], u
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-  const auto half = [](uint32_t bits, int which) {
-    const uint32_t wide = which ? bits & 0xffff0000u : bits << 16;
-    float x;
-    memcpy(&x, &wide, sizeof(x));
-    return x;
+#elif !defined(__CUDACC__)
+  // Two floats for each register, of this lane; then those of the rows and columns that it has sums of.
+  struct Held {
+    float a[4][2], b[2][2];
+  } held;
+  const auto widen = [](uint32_t bits, float (&to)[2]) {
+    const uint32_t wide[2] = {bits << 16, bits & 0xffff0000u};
+    memcpy(to, wide, sizeof(to));
   };
-  const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 2;
-  for (int k = 0; k < 16; k += 2) {
-    const int quad = k % 8 / 2, high = k / 8;
-    const uint32_t a_low = __shfl_sync(kWarp, high ? a[2] : a[0], row + quad);
-    const uint32_t a_high = __shfl_sync(kWarp, high ? a[3] : a[1], row + quad);
+  for (int i = 0; i < 4; ++i) widen(a[i], held.a[i]);
+  widen(b0, held.b[0]);
+  widen(b1, held.b[1]);
+  const int lane = int(threadIdx.x) % 32, row = lane / 4 * 4, column = lane % 4 * 8;
+  const auto of = emulation::exchange("mma", kWarp, 0xfu << row | 0xffu << column, held);
+  for (int quad = 0; quad < 4; ++quad) {
+    const auto& x = of[row + quad].a;
     for (int j = 0; j < 2; ++j) {
-      const uint32_t b = __shfl_sync(kWarp, high ? b1 : b0, (column + j) * 4 + quad);
-      for (int which = 0; which < 2; ++which) {
-        c[j] += half(a_low, which) * half(b, which);
-        c[2 + j] += half(a_high, which) * half(b, which);
+      const auto& y = of[column + j * 4 + quad].b;
+      for (int k = 0; k < 2; ++k) {
+        c[j] += x[0][k] * y[0][k] + x[2][k] * y[1][k];
+        c[2 + j] += x[1][k] * y[0][k] + x[3][k] * y[1][k];
       }
     }
   }
@@ -68,12 +72,11 @@ __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
-#else
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
-    const auto from = __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), i * 8 + lane / 4);
-    memcpy(&r[i], reinterpret_cast<const char*>(from) + lane % 4 * 4, 4);
-  }
+#elif !defined(__CUDACC__)
+  emulation::check_shared_row(row, "ldmatrix");
+  const int lane = int(threadIdx.x) % 32;
+  const auto rows = emulation::exchange("ldmatrix", kWarp, 0x01010101u << lane / 4, static_cast<const char*>(row));
+  for (int i = 0; i < 4; ++i) memcpy(&r[i], rows[i * 8 + lane / 4] + lane % 4 * 4, 4);
 #endif
 }
 
@@ -85,14 +88,13 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
-#else
-  const int lane = threadIdx.x % 32;
+#elif !defined(__CUDACC__)
+  emulation::check_shared_row(row, "ldmatrix");
+  const int lane = int(threadIdx.x) % 32, first = lane % 4 * 2;
+  const auto rows = emulation::exchange("ldmatrix", kWarp, 0x03030303u << first, static_cast<const char*>(row));
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
-    for (int j = 0; j < 2; ++j) {
-      const auto from = __shfl_sync(kWarp, reinterpret_cast<unsigned long long>(row), i * 8 + lane % 4 * 2 + j);
-      memcpy(&pair[j], reinterpret_cast<const char*>(from) + lane / 4 * 2, 2);
-    }
+    for (int j = 0; j < 2; ++j) memcpy(&pair[j], rows[i * 8 + first + j] + lane / 4 * 2, 2);
     memcpy(&r[i], pair, 4);
   }
 #endif
@@ -106,12 +108,8 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
                :
                : "r"(address), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                : "memory");
-#else
-  if (valid) {
-    memcpy(shared, global, 16);
-  } else {
-    memset(shared, 0, 16);
-  }
+#elif !defined(__CUDACC__)
+  emulation::copy_async(shared, global, valid);
 #endif
 }
 
@@ -119,6 +117,8 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
 __device__ inline void cp_async_commit() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::commit_copies();
 #endif
 }
 
@@ -127,5 +127,7 @@ template <int PENDING>
 __device__ inline void cp_async_wait() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#elif !defined(__CUDACC__)
+  emulation::wait_for_copies(PENDING);
 #endif
 }

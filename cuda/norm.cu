@@ -14,7 +14,7 @@ constexpr int kWarps = 4;
 __device__ inline float sum_over_row(float x) {
   x = sum_over_lanes(x, 32);
   if (blockDim.x == 32) return x;
-  __shared__ float sums[32];
+  LSK_SHARED(float, sums, 32);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) sums[warp] = x;
   __syncthreads();

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kGreatestBlock) argmax(uint32_t* out, const fl
     for (int k = 0; k < N; ++k) best.see(values.at[k], unsigned(column + k));
   }
   best = greatest_of_warp(best);
-  __shared__ Greatest of_warps[kGreatestBlock / 32];
+  LSK_SHARED(Greatest, of_warps, kGreatestBlock / 32);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) of_warps[warp] = best;
   __syncthreads();
