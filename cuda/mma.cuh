@@ -37,28 +37,28 @@ __device__ inline void mma_16x8x16_bf16(float (&c)[4], const uint32_t (&a)[4], u
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif !defined(__CUDACC__)
-  // Two floats for each register, of this lane; then those of the rows and columns that it has sums of.
-  struct Held {
-    float a[4][2], b[2][2];
-  } held;
-  const auto widen = [](uint32_t bits, float (&to)[2]) {
-    const uint32_t wide[2] = {bits << 16, bits & 0xffff0000u};
-    memcpy(to, wide, sizeof(to));
+  // Of the two rows and the column that a lane holds elements of, those that meet each other.
+  typedef float Four __attribute__((vector_size(16)));
+  const auto widen = [](uint32_t first, uint32_t second) {
+    const uint32_t wide[4] = {first << 16, first & 0xffff0000u, second << 16, second & 0xffff0000u};
+    Four to;
+    memcpy(&to, wide, sizeof(to));
+    return to;
   };
-  for (int i = 0; i < 4; ++i) widen(a[i], held.a[i]);
-  widen(b0, held.b[0]);
-  widen(b1, held.b[1]);
+  struct Held {
+    Four upper, lower, column;
+  };
+  const Held held = {widen(a[0], a[2]), widen(a[1], a[3]), widen(b0, b1)};
   const int lane = int(threadIdx.x) % 32, row = lane / 4 * 4, column = lane % 4 * 8;
   const auto of = emulation::exchange("mma", kWarp, 0xfu << row | 0xffu << column, held);
-  for (int quad = 0; quad < 4; ++quad) {
-    const auto& x = of[row + quad].a;
-    for (int j = 0; j < 2; ++j) {
-      const auto& y = of[column + j * 4 + quad].b;
-      for (int k = 0; k < 2; ++k) {
-        c[j] += x[0][k] * y[0][k] + x[2][k] * y[1][k];
-        c[2 + j] += x[1][k] * y[0][k] + x[3][k] * y[1][k];
-      }
+  for (int j = 0; j < 2; ++j) {
+    Four upper = {}, lower = {};
+    for (int quad = 0; quad < 4; ++quad) {
+      upper += of[row + quad].upper * of[column + j * 4 + quad].column;
+      lower += of[row + quad].lower * of[column + j * 4 + quad].column;
     }
+    c[j] += upper[0] + upper[1] + upper[2] + upper[3];
+    c[2 + j] += lower[0] + lower[1] + lower[2] + lower[3];
   }
 #endif
 }

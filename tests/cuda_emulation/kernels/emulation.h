@@ -46,6 +46,12 @@ struct Grid {
   virtual void run() const = 0;
 };
 
+// Their names, somewhere in a sentence.
+template <typename... Parameters>
+const char* names() {
+  return __PRETTY_FUNCTION__;
+}
+
 template <typename... Parameters>
 struct GridOf final : Grid {
   void (*function)(Parameters...);
@@ -55,7 +61,7 @@ struct GridOf final : Grid {
   template <typename... Arguments>
   explicit GridOf(void (*function)(Parameters...), Arguments&&... arguments)
       : function(function), arguments(std::forward<Arguments>(arguments)...) {
-    parameters = __PRETTY_FUNCTION__;
+    parameters = names<Parameters...>();
   }
   void run() const override { std::apply(function, arguments); }
 };

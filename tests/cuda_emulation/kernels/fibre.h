@@ -21,12 +21,12 @@ void emulation_land();
 
 namespace emulation {
 
-// Memory between two pages that can't be accessed.
+// Memory between two pages that can't be accessed; whole pages.
 class Guarded {
  public:
-  explicit Guarded(size_t bytes) : bytes_(bytes) {
-    void* const map = mmap(nullptr, bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED || mprotect(static_cast<char*>(map) + kPage, bytes, PROT_READ | PROT_WRITE) != 0) {
+  explicit Guarded(size_t least) : bytes_((least + kPage - 1) / kPage * kPage) {
+    void* const map = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect(static_cast<char*>(map) + kPage, bytes_, PROT_READ | PROT_WRITE) != 0) {
       perror("CUDA emulation: cannot map memory");
       abort();
     }
@@ -45,27 +45,21 @@ class Guarded {
   size_t bytes_;
 };
 
-// A stack that was left. The address sanitizer must know the bounds of the one it comes to.
+// A stack that was left. Its bounds are for the address sanitizer.
 struct Stack {
   void* left = nullptr;
   const void* bottom = nullptr;
   size_t bytes = 0;
   void* fake = nullptr;
-
-  // What the address sanitizer is told before a change to this stack, and after it. `save`: where from, or null if what
-  // is there is given up.
-  void announce([[maybe_unused]] Stack* save) {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(save != nullptr ? &save->fake : nullptr, bottom, bytes);
-#endif
-  }
-  void landed([[maybe_unused]] Stack* from) {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(fake, from != nullptr ? &from->bottom : nullptr,
-                                    from != nullptr ? &from->bytes : nullptr);
-#endif
-  }
 };
+
+// Leaves one stack for another.
+void change(Stack& from, Stack& to);
+
+// For those who come to a stack in another way: what the address sanitizer is told before (null: what is on the stack
+// that is left is given up) and after.
+void announce(Stack* from, const Stack& to);
+void arrive(Stack& here);
 
 struct Fibre : Stack {
 #ifdef __SANITIZE_ADDRESS__
