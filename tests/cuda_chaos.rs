@@ -6,8 +6,6 @@
 mod common;
 
 use std::{
-    fs,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -16,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Fixture, cases, random_fixture};
+use common::{Fixture, cases, nothing_left, random_fixture};
 use layer_streamer::{
     Canceller, DType, Error, Layer, LayerStreamer, Result, Settings, Unit,
     cuda_emulation::{self as emulation, Live, Operation},
@@ -246,7 +244,7 @@ impl Case {
         emulation::reset();
         let Self { fixture: Fixture { checkpoint, folder, .. }, .. } = self;
         drop(checkpoint);
-        assert_eq!((threads(), descriptors(folder.path())), (0, 0));
+        nothing_left(folder.path());
     }
 
     /// An error is that of the device which was made to fail, with what was tried and the code's name.
@@ -300,19 +298,6 @@ fn same(dtype: DType, a: &[u8], b: &[u8]) -> bool {
     };
     let size = dtype.size();
     a == b || a.chunks(size).zip(b.chunks(size)).all(|(a, b)| a == b || (nan(a) && nan(b)))
-}
-
-/// The pipeline's threads.
-fn threads() -> usize {
-    let tasks = fs::read_dir("/proc/self/task").unwrap();
-    let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
-    names.filter(|name| name.starts_with("ls-")).count()
-}
-
-/// Open files of the checkpoint, and rings.
-fn descriptors(folder: &Path) -> usize {
-    let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|file| fs::read_link(file.ok()?.path()).ok());
-    targets.filter(|target| target.starts_with(folder) || target.to_string_lossy().contains("io_uring")).count()
 }
 
 #[test]

@@ -3,27 +3,13 @@
 
 mod common;
 
-use std::{fs, path::Path, time::Instant};
+use std::time::Instant;
 
-use common::{fixture, gpu};
+use common::{descriptors, fixture, gpu, nothing_left, threads};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings,
     device::{Device, DevicePtr},
 };
-
-/// The pipeline's threads. The driver has threads and descriptors of its own, which may stay.
-fn threads() -> usize {
-    let names = fs::read_dir("/proc/self/task")
-        .unwrap()
-        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
-    names.filter(|name| name.starts_with("ls-")).count()
-}
-
-/// Open files of the checkpoint, and rings.
-fn descriptors(folder: &Path) -> usize {
-    let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|file| fs::read_link(file.ok()?.path()).ok());
-    targets.filter(|target| target.starts_with(folder) || target.to_string_lossy().contains("io_uring")).count()
-}
 
 #[test]
 fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
@@ -59,5 +45,5 @@ fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
     // The checkpoint holds files open as well.
     let folder = fixture.folder.path().to_owned();
     drop(fixture.checkpoint);
-    assert_eq!((threads(), descriptors(&folder)), (0, 0));
+    nothing_left(&folder);
 }

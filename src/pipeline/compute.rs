@@ -83,7 +83,8 @@ impl<D: Device> ComputeSide<D> {
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
     pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
         if let Some(error) = &self.failed {
-            return Err(error.clone());
+            // A pass that was cancelled, say, cannot be followed by another once the streamer is beyond use.
+            return Err(self.control.fatal().unwrap_or_else(|| error.clone()));
         }
         let may_hold = self.plan.gpu.slots - 1;
         if self.held.len() >= may_hold {

@@ -6,6 +6,7 @@ use std::{
     fs,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use layer_streamer::{
@@ -188,6 +189,28 @@ pub fn copy_of(original: &Path) -> tempfile::TempDir {
         fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
     }
     copy
+}
+
+/// How many of the pipeline's threads there are. A driver has threads and descriptors of its own, which may stay.
+pub fn threads() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("ls-")).count()
+}
+
+/// How many files below `folder` are open, and rings.
+pub fn descriptors(folder: &Path) -> usize {
+    let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+    targets.filter(|target| target.starts_with(folder) || target.to_string_lossy().contains("io_uring")).count()
+}
+
+/// Of both none are left: at once, but that the kernel lists a thread for a moment after it was joined.
+pub fn nothing_left(folder: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while (threads(), descriptors(folder)) != (0, 0) {
+        assert!(Instant::now() < deadline, "left: {} threads, {} descriptors", threads(), descriptors(folder));
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// The GPU, if there is one to test. `LAYER_STREAMER_TEST_DEVICE=cuda` makes a missing one a failure.
