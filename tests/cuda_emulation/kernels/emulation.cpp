@@ -147,6 +147,8 @@ void Engine::prepare(const Grid& grid, uint64_t seed) {
   blocks_ = Order::of(uint64_t(grid.size.x) * grid.size.y * grid.size.z, seed);
   random_ = mix(seed);
   shuffled_ = seed % 4 >= 2;
+  backward_ = seed % 4 == 1 || (shuffled_ && random() % 2 == 0);
+  turn_ = shuffled_ ? int(random() % kLanes) : 0;
   const uint64_t direction = seed % 4;
   const Order warps = Order::of(warp_count_, direction + 4 * (mix(seed ^ 1) >> 8));
   const Order lanes = Order::of(kLanes, direction + 4 * (mix(seed ^ 2) >> 8));

@@ -17,51 +17,42 @@ bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
 
 }  // namespace
 
-bool Engine::can_run(int warp, int lane) const {
-  const Warp& w = warps_[warp];
-  const Thread& thread = threads_[warp * kLanes + lane];
-  switch (w.states[lane]) {
-    case State::kNew:
-    case State::kRuns: return true;
-    case State::kValues: return (thread.needed & ~w.ring[(thread.operations - 1) % Warp::kRing].arrived) == 0;
-    case State::kPlace: {
-      const Operation& operation = w.ring[thread.operations % Warp::kRing];
-      return operation.reading == 0 || operation.number == thread.operations + 1;
-    }
-    default: return false;
+// The next lane in their order after the last one that ran, that can run.
+Thread* Engine::pick_lane(int warp) {
+  Warp& w = warps_[warp];
+  for (int i = 0; i < kLanes; ++i) {
+    w.cursor = (w.cursor + 1) % kLanes;
+    const int lane = lane_order_[w.cursor];
+    if (can_run(warp, lane)) return &at(warp, lane);
   }
+  return nullptr;
 }
 
-// The first of some lanes, in their order after the last one that ran, that can run.
-Thread* Engine::pick_lane(int warp, unsigned lanes) {
-  Warp& w = warps_[warp];
-  int place = w.cursor;
-  for (int i = 0; i < kLanes; ++i) {
-    place = (place + 1) % kLanes;
-    const int lane = lane_order_[place];
-    if ((lanes >> lane & 1) == 0 || !can_run(warp, lane)) continue;
-    w.cursor = place;
-    return &at(warp, lane);
+// One of those that the running thread waits for, if any can run.
+Thread* Engine::pick_awaited() {
+  const int warp = running_->warp;
+  unsigned awaited = running_->needed & ~warps_[warp].of(running_->operations).arrived;
+  while (awaited != 0) {
+    const unsigned turned = awaited >> turn_ | awaited << (-turn_ & 31);
+    const int lane = ((backward_ ? 31 - __builtin_clz(turned) : __builtin_ctz(turned)) + turn_) % kLanes;
+    if (can_run(warp, lane)) return &at(warp, lane);
+    awaited &= ~(1u << lane);
   }
   return nullptr;
 }
 
 // The thread to go on with: of the same warp as long as one can, then of the next. Null: the block is done.
 Thread* Engine::pick() {
-  // Who waits goes on as soon as it can, others that it might rely on or not.
+  // Who waits goes on as soon as it can, whatever others have not done yet.
   if (running_ != nullptr && state_of(*running_) == State::kValues) {
-    const Warp& w = warps_[running_->warp];
-    const unsigned arrived = w.ring[(running_->operations - 1) % Warp::kRing].arrived;
-    Thread* const next = pick_lane(running_->warp, running_->needed & ~arrived);
-    if (next != nullptr) return next;
+    if (Thread* const next = pick_awaited()) return next;
   }
   // Now and then another warp before its time.
   if (shuffled_ && warp_count_ > 1 && random() % 16 == 0) warp_place_ = int(random() % warp_count_);
   for (int tried = 0;;) {
     const int warp = warp_order_[warp_place_];
     if (warps_[warp].open > 0) {
-      Thread* const next = pick_lane(warp, ~0u);
-      if (next != nullptr) return next;
+      if (Thread* const next = pick_lane(warp)) return next;
       stuck(warp);
     }
     warp_place_ = warp_place_ + 1 == warp_count_ ? 0 : warp_place_ + 1;
@@ -130,9 +121,9 @@ void Engine::done() {
     thread.groups.push_back(thread.copies.size());
     copy_until(thread.groups.size());
   }
-  if (thread.operations > 0) w.ring[(thread.operations - 1) % Warp::kRing].reading &= ~(1u << thread.lane);
+  if (thread.operations > 0) w.of(thread.operations).reading &= ~(1u << thread.lane);
   if (thread.operations < w.most) {
-    const Operation& operation = w.ring[thread.operations % Warp::kRing];
+    const Operation& operation = w.of(thread.operations + 1);
     wrong(cudaErrorLaunchFailure, "lane %d exits, others are in %s at %s:%d", thread.lane, operation.what,
           operation.file, operation.line);
   }
@@ -189,13 +180,13 @@ const char* Engine::offer(const char* what, unsigned needed, const void* value, 
   Warp& w = warps_[thread.warp];
   const unsigned bit = 1u << thread.lane;
   thread.what = what, thread.file = file, thread.line = line;
-  if (thread.operations > 0) w.ring[(thread.operations - 1) % Warp::kRing].reading &= ~bit;
+  if (thread.operations > 0) w.of(thread.operations).reading &= ~bit;
   if (thread.operations >= w.least_done) {
     wrong(cudaErrorLaunchFailure, "%s at %s:%d with lanes that have exited", what, file, line);
   }
   const uint64_t number = thread.operations + 1;
-  Operation& operation = w.ring[thread.operations % Warp::kRing];
-  while (operation.number != number && operation.reading != 0) wait(State::kPlace);
+  Operation& operation = w.of(number);
+  while (!operation.free_for(number)) wait(State::kPlace);
   if (operation.number != number) {
     operation.number = number;
     operation.arrived = 0;

@@ -74,6 +74,8 @@ struct Operation {
   const char *what = nullptr, *file = nullptr;
   int line = 0;
   alignas(kEntry) char entries[kLanes * kEntry];
+
+  bool free_for(uint64_t other) const { return reading == 0 || number == other; }
 };
 
 struct Warp {
@@ -85,6 +87,10 @@ struct Warp {
   int open = 0;             // lanes that are neither done nor at the block's barrier
   uint64_t most = 0;        // operations that a lane took part in, at most
   uint64_t least_done = 0;  // and lanes that are done, at least
+
+  // Operation `number` of this warp, from 1 on.
+  Operation& of(uint64_t number) { return ring[number % kRing]; }
+  const Operation& of(uint64_t number) const { return ring[number % kRing]; }
 };
 
 class Engine {
@@ -112,9 +118,20 @@ class Engine {
   [[noreturn]] static void fibre_main();
   void done();
   Thread* pick();
-  Thread* pick_lane(int warp, unsigned lanes);
+  Thread* pick_lane(int warp);
+  Thread* pick_awaited();
   [[noreturn]] void stuck(int warp);
-  bool can_run(int warp, int lane) const;
+  bool can_run(int warp, int lane) const {
+    const Warp& w = warps_[warp];
+    const Thread& thread = threads_[warp * kLanes + lane];
+    switch (w.states[lane]) {
+      case State::kNew:
+      case State::kRuns: return true;
+      case State::kValues: return (thread.needed & ~w.of(thread.operations).arrived) == 0;
+      case State::kPlace: return w.of(thread.operations + 1).free_for(thread.operations + 1);
+      default: return false;
+    }
+  }
   void run_next(Thread* next, Fibre* own = nullptr);
   void change_to(Thread* next);
   void wait(State state);
@@ -132,7 +149,8 @@ class Engine {
   int alive_ = 0;
   Order blocks_;
   int warp_order_[kMostThreads / kLanes], lane_order_[kLanes];
-  bool shuffled_ = false;
+  int turn_ = 0;  // where the order of awaited lanes begins
+  bool backward_ = false, shuffled_ = false;
   uint64_t random_ = 0;
 
   Stack host_;
