@@ -101,7 +101,7 @@ fn run(options: &Options) -> Result<String, Failure> {
     let cache = if direct { CachePolicy::Direct } else { CachePolicy::Buffered };
     let settings = Settings { cache, ..Settings::default() };
     let plan = Plan::new(&checkpoint, &units, &settings)?;
-    let slots: usize = plan.memory().iter().map(|(_, bytes)| bytes).sum();
+    let slots: usize = plan.memory().iter().map(|part| part.bytes).sum();
     let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings)?;
     // A sample: about sixteen units.
     pipeline.check(&checkpoint, &units, units.len().div_ceil(16))?;

@@ -24,7 +24,7 @@ use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
-    plan::{CachePolicy, Home, Plan, Reader},
+    plan::{CachePolicy, Home, Part, Plan, Reader},
     trace::Stage,
 };
 
@@ -230,7 +230,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
     bar.finish_and_clear();
     let stalled = pipeline.stalled_share(STALL)?;
     copied.add(copy.window(window / 4));
-    let slots = plan.memory().iter().filter(|(what, _)| what.ends_with("slots")).map(|(_, bytes)| bytes).sum();
+    let slots = plan.memory().iter().filter(|part| part.what.ends_with("slots")).map(|part| part.bytes).sum();
     let figures = Figures {
         ours,
         raw,
@@ -270,7 +270,7 @@ fn files(checkpoint: &Checkpoint, units: &[Unit]) -> Vec<PathBuf> {
 /// A copy between memory as large as that which the pipeline's transfer copies between, in pieces of a layer's tensors.
 fn plain_copy(plan: &Plan, checkpoint: &Checkpoint, units: &[Unit]) -> Result<PlainCopy, Failure> {
     let (mut from, mut to) = (0, 0);
-    for (what, bytes) in plan.memory() {
+    for Part { what, bytes, .. } in plan.memory() {
         if what.ends_with("GPU slots") {
             to += bytes;
         } else if what.ends_with("pinned slots") || what.ends_with("RAM") || what.ends_with("RAM slots") {

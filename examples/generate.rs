@@ -20,7 +20,7 @@ use layer_streamer::{
     Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    plan::Home,
+    plan::{Home, Part},
     trace::Stage,
 };
 use tokenizers::Tokenizer;
@@ -280,14 +280,14 @@ fn failed(path: &Path, error: &io::Error) -> Failure {
     format!("cannot write --dump-logits {}: {error}", path.display()).into()
 }
 
-fn print_memory(device: &str, rows: &[(String, usize)], hidden_slot: bool) {
+fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
     say!("device: {device}");
     if hidden_slot {
         say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
     }
-    let total = rows.iter().map(|(_, bytes)| bytes).sum::<usize>();
-    let width = rows.iter().map(|(what, _)| what.chars().count()).max().unwrap_or(0);
-    for (what, bytes) in rows.iter().map(|(what, bytes)| (what.as_str(), *bytes)).chain([("total", total)]) {
+    let total = rows.iter().map(|part| part.bytes).sum::<usize>();
+    let width = rows.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
+    for (what, bytes) in rows.iter().map(|part| (part.what.as_str(), part.bytes)).chain([("total", total)]) {
         say!("  {what:width$}  {:>10}", HumanBytes(bytes as u64).to_string());
     }
 }

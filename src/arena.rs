@@ -4,7 +4,10 @@ use std::{io, ptr::NonNull, sync::Arc, thread};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    memory,
+};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths; also the page size.
 pub(crate) const PAGE: usize = 4096;
@@ -27,7 +30,7 @@ impl Arena {
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
         // The system may promise more than it has, and then kill whoever touches it.
-        if let Some(available) = available().filter(|&available| available < bytes) {
+        if let Some(available) = memory::free().filter(|&available| available < bytes) {
             let cause = format!("only {available} bytes are available");
             return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
         }
@@ -80,13 +83,6 @@ impl Arena {
     pub(crate) fn whole(&self) -> (NonNull<u8>, usize) {
         (self.slot(0), self.map.len())
     }
-}
-
-/// Memory that can be had without swapping, in bytes, if the system tells.
-fn available() -> Option<usize> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<usize>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ mod checkpoint;
 mod dtype;
 mod error;
 mod io;
+mod memory;
 mod ring;
 mod sync;
 

@@ -35,7 +35,7 @@ fn a_fork_with_a_gibibyte_of_slots_takes_less_than_20_ms() {
     }
     // Where nothing is registered, and so pinned, a fork that copies page tables alone is as fast.
     let (slots, spared) = (streamer.plan().memory(), Holdings::now().arenas);
-    assert!(spared >= slots.iter().map(|(_, bytes)| bytes).sum::<usize>(), "{spared} bytes of {slots:?}");
+    assert!(spared >= slots.iter().map(|part| part.bytes).sum::<usize>(), "{spared} bytes of {slots:?}");
     let mut times = [(); 5].map(|()| {
         let start = Instant::now();
         // SAFETY: the child calls nothing but _exit.

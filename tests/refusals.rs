@@ -276,7 +276,7 @@ fn without_memory_the_error_says_how_much_for_what_and_nothing_is_left_behind() 
         let pages = fs::read_to_string("/proc/self/statm").unwrap();
         pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096
     };
-    let needed: u64 = start(&fixture, &settings).unwrap().plan().memory().iter().map(|(_, bytes)| *bytes as u64).sum();
+    let needed: u64 = start(&fixture, &settings).unwrap().plan().memory().iter().map(|part| part.bytes as u64).sum();
     before.assert_back("after a start");
     // In steps of less than an arena, from too little for the first on.
     for more in (1 << 20..needed).step_by(5 << 20) {

@@ -204,6 +204,11 @@ impl Checkpoint {
         self.0.files.iter().zip(self.0.states.iter().copied())
     }
 
+    /// Bytes of file `file`.
+    pub(crate) fn length(&self, file: usize) -> u64 {
+        self.0.states[file].0
+    }
+
     pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
         self.0.entries.get(name).ok_or_else(|| Error::tensor(&self.0.source, name, "is not in the checkpoint"))
     }

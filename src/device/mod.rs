@@ -177,6 +177,11 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Makes the device current for this thread. Every pipeline thread calls it first.
     fn bind_thread(&self) -> Result<()>;
 
+    /// Bytes free in the device's own memory; `None` for a device that computes in the host's.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
+
     /// Reserves `bytes` of device memory, aligned to [`crate::plan::DEVICE_ALIGN`] and present; `what` is for messages.
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Self::Memory>;
 

@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result},
     kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
     pipeline::{Layer, LayerStreamer, StaticTensors},
-    plan::{Plan, Settings, UnitPlan},
+    plan::{Bandwidths, Besides, Budget, Part, Plan, Settings, UnitPlan},
 };
 
 /// Tokens that go through a layer at once.
@@ -180,31 +180,62 @@ impl<D: Kernels> Decoder<D> {
         })
     }
 
-    /// What [`Decoder::new`] will reserve with the same arguments: descriptions and bytes.
+    /// What [`Decoder::new`] will reserve with the same arguments.
     ///
     /// # Errors
     /// As there, as far as can be known beforehand.
-    pub fn memory(
-        device: &D,
-        model: &Model,
-        settings: &Settings,
-        batch: usize,
-        context: usize,
-    ) -> Result<Vec<(String, usize)>> {
+    pub fn memory(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Vec<Part>> {
+        let mut parts = Self::plan(device, model, settings)?.memory();
+        parts.extend(Self::besides(device, model, batch, context)?);
+        Ok(parts)
+    }
+
+    /// What the streamer of [`Decoder::new`] will do with the same arguments.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
+        Plan::new(&model.checkpoint, &model.units_for(device.precision()), settings)
+    }
+
+    /// What is reserved besides the streamer's part.
+    fn besides(device: &D, model: &Model, batch: usize, context: usize) -> Result<Vec<Part>> {
         check_size(model, batch, context)?;
         let precision = device.precision();
-        let mut rows = Plan::new(&model.checkpoint, &model.units_for(precision), settings)?.memory();
-        let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?;
-        rows.push(("static tensors".into(), statics.device_bytes));
+        let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
         let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
-        rows.push((
-            format!("KV cache of {sequences}{context} tokens"),
-            cache_layout(model, precision, batch, context).0.bytes()?,
-        ));
-        rows.push(("activations".into(), work_layout(model, precision, batch, context).0.bytes()?));
-        rows.push(("tokens on their way".into(), Exchange::<D>::bytes(most(batch, context).words())));
-        rows.push(("kernels' scratch".into(), device.scratch_bytes()));
-        Ok(rows)
+        let (cache, work) =
+            (cache_layout(model, precision, batch, context), work_layout(model, precision, batch, context));
+        Ok(vec![
+            Part::new("static tensors", statics, true),
+            Part::new(format!("KV cache of {sequences}{context} tokens"), cache.0.bytes()?, true),
+            Part::new("activations", work.0.bytes()?, true),
+            Part::new("tokens on their way", Exchange::<D>::bytes(most(batch, context).words()), false),
+            Part::new("kernels' scratch", device.scratch_bytes(), true),
+        ])
+    }
+
+    /// The settings with which the model runs fastest within `budget`; its layers are given the homes for that.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
+    pub fn fit(
+        device: &D,
+        model: &mut Model,
+        budget: Budget,
+        bandwidths: Bandwidths,
+        batch: usize,
+        context: usize,
+    ) -> Result<Settings> {
+        let mut besides = Besides::default();
+        for part in Self::besides(device, model, batch, context)? {
+            let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
+            *bytes = bytes.saturating_add(part.bytes);
+        }
+        let units = model.units_for(device.precision());
+        let (homes, settings) = budget.plan(&model.checkpoint, &units, besides, bandwidths)?;
+        model.units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        Ok(settings)
     }
 
     /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values.

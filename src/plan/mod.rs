@@ -4,8 +4,12 @@
 //! lives between passes, which extents to read into a host slot, which ranges to copy to the device, which tensors arrive
 //! changed.
 
+mod budget;
+mod forecast;
 mod settings;
 
+pub use budget::{Besides, Budget};
+pub use forecast::{Bandwidths, Forecast, Part};
 pub use settings::{CachePolicy, Home, Reader, Settings};
 
 use crate::{
@@ -142,6 +146,8 @@ pub(crate) struct UnitPlan {
     pub(crate) tensors: Vec<Placed>,
     /// What the tensors take in their files, where each counts once.
     pub(crate) disk_bytes: usize,
+    /// What reading it brings: the same rounded to pages, as far as the files go.
+    pub(crate) read_bytes: usize,
     pub(crate) host_bytes: usize,
     pub(crate) device_bytes: usize,
     pub(crate) home: Home,
@@ -213,6 +219,8 @@ impl UnitPlan {
             return Err(Error::setting("unit", format!("{} has two tensors named {}", unit.name, pair[0].name)));
         }
         let host_bytes = extents.last().map_or(0, |extent| extent.at + extent.len);
+        let read = |extent: &Extent| extent.len.min((checkpoint.length(extent.file) - extent.offset) as usize);
+        let read_bytes = extents.iter().map(read).sum();
         let name = unit.name.clone();
         Ok(Self {
             name,
@@ -221,6 +229,7 @@ impl UnitPlan {
             transforms,
             tensors,
             disk_bytes,
+            read_bytes,
             host_bytes,
             device_bytes,
             home: unit.home,
@@ -318,6 +327,12 @@ pub(crate) struct Residents {
 /// Largest piece of a tensor that is converted at once (bytes, before conversion).
 const STAGING: usize = 8 << 20;
 
+/// Bytes of one of the two staging blocks that these units need.
+fn staging_bytes(units: &[UnitPlan]) -> usize {
+    let pieces = units.iter().flat_map(|unit| &unit.transforms).map(|t| t.elements * t.from_type.size());
+    pieces.max().unwrap_or(0).min(STAGING).next_multiple_of(DEVICE_ALIGN)
+}
+
 impl Plan {
     /// Plans a stream of `units` of `checkpoint`. Nothing is reserved or read.
     ///
@@ -354,7 +369,6 @@ impl Plan {
         let host_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu]);
         let pinned_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu, Home::Ram]);
         let device_bytes = most(|unit| unit.device_bytes, &[Home::Disk, Home::Ram, Home::Pinned]);
-        let staging = units.iter().flat_map(|unit| &unit.transforms).map(|t| t.elements * t.from_type.size()).max();
         // Units that live in RAM need the pin stage, and that a RAM slot for the others.
         let pins = settings.n_cpu > 0 || (residents.ram > 0 && settings.n_cpu_pinned > 0);
         let both_skipped = settings.n_cpu == 0 && settings.n_cpu_pinned == 0;
@@ -364,7 +378,7 @@ impl Plan {
                 .then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, pinned_bytes)),
             gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes),
             residents,
-            staging_bytes: staging.unwrap_or(0).min(STAGING).next_multiple_of(DEVICE_ALIGN),
+            staging_bytes: staging_bytes(&units),
             units,
         })
     }
@@ -377,23 +391,6 @@ impl Plan {
     /// Bytes of tensors that one pass brings to the device, as stored.
     pub fn bytes_per_pass(&self) -> usize {
         self.units.iter().map(|unit| unit.disk_bytes).sum()
-    }
-
-    /// What the streamer will reserve: a description and bytes of each part.
-    pub fn memory(&self) -> Vec<(String, usize)> {
-        let stages =
-            [("RAM slots", self.ram.as_ref()), ("pinned slots", self.pinned.as_ref()), ("GPU slots", Some(&self.gpu))];
-        let mut rows: Vec<_> = (stages.into_iter())
-            .filter_map(|(what, stage)| stage.map(|stage| (format!("{} {what}", stage.slots), stage.bytes())))
-            .collect();
-        let Residents { ram, pinned, gpu, .. } = self.residents;
-        let homes =
-            [(ram, "units living in RAM"), (pinned, "units living in pinned RAM"), (gpu, "units living on the GPU")];
-        rows.extend(homes.into_iter().filter(|(bytes, _)| *bytes > 0).map(|(bytes, what)| (what.to_owned(), bytes)));
-        if self.staging_bytes > 0 {
-            rows.push(("2 staging blocks".into(), 2 * self.staging_bytes));
-        }
-        rows
     }
 }
 

@@ -19,6 +19,18 @@ pub enum Home {
     Gpu,
 }
 
+impl fmt::Display for Home {
+    /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the GPU`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disk => "on disk",
+            Self::Ram => "in RAM",
+            Self::Pinned => "in pinned RAM",
+            Self::Gpu => "on the GPU",
+        })
+    }
+}
+
 impl Home {
     /// Gives units their homes from a text such as `0-7=pinned,8-11=gpu,12=ram`; units not named keep theirs.
     ///

@@ -223,6 +223,10 @@ impl Device for Cuda {
         self.call(|| format!("make cuda:{ordinal} the thread's device"), || unsafe { sys::cudaSetDevice(ordinal) })
     }
 
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(Some(self.memory()?.0))
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<CudaMemory> {
         CudaMemory::new(self, what, bytes)
     }

@@ -1,0 +1,227 @@
+//! The planner against a plain reckoning of what its plans take and how long they need, over random tables and budgets.
+
+use super::*;
+use crate::{
+    checkpoint::StoredTensor,
+    dtype::DType,
+    plan::{Part, Plan},
+};
+
+#[path = "../../../tests/common/mod.rs"]
+mod common;
+use common::cases;
+
+/// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order.
+fn table(rng: &mut fastrand::Rng) -> Vec<Sizes> {
+    let kinds: Vec<_> = (0..1 + rng.usize(..3))
+        .map(|_| {
+            // Alike to the byte or not at all, so that what is foretold for the largest of a kind holds for each.
+            let pages = [1, 3, 8, 20, 50, 140, 400, 1000][rng.usize(..8)];
+            let copied = pages * PAGE - 1000;
+            // Some grow or shrink on arrival.
+            let device = copied * [1, 1, 2][rng.usize(..3)] / [1, 1, 2][rng.usize(..3)];
+            let device = device.next_multiple_of(DEVICE_ALIGN);
+            Sizes { read: pages * PAGE, copied, host: pages * PAGE, device }
+        })
+        .collect();
+    (0..1 + rng.usize(..24)).map(|_| kinds[rng.usize(..kinds.len())]).collect()
+}
+
+fn bandwidths(rng: &mut fastrand::Rng) -> Bandwidths {
+    Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() }
+}
+
+/// Memory on the device and in RAM, unit by unit.
+fn taken(sizes: &[Sizes], homes: &[Home], [n_gpu, n_cpu_pinned]: [usize; 2], besides: Besides) -> [usize; 2] {
+    let of = |wanted: &[Home]| -> Vec<Sizes> {
+        let pairs = sizes.iter().zip(homes);
+        pairs.filter(|(_, home)| wanted.contains(home)).map(|(size, _)| *size).collect()
+    };
+    let slot = |largest: Option<usize>| largest.unwrap_or(0).next_multiple_of(PAGE).max(PAGE);
+    let gpu_slot = slot(of(&[Home::Disk, Home::Pinned]).iter().map(|size| size.device).max());
+    let host_slot = slot(of(&[Home::Disk, Home::Gpu]).iter().map(|size| size.host).max());
+    let device: usize = of(&[Home::Gpu]).iter().map(|size| size.device).sum();
+    let host: usize = of(&[Home::Pinned]).iter().map(|size| size.host).sum();
+    [besides.device_bytes + (n_gpu + 1) * gpu_slot + device, besides.host_bytes + (n_cpu_pinned + 1) * host_slot + host]
+}
+
+/// Seconds of a pass, unit by unit.
+fn seconds(sizes: &[Sizes], homes: &[Home], rings: [usize; 2], by: Bandwidths) -> f64 {
+    let sum = |of: fn(&Sizes) -> usize, homes_of: &[Home]| {
+        let pairs = sizes.iter().zip(homes).filter(|(_, home)| homes_of.contains(home));
+        pairs.map(|(size, _)| of(size)).sum::<usize>() as f64
+    };
+    let disk = sum(|size| size.read, &[Home::Disk]) / by.disk;
+    let copy = sum(|size| size.copied, &[Home::Disk, Home::Pinned]) / by.copy;
+    if rings[1] > 0 { disk.max(copy) } else { disk + copy }
+}
+
+/// The least budget, by the error that names it.
+fn minimum(sizes: &[Sizes], besides: Besides, shared: bool) -> Budget {
+    let named = |budget: Budget| {
+        let error = choose(sizes, besides, budget, Bandwidths::default()).unwrap_err().to_string();
+        let number = error.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
+        (error.starts_with("vram"), number.unwrap_or_else(|| panic!("{error}")).parse().unwrap())
+    };
+    if shared {
+        let (vram, host_bytes) = named(Budget { device_bytes: None, host_bytes: 0 });
+        assert!(!vram);
+        return Budget { device_bytes: None, host_bytes };
+    }
+    let (vram, device) = named(Budget { device_bytes: Some(0), host_bytes: usize::MAX });
+    assert!(vram);
+    let (vram, host_bytes) = named(Budget { device_bytes: Some(device), host_bytes: 0 });
+    assert!(!vram);
+    Budget { device_bytes: Some(device), host_bytes }
+}
+
+#[test]
+fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_more() {
+    let start = fastrand::u64(..);
+    for seed in (0..cases(400)).map(|i| start.wrapping_add(i.into())) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let (sizes, by, shared) = (table(&mut rng), bandwidths(&mut rng), rng.bool());
+        let besides = Besides { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) };
+        let least = minimum(&sizes, besides, shared);
+        for below in [
+            Budget { host_bytes: least.host_bytes - 1, ..least },
+            Budget { device_bytes: least.device_bytes.map(|bytes| bytes - 1), ..least },
+        ] {
+            assert_eq!(choose(&sizes, besides, below, by).is_ok(), below == least, "seed {seed}: {below:?}");
+        }
+        let all: usize = sizes.iter().map(|size| size.host.max(size.device)).sum();
+        let mut budget = least;
+        let mut before = f64::INFINITY;
+        let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
+        for round in 0..24 {
+            let (homes, rings) = choose(&sizes, besides, budget, by).unwrap();
+            let memory = taken(&sizes, &homes, rings, besides);
+            assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
+            let now = seconds(&sizes, &homes, rings, by);
+            for plain in RINGS {
+                let all_on_disk = vec![Home::Disk; sizes.len()];
+                let fits = budget.holds(taken(&sizes, &all_on_disk, plain, besides));
+                assert!(!fits || now <= seconds(&sizes, &all_on_disk, plain, by) * 1.000_001, "seed {seed}: {plain:?}");
+            }
+            assert!(now <= before * 1.000_001, "seed {seed}, round {round}: {before} s became {now} s with {budget:?}");
+            before = now;
+            budget.host_bytes += step(&mut rng);
+            budget.device_bytes = budget.device_bytes.map(|bytes| bytes + step(&mut rng));
+        }
+        budget.host_bytes += 12 * all + (16 << 20);
+        let (homes, rings) = choose(&sizes, besides, budget, by).unwrap();
+        assert!(!homes.contains(&Home::Disk), "seed {seed}: {homes:?} with room for all, {rings:?}");
+    }
+}
+
+#[test]
+fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
+    let size = 64 * PAGE;
+    let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 28];
+    let least = minimum(&sizes, Besides::default(), true).host_bytes;
+    assert_eq!(least, 3 * size, "two slots on the device, one in RAM");
+    for quarters in 0..=4 {
+        // One slot more lets the disk read while the device copies.
+        let host_bytes = least + size + quarters * sizes.len() / 4 * size;
+        let budget = Budget { device_bytes: None, host_bytes };
+        let (homes, rings) = choose(&sizes, Besides::default(), budget, Bandwidths::default()).unwrap();
+        let kept: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Gpu).collect();
+        let on_disk: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Disk).collect();
+        assert_eq!(kept.len(), quarters * 7, "{homes:?}");
+        assert_eq!(kept.len() + on_disk.len(), 28);
+        if quarters < 4 {
+            assert_eq!(rings, [1, 1]);
+            let gaps = on_disk.iter().zip(on_disk.iter().cycle().skip(1)).map(|(a, b)| (b + 28 - a - 1) % 28);
+            let (least, most) = gaps.fold((28, 0), |(least, most), gap| (gap.min(least), gap.max(most)));
+            assert!(most - least <= 1, "{on_disk:?}");
+        }
+    }
+}
+
+#[test]
+fn each_tier_keeps_its_share_at_even_distances() {
+    let size = 1 << 20;
+    let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 40];
+    let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
+    let (homes, rings) = choose(&sizes, Besides::default(), budget, Bandwidths::default()).unwrap();
+    assert_eq!(rings, [1, 1]);
+    let places = |home: Home| (0..40).filter(|&unit| homes[unit] == home).collect::<Vec<_>>();
+    assert_eq!([Home::Disk, Home::Pinned, Home::Gpu].map(|home| places(home).len()), [10, 20, 10]);
+    for home in [Home::Disk, Home::Gpu] {
+        let gaps: Vec<_> = places(home).windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.iter().all(|gap| (3..=5).contains(gap)), "{home}: {homes:?}");
+    }
+}
+
+#[test]
+fn what_a_plan_reserves_is_what_was_counted() {
+    for seed in 0..cases(60).into() {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let fixture = common::random_fixture(60_000, &mut rng);
+        let mut units = fixture.units.clone();
+        for unit in &mut units {
+            let mut wider = Unit::new(unit.name());
+            for arrival in unit.arrivals() {
+                let widens = fixture.table[&arrival.inputs[0]].dtype.converts_to(DType::F32) && rng.bool();
+                let op = if widens { crate::plan::ArrivalOp::To(DType::F32) } else { arrival.op };
+                wider.add(crate::plan::Arrival { op, ..arrival.clone() });
+            }
+            *unit = wider;
+        }
+        let shared = rng.bool();
+        let device_bytes = (!shared).then(|| rng.usize(300_000..4_000_000));
+        let budget = Budget { device_bytes, host_bytes: rng.usize(300_000..4_000_000) };
+        let by = bandwidths(&mut rng);
+        let Ok((homes, settings)) = budget.plan(&fixture.checkpoint, &units, Besides::default(), by) else { continue };
+        units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        let plan = Plan::new(&fixture.checkpoint, &units, &settings).unwrap();
+        let sum = |on_device: bool| -> usize {
+            plan.memory().iter().filter(|part: &&Part| part.on_device == on_device).map(|part| part.bytes).sum()
+        };
+        assert!(budget.holds([sum(true), sum(false)]), "seed {seed}: {:?} for {budget:?}", plan.memory());
+    }
+}
+
+/// Layers of a model whose weights are BF16, in a file that is all hole.
+fn layers(folder: &std::path::Path, count: usize, shapes: &[[usize; 2]]) -> (Checkpoint, Vec<Unit>) {
+    let (file, mut end, mut table) = (folder.join("hole"), 0, Vec::new());
+    let mut units = Vec::new();
+    for layer in 0..count {
+        let mut unit = Unit::new(format!("layer {layer}"));
+        for (number, shape) in shapes.iter().enumerate() {
+            let name = format!("{layer}.{number}");
+            unit.keep(number.to_string(), &name);
+            table.push(StoredTensor {
+                name,
+                file: file.clone(),
+                offset: end,
+                dtype: DType::BF16,
+                shape: shape.to_vec(),
+            });
+            end += 2 * (shape[0] * shape[1]) as u64;
+        }
+        units.push(unit);
+    }
+    std::fs::File::create(&file).unwrap().set_len(end).unwrap();
+    (Checkpoint::from_table(table).unwrap(), units)
+}
+
+#[test]
+fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
+    let folder = common::folder();
+    let shapes = [[8192, 8192], [1024, 8192], [1024, 8192], [8192, 8192], [28672, 8192], [28672, 8192], [8192, 28672]];
+    let (checkpoint, mut units) = layers(folder.path(), 80, &shapes);
+    // The KV cache of 8192 tokens, and a gigabyte of the rest.
+    let besides = Besides { device_bytes: (80 * 2 * 8 * 128 * 8192 * 2) + 1_000_000_000, host_bytes: 0 };
+    let budget = Budget { device_bytes: Some(8_000_000_000), host_bytes: 64_000_000_000 };
+    let (homes, settings) = budget.plan(&checkpoint, &units, besides, Bandwidths::default()).unwrap();
+    units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
+    let device: usize = plan.memory().iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
+    assert!(device + besides.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
+    // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.
+    assert_eq!(plan.count(Home::Pinned), 35, "{:?}", plan.memory());
+    let forecast = plan.forecast(Bandwidths { disk: 2e9, copy: 25e9 });
+    assert_eq!(forecast.binds(), "disk");
+    assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");
+}

@@ -1,0 +1,113 @@
+//! What a plan takes and moves, known before anything is reserved.
+
+use super::{Home, Plan, Residents};
+
+/// What the links carry, in bytes per second. They decide between plans less than the bytes do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Bandwidths {
+    /// Disk to RAM.
+    pub disk: f64,
+    /// RAM to the device.
+    pub copy: f64,
+}
+
+impl Default for Bandwidths {
+    /// Assumed where nothing was measured: an NVMe disk, and a PCIe link or one core's `memcpy`.
+    fn default() -> Self {
+        Self { disk: 2e9, copy: 10e9 }
+    }
+}
+
+/// What a pass moves once all homes are filled, and how long the links take for that. The caller's work is not in it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forecast {
+    /// Bytes read from disk, rounded to pages as reads are.
+    pub disk_bytes: usize,
+    /// Bytes copied to the device.
+    pub copy_bytes: usize,
+    /// How long the disk is busy.
+    pub disk_seconds: f64,
+    /// How long the link to the device is busy (for the CPU: its memory).
+    pub copy_seconds: f64,
+    /// How long a pass takes: the slower of the two, or both where one slot joins them and they take turns.
+    pub pass_seconds: f64,
+}
+
+impl Forecast {
+    pub(super) fn new(disk_bytes: usize, copy_bytes: usize, side_by_side: bool, bandwidths: Bandwidths) -> Self {
+        let (disk_seconds, copy_seconds) = (disk_bytes as f64 / bandwidths.disk, copy_bytes as f64 / bandwidths.copy);
+        let pass_seconds = if side_by_side { disk_seconds.max(copy_seconds) } else { disk_seconds + copy_seconds };
+        Self { disk_bytes, copy_bytes, disk_seconds, copy_seconds, pass_seconds }
+    }
+
+    /// The link that a pass waits for: `disk`, `copy`, or `nothing` if nothing moves.
+    pub fn binds(&self) -> &'static str {
+        match () {
+            () if self.disk_seconds >= self.copy_seconds && self.disk_bytes > 0 => "disk",
+            () if self.copy_bytes > 0 => "copy",
+            () => "nothing",
+        }
+    }
+}
+
+/// One thing that memory is taken for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Description.
+    pub what: String,
+    /// How much.
+    pub bytes: usize,
+    /// In the device's memory; else in RAM. To the CPU device both are one.
+    pub on_device: bool,
+}
+
+impl Part {
+    pub(crate) fn new(what: impl Into<String>, bytes: usize, on_device: bool) -> Self {
+        Self { what: what.into(), bytes, on_device }
+    }
+}
+
+impl Plan {
+    /// What the streamer will reserve.
+    pub fn memory(&self) -> Vec<Part> {
+        let stages = [
+            ("RAM slots", self.ram.as_ref(), false),
+            ("pinned slots", self.pinned.as_ref(), false),
+            ("GPU slots", Some(&self.gpu), true),
+        ];
+        let mut parts: Vec<_> = (stages.into_iter())
+            .filter_map(|(what, stage, on_device)| {
+                stage.map(|stage| Part::new(format!("{} {what}", stage.slots), stage.bytes(), on_device))
+            })
+            .collect();
+        let Residents { ram, pinned, gpu, .. } = self.residents;
+        for (home, bytes) in [(Home::Ram, ram), (Home::Pinned, pinned), (Home::Gpu, gpu)] {
+            let count = self.count(home);
+            if count > 0 {
+                let what = format!("{count} {} living {home}", if count == 1 { "unit" } else { "units" });
+                parts.push(Part::new(what, bytes, home == Home::Gpu));
+            }
+        }
+        if self.staging_bytes > 0 {
+            parts.push(Part::new("2 staging blocks", 2 * self.staging_bytes, true));
+        }
+        parts
+    }
+
+    /// How many units live there.
+    pub fn count(&self, home: Home) -> usize {
+        self.units.iter().filter(|unit| unit.home == home).count()
+    }
+
+    /// What a pass moves, and how long that takes.
+    pub fn forecast(&self, bandwidths: Bandwidths) -> Forecast {
+        let sum = |homes: &[Home], bytes: fn(&super::UnitPlan) -> usize| -> usize {
+            self.units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).sum()
+        };
+        let read = sum(&[Home::Disk], |unit| unit.read_bytes);
+        let copied = sum(&[Home::Disk, Home::Ram, Home::Pinned], |unit| unit.disk_bytes);
+        let side_by_side =
+            self.gpu.slots > 1 && (self.ram.is_some() || self.pinned.as_ref().is_some_and(|stage| stage.slots > 1));
+        Forecast::new(read, copied, side_by_side, bandwidths)
+    }
+}
