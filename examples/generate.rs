@@ -2,6 +2,8 @@
 //!
 //! Only the generated text goes to stdout; the memory table, the progress bar and the closing line go to stderr.
 
+#[path = "budget/mod.rs"]
+mod budget;
 #[path = "device/mod.rs"]
 mod device;
 
@@ -13,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use budget::Amount;
 use clap::Parser;
 use device::{Chosen, Wanted};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,7 +23,7 @@ use layer_streamer::{
     Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    plan::{Home, Part},
+    plan::{Bandwidths, Home, Part},
     trace::Stage,
 };
 use tokenizers::Tokenizer;
@@ -39,7 +42,9 @@ Examples:
   generate '4096='                                     the speller that comes with the project
   generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
   generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
-  generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    as little memory as it takes")]
+  generate --vram 8GB --ram 32GB --model DIR …         the best plan for so much memory [default: for what is free]
+  generate --ram 4GB --model DIR --plan                what that plan is, and no more
+  generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own")]
 struct Options {
     /// Folder with config.json, safetensors shards and tokenizer.json
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/speller"), hide_default_value = true)]
@@ -69,32 +74,48 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     dump_logits: Option<PathBuf>,
 
-    /// Layers buffered ahead on the device, at least 1
-    #[arg(long, value_name = "N", default_value_t = Settings::default().n_gpu, help_heading = "Pipeline")]
-    n_gpu: usize,
+    /// GPU memory to use, such as 8GB or 7.5GiB; auto: what is free, less a sixteenth and at least 256 MiB [default: auto]
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    vram: Option<Amount>,
 
-    /// Layers buffered in pinned RAM; 0 skips the stage
-    #[arg(long, value_name = "N", default_value_t = Settings::default().n_cpu_pinned, help_heading = "Pipeline")]
-    n_cpu_pinned: usize,
+    /// RAM to use, likewise
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    ram: Option<Amount>,
 
-    /// Layers buffered in pageable RAM; 0 skips the stage
-    #[arg(long, value_name = "N", default_value_t = Settings::default().n_cpu, help_heading = "Pipeline")]
-    n_cpu: usize,
+    /// Print what would be reserved and where the layers would live, and stop
+    #[arg(long, help_heading = "Memory")]
+    plan: bool,
+
+    /// Do not measure disk and link (once per machine and file system, under a second): assume 2 and 10 GB/s
+    #[arg(long, help_heading = "Memory")]
+    no_probe: bool,
+
+    /// Layers buffered ahead on the device, at least 1 [default: 2 if any of these is given, else by the memory]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_gpu: Option<usize>,
+
+    /// Layers buffered in pinned RAM; 0 skips the stage [default: 4 likewise]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_cpu_pinned: Option<usize>,
+
+    /// Layers buffered in pageable RAM; 0 skips the stage [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_cpu: Option<usize>,
 
     /// Layers handed to compute at once, at most n-gpu; 0 means one by one
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pipeline")]
-    batch_gpu: usize,
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_gpu: Option<usize>,
 
     /// Layers handed from pinned RAM to the transfer at once, at most n-cpu-pinned
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pipeline")]
-    batch_cpu_pinned: usize,
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_cpu_pinned: Option<usize>,
 
     /// Layers handed from pageable RAM at once, at most n-cpu
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Pipeline")]
-    batch_cpu: usize,
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_cpu: Option<usize>,
 
     /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]
-    #[arg(long, value_name = "LIST", help_heading = "Pipeline")]
+    #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
     home: Option<String>,
 
     /// Print nothing but the text (and errors)
@@ -102,8 +123,27 @@ struct Options {
     quiet: bool,
 
     /// The text to continue (after --, if it begins with a dash)
-    #[arg(required_unless_present = "prompt_ids")]
+    #[arg(required_unless_present_any = ["prompt_ids", "plan"])]
     prompt: Option<String>,
+}
+
+impl Options {
+    /// The settings, where any of them or a home is given.
+    fn settings(&self) -> Option<Settings> {
+        let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];
+        (given.iter().any(Option::is_some) || self.home.is_some()).then(|| {
+            let usual = Settings::default();
+            Settings {
+                n_gpu: self.n_gpu.unwrap_or(usual.n_gpu),
+                n_cpu_pinned: self.n_cpu_pinned.unwrap_or(usual.n_cpu_pinned),
+                n_cpu: self.n_cpu.unwrap_or(usual.n_cpu),
+                batch_gpu: self.batch_gpu.unwrap_or(usual.batch_gpu),
+                batch_cpu_pinned: self.batch_cpu_pinned.unwrap_or(usual.batch_cpu_pinned),
+                batch_cpu: self.batch_cpu.unwrap_or(usual.batch_cpu),
+                ..usual
+            }
+        })
+    }
 }
 
 fn main() {
@@ -124,37 +164,43 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
     let (begun, before) = (Instant::now(), memory());
     let mut model = Model::open(&options.model)?;
     Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
-    let needs_tokenizer = options.prompt_ids.is_none() || !options.print_ids;
+    let needs_tokenizer = options.prompt.is_some() || !(options.plan || options.print_ids);
     let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
     let prompt = match (&options.prompt_ids, &options.prompt, &tokenizer) {
         (Some(ids), _, _) => ids.clone(),
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
         _ => Vec::new(),
     };
-    if prompt.is_empty() {
+    if prompt.is_empty() && !options.plan {
         return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
     }
     let wanted = prompt.len().saturating_add(options.max_new_tokens);
-    let context = options.context.unwrap_or_else(|| wanted.min(model.config.max_positions).max(prompt.len()));
+    let context = options.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt.len()));
     if prompt.len() > context {
         return Err(
             format!("the prompt is {} tokens long, the context {context}; raise --context", prompt.len()).into()
         );
     }
     // Opened before the long work, so that a path that cannot be written is known at once.
-    let dump = options.dump_logits.as_deref().map(Dump::create).transpose()?;
-    let settings = Settings {
-        n_gpu: options.n_gpu,
-        n_cpu_pinned: options.n_cpu_pinned,
-        n_cpu: options.n_cpu,
-        batch_gpu: options.batch_gpu,
-        batch_cpu_pinned: options.batch_cpu_pinned,
-        batch_cpu: options.batch_cpu,
-        ..Settings::default()
-    };
+    let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
+    let (settings, bandwidths) = plan(device, &mut model, options, context)?;
+    let parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    if options.plan {
+        let plan = Decoder::plan(device, &model, &settings)?;
+        // Whoever reads it may have gone away.
+        let table = budget::table(
+            &device.describe(),
+            device.free_memory()?.is_some(),
+            &parts,
+            &plan,
+            bandwidths,
+            options.no_probe,
+        );
+        let _ = io::stdout().write_all(table.as_bytes());
+        return Ok(());
+    }
     if !options.quiet {
-        let rows = Decoder::memory(device, &model, &settings, 1, context)?;
-        print_memory(&device.describe(), &rows, options.n_cpu == 0 && options.n_cpu_pinned == 0);
+        print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }
     let mut decoder = Decoder::new(device, &model, &settings, 1, context)?;
     let bar = progress_bar(options.quiet, model.config.layers);
@@ -173,12 +219,15 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
     }
 
     let decoding = Instant::now();
-    let mut count = 0usize;
+    let (mut count, mut first_token) = (0usize, None);
     let mut text = tokenizer.as_ref().filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
     let mut out = io::stdout().lock();
     let shared_line = out.is_terminal();
     decoder.decode(&[0], options.max_new_tokens, &model.config.stop, |_, token| {
         count += 1;
+        if count == 1 {
+            first_token = running();
+        }
         let piece = match &mut text {
             Some(text) => text.step(token)?.unwrap_or_default(),
             None => format!("{}{token}", if count > 1 { "," } else { "" }),
@@ -203,6 +252,9 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
     bar.finish_and_clear();
     if !options.quiet {
         report(&mut decoder, begun, (prompt.len(), prompt_time), (count, decoding.elapsed()));
+        if let Some(seconds) = first_token {
+            say!("first token {seconds:.2} s after the process was started");
+        }
         if let Some((before, (free, total))) = before.zip(memory()) {
             let bytes = |bytes: usize| HumanBytes(bytes as u64);
             let (used, idle) = (bytes(total - free), bytes(total.saturating_sub(before.0)));
@@ -210,6 +262,44 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
         }
     }
     Ok(())
+}
+
+/// The settings that were given, else the fastest for the memory there is, for which layers get homes; and what the links
+/// carry, if that is of use.
+fn plan<D: Kernels>(
+    device: &D,
+    model: &mut Model,
+    options: &Options,
+    context: usize,
+) -> Result<(Settings, Bandwidths), Failure> {
+    let settings = options.settings();
+    if settings.is_some() && (options.vram.is_some() || options.ram.is_some()) {
+        return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
+    }
+    let probes = !options.no_probe && (settings.is_none() || options.plan);
+    let bandwidths = if probes { Bandwidths::measured(device, &model.checkpoint)? } else { Bandwidths::default() };
+    let settings = match settings {
+        Some(settings) => settings,
+        None => {
+            let budget = budget::budget(device, options.vram, options.ram)?;
+            Decoder::fit(device, model, budget, bandwidths, 1, context)?
+        }
+    };
+    Ok((settings, bandwidths))
+}
+
+/// Seconds since this process was started, by the kernel's own note of it.
+fn running() -> Option<f64> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field, the name, may hold anything but ends with the last parenthesis.
+    let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse::<f64>().ok()?;
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is the call's; the other call takes none.
+    let ticks = unsafe {
+        libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now);
+        libc::sysconf(libc::_SC_CLK_TCK)
+    };
+    Some(now.tv_sec as f64 + now.tv_nsec as f64 / 1e9 - started / ticks as f64)
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.

@@ -1,6 +1,15 @@
-//! Memory for slots: one anonymous mapping cut into equal, page-aligned slots, touched before the first read.
+//! Memory for slots: one anonymous mapping cut into equal, page-aligned slots, touched before the first read. Memory that is
+//! filled once, from its start on, is touched by a thread that runs ahead of that, so that nobody waits for all of it.
 
-use std::{io, ptr::NonNull, sync::Arc, thread};
+use std::{
+    io,
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
@@ -17,20 +26,74 @@ pub(crate) const PAGE: usize = 4096;
 /// **Invariant** for everyone who writes through [`slot`](Arena::slot): a slot belongs to one stage at a time, and the
 /// rings hand it on. The arena itself never reads or writes it after start.
 pub(crate) struct Arena {
-    map: MmapRaw,
+    map: Arc<MmapRaw>,
     slot_bytes: usize,
     slots: usize,
+    ahead: Option<Ahead>,
 }
+
+/// The thread that makes an arena present.
+struct Ahead {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+/// Bytes that arenas will take and the system does not know of yet.
+static PROMISED: AtomicUsize = AtomicUsize::new(0);
 
 impl Arena {
     /// Reserves the arena, in huge pages where the system grants them, and makes it present: first touch is slower than a
     /// disk and must not happen while streaming. A child process does not inherit it, a core dump leaves it out.
     pub(crate) fn new(what: &'static str, slots: usize, slot_bytes: usize) -> Result<Self> {
+        let arena = Self::reserve(what, slots, slot_bytes)?;
+        match arena.populate() {
+            // Linux before 5.14 does not know the advice.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                for at in (0..arena.map.len()).step_by(PAGE) {
+                    // SAFETY: inside the mapping, which nobody else knows yet.
+                    unsafe { arena.map.as_mut_ptr().add(at).write(0) };
+                }
+            }
+            other => other.map_err(|error| arena.failed(what, error))?,
+        }
+        Ok(arena)
+    }
+
+    /// Reserves one slot that is filled once, from its start on. It becomes present from there on, in a thread of its own;
+    /// whoever overtakes that waits for the pages that it touches, and no more.
+    pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
+        const STEP: usize = 16 << 20;
+        let mut arena = Self::reserve(what, 1, bytes)?;
+        let (map, stop) = (arena.map.clone(), Arc::new(AtomicBool::new(false)));
+        let stopped = stop.clone();
+        PROMISED.fetch_add(map.len(), Relaxed);
+        let work = move || {
+            for at in (0..map.len()).step_by(STEP) {
+                let len = STEP.min(map.len() - at);
+                // What fails here fails again, and is reported, where it matters.
+                if !stopped.load(Relaxed) {
+                    let _ = map.advise_range(Advice::PopulateWrite, at, len);
+                }
+                PROMISED.fetch_sub(len, Relaxed);
+            }
+        };
+        match thread::Builder::new().name("ls-fault".into()).spawn(work) {
+            Ok(thread) => arena.ahead = Some(Ahead { stop, thread }),
+            Err(_) => {
+                PROMISED.fetch_sub(arena.map.len(), Relaxed);
+                arena.populate().map_err(|error| arena.failed(what, error))?;
+            }
+        }
+        Ok(arena)
+    }
+
+    fn reserve(what: &'static str, slots: usize, slot_bytes: usize) -> Result<Self> {
         let slot_bytes = slot_bytes.next_multiple_of(PAGE).max(PAGE);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
         // The system may promise more than it has, and then kill whoever touches it.
-        if let Some(available) = memory::free().filter(|&available| available < bytes) {
+        let available = memory::free().map(|free| free.saturating_sub(PROMISED.load(Relaxed)));
+        if let Some(available) = available.filter(|&available| available < bytes) {
             let cause = format!("only {available} bytes are available");
             return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
         }
@@ -39,18 +102,11 @@ impl Arena {
         for advice in [Advice::HugePage, Advice::DontFork, Advice::DontDump] {
             let _ = map.advise(advice);
         }
-        let arena = Self { map, slot_bytes, slots };
-        match arena.populate() {
-            // Linux before 5.14 does not know the advice.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                for at in (0..bytes).step_by(PAGE) {
-                    // SAFETY: inside the mapping, which nobody else knows yet.
-                    unsafe { arena.map.as_mut_ptr().add(at).write(0) };
-                }
-            }
-            other => other.map_err(failed)?,
-        }
-        Ok(arena)
+        Ok(Self { map: Arc::new(map), slot_bytes, slots, ahead: None })
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> Error {
+        Error::Memory { what, bytes: self.map.len(), source: Arc::new(source) }
     }
 
     /// Makes every page present, on several threads: the kernel zeroes pages, and in a virtual machine fetches them from
@@ -85,6 +141,16 @@ impl Arena {
     }
 }
 
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if let Some(Ahead { stop, thread }) = self.ahead.take() {
+            stop.store(true, Relaxed);
+            // It cannot panic, and what it did is undone with the mapping.
+            let _ = thread.join();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,6 +165,26 @@ mod tests {
         // SAFETY: the mapping is six pages long and the vector has a byte for each.
         let rc = unsafe { libc::mincore(arena.slot(0).as_ptr().cast(), 24576, present.as_mut_ptr()) };
         assert_eq!((rc, present), (0, [1; 6]));
+    }
+
+    #[test]
+    fn memory_that_is_filled_once_becomes_present_by_itself_and_may_be_dropped_before() {
+        let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
+        let bytes = arena.whole().1;
+        let mut present = vec![0u8; bytes / PAGE];
+        for _ in 0..1000 {
+            // SAFETY: the mapping is that long and the vector has a byte for each page.
+            unsafe { libc::mincore(arena.slot(0).as_ptr().cast(), bytes, present.as_mut_ptr()) };
+            if present.iter().all(|page| page & 1 == 1) {
+                break;
+            }
+            thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert!(present.iter().all(|page| page & 1 == 1), "not within ten seconds");
+        drop(arena);
+        for _ in 0..20 {
+            drop(Arena::filled_once("a test", 256 << 20).unwrap());
+        }
     }
 
     #[test]

@@ -41,6 +41,7 @@ mod dtype;
 mod error;
 mod io;
 mod memory;
+mod probe;
 mod ring;
 mod sync;
 

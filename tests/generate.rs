@@ -17,7 +17,8 @@ use serde_json::Value;
 /// The example on the CPU, whatever there is besides.
 fn on_cpu() -> Command {
     let mut command = example("generate");
-    command.args(["--device", "cpu"]);
+    // What a probe finds is kept with the tests' files, not the user's.
+    command.args(["--device", "cpu"]).env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 
@@ -35,9 +36,18 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
     assert!(done.status.success());
     assert_eq!(text(&done.stdout), " four thousand ninety-six\n");
     let said = text(&done.stderr);
-    for part in
-        ["pinned slots", "GPU slots", "static tensors", "KV cache of 37 tokens", "total", "tokens/s", "GB/s", "busiest"]
-    {
+    for part in [
+        "pinned slots",
+        "GPU slots",
+        "8 units living on the GPU",
+        "static tensors",
+        "KV cache of 37 tokens",
+        "total",
+        "tokens/s",
+        "GB/s",
+        "busiest",
+        "first token",
+    ] {
         assert!(said.contains(part), "{said} lacks {part}");
     }
     let quiet =
@@ -59,6 +69,47 @@ fn layers_at_home_are_listed_and_change_nothing_in_the_text() {
             assert!(text(&done.stderr).contains("units living"), "{}", text(&done.stderr));
         }
     }
+}
+
+#[test]
+fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
+    let refused = refusal(&["--ram", "1MB", "4096="]);
+    assert_says(&refused, &["ram: 1000000 bytes", "least that will do"]);
+    let number = refused.split("will do, ").nth(1).unwrap().split(';').next().unwrap();
+    let least: usize = number.parse().unwrap();
+    assert_says(&refusal(&["--ram", &(least - 1).to_string(), "4096="]), &[number]);
+    let mut kept = Vec::new();
+    for more in [0, 500_000, 1_500_000, 6_000_000] {
+        let ram = (least + more).to_string();
+        let done = generate(&["--ram", &ram, "4096="]);
+        assert_eq!(text(&done.stdout), " four thousand ninety-six\n", "{}", text(&done.stderr));
+        let plan = text(&generate(&["--ram", &ram, "--plan", "4096="]).stdout);
+        let layers = |home: &str| -> usize {
+            let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {home}: ")));
+            row.map_or(0, |(count, _)| count.trim().parse().unwrap())
+        };
+        kept.push(layers("on the GPU"));
+        assert_eq!(layers("on the GPU") + layers("on disk"), 8, "{plan}");
+    }
+    assert!(kept[0] == 0 && kept.is_sorted() && kept[3] == 8 && (1..8).contains(&kept[2]), "{kept:?}");
+}
+
+#[test]
+fn the_plan_is_printed_alone_and_names_homes_and_the_link_that_binds() {
+    let done = generate(&["--plan", "--no-probe", "--n-cpu-pinned", "1", "--home", "0-2=gpu,5=pinned"]);
+    assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
+    assert_says(
+        &text(&done.stdout),
+        &[
+            "3 on the GPU: 0-2",
+            "1 in pinned RAM: 5",
+            "4 on disk: 3-4,6-7",
+            "bound by disk",
+            "2.00 and 10.00 GB/s, assumed",
+        ],
+    );
+    let all = generate(&["--plan", "4096="]);
+    assert_says(&text(&all.stdout), &["8 on the GPU: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);
 }
 
 #[test]
@@ -178,6 +229,10 @@ fn bad_arguments_are_refused_by_name() {
         (&["--context", "1000", "4096="], &["context", "1 to 128"]),
         (&[&long], &["tokens", "128"]),
         (&["--model", "/nowhere/at/all", "1="], &["/nowhere/at/all/config.json", "No such file"]),
+        (&["--vram", "1GB", "1="], &["--vram", "cpu", "--ram alone"]),
+        (&["--ram", "1GB", "--n-gpu", "1", "1="], &["--vram and --ram", "your own"]),
+        (&["--ram", "much", "1="], &["--ram", "such as 4GiB"]),
+        (&["--ram=-1GB", "1="], &["--ram", "such as 4GiB"]),
         (&["--home", "0-8=gpu", "1="], &["home", "0-8=gpu", "8 units, 0 to 7"]),
         (&["--home", "3-2=gpu", "1="], &["home", "3-2=gpu"]),
         (&["--home", "1=attic", "1="], &["home", "attic", "disk, ram, pinned or gpu"]),

@@ -44,6 +44,10 @@ impl Device for Cpu {
         Ok(CpuMemory(Arena::new(what, 1, bytes)?))
     }
 
+    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
+        Ok(CpuMemory(Arena::filled_once(what, bytes)?))
+    }
+
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
         DevicePtr::new(memory.0.slot(0).as_ptr())
     }

@@ -185,6 +185,12 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Reserves `bytes` of device memory, aligned to [`crate::plan::DEVICE_ALIGN`] and present; `what` is for messages.
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Self::Memory>;
 
+    /// As [`allocate`](Device::allocate), for memory that is filled once, from its start on: it may become present while that
+    /// goes on.
+    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<Self::Memory> {
+        self.allocate(what, bytes)
+    }
+
     /// Where the memory starts.
     fn address(&self, memory: &Self::Memory) -> DevicePtr;
 

@@ -20,17 +20,21 @@ pub(crate) struct HostMemory {
 }
 
 impl HostMemory {
-    pub(crate) fn new(plan: &Plan) -> Result<Arc<Self>> {
+    /// `registers`: the device takes note of pinned memory, and for that needs it present.
+    pub(crate) fn new(plan: &Plan, registers: bool) -> Result<Arc<Self>> {
         let slots = |what, stage: &Option<StagePlan>| {
             let made =
                 stage.as_ref().map(|stage| Ok((Arena::new(what, stage.slots, stage.slot_bytes)?, stage.clone())));
             made.transpose()
         };
-        let homes = |what, bytes: usize| (bytes > 0).then(|| Arena::new(what, 1, bytes)).transpose();
+        let homes = |what, bytes: usize, at_once: bool| {
+            let arena = || if at_once { Arena::new(what, 1, bytes) } else { Arena::filled_once(what, bytes) };
+            (bytes > 0).then(arena).transpose()
+        };
         // Homes first: what does not fit is most often they, and is refused before time was spent on the rest.
         Ok(Arc::new(Self {
-            ram_homes: homes("units living in RAM", plan.residents.ram)?,
-            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned)?,
+            ram_homes: homes("units living in RAM", plan.residents.ram, false)?,
+            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, registers)?,
             ram: slots("RAM slots", &plan.ram)?,
             pinned: slots("pinned slots", &plan.pinned)?,
         }))
@@ -67,10 +71,11 @@ impl HostMemory {
         homes.as_ref().map_or(NonNull::dangling(), |homes| unsafe { homes.slot(0).add(unit.resident_at) })
     }
 
-    /// Everything that the disk fills: start and length.
-    pub(crate) fn read_targets(&self) -> Vec<(*mut u8, usize)> {
-        let arenas = [Some(&self.first().0), self.ram_homes.as_ref(), self.pinned_homes.as_ref()];
-        arenas.into_iter().flatten().map(|arena| (arena.whole().0.as_ptr(), arena.whole().1)).collect()
+    /// What the disk fills again and again: start and length. Not the homes, which are read into once: making all of them
+    /// known to the kernel would cost more than it saves, and have them present at once.
+    pub(crate) fn read_targets(&self) -> [(*mut u8, usize); 1] {
+        let (start, bytes) = self.first().0.whole();
+        [(start.as_ptr(), bytes)]
     }
 
     /// All of it, in bytes.

@@ -101,7 +101,7 @@ impl<D: Device> LayerStreamer<D> {
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
         let memory = Arc::new(DeviceMemory::new(device, &plan)?);
-        let host = HostMemory::new(&plan)?;
+        let host = HostMemory::new(&plan, device.free_memory()?.is_some())?;
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registrations = unsafe { host.register(device)? };
 

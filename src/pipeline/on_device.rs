@@ -33,7 +33,7 @@ impl<D: Device> DeviceMemory<D> {
         let at_home =
             |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
         Ok(Self {
-            homes: (homes > 0).then(|| device.allocate("units living on the GPU", homes)).transpose()?,
+            homes: (homes > 0).then(|| device.allocate_filled_once("units living on the GPU", homes)).transpose()?,
             slots: device.allocate("GPU slots", stage.bytes())?,
             slot_bytes: stage.slot_bytes,
             arrived: events()?,

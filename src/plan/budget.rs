@@ -111,7 +111,7 @@ impl Budget {
 
 /// `n_gpu` and `n_cpu_pinned`, deepest first. By the time that a pass takes one unit ahead is as good as several: where all of
 /// the units have a home, memory is left for more.
-const RINGS: [[usize; 2]; 5] = [[2, 4], [2, 2], [1, 2], [1, 1], [1, 0]];
+const RINGS: [[usize; 2]; 4] = [[2, 2], [1, 2], [1, 1], [1, 0]];
 
 /// Units in an order in which they are given homes: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.

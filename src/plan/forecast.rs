@@ -94,6 +94,11 @@ impl Plan {
         parts
     }
 
+    /// Where the units live, in order.
+    pub fn homes(&self) -> impl Iterator<Item = Home> {
+        self.units.iter().map(|unit| unit.home)
+    }
+
     /// How many units live there.
     pub fn count(&self, home: Home) -> usize {
         self.units.iter().filter(|unit| unit.home == home).count()

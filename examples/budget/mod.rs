@@ -1,0 +1,128 @@
+//! `--vram` and `--ram`, as examples take them, and the table of a plan.
+#![allow(dead_code, reason = "each example uses a part")]
+
+use std::str::FromStr;
+
+use indicatif::HumanBytes;
+use layer_streamer::{
+    device::Device,
+    plan::{Bandwidths, Budget, Home, Part, Plan},
+};
+
+/// An amount of memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Amount {
+    /// What is free, less a reserve.
+    Auto,
+    Bytes(usize),
+}
+
+impl FromStr for Amount {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const UNITS: [(&str, f64); 7] = [
+            ("KiB", 1024.0),
+            ("MiB", 1048576.0),
+            ("GiB", 1073741824.0),
+            ("kB", 1e3),
+            ("MB", 1e6),
+            ("GB", 1e9),
+            ("", 1.0),
+        ];
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let parsed = UNITS
+            .iter()
+            .find_map(|(unit, scale)| Some(scale * text.strip_suffix(unit)?.trim_end().parse::<f64>().ok()?));
+        let bytes = parsed.filter(|bytes| (0.0..=isize::MAX as f64).contains(bytes));
+        bytes.map(|bytes| Self::Bytes(bytes as usize)).ok_or("give an amount such as 4GiB or 16GB, or auto")
+    }
+}
+
+/// The budget that was asked for; what was not is what is free.
+pub fn budget<D: Device>(
+    device: &D,
+    vram: Option<Amount>,
+    ram: Option<Amount>,
+) -> Result<Budget, Box<dyn std::error::Error + Send + Sync>> {
+    let given = |amount: Option<Amount>| match amount {
+        Some(Amount::Bytes(bytes)) => Some(bytes),
+        _ => None,
+    };
+    let own = device.free_memory()?.is_some();
+    if !own && vram.is_some() {
+        return Err(format!("--vram: {} computes in RAM; give --ram alone", device.describe()).into());
+    }
+    Ok(match (given(vram), given(ram)) {
+        (Some(device_bytes), Some(host_bytes)) => Budget { device_bytes: Some(device_bytes), host_bytes },
+        (None, Some(host_bytes)) if !own => Budget { device_bytes: None, host_bytes },
+        (vram, ram) => {
+            let free = Budget::free(device)?;
+            Budget { device_bytes: vram.or(free.device_bytes), host_bytes: ram.unwrap_or(free.host_bytes) }
+        }
+    })
+}
+
+/// A plan for people: what takes memory (`own`: the device has its own), where the layers live, what a pass moves and how long that takes.
+pub fn table(device: &str, own: bool, parts: &[Part], plan: &Plan, bandwidths: Bandwidths, assumed: bool) -> String {
+    let forecast = plan.forecast(bandwidths);
+    let bytes = |bytes: usize| HumanBytes(bytes as u64).to_string();
+    let mut text = format!("device: {device}\n");
+    let width = parts.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
+    let total = |of: &[bool]| parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum();
+    if own {
+        let mut row = |what: &str, device: String, host: String| {
+            text += format!("  {what:width$}  {device:>10}  {host:>10}").trim_end();
+            text.push('\n');
+        };
+        row("memory", "GPU".into(), "RAM".into());
+        for part in parts {
+            let [here, there] = [bytes(part.bytes), String::new()];
+            if part.on_device { row(&part.what, here, there) } else { row(&part.what, there, here) }
+        }
+        row("total", bytes(total(&[true])), bytes(total(&[false])));
+    } else {
+        for part in parts.iter().chain([&Part { what: "total".into(), bytes: total(&[true, false]), on_device: true }])
+        {
+            text += &format!("  {:width$}  {:>10}\n", part.what, bytes(part.bytes));
+        }
+    }
+    text += "  layers\n";
+    for home in [Home::Gpu, Home::Pinned, Home::Ram, Home::Disk] {
+        let (count, list) = (plan.count(home), ranges(plan.homes().map(|found| found == home)));
+        if count > 0 {
+            text += &format!("  {count:>5} {home}: {list}\n");
+        }
+    }
+    text += &format!(
+        "  a pass reads {} in {:.3} s and copies {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",
+        bytes(forecast.disk_bytes),
+        forecast.disk_seconds,
+        bytes(forecast.copy_bytes),
+        forecast.copy_seconds,
+        bandwidths.disk / 1e9,
+        bandwidths.copy / 1e9,
+        if assumed { "assumed" } else { "measured" },
+    );
+    text += &match forecast.binds() {
+        "nothing" => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
+        link => format!("  {:.3} s a pass beside its computation, bound by {link}\n", forecast.pass_seconds),
+    };
+    text
+}
+
+/// The numbers of those that are chosen, such as 0-3,7.
+fn ranges(chosen: impl Iterator<Item = bool>) -> String {
+    let mut found = Vec::<(usize, usize)>::new();
+    for (number, _) in chosen.enumerate().filter(|(_, chosen)| *chosen) {
+        match found.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => found.push((number, number)),
+        }
+    }
+    let text =
+        |&(first, last): &(usize, usize)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    found.iter().map(text).collect::<Vec<_>>().join(",")
+}
