@@ -6,6 +6,8 @@
 //! whatever is read then counts for nobody. Where no layer lives on disk the limit is a plain copy.
 
 mod bench;
+#[path = "budget/mod.rs"]
+mod budget;
 #[path = "device/mod.rs"]
 mod device;
 
@@ -19,12 +21,13 @@ use std::{
 use bench::{
     CachedFiles, Disk, Failure, Link, Moved, Piece, Pipeline, PlainCopy, Used, Way, finish, progress, quantile, seconds,
 };
+use budget::Amount;
 use clap::{Parser, ValueEnum};
 use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
-    plan::{CachePolicy, Home, Part, Plan, Reader},
+    plan::{Bandwidths, Besides, CachePolicy, Forecast, Home, Part, Plan, Reader},
     trace::Stage,
 };
 
@@ -41,6 +44,8 @@ Examples:
   bench_stream --model /tmp/3b --n-cpu 2              one more stage: pageable RAM in front of pinned RAM
   bench_stream --model /tmp/3b --reader pread         the rung for systems without io_uring
   bench_stream --model /tmp/3b --home 0-35=pinned     nothing from disk: beside a plain copy
+  bench_stream --model /tmp/3b --ram 4GiB             the plan for so much memory, and whether it takes as long as foretold
+  bench_stream --model /tmp/3b --keep 50              the same for the least that will do and half of the layers' bytes
   bench_stream --model /tmp/3b --cache buffered       through the page cache
   bench_stream --model /tmp/3b --json | jq .ratio     one figure, for a script
 
@@ -74,6 +79,15 @@ struct Options {
     /// Where layers live between passes, such as 0-7=pinned,8-11=gpu
     #[arg(long, value_name = "LIST", default_value = "")]
     home: String,
+    /// Choose homes and rings for so much GPU memory, such as 8GB, 7.5GiB or auto
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    vram: Option<Amount>,
+    /// The same for RAM
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    ram: Option<Amount>,
+    /// The same for the least RAM that will do, and this share of the layers' bytes
+    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["ram", "home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    keep: Option<f64>,
     /// Layers buffered ahead on the device
     #[arg(long, value_name = "N", default_value_t = 2)]
     n_gpu: usize,
@@ -150,7 +164,19 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
     let checkpoint = Checkpoint::open(&options.model)?;
     let mut units = checkpoint.layers()?;
     Home::parse(&options.home, &mut units)?;
-    let settings = options.settings();
+    let mut settings = options.settings();
+    if options.vram.is_some() || options.ram.is_some() || options.keep.is_some() {
+        let mut budget = budget::budget(device, options.vram, options.ram)?;
+        if let Some(percent) = options.keep {
+            let bytes = Plan::new(&checkpoint, &units, &settings)?.bytes_per_pass() as f64 * percent / 100.0;
+            budget.host_bytes = budget.least(&checkpoint, &units, Besides::default())?.host_bytes + bytes as usize;
+        }
+        let bandwidths = Bandwidths::measured(device, &checkpoint)?;
+        let (homes, Settings { n_gpu, n_cpu_pinned, .. }) =
+            budget.plan(&checkpoint, &units, Besides::default(), bandwidths)?;
+        units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        settings = Settings { n_gpu, n_cpu_pinned, ..settings };
+    }
     let plan = Plan::new(&checkpoint, &units, &settings)?;
     let files = files(&checkpoint, &units);
     let disk = Disk::open(&files)?;
@@ -164,7 +190,9 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
         cached.restore();
     }
     let before = pipeline.stats();
-    pipeline.find_out()?;
+    if !pipeline.find_out()? {
+        return still(&mut pipeline, &plan, options);
+    }
     let after = pipeline.stats();
     // The raw reader reads as the pipeline does: past the page cache or through it.
     let direct = after.direct_bytes - before.direct_bytes >= after.buffered_bytes - before.buffered_bytes;
@@ -246,8 +274,33 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
         unit_bytes: plan.bytes_per_pass(),
         slot_bytes: slots,
         reads: pipeline.reads,
+        read_per_pass: pipeline.read_per_pass,
+        kept: plan.units() - plan.count(Home::Disk),
+        forecast: plan.forecast(Bandwidths { disk: raw.rate() * 1e9, copy: copied.rate() * 1e9 }),
     };
     Ok(if options.json { figures.json() } else { figures.text() })
+}
+
+/// Where every layer lives on the device: how long a pass takes in which nothing moves.
+fn still<D: Device>(pipeline: &mut Pipeline<D>, plan: &Plan, options: &Options) -> Result<String, Failure> {
+    if !options.home.is_empty() {
+        let cause = "every layer lives on the device, so nothing moves from pass to pass; leave some elsewhere";
+        return Err(format!("--home: {cause}").into());
+    }
+    let start = Instant::now();
+    (0..100).try_for_each(|_| pipeline.pass())?;
+    let seconds = start.elapsed().as_secs_f64() / 100.0;
+    let planned = plan.forecast(Bandwidths::default()).disk_bytes;
+    Ok(match options.json {
+        true => {
+            let object = serde_json::json!({
+                "kept": plan.units(), "units": plan.units(), "read_bytes_per_pass": pipeline.read_per_pass,
+                "planned_bytes_per_pass": planned, "pass_seconds": seconds,
+            });
+            format!("{object}\n")
+        }
+        false => format!("all layers live on the device: nothing moves, {:.1} µs a pass\n", seconds * 1e6),
+    })
 }
 
 /// The slowest link by itself.
@@ -301,6 +354,11 @@ struct Figures {
     unit_bytes: usize,
     slot_bytes: usize,
     reads: bool,
+    read_per_pass: u64,
+    /// Units that are not read again.
+    kept: usize,
+    /// By what the links gave in this run.
+    forecast: Forecast,
 }
 
 impl Figures {
@@ -312,6 +370,12 @@ impl Figures {
     fn spread(&self) -> Option<[f64; 3]> {
         let mut passes = self.passes.clone();
         (!passes.is_empty()).then(|| [0.0, 0.5, 1.0].map(|share| quantile(&mut passes, share)))
+    }
+
+    /// Seconds of a pass: of those that were timed, else by the bytes that came in the windows.
+    fn pass_seconds(&self) -> f64 {
+        let moved = if self.reads { self.forecast.disk_bytes } else { self.forecast.copy_bytes };
+        self.spread().map_or(moved as f64 / 1e9 / self.ours.moved.rate(), |[_, median, _]| median)
     }
 
     fn pass_rate(&self, seconds: f64) -> f64 {
@@ -330,7 +394,9 @@ impl Figures {
             "bottleneck": self.ours.bottleneck().name(), "cpu_seconds_per_gb": moved.cpu_per_gb(),
             "limit_cpu_seconds_per_gb": self.raw.cpu_per_gb(), "memcpy_cpu_seconds_per_gb": self.copied.cpu_per_gb(),
             "memcpy_gb_s": self.copied.rate(), "stalled_cpu_share": self.stalled,
-            "unit_bytes": self.unit_bytes, "slot_bytes": self.slot_bytes,
+            "unit_bytes": self.unit_bytes, "slot_bytes": self.slot_bytes, "kept": self.kept,
+            "read_bytes_per_pass": self.read_per_pass, "planned_bytes_per_pass": self.forecast.disk_bytes,
+            "pass_seconds": self.pass_seconds(), "planned_pass_seconds": self.forecast.pass_seconds,
         });
         let fields = object.as_object_mut().expect("it was made as one");
         fields.extend(stages);
@@ -358,6 +424,17 @@ impl Figures {
             let [min, median, max] =
                 spread.map(|seconds| format!("{seconds:.3} s = {:.2} GB/s", self.pass_rate(seconds)));
             line(format!("pass      {median} in the median, {min} at best, {max} at worst of {}", self.passes.len()));
+        }
+        if self.kept > 0 {
+            let gb = |bytes: f64| bytes / 1e9;
+            line(format!(
+                "pass      {:.3} s, {:.3} by the plan at the limits of this run; {:.3} GB read, {:.3} by the plan; {} units kept",
+                self.pass_seconds(),
+                self.forecast.pass_seconds,
+                gb(self.read_per_pass as f64),
+                gb(self.forecast.disk_bytes as f64),
+                self.kept,
+            ));
         }
         let stages = Stage::ALL.into_iter().filter_map(|stage| Some((stage, self.ours.cpu_per_gb(stage)?)));
         let stages: Vec<_> = stages.map(|(stage, cpu)| format!("{stage} {cpu:.3}")).collect();

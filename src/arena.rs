@@ -15,7 +15,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::{
     error::{Error, Result},
-    memory,
+    memory, sync,
 };
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths; also the page size.
@@ -67,7 +67,7 @@ impl Arena {
         let (map, stop) = (arena.map.clone(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
         PROMISED.fetch_add(map.len(), Relaxed);
-        let work = move || {
+        let work = move |()| {
             for at in (0..map.len()).step_by(STEP) {
                 let len = STEP.min(map.len() - at);
                 // What fails here fails again, and is reported, where it matters.
@@ -77,7 +77,7 @@ impl Arena {
                 PROMISED.fetch_sub(len, Relaxed);
             }
         };
-        match thread::Builder::new().name("ls-fault".into()).spawn(work) {
+        match sync::spawn("ls-fault", || (), work) {
             Ok(thread) => arena.ahead = Some(Ahead { stop, thread }),
             Err(_) => {
                 PROMISED.fetch_sub(arena.map.len(), Relaxed);

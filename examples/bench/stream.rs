@@ -12,6 +12,7 @@ use std::{
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::Device,
+    plan::Home,
     trace::{Stage, Stats},
 };
 
@@ -86,6 +87,10 @@ pub struct Pipeline<D: Device> {
     stream: D::Stream,
     /// Slots of all stages together, or a few more.
     slots: usize,
+    /// By unit: it moves in every pass.
+    moves: Vec<bool>,
+    /// Bytes read in a pass.
+    pub read_per_pass: u64,
     longest_copy: Duration,
     /// Whether it reads in every pass. If not, it copies.
     pub reads: bool,
@@ -97,7 +102,8 @@ impl<D: Device> Pipeline<D> {
         let slots = settings.n_gpu + settings.n_cpu_pinned + settings.n_cpu + 3;
         let largest = units.iter().map(|unit| bytes(checkpoint, unit)).max().unwrap_or(0);
         let longest_copy = Duration::from_nanos(largest as u64);
-        Ok(Self { streamer, stream: device.stream()?, slots, longest_copy, reads: true })
+        let (moves, stream) = (vec![true; units.len()], device.stream()?);
+        Ok(Self { streamer, stream, slots, moves, read_per_pass: 0, longest_copy, reads: true })
     }
 
     pub fn stats(&self) -> Stats {
@@ -126,21 +132,19 @@ impl<D: Device> Pipeline<D> {
         })
     }
 
-    /// Runs a pass to see what a steady one does.
-    pub fn find_out(&mut self) -> Result<(), Failure> {
+    /// Runs a pass to see what a steady one does; returns whether anything moves.
+    pub fn find_out(&mut self) -> Result<bool, Failure> {
         self.settle();
         let before = self.stats();
         self.pass()?;
         self.settle();
         let after = self.stats();
-        self.reads = read_bytes(&after) > read_bytes(&before);
-        if !self.reads && after.stage(Stage::Transfer).bytes == before.stage(Stage::Transfer).bytes {
-            return Err(
-                "--home: every layer lives on the device, so nothing moves from pass to pass; leave some elsewhere"
-                    .into(),
-            );
-        }
-        Ok(())
+        self.read_per_pass = read_bytes(&after) - read_bytes(&before);
+        self.reads = self.read_per_pass > 0;
+        let reads = self.reads;
+        self.moves =
+            self.streamer.plan().homes().map(|home| home == Home::Disk || (!reads && home != Home::Gpu)).collect();
+        Ok(self.reads || after.stage(Stage::Transfer).bytes > before.stage(Stage::Transfer).bytes)
     }
 
     /// Takes the layers of one pass, and waits until the last is on the device.
@@ -183,9 +187,15 @@ impl<D: Device> Pipeline<D> {
         }
     }
 
-    /// Takes as many layers as all slots hold: what was read before is gone then.
+    /// Takes as many layers that move as all slots hold: what was read before is gone then.
     pub fn empty(&self) -> Result<(), Failure> {
-        (0..self.slots).try_for_each(|_| self.take())
+        let mut left = self.slots;
+        while left > 0 {
+            let layer = self.streamer.next(&self.stream)?;
+            left -= usize::from(self.moves[layer.index()]);
+            layer.release()?;
+        }
+        Ok(())
     }
 
     /// Takes layers as fast as they come until the window is over. Empty it first.

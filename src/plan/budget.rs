@@ -100,13 +100,29 @@ impl Budget {
         besides: Besides,
         bandwidths: Bandwidths,
     ) -> Result<(Vec<Home>, Settings)> {
-        let planned = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
-        let staging = 2 * staging_bytes(&planned);
-        let besides = Besides { device_bytes: besides.device_bytes.saturating_add(staging), ..besides };
-        let sizes: Vec<_> = planned.iter().map(Sizes::of).collect();
+        let (sizes, besides) = survey(checkpoint, units, besides)?;
         let (homes, [n_gpu, n_cpu_pinned]) = choose(&sizes, besides, self, bandwidths)?;
         Ok((homes, Settings { n_gpu, n_cpu_pinned, ..Settings::default() }))
     }
+
+    /// The least budget that will do where this one is wanted: of one memory or of two, as that is.
+    ///
+    /// # Errors
+    /// As [`Plan::new`](super::Plan::new).
+    pub fn least(self, checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<Self> {
+        let (sizes, besides) = survey(checkpoint, units, besides)?;
+        Ok(least(&families(&sizes, &classes(&sizes), besides), self.device_bytes.is_none()))
+    }
+}
+
+/// What the units move and take, and what is taken besides, the staging blocks included.
+fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(Vec<Sizes>, Besides)> {
+    if units.is_empty() {
+        return Err(Error::setting("units", "there must be at least one"));
+    }
+    let planned = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+    let device_bytes = besides.device_bytes.saturating_add(2 * staging_bytes(&planned));
+    Ok((planned.iter().map(Sizes::of).collect(), Besides { device_bytes, ..besides }))
 }
 
 /// `n_gpu` and `n_cpu_pinned`, deepest first. By the time that a pass takes one unit ahead is as good as several: where all of
@@ -194,14 +210,7 @@ pub(crate) fn choose(
     bandwidths: Bandwidths,
 ) -> Result<(Vec<Home>, [usize; 2])> {
     let classes = classes(sizes);
-    let mut uniform = sizes.to_vec();
-    for class in &classes {
-        let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
-        class.iter().for_each(|&unit| uniform[unit] = largest);
-    }
-    // Small units first leaves the least room unused, large ones first makes the slots small.
-    let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    let families = orders.map(|order| Family::new(order, &uniform, besides));
+    let families = families(sizes, &classes, besides);
     let mut best: Option<((f64, f64), &Family, Member)> = None;
     for family in &families {
         for rings in RINGS {
@@ -216,7 +225,9 @@ pub(crate) fn choose(
             }
         }
     }
-    let Some((_, family, member)) = best else { return Err(too_small(&families, budget)) };
+    let Some((_, family, member)) = best else {
+        return Err(too_small(budget, least(&families, budget.device_bytes.is_none())));
+    };
     let mut homes = vec![Home::Disk; sizes.len()];
     for class in &classes {
         let among =
@@ -226,6 +237,18 @@ pub(crate) fn choose(
         spread(&kept, among(member.gpu)).for_each(|unit| homes[unit] = Home::Gpu);
     }
     Ok((homes, member.rings))
+}
+
+/// Plans that give homes to small units first, which leaves the least room unused, and to large ones first, which makes the
+/// slots small.
+fn families(sizes: &[Sizes], classes: &[Vec<usize>], besides: Besides) -> [Family; 2] {
+    let mut uniform = sizes.to_vec();
+    for class in classes {
+        let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
+        class.iter().for_each(|&unit| uniform[unit] = largest);
+    }
+    let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
+    orders.map(|order| Family::new(order, &uniform, besides))
 }
 
 /// Units by number, those alike together, the smallest first.
@@ -249,8 +272,8 @@ fn spread(units: &[usize], count: usize) -> impl Iterator<Item = usize> {
     units.iter().enumerate().filter(move |(i, _)| before(i + 1) > before(*i)).map(|(_, &unit)| unit)
 }
 
-/// The error that names the least that would do.
-fn too_small(families: &[Family], budget: Budget) -> Error {
+/// The least that any of the plans takes, of one memory or of two.
+fn least(families: &[Family], shared: bool) -> Budget {
     let rings = RINGS[RINGS.len() - 1];
     let least = |of: fn([usize; 2]) -> usize| {
         let members = families
@@ -258,18 +281,24 @@ fn too_small(families: &[Family], budget: Budget) -> Error {
             .flat_map(|family| (0..=family.len()).map(move |gpu| of(family.memory(Member { rings, gpu, kept: gpu }))));
         members.min().unwrap_or(0)
     };
+    if shared {
+        Budget { device_bytes: None, host_bytes: least(|[device, host]| device.saturating_add(host)) }
+    } else {
+        Budget { device_bytes: Some(least(|[device, _]| device)), host_bytes: least(|[_, host]| host) }
+    }
+}
+
+fn too_small(given: Budget, least: Budget) -> Error {
     let cause = |given: usize, least: usize, what: &str| {
         format!(
             "{given} bytes of {what} are less than the least that will do, {least}; allow that much, or a shorter context"
         )
     };
-    let (device, host) = (least(|[device, _]| device), least(|[_, host]| host));
-    match budget.device_bytes {
-        Some(given) if given < device => Error::setting("vram", cause(given, device, "device memory")),
-        Some(_) => Error::setting("ram", cause(budget.host_bytes, host, "RAM")),
-        None => {
-            let both = least(|[device, host]| device.saturating_add(host));
-            Error::setting("ram", cause(budget.host_bytes, both, "RAM, in which this device computes too,"))
+    match (given.device_bytes, least.device_bytes) {
+        (Some(given), Some(least)) if given < least => Error::setting("vram", cause(given, least, "device memory")),
+        (Some(_), _) => Error::setting("ram", cause(given.host_bytes, least.host_bytes, "RAM")),
+        (None, _) => {
+            Error::setting("ram", cause(given.host_bytes, least.host_bytes, "RAM, in which this device computes too,"))
         }
     }
 }
