@@ -168,8 +168,12 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
     if options.vram.is_some() || options.ram.is_some() || options.keep.is_some() {
         let mut budget = budget::budget(device, options.vram, options.ram)?;
         if let Some(percent) = options.keep {
-            let bytes = Plan::new(&checkpoint, &units, &settings)?.bytes_per_pass() as f64 * percent / 100.0;
-            budget.host_bytes = budget.least(&checkpoint, &units, Besides::default())?.host_bytes + bytes as usize;
+            // As they lie in memory, rounded to pages.
+            let slots = Plan::new(&checkpoint, &units, &settings)?.memory();
+            let slots = slots.iter().find(|part| part.what.ends_with("pinned slots")).map_or(0, |part| part.bytes);
+            let share = percent / 100.0 * units.len() as f64 / (settings.n_cpu_pinned + 1) as f64;
+            let least = budget.least(&checkpoint, &units, Besides::default())?;
+            budget.host_bytes = least.host_bytes + (slots as f64 * share).ceil() as usize;
         }
         let bandwidths = Bandwidths::measured(device, &checkpoint)?;
         let (homes, Settings { n_gpu, n_cpu_pinned, .. }) =

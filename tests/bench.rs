@@ -86,6 +86,24 @@ fn bench_stream_times_each_of_the_passes_asked_for() {
 }
 
 #[test]
+fn bench_stream_reads_as_many_bytes_a_pass_as_was_planned_for_the_memory() {
+    let mut before = f64::INFINITY;
+    for keep in [0, 40, 80, 120] {
+        let options = format!("{SHORT} --device cpu --keep {keep}");
+        let mut command = example("bench_stream");
+        command.args(["--model", &model(), "--json"]).args(options.split_whitespace());
+        let done = command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).output().unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        let found: Value = serde_json::from_slice(&done.stdout).unwrap();
+        let read = number(&found, "read_bytes_per_pass");
+        assert_eq!(read, number(&found, "planned_bytes_per_pass"), "{found}");
+        assert!(read < before && number(&found, "pass_seconds") > 0.0, "{before} bytes before, {found}");
+        before = read;
+    }
+    assert_eq!(before, 0.0, "the least and 120 % keep all layers");
+}
+
+#[test]
 fn bench_read_has_a_row_for_each_way_of_reading_and_marks_the_fastest_of_the_disk() {
     let shard = speller().join("model-00001-of-00002.safetensors");
     let read = object("bench_read", &[shard.to_str().unwrap()], SHORT);

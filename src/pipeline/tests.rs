@@ -12,12 +12,13 @@ use crate::{
     device::{Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader, Settings, Unit},
+    plan::{Arrival, ArrivalOp, Bandwidths, Besides, Budget, CachePolicy, Home, Reader, Settings, Unit},
 };
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod faults;
+mod pace;
 use common::{Fixture, cases, random_fixture};
 
 /// What each tensor of each unit must be on the device.
@@ -33,6 +34,20 @@ struct Case {
     device: AsyncCpu,
     rng: fastrand::Rng,
     wrong: Arc<AtomicUsize>,
+}
+
+/// Gives the units homes for a random budget, and returns its settings, read in the way that was drawn.
+fn planned(fixture: &Fixture, units: &mut [Unit], drawn: Settings, rng: &mut fastrand::Rng) -> Settings {
+    let none = Budget { device_bytes: rng.bool().then_some(0), host_bytes: 0 };
+    let least = none.least(&fixture.checkpoint, units, Besides::default()).unwrap();
+    let budget = Budget {
+        device_bytes: least.device_bytes.map(|bytes| bytes + rng.usize(..1_000_000)),
+        host_bytes: least.host_bytes + rng.usize(..1_000_000),
+    };
+    let plan = budget.plan(&fixture.checkpoint, units, Besides::default(), Bandwidths::default());
+    let (homes, Settings { n_gpu, n_cpu_pinned, .. }) = plan.unwrap();
+    units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    Settings { n_gpu, n_cpu_pinned, reader: drawn.reader, cache: drawn.cache, ..Settings::default() }
 }
 
 impl Case {
@@ -71,6 +86,8 @@ impl Case {
             reader: [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread][rng.usize(..4)],
             cache: [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered][rng.usize(..3)],
         };
+        // Or what a budget makes of it: any mix that the planner may choose.
+        let settings = if rng.u8(..4) > 0 { settings } else { planned(&fixture, &mut units, settings, &mut rng) };
         Self { fixture, units, expected, settings, device: AsyncCpu::new(seed), rng, wrong: Arc::default() }
     }
 

@@ -1,0 +1,90 @@
+//! A disk of even pace, and what placing residents evenly and not stopping between passes win on it.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::*;
+use crate::{
+    device::Cpu,
+    io::faults::{Attempt, Faults},
+};
+
+/// How long the disk takes for a unit, and the layer function.
+const READ: Duration = Duration::from_millis(24);
+const COMPUTE: Duration = Duration::from_millis(5);
+
+/// Units of a pass, and how many of them live on disk.
+const UNITS: usize = 32;
+const ON_DISK: usize = 8;
+
+/// Median seconds of a pass with rings of one over units that live on disk where `reads` says so, else on the device;
+/// `between` runs between two passes.
+fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> f64 {
+    let fixture = common::fixture(UNITS, &[4_000], 5);
+    assert_eq!((0..UNITS).filter(|&unit| reads(unit)).count(), ON_DISK);
+    // Answers are given one at a time, each as late as its unit's turn demands.
+    let mut due = Instant::now();
+    Faults::plan(move |attempt: Attempt<'_>| {
+        if !attempt.trial {
+            due = due.max(Instant::now()) + READ;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        attempt.result
+    });
+    let mut units = fixture.units.clone();
+    units.iter_mut().enumerate().filter(|(unit, _)| !reads(*unit)).for_each(|(_, unit)| _ = unit.home(Home::Gpu));
+    // With threads each answer comes when it is given, not with the next ones.
+    let cache = CachePolicy::Direct;
+    let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, reader: Reader::Pread, cache, ..Settings::default() };
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &units, &settings).unwrap();
+    let (stream, mut times) = (Cpu.stream().unwrap(), Vec::new());
+    for number in 0..9 {
+        let start = Instant::now();
+        let compute = |(), layer: &Layer<'_, Cpu>| {
+            common::check(&fixture, &Cpu, layer);
+            thread::sleep(COMPUTE);
+            Ok::<_, Error>(())
+        };
+        streamer.run_pass(&stream, (), compute).unwrap();
+        between(&mut streamer);
+        // The first fills the homes, and the next starts with full slots or empty ones.
+        if number > 1 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Faults::plan(|attempt: Attempt<'_>| attempt.result);
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn at_even_distances(unit: usize) -> bool {
+    unit % (UNITS / ON_DISK) == 0
+}
+
+fn in_a_row(unit: usize) -> bool {
+    unit < ON_DISK
+}
+
+#[test]
+fn residents_at_even_distances_are_faster_than_in_a_row() {
+    let (even, row) = (pass(at_even_distances, |_| {}), pass(in_a_row, |_| {}));
+    let limit = ON_DISK as f64 * READ.as_secs_f64();
+    println!("{even:.4} s a pass at even distances, {row:.4} s in a row, {limit:.4} s by the disk");
+    assert!(even < 0.9 * row, "{even} s at even distances, {row} s in a row");
+}
+
+#[test]
+fn a_pipeline_that_goes_on_between_passes_is_faster_than_one_that_is_drained() {
+    // A host chooses the next token meanwhile.
+    let pause = || thread::sleep(3 * COMPUTE);
+    let goes_on = pass(at_even_distances, |_| pause());
+    let drained = pass(at_even_distances, |streamer| {
+        pause();
+        // Hands back what was read ahead.
+        streamer.rewind().unwrap();
+    });
+    println!("{goes_on:.4} s a pass going on, {drained:.4} s drained");
+    assert!(goes_on < 0.95 * drained, "{goes_on} s going on, {drained} s drained");
+}
