@@ -88,7 +88,7 @@ fn bench_stream_times_each_of_the_passes_asked_for() {
 #[test]
 fn bench_stream_reads_as_many_bytes_a_pass_as_was_planned_for_the_memory() {
     let mut before = f64::INFINITY;
-    for keep in [0, 40, 80, 120] {
+    for keep in [0, 30, 55, 120] {
         let options = format!("{SHORT} --device cpu --keep {keep}");
         let mut command = example("bench_stream");
         command.args(["--model", &model(), "--json"]).args(options.split_whitespace());

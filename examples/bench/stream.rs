@@ -134,11 +134,21 @@ impl<D: Device> Pipeline<D> {
 
     /// Runs a pass to see what a steady one does; returns whether anything moves.
     pub fn find_out(&mut self) -> Result<bool, Failure> {
-        self.settle_for_good();
-        let before = self.stats();
-        self.pass()?;
-        self.settle_for_good();
-        let after = self.stats();
+        let (mut before, mut after);
+        // Between two moments at which all slots are full a pass is read, no more and no less. Where a busy disk made one
+        // of them seem so, again.
+        let mut tries = 0..20;
+        loop {
+            self.settle_for_good();
+            before = self.stats();
+            self.pass()?;
+            self.settle_for_good();
+            after = self.stats();
+            let units = after.stage(Stage::Read).units - before.stage(Stage::Read).units;
+            if units == self.streamer.plan().units() as u64 || tries.next().is_none() {
+                break;
+            }
+        }
         self.read_per_pass = read_bytes(&after) - read_bytes(&before);
         self.reads = self.read_per_pass > 0;
         let reads = self.reads;
@@ -187,10 +197,9 @@ impl<D: Device> Pipeline<D> {
         }
     }
 
-    /// The same several times: on a busy machine a thread may rest with work to do, and where bytes are counted all must be
-    /// there.
+    /// The same several times, for where every byte counts.
     fn settle_for_good(&self) {
-        (0..5).for_each(|_| self.settle());
+        (0..4).for_each(|_| self.settle());
     }
 
     /// Takes as many layers that move as all slots hold: what was read before is gone then.
