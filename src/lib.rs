@@ -54,6 +54,9 @@ pub use plan::{Plan, Settings, Unit};
 // Integration tests and unit tests share fixtures, which know the crate by its name.
 #[cfg(test)]
 extern crate self as layer_streamer;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
 
 /// The README's Rust code runs as a test.
 #[cfg(doctest)]

@@ -9,17 +9,15 @@ use std::sync::{
 
 use super::{Layer, LayerStreamer, stage::Safeguard};
 use crate::{
+    common::{self, Fixture, cases, random_fixture},
     device::{Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
     plan::{Arrival, ArrivalOp, Bandwidths, Besides, Budget, CachePolicy, Home, Reader, Settings, Unit},
 };
 
-#[path = "../../tests/common/mod.rs"]
-mod common;
 mod faults;
 mod pace;
-use common::{Fixture, cases, random_fixture};
 
 /// What each tensor of each unit must be on the device.
 type Expected = Vec<Vec<(String, Arc<Vec<u8>>)>>;

@@ -57,7 +57,7 @@ impl Dice {
     /// Mostly none, one time in `rarity` enough for other threads to overtake.
     pub(crate) fn delay(&self, rarity: u64) -> Duration {
         let x = self.next();
-        Duration::from_micros(if x % rarity == 0 { (x >> 32) % 400 } else { 0 })
+        Duration::from_micros(if x.is_multiple_of(rarity) { (x >> 32) % 400 } else { 0 })
     }
 }
 

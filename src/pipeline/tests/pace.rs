@@ -60,7 +60,7 @@ fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> 
 }
 
 fn at_even_distances(unit: usize) -> bool {
-    unit % (UNITS / ON_DISK) == 0
+    unit.is_multiple_of(UNITS / ON_DISK)
 }
 
 fn in_a_row(unit: usize) -> bool {

@@ -3,13 +3,10 @@
 use super::*;
 use crate::{
     checkpoint::StoredTensor,
+    common::{self, cases},
     dtype::DType,
     plan::{Part, Plan},
 };
-
-#[path = "../../../tests/common/mod.rs"]
-mod common;
-use common::cases;
 
 /// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order.
 fn table(rng: &mut fastrand::Rng) -> Vec<Sizes> {
