@@ -7,7 +7,12 @@ use std::{
     collections::VecDeque,
     ffi::{c_uint, c_void},
     io, ptr, slice,
-    sync::atomic::Ordering::{AcqRel, Relaxed},
+    sync::atomic::{
+        AtomicBool,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+        fence,
+    },
+    thread,
 };
 
 use super::{CURRENT, Code, DEVICE as DEVICES, Device, Lock, MACHINE, Operation, code, current, fails, ranges::Ranges};
@@ -106,14 +111,30 @@ fn intact(start: usize, bytes: usize) -> bool {
     })
 }
 
+/// Keeps allocations from being freed while they are checked. The order that takes is that of fences, which the thread
+/// sanitizer does not know: threads that wait for events are not ordered by what they check.
+fn exclusively<R>(work: impl FnOnce() -> R) -> R {
+    static HELD: AtomicBool = AtomicBool::new(false);
+    while HELD.swap(true, Relaxed) {
+        thread::yield_now();
+    }
+    fence(Acquire);
+    let result = work();
+    fence(Release);
+    HELD.store(false, Relaxed);
+    result
+}
+
 impl Device {
     /// Loses the context if the bytes around any of its allocations were overwritten.
     pub(super) fn check_memory(&self) {
-        for range in DEVICE.iter().filter(|range| ptr::eq(&DEVICES[range.device()], self)) {
-            if !intact(range.start(), range.bytes()) {
-                self.lose(Code::cudaErrorIllegalAddress);
+        exclusively(|| {
+            for range in DEVICE.iter().filter(|range| ptr::eq(&DEVICES[range.device()], self)) {
+                if !intact(range.start(), range.bytes()) {
+                    self.lose(Code::cudaErrorIllegalAddress);
+                }
             }
-        }
+        });
     }
 }
 
@@ -122,7 +143,7 @@ pub(super) fn free_all() {
     for range in DEVICE.iter() {
         let (start, bytes) = (range.start(), range.bytes());
         DEVICES[range.device()].used.fetch_sub(bytes, AcqRel);
-        range.remove();
+        exclusively(|| range.remove());
         unmap(start, bytes);
     }
     HOST.iter().for_each(|range| range.remove());
@@ -158,12 +179,15 @@ fn free(start: usize) -> Result<(), Code> {
     let (device, bytes) = (&DEVICES[range.device()], range.bytes());
     device.alive()?;
     device.drain();
-    if !intact(start, bytes) {
-        device.lose(Code::cudaErrorIllegalAddress);
-    }
-    // What ran to its end meanwhile may have faulted.
-    device.alive()?;
-    range.remove();
+    exclusively(|| {
+        if !intact(start, bytes) {
+            device.lose(Code::cudaErrorIllegalAddress);
+        }
+        // What ran to its end meanwhile may have faulted.
+        device.alive()?;
+        range.remove();
+        Ok(())
+    })?;
     device.used.fetch_sub(bytes, AcqRel);
     unmap(start, bytes);
     Ok(())
