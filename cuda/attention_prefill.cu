@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
     }
     return;
   }
-  // Through the place of the warp's own queries, so that rows are written 16 bytes at a time.
-  __syncwarp();
+  // Through the place of the warp's own queries, so that rows are written 16 bytes at a time. All lanes have read those:
+  // since then there was a barrier.
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll

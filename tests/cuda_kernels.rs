@@ -213,6 +213,22 @@ fn lookups_are_exact() {
 }
 
 #[test]
+fn an_id_beyond_the_table_harms_no_other_row() {
+    on_gpu(3, |gpu, rng| {
+        let (vocab, width) = (length(rng, 40), length(rng, 700));
+        let values = random(rng, vocab * width);
+        let table = gpu.weight(&[vocab, width], &values)?;
+        let ids = gpu.tensor(&[4], &[0u32, vocab as u32, u32::MAX, vocab as u32 - 1])?;
+        let mut out = gpu.empty(DType::F32, &[4, width])?;
+        gpu.device.embed(&gpu.stream, table.get(), ids.get(), out.out())?;
+        let (rows, known) = (gpu.read(&out)?, |row: usize| values[row * width..][..width].to_vec());
+        near("the first row", (rows[..width].to_vec(), known(0)));
+        near("the last row", (rows[3 * width..].to_vec(), known(vocab - 1)));
+        Ok(())
+    });
+}
+
+#[test]
 fn argmax_takes_the_first_of_equals_and_no_nan_but_the_first_element() {
     on_gpu(40, |gpu, rng| {
         let most = [100, 5000, 160_000][rng.usize(..3)];
@@ -336,6 +352,33 @@ fn attention_is_causal_grouped_windowed_and_ragged_for_every_head_size() {
                 let batch = random_batch(rng, sequences, before, new);
                 attention_case(gpu, rng, &batch, [heads, groups, size], window)?;
             }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn attention_at_the_edges_of_tables_tiles_and_parts() {
+    on_gpu(2, |gpu, rng| {
+        // Tables that fill what is allocated for them: nobody may look beyond.
+        let many = random_batch(rng, 63, 20, 1);
+        attention_case(gpu, rng, &many, [2, 1, 32], None)?;
+        // Contexts of as many parts as scratch allows, whose tiles end a few tokens before or behind one more part.
+        for (before, new) in [(150, 100), (100, 200), (60, 200), (200, 60)] {
+            let batch = Batch { lengths: vec![(2000, 0), (before, new)], rows: vec![1, 0] };
+            let size = [32, 64, 96, 128, 256][rng.usize(..5)];
+            attention_case(gpu, rng, &batch, [1, 1, size], None)?;
+        }
+        // Windows that begin where a tile of keys does, or next to it.
+        for window in [63, 64, 65, 78, 79, 80, 95, 111, 127, 128, 129] {
+            let batch = Batch { lengths: vec![(64, 60)], rows: vec![0] };
+            attention_case(gpu, rng, &batch, [2, 1, 64], Some(window))?;
+        }
+        // Lengths around a tile.
+        for new in [1, 8, 9, 15, 16, 17, 63, 64, 65] {
+            let batch = Batch { lengths: vec![(new / 2, new), (127, 1)], rows: vec![2, 0] };
+            let size = [32, 64, 96, 128, 256][rng.usize(..5)];
+            attention_case(gpu, rng, &batch, [17, 1, size], None)?;
         }
         Ok(())
     });
