@@ -97,7 +97,7 @@ fn bench_stream_reads_as_many_bytes_a_pass_as_was_planned_for_the_memory() {
         let found: Value = serde_json::from_slice(&done.stdout).unwrap();
         let read = number(&found, "read_bytes_per_pass");
         assert_eq!(read, number(&found, "planned_bytes_per_pass"), "{found}");
-        assert!(read < before && number(&found, "pass_seconds") > 0.0, "{before} bytes before, {found}");
+        assert!(read <= before && number(&found, "pass_seconds") > 0.0, "{before} bytes before, {found}");
         before = read;
     }
     assert_eq!(before, 0.0, "the least and 120 % keep all layers");

@@ -125,9 +125,9 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(
     Ok((planned.iter().map(Sizes::of).collect(), Besides { device_bytes, ..besides }))
 }
 
-/// `n_gpu` and `n_cpu_pinned`, deepest first. By the time that a pass takes one unit ahead is as good as several: where all of
-/// the units have a home, memory is left for more.
-const RINGS: [[usize; 2]; 4] = [[2, 2], [1, 2], [1, 1], [1, 0]];
+/// `n_gpu` and `n_cpu_pinned`; the first of equally fast ones is taken. The last takes least. Deeper rings than these win
+/// nothing that a unit kept in their place does not.
+const RINGS: [[usize; 2]; 3] = [[1, 1], [1, 2], [1, 0]];
 
 /// Units in an order in which they are given homes: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
@@ -180,7 +180,7 @@ impl Family {
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
         let all = self.first[self.len()];
         let (read, copied) = (all.read - self.first[member.kept].read, all.copied - self.first[member.gpu].copied);
-        Forecast::new(read, copied, member.rings[1] > 0, bandwidths)
+        Forecast::new(read, copied, member.rings[1], bandwidths)
     }
 
     /// The most that can be kept in RAM beside so many units on the device.
@@ -217,7 +217,7 @@ pub(crate) fn choose(
             for gpu in 0..=family.len() {
                 let Some(member) = family.most_kept(rings, gpu, budget) else { continue };
                 let forecast = family.forecast(member, bandwidths);
-                // Of equally fast ones that which moves less, then the first: the deepest rings.
+                // Of equally fast ones that which moves less, then the first.
                 let cost = (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
                 if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
                     best = Some((cost, family, member));
