@@ -51,6 +51,12 @@ impl DType {
         TABLE.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 
+    /// All types, in the order of their codes in C.
+    #[cfg(feature = "capi")]
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        TABLE.iter().map(|row| row.0)
+    }
+
     /// The safetensors name.
     pub fn name(self) -> &'static str {
         TABLE[self as usize].1

@@ -21,6 +21,8 @@
 //! device extend ownership to work that was enqueued but is not done. Each module that touches slots says what it relies on.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+#[cfg(feature = "capi")]
+pub mod capi;
 pub mod device;
 #[cfg(feature = "model")]
 pub mod kernels;

@@ -3,6 +3,8 @@
 //! A pass takes any number of tokens of any number of sequences. Inside each layer they go through in blocks of a fixed
 //! size, so that only the residual stream and the KV cache grow with the context, and the bytes streamed do not.
 
+use std::sync::Arc;
+
 use super::{
     Model, NORM,
     exchange::Exchange,
@@ -15,6 +17,7 @@ use crate::{
     kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
     pipeline::{Layer, LayerStreamer, StaticTensors},
     plan::{Bandwidths, Besides, Budget, Part, Plan, Settings, UnitPlan},
+    trace::Observer,
 };
 
 /// Tokens that go through a layer at once.
@@ -147,6 +150,21 @@ impl<D: Kernels> Decoder<D> {
     /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's;
     /// [`Error::Kernel`] for heads that the device cannot compute; else as [`LayerStreamer::new`].
     pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
+        Self::with_observer(device, model, settings, batch, context, None)
+    }
+
+    /// As [`Decoder::new`], with someone who sees what the streamer does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_observer(
+        device: &D,
+        model: &Model,
+        settings: &Settings,
+        batch: usize,
+        context: usize,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Result<Self> {
         check_size(model, batch, context)?;
         device.check_head_size(model.config.head_dim)?;
         device.bind_thread()?;
@@ -158,7 +176,8 @@ impl<D: Kernels> Decoder<D> {
         let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
         let work = Workspace::new(device, "activations", &work_layout)?;
         let exchange = Exchange::new(device, most(batch, context).words())?;
-        let streamer = LayerStreamer::new(device, &model.checkpoint, &model.units_for(precision), settings)?;
+        let streamer =
+            LayerStreamer::with_observer(device, &model.checkpoint, &model.units_for(precision), settings, observer)?;
         let statics = streamer.load_static_unit(&model.statics_for(precision))?;
         let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
         device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;

@@ -238,11 +238,7 @@ impl<'s, D: Device> Layer<'s, D> {
     }
 
     fn tensor_at(&self, index: usize) -> Result<TensorRef<'_>> {
-        let placed = &self.streamer.plan().units[self.unit].tensors[index];
-        let (streamer, memory) = (self.streamer, self.streamer.memory());
-        let base = memory.address(streamer.device(), streamer.plan(), self.unit, self.place);
-        // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is this layer's until it is released.
-        unsafe { view(base, placed) }
+        self.streamer.tensor_at(self.unit, self.place, index)
     }
 
     /// Gives the slot back, to be filled again once the work now on `stream` is done. Use this in place of dropping where

@@ -21,17 +21,18 @@ use std::{
 };
 
 pub use compute::{Layer, Progress};
+pub(crate) use link::Place;
 pub use statics::StaticTensors;
 
 use crate::{
     checkpoint::Checkpoint,
-    device::Device,
+    device::{Device, TensorRef},
     error::{Error, Result},
     io::{self, Engine, Source},
     pipeline::{
         compute::{ComputeSide, ProgressHook},
         host::HostMemory,
-        link::{Place, link},
+        link::link,
         on_device::DeviceMemory,
         pin::PinStage,
         read::ReadStage,
@@ -156,7 +157,7 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
     /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
     pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
-        let (unit, place, progress) = self.compute.borrow_mut().next(stream)?;
+        let (unit, place, progress) = self.take(stream)?;
         let layer = Layer::new(self, stream, unit, place);
         // With the layer made and nothing borrowed: a hook that panics leaves a layer that is released.
         let hook = self.progress.take();
@@ -178,16 +179,13 @@ impl<D: Device> LayerStreamer<D> {
         x: X,
         mut layer_fn: impl FnMut(X, &Layer<'_, D>) -> Result<X, E>,
     ) -> Result<X, E> {
-        self.compute.get_mut().check_no_leak()?;
-        if self.compute.get_mut().is_mid_pass() {
-            self.rewind()?;
-        }
+        self.begin_pass()?;
         /// Sends the pipeline back at once when `layer_fn` fails or panics, so that it is ready again early.
         struct Abandoned<'s, D: Device>(&'s LayerStreamer<D>);
         impl<D: Device> Drop for Abandoned<'_, D> {
             fn drop(&mut self) {
                 // What stands in the way of it is found again, and reported, when the next pass starts.
-                let _ = self.0.compute.borrow_mut().rewind();
+                let _ = self.0.restart();
             }
         }
         let streamer = &*self;
@@ -208,7 +206,36 @@ impl<D: Device> LayerStreamer<D> {
     /// # Errors
     /// [`Error::LayerLeaked`] if a layer was leaked; the first error of the device if it is beyond use.
     pub fn rewind(&mut self) -> Result<()> {
-        self.compute.get_mut().rewind()
+        self.restart()
+    }
+
+    /// The next unit, without a [`Layer`] that gives it back: whoever takes it answers for its [`release`](Self::release).
+    pub(crate) fn take(&self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
+        self.compute.borrow_mut().next(stream)
+    }
+
+    /// Gives back what was taken, once.
+    pub(crate) fn release(&self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
+        self.compute.borrow_mut().release(unit, place, stream)
+    }
+
+    /// Sees to it that the next unit is the first.
+    pub(crate) fn begin_pass(&self) -> Result<()> {
+        let mut compute = self.compute.borrow_mut();
+        compute.check_no_leak()?;
+        if compute.is_mid_pass() { compute.rewind() } else { Ok(()) }
+    }
+
+    /// [`rewind`](Self::rewind), for whoever holds no layer.
+    pub(crate) fn restart(&self) -> Result<()> {
+        self.compute.borrow_mut().rewind()
+    }
+
+    /// Tensor number `index` of a unit that was taken and not given back.
+    pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_>> {
+        let base = self.memory.address(&self.device, &self.plan, unit, place);
+        // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is the caller's until it gives it back.
+        unsafe { compute::view(base, &self.plan.units[unit].tensors[index]) }
     }
 
     /// Something with which another thread can cancel the pass under way.
@@ -260,14 +287,6 @@ impl<D: Device> LayerStreamer<D> {
     /// The device.
     pub fn device(&self) -> &D {
         &self.device
-    }
-
-    fn memory(&self) -> &DeviceMemory<D> {
-        &self.memory
-    }
-
-    fn release(&self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
-        self.compute.borrow_mut().release(unit, place, stream)
     }
 }
 

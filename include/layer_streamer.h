@@ -1,0 +1,795 @@
+/*
+ * layer-streamer: runs transformers whose weights do not fit on the GPU. Weights flow disk -> RAM -> pinned RAM -> GPU, layer
+ * by layer, while the layers that have arrived compute on the host's own stream.
+ *
+ * Rules of every function, where its comment says nothing else:
+ * - It returns an ls_status, LS_OK being 0. What went wrong is in ls_last_error(), per thread. Results are written last, and
+ *   only if it succeeds.
+ * - A pointer must not be NULL (LS_NULL), unless its comment says that it may be; `user` pointers may be anything. What a
+ *   pointer argument points to is used during the call only, and copied where it is needed later.
+ * - Handles are plain values that may be copied. Zeroed they stand for nothing. After its close a handle is refused with
+ *   LS_CLOSED, for good. What has been opened must be closed, in any order.
+ * - One handle is used by one call at a time, from any thread; a second call gets LS_BUSY at once, and so does a callback
+ *   that calls back. Different handles are independent of one another. Only ls_cancel and ls_model_cancel may be called at any
+ *   time. A program that forks does not use the library in the child.
+ * - Sizes, offsets and lengths are bytes where nothing else is said. Texts are UTF-8 (paths: as the system has them) and end
+ *   with a zero.
+ * - Enumerations are passed as int32_t, so that a value which this version does not know is an error (LS_INVALID).
+ * - A panic inside the library is a bug: it is returned as LS_PANICKED, and makes the handle refuse all but its close.
+ *
+ * With CUDA the thread's current device must be that of the handles it uses; functions that allocate or launch set it.
+ */
+
+
+#ifndef LAYER_STREAMER_H
+#define LAYER_STREAMER_H
+
+/* Made by cbindgen from src/capi: do not edit. */
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Version of this header: programs compiled with one run with any library of the same major and minor number.
+#define LS_VERSION_MAJOR 0
+
+// See LS_VERSION_MAJOR.
+#define LS_VERSION_MINOR 1
+
+// See LS_VERSION_MAJOR.
+#define LS_VERSION_PATCH 0
+
+// What an ls_token_fn returns to end a sequence.
+#define LS_END 1
+
+// How a call ended. New codes are added at the end; a code never changes its meaning.
+enum ls_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // It did what was asked.
+    LS_OK = 0,
+    // A pointer was NULL that must not be.
+    LS_NULL = 1,
+    // An argument or setting is out of range; the message names it.
+    LS_INVALID = 2,
+    // The handle is not open: it never was, or was closed, or is a layer that was released.
+    LS_CLOSED = 3,
+    // The handle is in use by another thread, or by the call whose callback this was called from.
+    LS_BUSY = 4,
+    // A bug in the library. The handle can only be closed; others are not affected.
+    LS_PANICKED = 5,
+    // A callback returned that it failed.
+    LS_CALLBACK = 6,
+    // A file could not be opened or read.
+    LS_IO = 7,
+    // A checkpoint is malformed, or lacks what was asked for.
+    LS_CHECKPOINT = 8,
+    // A unit could not be read while it streamed.
+    LS_READ = 9,
+    // Memory could not be had, or what was lent is too small.
+    LS_MEMORY = 10,
+    // A thread could not be started.
+    LS_THREAD = 11,
+    // There is no tensor of that name; the message lists those there are.
+    LS_NO_TENSOR = 12,
+    // Layers are held: more than the settings allow, or any at all where none may be.
+    LS_LAYERS_HELD = 13,
+    // The pass was cancelled.
+    LS_CANCELLED = 14,
+    // A kernel was given tensors that do not fit together.
+    LS_KERNEL = 15,
+    // CUDA failed.
+    LS_CUDA = 16,
+    // This build or machine cannot do it.
+    LS_UNSUPPORTED = 17,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_status ls_status;
+#else
+typedef int32_t ls_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Element types. The names are those of the safetensors format.
+enum ls_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // Where a type to convert to is asked for: none.
+    LS_AS_STORED = 0,
+    LS_BOOL = 1,
+    LS_U8 = 2,
+    LS_I8 = 3,
+    LS_F8_E4M3 = 4,
+    LS_F8_E5M2 = 5,
+    LS_U16 = 6,
+    LS_I16 = 7,
+    LS_F16 = 8,
+    LS_BF16 = 9,
+    LS_U32 = 10,
+    LS_I32 = 11,
+    LS_F32 = 12,
+    LS_U64 = 13,
+    LS_I64 = 14,
+    LS_F64 = 15,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_dtype ls_dtype;
+#else
+typedef int32_t ls_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Where a unit lives between passes.
+enum ls_home
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // On disk: read in every pass.
+    LS_HOME_DISK = 0,
+    // In pageable RAM: read once.
+    LS_HOME_RAM = 1,
+    // In pinned RAM: read once.
+    LS_HOME_PINNED = 2,
+    // On the device: read and transferred once.
+    LS_HOME_GPU = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_home ls_home;
+#else
+typedef int32_t ls_home;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Who reads from disk.
+enum ls_reader
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // The first of the others that the system allows.
+    LS_READER_AUTO = 0,
+    // io_uring with registered buffers.
+    LS_READER_URING_FIXED = 1,
+    // io_uring without them.
+    LS_READER_URING = 2,
+    // A few threads in pread.
+    LS_READER_PREAD = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_reader ls_reader;
+#else
+typedef int32_t ls_reader;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Whether reads go past the page cache.
+enum ls_cache
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // What the page cache holds is taken from there, everything else is read past it.
+    LS_CACHE_AUTO = 0,
+    // Past the page cache where the file system allows it.
+    LS_CACHE_DIRECT = 1,
+    // Through the page cache.
+    LS_CACHE_BUFFERED = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_cache ls_cache;
+#else
+typedef int32_t ls_cache;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// How much a line of the log matters.
+enum ls_log_level
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // For whoever wonders what it does.
+    LS_LOG_INFO = 0,
+    // Something is slower, or costs more, than it need be.
+    LS_LOG_WARNING = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_log_level ls_log_level;
+#else
+typedef int32_t ls_log_level;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// Which elements of a head make a pair that rotates.
+enum ls_rope_layout
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // Elements i and i + D/2, as checkpoints in Hugging Face's layout have it.
+    LS_ROPE_HALVES = 0,
+    // Elements 2i and 2i + 1, as in Meta's own checkpoints.
+    LS_ROPE_INTERLEAVED = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_rope_layout ls_rope_layout;
+#else
+typedef int32_t ls_rope_layout;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+// A checkpoint: a table that says where each tensor lies. Zeroed: none.
+typedef struct ls_checkpoint {
+    // The library's.
+    uint64_t id;
+} ls_checkpoint;
+
+// A tensor in a file.
+typedef struct ls_stored_tensor {
+    // Full name, such as "model.layers.0.mlp.up_proj.weight".
+    const char *name;
+    // The file that holds the bytes.
+    const char *file;
+    // First byte, from the start of the file.
+    uint64_t offset;
+    // Dimensions, slowest first.
+    const size_t *shape;
+    // How many dimensions; 0 for a scalar.
+    size_t rank;
+    // An ls_dtype.
+    int32_t dtype;
+} ls_stored_tensor;
+
+// Where layers arrive and kernels run. Zeroed: none.
+typedef struct ls_device {
+    // The library's.
+    uint64_t id;
+} ls_device;
+
+// The types that a device's kernels compute with.
+typedef struct ls_precision {
+    // ls_dtype of activations, but for those that are always F32.
+    int32_t activation;
+    // ls_dtype of the KV cache.
+    int32_t cache;
+    // ls_dtype that weights must have, to be converted on arrival; LS_AS_STORED if F32, F16 and BF16 will do.
+    int32_t weight;
+} ls_precision;
+
+// A queue of a device's work that runs in order. Zeroed: none.
+typedef struct ls_stream {
+    // The library's.
+    uint64_t id;
+} ls_stream;
+
+// A tensor of a unit.
+typedef struct ls_unit_tensor {
+    // The name under which it is found in the layer; unique in the unit.
+    const char *name;
+    // The checkpoint's name for it.
+    const char *stored;
+    // The ls_dtype that it is converted to on arrival (F32, F16, BF16 or F8_E4M3 to F32 or BF16), or LS_AS_STORED.
+    int32_t dtype;
+} ls_unit_tensor;
+
+// Tensors that travel together, and are handed over as one layer.
+typedef struct ls_unit {
+    // For messages.
+    const char *name;
+    // Its tensors.
+    const struct ls_unit_tensor *tensors;
+    // How many.
+    size_t count;
+    // An ls_home.
+    int32_t home;
+} ls_unit;
+
+// How far a pass has come.
+typedef struct ls_progress {
+    // Passes completed before this one.
+    uint64_t passes;
+    // Units of this pass handed over so far.
+    size_t done;
+    // Units of a pass.
+    size_t units;
+    // Bytes of this unit, as stored.
+    size_t bytes;
+} ls_progress;
+
+// Called for every unit handed over, in the thread that takes it. It must not call the streamer (LS_BUSY), and must return:
+// neither longjmp nor an exception may leave it.
+typedef void (*ls_progress_fn)(void *user, const struct ls_progress *progress);
+
+// Told what happens, as one line without a newline; `level` is an ls_log_level, `message` is the library's and lasts for the
+// call. Called from any thread, also from several at once. The rest is as for ls_progress_fn.
+typedef void (*ls_log_fn)(void *user, int32_t level, const char *message);
+
+// What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
+//
+// A stage that buffers n units owns n + 1 slots of the largest unit's size, the extra one being what its consumer holds.
+typedef struct ls_streamer_options {
+    // sizeof(ls_streamer_options), by which the library knows the caller's version of it.
+    size_t size;
+    // Units buffered ahead on the device, at least 1; also how many layers may be held at once.
+    size_t n_gpu;
+    // Units buffered in pinned RAM; 0 skips the stage.
+    size_t n_cpu_pinned;
+    // Units buffered in pageable RAM; 0 skips the stage.
+    size_t n_cpu;
+    // Units handed over at once from the device's buffer; 0 means one by one; at most n_gpu.
+    size_t batch_gpu;
+    // The same from pinned RAM; at most n_cpu_pinned.
+    size_t batch_cpu_pinned;
+    // The same from pageable RAM; at most n_cpu.
+    size_t batch_cpu;
+    // An ls_reader.
+    int32_t reader;
+    // An ls_cache.
+    int32_t cache;
+    // The units. NULL: one per layer of the checkpoint, of all tensors under "model.layers.N.", named by what follows that.
+    const struct ls_unit *units;
+    // How many units.
+    size_t unit_count;
+    // Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram"; NULL leaves them where they are, on disk.
+    const char *homes;
+    // May be NULL.
+    ls_progress_fn progress;
+    // What `progress` is given.
+    void *progress_user;
+    // May be NULL.
+    ls_log_fn log;
+    // What `log` is given.
+    void *log_user;
+} ls_streamer_options;
+
+// Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
+typedef struct ls_streamer {
+    // The library's.
+    uint64_t id;
+} ls_streamer;
+
+// What is known of a unit.
+typedef struct ls_unit_info {
+    // Its name; the streamer's, until that is closed.
+    const char *name;
+    // How many tensors it has.
+    size_t tensors;
+    // What they take in their files, in bytes.
+    size_t bytes;
+} ls_unit_info;
+
+// Counts of one stage since the streamer was opened.
+typedef struct ls_stage_stats {
+    // Whole units handed on.
+    uint64_t units;
+    // Bytes moved; for compute, the bytes of the units it was given.
+    uint64_t bytes;
+    // Nanoseconds at work.
+    uint64_t busy_ns;
+    // Nanoseconds waiting for the stage before.
+    uint64_t starved_ns;
+    // Nanoseconds waiting for the stage after.
+    uint64_t blocked_ns;
+} ls_stage_stats;
+
+// Counts since the streamer was opened. Set `size` before the call.
+typedef struct ls_stats {
+    // sizeof(ls_stats).
+    size_t size;
+    // Disk to the first host slot.
+    struct ls_stage_stats read;
+    // Pageable RAM to pinned RAM.
+    struct ls_stage_stats pin;
+    // Host to device.
+    struct ls_stage_stats transfer;
+    // Whatever the caller does from taking a layer to releasing it.
+    struct ls_stage_stats compute;
+    // Bytes read past the page cache.
+    uint64_t direct_bytes;
+    // Bytes read through the page cache.
+    uint64_t buffered_bytes;
+    // The ls_reader that reads.
+    uint64_t reader;
+} ls_stats;
+
+// Tensors that were loaded once and stay on the device. Zeroed: none.
+typedef struct ls_statics {
+    // The library's.
+    uint64_t id;
+} ls_statics;
+
+// A tensor in device memory, row-major and without gaps.
+typedef struct ls_tensor {
+    // Device memory; on the CPU device RAM.
+    void *data;
+    // An ls_dtype.
+    int32_t dtype;
+    // How many dimensions, at most 8; 0 for a scalar.
+    uint32_t rank;
+    // Dimensions, slowest first; those from `rank` on are not looked at.
+    size_t shape[8];
+} ls_tensor;
+
+// A unit on the device. Zeroed: none.
+typedef struct ls_layer {
+    // The library's.
+    uint64_t id;
+} ls_layer;
+
+// Called by ls_run_pass for each layer in order. It enqueues its work on the stream that ls_run_pass was given, and returns
+// 0; anything else ends the pass with LS_CALLBACK. `layer` is released when it returns.
+//
+// In it ls_layer_index, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin, ls_streamer_stats, kernels on the
+// stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither longjmp nor an exception may
+// leave it.
+typedef int32_t (*ls_layer_fn)(void *user, struct ls_layer layer);
+
+// One block of tokens of several sequences, and where their keys and values lie: sequence i owns tokens q_offsets[i] to
+// q_offsets[i + 1] of the block, the last of the kv_lens[i] tokens that it has in the cache by then, and row rows[i] of the
+// cache. All three are U32, in device memory; a row that the cache does not have is the caller's error.
+typedef struct ls_ragged {
+    // [S + 1]: where each sequence's tokens begin; the last is T.
+    struct ls_tensor q_offsets;
+    // [S]: tokens in the cache, those of this block included.
+    struct ls_tensor kv_lens;
+    // [S]: which row of the cache.
+    struct ls_tensor rows;
+} ls_ragged;
+
+// What a model is opened with. Fill it with ls_model_options_init, then change what should differ.
+typedef struct ls_model_options {
+    // sizeof(ls_model_options).
+    size_t size;
+    // Rows of the KV cache: how many sequences it holds.
+    size_t batch;
+    // Tokens that each may have; by default 512, or as many as the model takes if that is less.
+    size_t context;
+    // How its layers are streamed; NULL: the defaults. `units` must be NULL there.
+    const struct ls_streamer_options *streamer;
+} ls_model_options;
+
+// A model with its memory on a device. Zeroed: none.
+typedef struct ls_model {
+    // The library's.
+    uint64_t id;
+} ls_model;
+
+// What is known of a model. Set `size` before the call.
+typedef struct ls_model_info {
+    // sizeof(ls_model_info).
+    size_t size;
+    // Tokens in the vocabulary.
+    size_t vocab;
+    // Width of the residual stream.
+    size_t hidden;
+    // Layers.
+    size_t layers;
+    // Tokens that the model was made for.
+    size_t max_positions;
+    // Tokens that a row of the KV cache holds.
+    size_t context;
+    // Rows of the KV cache.
+    size_t batch;
+} ls_model_info;
+
+// New tokens of one sequence.
+typedef struct ls_sequence {
+    // Its row in the KV cache.
+    size_t row;
+    // The tokens that follow what the cache holds.
+    const uint32_t *tokens;
+    // How many; at least one.
+    size_t count;
+} ls_sequence;
+
+// Given each new token of each sequence. It returns 0 to go on, LS_END to end this sequence; anything else ends the call with
+// LS_CALLBACK. It must not call the model (LS_BUSY), but for ls_model_cancel. Neither longjmp nor an exception may leave it.
+typedef int32_t (*ls_token_fn)(void *user, size_t row, uint32_t token);
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The version of the library that is running: `major << 16 | minor << 8 | patch`. From any thread.
+uint32_t ls_version(void);
+
+// The name of a status, as in "LS_BUSY"; "unknown" for a number that is none. From any thread; the text is static.
+const char *ls_status_name(int32_t status);
+
+// The message of the last call that failed in this thread, and "" before the first. It says what was tried, on what, why it
+// failed, and what to do. The text is the library's, UTF-8, and stays until the next call of this thread that fails.
+const char *ls_last_error(void);
+
+// Opens a Hugging Face folder: model.safetensors.index.json with its shards, or a lone model.safetensors. Headers are read
+// and checked, no weights. Close the checkpoint with ls_checkpoint_close.
+ls_status ls_checkpoint_open(const char *folder,
+                             struct ls_checkpoint *checkpoint);
+
+// Takes the caller's own table of `count` tensors, for weights in files of any layout. Tensors must lie inside their files
+// and must not overlap; names must be unique. Everything is copied.
+ls_status ls_checkpoint_from_table(const struct ls_stored_tensor *tensors,
+                                   size_t count,
+                                   struct ls_checkpoint *checkpoint);
+
+// Closes a checkpoint. What was made from it stays.
+ls_status ls_checkpoint_close(struct ls_checkpoint checkpoint);
+
+// How many tensors there are.
+ls_status ls_checkpoint_tensor_count(struct ls_checkpoint checkpoint, size_t *count);
+
+// Tensor number `index` in the order of names. What `tensor` points to is the checkpoint's, until that is closed.
+ls_status ls_checkpoint_tensor_at(struct ls_checkpoint checkpoint, size_t index, struct ls_stored_tensor *tensor);
+
+// The tensor called `name`, or LS_NO_TENSOR. What `tensor` points to is the checkpoint's, until that is closed.
+ls_status ls_checkpoint_tensor(struct ls_checkpoint checkpoint, const char *name, struct ls_stored_tensor *tensor);
+
+// The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it.
+ls_status ls_device_cpu(struct ls_device *device);
+
+// GPU number `ordinal`, counted from 0 as CUDA_VISIBLE_DEVICES leaves them. It becomes this thread's current device.
+// LS_UNSUPPORTED in a library built without CUDA, LS_CUDA where there is no driver or no such GPU.
+ls_status ls_device_cuda(uint32_t ordinal, struct ls_device *device);
+
+// Closes a device. What was made on it stays.
+ls_status ls_device_close(struct ls_device device);
+
+// One line for people: what device this is. The text is the device's, until that is closed.
+ls_status ls_device_describe(struct ls_device device, const char **description);
+
+// The types that the device's kernels compute with.
+ls_status ls_device_precision(struct ls_device device, struct ls_precision *precision);
+
+// A new stream of the device.
+ls_status ls_stream_open(struct ls_device device, struct ls_stream *stream);
+
+// The caller's own stream of a CUDA device: `cuda_stream` is a cudaStream_t (the legacy default stream is written
+// cudaStreamLegacy). It stays the caller's, and must exist until this handle is closed. LS_UNSUPPORTED for a device without
+// such streams, for cudaStreamPerThread, and for a stream that is capturing a graph.
+ls_status ls_stream_from_cuda(struct ls_device device,
+                              void *cuda_stream,
+                              struct ls_stream *stream);
+
+// Closes a stream. Work that is on it is finished; a caller's own stream is left as it is.
+ls_status ls_stream_close(struct ls_stream stream);
+
+// Waits until all work that was enqueued on the stream is done.
+ls_status ls_stream_synchronize(struct ls_stream stream);
+
+// The cudaStream_t behind a stream of a CUDA device, for the caller's own kernels; LS_UNSUPPORTED on others. It lives until
+// the stream is closed.
+ls_status ls_stream_to_cuda(struct ls_stream stream,
+                            void **cuda_stream);
+
+// Fills `options`, which is `size` bytes long (sizeof(ls_streamer_options)), with the defaults: two units ahead on the device
+// and four in pinned RAM, which the disk fills directly; one unit per layer, all on disk.
+ls_status ls_streamer_options_init(struct ls_streamer_options *options,
+                                   size_t size);
+
+// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns. Device and
+// checkpoint may be closed before the streamer is. `options` may be NULL: the defaults.
+//
+// The streamer is used by one thread at a time (another gets LS_BUSY), not always the same; with CUDA its device must be the
+// thread's current one. Only ls_cancel may be called beside another call.
+ls_status ls_streamer_open(struct ls_device device,
+                           struct ls_checkpoint checkpoint,
+                           const struct ls_streamer_options *options,
+                           struct ls_streamer *streamer);
+
+// Stops the threads, waits until the device is done with the layers that were released, frees everything. LS_LAYERS_HELD,
+// and nothing happens, while layers are held.
+ls_status ls_streamer_close(struct ls_streamer streamer);
+
+// Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for
+// one, returns LS_CANCELLED. Layers that are held stay usable. After ls_rewind, or with the next ls_run_pass, a new pass
+// begins. From any thread, also while another call uses the streamer, also from a callback.
+ls_status ls_cancel(struct ls_streamer streamer);
+
+// Goes back to the first unit: after an error, after a cancel, or in the middle of a pass. No thread or memory is made anew.
+// LS_LAYERS_HELD while layers are held.
+ls_status ls_rewind(struct ls_streamer streamer);
+
+// How many units a pass has.
+ls_status ls_streamer_unit_count(struct ls_streamer streamer, size_t *count);
+
+// What is known of unit number `unit`.
+ls_status ls_streamer_unit(struct ls_streamer streamer, size_t unit, struct ls_unit_info *info);
+
+// The number of the tensor called `name` in unit number `unit`, for ls_layer_tensor_at: looked up once, it holds in every
+// pass. Numbers follow the names' order. LS_NO_TENSOR if there is none.
+ls_status ls_streamer_tensor_index(struct ls_streamer streamer,
+                                   size_t unit,
+                                   const char *name,
+                                   size_t *index);
+
+// The name of tensor number `index` of unit number `unit`; the streamer's, until that is closed.
+ls_status ls_streamer_tensor_name(struct ls_streamer streamer, size_t unit, size_t index, const char **name);
+
+// Counts since the streamer was opened. Set `stats->size` to sizeof(ls_stats) before. Also from a layer function.
+ls_status ls_streamer_stats(struct ls_streamer streamer, struct ls_stats *stats);
+
+// Loads tensors that stay on the device until ls_statics_close. Call it before the first pass: it reads beside the pipeline.
+// The streamer may be closed before they are.
+ls_status ls_statics_load(struct ls_streamer streamer,
+                          const struct ls_unit_tensor *tensors,
+                          size_t count,
+                          struct ls_statics *statics);
+
+// The static tensor called `name`. Its memory is the library's, until ls_statics_close.
+ls_status ls_statics_tensor(struct ls_statics statics, const char *name, struct ls_tensor *tensor);
+
+// Frees static tensors. The device must be done with them.
+ls_status ls_statics_close(struct ls_statics statics);
+
+// Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
+// the device. Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
+//
+// LS_READ if the unit could not be read: every unit before it was handed over, and the error stays until ls_rewind.
+// LS_LAYERS_HELD if n_gpu are held already. LS_CANCELLED after ls_cancel, until ls_rewind.
+ls_status ls_next_layer(struct ls_streamer streamer,
+                        struct ls_stream stream,
+                        struct ls_layer *layer);
+
+// Gives a layer back: its memory is filled again once the work now on `stream`, which need not be the one that it was taken
+// with, is done. Allocates nothing.
+ls_status ls_release_layer(struct ls_layer layer,
+                           struct ls_stream stream);
+
+// The layer's number in the pass, from 0.
+ls_status ls_layer_index(struct ls_layer layer, size_t *index);
+
+// The layer's tensor called `name`, or LS_NO_TENSOR. Its memory is the library's: to be read, by work on the layer's stream,
+// until the layer is released.
+ls_status ls_layer_tensor(struct ls_layer layer,
+                          const char *name,
+                          struct ls_tensor *tensor);
+
+// The same by the number that ls_streamer_tensor_index found.
+ls_status ls_layer_tensor_at(struct ls_layer layer, size_t index, struct ls_tensor *tensor);
+
+// Runs one pass: `layer_fn` is called with `user` for each unit in order. A pass that was begun before is abandoned. After an
+// error the next pass starts afresh at the first unit. The thread never waits for the device.
+//
+// LS_CALLBACK if `layer_fn` returned anything but 0, LS_LAYERS_HELD if layers are held; else as ls_next_layer.
+ls_status ls_run_pass(struct ls_streamer streamer,
+                      struct ls_stream stream,
+                      ls_layer_fn layer_fn,
+                      void *user);
+
+// Reserves what kernels need per stream beyond their arguments (on a GPU it opens cuBLAS). Call it once per stream before its
+// first kernel; calling it again does nothing.
+ls_status ls_stream_prepare(struct ls_stream stream);
+
+// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8_E4M3 to F32 or BF16.
+ls_status ls_cast(struct ls_stream stream, const struct ls_tensor *x, const struct ls_tensor *out);
+
+// Looks up rows: out[t] = table[ids[t]], with `table` [V, H] a weight, `ids` [T] U32, `out` [T, H] F32. Ids from V on are the
+// caller's error: what they give is unspecified.
+ls_status ls_embed(struct ls_stream stream,
+                   const struct ls_tensor *table,
+                   const struct ls_tensor *ids,
+                   const struct ls_tensor *out);
+
+// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · weight, with `x` [.., H] F32 (the residual
+// stream), `weight` [H] and `out` [.., H] an activation.
+ls_status ls_rms_norm(struct ls_stream stream,
+                      const struct ls_tensor *x,
+                      const struct ls_tensor *weight,
+                      float eps,
+                      const struct ls_tensor *out);
+
+// The norm of `x` [.., H], F32, in place, for each head of a query or key.
+ls_status ls_rms_norm_in_place(struct ls_stream stream,
+                               const struct ls_tensor *x,
+                               const struct ls_tensor *weight,
+                               float eps);
+
+// residual += y, of one shape: `residual` F32, `y` an activation.
+ls_status ls_add(struct ls_stream stream, const struct ls_tensor *residual, const struct ls_tensor *y);
+
+// gate = silu(gate) · up in place, activations of one shape.
+ls_status ls_swiglu(struct ls_stream stream, const struct ls_tensor *gate, const struct ls_tensor *up);
+
+// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i].
+// `x` [T, heads, D] F32, `positions` [T] U32, `inv_freq` [D/2] F32, and `out` [T, heads, D] an activation.
+ls_status ls_rope(struct ls_stream stream,
+                  const struct ls_tensor *x,
+                  const struct ls_tensor *positions,
+                  const struct ls_tensor *inv_freq,
+                  int32_t layout,
+                  const struct ls_tensor *out);
+
+// Copies rows of the residual stream: out[i] = x[indices[i]], with `x` [T, H] F32, `indices` [R] U32, `out` [R, H] F32.
+ls_status ls_gather(struct ls_stream stream,
+                    const struct ls_tensor *x,
+                    const struct ls_tensor *indices,
+                    const struct ls_tensor *out);
+
+// The index of each row's greatest element, the first if there are several: `x` [R, V] F32, `out` [R] U32.
+ls_status ls_argmax(struct ls_stream stream, const struct ls_tensor *x, const struct ls_tensor *out);
+
+// out = x · weightᵀ + bias, with activations `x` [T, K] and `out` [T, N], `weight` [N, K], `bias` [N]. `bias` may be NULL. `out`
+// may be F32 instead, for logits and for what ls_rope takes.
+ls_status ls_linear(struct ls_stream stream,
+                    const struct ls_tensor *x,
+                    const struct ls_tensor *weight,
+                    const struct ls_tensor *bias,
+                    const struct ls_tensor *out);
+
+// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [rows, G, capacity, D].
+ls_status ls_append_kv(struct ls_stream stream,
+                       const struct ls_tensor *block,
+                       const struct ls_ragged *batch,
+                       const struct ls_tensor *cache);
+
+// Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
+// `q` and `out` [T, HQ, D], `keys` and `values` [rows, G, capacity, D]. Scores are multiplied by `scale`, usually
+// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it.
+ls_status ls_attention(struct ls_stream stream,
+                       const struct ls_tensor *q,
+                       const struct ls_tensor *keys,
+                       const struct ls_tensor *values,
+                       const struct ls_ragged *batch,
+                       float scale,
+                       size_t window,
+                       const struct ls_tensor *out);
+
+// Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
+ls_status ls_model_options_init(struct ls_model_options *options, size_t size);
+
+// Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
+// starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
+//
+// The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel may be called
+// beside another call.
+ls_status ls_model_open(struct ls_device device,
+                        const char *folder,
+                        const struct ls_model_options *options,
+                        struct ls_model *model);
+
+// Closes a model: stops its threads and frees its memory.
+ls_status ls_model_close(struct ls_model model);
+
+// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.
+ls_status ls_model_describe(struct ls_model model, struct ls_model_info *info);
+
+// Runs the tokens of `count` sequences through the model in one pass, after what the KV cache holds of them, and continues
+// each by the most likely token, again and again, until one of the model's stop tokens comes, or it has `most` new tokens, or
+// it fills the context. `token_fn` is called with `user`, in this thread, for each new token but the one that stops.
+//
+// The last new token of a sequence is not in the KV cache yet: to go on later, give it as the first of the next tokens.
+// LS_CANCELLED after ls_model_cancel; the cache is then as it was before the pass that was cancelled.
+ls_status ls_model_generate(struct ls_model model,
+                            const struct ls_sequence *sequences,
+                            size_t count,
+                            size_t most,
+                            ls_token_fn token_fn,
+                            void *user);
+
+// How many tokens row `row` of the KV cache holds.
+ls_status ls_model_length(struct ls_model model, size_t row, size_t *length);
+
+// Forgets all tokens of row `row` of the KV cache from number `length` on.
+ls_status ls_model_truncate(struct ls_model model, size_t row, size_t length);
+
+// Cancels the pass under way, or, between passes, the next one. From any thread, also while another call uses the model.
+ls_status ls_model_cancel(struct ls_model model);
+
+// Counts since the model was opened. Set `stats->size` to sizeof(ls_stats) before.
+ls_status ls_model_stats(struct ls_model model, struct ls_stats *stats);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* LAYER_STREAMER_H */

@@ -1,0 +1,299 @@
+//! Whichever device was chosen at run time, as one device: everything above is compiled once.
+#![allow(unreachable_patterns, reason = "a build without CUDA has one device")]
+
+#[cfg(not(feature = "cuda"))]
+use std::convert::Infallible;
+
+#[cfg(feature = "cuda")]
+use crate::device::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
+use crate::{
+    device::{Cpu, CpuEvent, CpuMemory, CpuStream, Cuda, Device, DevicePtr, TensorMut, TensorRef},
+    dtype::DType,
+    error::{Error, Result},
+    kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
+};
+
+/// Something of the CPU's or of a GPU's.
+#[derive(Clone)]
+pub(super) enum Any<C, G> {
+    Cpu(C),
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "there is none"))]
+    Cuda(G),
+}
+
+pub(super) type AnyDevice = Any<Cpu, Cuda>;
+#[cfg(feature = "cuda")]
+pub(super) type AnyStream = Any<CpuStream, CudaStream>;
+#[cfg(not(feature = "cuda"))]
+pub(super) type AnyStream = Any<CpuStream, Infallible>;
+#[cfg(feature = "cuda")]
+type AnyEvent = Any<CpuEvent, CudaEvent>;
+#[cfg(not(feature = "cuda"))]
+type AnyEvent = Any<CpuEvent, Infallible>;
+#[cfg(feature = "cuda")]
+type AnyMemory = Any<CpuMemory, CudaMemory>;
+#[cfg(not(feature = "cuda"))]
+type AnyMemory = Any<CpuMemory, Infallible>;
+#[cfg(feature = "cuda")]
+type AnyRegistration = Any<(), CudaRegistration>;
+#[cfg(not(feature = "cuda"))]
+type AnyRegistration = Any<(), Infallible>;
+
+/// Calls whichever device it is, with parts of its own kind.
+macro_rules! on {
+    ($self:ident $(, $part:ident)* => |$device:ident| $call:expr) => {
+        match ($self, $($part,)*) {
+            (Any::Cpu($device), $(Any::Cpu($part),)*) => $call,
+            #[cfg(feature = "cuda")]
+            (Any::Cuda($device), $(Any::Cuda($part),)*) => $call,
+            _ => mixed(),
+        }
+    };
+}
+
+/// The same where what comes back is a part of the device's.
+macro_rules! make {
+    ($self:ident => |$device:ident| $call:expr) => {
+        match $self {
+            Any::Cpu($device) => $call.map(Any::Cpu),
+            #[cfg(feature = "cuda")]
+            Any::Cuda($device) => $call.map(Any::Cuda),
+            _ => mixed(),
+        }
+    };
+}
+
+#[cold]
+fn mixed<T>() -> Result<T> {
+    let cause = "belongs to another device than what it is used with".into();
+    Err(Error::Setting { name: "stream", cause })
+}
+
+impl AnyDevice {
+    /// Whether the two are the same device.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Any::Cpu(_), Any::Cpu(_)) => true,
+            #[cfg(feature = "cuda")]
+            (Any::Cuda(a), Any::Cuda(b)) => a.ordinal() == b.ordinal(),
+            _ => false,
+        }
+    }
+}
+
+impl Device for AnyDevice {
+    type Stream = AnyStream;
+    type Event = AnyEvent;
+    type Memory = AnyMemory;
+    type Registration = AnyRegistration;
+
+    fn describe(&self) -> String {
+        match self {
+            Any::Cpu(device) => device.describe(),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.describe(),
+            _ => String::new(),
+        }
+    }
+
+    fn bind_thread(&self) -> Result<()> {
+        on!(self => |device| device.bind_thread())
+    }
+
+    fn allocate(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
+        make!(self => |device| device.allocate(what, bytes))
+    }
+
+    fn address(&self, memory: &AnyMemory) -> DevicePtr {
+        match (self, memory) {
+            (Any::Cpu(device), Any::Cpu(memory)) => device.address(memory),
+            #[cfg(feature = "cuda")]
+            (Any::Cuda(device), Any::Cuda(memory)) => device.address(memory),
+            _ => unreachable!("memory is asked of the device that made it"),
+        }
+    }
+
+    unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<AnyRegistration> {
+        // SAFETY: the caller's.
+        make!(self => |device| unsafe { device.register(host, bytes) })
+    }
+
+    fn stream(&self) -> Result<AnyStream> {
+        make!(self => |device| device.stream())
+    }
+
+    fn event(&self) -> Result<AnyEvent> {
+        make!(self => |device| device.event())
+    }
+
+    unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AnyStream) -> Result<()> {
+        // SAFETY: the caller's.
+        on!(self, stream => |device| unsafe { device.copy_to_device(to, from, bytes, stream) })
+    }
+
+    unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
+        // SAFETY: the caller's.
+        on!(self, stream => |device| unsafe { device.copy_to_host(to, from, bytes, stream) })
+    }
+
+    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
+        // SAFETY: the caller's.
+        on!(self, stream => |device| unsafe { device.zero(to, bytes, stream) })
+    }
+
+    unsafe fn transform(
+        &self,
+        to: (DevicePtr, DType),
+        from: (DevicePtr, DType),
+        elements: usize,
+        stream: &AnyStream,
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        on!(self, stream => |device| unsafe { device.transform(to, from, elements, stream) })
+    }
+
+    fn record(&self, event: &AnyEvent, stream: &AnyStream) -> Result<()> {
+        on!(self, event, stream => |device| device.record(event, stream))
+    }
+
+    fn wait(&self, stream: &AnyStream, event: &AnyEvent) -> Result<()> {
+        on!(self, stream, event => |device| device.wait(stream, event))
+    }
+
+    fn query(&self, event: &AnyEvent) -> Result<bool> {
+        on!(self, event => |device| device.query(event))
+    }
+
+    fn synchronize(&self, event: &AnyEvent) -> Result<()> {
+        on!(self, event => |device| device.synchronize(event))
+    }
+
+    fn drain(&self, stream: &AnyStream) -> Result<()> {
+        on!(self, stream => |device| device.drain(stream))
+    }
+}
+
+impl Kernels for AnyDevice {
+    fn precision(&self) -> Precision {
+        match self {
+            Any::Cpu(device) => device.precision(),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.precision(),
+            _ => unreachable!("there is no such device"),
+        }
+    }
+
+    fn prepare(&self, stream: &AnyStream) -> Result<()> {
+        on!(self, stream => |device| device.prepare(stream))
+    }
+
+    fn check_head_size(&self, size: usize) -> Result<()> {
+        on!(self => |device| device.check_head_size(size))
+    }
+
+    fn cast(&self, stream: &AnyStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        on!(self, stream => |device| device.cast(stream, x, out))
+    }
+
+    fn embed(&self, stream: &AnyStream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        on!(self, stream => |device| device.embed(stream, table, ids, out))
+    }
+
+    fn rms_norm(
+        &self,
+        stream: &AnyStream,
+        x: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        eps: f32,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.rms_norm(stream, x, weight, eps, out))
+    }
+
+    fn add_rms_norm(
+        &self,
+        stream: &AnyStream,
+        residual: TensorMut<'_>,
+        y: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        eps: f32,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.add_rms_norm(stream, residual, y, weight, eps, out))
+    }
+
+    fn rms_norm_in_place(&self, stream: &AnyStream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
+        on!(self, stream => |device| device.rms_norm_in_place(stream, x, weight, eps))
+    }
+
+    fn linear(
+        &self,
+        stream: &AnyStream,
+        x: TensorRef<'_>,
+        weight: TensorRef<'_>,
+        bias: Option<TensorRef<'_>>,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.linear(stream, x, weight, bias, out))
+    }
+
+    fn rope(
+        &self,
+        stream: &AnyStream,
+        x: TensorRef<'_>,
+        positions: TensorRef<'_>,
+        inv_freq: TensorRef<'_>,
+        layout: RopeLayout,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.rope(stream, x, positions, inv_freq, layout, out))
+    }
+
+    fn swiglu(&self, stream: &AnyStream, gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
+        on!(self, stream => |device| device.swiglu(stream, gate, up))
+    }
+
+    fn add(&self, stream: &AnyStream, x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
+        on!(self, stream => |device| device.add(stream, x, y))
+    }
+
+    fn append_kv(
+        &self,
+        stream: &AnyStream,
+        block: TensorRef<'_>,
+        batch: Ragged<'_>,
+        cache: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.append_kv(stream, block, batch, cache))
+    }
+
+    fn attention(
+        &self,
+        stream: &AnyStream,
+        q: TensorRef<'_>,
+        keys: TensorRef<'_>,
+        values: TensorRef<'_>,
+        batch: Ragged<'_>,
+        mask: AttentionMask,
+        out: TensorMut<'_>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.attention(stream, q, keys, values, batch, mask, out))
+    }
+
+    fn gather(&self, stream: &AnyStream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        on!(self, stream => |device| device.gather(stream, x, indices, out))
+    }
+
+    fn argmax(&self, stream: &AnyStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
+        on!(self, stream => |device| device.argmax(stream, x, out))
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        match self {
+            Any::Cpu(device) => device.scratch_bytes(),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.scratch_bytes(),
+            _ => 0,
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Checkpoints: opened from a folder, or made of the caller's own table.
+
+use std::{
+    ffi::{CString, c_char},
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use super::{
+    border::{Failure, Result, border, c_text, list, ls_status, path, place, text},
+    handles::{Kind, Table},
+};
+use crate::{
+    checkpoint::{Checkpoint, StoredTensor},
+    dtype::DType,
+};
+
+/// Element types. The names are those of the safetensors format.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each is the type of that name")]
+pub enum ls_dtype {
+    /// Where a type to convert to is asked for: none.
+    LS_AS_STORED = 0,
+    LS_BOOL = 1,
+    LS_U8 = 2,
+    LS_I8 = 3,
+    LS_F8_E4M3 = 4,
+    LS_F8_E5M2 = 5,
+    LS_U16 = 6,
+    LS_I16 = 7,
+    LS_F16 = 8,
+    LS_BF16 = 9,
+    LS_U32 = 10,
+    LS_I32 = 11,
+    LS_F32 = 12,
+    LS_U64 = 13,
+    LS_I64 = 14,
+    LS_F64 = 15,
+}
+
+/// The type's code.
+pub(super) fn code_of(dtype: DType) -> i32 {
+    dtype as i32 + 1
+}
+
+/// The type of a code.
+pub(super) fn dtype_of(code: i32, name: &str) -> Result<DType> {
+    let dtype = usize::try_from(code).ok().and_then(|code| DType::all().nth(code.checked_sub(1)?));
+    dtype.ok_or_else(|| Failure::invalid(name, format!("{code} is no ls_dtype of a tensor")))
+}
+
+/// A checkpoint: a table that says where each tensor lies. Zeroed: none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_checkpoint {
+    /// The library's.
+    pub id: u64,
+}
+
+/// A tensor in a file.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_stored_tensor {
+    /// Full name, such as "model.layers.0.mlp.up_proj.weight".
+    pub name: *const c_char,
+    /// The file that holds the bytes.
+    pub file: *const c_char,
+    /// First byte, from the start of the file.
+    pub offset: u64,
+    /// Dimensions, slowest first.
+    pub shape: *const usize,
+    /// How many dimensions; 0 for a scalar.
+    pub rank: usize,
+    /// An ls_dtype.
+    pub dtype: i32,
+}
+
+struct Named {
+    name: CString,
+    file: Arc<CString>,
+    offset: u64,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+/// What lies behind a handle: the checkpoint, and its tensors as C sees them, by name.
+pub(super) struct Opened {
+    pub(super) checkpoint: Checkpoint,
+    tensors: Vec<Named>,
+}
+
+pub(super) static CHECKPOINTS: Table<Opened> = Table::new(Kind::Checkpoint);
+
+fn opened(checkpoint: Checkpoint) -> Result<ls_checkpoint> {
+    let mut tensors = Vec::new();
+    let mut last: Option<(PathBuf, Arc<CString>)> = None;
+    for name in checkpoint.names() {
+        let found = checkpoint.describe(name).zip(checkpoint.location(name));
+        let ((dtype, shape), (path, offset)) = found.expect("it is one of the names");
+        let file = match &last {
+            Some((same, file)) if same == path => file.clone(),
+            _ => {
+                let file = CString::new(path.as_os_str().as_bytes()).expect("a path that was opened has no zero");
+                last.insert((path.to_owned(), Arc::new(file))).1.clone()
+            }
+        };
+        tensors.push(Named { name: c_text(name)?, file, offset, dtype, shape: shape.to_vec() });
+    }
+    Ok(ls_checkpoint { id: CHECKPOINTS.open(Opened { checkpoint, tensors }, None)? })
+}
+
+impl Named {
+    fn view(&self) -> ls_stored_tensor {
+        ls_stored_tensor {
+            name: self.name.as_ptr(),
+            file: self.file.as_ptr(),
+            offset: self.offset,
+            shape: self.shape.as_ptr(),
+            rank: self.shape.len(),
+            dtype: code_of(self.dtype),
+        }
+    }
+}
+
+/// Opens a Hugging Face folder: model.safetensors.index.json with its shards, or a lone model.safetensors. Headers are read
+/// and checked, no weights. Close the checkpoint with ls_checkpoint_close.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_open(folder: *const c_char, checkpoint: *mut ls_checkpoint) -> ls_status {
+    border(|| {
+        let to = place(checkpoint, "checkpoint")?;
+        // SAFETY: the module's invariant.
+        let folder = unsafe { path(folder, "folder")? };
+        let made = opened(Checkpoint::open(folder)?)?;
+        // SAFETY: as above.
+        unsafe { to.write(made) };
+        Ok(())
+    })
+}
+
+/// Takes the caller's own table of `count` tensors, for weights in files of any layout. Tensors must lie inside their files
+/// and must not overlap; names must be unique. Everything is copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_from_table(
+    tensors: *const ls_stored_tensor,
+    count: usize,
+    checkpoint: *mut ls_checkpoint,
+) -> ls_status {
+    border(|| {
+        let to = place(checkpoint, "checkpoint")?;
+        // SAFETY: the module's invariant.
+        let table = unsafe { list(tensors, count, "tensors")? }.iter().map(|tensor| {
+            // SAFETY: as above; a scalar may have no shape.
+            let (name, file, shape) = unsafe {
+                let shape = if tensor.rank == 0 { &[] } else { list(tensor.shape, tensor.rank, "shape")? };
+                (text(tensor.name, "name")?, path(tensor.file, "file")?, shape)
+            };
+            Ok(StoredTensor {
+                name: name.to_owned(),
+                file: file.into(),
+                offset: tensor.offset,
+                dtype: dtype_of(tensor.dtype, "dtype")?,
+                shape: shape.to_vec(),
+            })
+        });
+        let made = opened(Checkpoint::from_table(table.collect::<Result<Vec<_>>>()?)?)?;
+        // SAFETY: as above.
+        unsafe { to.write(made) };
+        Ok(())
+    })
+}
+
+/// Closes a checkpoint. What was made from it stays.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_checkpoint_close(checkpoint: ls_checkpoint) -> ls_status {
+    border(|| CHECKPOINTS.close(checkpoint.id, |_| Ok(())).map(drop))
+}
+
+/// How many tensors there are.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_tensor_count(checkpoint: ls_checkpoint, count: *mut usize) -> ls_status {
+    border(|| {
+        let to = place(count, "count")?;
+        let count = CHECKPOINTS.enter(checkpoint.id)?.tensors.len();
+        // SAFETY: the module's invariant.
+        unsafe { to.write(count) };
+        Ok(())
+    })
+}
+
+/// Tensor number `index` in the order of names. What `tensor` points to is the checkpoint's, until that is closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_tensor_at(
+    checkpoint: ls_checkpoint,
+    index: usize,
+    tensor: *mut ls_stored_tensor,
+) -> ls_status {
+    border(|| {
+        let to = place(tensor, "tensor")?;
+        let opened = CHECKPOINTS.enter(checkpoint.id)?;
+        let count = opened.tensors.len();
+        let found = opened.tensors.get(index);
+        let found = found.ok_or_else(|| Failure::invalid("index", format!("is {index}, there are {count} tensors")))?;
+        // SAFETY: the module's invariant.
+        unsafe { to.write(found.view()) };
+        Ok(())
+    })
+}
+
+/// The tensor called `name`, or LS_NO_TENSOR. What `tensor` points to is the checkpoint's, until that is closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_tensor(
+    checkpoint: ls_checkpoint,
+    name: *const c_char,
+    tensor: *mut ls_stored_tensor,
+) -> ls_status {
+    border(|| {
+        let to = place(tensor, "tensor")?;
+        // SAFETY: the module's invariant.
+        let name = unsafe { text(name, "name")? };
+        let opened = CHECKPOINTS.enter(checkpoint.id)?;
+        let Ok(index) = opened.tensors.binary_search_by(|tensor| tensor.name.as_bytes().cmp(name.as_bytes())) else {
+            let message = format!("{} has no tensor named {name}", opened.checkpoint.source().display());
+            return Err(Failure::new(ls_status::LS_NO_TENSOR, message));
+        };
+        // SAFETY: as above.
+        unsafe { to.write(opened.tensors[index].view()) };
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_those_of_the_header() {
+        for (code, dtype) in (1..).zip(DType::all()) {
+            assert_eq!((code_of(dtype), dtype_of(code, "").unwrap()), (code, dtype));
+        }
+        assert_eq!((code_of(DType::F32), code_of(DType::F64)), (ls_dtype::LS_F32 as i32, ls_dtype::LS_F64 as i32));
+        for wrong in [0, -1, 16, i32::MIN, i32::MAX] {
+            assert!(dtype_of(wrong, "").is_err());
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Layers: taken, looked into, released; and whole passes by callback.
+
+use std::ffi::{c_char, c_void};
+
+use super::{
+    border::{Failure, Result, border, callback, ls_status, place, text},
+    checkpoint::{code_of, dtype_of},
+    device::{STREAMS, ls_stream},
+    handles::{Entered, Kind},
+    streamer::{STREAMERS, Streamer, ls_streamer},
+};
+use crate::{
+    device::{DevicePtr, Shape, TensorMut, TensorRef},
+    pipeline::Place,
+};
+
+/// A unit on the device. Zeroed: none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_layer {
+    /// The library's.
+    pub id: u64,
+}
+
+/// A tensor in device memory, row-major and without gaps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_tensor {
+    /// Device memory; on the CPU device RAM.
+    pub data: *mut c_void,
+    /// An ls_dtype.
+    pub dtype: i32,
+    /// How many dimensions, at most 8; 0 for a scalar.
+    pub rank: u32,
+    /// Dimensions, slowest first; those from `rank` on are not looked at.
+    pub shape: [usize; 8],
+}
+
+impl ls_tensor {
+    pub(super) fn view(tensor: TensorRef<'_>) -> Self {
+        let mut shape = [1; 8];
+        shape[..tensor.shape().len()].copy_from_slice(tensor.shape());
+        let (dtype, rank) = (code_of(tensor.dtype()), tensor.shape().len() as u32);
+        Self { data: tensor.ptr().as_ptr().cast(), dtype, rank, shape }
+    }
+
+    /// What a kernel is given.
+    ///
+    /// # Safety
+    /// The memory is there, and nothing that is not ordered against the kernel's stream writes it meanwhile.
+    pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a>> {
+        let dtype = dtype_of(self.dtype, name)?;
+        let shape = self.shape.get(..self.rank as usize);
+        let shape = shape.ok_or_else(|| Failure::invalid(name, format!("its rank is {}, at most 8", self.rank)))?;
+        if dtype.bytes_of(shape).is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(Failure::invalid(name, format!("{dtype} {shape:?} is more than can be addressed")));
+        }
+        let data = place(self.data.cast::<u8>(), name)?.as_ptr();
+        if data.addr() % dtype.size() != 0 {
+            return Err(Failure::invalid(name, format!("its memory is not aligned for {dtype}")));
+        }
+        // SAFETY: the caller's, with the rest checked above.
+        Ok(unsafe { TensorMut::from_raw(DevicePtr::new(data), dtype, Shape::new(shape)?) })
+    }
+
+    /// The same for reading.
+    ///
+    /// # Safety
+    /// As [`write`](Self::write).
+    pub(super) unsafe fn read<'a>(&self, name: &str) -> Result<TensorRef<'a>> {
+        // SAFETY: the caller's.
+        let tensor = unsafe { self.write(name)? };
+        // SAFETY: the same memory, and the view for writing is gone.
+        Ok(unsafe { TensorRef::from_raw(tensor.ptr(), tensor.dtype(), Shape::new(tensor.shape())?) })
+    }
+}
+
+/// Called by ls_run_pass for each layer in order. It enqueues its work on the stream that ls_run_pass was given, and returns
+/// 0; anything else ends the pass with LS_CALLBACK. `layer` is released when it returns.
+///
+/// In it ls_layer_index, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin, ls_streamer_stats, kernels on the
+/// stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither longjmp nor an exception may
+/// leave it.
+pub type ls_layer_fn = Option<unsafe extern "C" fn(user: *mut c_void, layer: ls_layer) -> i32>;
+
+/// Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
+/// the device. Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
+///
+/// LS_READ if the unit could not be read: every unit before it was handed over, and the error stays until ls_rewind.
+/// LS_LAYERS_HELD if n_gpu are held already. LS_CANCELLED after ls_cancel, until ls_rewind.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_next_layer(streamer: ls_streamer, stream: ls_stream, layer: *mut ls_layer) -> ls_status {
+    border(|| {
+        let to = place(layer, "layer")?;
+        let streamer = STREAMERS.enter(streamer.id)?;
+        let queue = STREAMS.enter_lent(stream.id)?;
+        let number = streamer.take(&queue)?;
+        // SAFETY: the module's invariant.
+        unsafe { to.write(ls_layer { id: Kind::Layer.id(streamer.index(), number) }) };
+        Ok(())
+    })
+}
+
+/// Gives a layer back: its memory is filled again once the work now on `stream`, which need not be the one that it was taken
+/// with, is done. Allocates nothing.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_release_layer(layer: ls_layer, stream: ls_stream) -> ls_status {
+    border(|| {
+        let (index, number) = Kind::Layer.parts(layer.id)?;
+        let streamer = STREAMERS.enter_at(index, false).map_err(of_layer)?;
+        let queue = STREAMS.enter_lent(stream.id)?;
+        streamer.give_back(number, &queue)
+    })
+}
+
+/// A layer whose streamer was closed was released before.
+#[cold]
+fn of_layer(failure: Failure) -> Failure {
+    if failure.status == ls_status::LS_CLOSED { Kind::Layer.closed() } else { failure }
+}
+
+/// A layer's streamer, unit and place.
+fn entered(layer: ls_layer) -> Result<(Entered<'static, Streamer>, usize, Place)> {
+    let (index, number) = Kind::Layer.parts(layer.id)?;
+    let streamer = STREAMERS.enter_at(index, true).map_err(of_layer)?;
+    let (unit, place) = streamer.find(number)?;
+    Ok((streamer, unit, place))
+}
+
+/// The layer's number in the pass, from 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> ls_status {
+    border(|| {
+        let to = place(index, "index")?;
+        let (_streamer, unit, _) = entered(layer)?;
+        // SAFETY: the module's invariant.
+        unsafe { to.write(unit) };
+        Ok(())
+    })
+}
+
+/// The layer's tensor called `name`, or LS_NO_TENSOR. Its memory is the library's: to be read, by work on the layer's stream,
+/// until the layer is released.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, tensor: *mut ls_tensor) -> ls_status {
+    border(|| {
+        let to = place(tensor, "tensor")?;
+        // SAFETY: the module's invariant.
+        let name = unsafe { text(name, "name")? };
+        let (streamer, unit, place) = entered(layer)?;
+        let index = streamer.streamer.plan().units[unit].find(name)?;
+        let found = streamer.streamer.tensor_at(unit, place, index)?;
+        // SAFETY: as above.
+        unsafe { to.write(ls_tensor::view(found)) };
+        Ok(())
+    })
+}
+
+/// The same by the number that ls_streamer_tensor_index found.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_layer_tensor_at(layer: ls_layer, index: usize, tensor: *mut ls_tensor) -> ls_status {
+    border(|| {
+        let to = place(tensor, "tensor")?;
+        let (streamer, unit, place) = entered(layer)?;
+        let tensors = streamer.streamer.plan().units[unit].tensors.len();
+        if index >= tensors {
+            return Err(Failure::invalid("index", format!("is {index}, the layer has {tensors} tensors")));
+        }
+        let found = streamer.streamer.tensor_at(unit, place, index)?;
+        // SAFETY: the module's invariant.
+        unsafe { to.write(ls_tensor::view(found)) };
+        Ok(())
+    })
+}
+
+/// Runs one pass: `layer_fn` is called with `user` for each unit in order. A pass that was begun before is abandoned. After an
+/// error the next pass starts afresh at the first unit. The thread never waits for the device.
+///
+/// LS_CALLBACK if `layer_fn` returned anything but 0, LS_LAYERS_HELD if layers are held; else as ls_next_layer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_run_pass(
+    streamer: ls_streamer,
+    stream: ls_stream,
+    layer_fn: ls_layer_fn,
+    user: *mut c_void,
+) -> ls_status {
+    border(|| {
+        let layer_fn = callback(layer_fn, "layer_fn")?;
+        let streamer = STREAMERS.enter(streamer.id)?;
+        let queue = STREAMS.enter_lent(stream.id)?;
+        streamer.streamer.begin_pass()?;
+        let pass = (0..streamer.streamer.plan().units()).try_for_each(|_| {
+            let number = streamer.take(&queue)?;
+            let layer = ls_layer { id: Kind::Layer.id(streamer.index(), number) };
+            // SAFETY: the caller's own function, with what it asked for.
+            let returned = queue.lend(|| streamer.lend(|| unsafe { layer_fn(user, layer) }));
+            let released = streamer.give_back(number, &queue);
+            if returned != 0 {
+                let message = format!("layer_fn returned {returned}");
+                return Err(Failure::new(ls_status::LS_CALLBACK, message));
+            }
+            released
+        });
+        pass.inspect_err(|_| _ = streamer.streamer.restart())
+    })
+}

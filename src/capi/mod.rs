@@ -1,0 +1,29 @@
+//! The C API: what `include/layer_streamer.h` declares. Its rules are stated at the top of that file.
+//!
+//! Every function is a [`border`] around a few lines: it checks its pointers, then enters its handles, then calls what Rust
+//! hosts call, and writes its results last.
+//!
+//! **Invariant** of every `unsafe` here that has no other: what C passes is what the function's comment in the header asks
+//! for; what can be checked of it was.
+#![allow(non_camel_case_types, reason = "the names are C's")]
+#![allow(clippy::missing_safety_doc, reason = "the header says what each function asks of its arguments")]
+
+mod any;
+mod border;
+mod checkpoint;
+mod device;
+mod handles;
+mod kernels;
+mod layers;
+mod model;
+mod options;
+mod streamer;
+
+pub use border::*;
+pub use checkpoint::*;
+pub use device::*;
+pub use kernels::*;
+pub use layers::*;
+pub use model::*;
+pub use options::*;
+pub use streamer::*;

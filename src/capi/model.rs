@@ -1,0 +1,269 @@
+//! One level up: a decoder-only model, its KV cache, and greedy decoding.
+
+use std::{
+    cell::RefCell,
+    ffi::{c_char, c_void},
+    mem,
+    ops::ControlFlow,
+    ptr,
+};
+
+use super::{
+    any::AnyDevice,
+    border::{
+        Failure, Grows, Result, border, callback, list, ls_status, path, place, read_options, write_options,
+        write_sized,
+    },
+    device::{DEVICES, ls_device},
+    handles::{Kind, Table},
+    options::{self, Chosen, ls_stats, ls_streamer_options},
+};
+use crate::model::{Decoder, Model, Sequence};
+
+/// A model with its memory on a device. Zeroed: none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_model {
+    /// The library's.
+    pub id: u64,
+}
+
+/// What a model is opened with. Fill it with ls_model_options_init, then change what should differ.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_model_options {
+    /// sizeof(ls_model_options).
+    pub size: usize,
+    /// Rows of the KV cache: how many sequences it holds.
+    pub batch: usize,
+    /// Tokens that each may have; by default 512, or as many as the model takes if that is less.
+    pub context: usize,
+    /// How its layers are streamed; NULL: the defaults. `units` must be NULL there.
+    pub streamer: *const ls_streamer_options,
+}
+
+// SAFETY: as asked.
+unsafe impl Grows for ls_model_options {
+    const FIRST: usize = mem::offset_of!(ls_model_options, streamer) + size_of::<*const c_void>();
+}
+
+/// What is known of a model. Set `size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_model_info {
+    /// sizeof(ls_model_info).
+    pub size: usize,
+    /// Tokens in the vocabulary.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Tokens that the model was made for.
+    pub max_positions: usize,
+    /// Tokens that a row of the KV cache holds.
+    pub context: usize,
+    /// Rows of the KV cache.
+    pub batch: usize,
+}
+
+// SAFETY: as asked.
+unsafe impl Grows for ls_model_info {
+    const FIRST: usize = mem::offset_of!(ls_model_info, batch) + size_of::<usize>();
+}
+
+/// New tokens of one sequence.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_sequence {
+    /// Its row in the KV cache.
+    pub row: usize,
+    /// The tokens that follow what the cache holds.
+    pub tokens: *const u32,
+    /// How many; at least one.
+    pub count: usize,
+}
+
+/// Given each new token of each sequence. It returns 0 to go on, LS_END to end this sequence; anything else ends the call with
+/// LS_CALLBACK. It must not call the model (LS_BUSY), but for ls_model_cancel. Neither longjmp nor an exception may leave it.
+pub type ls_token_fn = Option<unsafe extern "C" fn(user: *mut c_void, row: usize, token: u32) -> i32>;
+
+/// What an ls_token_fn returns to end a sequence.
+pub const LS_END: i32 = 1;
+
+struct Opened {
+    decoder: RefCell<Decoder<AnyDevice>>,
+    batch: usize,
+}
+
+static MODELS: Table<Opened> = Table::new(Kind::Model);
+
+/// Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_options_init(options: *mut ls_model_options, size: usize) -> ls_status {
+    // SAFETY: the module's invariant.
+    border(|| unsafe { write_options(options, size, "options", defaults()) })
+}
+
+fn defaults() -> ls_model_options {
+    ls_model_options { size: size_of::<ls_model_options>(), batch: 1, context: 0, streamer: ptr::null() }
+}
+
+/// Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
+/// starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
+///
+/// The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel may be called
+/// beside another call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_open(
+    device: ls_device,
+    folder: *const c_char,
+    options: *const ls_model_options,
+    model: *mut ls_model,
+) -> ls_status {
+    border(|| {
+        let to = place(model, "model")?;
+        // SAFETY: the module's invariant.
+        let (folder, options, chosen) = unsafe {
+            let folder = path(folder, "folder")?;
+            let options = if options.is_null() { defaults() } else { read_options(options, "options", defaults())? };
+            let streamer = options.streamer;
+            (folder, options, if streamer.is_null() { Chosen::default() } else { Chosen::read(streamer)? })
+        };
+        let device = DEVICES.enter(device.id)?.device.clone();
+        let mut model = Model::open(folder)?;
+        chosen.place_model(&mut model.units)?;
+        let context = if options.context > 0 { options.context } else { model.config.max_positions.min(512) };
+        let (settings, observer) = (&chosen.settings, chosen.observer());
+        let mut decoder = Decoder::with_observer(&device, &model, settings, options.batch, context, observer)?;
+        if let Some(progress) = chosen.progress {
+            decoder.streamer().track_progress(move |now| progress.report(now));
+        }
+        if let Some(log) = &chosen.log {
+            log.opened(&decoder.streamer().stats());
+        }
+        let canceller = decoder.streamer().canceller();
+        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch };
+        let made = MODELS.open(made, Some(canceller))?;
+        // SAFETY: as above.
+        unsafe { to.write(ls_model { id: made }) };
+        Ok(())
+    })
+}
+
+/// Closes a model: stops its threads and frees its memory.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
+    border(|| MODELS.close(model.id, |_| Ok(())).map(drop))
+}
+
+/// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_info) -> ls_status {
+    border(|| {
+        let to = place(info, "info")?;
+        let opened = MODELS.enter(model.id)?;
+        let decoder = opened.decoder.borrow();
+        let config = &decoder.model().config;
+        let info = ls_model_info {
+            size: size_of::<ls_model_info>(),
+            vocab: config.vocab,
+            hidden: config.hidden,
+            layers: config.layers,
+            max_positions: config.max_positions,
+            context: decoder.context(),
+            batch: opened.batch,
+        };
+        // SAFETY: the module's invariant.
+        unsafe { write_sized(to, "info", info) }
+    })
+}
+
+/// Runs the tokens of `count` sequences through the model in one pass, after what the KV cache holds of them, and continues
+/// each by the most likely token, again and again, until one of the model's stop tokens comes, or it has `most` new tokens, or
+/// it fills the context. `token_fn` is called with `user`, in this thread, for each new token but the one that stops.
+///
+/// The last new token of a sequence is not in the KV cache yet: to go on later, give it as the first of the next tokens.
+/// LS_CANCELLED after ls_model_cancel; the cache is then as it was before the pass that was cancelled.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_generate(
+    model: ls_model,
+    sequences: *const ls_sequence,
+    count: usize,
+    most: usize,
+    token_fn: ls_token_fn,
+    user: *mut c_void,
+) -> ls_status {
+    border(|| {
+        let token_fn = callback(token_fn, "token_fn")?;
+        // SAFETY: the module's invariant.
+        let batch = unsafe { list(sequences, count, "sequences")? }.iter().map(|sequence| {
+            // SAFETY: as above.
+            let tokens = unsafe { list(sequence.tokens, sequence.count, "tokens")? };
+            Ok(Sequence { row: sequence.row, tokens })
+        });
+        let batch = batch.collect::<Result<Vec<_>>>()?;
+        let opened = MODELS.enter(model.id)?;
+        let mut decoder = opened.decoder.borrow_mut();
+        decoder.forward(&batch)?;
+        let rows: Vec<_> = batch.iter().map(|sequence| sequence.row).collect();
+        let stop = decoder.model().config.stop.clone();
+        // SAFETY: the caller's own function, with what it asked for.
+        decoder.decode(&rows, most, &stop, |row, token| match unsafe { token_fn(user, row, token) } {
+            0 => Ok(ControlFlow::Continue(())),
+            LS_END => Ok(ControlFlow::Break(())),
+            other => Err(Failure::new(ls_status::LS_CALLBACK, format!("token_fn returned {other}"))),
+        })
+    })
+}
+
+impl Opened {
+    fn check_row(&self, row: usize) -> Result<()> {
+        if row < self.batch {
+            return Ok(());
+        }
+        Err(Failure::invalid("row", format!("is {row}, the KV cache has {} rows", self.batch)))
+    }
+}
+
+/// How many tokens row `row` of the KV cache holds.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_length(model: ls_model, row: usize, length: *mut usize) -> ls_status {
+    border(|| {
+        let to = place(length, "length")?;
+        let opened = MODELS.enter(model.id)?;
+        opened.check_row(row)?;
+        let length = opened.decoder.borrow().length(row);
+        // SAFETY: the module's invariant.
+        unsafe { to.write(length) };
+        Ok(())
+    })
+}
+
+/// Forgets all tokens of row `row` of the KV cache from number `length` on.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_model_truncate(model: ls_model, row: usize, length: usize) -> ls_status {
+    border(|| {
+        let opened = MODELS.enter(model.id)?;
+        opened.check_row(row)?;
+        let truncated = opened.decoder.borrow_mut().truncate(row, length);
+        Ok(truncated?)
+    })
+}
+
+/// Cancels the pass under way, or, between passes, the next one. From any thread, also while another call uses the model.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_model_cancel(model: ls_model) -> ls_status {
+    border(|| MODELS.cancel(model.id))
+}
+
+/// Counts since the model was opened. Set `stats->size` to sizeof(ls_stats) before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_stats(model: ls_model, stats: *mut ls_stats) -> ls_status {
+    border(|| {
+        let to = place(stats, "stats")?;
+        let stats = MODELS.enter(model.id)?.decoder.borrow_mut().streamer().stats();
+        // SAFETY: the module's invariant.
+        unsafe { options::write_stats(to, &stats) }
+    })
+}

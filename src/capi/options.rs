@@ -1,0 +1,423 @@
+//! What a streamer is opened with, and what it tells of itself.
+
+use std::{
+    ffi::{CString, c_char, c_void},
+    mem,
+    ptr::{self, NonNull},
+    sync::Arc,
+};
+
+use super::{
+    border::{Failure, Grows, Result, border, list, ls_status, read_options, text, write_options, write_sized},
+    checkpoint::dtype_of,
+};
+use crate::{
+    checkpoint::Checkpoint,
+    pipeline::Progress,
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader, Settings, Unit},
+    trace::{Mark, Observer, Stats},
+};
+
+/// Where a unit lives between passes.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ls_home {
+    /// On disk: read in every pass.
+    LS_HOME_DISK = 0,
+    /// In pageable RAM: read once.
+    LS_HOME_RAM = 1,
+    /// In pinned RAM: read once.
+    LS_HOME_PINNED = 2,
+    /// On the device: read and transferred once.
+    LS_HOME_GPU = 3,
+}
+
+/// Who reads from disk.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ls_reader {
+    /// The first of the others that the system allows.
+    LS_READER_AUTO = 0,
+    /// io_uring with registered buffers.
+    LS_READER_URING_FIXED = 1,
+    /// io_uring without them.
+    LS_READER_URING = 2,
+    /// A few threads in pread.
+    LS_READER_PREAD = 3,
+}
+
+/// Whether reads go past the page cache.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ls_cache {
+    /// What the page cache holds is taken from there, everything else is read past it.
+    LS_CACHE_AUTO = 0,
+    /// Past the page cache where the file system allows it.
+    LS_CACHE_DIRECT = 1,
+    /// Through the page cache.
+    LS_CACHE_BUFFERED = 2,
+}
+
+/// How much a line of the log matters.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ls_log_level {
+    /// For whoever wonders what it does.
+    LS_LOG_INFO = 0,
+    /// Something is slower, or costs more, than it need be.
+    LS_LOG_WARNING = 1,
+}
+
+/// A tensor of a unit.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_unit_tensor {
+    /// The name under which it is found in the layer; unique in the unit.
+    pub name: *const c_char,
+    /// The checkpoint's name for it.
+    pub stored: *const c_char,
+    /// The ls_dtype that it is converted to on arrival (F32, F16, BF16 or F8_E4M3 to F32 or BF16), or LS_AS_STORED.
+    pub dtype: i32,
+}
+
+/// Tensors that travel together, and are handed over as one layer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_unit {
+    /// For messages.
+    pub name: *const c_char,
+    /// Its tensors.
+    pub tensors: *const ls_unit_tensor,
+    /// How many.
+    pub count: usize,
+    /// An ls_home.
+    pub home: i32,
+}
+
+/// How far a pass has come.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_progress {
+    /// Passes completed before this one.
+    pub passes: u64,
+    /// Units of this pass handed over so far.
+    pub done: usize,
+    /// Units of a pass.
+    pub units: usize,
+    /// Bytes of this unit, as stored.
+    pub bytes: usize,
+}
+
+/// Called for every unit handed over, in the thread that takes it. It must not call the streamer (LS_BUSY), and must return:
+/// neither longjmp nor an exception may leave it.
+pub type ls_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const ls_progress)>;
+
+/// Told what happens, as one line without a newline; `level` is an ls_log_level, `message` is the library's and lasts for the
+/// call. Called from any thread, also from several at once. The rest is as for ls_progress_fn.
+pub type ls_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, message: *const c_char)>;
+
+/// What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
+///
+/// A stage that buffers n units owns n + 1 slots of the largest unit's size, the extra one being what its consumer holds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_streamer_options {
+    /// sizeof(ls_streamer_options), by which the library knows the caller's version of it.
+    pub size: usize,
+    /// Units buffered ahead on the device, at least 1; also how many layers may be held at once.
+    pub n_gpu: usize,
+    /// Units buffered in pinned RAM; 0 skips the stage.
+    pub n_cpu_pinned: usize,
+    /// Units buffered in pageable RAM; 0 skips the stage.
+    pub n_cpu: usize,
+    /// Units handed over at once from the device's buffer; 0 means one by one; at most n_gpu.
+    pub batch_gpu: usize,
+    /// The same from pinned RAM; at most n_cpu_pinned.
+    pub batch_cpu_pinned: usize,
+    /// The same from pageable RAM; at most n_cpu.
+    pub batch_cpu: usize,
+    /// An ls_reader.
+    pub reader: i32,
+    /// An ls_cache.
+    pub cache: i32,
+    /// The units. NULL: one per layer of the checkpoint, of all tensors under "model.layers.N.", named by what follows that.
+    pub units: *const ls_unit,
+    /// How many units.
+    pub unit_count: usize,
+    /// Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram"; NULL leaves them where they are, on disk.
+    pub homes: *const c_char,
+    /// May be NULL.
+    pub progress: ls_progress_fn,
+    /// What `progress` is given.
+    pub progress_user: *mut c_void,
+    /// May be NULL.
+    pub log: ls_log_fn,
+    /// What `log` is given.
+    pub log_user: *mut c_void,
+}
+
+// SAFETY: as asked; two i32 are as long as a word.
+unsafe impl Grows for ls_streamer_options {
+    const FIRST: usize = mem::offset_of!(ls_streamer_options, log_user) + size_of::<*mut c_void>();
+}
+
+/// Counts of one stage since the streamer was opened.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_stage_stats {
+    /// Whole units handed on.
+    pub units: u64,
+    /// Bytes moved; for compute, the bytes of the units it was given.
+    pub bytes: u64,
+    /// Nanoseconds at work.
+    pub busy_ns: u64,
+    /// Nanoseconds waiting for the stage before.
+    pub starved_ns: u64,
+    /// Nanoseconds waiting for the stage after.
+    pub blocked_ns: u64,
+}
+
+/// Counts since the streamer was opened. Set `size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_stats {
+    /// sizeof(ls_stats).
+    pub size: usize,
+    /// Disk to the first host slot.
+    pub read: ls_stage_stats,
+    /// Pageable RAM to pinned RAM.
+    pub pin: ls_stage_stats,
+    /// Host to device.
+    pub transfer: ls_stage_stats,
+    /// Whatever the caller does from taking a layer to releasing it.
+    pub compute: ls_stage_stats,
+    /// Bytes read past the page cache.
+    pub direct_bytes: u64,
+    /// Bytes read through the page cache.
+    pub buffered_bytes: u64,
+    /// The ls_reader that reads.
+    pub reader: u64,
+}
+
+// SAFETY: as asked.
+unsafe impl Grows for ls_stats {
+    const FIRST: usize = mem::offset_of!(ls_stats, reader) + size_of::<u64>();
+}
+
+/// Fills `options`, which is `size` bytes long (sizeof(ls_streamer_options)), with the defaults: two units ahead on the device
+/// and four in pinned RAM, which the disk fills directly; one unit per layer, all on disk.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_streamer_options_init(options: *mut ls_streamer_options, size: usize) -> ls_status {
+    // SAFETY: the module's invariant.
+    border(|| unsafe { write_options(options, size, "options", defaults()) })
+}
+
+fn defaults() -> ls_streamer_options {
+    let settings = Settings::default();
+    ls_streamer_options {
+        size: size_of::<ls_streamer_options>(),
+        n_gpu: settings.n_gpu,
+        n_cpu_pinned: settings.n_cpu_pinned,
+        n_cpu: settings.n_cpu,
+        batch_gpu: settings.batch_gpu,
+        batch_cpu_pinned: settings.batch_cpu_pinned,
+        batch_cpu: settings.batch_cpu,
+        reader: ls_reader::LS_READER_AUTO as i32,
+        cache: ls_cache::LS_CACHE_AUTO as i32,
+        units: ptr::null(),
+        unit_count: 0,
+        homes: ptr::null(),
+        progress: None,
+        progress_user: ptr::null_mut(),
+        log: None,
+        log_user: ptr::null_mut(),
+    }
+}
+
+/// A function of the caller's with what it is given.
+#[derive(Clone, Copy)]
+pub(super) struct Callback<F> {
+    function: F,
+    user: *mut c_void,
+}
+
+// SAFETY: the header says from which threads it is called; what it is given is the caller's.
+unsafe impl<F: Send> Send for Callback<F> {}
+// SAFETY: as above.
+unsafe impl<F: Sync> Sync for Callback<F> {}
+
+impl<F> Callback<F> {
+    fn new(function: Option<F>, user: *mut c_void) -> Option<Self> {
+        function.map(|function| Self { function, user })
+    }
+}
+
+impl Callback<unsafe extern "C" fn(*mut c_void, *const ls_progress)> {
+    pub(super) fn report(&self, Progress { passes, done, units, bytes }: Progress) {
+        // SAFETY: the caller's own function, with what it asked for.
+        unsafe { (self.function)(self.user, &ls_progress { passes, done, units, bytes }) };
+    }
+}
+
+pub(super) type Reporter = Callback<unsafe extern "C" fn(*mut c_void, *const ls_progress)>;
+
+/// The caller's log.
+pub(super) struct Log(Callback<unsafe extern "C" fn(*mut c_void, i32, *const c_char)>);
+
+impl Log {
+    fn say(&self, level: ls_log_level, message: String) {
+        let message = CString::new(message.replace('\0', "?")).expect("the zeros are replaced");
+        // SAFETY: the caller's own function, with what it asked for.
+        unsafe { (self.0.function)(self.0.user, level as i32, message.as_ptr()) };
+    }
+
+    /// How a streamer that was just opened reads.
+    pub(super) fn opened(&self, stats: &Stats) {
+        let Stats { reader, reader_reason: reason, .. } = stats;
+        let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+        self.say(ls_log_level::LS_LOG_INFO, format!("reads by {reader}{why}"));
+        for (path, why) in &stats.buffered_files {
+            let message = format!("{} is read through the page cache alone: {why}", path.display());
+            self.say(ls_log_level::LS_LOG_WARNING, message);
+        }
+    }
+}
+
+impl Observer for Log {
+    fn mark(&self, mark: &Mark) {
+        // A rewind is an everyday matter, and is asked for by the caller, who may not want memory allocated for it.
+        if let Mark::Leaked { bytes } = mark {
+            let message =
+                format!("the device did not answer when the streamer was closed: {bytes} bytes stay reserved");
+            self.say(ls_log_level::LS_LOG_WARNING, message);
+        }
+    }
+}
+
+/// What the options say, in Rust's terms.
+pub(super) struct Chosen {
+    pub(super) settings: Settings,
+    /// The caller's own units.
+    units: Option<Vec<Unit>>,
+    homes: Option<String>,
+    pub(super) progress: Option<Reporter>,
+    pub(super) log: Option<Arc<Log>>,
+}
+
+impl Chosen {
+    /// # Safety
+    /// `options` is NULL or points to what the header says.
+    pub(super) unsafe fn read(options: *const ls_streamer_options) -> Result<Self> {
+        // SAFETY: the caller's.
+        let options = unsafe { read_options(options, "options", defaults())? };
+        // SAFETY: the caller's.
+        let (units, homes) = unsafe {
+            let units = match NonNull::new(options.units.cast_mut()) {
+                None if options.unit_count > 0 => return Err(Failure::new(ls_status::LS_NULL, "units is NULL")),
+                None => None,
+                Some(units) => Some(list(units.as_ptr(), options.unit_count, "units")?),
+            };
+            let units = units.map(|units| units.iter().map(|unit| unit.read()).collect::<Result<_>>()).transpose()?;
+            let homes = if options.homes.is_null() { None } else { Some(text(options.homes, "homes")?.to_owned()) };
+            (units, homes)
+        };
+        let reader = [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread];
+        let cache = [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered];
+        let settings = Settings {
+            n_gpu: options.n_gpu,
+            n_cpu_pinned: options.n_cpu_pinned,
+            n_cpu: options.n_cpu,
+            batch_gpu: options.batch_gpu,
+            batch_cpu_pinned: options.batch_cpu_pinned,
+            batch_cpu: options.batch_cpu,
+            reader: choose(options.reader, &reader, "reader")?,
+            cache: choose(options.cache, &cache, "cache")?,
+        };
+        let log = Callback::new(options.log, options.log_user).map(|log| Arc::new(Log(log)));
+        Ok(Self { settings, units, homes, progress: Callback::new(options.progress, options.progress_user), log })
+    }
+
+    /// The options of a call that was given none.
+    pub(super) fn default() -> Self {
+        Self { settings: Settings::default(), units: None, homes: None, progress: None, log: None }
+    }
+
+    /// The units to stream.
+    pub(super) fn units(&self, checkpoint: &Checkpoint) -> Result<Vec<Unit>> {
+        let mut units = self.units.clone().map_or_else(|| checkpoint.layers(), Ok)?;
+        self.place(&mut units)?;
+        Ok(units)
+    }
+
+    /// Gives a model's units their homes.
+    pub(super) fn place_model(&self, units: &mut [Unit]) -> Result<()> {
+        if self.units.is_some() {
+            return Err(Failure::invalid("units", "a model has its own: leave them NULL"));
+        }
+        self.place(units)
+    }
+
+    fn place(&self, units: &mut [Unit]) -> Result<()> {
+        Ok(Home::parse(self.homes.as_deref().unwrap_or(""), units)?)
+    }
+
+    pub(super) fn observer(&self) -> Option<Arc<dyn Observer>> {
+        self.log.clone().map(|log| log as Arc<dyn Observer>)
+    }
+}
+
+/// One of the values of an enumeration, by its code.
+pub(super) fn choose<T: Copy>(code: i32, values: &[T], name: &str) -> Result<T> {
+    let value = usize::try_from(code).ok().and_then(|code| values.get(code).copied());
+    value.ok_or_else(|| Failure::invalid(name, format!("is {code}, expected 0 to {}", values.len() - 1)))
+}
+
+impl ls_unit {
+    /// # Safety
+    /// It points to what the header says.
+    unsafe fn read(&self) -> Result<Unit> {
+        // SAFETY: the caller's.
+        let mut unit = unsafe { tensors(text(self.name, "name of a unit")?, self.tensors, self.count)? };
+        let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
+        unit.home(choose(self.home, &homes, "home")?);
+        Ok(unit)
+    }
+}
+
+/// A unit of these tensors.
+///
+/// # Safety
+/// They point to what the header says.
+pub(super) unsafe fn tensors(name: &str, tensors: *const ls_unit_tensor, count: usize) -> Result<Unit> {
+    let mut unit = Unit::new(name);
+    // SAFETY: the caller's.
+    for tensor in unsafe { list(tensors, count, "tensors")? } {
+        // SAFETY: the caller's.
+        let (output, input) = unsafe { (text(tensor.name, "name")?, text(tensor.stored, "stored")?) };
+        let op = match tensor.dtype {
+            0 => ArrivalOp::Keep,
+            code => ArrivalOp::To(dtype_of(code, "dtype")?),
+        };
+        unit.add(Arrival { output: output.to_owned(), inputs: vec![input.to_owned()], op });
+    }
+    Ok(unit)
+}
+
+/// Writes the counts where the caller wants them.
+///
+/// # Safety
+/// `to` points to what the header says.
+pub(super) unsafe fn write_stats(to: NonNull<ls_stats>, stats: &Stats) -> Result<()> {
+    let [read, pin, transfer, compute] = stats.stages.map(|stage| ls_stage_stats {
+        units: stage.units,
+        bytes: stage.bytes,
+        busy_ns: stage.busy.as_nanos() as u64,
+        starved_ns: stage.starved.as_nanos() as u64,
+        blocked_ns: stage.blocked.as_nanos() as u64,
+    });
+    let (direct_bytes, buffered_bytes, reader) = (stats.direct_bytes, stats.buffered_bytes, stats.reader as u64);
+    let size = size_of::<ls_stats>();
+    let stats = ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader };
+    // SAFETY: the caller's.
+    unsafe { write_sized(to, "stats", stats) }
+}
