@@ -235,8 +235,8 @@ static int32_t layer_fn(void *user, ls_layer layer) {{ (void)user; (void)layer; 
 static int32_t token_fn(void *user, size_t row, uint32_t token) {{ (void)user; (void)row; (void)token; return 0; }}
 static void check(const char *what, ls_status got, int null)
 {{
-    if ((null ? got != LS_NULL : got == LS_OK || got == LS_NULL) || memcmp(scratch, zeros, sizeof zeros) != 0) {{
-        printf("%s: %s, %s\n", what, ls_status_name(got), ls_last_error());
+    if ((null ? got != LS_NULL : got == LS_OK) || memcmp(scratch, zeros, sizeof zeros) != 0) {{
+        fprintf(stderr, "%s: %s, %s\n", what, ls_status_name(got), ls_last_error());
         exit(1);
     }}
 }}

@@ -195,3 +195,41 @@ fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
         }
     }
 }
+
+#[cfg(feature = "capi")]
+#[test]
+fn taking_and_releasing_through_the_c_api_allocates_nothing() {
+    use layer_streamer::capi::{ls_status::LS_OK, *};
+    let Some(counter) = Counter::loaded() else {
+        return run_counted("taking_and_releasing_through_the_c_api_allocates_nothing");
+    };
+    extern "C" fn look(_: *mut libc::c_void, layer: ls_layer) -> i32 {
+        let mut tensor = std::mem::MaybeUninit::uninit();
+        // SAFETY: the layer is there, and the result goes to a local.
+        unsafe { ls_layer_tensor(layer, c"mlp.up_proj.weight".as_ptr(), tensor.as_mut_ptr()) as i32 }
+    }
+    let speller = std::ffi::CString::new(common::speller().to_str().unwrap()).unwrap();
+    let [mut device, mut checkpoint, mut stream, mut streamer] = [0u64; 4];
+    // SAFETY: the handles are structures of one word, and open when they are used.
+    let count = unsafe {
+        assert_eq!(ls_device_cpu((&raw mut device).cast()), LS_OK);
+        let device = ls_device { id: device };
+        assert_eq!(ls_stream_open(device, (&raw mut stream).cast()), LS_OK);
+        assert_eq!(ls_checkpoint_open(speller.as_ptr(), (&raw mut checkpoint).cast()), LS_OK);
+        let checkpoint = ls_checkpoint { id: checkpoint };
+        assert_eq!(ls_streamer_open(device, checkpoint, std::ptr::null(), (&raw mut streamer).cast()), LS_OK);
+        let (streamer, stream) = (ls_streamer { id: streamer }, ls_stream { id: stream });
+        let count = counter.count(true, || {
+            for _ in 0..20 {
+                let mut held = [ls_layer { id: 0 }; 2];
+                held.iter_mut().for_each(|layer| assert_eq!(ls_next_layer(streamer, stream, layer), LS_OK));
+                held.iter().for_each(|layer| assert_eq!(ls_release_layer(*layer, stream), LS_OK));
+            }
+            assert_eq!(ls_rewind(streamer), LS_OK);
+            assert_eq!(ls_run_pass(streamer, stream, Some(look), std::ptr::null_mut()), LS_OK);
+        });
+        assert_eq!((ls_streamer_close(streamer), ls_stream_close(stream)), (LS_OK, LS_OK));
+        count
+    };
+    assert_eq!(count, 0);
+}
