@@ -351,7 +351,35 @@ typedef struct ls_streamer_options {
     ls_log_fn log;
     // What `log` is given.
     void *log_user;
+    // Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
+    // of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (if the log then says that
+    // the device did not answer, for good). It should be present: first touch is slower than a disk.
+    void *ram_memory;
+    // Its length in bytes.
+    size_t ram_bytes;
+    // The same for pinned RAM. With CUDA the caller has pinned it (cudaHostAlloc, cudaHostRegister).
+    void *pinned_memory;
+    // Its length in bytes.
+    size_t pinned_bytes;
+    // The same on the device, on a boundary of 256 bytes.
+    void *gpu_memory;
+    // Its length in bytes.
+    size_t gpu_bytes;
 } ls_streamer_options;
+
+// What a streamer takes. Set `size` before the call.
+typedef struct ls_memory {
+    // sizeof(ls_memory).
+    size_t size;
+    // Bytes of slots and homes in pageable RAM.
+    size_t ram;
+    // The same in pinned RAM.
+    size_t pinned;
+    // The same on the device.
+    size_t gpu;
+    // Bytes on the device that cannot be lent: blocks for tensors that are converted on arrival.
+    size_t staging;
+} ls_memory;
 
 // Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
 typedef struct ls_streamer {
@@ -455,7 +483,7 @@ typedef struct ls_model_options {
     size_t batch;
     // Tokens that each may have; by default 512, or as many as the model takes if that is less.
     size_t context;
-    // How its layers are streamed; NULL: the defaults. `units` must be NULL there.
+    // How its layers are streamed; NULL: the defaults. There `units` and memory must be NULL.
     const struct ls_streamer_options *streamer;
 } ls_model_options;
 
@@ -570,6 +598,12 @@ ls_status ls_stream_synchronize(struct ls_stream stream);
 // the stream is closed.
 ls_status ls_stream_to_cuda(struct ls_stream stream,
                             void **cuda_stream);
+
+// What a streamer with these options will take; nothing is reserved or read. `options` may be NULL: the defaults. Set
+// `memory->size` to sizeof(ls_memory) before.
+ls_status ls_streamer_memory(struct ls_checkpoint checkpoint,
+                             const struct ls_streamer_options *options,
+                             struct ls_memory *memory);
 
 // Fills `options`, which is `size` bytes long (sizeof(ls_streamer_options)), with the defaults: two units ahead on the device
 // and four in pinned RAM, which the disk fills directly; one unit per layer, all on disk.

@@ -26,11 +26,19 @@ pub(crate) const PAGE: usize = 4096;
 /// **Invariant** for everyone who writes through [`slot`](Arena::slot): a slot belongs to one stage at a time, and the
 /// rings hand it on. The arena itself never reads or writes it after start.
 pub(crate) struct Arena {
-    map: Arc<MmapRaw>,
+    start: NonNull<u8>,
+    bytes: usize,
+    /// Unmapped on drop; absent if the memory is the caller's.
+    map: Option<Arc<MmapRaw>>,
     slot_bytes: usize,
     slots: usize,
     ahead: Option<Ahead>,
 }
+
+// SAFETY: a range of memory; whoever follows an address into it answers for the access.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
 
 /// Threads that make an arena present, piece after piece.
 struct Ahead {
@@ -50,9 +58,9 @@ impl Arena {
         match arena.populate() {
             // Linux before 5.14 does not know the advice.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                for at in (0..arena.map.len()).step_by(PAGE) {
+                for at in (0..arena.bytes).step_by(PAGE) {
                     // SAFETY: inside the mapping, which nobody else knows yet.
-                    unsafe { arena.map.as_mut_ptr().add(at).write(0) };
+                    unsafe { arena.start.add(at).write(0) };
                 }
             }
             other => other.map_err(|error| arena.failed(what, error))?,
@@ -65,12 +73,12 @@ impl Arena {
     pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
         const STEP: usize = 16 << 20;
         let mut arena = Self::reserve(what, 1, bytes)?;
-        let next = Arc::new(AtomicUsize::new(0));
-        PROMISED.fetch_add(arena.map.len(), Relaxed);
+        let (map, next) = (arena.map.clone().expect("it was reserved"), Arc::new(AtomicUsize::new(0)));
+        PROMISED.fetch_add(map.len(), Relaxed);
         let mut ahead = Ahead { next, threads: Vec::new() };
-        let count = thread::available_parallelism().map_or(1, usize::from).min(arena.map.len().div_ceil(STEP));
+        let count = thread::available_parallelism().map_or(1, usize::from).min(map.len().div_ceil(STEP));
         for _ in 0..count {
-            let (map, next) = (arena.map.clone(), ahead.next.clone());
+            let (map, next) = (map.clone(), ahead.next.clone());
             let work = move |()| loop {
                 let at = next.fetch_add(STEP, Relaxed);
                 if at >= map.len() {
@@ -104,23 +112,35 @@ impl Arena {
         for advice in [Advice::HugePage, Advice::DontFork, Advice::DontDump] {
             let _ = map.advise(advice);
         }
-        Ok(Self { map: Arc::new(map), slot_bytes, slots, ahead: None })
+        // A mapping is never at address zero.
+        let start = NonNull::new(map.as_mut_ptr()).expect("a mapping");
+        Ok(Self { start, bytes, map: Some(Arc::new(map)), slot_bytes, slots, ahead: None })
+    }
+
+    /// The same in memory of the caller's, which is `slots` times `slot_bytes` long. Both it and `slot_bytes` are on page
+    /// boundaries.
+    ///
+    /// # Safety
+    /// The memory outlives the arena, and is used by nothing else meanwhile.
+    pub(crate) unsafe fn lent(start: NonNull<u8>, slots: usize, slot_bytes: usize) -> Self {
+        Self { start, bytes: slots * slot_bytes, map: None, slot_bytes, slots, ahead: None }
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> Error {
-        Error::Memory { what, bytes: self.map.len(), source: Arc::new(source) }
+        Error::Memory { what, bytes: self.bytes, source: Arc::new(source) }
     }
 
     /// Makes every page present, on several threads: the kernel zeroes pages, and in a virtual machine fetches them from
     /// the host, no faster than one thread can ask.
     fn populate(&self) -> io::Result<()> {
+        let Some(map) = &self.map else { return Ok(()) };
         const SHARE: usize = 64 << 20;
         let threads = thread::available_parallelism().map_or(1, usize::from);
-        let share = self.map.len().div_ceil(threads).next_multiple_of(PAGE).max(SHARE);
-        let populate = |at: usize| self.map.advise_range(Advice::PopulateWrite, at, share.min(self.map.len() - at));
+        let share = self.bytes.div_ceil(threads).next_multiple_of(PAGE).max(SHARE);
+        let populate = |at: usize| map.advise_range(Advice::PopulateWrite, at, share.min(self.bytes - at));
         thread::scope(|scope| {
             let spawn = |at| (at, thread::Builder::new().spawn_scoped(scope, move || populate(at)));
-            let helpers: Vec<_> = (share..self.map.len()).step_by(share).map(spawn).collect();
+            let helpers: Vec<_> = (share..self.bytes).step_by(share).map(spawn).collect();
             let first = populate(0);
             helpers.into_iter().fold(first, |so_far, (at, helper)| {
                 // Without a thread the share is this one's.
@@ -133,13 +153,13 @@ impl Arena {
     /// The first byte of slot `index`, on a page boundary.
     pub(crate) fn slot(&self, index: usize) -> NonNull<u8> {
         assert!(index < self.slots.max(1), "slot {index} of {}", self.slots);
-        // SAFETY: the offset is inside the mapping by the assertion, and a mapping is never at address zero.
-        unsafe { NonNull::new_unchecked(self.map.as_mut_ptr().add(index * self.slot_bytes)) }
+        // SAFETY: the offset is inside the arena by the assertion.
+        unsafe { self.start.add(index * self.slot_bytes) }
     }
 
-    /// The whole mapping: where it starts and how long it is.
+    /// All of it: where it starts and how long it is.
     pub(crate) fn whole(&self) -> (NonNull<u8>, usize) {
-        (self.slot(0), self.map.len())
+        (self.start, self.bytes)
     }
 }
 
@@ -147,8 +167,8 @@ impl Drop for Arena {
     fn drop(&mut self) {
         if let Some(Ahead { next, threads }) = self.ahead.take() {
             // Nothing is left for them to do.
-            let at = next.fetch_max(self.map.len(), Relaxed);
-            PROMISED.fetch_sub(self.map.len().saturating_sub(at), Relaxed);
+            let at = next.fetch_max(self.bytes, Relaxed);
+            PROMISED.fetch_sub(self.bytes.saturating_sub(at), Relaxed);
             // They cannot panic, and what they did is undone with the mapping.
             threads.into_iter().for_each(|thread| _ = thread.join());
         }

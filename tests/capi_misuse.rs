@@ -450,6 +450,67 @@ fn structures_of_other_versions_and_values_that_are_none_are_refused_or_understo
     }
 }
 
+/// `bytes` bytes on a boundary of 4096, with the vector that they lie in.
+fn aligned(bytes: usize) -> (Vec<u8>, *mut c_void) {
+    let mut memory = vec![0xa5u8; bytes + 4096];
+    let skip = memory.as_ptr().align_offset(4096);
+    let start = memory[skip..].as_mut_ptr();
+    (memory, start.cast())
+}
+
+#[test]
+fn a_streamer_lives_in_memory_of_the_caller_s() {
+    let fixture = fixture(5, &SIZES, 33);
+    let checkpoint = open_checkpoint(&fixture);
+    // SAFETY: as the header asks, but for what is tested; what is lent lives longer than the streamer.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let stream = made(|to| ls_stream_open(device, to));
+        for homes in [c"", c"0=gpu,1=pinned,2-3=ram"] {
+            with_units(&fixture, |options| {
+                (options.n_cpu, options.homes) = (1, homes.as_ptr());
+                let mut needed: ls_memory = mem::zeroed();
+                needed.size = size_of::<ls_memory>();
+                assert_eq!(ls_streamer_memory(checkpoint, options, &mut needed), LS_OK, "{}", message());
+                let (ram, pinned, gpu) = (aligned(needed.ram), aligned(needed.pinned), aligned(needed.gpu));
+                (options.ram_memory, options.ram_bytes) = (ram.1, needed.ram);
+                (options.pinned_memory, options.pinned_bytes) = (pinned.1, needed.pinned);
+                (options.gpu_memory, options.gpu_bytes) = (gpu.1, needed.gpu);
+                let mut none = ls_streamer { id: 0 };
+                let short = ls_streamer_options { ram_bytes: needed.ram - 1, ..*options };
+                assert_eq!(ls_streamer_open(device, checkpoint, &short, &mut none), LS_INVALID);
+                assert!(message().contains(&format!("need {}", needed.ram)), "{}", message());
+                let crooked = ls_streamer_options { pinned_memory: pinned.1.byte_add(64), ..*options };
+                assert_eq!(ls_streamer_open(device, checkpoint, &crooked, &mut none), LS_INVALID);
+
+                let streamer = made(|to| ls_streamer_open(device, checkpoint, options, to));
+                let opened = Opened { fixture: common::fixture(5, &SIZES, 33), streamer, stream };
+                (0..3).for_each(|_| opened.checked_pass());
+                for _ in 0..5 {
+                    let layer = opened.next();
+                    let at = made(|to| ls_layer_tensor_at(layer, 0, to)).data.addr();
+                    assert!((gpu.1.addr()..gpu.1.addr() + needed.gpu).contains(&at));
+                    assert_eq!(ls_release_layer(layer, stream), LS_OK);
+                }
+                assert_eq!(ls_streamer_close(streamer), LS_OK);
+                mem::forget(opened);
+                for (name, (memory, start), bytes) in
+                    [("ram", ram, needed.ram), ("pinned", pinned, needed.pinned), ("gpu", gpu, needed.gpu)]
+                {
+                    let (before, lent) = memory.split_at(start.addr() - memory.as_ptr().addr());
+                    assert!(lent[..bytes].iter().any(|byte| *byte != 0xa5), "{name} is used");
+                    assert!(
+                        before.iter().chain(&lent[bytes..]).all(|byte| *byte == 0xa5),
+                        "{name}: beyond what is lent"
+                    );
+                }
+            });
+        }
+        assert_eq!((ls_stream_close(stream), ls_device_close(device)), (LS_OK, LS_OK));
+        assert_eq!(ls_checkpoint_close(checkpoint), LS_OK);
+    }
+}
+
 fn tensor(data: &mut [f32], shape: &[usize]) -> ls_tensor {
     let mut dims = [0; 8];
     dims[..shape.len()].copy_from_slice(shape);

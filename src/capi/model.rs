@@ -38,7 +38,7 @@ pub struct ls_model_options {
     pub batch: usize,
     /// Tokens that each may have; by default 512, or as many as the model takes if that is less.
     pub context: usize,
-    /// How its layers are streamed; NULL: the defaults. `units` must be NULL there.
+    /// How its layers are streamed; NULL: the defaults. There `units` and memory must be NULL.
     pub streamer: *const ls_streamer_options,
 }
 

@@ -8,13 +8,13 @@ use std::{
 };
 
 use super::{
-    border::{Failure, Grows, Result, border, list, ls_status, read_options, text, write_options, write_sized},
-    checkpoint::dtype_of,
+    border::{Failure, Grows, Result, border, list, ls_status, place, read_options, text, write_options, write_sized},
+    checkpoint::{CHECKPOINTS, dtype_of, ls_checkpoint},
 };
 use crate::{
     checkpoint::Checkpoint,
-    pipeline::Progress,
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader, Settings, Unit},
+    pipeline::{Lent, Progress},
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Plan, Reader, Settings, Unit},
     trace::{Mark, Observer, Stats},
 };
 
@@ -154,11 +154,67 @@ pub struct ls_streamer_options {
     pub log: ls_log_fn,
     /// What `log` is given.
     pub log_user: *mut c_void,
+    /// Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
+    /// of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (if the log then says that
+    /// the device did not answer, for good). It should be present: first touch is slower than a disk.
+    pub ram_memory: *mut c_void,
+    /// Its length in bytes.
+    pub ram_bytes: usize,
+    /// The same for pinned RAM. With CUDA the caller has pinned it (cudaHostAlloc, cudaHostRegister).
+    pub pinned_memory: *mut c_void,
+    /// Its length in bytes.
+    pub pinned_bytes: usize,
+    /// The same on the device, on a boundary of 256 bytes.
+    pub gpu_memory: *mut c_void,
+    /// Its length in bytes.
+    pub gpu_bytes: usize,
 }
 
 // SAFETY: as asked; two i32 are as long as a word.
 unsafe impl Grows for ls_streamer_options {
-    const FIRST: usize = mem::offset_of!(ls_streamer_options, log_user) + size_of::<*mut c_void>();
+    const FIRST: usize = mem::offset_of!(ls_streamer_options, gpu_bytes) + size_of::<usize>();
+}
+
+/// What a streamer takes. Set `size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ls_memory {
+    /// sizeof(ls_memory).
+    pub size: usize,
+    /// Bytes of slots and homes in pageable RAM.
+    pub ram: usize,
+    /// The same in pinned RAM.
+    pub pinned: usize,
+    /// The same on the device.
+    pub gpu: usize,
+    /// Bytes on the device that cannot be lent: blocks for tensors that are converted on arrival.
+    pub staging: usize,
+}
+
+// SAFETY: as asked.
+unsafe impl Grows for ls_memory {
+    const FIRST: usize = mem::offset_of!(ls_memory, staging) + size_of::<usize>();
+}
+
+/// What a streamer with these options will take; nothing is reserved or read. `options` may be NULL: the defaults. Set
+/// `memory->size` to sizeof(ls_memory) before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_streamer_memory(
+    checkpoint: ls_checkpoint,
+    options: *const ls_streamer_options,
+    memory: *mut ls_memory,
+) -> ls_status {
+    border(|| {
+        let to = place(memory, "memory")?;
+        // SAFETY: the module's invariant.
+        let chosen = if options.is_null() { Chosen::default() } else { unsafe { Chosen::read(options)? } };
+        let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
+        let plan = Plan::new(&checkpoint, &chosen.units(&checkpoint)?, &chosen.settings)?;
+        let [ram, pinned, gpu] = plan.places();
+        let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging: 2 * plan.staging_bytes };
+        // SAFETY: as above.
+        unsafe { write_sized(to, "memory", memory) }
+    })
 }
 
 /// Counts of one stage since the streamer was opened.
@@ -231,6 +287,12 @@ fn defaults() -> ls_streamer_options {
         progress_user: ptr::null_mut(),
         log: None,
         log_user: ptr::null_mut(),
+        ram_memory: ptr::null_mut(),
+        ram_bytes: 0,
+        pinned_memory: ptr::null_mut(),
+        pinned_bytes: 0,
+        gpu_memory: ptr::null_mut(),
+        gpu_bytes: 0,
     }
 }
 
@@ -302,6 +364,7 @@ pub(super) struct Chosen {
     homes: Option<String>,
     pub(super) progress: Option<Reporter>,
     pub(super) log: Option<Arc<Log>>,
+    pub(super) lent: Lent,
 }
 
 impl Chosen {
@@ -334,12 +397,26 @@ impl Chosen {
             cache: choose(options.cache, &cache, "cache")?,
         };
         let log = Callback::new(options.log, options.log_user).map(|log| Arc::new(Log(log)));
-        Ok(Self { settings, units, homes, progress: Callback::new(options.progress, options.progress_user), log })
+        let progress = Callback::new(options.progress, options.progress_user);
+        let range = |start: *mut c_void, bytes| NonNull::new(start.cast()).map(|start| (start, bytes));
+        let lent = Lent {
+            ram: range(options.ram_memory, options.ram_bytes),
+            pinned: range(options.pinned_memory, options.pinned_bytes),
+            gpu: range(options.gpu_memory, options.gpu_bytes),
+        };
+        Ok(Self { settings, units, homes, progress, log, lent })
     }
 
     /// The options of a call that was given none.
     pub(super) fn default() -> Self {
-        Self { settings: Settings::default(), units: None, homes: None, progress: None, log: None }
+        Self {
+            settings: Settings::default(),
+            units: None,
+            homes: None,
+            progress: None,
+            log: None,
+            lent: Lent::default(),
+        }
     }
 
     /// The units to stream.
@@ -353,6 +430,9 @@ impl Chosen {
     pub(super) fn place_model(&self, units: &mut [Unit]) -> Result<()> {
         if self.units.is_some() {
             return Err(Failure::invalid("units", "a model has its own: leave them NULL"));
+        }
+        if [self.lent.ram, self.lent.pinned, self.lent.gpu].iter().any(Option::is_some) {
+            return Err(Failure::invalid("memory", "a model brings its own: leave it NULL"));
         }
         self.place(units)
     }

@@ -149,7 +149,10 @@ pub unsafe extern "C" fn ls_streamer_open(
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let units = chosen.units(&checkpoint)?;
         let observer = chosen.observer();
-        let streamer = LayerStreamer::with_observer(&device, &checkpoint, &units, &chosen.settings, observer)?;
+        let settings = &chosen.settings;
+        // SAFETY: as above.
+        let streamer =
+            unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, observer, &chosen.lent)? };
         let named = streamer.plan().units.iter().map(|unit| {
             let tensors = unit.tensors.iter().map(|tensor| c_text(&tensor.name)).collect::<Result<_>>()?;
             Ok(Named { unit: c_text(&unit.name)?, tensors })

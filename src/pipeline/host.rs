@@ -3,11 +3,42 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use crate::{
-    arena::Arena,
+    arena::{Arena, PAGE},
     device::Device,
-    error::Result,
-    plan::{Home, Plan, StagePlan, UnitPlan},
+    error::{Error, Result},
+    plan::{DEVICE_ALIGN, Home, Plan, StagePlan, UnitPlan},
 };
+
+/// Memory of the caller's: where it starts and how long it is (bytes).
+pub(crate) type Range = (NonNull<u8>, usize);
+
+/// What the caller lends a streamer for its slots, and for the units that live there; the rest the streamer reserves.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Lent {
+    pub(crate) ram: Option<Range>,
+    /// Known to the device already.
+    pub(crate) pinned: Option<Range>,
+    pub(crate) gpu: Option<Range>,
+}
+
+impl Lent {
+    /// Whether everything lent is large enough and begins where it must.
+    pub(crate) fn check(&self, plan: &Plan) -> Result<()> {
+        let names = ["ram_memory", "pinned_memory", "gpu_memory"];
+        for (((name, lent), needed), align) in
+            names.into_iter().zip([self.ram, self.pinned, self.gpu]).zip(plan.places()).zip([PAGE, PAGE, DEVICE_ALIGN])
+        {
+            let Some((start, bytes)) = lent else { continue };
+            if bytes < needed {
+                return Err(Error::setting(name, format!("is {bytes} bytes long, these settings need {needed}")));
+            }
+            if !start.addr().get().is_multiple_of(align) {
+                return Err(Error::setting(name, format!("must begin on a multiple of {align} bytes")));
+            }
+        }
+        Ok(())
+    }
+}
 
 /// All of a streamer's host memory. Absent parts take none.
 ///
@@ -17,35 +48,61 @@ pub(crate) struct HostMemory {
     pinned: Option<(Arena, StagePlan)>,
     ram_homes: Option<Arena>,
     pinned_homes: Option<Arena>,
+    pinned_is_lent: bool,
 }
 
 impl HostMemory {
     /// `registers`: the device takes note of pinned memory, and for that needs it present.
-    pub(crate) fn new(plan: &Plan, registers: bool) -> Result<Arc<Self>> {
-        let slots = |what, stage: &Option<StagePlan>| {
-            let made =
-                stage.as_ref().map(|stage| Ok((Arena::new(what, stage.slots, stage.slot_bytes)?, stage.clone())));
+    ///
+    /// # Safety
+    /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](Lent::check).
+    pub(crate) unsafe fn new(plan: &Plan, registers: bool, lent: &Lent) -> Result<Arc<Self>> {
+        let slots = |what, stage: &Option<StagePlan>, lent: Option<Range>| {
+            let made = stage.as_ref().map(|stage| {
+                let arena = match lent {
+                    // SAFETY: the caller's.
+                    Some((start, _)) => unsafe { Arena::lent(start, stage.slots, stage.slot_bytes) },
+                    None => Arena::new(what, stage.slots, stage.slot_bytes)?,
+                };
+                Ok((arena, stage.clone()))
+            });
             made.transpose()
         };
-        let homes = |what, bytes: usize, at_once: bool| {
-            let arena = || if at_once { Arena::new(what, 1, bytes) } else { Arena::filled_once(what, bytes) };
+        let homes = |what, bytes: usize, at_once: bool, stage: &Option<StagePlan>, lent: Option<Range>| {
+            let arena = || match lent {
+                // SAFETY: the caller's; it is long enough for the slots and, behind them, the homes.
+                Some((start, _)) => unsafe {
+                    let behind = start.add(stage.as_ref().map_or(0, StagePlan::bytes));
+                    Ok(Arena::lent(behind, 1, bytes))
+                },
+                None if at_once => Arena::new(what, 1, bytes),
+                None => Arena::filled_once(what, bytes),
+            };
             (bytes > 0).then(arena).transpose()
         };
         // Homes first: what does not fit is most often they, and is refused before time was spent on the rest.
         Ok(Arc::new(Self {
-            ram_homes: homes("units living in RAM", plan.residents.ram, false)?,
-            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, registers)?,
-            ram: slots("RAM slots", &plan.ram)?,
-            pinned: slots("pinned slots", &plan.pinned)?,
+            ram_homes: homes("units living in RAM", plan.residents.ram, false, &plan.ram, lent.ram)?,
+            pinned_homes: homes(
+                "units living in pinned RAM",
+                plan.residents.pinned,
+                registers,
+                &plan.pinned,
+                lent.pinned,
+            )?,
+            ram: slots("RAM slots", &plan.ram, lent.ram)?,
+            pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
+            pinned_is_lent: lent.pinned.is_some(),
         }))
     }
 
-    /// Makes the pinned parts known to the device.
+    /// Makes the pinned parts known to the device, unless they are lent.
     ///
     /// # Safety
     /// The registrations are dropped before the memory.
     pub(crate) unsafe fn register<D: Device>(&self, device: &D) -> Result<Vec<D::Registration>> {
         let pinned = self.pinned.iter().map(|(arena, _)| arena).chain(&self.pinned_homes);
+        let pinned = pinned.filter(|_| !self.pinned_is_lent);
         let register = |arena: &Arena| {
             let (start, bytes) = arena.whole();
             // SAFETY: the caller's.

@@ -21,12 +21,13 @@ use std::{
 };
 
 pub use compute::{Layer, Progress};
+pub(crate) use host::Lent;
 pub(crate) use link::Place;
 pub use statics::StaticTensors;
 
 use crate::{
     checkpoint::Checkpoint,
-    device::{Device, TensorRef},
+    device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, Engine, Source},
     pipeline::{
@@ -98,11 +99,33 @@ impl<D: Device> LayerStreamer<D> {
         settings: &Settings,
         observer: Option<Arc<dyn Observer>>,
     ) -> Result<Self> {
+        // SAFETY: nothing is lent.
+        unsafe { Self::with_memory(device, checkpoint, units, settings, observer, &Lent::default()) }
+    }
+
+    /// The same, in memory of the caller's where some is lent.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Setting`] for memory that is too short, or begins in the wrong place.
+    ///
+    /// # Safety
+    /// What is lent outlives the streamer, for good if that is [`Mark::Leaked`], and is used by nothing else meanwhile.
+    pub(crate) unsafe fn with_memory(
+        device: &D,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        settings: &Settings,
+        observer: Option<Arc<dyn Observer>>,
+        lent: &Lent,
+    ) -> Result<Self> {
         let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
+        lent.check(&plan)?;
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
-        let memory = Arc::new(DeviceMemory::new(device, &plan)?);
-        let host = HostMemory::new(&plan, device.free_memory()?.is_some())?;
+        let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));
+        let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
+        // SAFETY: the caller's.
+        let host = unsafe { HostMemory::new(&plan, device.free_memory()?.is_some(), lent)? };
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registrations = unsafe { host.register(device)? };
 

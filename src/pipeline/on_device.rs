@@ -8,14 +8,30 @@ use crate::{
     sync::{AtomicBool, Ordering},
 };
 
+/// A stretch of device memory.
+enum Space<D: Device> {
+    Own(D::Memory),
+    /// The caller's.
+    Lent(DevicePtr),
+}
+
+impl<D: Device> Space<D> {
+    fn start(&self, device: &D) -> DevicePtr {
+        match self {
+            Self::Own(memory) => device.address(memory),
+            Self::Lent(start) => *start,
+        }
+    }
+}
+
 /// Device memory with its events; the transfer fills it, compute uses it.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a home is written
 /// once, and `filled` set when that copy was enqueued before `arrived`.
 pub(crate) struct DeviceMemory<D: Device> {
-    slots: D::Memory,
+    slots: Space<D>,
     slot_bytes: usize,
-    homes: Option<D::Memory>,
+    homes: Option<Space<D>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
@@ -27,14 +43,24 @@ pub(crate) struct DeviceMemory<D: Device> {
 }
 
 impl<D: Device> DeviceMemory<D> {
-    pub(crate) fn new(device: &D, plan: &Plan) -> Result<Self> {
+    /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the homes behind the slots.
+    pub(crate) fn new(device: &D, plan: &Plan, lent: Option<DevicePtr>) -> Result<Self> {
         let (stage, homes) = (&plan.gpu, plan.residents.gpu);
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
         let at_home =
             |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
+        let slots = || match lent {
+            Some(start) => Ok(Space::Lent(start)),
+            None => device.allocate("GPU slots", stage.bytes()).map(Space::Own),
+        };
+        // Behind the slots.
+        let homes_at = || match lent {
+            Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
+            None => device.allocate_filled_once("units living on the GPU", homes).map(Space::Own),
+        };
         Ok(Self {
-            homes: (homes > 0).then(|| device.allocate_filled_once("units living on the GPU", homes)).transpose()?,
-            slots: device.allocate("GPU slots", stage.bytes())?,
+            homes: (homes > 0).then(homes_at).transpose()?,
+            slots: slots()?,
             slot_bytes: stage.slot_bytes,
             arrived: events()?,
             compute_done: events()?,
@@ -47,10 +73,10 @@ impl<D: Device> DeviceMemory<D> {
     /// Where `unit` lies.
     pub(crate) fn address(&self, device: &D, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
         match (place, &self.homes) {
-            (Place::Slot(Slot(slot)), _) => device.address(&self.slots).offset(slot * self.slot_bytes),
-            (_, Some(homes)) => device.address(homes).offset(plan.units[unit].resident_at),
+            (Place::Slot(Slot(slot)), _) => self.slots.start(device).offset(slot * self.slot_bytes),
+            (_, Some(homes)) => homes.start(device).offset(plan.units[unit].resident_at),
             // A unit without a byte needs no home.
-            (_, None) => device.address(&self.slots),
+            (_, None) => self.slots.start(device),
         }
     }
 

@@ -392,6 +392,17 @@ impl Plan {
     pub fn bytes_per_pass(&self) -> usize {
         self.units.iter().map(|unit| unit.disk_bytes).sum()
     }
+
+    /// Bytes of slots and homes in RAM, in pinned RAM and on the device.
+    pub(crate) fn places(&self) -> [usize; 3] {
+        let slots = |stage: &Option<StagePlan>| stage.as_ref().map_or(0, StagePlan::bytes);
+        let Residents { ram, pinned, gpu, .. } = self.residents;
+        [
+            slots(&self.ram).saturating_add(ram),
+            slots(&self.pinned).saturating_add(pinned),
+            self.gpu.bytes().saturating_add(gpu),
+        ]
+    }
 }
 
 #[cfg(test)]
