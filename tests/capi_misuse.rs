@@ -641,3 +641,58 @@ fn a_model_obeys_its_token_callback_and_survives_its_failures() {
         assert_eq!(ls_model_cancel(model), LS_CLOSED);
     }
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_streams_and_computes_through_the_c_api_on_the_caller_s_own_stream() {
+    extern "C" fn count(user: *mut c_void, layer: ls_layer) -> i32 {
+        // SAFETY: what is passed below; else as the header asks.
+        unsafe {
+            let tensor: ls_tensor = made(|to| ls_layer_tensor(layer, c"mlp.up_proj.weight".as_ptr(), to));
+            *user.cast::<usize>() += tensor.shape[0];
+        }
+        0
+    }
+    extern "C" fn keep(user: *mut c_void, _: usize, token: u32) -> i32 {
+        // SAFETY: what is passed below.
+        unsafe { (*user.cast::<Vec<u32>>()).push(token) };
+        0
+    }
+    if common::gpu().is_none() {
+        return;
+    }
+    let folder = c(speller().to_str().unwrap());
+    // SAFETY: as the header asks, but for what is tested.
+    unsafe {
+        let (cpu, gpu) = (made(|to| ls_device_cpu(to)), made(|to| ls_device_cuda(0, to)));
+        let (mut raw, own) = (ptr::null_mut(), made(|to| ls_stream_open(gpu, to)));
+        assert_eq!(ls_stream_to_cuda(own, &mut raw), LS_OK);
+        let stream = made(|to| ls_stream_from_cuda(gpu, raw, to));
+        let elsewhere = made(|to| ls_stream_open(cpu, to));
+        let checkpoint = made(|to| ls_checkpoint_open(folder.as_ptr(), to));
+        let streamer = made(|to| ls_streamer_open(gpu, checkpoint, ptr::null(), to));
+        assert_eq!(ls_next_layer(streamer, elsewhere, &mut NO_LAYER.clone()), LS_INVALID);
+        for _ in 0..3 {
+            let mut rows = 0usize;
+            let pass = ls_run_pass(streamer, stream, Some(count), (&raw mut rows).cast());
+            assert_eq!((pass, rows), (LS_OK, 8 * 384), "{}", message());
+        }
+        assert_eq!((ls_stream_synchronize(stream), ls_streamer_close(streamer)), (LS_OK, LS_OK));
+
+        let prompt = [22u32, 10, 19, 16, 26];
+        let [on_cpu, on_gpu] = [cpu, gpu].map(|device| {
+            let model = made(|to| ls_model_open(device, folder.as_ptr(), ptr::null(), to));
+            let sequence = ls_sequence { row: 0, tokens: prompt.as_ptr(), count: prompt.len() };
+            let mut tokens = Vec::<u32>::new();
+            let status = ls_model_generate(model, &sequence, 1, 20, Some(keep), (&raw mut tokens).cast());
+            assert_eq!((status, ls_model_close(model)), (LS_OK, LS_OK), "{}", message());
+            tokens
+        });
+        assert_eq!(on_gpu, on_cpu);
+        for close in [stream, own, elsewhere] {
+            assert_eq!(ls_stream_close(close), LS_OK);
+        }
+        assert_eq!((ls_device_close(cpu), ls_device_close(gpu)), (LS_OK, LS_OK));
+        assert_eq!(ls_checkpoint_close(checkpoint), LS_OK);
+    }
+}
