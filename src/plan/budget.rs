@@ -92,7 +92,7 @@ impl Budget {
     /// The homes of `units`, in their order, and the settings with which a pass is fastest, where `besides` is taken as well.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Plan::new`].
+    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Plan::new`](super::Plan::new).
     pub fn plan(
         self,
         checkpoint: &Checkpoint,
