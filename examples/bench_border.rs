@@ -47,9 +47,10 @@ fn time(work: impl FnOnce()) -> f64 {
     start.elapsed().as_nanos() as f64 / UNITS as f64
 }
 
-fn median(values: &mut [f64]) -> f64 {
+/// What a burst takes that nothing else on the machine disturbs: a tenth are faster.
+fn undisturbed(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    values[values.len() / 10]
 }
 
 fn main() -> Result<ExitCode> {
@@ -84,19 +85,20 @@ fn main() -> Result<ExitCode> {
         }
     };
     // The first pass fills the homes.
-    (rust(), in_c());
+    rust();
+    in_c();
     check(&streamer, &stream, c_streamer, c_stream);
     let [mut with_rust, mut with_c] = [(); 2].map(|()| Vec::with_capacity(options.bursts));
     for _ in 0..options.bursts.max(1) {
         with_rust.push(time(rust));
         with_c.push(time(in_c));
     }
-    let (rust_ns, c_ns) = (median(&mut with_rust), median(&mut with_c));
+    let (rust_ns, c_ns) = (undisturbed(&mut with_rust), undisturbed(&mut with_c));
     let border = c_ns - rust_ns;
     if options.json {
         println!("{{\"rust_ns\":{rust_ns:.1},\"c_ns\":{c_ns:.1},\"border_ns\":{border:.1}}}");
     } else {
-        println!("taking a layer and giving it back, medians of {} bursts of {UNITS}:", options.bursts);
+        println!("taking a layer and giving it back, first decile of {} bursts of {UNITS}:", options.bursts);
         println!("  Rust   {rust_ns:6.1} ns\n  C      {c_ns:6.1} ns\n  border {border:6.1} ns");
     }
     assert_eq!((ls_streamer_close(c_streamer), ls_stream_close(c_stream)), (LS_OK, LS_OK));

@@ -157,8 +157,10 @@ impl Drop for Opened {
     }
 }
 
-/// A function of the header: its name, and each parameter's type and name.
-fn functions(header: &str) -> Vec<(String, Vec<(String, String)>, String)> {
+/// A function of the header: its name, each parameter's type and name, and its comment.
+type Function = (String, Vec<(String, String)>, String);
+
+fn functions(header: &str) -> Vec<Function> {
     let (mut found, mut comment) = (Vec::new(), String::new());
     let mut statement = String::new();
     for line in header[header.find("extern \"C\"").unwrap()..].lines().skip(1) {

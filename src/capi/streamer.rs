@@ -1,7 +1,7 @@
 //! Streamers: opened, asked about themselves, cancelled, closed. Taking layers is in `layers.rs`.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     ffi::{CString, c_char},
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -65,6 +65,8 @@ struct Named {
 pub(super) struct Streamer {
     pub(super) streamer: LayerStreamer<AnyDevice>,
     held: RefCell<Vec<Held>>,
+    /// Of the next layer; a multiple of [`BATCH`] if a new batch is due.
+    number: Cell<u64>,
     named: Vec<Named>,
     progress: Option<Reporter>,
 }
@@ -72,10 +74,12 @@ pub(super) struct Streamer {
 pub(super) static STREAMERS: Table<Streamer> = Table::new(Kind::Streamer);
 static STATICS: Table<StaticTensors<AnyDevice>> = Table::new(Kind::Statics);
 
-/// The number of the next layer, of whichever streamer.
-static NUMBERS: AtomicU64 = AtomicU64::new(1);
+/// Numbers of layers that no streamer has had yet begin here. A streamer takes them by the batch.
+static NUMBERS: AtomicU64 = AtomicU64::new(BATCH);
+const BATCH: u64 = 4096;
 
 impl Streamer {
+    #[inline]
     fn check_stream(&self, queue: &Queue) -> Result<()> {
         if queue.device.is(self.streamer.device()) {
             return Ok(());
@@ -88,7 +92,11 @@ impl Streamer {
     pub(super) fn take(&self, queue: &Queue) -> Result<u64> {
         self.check_stream(queue)?;
         let (unit, place, progress) = self.streamer.take(&queue.stream)?;
-        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let mut number = self.number.get();
+        if number.is_multiple_of(BATCH) {
+            number = NUMBERS.fetch_add(BATCH, Ordering::Relaxed);
+        }
+        self.number.set(number + 1);
         self.held.borrow_mut().push(Held { number, unit, place });
         if let Some(hook) = &self.progress {
             hook.report(progress);
@@ -163,7 +171,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         }
         let canceller = streamer.canceller();
         let held = RefCell::new(Vec::with_capacity(chosen.settings.n_gpu));
-        let made = Streamer { streamer, held, named, progress: chosen.progress };
+        let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress };
         let made = STREAMERS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_streamer { id: made }) };

@@ -233,11 +233,13 @@ impl<D: Device> LayerStreamer<D> {
     }
 
     /// The next unit, without a [`Layer`] that gives it back: whoever takes it answers for its [`release`](Self::release).
+    #[inline]
     pub(crate) fn take(&self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
         self.compute.borrow_mut().next(stream)
     }
 
     /// Gives back what was taken, once.
+    #[inline]
     pub(crate) fn release(&self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
         self.compute.borrow_mut().release(unit, place, stream)
     }
