@@ -1,4 +1,5 @@
 //! The kernels, on tensors in device memory and a stream.
+#![allow(rustdoc::broken_intra_doc_links, reason = "brackets are shapes in C's comments, not links")]
 
 use super::{
     border::{Failure, Result, border, ls_status, place},
