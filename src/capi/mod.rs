@@ -1,6 +1,6 @@
 //! The C API: what `include/layer_streamer.h` declares. Its rules are stated at the top of that file.
 //!
-//! Every function is a [`border`] around a few lines: it checks its pointers, then enters its handles, then calls what Rust
+//! Every function is a `border` around a few lines: it checks its pointers, then enters its handles, then calls what Rust
 //! hosts call, and writes its results last.
 //!
 //! **Invariant** of every `unsafe` here that has no other: what C passes is what the function's comment in the header asks
