@@ -301,8 +301,10 @@ fn attention_case(
         cache.chunks_mut(capacity * size).for_each(|lane| lane[known * size..].fill(f32::NAN));
     }
     let new = [0, 1].map(|_| random(rng, tokens * groups * size));
-    // Queries long enough for some keys to matter more than others.
-    let queries: Vec<f32> = random(rng, tokens * heads * size).into_iter().map(|x| x * 4.0).collect();
+    // Queries long enough for some keys to matter more than others, in every second head far more.
+    let scale = |i: usize| if i / size % heads % 2 == 0 { 4.0 } else { 1024.0 };
+    let queries: Vec<f32> =
+        random(rng, tokens * heads * size).into_iter().enumerate().map(|(i, x)| x * scale(i)).collect();
     let what = format!("{batch:?}, {heads} heads, {groups} groups of {size}, window {window:?}");
     let mut written = [Vec::new(), Vec::new()];
     let both = on_both!(gpu, |on| {
@@ -363,7 +365,10 @@ fn attention_at_the_edges_of_tables_tiles_and_parts() {
         // Tables that fill what is allocated for them: nobody may look beyond.
         let many = random_batch(rng, 63, 20, 1);
         attention_case(gpu, rng, &many, [2, 1, 32], None)?;
-        // Contexts of as many parts as scratch allows, whose tiles end a few tokens before or behind one more part.
+        // As many parts as there is room for, beside those of a head whose scores are far greater.
+        let batch = Batch { lengths: vec![(820, 1)], rows: vec![0] };
+        attention_case(gpu, rng, &batch, [2, 1, 64], None)?;
+        // Tiles that end a few tokens before or behind the end of a part.
         for (before, new) in [(150, 100), (100, 200), (60, 200), (200, 60)] {
             let batch = Batch { lengths: vec![(2000, 0), (before, new)], rows: vec![1, 0] };
             let size = [32, 64, 96, 128, 256][rng.usize(..5)];
