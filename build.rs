@@ -86,6 +86,8 @@ mod cuda {
         let mut build = cc::Build::new();
         build.cpp(true).std("c++17").opt_level(2).debug(true).pic(true).include("cuda").include(EMULATION);
         build.flag("-isystem").flag(&toolkit.include).flag("-fno-exceptions").flag("-x").flag("c++");
+        // Kernels read several elements at once, which nvcc allows.
+        build.flag("-fno-strict-aliasing");
         build.warnings(true).flag("-Wno-unknown-pragmas");
         let mut files = files("cuda", "cu")?;
         files.extend(self::files(EMULATION, "cpp")?);

@@ -262,6 +262,11 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
     bar.finish_and_clear();
     let stalled = pipeline.stalled_share(STALL)?;
     copied.add(copy.window(window / 4));
+    // What the way to the device carries.
+    let carried = match linked {
+        true => Link::new(device, plan.bytes_per_pass() / plan.units())?.window(window / 4)?,
+        false => copied,
+    };
     let slots = plan.memory().iter().filter(|part| part.what.ends_with("slots")).map(|part| part.bytes).sum();
     let figures = Figures {
         ours,
@@ -280,7 +285,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
         reads: pipeline.reads,
         read_per_pass: pipeline.read_per_pass,
         kept: plan.units() - plan.count(Home::Disk),
-        forecast: plan.forecast(Bandwidths { disk: raw.rate() * 1e9, copy: copied.rate() * 1e9 }),
+        forecast: plan.forecast(Bandwidths { disk: raw.rate() * 1e9, copy: carried.rate() * 1e9 }),
     };
     Ok(if options.json { figures.json() } else { figures.text() })
 }

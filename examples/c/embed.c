@@ -39,7 +39,10 @@ static ls_status work(ls_streamer streamer, ls_layer layer)
         if ((status = ls_layer_tensor_at(layer, index, &tensor)) != LS_OK) {
             return status;
         }
-        /* What is streamed here is BF16. */
+        if (tensor.dtype != LS_BF16) {
+            fprintf(stderr, "%s: this example takes checkpoints of BF16\n", info.name);
+            return LS_UNSUPPORTED;
+        }
         size_t bytes = 2;
         for (uint32_t dim = 0; dim < tensor.rank; dim++) {
             bytes *= tensor.shape[dim];

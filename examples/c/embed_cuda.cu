@@ -71,7 +71,11 @@ int main(int argc, char **argv)
             for (size_t index = 0; index < infos[unit].tensors; index++) {
                 ls_tensor tensor;
                 LS(ls_layer_tensor_at(layer, index, &tensor));
-                size_t bytes = 2; // What is streamed here is BF16.
+                if (tensor.dtype != LS_BF16) {
+                    std::fprintf(stderr, "%s: this example takes checkpoints of BF16\n", infos[unit].name);
+                    return 1;
+                }
+                size_t bytes = 2;
                 for (uint32_t dim = 0; dim < tensor.rank; dim++) {
                     bytes *= tensor.shape[dim];
                 }

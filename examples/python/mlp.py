@@ -58,20 +58,21 @@ units = [Unit(f"mlp {n}".encode(), (UnitTensor * len(row))(*row), len(row), 0) f
 options.units, options.unit_count = (Unit * len(units))(*units), len(units)
 check(ls.ls_streamer_open(device, checkpoint, c.byref(options), c.byref(streamer)))
 
-state = {"x": np.linspace(-1, 1, 128, dtype=np.float32)}
+state = {"x": np.linspace(-1, 1, 128, dtype=np.float32), "layers": 0}
 
 
 @c.CFUNCTYPE(c.c_int32, c.c_void_p, Handle)
 def layer_function(_user, layer):
     norm, gate, up, down = (weight(layer, name) for name in WEIGHTS)
     x = state["x"]
-    h = x / np.sqrt(np.mean(x * x) + 1e-6) * norm
-    g = gate @ h
+    g = gate @ (h := x / np.sqrt(np.mean(x * x) + 1e-6) * norm)
     state["x"] = x + down @ (g / (1 + np.exp(-g)) * (up @ h))
+    state["layers"] += 1
     return 0
 
 
 check(ls.ls_run_pass(streamer, stream, layer_function, None))
+assert state["layers"] == len(units), "ctypes goes on after an error in layer_function"
 print(*(f"{value:.5f}" for value in state["x"]))
 for close, handle in ((ls.ls_streamer_close, streamer), (ls.ls_checkpoint_close, checkpoint), (ls.ls_device_close, device)):
     check(close(handle))

@@ -100,8 +100,16 @@ impl Device for AnyDevice {
         on!(self => |device| device.bind_thread())
     }
 
+    fn free_memory(&self) -> Result<Option<usize>> {
+        on!(self => |device| device.free_memory())
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
         make!(self => |device| device.allocate(what, bytes))
+    }
+
+    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
+        make!(self => |device| device.allocate_filled_once(what, bytes))
     }
 
     fn address(&self, memory: &AnyMemory) -> DevicePtr {

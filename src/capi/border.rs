@@ -37,7 +37,7 @@ pub enum ls_status {
     LS_CHECKPOINT = 8,
     /// A unit could not be read while it streamed.
     LS_READ = 9,
-    /// Memory could not be had, or what was lent is too small.
+    /// Memory could not be had.
     LS_MEMORY = 10,
     /// A thread could not be started.
     LS_THREAD = 11,

@@ -6,16 +6,16 @@
 
 use std::{
     cell::UnsafeCell,
-    hint,
     ops::Deref,
     sync::{
         Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::Duration,
 };
 
-use crossbeam_utils::CachePadded;
+use crossbeam_utils::{Backoff, CachePadded};
 
 use super::border::{Failure, Result, ls_status};
 use crate::pipeline::Canceller;
@@ -121,6 +121,8 @@ pub(super) struct Entered<'t, T> {
     index: usize,
     /// The state to go back to.
     before: u64,
+    /// Whether the thread was panicking before: then that is not this value's doing.
+    panicking: bool,
 }
 
 impl<T: Send> Table<T> {
@@ -218,7 +220,7 @@ impl<T: Send> Table<T> {
         if slot.state.compare_exchange(before, busy, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return Err(self.kind.busy());
         }
-        let entered = Entered { slot, index, before };
+        let entered = Entered { slot, index, before, panicking: thread::panicking() };
         if slot.poisoned.load(Ordering::Relaxed) { Err(self.kind.poisoned()) } else { Ok(entered) }
     }
 
@@ -235,7 +237,7 @@ impl<T: Send> Table<T> {
                 let [idle, busy] = [IDLE, BUSY].map(|phase| generation << PHASE_BITS | phase);
                 let taken = slot.state.compare_exchange(idle, busy, Ordering::Acquire, Ordering::Relaxed);
                 let before = taken.map_err(|_| self.kind.busy())?;
-                Entered { slot, index, before }
+                Entered { slot, index, before, panicking: thread::panicking() }
             }
             Err(failure) => return Err(failure),
         };
@@ -280,10 +282,13 @@ impl<T> Entered<'_, T> {
         let [busy, lent] = [BUSY, LENT].map(|phase| self.before & !((1 << PHASE_BITS) - 1) | phase);
         self.slot.state.store(lent, Ordering::Release);
         let returned = callback();
-        // Another thread may be in the middle of a call that is allowed meanwhile; those are short.
-        while self.slot.state.compare_exchange_weak(lent, busy, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            hint::spin_loop();
-            thread::yield_now();
+        // Another thread may be in the middle of a call that is allowed meanwhile; most are short.
+        let backoff = Backoff::new();
+        while self.slot.state.compare_exchange(lent, busy, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            match backoff.is_completed() {
+                true => thread::sleep(Duration::from_micros(100)),
+                false => backoff.snooze(),
+            }
         }
         returned
     }
@@ -302,7 +307,7 @@ impl<T> Deref for Entered<'_, T> {
 impl<T> Drop for Entered<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        if thread::panicking() {
+        if !self.panicking && thread::panicking() {
             self.slot.poisoned.store(true, Ordering::Relaxed);
         }
         self.slot.state.store(self.before, Ordering::Release);
@@ -385,7 +390,7 @@ mod tests {
                 // SAFETY: what is tested is that this is the only one.
                 unsafe { *value.get() += 1 };
                 if lends {
-                    value.lend(|| hint::black_box(()));
+                    value.lend(|| std::hint::black_box(()));
                     // SAFETY: as above.
                     unsafe { *value.get() += 1 };
                 }

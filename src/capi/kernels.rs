@@ -65,7 +65,10 @@ unsafe fn given<const N: usize>(tensors: [(*const ls_tensor, &str); N]) -> Resul
 
 /// What a kernel writes must not be what it reads.
 fn apart(out: &TensorMut<'_>, inputs: &[TensorRef<'_>]) -> Result<()> {
-    let range = |tensor: TensorRef<'_>| tensor.ptr().as_ptr().addr()..tensor.ptr().as_ptr().addr() + tensor.bytes();
+    let range = |tensor: TensorRef<'_>| {
+        let start = tensor.ptr().as_ptr().addr();
+        start..start.saturating_add(tensor.bytes())
+    };
     let written = range(out.as_ref());
     let meets = |read: std::ops::Range<usize>| read.start < written.end && written.start < read.end;
     if inputs.iter().any(|input| meets(range(*input))) {

@@ -187,7 +187,8 @@ pub unsafe extern "C" fn ls_run_pass(
     border(|| {
         let layer_fn = callback(layer_fn, "layer_fn")?;
         let streamer = STREAMERS.enter(streamer.id)?;
-        let queue = STREAMS.enter_lent(stream.id)?;
+        // Not one that is lent already: only one pass can take it back.
+        let queue = STREAMS.enter(stream.id)?;
         streamer.streamer.begin_pass()?;
         let pass = (0..streamer.streamer.plan().units()).try_for_each(|_| {
             let number = streamer.take(&queue)?;

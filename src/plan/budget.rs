@@ -76,12 +76,12 @@ impl Sizes {
 
 impl Budget {
     /// What is free now, on the device and in RAM, limits of control groups honoured, less a reserve for everything else: a
-    /// sixteenth of it, and at least 256 MiB.
+    /// sixteenth of it, and at least 256 MiB; a quarter where that would be too much.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the system does not tell, or the device's own.
     pub fn free<D: Device>(device: &D) -> Result<Self> {
-        let spare = |free: usize| free.saturating_sub((free / 16).max(256 << 20));
+        let spare = |free: usize| free - (free / 16).max(256 << 20).min(free / 4);
         let host = memory::free().ok_or_else(|| Error::Unsupported {
             what: "finding out how much memory is free (no MemAvailable in /proc/meminfo)".into(),
             remedy: "say how much may be used".into(),
