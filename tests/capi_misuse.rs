@@ -358,6 +358,27 @@ fn a_callback_that_calls_back_gets_busy_and_may_look_at_its_layer() {
 }
 
 #[test]
+fn a_stream_serves_one_pass_by_callback_at_a_time() {
+    extern "C" fn nothing(_: *mut c_void, _: ls_layer) -> i32 {
+        0
+    }
+    extern "C" fn another(user: *mut c_void, _: ls_layer) -> i32 {
+        // SAFETY: what is passed below.
+        let (other, stream) = unsafe { *user.cast::<(ls_streamer, ls_stream)>() };
+        // SAFETY: as the header asks, but for what is tested.
+        let pass = move || unsafe { ls_run_pass(other, stream, Some(nothing), ptr::null_mut()) };
+        assert_eq!([pass(), thread::spawn(pass).join().unwrap()], [LS_BUSY; 2]);
+        0
+    }
+    let (one, other) = (Opened::new(), Opened::new());
+    let mut user = (other.streamer, one.stream);
+    // SAFETY: as the header asks.
+    let pass = unsafe { ls_run_pass(one.streamer, one.stream, Some(another), (&raw mut user).cast()) };
+    assert_eq!(pass, LS_OK, "{}", message());
+    other.checked_pass();
+}
+
+#[test]
 fn a_second_thread_gets_busy_and_may_cancel() {
     struct Shared {
         opened: Opened,
