@@ -365,6 +365,12 @@ typedef struct ls_streamer_options {
     void *gpu_memory;
     // Its length in bytes.
     size_t gpu_bytes;
+    // How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
+    // takes the least time; `homes` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
+    // LS_INVALID if it is less than the least that will do, which the message names.
+    size_t host_budget;
+    // The same of a GPU's own memory; 0 or SIZE_MAX: what is free there, less a reserve. Of a device that computes in RAM: 0.
+    size_t device_budget;
 } ls_streamer_options;
 
 // What a streamer takes. Set `size` before the call.

@@ -534,6 +534,49 @@ fn a_streamer_lives_in_memory_of_the_caller_s() {
     }
 }
 
+#[test]
+fn a_budget_chooses_homes_and_numbers_or_says_what_would_do() {
+    let mut opened = Opened::new();
+    // SAFETY: as the header asks, but for what is tested.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let checkpoint = open_checkpoint(&opened.fixture);
+        let open = |change: &dyn Fn(&mut ls_streamer_options), to: &mut ls_streamer| {
+            with_units(&opened.fixture, |options| {
+                change(options);
+                ls_streamer_open(device, checkpoint, options, to)
+            })
+        };
+        let mut streamer = mem::zeroed();
+        let refused = [
+            open(&|options| options.host_budget = 4096, &mut streamer),
+            open(&|options| (options.host_budget, options.device_budget) = (1 << 30, 1 << 30), &mut streamer),
+            open(&|options| options.device_budget = 1 << 30, &mut streamer),
+            open(&|options| (options.host_budget, options.homes) = (1 << 30, c"0=gpu".as_ptr()), &mut streamer),
+        ];
+        assert_eq!((refused, streamer.id), ([LS_INVALID; 4], 0));
+        assert_eq!(open(&|options| options.host_budget = 4096, &mut streamer), LS_INVALID);
+        assert!(message().contains("the least that will do"), "{}", message());
+        for budget in [1 << 30, usize::MAX] {
+            assert_eq!(open(&|options| options.host_budget = budget, &mut streamer), LS_OK, "{}", message());
+            mem::swap(&mut opened.streamer, &mut streamer);
+            let read = || {
+                let mut stats: ls_stats = mem::zeroed();
+                stats.size = size_of::<ls_stats>();
+                assert_eq!(ls_streamer_stats(opened.streamer, &mut stats), LS_OK);
+                stats.direct_bytes + stats.buffered_bytes
+            };
+            opened.checked_pass();
+            let once = read();
+            opened.checked_pass();
+            assert_eq!((read(), once > 0), (once, true), "everything fits, and is read once");
+            mem::swap(&mut opened.streamer, &mut streamer);
+            assert_eq!(ls_streamer_close(streamer), LS_OK);
+        }
+        assert_eq!((ls_checkpoint_close(checkpoint), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+}
+
 fn tensor(data: &mut [f32], shape: &[usize]) -> ls_tensor {
     let mut dims = [0; 8];
     dims[..shape.len()].copy_from_slice(shape);

@@ -29,7 +29,7 @@ class Options(c.Structure):
     _fields_ = [(name, c.c_size_t) for name in ("size", "n_gpu", "n_cpu_pinned", "n_cpu", "b_gpu", "b_pinned", "b_cpu")]
     _fields_ += [("reader", c.c_int32), ("cache", c.c_int32), ("units", c.POINTER(Unit)), ("unit_count", c.c_size_t)]
     _fields_ += [(name, c.c_void_p) for name in ("homes", "progress", "progress_user", "log", "log_user")]
-    _fields_ += [(name, c.c_size_t) for name in ("ram", "ram_n", "pinned", "pinned_n", "gpu", "gpu_n")]
+    _fields_ += [(name, c.c_size_t) for name in ("ram", "ram_n", "pinned", "pinned_n", "gpu", "gpu_n", "host_budget", "budget")]
 
 
 class Tensor(c.Structure):

@@ -10,6 +10,7 @@
 
 mod any;
 mod border;
+mod budget;
 mod checkpoint;
 mod device;
 mod handles;

@@ -168,11 +168,17 @@ pub struct ls_streamer_options {
     pub gpu_memory: *mut c_void,
     /// Its length in bytes.
     pub gpu_bytes: usize,
+    /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
+    /// takes the least time; `homes` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
+    /// LS_INVALID if it is less than the least that will do, which the message names.
+    pub host_budget: usize,
+    /// The same of a GPU's own memory; 0 or SIZE_MAX: what is free there, less a reserve. Of a device that computes in RAM: 0.
+    pub device_budget: usize,
 }
 
 // SAFETY: as asked; two i32 are as long as a word.
 unsafe impl Grows for ls_streamer_options {
-    const FIRST: usize = mem::offset_of!(ls_streamer_options, gpu_bytes) + size_of::<usize>();
+    const FIRST: usize = mem::offset_of!(ls_streamer_options, device_budget) + size_of::<usize>();
 }
 
 /// What a streamer takes. Set `size` before the call.
@@ -208,6 +214,9 @@ pub unsafe extern "C" fn ls_streamer_memory(
         let to = place(memory, "memory")?;
         // SAFETY: the module's invariant.
         let chosen = if options.is_null() { Chosen::default() } else { unsafe { Chosen::read(options)? } };
+        if chosen.budgets != [0; 2] {
+            return Err(Failure::invalid("host_budget", "is for memory of the library's own: leave it 0"));
+        }
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let plan = Plan::new(&checkpoint, &chosen.units(&checkpoint)?, &chosen.settings)?;
         let [ram, pinned, gpu] = plan.places();
@@ -293,6 +302,8 @@ fn defaults() -> ls_streamer_options {
         pinned_bytes: 0,
         gpu_memory: ptr::null_mut(),
         gpu_bytes: 0,
+        host_budget: 0,
+        device_budget: 0,
     }
 }
 
@@ -361,7 +372,9 @@ pub(super) struct Chosen {
     pub(super) settings: Settings,
     /// The caller's own units.
     units: Option<Vec<Unit>>,
-    homes: Option<String>,
+    pub(super) homes: Option<String>,
+    /// Of RAM and of the device's own memory; 0: none given.
+    pub(super) budgets: [usize; 2],
     pub(super) progress: Option<Reporter>,
     pub(super) log: Option<Arc<Log>>,
     pub(super) lent: Lent,
@@ -404,7 +417,8 @@ impl Chosen {
             pinned: range(options.pinned_memory, options.pinned_bytes),
             gpu: range(options.gpu_memory, options.gpu_bytes),
         };
-        Ok(Self { settings, units, homes, progress, log, lent })
+        let budgets = [options.host_budget, options.device_budget];
+        Ok(Self { settings, units, homes, budgets, progress, log, lent })
     }
 
     /// The options of a call that was given none.
@@ -413,6 +427,7 @@ impl Chosen {
             settings: Settings::default(),
             units: None,
             homes: None,
+            budgets: [0; 2],
             progress: None,
             log: None,
             lent: Lent::default(),
@@ -431,10 +446,15 @@ impl Chosen {
         if self.units.is_some() {
             return Err(Failure::invalid("units", "a model has its own: leave them NULL"));
         }
-        if [self.lent.ram, self.lent.pinned, self.lent.gpu].iter().any(Option::is_some) {
+        if self.lends() {
             return Err(Failure::invalid("memory", "a model brings its own: leave it NULL"));
         }
         self.place(units)
+    }
+
+    /// Whether any memory is the caller's.
+    pub(super) fn lends(&self) -> bool {
+        [self.lent.ram, self.lent.pinned, self.lent.gpu].iter().any(Option::is_some)
     }
 
     fn place(&self, units: &mut [Unit]) -> Result<()> {

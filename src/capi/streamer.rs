@@ -155,9 +155,9 @@ pub unsafe extern "C" fn ls_streamer_open(
         let chosen = if options.is_null() { Chosen::default() } else { unsafe { Chosen::read(options)? } };
         let device = DEVICES.enter(device.id)?.device.clone();
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
-        let units = chosen.units(&checkpoint)?;
+        let mut units = chosen.units(&checkpoint)?;
         let observer = chosen.observer();
-        let settings = &chosen.settings;
+        let settings = &chosen.fit(&device, &checkpoint, &mut units)?;
         // SAFETY: as above.
         let streamer =
             unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, observer, &chosen.lent)? };
@@ -170,7 +170,7 @@ pub unsafe extern "C" fn ls_streamer_open(
             log.opened(&streamer.stats());
         }
         let canceller = streamer.canceller();
-        let held = RefCell::new(Vec::with_capacity(chosen.settings.n_gpu));
+        let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
         let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress };
         let made = STREAMERS.open(made, Some(canceller))?;
         // SAFETY: as above.
