@@ -302,7 +302,7 @@ fn attention_case(
     }
     let new = [0, 1].map(|_| random(rng, tokens * groups * size));
     // Queries long enough for some keys to matter more than others, in every second head far more.
-    let scale = |i: usize| if i / size % heads % 2 == 0 { 4.0 } else { 1024.0 };
+    let scale = |i: usize| if (i / size % heads).is_multiple_of(2) { 4.0 } else { 1024.0 };
     let queries: Vec<f32> =
         random(rng, tokens * heads * size).into_iter().enumerate().map(|(i, x)| x * scale(i)).collect();
     let what = format!("{batch:?}, {heads} heads, {groups} groups of {size}, window {window:?}");
