@@ -40,10 +40,12 @@ fn free_in(root: &Path, line: &str) -> Option<usize> {
         let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
         let limit = limits.iter().filter_map(|name| read(name)?.trim().parse::<usize>().ok()).min()?;
         let used = read(usage)?.trim().parse::<usize>().ok()?;
-        // Pages of files count as used, but make room when there is none.
+        // Pages of files and what the kernel remembers of them count as used, but make room when there is none.
         let stat = read("memory.stat").unwrap_or_default();
-        let files = |list: &str| field(&stat, &format!("{prefix}{list}_file ")).unwrap_or(0);
-        Some(limit.saturating_sub(used.saturating_sub(files("active").saturating_add(files("inactive")))))
+        let lists = ["active_file ", "inactive_file ", "slab_reclaimable "];
+        let spare =
+            lists.iter().filter_map(|list| field(&stat, &format!("{prefix}{list}"))).fold(0, usize::saturating_add);
+        Some(limit.saturating_sub(used.saturating_sub(spare)))
     };
     on_the_way.filter_map(left).min()
 }
@@ -88,9 +90,9 @@ mod tests {
         let above = [
             ("sys/fs/cgroup/user/memory.max", "4000000\n"),
             ("sys/fs/cgroup/user/memory.current", "3000000\n"),
-            ("sys/fs/cgroup/user/memory.stat", "anon 5\ninactive_file 200000\nactive_file 50000\n"),
+            ("sys/fs/cgroup/user/memory.stat", "anon 5\ninactive_file 200000\nactive_file 50000\nslab_reclaimable 7\n"),
         ];
-        assert_eq!(free_with(&[&version_2[..], &above].concat()), Some(1_250_000));
+        assert_eq!(free_with(&[&version_2[..], &above].concat()), Some(1_250_007));
         let used_up = [("sys/fs/cgroup/memory.max", "1000\n"), ("sys/fs/cgroup/memory.current", "2000\n")];
         assert_eq!(free_with(&[&version_2[..], &used_up].concat()), Some(0));
     }
