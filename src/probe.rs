@@ -22,12 +22,15 @@ use crate::{
 const DISK_TIME: Duration = Duration::from_millis(300);
 const COPY_TIME: Duration = Duration::from_millis(100);
 
+/// How long a result is trusted: disks fill up and age, and machines are moved.
+const VALID: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// Chunks of memory to read to and copy from: more than processors cache, little enough to be there quickly.
-const BLOCKS: usize = 64;
+const BLOCKS: usize = 16;
 
 impl Bandwidths {
-    /// What the disk of the checkpoint's largest file and the way to the device carry: as measured before on this machine,
-    /// file system and device, from the user's cache folder, else measured now, which takes less than a second.
+    /// What the disk of the checkpoint's largest file and the way to the device carry: as measured in the last thirty days on
+    /// this machine, file system and device, from the user's cache folder, else measured now, which takes less than a second.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Read`] where the file cannot be read, or the device's own.
@@ -136,6 +139,11 @@ fn kept_in(file: &Path, device: &str) -> Option<PathBuf> {
 }
 
 fn recall(path: &Path) -> Option<Bandwidths> {
+    // A date in the future is a clock's mistake.
+    let age = fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()?;
+    if age > VALID {
+        return None;
+    }
     let text = fs::read_to_string(path).ok()?;
     let rate = |name: &str| -> Option<f64> {
         let rate = text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok();
@@ -155,6 +163,8 @@ fn keep(path: &Path, Bandwidths { disk, copy }: Bandwidths) -> std::io::Result<(
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
     use crate::device::Cpu;
 
@@ -181,6 +191,11 @@ mod tests {
         keep(&path, found).unwrap();
         let again = recall(&path).unwrap();
         assert!((again.disk / found.disk - 1.0).abs() < 1e-3 && (again.copy / found.copy - 1.0).abs() < 1e-3);
+        for (age, fresh) in [(VALID - Duration::from_secs(60), true), (VALID + Duration::from_secs(60), false)] {
+            let file = fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(SystemTime::now() - age).unwrap();
+            assert_eq!(recall(&path).is_some(), fresh);
+        }
         fs::write(&path, "disk 0\ncopy 1\n").unwrap();
         assert_eq!(recall(&path), None);
         if let [Some(here), Some(there)] = ["cpu", "cuda:0"].map(|device| kept_in(&file, device)) {
