@@ -86,7 +86,7 @@ struct Options {
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
     ram: Option<Amount>,
     /// The same for the least RAM that will do, and this share of the layers' bytes
-    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["ram", "home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["ram", "home", "n_gpu", "n_cpu_pinned", "n_cpu"], value_parser = share)]
     keep: Option<f64>,
     /// Layers buffered ahead on the device
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -109,6 +109,10 @@ struct Options {
     /// Print one JSON object in place of text
     #[arg(long)]
     json: bool,
+}
+
+fn share(text: &str) -> Result<f64, &'static str> {
+    text.parse().ok().filter(|share| (0.0..=100.0).contains(share)).ok_or("give percent from 0 to 100")
 }
 
 #[derive(Clone, Copy, ValueEnum)]
