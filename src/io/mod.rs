@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Bytes of one read request. Large enough that its fixed cost vanishes, small enough that many fill a queue.
-pub(crate) const CHUNK: usize = 1 << 20;
+pub(crate) const CHUNK: usize = 4 << 20;
 
 /// A file of a checkpoint, opened for reading.
 pub(crate) struct Source {
