@@ -52,11 +52,9 @@ pub(crate) struct HostMemory {
 }
 
 impl HostMemory {
-    /// `registers`: the device takes note of pinned memory, and for that needs it present.
-    ///
     /// # Safety
     /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](Lent::check).
-    pub(crate) unsafe fn new(plan: &Plan, registers: bool, lent: &Lent) -> Result<Arc<Self>> {
+    pub(crate) unsafe fn new(plan: &Plan, lent: &Lent) -> Result<Arc<Self>> {
         let slots = |what, stage: &Option<StagePlan>, lent: Option<Range>| {
             let made = stage.as_ref().map(|stage| {
                 let arena = match lent {
@@ -68,47 +66,51 @@ impl HostMemory {
             });
             made.transpose()
         };
-        let homes = |what, bytes: usize, at_once: bool, stage: &Option<StagePlan>, lent: Option<Range>| {
+        let homes = |what, bytes: usize, stage: &Option<StagePlan>, lent: Option<Range>| {
             let arena = || match lent {
                 // SAFETY: the caller's; it is long enough for the slots and, behind them, the homes.
                 Some((start, _)) => unsafe {
                     let behind = start.add(stage.as_ref().map_or(0, StagePlan::bytes));
                     Ok(Arena::lent(behind, 1, bytes))
                 },
-                None if at_once => Arena::new(what, 1, bytes),
                 None => Arena::filled_once(what, bytes),
             };
             (bytes > 0).then(arena).transpose()
         };
         // Homes first: what does not fit is most often they, and is refused before time was spent on the rest.
         Ok(Arc::new(Self {
-            ram_homes: homes("units living in RAM", plan.residents.ram, false, &plan.ram, lent.ram)?,
-            pinned_homes: homes(
-                "units living in pinned RAM",
-                plan.residents.pinned,
-                registers,
-                &plan.pinned,
-                lent.pinned,
-            )?,
+            ram_homes: homes("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
+            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, &plan.pinned, lent.pinned)?,
             ram: slots("RAM slots", &plan.ram, lent.ram)?,
             pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
             pinned_is_lent: lent.pinned.is_some(),
         }))
     }
 
-    /// Makes the pinned parts known to the device, unless they are lent.
+    /// Makes the pinned slots known to the device, unless they are lent.
     ///
     /// # Safety
-    /// The registrations are dropped before the memory.
-    pub(crate) unsafe fn register<D: Device>(&self, device: &D) -> Result<Vec<D::Registration>> {
-        let pinned = self.pinned.iter().map(|(arena, _)| arena).chain(&self.pinned_homes);
-        let pinned = pinned.filter(|_| !self.pinned_is_lent);
-        let register = |arena: &Arena| {
-            let (start, bytes) = arena.whole();
-            // SAFETY: the caller's.
-            unsafe { device.register(start.as_ptr(), bytes) }
-        };
-        pinned.map(register).collect()
+    /// The registration is dropped before the memory.
+    pub(crate) unsafe fn register_slots<D: Device>(&self, device: &D) -> Result<Option<D::Registration>> {
+        let pinned = self.pinned.as_ref().filter(|_| !self.pinned_is_lent);
+        // SAFETY: the caller's.
+        pinned.map(|(arena, _)| unsafe { device.register(arena.whole().0.as_ptr(), arena.whole().1) }).transpose()
+    }
+
+    /// The same for the home of a unit that lives in pinned RAM. Each has pages of its own.
+    ///
+    /// # Safety
+    /// As there.
+    pub(crate) unsafe fn register_home<D: Device>(
+        &self,
+        device: &D,
+        unit: &UnitPlan,
+    ) -> Result<Option<D::Registration>> {
+        if self.pinned_is_lent || unit.host_bytes == 0 {
+            return Ok(None);
+        }
+        // SAFETY: the caller's.
+        unsafe { device.register(self.home(unit).as_ptr(), unit.host_bytes.next_multiple_of(PAGE)) }.map(Some)
     }
 
     /// The slots that the disk fills.

@@ -60,7 +60,7 @@ pub struct LayerStreamer<D: Device> {
     compute: RefCell<ComputeSide<D>>,
     progress: Cell<Option<ProgressHook>>,
     /// Dropped in this order: the device forgets host memory before it is unmapped.
-    registrations: ManuallyDrop<Vec<D::Registration>>,
+    registration: ManuallyDrop<Option<D::Registration>>,
     host: ManuallyDrop<Arc<HostMemory>>,
     memory: ManuallyDrop<Arc<DeviceMemory<D>>>,
     threads: Vec<JoinHandle<bool>>,
@@ -125,9 +125,9 @@ impl<D: Device> LayerStreamer<D> {
         let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         // SAFETY: the caller's.
-        let host = unsafe { HostMemory::new(&plan, device.free_memory()?.is_some(), lent)? };
+        let host = unsafe { HostMemory::new(&plan, lent)? };
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
-        let registrations = unsafe { host.register(device)? };
+        let registration = unsafe { host.register_slots(device)? };
 
         let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
         let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
@@ -145,7 +145,7 @@ impl<D: Device> LayerStreamer<D> {
             sources: sources.clone(),
             reader: (settings.reader, String::new()),
             control: control.clone(),
-            registrations: ManuallyDrop::new(registrations),
+            registration: ManuallyDrop::new(registration),
             host: ManuallyDrop::new(host.clone()),
             memory: ManuallyDrop::new(memory.clone()),
             threads: Vec::with_capacity(3),
@@ -329,7 +329,7 @@ impl<D: Device> Drop for LayerStreamer<D> {
         if idle {
             // SAFETY: nothing else drops these, and the threads and the device are done with the memory.
             unsafe {
-                ManuallyDrop::drop(&mut self.registrations);
+                ManuallyDrop::drop(&mut self.registration);
                 ManuallyDrop::drop(&mut self.host);
                 ManuallyDrop::drop(&mut self.memory);
             }

@@ -42,6 +42,9 @@ pub(crate) struct TransferStage<D: Device> {
     device: D,
     plan: Arc<Plan>,
     control: Arc<Control>,
+    /// Of homes in pinned RAM, by unit, from their first copy on; dropped before the memory that they are about. One at a time
+    /// between copies they cost little; all of them before the first read, seconds.
+    homes: Vec<Option<D::Registration>>,
     from: Arc<HostMemory>,
     to: Arc<DeviceMemory<D>>,
     inlet: Inlet,
@@ -81,6 +84,7 @@ impl<D: Device> TransferStage<D> {
         Ok(Self {
             plan: plan.clone(),
             control: control.clone(),
+            homes: plan.units.iter().map(|_| None).collect(),
             from: from.clone(),
             to: to.clone(),
             inlet,
@@ -120,6 +124,10 @@ impl<D: Device> TransferStage<D> {
             Place::Slot(slot) => self.from.last().0.slot(slot.0).as_ptr(),
             Place::Home | Place::Failed => self.from.home(unit).as_ptr(),
         };
+        if from == Place::Home && unit.home == Home::Pinned && self.homes[index].is_none() {
+            // SAFETY: the stage drops it before its handle of the memory.
+            self.homes[index] = unsafe { self.from.register_home(&self.device, unit)? };
+        }
         let target = self.to.address(&self.device, &plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
         if self.control.keeps(Safeguard::ComputeDone) {
