@@ -10,7 +10,7 @@ use io_uring::{IoUring, opcode, types};
 use super::{CHUNK, Chunk, Done, Flight, Source};
 
 /// Reads in flight: enough to keep a fast disk's queues full with chunks of [`CHUNK`].
-const DEPTH: usize = 16;
+const DEPTH: usize = 32;
 
 /// The kernel registers at most 1 GiB at once.
 const MAX_REGISTRATION: usize = 1 << 30;
