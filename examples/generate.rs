@@ -191,6 +191,7 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
         let table = budget::table(
             &device.describe(),
             device.free_memory()?.is_some(),
+            &model,
             &parts,
             &plan,
             bandwidths,
@@ -203,7 +204,7 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }
     let mut decoder = Decoder::new(device, &model, &settings, 1, context)?;
-    let bar = progress_bar(options.quiet, model.config.layers);
+    let bar = progress_bar(options.quiet, decoder.streamer().plan().units());
     let hook = bar.clone();
     decoder.streamer().track_progress(move |progress| {
         if progress.done == 1 {

@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    REFERENCES, asks, data, distance, expected, forget, generate, gpu, logits, numbers, spelled_right, speller,
-    tokenizer,
+    REFERENCES, asks, data, distance, everywhere, expected, forget, generate, gpu, logits, numbers, spelled_right,
+    speller, tokenizer, with_more_tokens,
 };
 use layer_streamer::{
     Settings,
@@ -105,6 +105,31 @@ fn the_greedy_continuation_of_these_references_is_theirs_alone_and_in_a_batch_of
             forget(&mut decoder, 2);
             let found = generate(&mut decoder, &prompts, 16, &[]);
             assert_eq!(found[at], reference.continuation, "{name} as sequence {at} of two");
+        }
+    }
+}
+
+/// Of parts of other sizes cuBLAS may add up in another order.
+#[test]
+fn wherever_the_tables_live_logits_are_the_same_and_the_tokens_theirs() {
+    let Some(device) = gpu() else { return };
+    let folder = common::folder();
+    with_more_tokens("qwen2-tied", folder.path());
+    let prompts: Vec<Vec<u32>> = (0..20).map(|i| (0..=i % 3).map(|j| 7 + 131 * i + j).collect()).collect();
+    let batch: Vec<_> = prompts.iter().enumerate().map(|(row, tokens)| Sequence { row, tokens }).collect();
+    let mut expected = None;
+    for model in everywhere(folder.path()) {
+        let mut decoder = decoder(&device, &model, 20, 4);
+        decoder.forward(&batch).unwrap();
+        let (found, mut tokens) = (logits(&mut decoder), Vec::new());
+        decoder.greedy(&mut tokens).unwrap();
+        let off = distance(&found, expected.get_or_insert_with(|| found.clone()));
+        println!("{:?}: off by {off:.1e}", model.tables);
+        assert!(off < 1e-2, "{:?}: off by {off:.1e}", model.tables);
+        let mut rows = found.chunks(model.config.vocab);
+        for (prompt, token) in prompts.iter().zip(tokens) {
+            let last = rows.by_ref().take(prompt.len()).last().unwrap();
+            assert_eq!(best(last).0, token as usize, "{:?}: by its own logits", model.tables);
         }
     }
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use indicatif::HumanBytes;
 use layer_streamer::{
     device::Device,
+    model::{Model, Tables},
     plan::{Bandwidths, Budget, Home, Part, Plan},
 };
 
@@ -65,8 +66,17 @@ pub fn budget<D: Device>(
     })
 }
 
-/// A plan for people: what takes memory (`own`: the device has its own), where the layers live, what a pass moves and how long that takes.
-pub fn table(device: &str, own: bool, parts: &[Part], plan: &Plan, bandwidths: Bandwidths, assumed: bool) -> String {
+/// A plan for people: what takes memory (`own`: the device has its own), where layers and output head live, what a pass moves and
+/// how long that takes.
+pub fn table(
+    device: &str,
+    own: bool,
+    model: &Model,
+    parts: &[Part],
+    plan: &Plan,
+    bandwidths: Bandwidths,
+    assumed: bool,
+) -> String {
     let forecast = plan.forecast(bandwidths);
     let bytes = |bytes: usize| HumanBytes(bytes as u64).to_string();
     let mut text = format!("device: {device}\n");
@@ -89,12 +99,21 @@ pub fn table(device: &str, own: bool, parts: &[Part], plan: &Plan, bandwidths: B
             text += &format!("  {:width$}  {:>10}\n", part.what, bytes(part.bytes));
         }
     }
-    text += "  layers\n";
-    for home in [Home::Gpu, Home::Pinned, Home::Ram, Home::Disk] {
-        let (count, list) = (plan.count(home), ranges(plan.homes().map(|found| found == home)));
-        if count > 0 {
-            text += &format!("  {count:>5} {home}: {list}\n");
+    let homes: Vec<_> = plan.homes().collect();
+    let (layers, head) = homes.split_at(model.config.layers);
+    for (what, homes) in [("layers", layers), ("output head, in parts", head)] {
+        if !homes.is_empty() {
+            text += &format!("  {what}\n");
         }
+        for home in [Home::Gpu, Home::Pinned, Home::Ram, Home::Disk] {
+            let (count, list) = (homes.iter().filter(|found| **found == home).count(), ranges(homes, home));
+            if count > 0 {
+                text += &format!("  {count:>5} {home}: {list}\n");
+            }
+        }
+    }
+    if model.tables != Tables::OnDevice {
+        text += "  embedding: each pass reads its tokens' rows from the file\n";
     }
     text += &format!(
         "  a pass reads {} in {:.3} s and copies {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",
@@ -113,10 +132,10 @@ pub fn table(device: &str, own: bool, parts: &[Part], plan: &Plan, bandwidths: B
     text
 }
 
-/// The numbers of those that are chosen, such as 0-3,7.
-fn ranges(chosen: impl Iterator<Item = bool>) -> String {
+/// The numbers of those that live there, such as 0-3,7.
+fn ranges(homes: &[Home], home: Home) -> String {
     let mut found = Vec::<(usize, usize)>::new();
-    for (number, _) in chosen.enumerate().filter(|(_, chosen)| *chosen) {
+    for (number, _) in homes.iter().enumerate().filter(|(_, found)| **found == home) {
         match found.last_mut() {
             Some((_, last)) if *last + 1 == number => *last = number,
             _ => found.push((number, number)),

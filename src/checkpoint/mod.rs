@@ -66,7 +66,7 @@ impl FileState {
 #[derive(Clone, Debug)]
 pub struct Checkpoint(Arc<Table>);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Table {
     source: PathBuf,
     files: Vec<PathBuf>,
@@ -188,6 +188,26 @@ impl Checkpoint {
             return Err(Error::checkpoint(&self.0.source, format!("has no tensor under {PREFIX}N.")));
         }
         Ok(units)
+    }
+
+    /// The same table, in which the rows of the matrix `name` are tensors of their own besides, `rows` at a time, under the names
+    /// that are returned, in order.
+    pub(crate) fn with_rows(&self, name: &str, rows: usize) -> Result<(Self, Vec<String>)> {
+        let (mut table, whole) = ((*self.0).clone(), self.entry(name)?.clone());
+        let [height, width] = whole.shape[..] else {
+            return Err(Error::tensor(&self.0.source, name, format!("has the shape {:?}, no rows", whole.shape)));
+        };
+        let row_bytes = width * whole.dtype.size();
+        let parts = (0..height).step_by(rows.max(1)).map(|start| {
+            let count = rows.max(1).min(height - start);
+            let part = format!("{name}[{start}..{}]", start + count);
+            let offset = whole.offset + (start * row_bytes) as u64;
+            let entry = Entry { offset, bytes: count * row_bytes, shape: vec![count, width], ..whole };
+            table.entries.insert(part.clone(), entry);
+            part
+        });
+        let parts = parts.collect();
+        Ok((Self(Arc::new(table)), parts))
     }
 
     /// The folder it was opened from, for messages.

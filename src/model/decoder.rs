@@ -6,8 +6,10 @@
 use std::sync::Arc;
 
 use super::{
-    Model, NORM,
+    EMBED, Model, NORM, Tables,
     exchange::Exchange,
+    head::Head,
+    tables::EmbeddingRows,
     workspace::{Layout, Region, Workspace},
 };
 use crate::{
@@ -16,15 +18,15 @@ use crate::{
     error::{Error, Result},
     kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
     pipeline::{Layer, LayerStreamer, StaticTensors},
-    plan::{Bandwidths, Besides, Budget, Part, Plan, Settings, UnitPlan},
+    plan::{Bandwidths, Besides, Budget, Forecast, Part, Plan, Settings, UnitPlan},
     trace::Observer,
 };
 
 /// Tokens that go through a layer at once.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 
 /// Tokens that go through the output head at once.
-const HEAD_BLOCK: usize = 16;
+pub(super) const HEAD_BLOCK: usize = 16;
 
 /// New tokens of one sequence of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -36,9 +38,9 @@ pub struct Sequence<'a> {
 }
 
 /// Regions of device memory whose size depends on the context, on the block, or on neither.
-struct Regions {
-    residual: Region,
-    header: Region,
+pub(super) struct Regions {
+    pub(super) residual: Region,
+    pub(super) header: Region,
     inv_freq: Region,
     normed: Region,
     hidden: Region,
@@ -49,18 +51,20 @@ struct Regions {
     mixed: Region,
     gate: Region,
     up: Region,
-    head_in: Region,
-    head_normed: Region,
-    logits: Region,
-    best: Region,
+    pub(super) head_in: Region,
+    pub(super) head_normed: Region,
+    pub(super) logits: Region,
+    /// What comes of a part of the head, for several tokens.
+    pub(super) part: Region,
+    pub(super) best: Region,
 }
 
 /// Where the words lie that say what is in a batch: each token's id, each token's position, for each block what [`Ragged`]
 /// tells the kernels, and the number of each sequence's last token.
 #[derive(Clone, Copy)]
-struct Header {
-    tokens: usize,
-    sequences: usize,
+pub(super) struct Header {
+    pub(super) tokens: usize,
+    pub(super) sequences: usize,
 }
 
 impl Header {
@@ -73,7 +77,7 @@ impl Header {
         2 * self.tokens + number * (3 * self.sequences + 1)
     }
 
-    fn last(self) -> usize {
+    pub(super) fn last(self) -> usize {
         self.block(self.tokens.div_ceil(BLOCK))
     }
 
@@ -84,21 +88,23 @@ impl Header {
 
 /// A model with its memory on a device. The KV cache holds `batch` sequences of up to `context` tokens.
 pub struct Decoder<D: Kernels> {
-    model: Model,
-    device: D,
-    streamer: LayerStreamer<D>,
-    statics: StaticTensors<D>,
-    stream: D::Stream,
+    pub(super) model: Model,
+    pub(super) device: D,
+    pub(super) streamer: LayerStreamer<D>,
+    pub(super) statics: StaticTensors<D>,
+    pub(super) stream: D::Stream,
     cache: Workspace<D>,
     cache_regions: [Vec<Region>; 2],
-    work: Workspace<D>,
-    regions: Regions,
-    batch: usize,
+    pub(super) work: Workspace<D>,
+    pub(super) regions: Regions,
+    pub(super) batch: usize,
     context: usize,
     lengths: Vec<usize>,
     /// Of the pass before; no tokens if there was none, or it failed.
-    header: Header,
-    exchange: Exchange<D>,
+    pub(super) header: Header,
+    pub(super) exchange: Exchange<D>,
+    /// Where the embedding table stays in its file.
+    rows: Option<EmbeddingRows<D>>,
 }
 
 fn cache_layout(model: &Model, precision: Precision, batch: usize, context: usize) -> (Layout, [Vec<Region>; 2]) {
@@ -118,6 +124,11 @@ fn work_layout(model: &Model, precision: Precision, batch: usize, context: usize
     let tokens = batch * context;
     let block = tokens.min(BLOCK);
     let head_block = tokens.min(HEAD_BLOCK);
+    // Of a head that comes in parts the logits of all sequences are made at once.
+    let (head_rows, part) = match model.tables {
+        Tables::HeadStreamed => (head_block.max(batch), model.part_rows()),
+        Tables::OnDevice | Tables::EmbeddingInFile => (head_block, 0),
+    };
     let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
     let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
     let activations = |shape: &[usize]| layout.region(precision.activation, shape);
@@ -136,8 +147,9 @@ fn work_layout(model: &Model, precision: Precision, batch: usize, context: usize
         gate: activations(&[block, config.ffn]),
         up: activations(&[block, config.ffn]),
         head_in: f32s(&[head_block, config.hidden]),
-        head_normed: activations(&[head_block, config.hidden]),
-        logits: f32s(&[head_block, config.vocab]),
+        head_normed: activations(&[head_rows, config.hidden]),
+        logits: f32s(&[head_rows, config.vocab]),
+        part: f32s(&[head_block, part]),
         best: u32s(&[batch]),
     };
     (layout, regions)
@@ -175,9 +187,13 @@ impl<D: Kernels> Decoder<D> {
         device.prepare(&stream)?;
         let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
         let work = Workspace::new(device, "activations", &work_layout)?;
-        let exchange = Exchange::new(device, most(batch, context).words())?;
+        let exchange = Exchange::new(device, "tokens on their way", most(batch, context).words())?;
+        let rows = match model.tables.reads_rows() {
+            true => Some(EmbeddingRows::new(device, &model.checkpoint, EMBED, batch * context)?),
+            false => None,
+        };
         let streamer =
-            LayerStreamer::with_observer(device, &model.checkpoint, &model.units_for(precision), settings, observer)?;
+            LayerStreamer::with_observer(device, model.source(), &model.units_for(precision), settings, observer)?;
         let statics = streamer.load_static_unit(&model.statics_for(precision))?;
         let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
         device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;
@@ -195,6 +211,7 @@ impl<D: Kernels> Decoder<D> {
             lengths: vec![0; batch],
             header: Header { tokens: 0, sequences: 0 },
             exchange,
+            rows,
             model: model.clone(),
         })
     }
@@ -214,7 +231,7 @@ impl<D: Kernels> Decoder<D> {
     /// # Errors
     /// As [`Plan::new`].
     pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
-        Plan::new(&model.checkpoint, &model.units_for(device.precision()), settings)
+        Plan::new(model.source(), &model.units_for(device.precision()), settings)
     }
 
     /// What is reserved besides the streamer's part.
@@ -225,16 +242,22 @@ impl<D: Kernels> Decoder<D> {
         let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
         let (cache, work) =
             (cache_layout(model, precision, batch, context), work_layout(model, precision, batch, context));
-        Ok(vec![
+        let rows = model.tables.reads_rows().then(|| EmbeddingRows::<D>::bytes(batch * context, model.config.hidden));
+        let rows = rows.map(|bytes| Part::new("embedding rows on their way", bytes, false));
+        Ok([
             Part::new("static tensors", statics, true),
             Part::new(format!("KV cache of {sequences}{context} tokens"), cache.0.bytes()?, true),
             Part::new("activations", work.0.bytes()?, true),
             Part::new("tokens on their way", Exchange::<D>::bytes(most(batch, context).words()), false),
             Part::new("kernels' scratch", device.scratch_bytes(), true),
-        ])
+        ]
+        .into_iter()
+        .chain(rows)
+        .collect())
     }
 
-    /// The settings with which the model runs fastest within `budget`; its layers are given the homes for that.
+    /// The settings with which the model runs fastest within `budget`, for which its layers are given homes and its
+    /// [tables](Model::tables) their place.
     ///
     /// # Errors
     /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
@@ -246,14 +269,31 @@ impl<D: Kernels> Decoder<D> {
         batch: usize,
         context: usize,
     ) -> Result<Settings> {
-        let mut besides = Besides::default();
-        for part in Self::besides(device, model, batch, context)? {
-            let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
-            *bytes = bytes.saturating_add(part.bytes);
+        let plan = |tables: Tables| -> Result<(Model, Settings, Forecast)> {
+            let mut model = Model { tables, ..model.clone() };
+            let mut besides = Besides::default();
+            for part in Self::besides(device, &model, batch, context)? {
+                let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
+                *bytes = bytes.saturating_add(part.bytes);
+            }
+            let (homes, settings) =
+                budget.plan(model.source(), &model.units_for(device.precision()), besides, bandwidths)?;
+            model.settle(homes);
+            let forecast = Self::plan(device, &model, &settings)?.forecast(bandwidths);
+            Ok((model, settings, forecast))
+        };
+        let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
+        let mut best = plan(Tables::OnDevice);
+        for tables in [Tables::EmbeddingInFile, Tables::HeadStreamed] {
+            let found = plan(tables);
+            // Of errors the last: it names the least of all minimums.
+            if best.as_ref().map_or(true, |(.., best)| found.as_ref().is_ok_and(|(.., found)| time(found) < time(best)))
+            {
+                best = found;
+            }
         }
-        let units = model.units_for(device.precision());
-        let (homes, settings) = budget.plan(&model.checkpoint, &units, besides, bandwidths)?;
-        model.units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        let (fitted, settings, _) = best?;
+        *model = fitted;
         Ok(settings)
     }
 
@@ -280,11 +320,19 @@ impl<D: Kernels> Decoder<D> {
         self.device.bind_thread()?;
         self.header.tokens = 0;
         let header = self.send_batch(batch)?;
-        let Self { streamer, stream, device, statics, work, regions, model, .. } = self;
+        let Self { streamer, stream, device, statics, work, regions, model, rows, .. } = self;
         let (hidden, tokens) = (model.config.hidden, header.tokens);
-        let ids = work.read(regions.header, 0, &[tokens])?;
-        let residual = work.write(regions.residual, 0, &[tokens, hidden])?;
-        device.embed(stream, statics.tensor(super::EMBED)?, ids, residual)?;
+        match rows {
+            Some(rows) => {
+                let ids = batch.iter().flat_map(|sequence| sequence.tokens.iter().copied());
+                rows.send(ids, work, regions.residual, stream)?;
+            }
+            None => {
+                let ids = work.read(regions.header, 0, &[tokens])?;
+                let residual = work.write(regions.residual, 0, &[tokens, hidden])?;
+                device.embed(stream, statics.tensor(EMBED)?, ids, residual)?;
+            }
+        }
         let math = LayerMath {
             device,
             stream,
@@ -296,11 +344,23 @@ impl<D: Kernels> Decoder<D> {
             cache_regions: &self.cache_regions,
         };
         let shape = [self.batch, model.config.kv_heads, self.context, model.config.head_dim];
-        streamer.run_pass(stream, (), |(), layer| {
+        let head = Head { device, stream, model, work, regions, norm: statics.tensor(NORM)? };
+        streamer.run_pass(stream, 0, |column, layer| {
+            if layer.index() >= model.config.layers {
+                if column == 0 {
+                    head.norm_last(header)?;
+                }
+                let column = head.part(layer, header.sequences, column)?;
+                if column == model.config.vocab {
+                    head.choose(header.sequences)?;
+                }
+                return Ok(column);
+            }
             for (number, start) in (0..tokens).step_by(BLOCK).enumerate() {
                 math.block(layer, number, start, BLOCK.min(tokens - start), shape)?;
             }
-            observe(layer.index(), work.read(regions.residual, 0, &[tokens, hidden])?, stream)
+            observe(layer.index(), work.read(regions.residual, 0, &[tokens, hidden])?, stream)?;
+            Ok::<_, Error>(column)
         })?;
         for sequence in batch {
             self.lengths[sequence.row] += sequence.tokens.len();
@@ -365,67 +425,6 @@ impl<D: Kernels> Decoder<D> {
         }
         self.exchange.send(self.work.write(self.regions.header, 0, &[header.words()])?, &self.stream)?;
         Ok(header)
-    }
-
-    /// The most likely next token of each sequence of the pass before, in its order, appended to `out`.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] if no pass went before, or the device's own.
-    pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
-        self.check_passed()?;
-        self.device.bind_thread()?;
-        let (regions, header, hidden) = (&self.regions, self.header, self.model.config.hidden);
-        for start in (0..header.sequences).step_by(HEAD_BLOCK) {
-            let rows = HEAD_BLOCK.min(header.sequences - start);
-            let indices = self.work.read(regions.header, header.last() + start, &[rows])?;
-            let residual = self.work.read(regions.residual, 0, &[header.tokens, hidden])?;
-            let head_in = self.work.write(regions.head_in, 0, &[rows, hidden])?;
-            self.device.gather(&self.stream, residual, indices, head_in)?;
-            let logits = self.head(self.work.read(regions.head_in, 0, &[rows, hidden])?)?;
-            self.device.argmax(&self.stream, logits, self.work.write(regions.best, start, &[rows])?)?;
-        }
-        let best = self.work.read(regions.best, 0, &[header.sequences])?;
-        out.extend_from_slice(self.exchange.receive(best, &self.stream)?);
-        Ok(())
-    }
-
-    /// The logits of every token of the pass before, in order, as rows of the vocabulary's length, a few rows at a time.
-    ///
-    /// # Errors
-    /// As [`greedy`](Self::greedy), or what `sink` returns.
-    pub fn all_logits<E: From<Error>>(&mut self, mut sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
-        self.check_passed()?;
-        self.device.bind_thread()?;
-        let (hidden, vocab) = (self.model.config.hidden, self.model.config.vocab);
-        let mut rows_out = Vec::new();
-        for start in (0..self.header.tokens).step_by(HEAD_BLOCK) {
-            let rows = HEAD_BLOCK.min(self.header.tokens - start);
-            let logits = self.head(self.work.read(self.regions.residual, start * hidden, &[rows, hidden])?)?;
-            rows_out.resize(rows * vocab, 0.0);
-            device::download(&self.device, &self.stream, logits, &mut rows_out)?;
-            sink(&rows_out)?;
-        }
-        Ok(())
-    }
-
-    /// Final norm and output head of some rows of the residual stream.
-    fn head(&self, residual: TensorRef<'_>) -> Result<TensorRef<'_>> {
-        let (config, regions) = (&self.model.config, &self.regions);
-        let rows = residual.shape()[0];
-        let normed = self.work.write(regions.head_normed, 0, &[rows, config.hidden])?;
-        self.device.rms_norm(&self.stream, residual, self.statics.tensor(NORM)?, config.rms_eps, normed)?;
-        let normed = self.work.read(regions.head_normed, 0, &[rows, config.hidden])?;
-        let logits = self.work.write(regions.logits, 0, &[rows, config.vocab])?;
-        self.device.linear(&self.stream, normed, self.statics.tensor(self.model.head())?, None, logits)?;
-        self.work.read(regions.logits, 0, &[rows, config.vocab])
-    }
-
-    fn check_passed(&self) -> Result<()> {
-        if self.header.tokens > 0 {
-            Ok(())
-        } else {
-            Err(Error::setting("logits", "need a forward pass that succeeded"))
-        }
     }
 
     /// How many tokens of sequence `row` the KV cache holds.

@@ -1,5 +1,6 @@
-//! The words that go to the device before each pass (tokens, positions, where sequences begin) and those that come back (the
-//! tokens found), through memory that the device knows, so that sending neither blocks nor allocates.
+//! The words that go to the device before each pass (tokens, positions, where sequences begin, rows of an embedding table that
+//! stays in its file) and those that come back (the tokens found), through memory that the device knows, so that sending neither
+//! blocks nor allocates.
 
 use std::{mem::ManuallyDrop, slice};
 
@@ -26,8 +27,8 @@ impl<D: Device> Exchange<D> {
         words.saturating_mul(size_of::<u32>())
     }
 
-    pub(super) fn new(device: &D, words: usize) -> Result<Self> {
-        let host = Arena::new("tokens on their way", 1, Self::bytes(words))?;
+    pub(super) fn new(device: &D, what: &'static str, words: usize) -> Result<Self> {
+        let host = Arena::new(what, 1, Self::bytes(words))?;
         let (start, bytes) = host.whole();
         // SAFETY: they are dropped in order.
         let registration = unsafe { device.register(start.as_ptr(), bytes)? };
@@ -44,7 +45,7 @@ impl<D: Device> Exchange<D> {
 
     /// Enqueues the copy of as many words as `to` has, from the first on.
     pub(super) fn send(&mut self, to: TensorMut<'_>, stream: &D::Stream) -> Result<()> {
-        assert!(to.dtype() == DType::U32 && to.elements() <= self.words, "{to:?} for {} words", self.words);
+        assert!(to.dtype().size() == 4 && to.elements() <= self.words, "{to:?} for {} words", self.words);
         // SAFETY: both sides are that long, and the host's is not touched before `done`.
         unsafe { self.device.copy_to_device(to.ptr(), self.host.slot(0).as_ptr(), to.bytes(), stream)? };
         self.device.record(&self.done, stream)

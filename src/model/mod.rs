@@ -7,19 +7,22 @@ mod config;
 mod decoder;
 mod exchange;
 mod generate;
+mod head;
+mod tables;
 mod workspace;
 
 use std::path::Path;
 
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Sequence};
+pub use tables::Tables;
 
 use crate::{
     checkpoint::Checkpoint,
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
-    plan::Unit,
+    plan::{Home, Unit},
 };
 
 /// The embedding table, the norm before the output head, and the output head of untied models.
@@ -36,6 +39,10 @@ pub struct Model {
     pub checkpoint: Checkpoint,
     /// One unit per layer.
     pub units: Vec<Unit>,
+    /// Where the embedding table and the output head live.
+    pub tables: Tables,
+    /// The output head as units, none larger than a layer, and the checkpoint that has their tensors.
+    head: (Checkpoint, Vec<Unit>),
 }
 
 impl Model {
@@ -95,25 +102,50 @@ impl Model {
                 ));
             }
         }
-        Ok(Self { config, checkpoint, units })
+        let head = tables::head_units(&checkpoint, if config.tied { EMBED } else { HEAD }, &units)?;
+        Ok(Self { config, checkpoint, units, tables: Tables::default(), head })
     }
 
-    /// The units, with weights of the type that the device wants.
+    /// The units, with weights of the type that the device wants: the layers, then the output head if that is streamed. Their
+    /// tensors are those of [`source`](Self::source).
     pub(crate) fn units_for(&self, precision: Precision) -> Vec<Unit> {
-        self.units.iter().map(|unit| converted(unit.clone(), precision)).collect()
+        let head = if self.tables.streams_head() { self.head.1.as_slice() } else { &[] };
+        self.units.iter().chain(head).map(|unit| converted(unit.clone(), precision)).collect()
+    }
+
+    /// The checkpoint, in which parts of the output head are tensors too.
+    pub(crate) fn source(&self) -> &Checkpoint {
+        &self.head.0
+    }
+
+    /// Gives the units homes, in the order of [`units_for`](Self::units_for).
+    pub(crate) fn settle(&mut self, homes: impl IntoIterator<Item = Home>) {
+        self.units.iter_mut().chain(&mut self.head.1).zip(homes).for_each(|(unit, home)| _ = unit.home(home));
     }
 
     /// The tensors that stay on the device, likewise.
     pub(crate) fn statics_for(&self, precision: Precision) -> Unit {
         let mut unit = Unit::new("the static tensors");
-        let names: &[_] = if self.config.tied { &[EMBED, NORM] } else { &[EMBED, NORM, HEAD] };
-        names.iter().for_each(|&name| _ = unit.keep(name, name));
+        let (embed, head) = (!self.tables.reads_rows(), !self.tables.streams_head());
+        for (name, kept) in
+            [(NORM, true), (EMBED, embed || head && self.config.tied), (HEAD, head && !self.config.tied)]
+        {
+            if kept {
+                unit.keep(name, name);
+            }
+        }
         converted(unit, precision)
     }
 
     /// The name of the output head's weights.
-    pub(crate) fn head(&self) -> &'static str {
+    fn head_name(&self) -> &'static str {
         if self.config.tied { EMBED } else { HEAD }
+    }
+
+    /// Rows of the largest part of the head.
+    fn part_rows(&self) -> usize {
+        let part = self.head.1.first().and_then(|unit| self.head.0.describe(&unit.arrivals()[0].inputs[0]));
+        part.map_or(0, |(_, shape)| shape[0])
     }
 }
 

@@ -7,10 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use layer_streamer::{Error, kernels::Kernels, model::Decoder};
-use safetensors::SafeTensors;
+use layer_streamer::{
+    Error,
+    kernels::Kernels,
+    model::{Decoder, Model, Tables},
+};
+use safetensors::{SafeTensors, tensor::TensorView};
 
-use super::root;
+use super::{data, root};
 
 /// The model that comes with the project.
 pub fn speller() -> PathBuf {
@@ -19,6 +23,43 @@ pub fn speller() -> PathBuf {
 
 /// The reference checkpoints.
 pub const REFERENCES: [&str; 6] = ["qwen2-f32", "qwen2-sharded", "qwen2-tied", "llama3", "mistral", "qwen3"];
+
+/// A model with its tables in each of the places.
+pub fn everywhere(folder: &Path) -> [Model; 3] {
+    let model = Model::open(folder).unwrap();
+    [Tables::OnDevice, Tables::EmbeddingInFile, Tables::HeadStreamed].map(|tables| {
+        let mut model = model.clone();
+        model.tables = tables;
+        model
+    })
+}
+
+/// A reference with a larger vocabulary, of random tokens, so that the head is larger than a layer.
+pub fn with_more_tokens(name: &str, folder: &Path) {
+    const VOCABULARY: usize = 3001;
+    let bytes = fs::read(data(name).join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut rng = fastrand::Rng::with_seed(3);
+    let tensors = file.tensors().into_iter().map(|(name, view)| {
+        let (mut shape, mut bytes) = (view.shape().to_vec(), view.data().to_vec());
+        if name.ends_with("embed_tokens.weight") || name == "lm_head.weight" {
+            let missing = (VOCABULARY - shape[0]) * shape[1];
+            let more = (0..missing).flat_map(|_| half::bf16::from_f32(4.0 * (rng.f32() - 0.5)).to_le_bytes());
+            bytes.extend(more);
+            shape[0] = VOCABULARY;
+        }
+        (name, shape, bytes)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| (name, TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+    let config = fs::read_to_string(data(name).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["vocab_size"] = VOCABULARY.into();
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
 
 /// What transformers computed for a reference checkpoint.
 pub struct Expected {
