@@ -31,6 +31,7 @@ pub mod model;
 pub mod pipeline;
 pub mod plan;
 pub mod trace;
+pub mod tuner;
 
 #[cfg(cuda_emulated)]
 #[doc(hidden)]

@@ -357,6 +357,17 @@ impl Plan {
             *place = end.ok_or_else(|| Error::setting("home", "more lives there than can be addressed"))?;
             residents.count += 1;
         }
+        let staging_bytes = staging_bytes(&units);
+        Ok(Self::staged(units, residents, staging_bytes, settings))
+    }
+
+    /// The same units with other settings.
+    pub(crate) fn with(&self, settings: &Settings) -> Self {
+        Self::staged(self.units.clone(), self.residents, self.staging_bytes, settings)
+    }
+
+    /// Adds the stages.
+    fn staged(units: Vec<UnitPlan>, residents: Residents, staging_bytes: usize, settings: &Settings) -> Self {
         let stage = |n: usize, batch: usize, slot_bytes: usize| StagePlan {
             slots: n + 1,
             slot_bytes: slot_bytes.next_multiple_of(PAGE).max(PAGE),
@@ -372,15 +383,15 @@ impl Plan {
         // Units that live in RAM need the pin stage, and that a RAM slot for the others.
         let pins = settings.n_cpu > 0 || (residents.ram > 0 && settings.n_cpu_pinned > 0);
         let both_skipped = settings.n_cpu == 0 && settings.n_cpu_pinned == 0;
-        Ok(Self {
+        Self {
             ram: pins.then(|| stage(settings.n_cpu, settings.batch_cpu, host_bytes)),
             pinned: (settings.n_cpu_pinned > 0 || both_skipped)
                 .then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, pinned_bytes)),
             gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes),
             residents,
-            staging_bytes: staging_bytes(&units),
+            staging_bytes,
             units,
-        })
+        }
     }
 
     /// How many units a pass has.

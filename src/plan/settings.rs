@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::Unit;
 use crate::error::{Error, Result};
 
@@ -67,7 +69,8 @@ impl Home {
 }
 
 /// Who reads from disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reader {
     /// The first of the others that the system allows.
     #[default]
@@ -92,7 +95,8 @@ impl fmt::Display for Reader {
 }
 
 /// Whether reads go past the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CachePolicy {
     /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without
     /// it as [`CachePolicy::Direct`]).
@@ -107,7 +111,8 @@ pub enum CachePolicy {
 /// How deep the pipeline is. The names are those of `llm-layer-prefetch`.
 ///
 /// A stage that buffers `n` units owns `n + 1` slots, the extra one being what its consumer holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// Units buffered ahead on the device, at least 1; also how many layers a host may hold at once.
     pub n_gpu: usize,

@@ -1,0 +1,240 @@
+//! What was measured, as JSON: it can be gone on with, and its best settings used.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    plan::Settings,
+};
+
+/// What a search has found out so far, and on what.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// The machine: its name, processor and kernel.
+    pub machine: String,
+    /// The device, as the host describes it.
+    pub device: String,
+    /// The checkpoint, as the host describes it.
+    pub checkpoint: String,
+    /// Runs of each configuration, the first of which is not measured.
+    pub runs: usize,
+    /// Seconds between runs.
+    pub sleep: f64,
+    /// The fastest settings so far.
+    pub best: Option<Settings>,
+    /// The configurations in the order in which they were tried.
+    pub trials: Vec<Trial>,
+}
+
+/// A configuration that was tried.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trial {
+    /// The settings.
+    pub settings: Settings,
+    /// Seconds of every run that ended, the first of which does not count.
+    pub runs: Vec<f64>,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// How a trial ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// All runs were measured.
+    Done,
+    /// A measured run took more than so many seconds, clearly more than the best so far.
+    Stopped {
+        /// The limit.
+        limit: f64,
+    },
+    /// There is no time for these settings.
+    Refused {
+        /// Why: the host's error, or how the process ended.
+        reason: String,
+    },
+}
+
+impl Trial {
+    /// Seconds of the measured runs.
+    pub fn measured(&self) -> &[f64] {
+        self.runs.get(1..).unwrap_or(&[])
+    }
+
+    /// Mean seconds of a run, if all were measured.
+    pub fn seconds(&self) -> Option<f64> {
+        let measured = self.measured();
+        (self.outcome == Outcome::Done && !measured.is_empty())
+            .then(|| measured.iter().sum::<f64>() / measured.len() as f64)
+    }
+
+    /// How far its runs differ: their standard deviation, relative to their mean. 0 for fewer than two.
+    fn spread(&self) -> f64 {
+        let (measured, mean) = (self.measured(), self.seconds().unwrap_or(f64::INFINITY));
+        let squares: f64 = measured.iter().map(|seconds| (seconds / mean - 1.0).powi(2)).sum();
+        if measured.len() < 2 { 0.0 } else { (squares / (measured.len() - 1) as f64).sqrt() }
+    }
+
+    /// Fastest first, then those that were stopped, then those refused.
+    pub(super) fn rank(&self) -> (u8, f64) {
+        match (&self.outcome, self.seconds()) {
+            (_, Some(seconds)) => (0, seconds),
+            (Outcome::Stopped { limit }, _) => (1, self.measured().iter().copied().fold(*limit, f64::max)),
+            _ => (2, 0.0),
+        }
+    }
+}
+
+impl Record {
+    /// Reads a record that a search left.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Setting`] for a file that is no record.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
+        let record: Self =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("is no record of a search: {error}")))?;
+        record.best.iter().try_for_each(Settings::validate)?;
+        let sensible = |seconds: &f64| *seconds >= 0.0;
+        if !record.trials.iter().all(|trial| trial.runs.iter().all(sensible)) {
+            return Err(wrong("has a run of less than no time".into()));
+        }
+        Ok(record)
+    }
+
+    /// What was found, if it was the same that is wanted now; nothing if there is no such file yet.
+    pub(super) fn resume(&self, path: &Path) -> Result<Vec<Trial>> {
+        if !path.try_exists().map_err(Error::io("look for", path))? {
+            return Ok(Vec::new());
+        }
+        let found = Self::read(path)?;
+        let same = |what: &str, then: &dyn std::fmt::Debug, now: &dyn std::fmt::Debug| {
+            let (then, now) = (format!("{then:?}"), format!("{now:?}"));
+            (then == now).then_some(()).ok_or_else(|| {
+                let cause = format!("holds another search, whose {what} was {then}, not {now}");
+                Error::setting("record", format!("{}: {cause}; remove it, or name another file", path.display()))
+            })
+        };
+        same("machine", &found.machine, &self.machine)?;
+        same("device", &found.device, &self.device)?;
+        same("checkpoint", &found.checkpoint, &self.checkpoint)?;
+        same("number of runs", &found.runs, &self.runs)?;
+        same("pause between runs", &found.sleep, &self.sleep)?;
+        Ok(found.trials)
+    }
+
+    /// Writes it, whole or not at all.
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|error| Error::setting("record", format!("cannot be written: {error}")))?;
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(format!(".partial-{}", std::process::id()));
+        let partial = PathBuf::from(partial);
+        let written = fs::write(&partial, text + "\n").and_then(|()| fs::rename(&partial, path));
+        written.map_err(|error| {
+            // There may be nothing to remove.
+            let _ = fs::remove_file(&partial);
+            Error::io("write", path)(error)
+        })
+    }
+
+    /// The fastest trial.
+    pub(super) fn best_trial(&self) -> Option<&Trial> {
+        let timed = self.trials.iter().filter(|trial| trial.seconds().is_some());
+        timed.min_by(|a, b| a.rank().partial_cmp(&b.rank()).expect("seconds are numbers"))
+    }
+
+    /// How long a measured run may take: the best so far, and of it 10 %, or thrice the spread seen if that is more; with
+    /// `strict` not more than the best.
+    pub(super) fn limit(&self, strict: bool) -> Option<f64> {
+        let best = self.best_trial()?.seconds()?;
+        let mut spreads: Vec<_> =
+            self.trials.iter().filter(|trial| trial.seconds().is_some()).map(Trial::spread).collect();
+        spreads.sort_unstable_by(f64::total_cmp);
+        // The median: one disturbed trial must not open the door to all others.
+        let spread = spreads[spreads.len() / 2];
+        Some(if strict { best } else { best * (1.0 + (3.0 * spread).max(0.1)) })
+    }
+}
+
+/// This machine, for people and to tell it from others.
+pub(super) fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let processors = read("/proc/cpuinfo");
+    let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    format!(
+        "{}, {} ({threads} threads), Linux {}",
+        read("/proc/sys/kernel/hostname").trim(),
+        model.map_or(std::env::consts::ARCH, |(_, model)| model.trim()),
+        read("/proc/sys/kernel/osrelease").trim(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trial(n_gpu: usize, runs: &[f64], outcome: Outcome) -> Trial {
+        Trial { settings: Settings { n_gpu, ..Settings::default() }, runs: runs.to_vec(), outcome }
+    }
+
+    fn record(trials: &[Trial]) -> Record {
+        Record { runs: 3, trials: trials.to_vec(), ..Record::default() }
+    }
+
+    #[test]
+    fn the_limit_is_a_tenth_or_thrice_the_spread_over_the_best() {
+        assert_eq!(record(&[]).limit(false), None);
+        let stopped = trial(9, &[1.0, 0.1], Outcome::Stopped { limit: 0.05 });
+        let calm = trial(1, &[9.0, 2.0, 2.0], Outcome::Done);
+        assert_eq!(record(&[stopped.clone()]).limit(false), None);
+        let found = record(&[stopped.clone(), calm.clone()]);
+        assert!((found.limit(false).unwrap() - 2.2).abs() < 1e-9 && found.limit(true) == Some(2.0));
+        // A standard deviation of a tenth of the mean.
+        let uneven = trial(2, &[0.1, 3.0 - 0.3 / 2f64.sqrt(), 3.0 + 0.3 / 2f64.sqrt()], Outcome::Done);
+        let found = record(&[uneven.clone(), calm.clone(), uneven.clone()]);
+        assert!((found.limit(false).unwrap() - 2.0 * 1.3).abs() < 1e-9, "{:?}", found.limit(false));
+        assert!((record(&[calm.clone(), uneven, calm]).limit(false).unwrap() - 2.2).abs() < 1e-9, "one is an accident");
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_written_and_only_for_the_same_search() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record");
+        let refused = trial(7, &[], Outcome::Refused { reason: "\"too\nmuch\"".into() });
+        let found = Record {
+            machine: machine(),
+            best: Some(Settings::default()),
+            ..record(&[
+                trial(1, &[0.1, 0.2, 0.3], Outcome::Done),
+                refused,
+                trial(3, &[1.0], Outcome::Stopped { limit: 0.3 }),
+            ])
+        };
+        assert_eq!(found.resume(&path).unwrap(), []);
+        found.write(&path).unwrap();
+        assert_eq!(Record::read(&path).unwrap(), found);
+        assert_eq!(found.resume(&path).unwrap(), found.trials);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let other = Record { device: "another".into(), ..found.clone() };
+        let said = other.resume(&path).unwrap_err().to_string();
+        assert!(said.contains("device was \"\", not \"another\"") && said.contains("remove it"), "{said}");
+        for text in ["", "{}", "[1]", &serde_json::to_string(&found).unwrap().replace("0.2", "-0.2")] {
+            fs::write(&path, text).unwrap();
+            let said = Record::read(&path).unwrap_err().to_string();
+            assert!(said.starts_with("record: /"), "{said}");
+        }
+        assert!(Record::read(folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
+        assert!(found.write(&folder.path().join("no/where")).unwrap_err().to_string().contains("cannot write"));
+    }
+}

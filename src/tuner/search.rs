@@ -1,0 +1,114 @@
+//! Which configuration comes next.
+
+use super::{
+    record::{Outcome, Record, Trial},
+    simulation::{Forecaster, Line},
+};
+use crate::plan::{Bandwidths, Plan, Settings};
+
+/// What is gained by less than this share is not searched for.
+const WORTH: f64 = 0.03;
+
+/// Of configurations forecast to be equally fast but for this share, that which takes the least memory is tried first.
+const ALIKE: f64 = 0.01;
+
+/// How far off the first forecasts are taken to be; then it is seen.
+const FIRST_ERROR: f64 = 0.1;
+
+/// The order of the search.
+pub(super) enum Order {
+    /// As they come.
+    Grid,
+    /// By forecast, as long as it may be worth it.
+    Plan(Box<Planned>),
+}
+
+pub(super) struct Planned {
+    lines: Vec<Line>,
+    forecaster: Forecaster,
+    /// The configuration that was forecast last, and its seconds.
+    asked: Option<(usize, f64)>,
+    /// How far off forecasts were, relatively.
+    errors: Vec<f64>,
+}
+
+impl Order {
+    pub(super) fn planned(
+        plan: &Plan,
+        bandwidths: Bandwidths,
+        configurations: &[Settings],
+        runs: usize,
+        sleep: f64,
+    ) -> Self {
+        let lines = configurations.iter().map(|settings| Line::new(&plan.with(settings), runs, sleep)).collect();
+        let forecaster = Forecaster::new(bandwidths);
+        Self::Plan(Box::new(Planned { lines, forecaster, asked: None, errors: Vec::new() }))
+    }
+
+    /// How many of so many configurations are tried at most: a third by plan, but three.
+    pub(super) fn most(&self, configurations: usize) -> usize {
+        match self {
+            Self::Grid => configurations,
+            Self::Plan(_) => (configurations / 3).max(3).min(configurations),
+        }
+    }
+
+    /// The number of the next configuration, if there is one that is worth trying.
+    pub(super) fn next(&mut self, configurations: &[Settings], record: &Record) -> Option<usize> {
+        let tried = |number: &usize| trial_of(&configurations[*number], record).is_some();
+        let left: Vec<_> = (0..configurations.len()).filter(|number| !tried(number)).collect();
+        match self {
+            Self::Grid => left.first().copied(),
+            Self::Plan(planned) => {
+                // What is refused takes no time.
+                let ran = |settings: &&Settings| trial_of(settings, record).is_some_and(|trial| !trial.runs.is_empty());
+                let most = (configurations.len() / 3).max(3);
+                if configurations.iter().filter(ran).count() >= most {
+                    return None;
+                }
+                planned.next(configurations, &left, record)
+            }
+        }
+    }
+}
+
+fn trial_of<'r>(settings: &Settings, record: &'r Record) -> Option<&'r Trial> {
+    record.trials.iter().find(|trial| trial.settings == *settings)
+}
+
+impl Planned {
+    fn next(&mut self, configurations: &[Settings], left: &[usize], record: &Record) -> Option<usize> {
+        let trials: Vec<_> =
+            self.lines.iter().zip(configurations).filter_map(|(line, c)| Some((line, trial_of(c, record)?))).collect();
+        let bytes = |number: &usize| self.lines[*number].bytes;
+        match trials.len() {
+            // With the shortest rings the stages wait for each other, with the longest for the slowest: the two tell most
+            // about each. The slow one first, which is then not stopped.
+            0 => return left.iter().copied().min_by_key(bytes),
+            1 => return left.iter().copied().max_by_key(bytes),
+            _ => {}
+        }
+        if let Some((number, forecast)) = self.asked.take()
+            && let Some(trial) = trial_of(&configurations[number], record)
+        {
+            match (trial.seconds(), &trial.outcome) {
+                (Some(seconds), _) => self.errors.push((forecast / seconds - 1.0).abs()),
+                (None, Outcome::Stopped { limit }) => self.errors.push((1.0 - forecast / limit).max(0.0)),
+                _ => {}
+            }
+        }
+        self.forecaster.learn(&trials);
+        let forecasts: Vec<_> = left.iter().map(|number| self.forecaster.forecast(&self.lines[*number])).collect();
+        let least = forecasts.iter().copied().fold(f64::INFINITY, f64::min);
+        let alike = left.iter().zip(forecasts).filter(|(_, forecast)| *forecast <= least * (1.0 + ALIKE));
+        let (&number, forecast) = alike.min_by_key(|(number, _)| bytes(number))?;
+        let recent = &self.errors[self.errors.len().saturating_sub(2)..];
+        let error = recent.iter().copied().reduce(f64::max).unwrap_or(FIRST_ERROR);
+        let best = record.best_trial().and_then(Trial::seconds).unwrap_or(f64::INFINITY);
+        if forecast * (1.0 - error) >= best * (1.0 - WORTH) {
+            return None;
+        }
+        self.asked = Some((number, forecast));
+        Some(number)
+    }
+}

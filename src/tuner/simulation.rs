@@ -1,0 +1,223 @@
+//! The pipeline in small: how long a pass takes with given settings, and what the links carry, by how long passes took.
+//!
+//! Stages in a row, each of which works on one unit at a time and needs the unit from the stage before (with the rest of its
+//! batch) and a free slot of the ring after it, make a recurrence: a unit's work begins when the last of these is there.
+
+use super::record::{Outcome, Trial};
+use crate::plan::{Bandwidths, Home, Plan, StagePlan};
+
+/// How unevenly a disk reads: a unit takes up to this share longer or shorter. Deeper rings bridge that.
+const UNEVEN: f64 = 0.2;
+
+/// Seconds a byte, and of a pass's computation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Costs {
+    read: f64,
+    pin: f64,
+    copy: f64,
+    compute: f64,
+}
+
+impl Costs {
+    fn each(&mut self) -> [&mut f64; 4] {
+        [&mut self.read, &mut self.pin, &mut self.copy, &mut self.compute]
+    }
+}
+
+/// How far off the bandwidths given may be, as a factor.
+const PRIOR: f64 = 2.0;
+
+/// How far off a pass's simulated time may be, relatively.
+const NOISE: f64 = 0.02;
+
+/// One stage: what it moves, and the ring after it.
+struct Stage {
+    /// Bytes by unit, of which each costs one of [`Costs`]; for computation the unit's share of a pass.
+    work: Vec<f64>,
+    kind: usize,
+    /// By unit: it takes a slot of the ring.
+    takes: Vec<bool>,
+    slots: usize,
+    batch: usize,
+}
+
+/// The pipeline with one configuration.
+pub(super) struct Line {
+    stages: Vec<Stage>,
+    units: usize,
+    runs: usize,
+    sleep: f64,
+    /// What its slots take, in bytes.
+    pub(super) bytes: usize,
+}
+
+impl Line {
+    pub(super) fn new(plan: &Plan, runs: usize, sleep: f64) -> Self {
+        let (units, total) = (&plan.units, plan.bytes_per_pass().max(1) as f64);
+        let stage = |kind: usize, ring: &StagePlan, moves: &[Home]| Stage {
+            work: (units.iter())
+                .map(|unit| match kind {
+                    _ if !moves.contains(&unit.home) => 0.0,
+                    0 => unit.read_bytes as f64,
+                    _ => unit.disk_bytes as f64,
+                })
+                .collect(),
+            kind,
+            takes: units.iter().map(|unit| moves.contains(&unit.home)).collect(),
+            slots: ring.slots,
+            batch: ring.batch,
+        };
+        let mut stages = Vec::with_capacity(4);
+        match (&plan.ram, &plan.pinned) {
+            (Some(ram), Some(pinned)) => {
+                stages.push(stage(0, ram, &[Home::Disk]));
+                stages.push(stage(1, pinned, &[Home::Disk, Home::Ram]));
+            }
+            (Some(ring), None) | (None, Some(ring)) => stages.push(stage(0, ring, &[Home::Disk])),
+            (None, None) => {}
+        }
+        stages.push(stage(2, &plan.gpu, &[Home::Disk, Home::Ram, Home::Pinned]));
+        stages.push(Stage {
+            work: units.iter().map(|unit| unit.disk_bytes as f64 / total).collect(),
+            kind: 3,
+            takes: vec![false; units.len()],
+            slots: 0,
+            batch: 1,
+        });
+        let rings = [&plan.ram, &plan.pinned].into_iter().flatten().chain([&plan.gpu]);
+        let bytes = rings.map(StagePlan::bytes).sum();
+        Self { stages, units: units.len(), runs, sleep, bytes }
+    }
+
+    /// Mean seconds of the measured runs.
+    fn pass(&self, costs: Costs) -> f64 {
+        let rates = [costs.read, costs.pin, costs.copy, costs.compute];
+        let (last, end) = (self.stages.len() - 1, self.runs * self.units);
+        // By stage: when it was done with each unit that it has had, and which of them took slots.
+        let mut done: Vec<Vec<f64>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
+        let mut taken: Vec<Vec<usize>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
+        let mut advanced = true;
+        while advanced && done[last].len() < end {
+            advanced = false;
+            for (number, stage) in self.stages.iter().enumerate() {
+                while done[number].len() < end {
+                    let at = done[number].len();
+                    let unit = at % self.units;
+                    let mut start = done[number].last().copied().unwrap_or(0.0);
+                    if number == last && unit == 0 && at > 0 {
+                        start += self.sleep;
+                    }
+                    if number > 0 {
+                        let batch = self.stages[number - 1].batch;
+                        let complete = at - unit + ((unit / batch + 1) * batch).min(self.units) - 1;
+                        let Some(&arrived) = done[number - 1].get(complete) else { break };
+                        start = start.max(arrived);
+                    }
+                    if stage.takes[unit] {
+                        if let Some(before) = taken[number].len().checked_sub(stage.slots) {
+                            let Some(&free) = done[number + 1].get(taken[number][before]) else { break };
+                            start = start.max(free);
+                        }
+                        taken[number].push(at);
+                    }
+                    let uneven = if stage.kind == 0 { 1.0 + UNEVEN * pseudo_random(at) } else { 1.0 };
+                    done[number].push(start + stage.work[unit] * rates[stage.kind] * uneven);
+                    advanced = true;
+                }
+            }
+        }
+        let (Some(first), Some(all)) = (done[last].get(self.units - 1), done[last].last()) else {
+            return f64::INFINITY;
+        };
+        // Sleep is not measured, but the stages before go on meanwhile.
+        (all - first) / (self.runs - 1) as f64 - self.sleep
+    }
+}
+
+/// From −1 to 1, the same for the same `number`.
+fn pseudo_random(number: usize) -> f64 {
+    let mixed =
+        (number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    (mixed >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+}
+
+/// What is known of the links, and learned with every trial.
+pub(super) struct Forecaster {
+    prior: Costs,
+    costs: Costs,
+}
+
+impl Forecaster {
+    pub(super) fn new(bandwidths: Bandwidths) -> Self {
+        let costs = Costs {
+            read: 1.0 / bandwidths.disk,
+            pin: 1.0 / Bandwidths::default().copy,
+            copy: 1.0 / bandwidths.copy,
+            compute: f64::NAN,
+        };
+        Self { prior: costs, costs }
+    }
+
+    /// Finds the costs at which the trials would have taken the time they took, and which are not far from what was given.
+    pub(super) fn learn(&mut self, trials: &[(&Line, &Trial)]) {
+        let longest = trials.iter().filter_map(|(_, trial)| trial.seconds()).fold(0.0, f64::max);
+        if longest == 0.0 {
+            return;
+        }
+        let off = |costs: Costs| -> f64 {
+            let prior = (costs.each_of(self.prior)).map(|ratio: f64| (ratio.ln() / PRIOR.ln()).powi(2));
+            let trials = trials.iter().map(|(line, trial)| {
+                let ratio = match (trial.seconds(), &trial.outcome) {
+                    (Some(seconds), _) => line.pass(costs) / seconds,
+                    // It took longer, nobody knows how much.
+                    (None, Outcome::Stopped { limit }) => (line.pass(costs) / limit).min(1.0),
+                    _ => 1.0,
+                };
+                (ratio.max(1e-9).ln() / NOISE).powi(2)
+            });
+            prior.iter().sum::<f64>() + trials.sum::<f64>()
+        };
+        // From several places, as this may have more than one valley: computation may take any share of the time.
+        let starts = [0.02, 0.3, 0.9].map(|share| Costs { compute: share * longest, ..self.prior });
+        let known = Some(self.costs).filter(|costs| costs.compute.is_finite());
+        let ends = starts.into_iter().chain(known).map(|start| descend(start, &off));
+        if let Some((costs, _)) = ends.min_by(|a, b| a.1.total_cmp(&b.1)) {
+            self.costs = costs;
+        }
+    }
+
+    /// Seconds that a run will take; before anything was learned, those of the links alone.
+    pub(super) fn forecast(&self, line: &Line) -> f64 {
+        let compute = if self.costs.compute.is_finite() { self.costs.compute } else { 0.0 };
+        line.pass(Costs { compute, ..self.costs })
+    }
+}
+
+impl Costs {
+    /// What was given for the links, as ratios to `prior`. Nothing was for computation.
+    fn each_of(self, prior: Self) -> [f64; 3] {
+        [self.read / prior.read, self.pin / prior.pin, self.copy / prior.copy]
+    }
+}
+
+/// Goes down from `start`, one cost at a time, in steps that become smaller.
+fn descend(start: Costs, off: &impl Fn(Costs) -> f64) -> (Costs, f64) {
+    let (mut here, mut step) = ((start, off(start)), 1.5f64);
+    while step > 1.004 {
+        let before = here.1;
+        for cost in 0..4 {
+            for factor in [step, 1.0 / step] {
+                let mut costs = here.0;
+                *costs.each()[cost] *= factor;
+                let found = off(costs);
+                if found < here.1 {
+                    here = (costs, found);
+                }
+            }
+        }
+        if here.1 >= before {
+            step = step.sqrt();
+        }
+    }
+    here
+}

@@ -1,0 +1,153 @@
+//! A disk of even pace before units that differ: what a search by plan finds there, and what it takes for that.
+
+use std::{
+    env, fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::*;
+use crate::{
+    checkpoint::{Checkpoint, StoredTensor},
+    common,
+    device::{Cpu, Device},
+    dtype::DType,
+    io::faults::{Attempt, Faults},
+    pipeline::LayerStreamer,
+    plan::{CachePolicy, Reader, Unit},
+};
+
+/// Units' sizes, in parts of a pass, and how long disk and layer function take for a part.
+const SIZES: [usize; 12] = [6, 1, 1, 1, 6, 1, 1, 1, 6, 1, 1, 1];
+const PART: usize = 128 << 10;
+const READ: Duration = Duration::from_micros(2200);
+const COMPUTE: Duration = Duration::from_micros(1800);
+
+/// Units that are read from zeros.
+fn units(file: &Path) -> (Checkpoint, Vec<Unit>) {
+    let (mut table, mut units, mut offset) = (Vec::new(), Vec::new(), 0);
+    for (number, size) in SIZES.into_iter().enumerate() {
+        let name = format!("unit {number}");
+        let shape = vec![size * PART];
+        table.push(StoredTensor { name: name.clone(), file: file.into(), offset, dtype: DType::U8, shape });
+        // So far apart that each is read alone.
+        offset += (size * PART + (128 << 10)) as u64;
+        let mut unit = Unit::new(name.clone());
+        unit.keep("weights", name);
+        units.push(unit);
+    }
+    fs::File::options().append(true).open(file).unwrap().set_len(offset).unwrap();
+    (Checkpoint::from_table(table).unwrap(), units)
+}
+
+/// No test, but what the tests start again: a worker, whose last argument is the file to read.
+#[test]
+fn worker_on_a_slow_disk() {
+    worker(|settings| {
+        let (checkpoint, units) = units(Path::new(&env::args().next_back().unwrap()));
+        // Answers are given one at a time, each as late as its size demands.
+        let mut due = Instant::now();
+        Faults::plan(move |attempt: Attempt<'_>| {
+            if !attempt.trial {
+                due = due.max(Instant::now()) + READ.mul_f64(attempt.len as f64 / PART as f64);
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+            attempt.result
+        });
+        let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &units, settings)?;
+        let stream = Cpu.stream()?;
+        Ok::<_, Error>(move || {
+            streamer.run_pass(&stream, (), |(), layer| {
+                thread::sleep(COMPUTE.mul_f64(SIZES[layer.index()] as f64));
+                Ok::<_, Error>(())
+            })
+        })
+    });
+}
+
+fn tuner(file: &Path, values: Values) -> Tuner {
+    let arguments = ["--exact", "tuner::tests::worker_on_a_slow_disk"].map(OsString::from);
+    Tuner {
+        values,
+        common: Settings { reader: Reader::Pread, cache: CachePolicy::Direct, ..Settings::default() },
+        arguments: Some(arguments.into_iter().chain([file.into()]).collect()),
+        patience: Duration::from_secs(60),
+        ..Tuner::default()
+    }
+}
+
+fn ranking(tuner: &Tuner) -> Ranking {
+    let ranking = tuner.run(|_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(ranking.ended, Ended::Complete);
+    let refused = ranking.trials.iter().find(|trial| matches!(trial.outcome, Outcome::Refused { .. }));
+    assert_eq!(refused, None);
+    ranking
+}
+
+/// The runs of two configurations in turn, by their medians: the second's, relative to the first's.
+fn compared(file: &Path, pair: [&Settings; 2]) -> f64 {
+    let mut runs = [vec![], vec![]];
+    for turn in 0..6 {
+        let settings = pair[turn % 2];
+        let values = Values {
+            n_gpu: vec![settings.n_gpu],
+            n_cpu_pinned: vec![settings.n_cpu_pinned],
+            n_cpu: vec![settings.n_cpu],
+            batch_gpu: vec![settings.batch_gpu],
+            batch_cpu_pinned: vec![settings.batch_cpu_pinned],
+            batch_cpu: vec![settings.batch_cpu],
+        };
+        runs[turn % 2].extend_from_slice(ranking(&tuner(file, values)).trials[0].measured());
+    }
+    let [a, b] = runs.map(|mut runs| {
+        runs.sort_by(f64::total_cmp);
+        runs[runs.len() / 2]
+    });
+    b / a
+}
+
+#[test]
+fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
+    let file = tempfile::NamedTempFile::new_in(common::folder().path().parent().unwrap()).unwrap();
+    let (checkpoint, units) = units(file.path());
+    let values = Values {
+        n_gpu: vec![1, 2, 4],
+        n_cpu_pinned: vec![0, 1, 2, 4],
+        n_cpu: vec![0, 1, 3],
+        batch_cpu_pinned: vec![0, 2],
+        ..Values::default()
+    };
+    let grid = tuner(file.path(), values);
+    let plan = Box::new(Plan::new(&checkpoint, &units, &grid.common).unwrap());
+    // Another program's load can spoil a comparison, but hardly three.
+    let found = (0..3).any(|_| {
+        let all = ranking(&grid);
+        // The disk is known to be faster than it is, and what is computed is not known at all.
+        let bandwidths = Bandwidths { disk: 1.5 * PART as f64 / READ.as_secs_f64(), copy: 5e9 };
+        let planned = ranking(&Tuner { search: Search::Plan { plan: plan.clone(), bandwidths }, ..grid.clone() });
+        let runs = |ranking: &Ranking| ranking.trials.iter().map(|trial| trial.runs.len()).sum::<usize>();
+        let (best, slowest) = (all.best().unwrap(), all.trials.iter().filter_map(Trial::seconds).fold(0.0, f64::max));
+        let pick = planned.best().unwrap();
+        assert!(slowest > 1.2 * best.seconds().unwrap(), "the settings do not matter: {all:?}");
+        let ratio = compared(file.path(), [&best.settings, &pick.settings]);
+        println!(
+            "grid: {} configurations, {} runs, {:?} at {:.4} s, the slowest that was not stopped {slowest:.4} s\n\
+             plan: {} configurations, {} runs, {:?} at {:.4} s; {:.3} of the grid's when run in turn",
+            all.trials.len(),
+            runs(&all),
+            best.settings,
+            best.seconds().unwrap(),
+            planned.trials.len(),
+            runs(&planned),
+            pick.settings,
+            pick.seconds().unwrap(),
+            ratio,
+        );
+        for trial in &planned.trials {
+            println!("{:?} {:?}", trial.rank(), trial.settings);
+        }
+        all.trials.len() == all.configurations && 3 * runs(&planned) <= runs(&all) && ratio < 1.03
+    });
+    assert!(found);
+}
