@@ -15,7 +15,7 @@
 //! fn main() -> Result<(), Error> {
 //!     tuner::worker(|settings| {
 //!         let checkpoint = Checkpoint::open("model")?;
-//!         let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, settings)?;
+//!         let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, &settings)?;
 //!         let stream = Cpu.stream()?;
 //!         // One pass. On a GPU it ends with `stream.synchronize()` or the like.
 //!         Ok::<_, Error>(move || streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(/* compute */)))

@@ -55,7 +55,7 @@ fn worker_on_a_slow_disk() {
             }
             attempt.result
         });
-        let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &units, settings)?;
+        let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &units, &settings)?;
         let stream = Cpu.stream()?;
         Ok::<_, Error>(move || {
             streamer.run_pass(&stream, (), |(), layer| {

@@ -50,7 +50,7 @@ pub(super) enum Message {
 ///
 /// The closure runs one pass and returns when the device is done with it: on a GPU it synchronises the stream. An error of
 /// either is reported as the reason why there is no time for these settings, and so is whatever else ends the process.
-pub fn worker<P, E>(setup: impl FnOnce(&Settings) -> Result<P, E>)
+pub fn worker<P, E>(setup: impl FnOnce(Settings) -> Result<P, E>)
 where
     P: FnMut() -> Result<(), E>,
     E: Display,
@@ -89,7 +89,7 @@ fn channel() -> Option<UnixStream> {
     Some(unsafe { UnixStream::from_raw_fd(descriptor) })
 }
 
-fn serve<P, E>(channel: &UnixStream, setup: impl FnOnce(&Settings) -> Result<P, E>) -> std::io::Result<()>
+fn serve<P, E>(channel: &UnixStream, setup: impl FnOnce(Settings) -> Result<P, E>) -> std::io::Result<()>
 where
     P: FnMut() -> Result<(), E>,
     E: Display,
@@ -101,7 +101,7 @@ where
     let mut line = String::new();
     BufReader::new(channel).read_line(&mut line)?;
     let task: Task = serde_json::from_str(&line).map_err(std::io::Error::other)?;
-    let mut pass = match setup(&task.settings) {
+    let mut pass = match setup(task.settings) {
         Ok(pass) => pass,
         Err(error) => return say(&Message::Refused(error.to_string())),
     };
