@@ -25,6 +25,7 @@ use layer_streamer::{
     model::{Decoder, Model, Sequence},
     plan::{Bandwidths, Home, Part},
     trace::Stage,
+    tuner::Record,
 };
 use tokenizers::Tokenizer;
 
@@ -44,7 +45,8 @@ Examples:
   generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
   generate --vram 8GB --ram 32GB --model DIR …         the best plan for so much memory [default: for what is free]
   generate --ram 4GB --model DIR --plan                what that plan is, and no more
-  generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own")]
+  generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own
+  generate --config tuned.json --model DIR …           the fastest that `tune --json tuned.json` found")]
 struct Options {
     /// Folder with config.json, safetensors shards and tokenizer.json
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/speller"), hide_default_value = true)]
@@ -118,6 +120,11 @@ struct Options {
     #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
     home: Option<String>,
 
+    /// The fastest settings of this file, which `tune --json` wrote, with all layers on disk unless --home says otherwise
+    #[arg(long, value_name = "FILE", help_heading = "Pipeline, in place of a budget",
+          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu"])]
+    config: Option<PathBuf>,
+
     /// Print nothing but the text (and errors)
     #[arg(long)]
     quiet: bool,
@@ -128,10 +135,15 @@ struct Options {
 }
 
 impl Options {
-    /// The settings, where any of them or a home is given.
-    fn settings(&self) -> Option<Settings> {
+    /// The settings, where any of them, a file with them or a home is given.
+    fn settings(&self) -> Result<Option<Settings>, Failure> {
+        if let Some(path) = &self.config {
+            let best = Record::read(path)?.best;
+            let none = || format!("--config {}: the search has found no settings that work", path.display());
+            return Ok(Some(best.ok_or_else(none)?));
+        }
         let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];
-        (given.iter().any(Option::is_some) || self.home.is_some()).then(|| {
+        Ok((given.iter().any(Option::is_some) || self.home.is_some()).then(|| {
             let usual = Settings::default();
             Settings {
                 n_gpu: self.n_gpu.unwrap_or(usual.n_gpu),
@@ -142,7 +154,7 @@ impl Options {
                 batch_cpu: self.batch_cpu.unwrap_or(usual.batch_cpu),
                 ..usual
             }
-        })
+        }))
     }
 }
 
@@ -273,7 +285,7 @@ fn plan<D: Kernels>(
     options: &Options,
     context: usize,
 ) -> Result<(Settings, Bandwidths), Failure> {
-    let settings = options.settings();
+    let settings = options.settings()?;
     if settings.is_some() && (options.vram.is_some() || options.ram.is_some()) {
         return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
     }

@@ -1,0 +1,279 @@
+//! The tuner with workers that misbehave in every way, and the `tune` example that is stopped, killed and started again.
+
+mod common;
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{self, File},
+    io::Write,
+    ops::ControlFlow,
+    os::{fd::FromRawFd, unix::process::CommandExt},
+    path::Path,
+    process::{self, Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::example;
+use layer_streamer::{
+    Settings,
+    tuner::{self, Ended, Outcome, Ranking, Record, Trial, Tuner, Values},
+};
+
+const GOOD: usize = 1;
+const GOOD_SLOWER: usize = 2;
+const SLOW: usize = 3;
+const ABORTS: usize = 4;
+const IS_KILLED: usize = 5;
+const EATS_MEMORY: usize = 6;
+const HANGS: usize = 7;
+const HANGS_IN_SET_UP: usize = 8;
+const HANGS_WITH_A_CHILD: usize = 9;
+const TALKS_NONSENSE: usize = 10;
+const REFUSES: usize = 11;
+const FAILS: usize = 12;
+const LEAVES: usize = 13;
+
+/// The patience of these tests' tuners, and how long a slow run takes: far longer.
+const PATIENCE: Duration = Duration::from_secs(2);
+const SLOWLY: Duration = Duration::from_secs(60);
+
+fn hang() -> ! {
+    loop {
+        thread::sleep(Duration::from_secs(1000));
+    }
+}
+
+/// No test, but what the tests start again: a worker that behaves as `n_gpu` says. Its last argument is a mark, to find it by.
+#[test]
+fn worker() {
+    tuner::worker(|settings| {
+        let behaviour = settings.n_gpu;
+        match behaviour {
+            HANGS_IN_SET_UP => hang(),
+            REFUSES => return Err("these settings do not suit me".to_owned()),
+            TALKS_NONSENSE => {
+                let variable = env::var("LAYER_STREAMER_TUNER_WORKER").unwrap();
+                let descriptor = variable.split(',').next().unwrap().parse().unwrap();
+                // SAFETY: the channel's own descriptor, which this process, to be ended soon, shares.
+                let mut channel = unsafe { File::from_raw_fd(descriptor) };
+                channel.write_all(b"{\"took\":\"long\"}\n").unwrap();
+                hang();
+            }
+            _ => {}
+        }
+        let mut runs = 0;
+        Ok(move || {
+            runs += 1;
+            match behaviour {
+                GOOD => thread::sleep(Duration::from_millis(20)),
+                GOOD_SLOWER => thread::sleep(Duration::from_millis(60)),
+                // Not in the first run, which is not measured.
+                SLOW => thread::sleep(if runs == 1 { Duration::from_millis(20) } else { SLOWLY }),
+                ABORTS => process::abort(),
+                // SAFETY: no memory is involved.
+                IS_KILLED => _ = unsafe { libc::kill(libc::getpid(), libc::SIGKILL) },
+                EATS_MEMORY => {
+                    let mut eaten = Vec::new();
+                    loop {
+                        eaten.push(Vec::<u8>::with_capacity(16 << 20));
+                    }
+                }
+                HANGS => hang(),
+                HANGS_WITH_A_CHILD => {
+                    let mark = env::args().next_back().unwrap();
+                    Command::new("sh").args(["-c", "sleep 1000; : $0", &mark]).spawn().unwrap();
+                    hang();
+                }
+                FAILS => return Err("the third layer failed".to_owned()),
+                LEAVES => process::exit(0),
+                _ => unreachable!("no such behaviour"),
+            }
+            Ok(())
+        })
+    });
+}
+
+/// A tuner whose workers bear `mark`.
+fn tuner(mark: &Path, n_gpu: &[usize]) -> Tuner {
+    let arguments = ["--exact", "worker"].map(OsString::from).into_iter().chain([mark.into()]);
+    Tuner {
+        values: Values { n_gpu: n_gpu.to_vec(), ..Values::default() },
+        patience: PATIENCE,
+        memory_limit: Some(1 << 30),
+        arguments: Some(arguments.collect()),
+        ..Tuner::default()
+    }
+}
+
+fn run(tuner: &Tuner) -> Ranking {
+    tuner.run(|_| ControlFlow::Continue(())).unwrap()
+}
+
+fn trial(ranking: &Ranking, n_gpu: usize) -> &Trial {
+    ranking.trials.iter().find(|trial| trial.settings.n_gpu == n_gpu).unwrap()
+}
+
+/// Processes with `mark` in their command line, but this one.
+fn marked(mark: &Path) -> Vec<String> {
+    let mark = mark.to_str().unwrap();
+    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let processes = processes.filter(|id| id.parse() != Ok(process::id()) && id.bytes().all(|b| b.is_ascii_digit()));
+    // One that has ended, and was not waited for by whoever inherited it, has no command line any more.
+    let lines = processes
+        .filter_map(|id| Some(String::from_utf8_lossy(&fs::read(format!("/proc/{id}/cmdline")).ok()?).into_owned()));
+    lines.filter(|line| line.contains(mark)).collect()
+}
+
+/// Nothing with `mark` runs any more, or will not in a moment.
+fn nothing_is_left(mark: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !marked(mark).is_empty() {
+        assert!(Instant::now() < deadline, "left behind: {:?}", marked(mark));
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() {
+    let folder = common::folder();
+    let all: Vec<_> = (GOOD_SLOWER..=LEAVES).filter(|behaviour| *behaviour != SLOW).chain([GOOD]).collect();
+    let ranking = run(&tuner(folder.path(), &all));
+    nothing_is_left(folder.path());
+    assert_eq!((ranking.ended, ranking.trials.len()), (Ended::Complete, all.len()));
+    assert_eq!(ranking.best().unwrap().settings.n_gpu, GOOD, "{ranking:?}");
+    assert_eq!(trial(&ranking, GOOD_SLOWER).outcome, Outcome::Done);
+    for (behaviour, reason) in [
+        (ABORTS, "ended before it was done (signal: 6 (SIGABRT)"),
+        (IS_KILLED, "ended before it was done (signal: 9 (SIGKILL)"),
+        (EATS_MEMORY, "memory allocation of "),
+        (HANGS, "hung: run 1 took more than 2 s; killed"),
+        (HANGS_IN_SET_UP, "hung: its set-up took more than 2 s; killed"),
+        (HANGS_WITH_A_CHILD, "hung: run 1 took more than 2 s; killed"),
+        (TALKS_NONSENSE, "wrote nonsense on its channel: \"{\\\"took\\\":\\\"long\\\"}\\n\""),
+        (REFUSES, "these settings do not suit me"),
+        (FAILS, "the third layer failed"),
+        (LEAVES, "ended before it was done (exit status: 0)"),
+    ] {
+        let Outcome::Refused { reason: found } = &trial(&ranking, behaviour).outcome else {
+            panic!("{:?}", trial(&ranking, behaviour));
+        };
+        println!("{behaviour}: {found}");
+        assert!(found.contains(reason), "{behaviour}: {found:?} for {reason:?}");
+    }
+}
+
+#[test]
+fn a_slow_configuration_ends_during_its_first_slow_run() {
+    let folder = common::folder();
+    let patient = Tuner { patience: 10 * SLOWLY, ..tuner(folder.path(), &[GOOD, SLOW]) };
+    let start = Instant::now();
+    let ranking = run(&patient);
+    let taken = start.elapsed();
+    println!("{:.2} s in all, of a run that takes {} s", taken.as_secs_f64(), SLOWLY.as_secs());
+    assert!(taken < SLOWLY / 6, "{taken:?}");
+    let slow = trial(&ranking, SLOW);
+    assert!(matches!(slow.outcome, Outcome::Stopped { limit } if limit < 1.0), "{slow:?}");
+    assert_eq!(slow.runs.len(), 1, "the first, which is not measured");
+    nothing_is_left(folder.path());
+}
+
+#[test]
+fn a_search_that_is_cancelled_or_out_of_time_ends_at_once_and_leaves_nothing() {
+    let folder = common::folder();
+    let patient = Tuner { patience: 10 * SLOWLY, ..tuner(folder.path(), &[HANGS]) };
+    let start = Instant::now();
+    let mut asked = 0;
+    let cancelled = patient.run(|_| {
+        asked += 1;
+        if asked < 5 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    assert_eq!(cancelled.unwrap().ended, Ended::Cancelled);
+    let limited = Tuner { time_limit: Some(Duration::from_millis(300)), ..patient };
+    let ranking = run(&limited);
+    assert_eq!((ranking.ended, ranking.trials.len()), (Ended::TimeUp, 0));
+    assert!(start.elapsed() < SLOWLY / 6, "{:?}", start.elapsed());
+    nothing_is_left(folder.path());
+}
+
+#[test]
+fn options_that_make_no_sense_are_refused_before_anything_is_started() {
+    let folder = common::folder();
+    let usual = tuner(folder.path(), &[GOOD]);
+    for (tuner, cause) in [
+        (Tuner { runs: 1, ..usual.clone() }, "the first is not measured"),
+        (Tuner { values: Values { n_cpu: vec![], ..Values::default() }, ..usual.clone() }, "at least one"),
+        (Tuner { record: Some(folder.path().join("no/where")), ..usual }, "no/where"),
+    ] {
+        let said = tuner.run(|_| panic!("something happened")).unwrap_err().to_string();
+        assert!(said.contains(cause), "{said}");
+    }
+}
+
+/// The example on the speller, with a small grid whose workers bear the record's path. Pauses make it last.
+fn tune(record: &Path, sleep: &str) -> Child {
+    let mut command = example("tune");
+    command.args(["--device", "cpu", "--n-gpu", "1,2", "--n-cpu-pinned", "0,1,2", "--n-cpu", "0", "--runs", "3"]);
+    command.args(["--sleep", sleep, "--json"]).arg(record).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.process_group(0).spawn().unwrap()
+}
+
+/// Waits until the record holds so many trials, the worker of the next being on its way.
+fn recorded(record: &Path, count: usize) -> Vec<Trial> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Ok(found) = Record::read(record)
+            && found.trials.len() >= count
+            && !marked(record).is_empty()
+        {
+            return found.trials;
+        }
+        assert!(Instant::now() < deadline, "no {count} trials");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_search_stopped_by_ctrl_c_or_killed_leaves_no_process_and_goes_on_without_repeating_anything() {
+    let folder = common::folder();
+    let record = folder.path().join("record.json");
+    let mut before = Vec::new();
+    for (signal, count) in [(libc::SIGINT, 1), (libc::SIGKILL, 3)] {
+        let mut child = tune(&record, "0.3");
+        let trials = recorded(&record, count);
+        assert_eq!(trials[..before.len()], before, "what was on record is done again");
+        // SAFETY: no memory is involved; the child has not been waited for.
+        unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), if signal == libc::SIGINT { Some(130) } else { None }, "{status}");
+        nothing_is_left(&record);
+        before = Record::read(&record).unwrap().trials;
+        assert!(before.len() < 6, "the search was over before it was ended");
+    }
+    let done = tune(&record, "0.3").wait_with_output().unwrap();
+    assert!(done.status.success());
+    let found = Record::read(&record).unwrap();
+    assert_eq!(found.trials[..before.len()], before, "what was on record is done again");
+    let distinct = |trial: &Trial| found.trials.iter().filter(|other| other.settings == trial.settings).count() == 1;
+    assert!(found.trials.len() == 6 && found.trials.iter().all(distinct), "{found:?}");
+    let said = String::from_utf8(done.stdout).unwrap();
+    assert!(said.contains("best: ") && said.contains("--config"), "{said}");
+    nothing_is_left(&record);
+
+    // Its answer is what `generate` then uses.
+    let best: Settings = found.best.unwrap();
+    let mut command = example("generate");
+    command.args(["--device", "cpu", "4096=", "--config"]).arg(&record);
+    let generated = command.output().unwrap();
+    let said = String::from_utf8_lossy(&generated.stderr).into_owned();
+    assert_eq!(String::from_utf8_lossy(&generated.stdout), " four thousand ninety-six\n", "{said}");
+    assert!(said.contains(&format!("{} GPU slots", best.n_gpu + 1)), "{said} for {best:?}");
+    for (text, cause) in [("{}", "is no record of a search"), ("", "is no record of a search")] {
+        fs::write(&record, text).unwrap();
+        let mut command = example("generate");
+        let refused = command.args(["--device", "cpu", "4096=", "--config"]).arg(&record).output().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.starts_with("error: ") && said.contains(cause), "{said}");
+    }
+}
