@@ -83,6 +83,9 @@ enum ls_status
     LS_CUDA = 16,
     // This build or machine cannot do it.
     LS_UNSUPPORTED = 17,
+    // The device did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
+    // that was lent must not be freed or used before the process ends.
+    LS_LEAKED = 18,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -352,8 +355,8 @@ typedef struct ls_streamer_options {
     // What `log` is given.
     void *log_user;
     // Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
-    // of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (if the log then says that
-    // the device did not answer, for good). It should be present: first touch is slower than a disk.
+    // of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (for good if
+    // the close says LS_LEAKED). It should be present: first touch is slower than a disk.
     void *ram_memory;
     // Its length in bytes.
     size_t ram_bytes;
@@ -627,7 +630,8 @@ ls_status ls_streamer_open(struct ls_device device,
                            struct ls_streamer *streamer);
 
 // Stops the threads, waits until the device is done with the layers that were released, frees everything. LS_LAYERS_HELD,
-// and nothing happens, while layers are held.
+// and nothing happens, while layers are held. LS_LEAKED where the device does not answer: the handle is closed, but memory that
+// was lent must stay.
 ls_status ls_streamer_close(struct ls_streamer streamer);
 
 // Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for

@@ -99,6 +99,15 @@ pub enum Error {
         /// The layer's name.
         layer: String,
     },
+    /// The device did not answer when a streamer was closed, and may use its memory still.
+    #[error(
+        "the device did not answer when the streamer was closed: {bytes} bytes stay reserved, and what was lent must stay as it is; \
+         end the process to have them back"
+    )]
+    Leaked {
+        /// Of RAM and of the device's memory.
+        bytes: usize,
+    },
     /// The pass was cancelled from another thread.
     #[error("the pass was cancelled; the next one starts afresh")]
     Cancelled,

@@ -39,7 +39,7 @@ fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
     }
     assert_eq!(device.allocate("a test", 1).err().expect("the context is lost").to_string(), first);
     assert_eq!(device.bind_thread().unwrap_err().to_string(), first);
-    drop(streamer);
+    assert!(matches!(streamer.close(), Err(Error::Leaked { bytes }) if bytes > 60_000));
     drop(stream);
     assert!(start.elapsed().as_secs() < 10, "it took {:?}", start.elapsed());
     // The checkpoint holds files open as well.

@@ -75,6 +75,7 @@ fn a_leaked_layer_is_an_error_that_names_it_and_drop_still_ends() {
     let refused = streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap_err().to_string();
     assert!(refused.contains("unit 0"), "{refused}");
     assert!(matches!(streamer.rewind(), Err(Error::LayerLeaked { .. })));
+    assert!(matches!(streamer.close(), Err(Error::Leaked { .. })));
 }
 
 #[test]

@@ -53,12 +53,15 @@ pub enum ls_status {
     LS_CUDA = 16,
     /// This build or machine cannot do it.
     LS_UNSUPPORTED = 17,
+    /// The device did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
+    /// that was lent must not be freed or used before the process ends.
+    LS_LEAKED = 18,
 }
 
 use ls_status::*;
 
 /// Every status with its name, in order.
-const NAMES: [(ls_status, &CStr); 18] = [
+const NAMES: [(ls_status, &CStr); 19] = [
     (LS_OK, c"LS_OK"),
     (LS_NULL, c"LS_NULL"),
     (LS_INVALID, c"LS_INVALID"),
@@ -77,6 +80,7 @@ const NAMES: [(ls_status, &CStr); 18] = [
     (LS_KERNEL, c"LS_KERNEL"),
     (LS_CUDA, c"LS_CUDA"),
     (LS_UNSUPPORTED, c"LS_UNSUPPORTED"),
+    (LS_LEAKED, c"LS_LEAKED"),
 ];
 
 /// Version of this header: programs compiled with one run with any library of the same major and minor number.
@@ -142,6 +146,7 @@ impl From<Error> for Failure {
             Error::Thread { .. } => LS_THREAD,
             Error::NoTensor { .. } => LS_NO_TENSOR,
             Error::LayersHeld { .. } | Error::LayerLeaked { .. } => LS_LAYERS_HELD,
+            Error::Leaked { .. } => LS_LEAKED,
             Error::Cancelled => LS_CANCELLED,
             Error::Kernel { .. } => LS_KERNEL,
             Error::Cuda { .. } => LS_CUDA,

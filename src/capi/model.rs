@@ -141,7 +141,8 @@ pub unsafe extern "C" fn ls_model_open(
             decoder.streamer().track_progress(move |now| progress.report(now));
         }
         if let Some(log) = &chosen.log {
-            log.opened(&decoder.streamer().stats());
+            let memory = Decoder::memory(&device, &model, settings, options.batch, context)?;
+            log.opened(&memory, &decoder.streamer().stats());
         }
         let canceller = decoder.streamer().canceller();
         let made = Opened { decoder: RefCell::new(decoder), batch: options.batch };

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     pipeline::{Lent, Progress},
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Plan, Reader, Settings, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Part, Plan, Reader, Settings, Unit},
     trace::{Mark, Observer, Stats},
 };
 
@@ -155,8 +155,8 @@ pub struct ls_streamer_options {
     /// What `log` is given.
     pub log_user: *mut c_void,
     /// Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
-    /// of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (if the log then says that
-    /// the device did not answer, for good). It should be present: first touch is slower than a disk.
+    /// of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (for good if
+    /// the close says LS_LEAKED). It should be present: first touch is slower than a disk.
     pub ram_memory: *mut c_void,
     /// Its length in bytes.
     pub ram_bytes: usize,
@@ -344,8 +344,12 @@ impl Log {
         unsafe { (self.0.function)(self.0.user, level as i32, message.as_ptr()) };
     }
 
-    /// How a streamer that was just opened reads.
-    pub(super) fn opened(&self, stats: &Stats) {
+    /// What was just opened takes, and how it reads.
+    pub(super) fn opened(&self, memory: &[Part], stats: &Stats) {
+        for Part { what, bytes, on_device } in memory {
+            let place = if *on_device { "on the device" } else { "in RAM" };
+            self.say(ls_log_level::LS_LOG_INFO, format!("{what}: {bytes} bytes {place}"));
+        }
         let Stats { reader, reader_reason: reason, .. } = stats;
         let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
         self.say(ls_log_level::LS_LOG_INFO, format!("reads by {reader}{why}"));

@@ -167,7 +167,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         });
         let named = named.collect::<Result<_>>()?;
         if let Some(log) = &chosen.log {
-            log.opened(&streamer.stats());
+            log.opened(&streamer.plan().memory(), &streamer.stats());
         }
         let canceller = streamer.canceller();
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
@@ -180,10 +180,11 @@ pub unsafe extern "C" fn ls_streamer_open(
 }
 
 /// Stops the threads, waits until the device is done with the layers that were released, frees everything. LS_LAYERS_HELD,
-/// and nothing happens, while layers are held.
+/// and nothing happens, while layers are held. LS_LEAKED where the device does not answer: the handle is closed, but memory that
+/// was lent must stay.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
-    border(|| STREAMERS.close(streamer.id, Streamer::may_close).map(drop))
+    border(|| Ok(STREAMERS.close(streamer.id, Streamer::may_close)?.streamer.close()?))
 }
 
 /// Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for

@@ -64,6 +64,8 @@ pub struct LayerStreamer<D: Device> {
     host: ManuallyDrop<Arc<HostMemory>>,
     memory: ManuallyDrop<Arc<DeviceMemory<D>>>,
     threads: Vec<JoinHandle<bool>>,
+    /// Whether all that was given back already.
+    ended: bool,
 }
 
 /// Cancels passes from any thread. It may outlive the streamer, and does nothing then.
@@ -149,6 +151,7 @@ impl<D: Device> LayerStreamer<D> {
             host: ManuallyDrop::new(host.clone()),
             memory: ManuallyDrop::new(memory.clone()),
             threads: Vec::with_capacity(3),
+            ended: false,
         };
         // From here on an error drops the streamer, which stops whatever has started.
         // SAFETY: the read stage owns the engine, and after it its own handle of the memory.
@@ -315,8 +318,20 @@ impl<D: Device> LayerStreamer<D> {
     }
 }
 
-impl<D: Device> Drop for LayerStreamer<D> {
-    fn drop(&mut self) {
+impl<D: Device> LayerStreamer<D> {
+    /// Drops it, and says how that went.
+    ///
+    /// # Errors
+    /// [`Error::Leaked`] if the device did not answer, or a layer was leaked: memory that something may still use is not freed.
+    pub fn close(mut self) -> Result<()> {
+        self.end()
+    }
+
+    /// Stops the threads and gives everything back; once.
+    fn end(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
         self.control.stop();
         let mut idle = self.device.bind_thread().is_ok();
         for thread in self.threads.drain(..) {
@@ -326,15 +341,24 @@ impl<D: Device> Drop for LayerStreamer<D> {
         idle &= self.memory.all_events().all(|event| self.device.synchronize(event).is_ok());
         // A leaked layer's work has no event to wait for.
         idle &= !self.compute.get_mut().holds_layers();
-        if idle {
-            // SAFETY: nothing else drops these, and the threads and the device are done with the memory.
-            unsafe {
-                ManuallyDrop::drop(&mut self.registration);
-                ManuallyDrop::drop(&mut self.host);
-                ManuallyDrop::drop(&mut self.memory);
-            }
-        } else {
-            self.control.trace.mark(&Mark::Leaked { bytes: self.host.bytes() + self.memory.bytes });
+        if !idle {
+            let bytes = self.host.bytes() + self.memory.bytes;
+            self.control.trace.mark(&Mark::Leaked { bytes });
+            return Err(Error::Leaked { bytes });
         }
+        // SAFETY: this is done once, nothing uses the fields after it, and the threads and the device are done with the memory.
+        unsafe {
+            ManuallyDrop::drop(&mut self.registration);
+            ManuallyDrop::drop(&mut self.host);
+            ManuallyDrop::drop(&mut self.memory);
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Drop for LayerStreamer<D> {
+    fn drop(&mut self) {
+        // Observers are told.
+        let _ = self.end();
     }
 }
