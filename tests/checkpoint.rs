@@ -202,6 +202,21 @@ proptest! {
 }
 
 /// A size, mostly small, sometimes near the end of arithmetic.
+#[test]
+fn rows_of_a_matrix_are_tensors_of_their_own_where_that_is_asked_for() {
+    let file = file_of(&[record("m", "U8", &[7, 3], 0, 21), record("v", "U8", &[4], 21, 25)], 25);
+    let checkpoint = open_single(file).unwrap();
+    let start = checkpoint.location("m").unwrap().1;
+    let (cut, parts) = checkpoint.with_rows("m", 3).unwrap();
+    let found =
+        parts.iter().map(|name| (cut.describe(name).unwrap().1.to_vec(), cut.location(name).unwrap().1 - start));
+    assert_eq!(found.collect::<Vec<_>>(), [(vec![3, 3], 0), (vec![3, 3], 9), (vec![1, 3], 18)]);
+    assert!(cut.describe("m").is_some() && checkpoint.describe(&parts[0]).is_none());
+    assert_eq!(checkpoint.with_rows("m", 100).unwrap().1.len(), 1);
+    assert_refused(checkpoint.with_rows("v", 1), &["v", "no rows"]);
+    assert_refused(checkpoint.with_rows("w", 1), &["w", "is not in the checkpoint"]);
+}
+
 fn extent() -> impl Strategy<Value = usize> {
     prop_oneof![8 => 0..4usize, 1 => sample::select(&[1 << 61, 1 << 62, 1 << 63, !1, !0][..])]
 }

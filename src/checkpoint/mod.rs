@@ -191,8 +191,11 @@ impl Checkpoint {
     }
 
     /// The same table, in which the rows of the matrix `name` are tensors of their own besides, `rows` at a time, under the names
-    /// that are returned, in order.
-    pub(crate) fn with_rows(&self, name: &str, rows: usize) -> Result<(Self, Vec<String>)> {
+    /// that are returned, in order: for units of a part of an output head, say.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is no such tensor, or it is no matrix.
+    pub fn with_rows(&self, name: &str, rows: usize) -> Result<(Self, Vec<String>)> {
         let (mut table, whole) = ((*self.0).clone(), self.entry(name)?.clone());
         let [height, width] = whole.shape[..] else {
             return Err(Error::tensor(&self.0.source, name, format!("has the shape {:?}, no rows", whole.shape)));

@@ -1,7 +1,7 @@
 //! Finds the fastest settings by measuring them, each configuration in a process of its own, so that running out of memory, a
 //! crash or a hang costs that configuration alone.
 //!
-//! The program starts itself again for that. The call of [`worker`] at the top of its `main` takes over in those processes:
+//! The program starts itself again for that. The call of [`worker()`] at the top of its `main` takes over in those processes:
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;

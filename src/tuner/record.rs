@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(record(&[]).limit(false), None);
         let stopped = trial(9, &[1.0, 0.1], Outcome::Stopped { limit: 0.05 });
         let calm = trial(1, &[9.0, 2.0, 2.0], Outcome::Done);
-        assert_eq!(record(&[stopped.clone()]).limit(false), None);
+        assert_eq!(record(std::slice::from_ref(&stopped)).limit(false), None);
         let found = record(&[stopped.clone(), calm.clone()]);
         assert!((found.limit(false).unwrap() - 2.2).abs() < 1e-9 && found.limit(true) == Some(2.0));
         // A standard deviation of a tenth of the mean.
