@@ -112,7 +112,7 @@ struct Options {
 }
 
 fn share(text: &str) -> Result<f64, &'static str> {
-    text.parse().ok().filter(|share| (0.0..=100.0).contains(share)).ok_or("give percent from 0 to 100")
+    text.parse().ok().filter(|share| (0.0..=1e6).contains(share)).ok_or("give percent from 0 up")
 }
 
 #[derive(Clone, Copy, ValueEnum)]
