@@ -18,7 +18,7 @@
 //!         let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, &settings)?;
 //!         let stream = Cpu.stream()?;
 //!         // One pass. On a GPU it ends with `stream.synchronize()` or the like.
-//!         Ok::<_, Error>(move || streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(/* compute */)))
+//!         Ok::<_, Error>(move || streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(/* compute here */ ())))
 //!     });
 //!     let values = Values { n_gpu: vec![1, 2, 4], n_cpu_pinned: vec![0, 1, 2, 4, 8], ..Values::default() };
 //!     let tuner = Tuner { values, record: Some("tuned.json".into()), ..Tuner::default() };
