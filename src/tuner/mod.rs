@@ -17,7 +17,7 @@
 //!         let checkpoint = Checkpoint::open("model")?;
 //!         let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, &settings)?;
 //!         let stream = Cpu.stream()?;
-//!         // One pass. On a GPU it ends with `stream.synchronize()` or the like.
+//!         // One pass. On a GPU it ends with `device.drain(&stream)`.
 //!         Ok::<_, Error>(move || streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(/* compute here */ ())))
 //!     });
 //!     let values = Values { n_gpu: vec![1, 2, 4], n_cpu_pinned: vec![0, 1, 2, 4, 8], ..Values::default() };

@@ -48,7 +48,7 @@ pub(super) enum Message {
 /// the streamer, or whatever the host has on top of one, with the settings given, runs the closure that this returns once per
 /// run, and ends the process. In any other process it returns at once.
 ///
-/// The closure runs one pass and returns when the device is done with it: on a GPU it synchronises the stream. An error of
+/// The closure runs one pass and returns when the device is done with it: on a GPU it [drains](crate::device::Device::drain) the stream. An error of
 /// either is reported as the reason why there is no time for these settings, and so is whatever else ends the process.
 pub fn worker<P, E>(setup: impl FnOnce(Settings) -> Result<P, E>)
 where
