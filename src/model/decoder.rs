@@ -189,7 +189,7 @@ impl<D: Kernels> Decoder<D> {
         let work = Workspace::new(device, "activations", &work_layout)?;
         let exchange = Exchange::new(device, "tokens on their way", most(batch, context).words())?;
         let rows = match model.tables.reads_rows() {
-            true => Some(EmbeddingRows::new(device, &model.checkpoint, EMBED, batch * context)?),
+            true => Some(EmbeddingRows::new(device, &model.checkpoint, EMBED, precision.weight, batch * context)?),
             false => None,
         };
         let streamer =

@@ -75,8 +75,9 @@ pub(super) struct EmbeddingRows<D: Device> {
     path: std::path::PathBuf,
     offset: u64,
     dtype: DType,
-    /// One row as it is stored.
+    /// One row as it is stored, and in the type that the table would have on the device: results do not depend on where it is.
     row: Vec<u8>,
+    rounded: (DType, Vec<u8>),
     exchange: Exchange<D>,
 }
 
@@ -86,8 +87,16 @@ impl<D: Device> EmbeddingRows<D> {
         Exchange::<D>::bytes(tokens.min(BLOCK).saturating_mul(width))
     }
 
-    pub(super) fn new(device: &D, checkpoint: &Checkpoint, name: &'static str, tokens: usize) -> Result<Self> {
+    /// For passes of up to so many tokens, from a table whose type on the device would be `weight`, or that of the file.
+    pub(super) fn new(
+        device: &D,
+        checkpoint: &Checkpoint,
+        name: &'static str,
+        weight: Option<DType>,
+        tokens: usize,
+    ) -> Result<Self> {
         let (entry, width) = (checkpoint.entry(name)?, checkpoint.entry(name)?.shape[1]);
+        let weight = weight.unwrap_or(entry.dtype);
         let (path, state) = checkpoint.file_states().nth(entry.file).expect("an entry's file is in the table");
         let file = File::open(path).map_err(Error::io("open", path))?;
         if FileState::of(&file.metadata().map_err(Error::io("examine", path))?) != state {
@@ -100,6 +109,7 @@ impl<D: Device> EmbeddingRows<D> {
             offset: entry.offset,
             dtype: entry.dtype,
             row: vec![0; width * entry.dtype.size()],
+            rounded: (weight, vec![0; width * weight.size()]),
             exchange: Exchange::new(device, "embedding rows on their way", tokens.min(BLOCK) * width)?,
         })
     }
@@ -114,7 +124,7 @@ impl<D: Device> EmbeddingRows<D> {
     ) -> Result<()> {
         let (width, mut ids, mut first) = (self.row.len() / self.dtype.size(), ids.peekable(), 0);
         while ids.peek().is_some() {
-            let Self { file, name, path, offset, dtype, row, exchange } = self;
+            let Self { file, name, path, offset, dtype, row, rounded: (weight, rounded), exchange } = self;
             let words = exchange.words()?;
             let mut count = 0;
             for (id, words) in ids.by_ref().take(words.len() / width).zip(words.chunks_exact_mut(width)) {
@@ -126,7 +136,8 @@ impl<D: Device> EmbeddingRows<D> {
                     offset: at,
                     source: Arc::new(source),
                 })?;
-                widen(*dtype, row, words);
+                dtype::convert(*dtype, row, *weight, rounded);
+                widen(*weight, rounded, words);
                 count += 1;
             }
             exchange.send(work.write(to, first * width, &[count, width])?, stream)?;
