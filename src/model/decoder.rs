@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
     pipeline::{Layer, LayerStreamer, StaticTensors},
-    plan::{Bandwidths, Besides, Budget, Forecast, Part, Plan, Settings, UnitPlan},
+    plan::{Part, Plan, Settings, UnitPlan},
     trace::Observer,
 };
 
@@ -235,7 +235,7 @@ impl<D: Kernels> Decoder<D> {
     }
 
     /// What is reserved besides the streamer's part.
-    fn besides(device: &D, model: &Model, batch: usize, context: usize) -> Result<Vec<Part>> {
+    pub(super) fn besides(device: &D, model: &Model, batch: usize, context: usize) -> Result<Vec<Part>> {
         check_size(model, batch, context)?;
         let precision = device.precision();
         let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
@@ -254,47 +254,6 @@ impl<D: Kernels> Decoder<D> {
         .into_iter()
         .chain(rows)
         .collect())
-    }
-
-    /// The settings with which the model runs fastest within `budget`, for which its layers are given homes and its
-    /// [tables](Model::tables) their place.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
-    pub fn fit(
-        device: &D,
-        model: &mut Model,
-        budget: Budget,
-        bandwidths: Bandwidths,
-        batch: usize,
-        context: usize,
-    ) -> Result<Settings> {
-        let plan = |tables: Tables| -> Result<(Model, Settings, Forecast)> {
-            let mut model = Model { tables, ..model.clone() };
-            let mut besides = Besides::default();
-            for part in Self::besides(device, &model, batch, context)? {
-                let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
-                *bytes = bytes.saturating_add(part.bytes);
-            }
-            let (homes, settings) =
-                budget.plan(model.source(), &model.units_for(device.precision()), besides, bandwidths)?;
-            model.settle(homes);
-            let forecast = Self::plan(device, &model, &settings)?.forecast(bandwidths);
-            Ok((model, settings, forecast))
-        };
-        let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
-        let mut best = plan(Tables::OnDevice);
-        for tables in [Tables::EmbeddingInFile, Tables::HeadStreamed] {
-            let found = plan(tables);
-            // Of errors the last: it names the least of all minimums.
-            if best.as_ref().map_or(true, |(.., best)| found.as_ref().is_ok_and(|(.., found)| time(found) < time(best)))
-            {
-                best = found;
-            }
-        }
-        let (fitted, settings, _) = best?;
-        *model = fitted;
-        Ok(settings)
     }
 
     /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values.

@@ -3,6 +3,7 @@
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
 use super::{
+    Decoder, Model,
     decoder::BLOCK,
     exchange::Exchange,
     workspace::{Region, Workspace},
@@ -12,7 +13,8 @@ use crate::{
     device::Device,
     dtype::{self, DType},
     error::{Error, Result},
-    plan::Unit,
+    kernels::Kernels,
+    plan::{Bandwidths, Besides, Budget, Forecast, Settings, Unit},
 };
 
 /// Where the embedding table and the output head live.
@@ -30,12 +32,68 @@ pub enum Tables {
 }
 
 impl Tables {
+    /// Of equally fast ones the first is taken.
+    const ALL: [Self; 3] = [Self::OnDevice, Self::EmbeddingInFile, Self::HeadStreamed];
+
     pub(super) fn reads_rows(self) -> bool {
         self != Self::OnDevice
     }
 
     pub(super) fn streams_head(self) -> bool {
         self == Self::HeadStreamed
+    }
+}
+
+impl<D: Kernels> Decoder<D> {
+    /// The settings with which the model runs fastest within `budget`, for which its layers are given homes and its
+    /// [tables](Model::tables) their place.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
+    pub fn fit(
+        device: &D,
+        model: &mut Model,
+        budget: Budget,
+        bandwidths: Bandwidths,
+        batch: usize,
+        context: usize,
+    ) -> Result<Settings> {
+        let precision = device.precision();
+        let with = |tables: Tables| -> Result<(Model, Besides)> {
+            let model = Model { tables, ..model.clone() };
+            let mut besides = Besides::default();
+            for part in Self::besides(device, &model, batch, context)? {
+                let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
+                *bytes = bytes.saturating_add(part.bytes);
+            }
+            Ok((model, besides))
+        };
+        let plan = |tables: Tables| -> Result<(Model, Settings, Forecast)> {
+            let (mut model, besides) = with(tables)?;
+            let (homes, settings) = budget.plan(model.source(), &model.units_for(precision), besides, bandwidths)?;
+            model.settle(homes);
+            let forecast = Self::plan(device, &model, &settings)?.forecast(bandwidths);
+            Ok((model, settings, forecast))
+        };
+        let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
+        let mut best: Option<(Model, Settings, Forecast)> = None;
+        for found in Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok()) {
+            if best.as_ref().is_none_or(|(.., best)| time(&found.2) < time(best)) {
+                best = Some(found);
+            }
+        }
+        // Where none fits, the error of that which lacks least of the device's memory, then of RAM.
+        let lacking = |tables: Tables| -> Result<(usize, usize)> {
+            let (model, besides) = with(tables)?;
+            let least = budget.least(model.source(), &model.units_for(precision), besides)?;
+            let device = least.device_bytes.zip(budget.device_bytes).map(|(least, given)| least.saturating_sub(given));
+            Ok((device.unwrap_or(0), least.host_bytes))
+        };
+        let nearest =
+            || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables).unwrap_or((usize::MAX, usize::MAX)));
+        let (fitted, settings, _) = best.map_or_else(|| plan(nearest().unwrap_or_default()), Ok)?;
+        *model = fitted;
+        Ok(settings)
     }
 }
 

@@ -5,7 +5,8 @@
 //! distances, so that the disk and the link work all the time while rings stay short.
 //!
 //! [`choose`] goes through a family of plans that does not depend on the budget, and takes the fastest that fits. Hence more
-//! memory is never slower, and no plan is slower than the rings alone, which are one of the family.
+//! memory is never slower, and no plan is slower than the rings alone, which are one of the family: but for the sixty-fourth
+//! in which units that count as alike may differ.
 
 use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, Settings, Unit, UnitPlan, staging_bytes};
 use crate::{

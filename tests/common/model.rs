@@ -61,6 +61,64 @@ pub fn with_more_tokens(name: &str, folder: &Path) {
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
 }
 
+/// The dimensions of a Llama.
+#[derive(Debug)]
+pub struct Dimensions {
+    pub hidden: usize,
+    pub ffn: usize,
+    pub layers: usize,
+    /// Of queries, and of keys and values.
+    pub heads: [usize; 2],
+    pub vocab: usize,
+    pub tied: bool,
+}
+
+/// A model on paper: a file of BF16 that is all hole but for its header.
+pub fn hollow(dimensions: &Dimensions, folder: &Path) {
+    let &Dimensions { hidden, ffn, layers, heads: [heads, kv_heads], vocab, tied } = dimensions;
+    let config = serde_json::json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+    });
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    if !tied {
+        tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
+    }
+    let kv = hidden / heads * kv_heads;
+    for layer in 0..layers {
+        for (name, rows, columns) in [
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", kv, hidden),
+            ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", ffn, hidden),
+            ("mlp.up_proj", ffn, hidden),
+            ("mlp.down_proj", hidden, ffn),
+        ] {
+            tensors.push((format!("model.layers.{layer}.{name}.weight"), vec![rows, columns]));
+        }
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            tensors.push((format!("model.layers.{layer}.{name}.weight"), vec![hidden]));
+        }
+    }
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in tensors {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>();
+        header.insert(name, serde_json::json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let path = folder.join("model.safetensors");
+    fs::write(&path, [&(header.len() as u64).to_le_bytes(), header.as_slice()].concat()).unwrap();
+    fs::File::options().append(true).open(&path).unwrap().set_len((8 + header.len() + end) as u64).unwrap();
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
 /// What transformers computed for a reference checkpoint.
 pub struct Expected {
     pub prompt: Vec<u32>,
