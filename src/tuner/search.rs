@@ -12,7 +12,7 @@ const WORTH: f64 = 0.03;
 /// Of configurations forecast to be equally fast but for this share, that which takes the least memory is tried first.
 const ALIKE: f64 = 0.01;
 
-/// How far off the first forecasts are taken to be; then it is seen.
+/// How far off forecasts are taken to be at first; half of that after one that was seen to be right, a third after two, …
 const FIRST_ERROR: f64 = 0.1;
 
 /// The order of the search.
@@ -98,17 +98,19 @@ impl Planned {
             }
         }
         self.forecaster.learn(&trials);
-        let forecasts: Vec<_> = left.iter().map(|number| self.forecaster.forecast(&self.lines[*number])).collect();
-        let least = forecasts.iter().copied().fold(f64::INFINITY, f64::min);
-        let alike = left.iter().zip(forecasts).filter(|(_, forecast)| *forecast <= least * (1.0 + ALIKE));
-        let (&number, forecast) = alike.min_by_key(|(number, _)| bytes(number))?;
+        // By the costs that suit each best, among those that explain what was seen: what may win by them is worth a trial.
+        let hopes: Vec<_> = left.iter().map(|number| self.forecaster.hope(&self.lines[*number])).collect();
+        let least = hopes.iter().copied().fold(f64::INFINITY, f64::min);
+        let alike = left.iter().zip(hopes).filter(|(_, hope)| *hope <= least * (1.0 + ALIKE));
+        let (&number, hope) = alike.min_by_key(|(number, _)| bytes(number))?;
         let recent = &self.errors[self.errors.len().saturating_sub(2)..];
-        let error = recent.iter().copied().reduce(f64::max).unwrap_or(FIRST_ERROR);
+        let seen = recent.iter().copied().fold(0.0, f64::max);
+        let error = seen.max(FIRST_ERROR / (1 + self.errors.len()) as f64);
         let best = record.best_trial().and_then(Trial::seconds).unwrap_or(f64::INFINITY);
-        if forecast * (1.0 - error) >= best * (1.0 - WORTH) {
+        if hope * (1.0 - error) >= best * (1.0 - WORTH) {
             return None;
         }
-        self.asked = Some((number, forecast));
+        self.asked = Some((number, self.forecaster.forecast(&self.lines[number])));
         Some(number)
     }
 }

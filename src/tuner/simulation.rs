@@ -9,20 +9,9 @@ use crate::plan::{Bandwidths, Home, Plan, StagePlan};
 /// How unevenly a disk reads: a unit takes up to this share longer or shorter. Deeper rings bridge that.
 const UNEVEN: f64 = 0.2;
 
-/// Seconds a byte, and of a pass's computation.
+/// Seconds a byte that is read, pinned and copied, and of a pass's computation.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Costs {
-    read: f64,
-    pin: f64,
-    copy: f64,
-    compute: f64,
-}
-
-impl Costs {
-    fn each(&mut self) -> [&mut f64; 4] {
-        [&mut self.read, &mut self.pin, &mut self.copy, &mut self.compute]
-    }
-}
+pub(super) struct Costs(pub(super) [f64; 4]);
 
 /// How far off the bandwidths given may be, as a factor.
 const PRIOR: f64 = 2.0;
@@ -90,8 +79,7 @@ impl Line {
     }
 
     /// Mean seconds of the measured runs.
-    fn pass(&self, costs: Costs) -> f64 {
-        let rates = [costs.read, costs.pin, costs.copy, costs.compute];
+    pub(super) fn pass(&self, costs: Costs) -> f64 {
         let (last, end) = (self.stages.len() - 1, self.runs * self.units);
         // By stage: when it was done with each unit that it has had, and which of them took slots.
         let mut done: Vec<Vec<f64>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
@@ -121,7 +109,7 @@ impl Line {
                         taken[number].push(at);
                     }
                     let uneven = if stage.kind == 0 { 1.0 + UNEVEN * pseudo_random(at) } else { 1.0 };
-                    done[number].push(start + stage.work[unit] * rates[stage.kind] * uneven);
+                    done[number].push(start + stage.work[unit] * costs.0[stage.kind] * uneven);
                     advanced = true;
                 }
             }
@@ -143,81 +131,94 @@ fn pseudo_random(number: usize) -> f64 {
 
 /// What is known of the links, and learned with every trial.
 pub(super) struct Forecaster {
-    prior: Costs,
-    costs: Costs,
+    given: Costs,
+    /// Costs that explain what was seen, the most likely first.
+    plausible: Vec<Costs>,
 }
 
 impl Forecaster {
     pub(super) fn new(bandwidths: Bandwidths) -> Self {
-        let costs = Costs {
-            read: 1.0 / bandwidths.disk,
-            pin: 1.0 / Bandwidths::default().copy,
-            copy: 1.0 / bandwidths.copy,
-            compute: f64::NAN,
-        };
-        Self { prior: costs, costs }
+        let pin = Bandwidths::default().copy;
+        let given = Costs([1.0 / bandwidths.disk, 1.0 / pin, 1.0 / bandwidths.copy, 0.0]);
+        Self { given, plausible: vec![given] }
     }
 
-    /// Finds the costs at which the trials would have taken the time they took, and which are not far from what was given.
+    /// Finds costs at which the trials would have taken the time they took, and which are not far from what was given. A few
+    /// trials can be explained in several ways, so that many are tried.
     pub(super) fn learn(&mut self, trials: &[(&Line, &Trial)]) {
         let longest = trials.iter().filter_map(|(_, trial)| trial.seconds()).fold(0.0, f64::max);
         if longest == 0.0 {
             return;
         }
-        let off = |costs: Costs| -> f64 {
-            let prior = (costs.each_of(self.prior)).map(|ratio: f64| (ratio.ln() / PRIOR.ln()).powi(2));
-            let trials = trials.iter().map(|(line, trial)| {
-                let ratio = match (trial.seconds(), &trial.outcome) {
-                    (Some(seconds), _) => line.pass(costs) / seconds,
-                    // It took longer, nobody knows how much.
-                    (None, Outcome::Stopped { limit }) => (line.pass(costs) / limit).min(1.0),
-                    _ => 1.0,
-                };
-                (ratio.max(1e-9).ln() / NOISE).powi(2)
-            });
-            prior.iter().sum::<f64>() + trials.sum::<f64>()
+        let Costs(given) = self.given;
+        let off = |costs: Costs| Off {
+            given: (0..3).map(|cost| ((costs.0[cost] / given[cost]).ln() / PRIOR.ln()).powi(2)).sum(),
+            trials: (trials.iter())
+                .map(|(line, trial)| {
+                    let ratio = match (trial.seconds(), &trial.outcome) {
+                        (Some(seconds), _) => line.pass(costs) / seconds,
+                        // It took longer, nobody knows how much.
+                        (None, Outcome::Stopped { limit }) => (line.pass(costs) / limit).min(1.0),
+                        _ => 1.0,
+                    };
+                    (ratio.max(1e-9).ln() / NOISE).powi(2)
+                })
+                .sum(),
         };
-        // From several places, as this may have more than one valley: computation may take any share of the time.
-        let starts = [0.02, 0.3, 0.9].map(|share| Costs { compute: share * longest, ..self.prior });
-        let known = Some(self.costs).filter(|costs| costs.compute.is_finite());
-        let ends = starts.into_iter().chain(known).map(|start| descend(start, &off));
-        if let Some((costs, _)) = ends.min_by(|a, b| a.1.total_cmp(&b.1)) {
-            self.costs = costs;
-        }
+        let factors = [1.0 / PRIOR, 1.0, PRIOR];
+        let starts = factors.iter().flat_map(|read| factors.iter().map(move |copy| (read, copy)));
+        let starts = starts.flat_map(|(read, copy)| {
+            [0.02, 0.3, 0.9].map(|share| Costs([given[0] * read, given[1], given[2] * copy, share * longest]))
+        });
+        let mut ends: Vec<_> = starts.map(|start| descend(start, trials.len() as f64, &off)).collect();
+        ends.sort_by(|a, b| a.1.total_cmp(&b.1));
+        // Two standard deviations from the most likely; where that explains little, more is plausible.
+        let most = 2.0 * ends[0].1 + 4.0;
+        self.plausible = ends.into_iter().take_while(|(_, off)| *off <= most).map(|(costs, _)| costs).collect();
     }
 
-    /// Seconds that a run will take; before anything was learned, those of the links alone.
+    /// Seconds that a run will most likely take; before anything was learned, those of the links alone.
     pub(super) fn forecast(&self, line: &Line) -> f64 {
-        let compute = if self.costs.compute.is_finite() { self.costs.compute } else { 0.0 };
-        line.pass(Costs { compute, ..self.costs })
+        line.pass(self.plausible[0])
+    }
+
+    /// Seconds that a run may take at the least.
+    pub(super) fn hope(&self, line: &Line) -> f64 {
+        self.plausible.iter().map(|costs| line.pass(*costs)).fold(f64::INFINITY, f64::min)
     }
 }
 
-impl Costs {
-    /// What was given for the links, as ratios to `prior`. Nothing was for computation.
-    fn each_of(self, prior: Self) -> [f64; 3] {
-        [self.read / prior.read, self.pin / prior.pin, self.copy / prior.copy]
+/// How far costs are from what was given, and times from what was seen: sums of squared standard deviations.
+struct Off {
+    given: f64,
+    trials: f64,
+}
+
+impl Off {
+    fn sum(&self) -> f64 {
+        self.given + self.trials
     }
 }
 
-/// Goes down from `start`, one cost at a time, in steps that become smaller.
-fn descend(start: Costs, off: &impl Fn(Costs) -> f64) -> (Costs, f64) {
+/// Goes down from `start`, one cost at a time, in steps that become smaller, until the trials are `explained`: the costs, and
+/// how far off they are.
+fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off) -> (Costs, f64) {
     let (mut here, mut step) = ((start, off(start)), 1.5f64);
-    while step > 1.004 {
-        let before = here.1;
+    while step > 1.004 && here.1.trials > explained {
+        let before = here.1.sum();
         for cost in 0..4 {
             for factor in [step, 1.0 / step] {
-                let mut costs = here.0;
-                *costs.each()[cost] *= factor;
-                let found = off(costs);
-                if found < here.1 {
-                    here = (costs, found);
+                let Costs(mut costs) = here.0;
+                costs[cost] *= factor;
+                let found = off(Costs(costs));
+                if found.sum() < here.1.sum() {
+                    here = (Costs(costs), found);
                 }
             }
         }
-        if here.1 >= before {
+        if here.1.sum() >= before {
             step = step.sqrt();
         }
     }
-    here
+    (here.0, here.1.sum())
 }
