@@ -1,5 +1,5 @@
 //! The times as a picture: the fastest configurations as bars, and below, for each setting that varied, every configuration
-//! as a dot over its value and the best of each value as a line.
+//! as a dot over its value, or a triangle where it was stopped, and the best of each value as a line.
 
 use layer_streamer::{
     Settings,
@@ -42,11 +42,12 @@ const SETTINGS: [Setting; 6] = [
 /// The SVG.
 pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
     let timed: Vec<_> = ranking.trials.iter().filter_map(|trial| Some((trial, trial.seconds()?))).collect();
-    let panels: Vec<_> = SETTINGS.into_iter().filter(|(_, value)| values(&timed, *value).len() > 1).collect();
+    let points: Vec<_> = ranking.trials.iter().filter_map(Point::of).collect();
+    let panels: Vec<_> = SETTINGS.into_iter().filter(|(_, value)| values(&points, *value).len() > 1).collect();
     let bars = timed.len().min(BARS);
     let top = 2 * MARGIN + 30;
     let rows = panels.len().div_ceil(3) as u32;
-    let height = top as u32 + (bars as i32 * ROW + 2 * MARGIN) as u32 + rows * PANEL;
+    let height = (top + bars as i32 * ROW + 2 * MARGIN) as u32 + rows * PANEL;
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
@@ -55,12 +56,13 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
             let style = ("sans-serif", size).into_font().color(color).pos(Pos::new(side, VPos::Center));
             root.draw_text(text, &style, at)
         };
-        say(&format!("Seconds a token: {title}"), (MARGIN, MARGIN), 22, &INK, HPos::Left)?;
+        say(&format!("Time a token: {title}"), (MARGIN, MARGIN), 22, &INK, HPos::Left)?;
         let count = |is: fn(&Outcome) -> bool| ranking.trials.iter().filter(|trial| is(&trial.outcome)).count();
         let stopped = count(|outcome| matches!(outcome, Outcome::Stopped { .. }));
         let refused = count(|outcome| matches!(outcome, Outcome::Refused { .. }));
         let about = format!(
-            "{} of {} configurations measured, {stopped} stopped as clearly slower, {refused} refused; labels: n_gpu / n_cpu_pinned / n_cpu",
+            "{} of {} configurations measured, {stopped} stopped as clearly slower, {refused} refused. The fastest {bars}, by \
+             n_gpu / n_cpu_pinned / n_cpu:",
             timed.len(),
             ranking.configurations
         );
@@ -82,20 +84,45 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
             say(&label, (x(most.max(*seconds)) + 8, y), 15, if row == 0 { &BEST } else { &INK }, HPos::Left)?;
         }
 
-        let area = root.margin(top + bars as i32 * ROW + MARGIN, 0, MARGIN / 2, MARGIN / 2);
+        let below = top + bars as i32 * ROW + MARGIN;
+        if rows > 0 {
+            let key = "Setting by setting: a dot is a configuration, a triangle one that was stopped at that time and takes \
+                       longer; the line joins the best of each value.";
+            say(key, (MARGIN, below), 15, &INK, HPos::Left)?;
+        }
+        let area = root.margin(below + MARGIN / 2, 0, MARGIN / 2, MARGIN / 2);
         let areas = area.split_evenly((rows.max(1) as usize, panels.len().clamp(1, 3)));
-        let highest = timed.iter().map(|(_, seconds)| *seconds).fold(0.0, f64::max) * 1.08;
+        let highest = points.iter().map(|point| point.seconds).fold(0.0, f64::max) * 1.08;
         for ((name, value), area) in panels.iter().zip(&areas) {
-            panel(area, name, *value, &timed, highest)?;
+            panel(area, name, *value, &points, highest)?;
         }
         root.present()?;
     }
     Ok(svg)
 }
 
+/// A configuration in the panels, fastest first.
+struct Point<'a> {
+    settings: &'a Settings,
+    seconds: f64,
+    /// It takes longer than that.
+    stopped: bool,
+}
+
+impl<'a> Point<'a> {
+    fn of(trial: &'a Trial) -> Option<Self> {
+        let (seconds, stopped) = match trial.outcome {
+            Outcome::Done => (trial.seconds()?, false),
+            Outcome::Stopped { limit } => (limit, true),
+            Outcome::Refused { .. } => return None,
+        };
+        Some(Self { settings: &trial.settings, seconds, stopped })
+    }
+}
+
 /// The values that a setting had, in order.
-fn values(timed: &[(&Trial, f64)], value: fn(&Settings) -> usize) -> Vec<usize> {
-    let mut found: Vec<_> = timed.iter().map(|(trial, _)| value(&trial.settings)).collect();
+fn values(points: &[Point<'_>], value: fn(&Settings) -> usize) -> Vec<usize> {
+    let mut found: Vec<_> = points.iter().map(|point| value(point.settings)).collect();
     found.sort_unstable();
     found.dedup();
     found
@@ -108,10 +135,10 @@ fn panel(
     area: &Area<'_>,
     name: &str,
     value: fn(&Settings) -> usize,
-    timed: &[(&Trial, f64)],
+    points: &[Point<'_>],
     highest: f64,
 ) -> Result<(), Failure> {
-    let values = values(timed, value);
+    let values = values(points, value);
     let place = |of: usize| values.iter().position(|value| *value == of).unwrap_or(0) as f64;
     let mut chart = ChartBuilder::on(area)
         .margin(10)
@@ -130,21 +157,26 @@ fn panel(
         .x_labels(2 * values.len() + 1)
         .x_label_formatter(&label)
         .y_labels(5)
-        .y_label_formatter(&|seconds| time(*seconds))
+        .y_label_formatter(&|seconds| if *seconds > 0.0 { time(*seconds) } else { "0".into() })
         .label_style(("sans-serif", 14))
         .axis_style(FAINT)
         .draw()?;
     let mut best = vec![f64::INFINITY; values.len()];
-    for (trial, seconds) in timed {
-        let at = place(value(&trial.settings));
-        best[at as usize] = best[at as usize].min(*seconds);
-        chart.draw_series([Circle::new((at, *seconds), 3, OTHER.mix(0.7).filled())])?;
+    for Point { settings, seconds, stopped } in points {
+        let at = place(value(settings));
+        if *stopped {
+            chart.draw_series([TriangleMarker::new((at, *seconds), 4, FAINT.filled())])?;
+        } else {
+            best[at as usize] = best[at as usize].min(*seconds);
+            chart.draw_series([Circle::new((at, *seconds), 3, OTHER.mix(0.7).filled())])?;
+        }
     }
-    let line: Vec<_> = best.iter().enumerate().map(|(at, seconds)| (at as f64, *seconds)).collect();
+    // A value with which all were stopped has no best.
+    let line = best.iter().enumerate().map(|(at, seconds)| (at as f64, *seconds)).filter(|(_, best)| best.is_finite());
     chart.draw_series(LineSeries::new(line, BEST.stroke_width(2)))?;
-    if let Some((trial, seconds)) = timed.first() {
-        chart.draw_series([Circle::new((place(value(&trial.settings)), *seconds), 6, BEST.filled())])?;
-        let all = [(-0.5, *seconds), (values.len() as f64 - 0.5, *seconds)];
+    if let Some(fastest) = points.first().filter(|point| !point.stopped) {
+        chart.draw_series([Circle::new((place(value(fastest.settings)), fastest.seconds), 6, BEST.filled())])?;
+        let all = [(-0.5, fastest.seconds), (values.len() as f64 - 0.5, fastest.seconds)];
         chart.draw_series([DashedPathElement::new(all, 4, 4, BEST.mix(0.6))])?;
     }
     Ok(())
