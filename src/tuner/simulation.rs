@@ -6,18 +6,28 @@
 use super::record::{Outcome, Trial};
 use crate::plan::{Bandwidths, Home, Plan, StagePlan};
 
-/// How unevenly a disk reads: a unit takes up to this share longer or shorter. Deeper rings bridge that.
-const UNEVEN: f64 = 0.2;
-
-/// Seconds a byte that is read, pinned and copied, and of a pass's computation.
+/// Seconds a byte that is read, pinned and copied, and of a pass's computation; how unevenly all of these take their time: a
+/// unit's up to that share longer or shorter, which deeper rings bridge; what part of the time of pinning, which takes
+/// processor and memory, computation takes longer for it; and seconds until a read begins to bring bytes, which those under
+/// way spend together.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Costs(pub(super) [f64; 4]);
+pub(super) struct Costs(pub(super) [f64; COSTS]);
 
-/// How far off the bandwidths given may be, as a factor.
-const PRIOR: f64 = 2.0;
+const COSTS: usize = 7;
+
+/// How far off what is assumed may be, as factors; for computation nothing is. Those of the links are given.
+const PRIOR: [f64; COSTS] = [2.0, 2.0, 2.0, f64::INFINITY, 2.0, 3.0, 4.0];
+
+/// Of the last three, where nothing is known.
+const UNEVEN: f64 = 0.1;
+const IN_THE_WAY: f64 = 0.2;
+const LATENCY: f64 = 2e-3;
 
 /// How far off a pass's simulated time may be, relatively.
 const NOISE: f64 = 0.02;
+
+/// From how many places costs that explain the trials are looked for.
+const STARTS: usize = 8;
 
 /// One stage: what it moves, and the ring after it.
 struct Stage {
@@ -81,6 +91,9 @@ impl Line {
     /// Mean seconds of the measured runs.
     pub(super) fn pass(&self, costs: Costs) -> f64 {
         let (last, end) = (self.stages.len() - 1, self.runs * self.units);
+        let [.., uneven, in_the_way, latency] = costs.0;
+        let uneven = uneven.min(1.0);
+        let pin = self.stages.iter().find(|stage| stage.kind == 1);
         // By stage: when it was done with each unit that it has had, and which of them took slots.
         let mut done: Vec<Vec<f64>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
         let mut taken: Vec<Vec<usize>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
@@ -104,12 +117,17 @@ impl Line {
                     if stage.takes[unit] {
                         if let Some(before) = taken[number].len().checked_sub(stage.slots) {
                             let Some(&free) = done[number + 1].get(taken[number][before]) else { break };
-                            start = start.max(free);
+                            start = start.max(if stage.kind == 0 { free + latency } else { free });
                         }
                         taken[number].push(at);
                     }
-                    let uneven = if stage.kind == 0 { 1.0 + UNEVEN * pseudo_random(at) } else { 1.0 };
-                    done[number].push(start + stage.work[unit] * costs.0[stage.kind] * uneven);
+                    let mut seconds = stage.work[unit] * costs.0[stage.kind];
+                    if number == last
+                        && let Some(pin) = pin
+                    {
+                        seconds += in_the_way * pin.work[unit] * costs.0[1];
+                    }
+                    done[number].push(start + seconds * (1.0 + uneven * pseudo_random(4 * at + stage.kind)));
                     advanced = true;
                 }
             }
@@ -139,7 +157,7 @@ pub(super) struct Forecaster {
 impl Forecaster {
     pub(super) fn new(bandwidths: Bandwidths) -> Self {
         let pin = Bandwidths::default().copy;
-        let given = Costs([1.0 / bandwidths.disk, 1.0 / pin, 1.0 / bandwidths.copy, 0.0]);
+        let given = Costs([1.0 / bandwidths.disk, 1.0 / pin, 1.0 / bandwidths.copy, 0.0, UNEVEN, IN_THE_WAY, LATENCY]);
         Self { given, plausible: vec![given] }
     }
 
@@ -151,8 +169,9 @@ impl Forecaster {
             return;
         }
         let Costs(given) = self.given;
+        let known = (0..COSTS).filter(|&cost| PRIOR[cost].is_finite());
         let off = |costs: Costs| Off {
-            given: (0..3).map(|cost| ((costs.0[cost] / given[cost]).ln() / PRIOR.ln()).powi(2)).sum(),
+            given: known.clone().map(|cost| ((costs.0[cost] / given[cost]).ln() / PRIOR[cost].ln()).powi(2)).sum(),
             trials: (trials.iter())
                 .map(|(line, trial)| {
                     let ratio = match (trial.seconds(), &trial.outcome) {
@@ -165,10 +184,13 @@ impl Forecaster {
                 })
                 .sum(),
         };
-        let factors = [1.0 / PRIOR, 1.0, PRIOR];
-        let starts = factors.iter().flat_map(|read| factors.iter().map(move |copy| (read, copy)));
-        let starts = starts.flat_map(|(read, copy)| {
-            [0.02, 0.3, 0.9].map(|share| Costs([given[0] * read, given[1], given[2] * copy, share * longest]))
+        let starts = (0..STARTS).map(|start| {
+            let around = |cost: usize, factor: f64| factor.powf(pseudo_random(COSTS * start + cost));
+            // Computation may take any share of the time.
+            Costs(std::array::from_fn(|cost| match PRIOR[cost] {
+                f64::INFINITY => 0.15 * longest * around(cost, 7.0),
+                factor => given[cost] * around(cost, factor),
+            }))
         });
         let mut ends: Vec<_> = starts.map(|start| descend(start, trials.len() as f64, &off)).collect();
         ends.sort_by(|a, b| a.1.total_cmp(&b.1));
@@ -204,9 +226,9 @@ impl Off {
 /// how far off they are.
 fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off) -> (Costs, f64) {
     let (mut here, mut step) = ((start, off(start)), 1.5f64);
-    while step > 1.004 && here.1.trials > explained {
+    while step > 1.01 && here.1.trials > explained {
         let before = here.1.sum();
-        for cost in 0..4 {
+        for cost in 0..COSTS {
             for factor in [step, 1.0 / step] {
                 let Costs(mut costs) = here.0;
                 costs[cost] *= factor;

@@ -177,7 +177,8 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
         let mut from = |low: f64, high: f64| low * (high / low).powf(rng.f64());
         let [disk, pin, copy] = [from(0.5e9, 8e9), from(5e9, 15e9), from(1e9, 20e9)];
         let compute = plan.bytes_per_pass() as f64 / from(0.5e9, 20e9);
-        let costs = Costs([1.0 / disk, 1.0 / pin, 1.0 / copy, compute]);
+        let costs =
+            Costs([1.0 / disk, 1.0 / pin, 1.0 / copy, compute, from(0.05, 0.3), from(0.05, 1.0), from(1e-4, 2e-2)]);
         let bandwidths = Bandwidths { disk: disk * from(0.6, 1.7), copy: copy * from(0.6, 1.7) };
         let values = Values {
             n_gpu: vec![1, 2, 3],
