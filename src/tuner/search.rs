@@ -99,18 +99,33 @@ impl Planned {
         }
         self.forecaster.learn(&trials);
         // By the costs that suit each best, among those that explain what was seen: what may win by them is worth a trial.
-        let hopes: Vec<_> = left.iter().map(|number| self.forecaster.hope(&self.lines[*number])).collect();
-        let least = hopes.iter().copied().fold(f64::INFINITY, f64::min);
-        let alike = left.iter().zip(hopes).filter(|(_, hope)| *hope <= least * (1.0 + ALIKE));
-        let (&number, hope) = alike.min_by_key(|(number, _)| bytes(number))?;
+        let hopes: Vec<_> = left.iter().map(|&number| (number, self.forecaster.hope(&self.lines[number]))).collect();
         let recent = &self.errors[self.errors.len().saturating_sub(2)..];
         let seen = recent.iter().copied().fold(0.0, f64::max);
         let error = seen.max(FIRST_ERROR / (1 + self.errors.len()) as f64);
-        let best = record.best_trial().and_then(Trial::seconds).unwrap_or(f64::INFINITY);
-        if hope * (1.0 - error) >= best * (1.0 - WORTH) {
-            return None;
-        }
+        let best = record.best_trial();
+        let worth = best.and_then(Trial::seconds).unwrap_or(f64::INFINITY) * (1.0 - WORTH);
+        let number = self.most_hopeful(&hopes, |_, hope| hope * (1.0 - error) < worth).or_else(|| {
+            // A machine is more than the forecast knows of it: what is next to the best may be better, until nothing is.
+            let best = &best?.settings;
+            self.most_hopeful(&hopes, |number, _| are_neighbours(&configurations[number], best))
+        })?;
         self.asked = Some((number, self.forecaster.forecast(&self.lines[number])));
         Some(number)
     }
+
+    /// Among those that may be tried that with the best hope; of several that are alike in that, that which takes least.
+    fn most_hopeful(&self, hopes: &[(usize, f64)], may: impl Fn(usize, f64) -> bool) -> Option<usize> {
+        let hopes = hopes.iter().filter(|(number, hope)| may(*number, *hope));
+        let least = hopes.clone().map(|(_, hope)| *hope).fold(f64::INFINITY, f64::min);
+        let alike = hopes.filter(|(_, hope)| *hope <= least * (1.0 + ALIKE));
+        alike.map(|(number, _)| *number).min_by_key(|number| self.lines[*number].bytes)
+    }
+}
+
+/// Whether they differ in one stage: its ring, its batch or both.
+fn are_neighbours(a: &Settings, b: &Settings) -> bool {
+    let stages =
+        |of: &Settings| [(of.n_gpu, of.batch_gpu), (of.n_cpu_pinned, of.batch_cpu_pinned), (of.n_cpu, of.batch_cpu)];
+    stages(a).iter().zip(stages(b)).filter(|(a, b)| **a != *b).count() == 1
 }

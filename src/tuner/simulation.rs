@@ -27,7 +27,7 @@ const LATENCY: f64 = 2e-3;
 const NOISE: f64 = 0.02;
 
 /// From how many places costs that explain the trials are looked for.
-const STARTS: usize = 8;
+const STARTS: usize = 12;
 
 /// One stage: what it moves, and the ring after it.
 struct Stage {
