@@ -204,6 +204,8 @@ enum ls_log_level
     LS_LOG_INFO = 0,
     // Something is slower, or costs more, than it need be.
     LS_LOG_WARNING = 1,
+    // Something failed. Some call returns the same as its status, now or when it is the unit's turn.
+    LS_LOG_ERROR = 2,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -315,7 +317,12 @@ typedef struct ls_progress {
 typedef void (*ls_progress_fn)(void *user, const struct ls_progress *progress);
 
 // Told what happens, as one line without a newline; `level` is an ls_log_level, `message` is the library's and lasts for the
-// call. Called from any thread, also from several at once. The rest is as for ls_progress_fn.
+// call. Once opened: what memory is taken, who reads and why no faster reader does, files that are read through the page
+// cache alone and why. Later: rewinds, passes that were cancelled, errors where they happen, memory that cannot be given
+// back. Nothing in a pass that goes well, and no line about a rewind or a cancel allocates.
+//
+// Called from any thread, also from several at once, until the close returns (or the open, if that fails). It must not call
+// the streamer or model that tells it, but for ls_cancel and ls_model_cancel. The rest is as for ls_progress_fn.
 typedef void (*ls_log_fn)(void *user, int32_t level, const char *message);
 
 // What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
@@ -801,7 +808,8 @@ ls_status ls_model_open(struct ls_device device,
                         const struct ls_model_options *options,
                         struct ls_model *model);
 
-// Closes a model: stops its threads and frees its memory.
+// Closes a model: stops its threads and frees its memory. LS_LEAKED where the device does not answer: the handle is closed, but
+// what the device may still use stays reserved.
 ls_status ls_model_close(struct ls_model model);
 
 // What is known of the model. Set `info->size` to sizeof(ls_model_info) before.

@@ -13,7 +13,7 @@ use std::{
 
 use crossbeam_utils::CachePadded;
 
-use crate::plan::Reader;
+use crate::{error::Error, plan::Reader};
 
 /// A stage of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -78,6 +78,11 @@ pub struct Span {
 pub enum Mark {
     /// The pipeline was sent back to the first unit.
     Rewind,
+    /// The pass was cancelled, and the caller learns of it.
+    Cancelled,
+    /// A pass, or the streamer for good, has failed: the first error of either, in the thread where it happened. The caller
+    /// gets it in the place of the unit at fault.
+    Failed(Error),
     /// The device did not answer at teardown: this many bytes are left reserved, since it might still touch them.
     Leaked {
         /// Host and device bytes together.

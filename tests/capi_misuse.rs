@@ -11,7 +11,7 @@ use std::{
     path::Path,
     process::Command,
     ptr, slice,
-    sync::{Barrier, Mutex, MutexGuard},
+    sync::{Barrier, Mutex},
     thread,
 };
 
@@ -642,16 +642,77 @@ extern "C" fn on_token(user: *mut c_void, row: usize, token: u32) -> i32 {
     }
 }
 
+/// Lines of a log, with their levels.
+type Lines = Mutex<Vec<(i32, String)>>;
+
+extern "C" fn keep_line(lines: *mut c_void, level: i32, message: *const c_char) {
+    // SAFETY: what is passed with it, and a text of the library's.
+    let (lines, message) = unsafe { (&*lines.cast::<Lines>(), CStr::from_ptr(message)) };
+    lines.lock().unwrap().push((level, message.to_str().unwrap().to_owned()));
+}
+
+#[test]
+fn the_log_tells_what_was_opened_and_what_went_wrong_each_with_a_level() {
+    use ls_log_level::*;
+    let [info, warning, error] = [LS_LOG_INFO, LS_LOG_WARNING, LS_LOG_ERROR].map(|level| level as i32);
+    let lines = Lines::default();
+    // Since the last time it was asked.
+    let said = || mem::take(&mut *lines.lock().unwrap());
+    let tells = |said: &[(i32, String)], level: i32, part: &str| {
+        assert!(said.iter().any(|(l, line)| *l == level && line.contains(part)), "{part:?} is not in {said:?}");
+    };
+    let fixture = fixture(5, &SIZES, 35);
+    let checkpoint = open_checkpoint(&fixture);
+    // SAFETY: as the header asks; the file is cut short under the streamer, which is what is tested.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let stream = made(|to| ls_stream_open(device, to));
+        let streamer = with_units(&fixture, |options| {
+            (options.log, options.log_user) = (Some(keep_line as _), (&raw const lines).cast_mut().cast());
+            (options.reader, options.cache) = (ls_reader::LS_READER_PREAD as i32, ls_cache::LS_CACHE_BUFFERED as i32);
+            made(|to| ls_streamer_open(device, checkpoint, options, to))
+        });
+        let opened = said();
+        tells(&opened, info, "bytes in RAM");
+        tells(&opened, info, "reads by pread");
+        tells(&opened, warning, "is read through the page cache alone: ");
+
+        let layer = made(|to| ls_next_layer(streamer, stream, to));
+        assert_eq!((ls_release_layer(layer, stream), ls_rewind(streamer)), (LS_OK, LS_OK));
+        let rewound = said();
+        assert_eq!(rewound.len(), 1, "{rewound:?}");
+        tells(&rewound, info, "rewound");
+
+        assert_eq!(ls_cancel(streamer), LS_OK);
+        let mut none = NO_LAYER;
+        // However often it is asked.
+        (0..2).for_each(|_| assert_eq!(ls_next_layer(streamer, stream, &mut none), LS_CANCELLED));
+        let cancelled = said();
+        assert_eq!(cancelled.len(), 1, "{cancelled:?}");
+        tells(&cancelled, info, "cancelled");
+
+        let file = &fixture.table.values().next().unwrap().file;
+        fs::OpenOptions::new().write(true).open(file).unwrap().set_len(0).unwrap();
+        assert_eq!(ls_rewind(streamer), LS_OK);
+        let status = loop {
+            match ls_next_layer(streamer, stream, &mut none) {
+                LS_OK => assert_eq!(ls_release_layer(none, stream), LS_OK),
+                status => break status,
+            }
+        };
+        assert_eq!(status, LS_READ, "{}", message());
+        let failed = said();
+        tells(&failed, info, "rewound");
+        tells(&failed, error, &message());
+        assert_eq!(failed.len(), 2, "{failed:?}");
+        assert_eq!((ls_streamer_close(streamer), ls_stream_close(stream)), (LS_OK, LS_OK));
+        assert_eq!((ls_checkpoint_close(checkpoint), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+    assert_eq!(said(), []);
+}
+
 #[test]
 fn a_model_obeys_its_token_callback_and_survives_its_failures() {
-    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    fn said() -> MutexGuard<'static, Vec<String>> {
-        SAID.lock().unwrap()
-    }
-    extern "C" fn log(_: *mut c_void, _: i32, message: *const c_char) {
-        // SAFETY: a text of the library's.
-        said().push(unsafe { CStr::from_ptr(message) }.to_str().unwrap().to_owned());
-    }
     extern "C" fn progress(user: *mut c_void, progress: *const ls_progress) {
         // SAFETY: what is passed below, and the library's.
         unsafe {
@@ -659,19 +720,20 @@ fn a_model_obeys_its_token_callback_and_survives_its_failures() {
             *user.cast::<usize>() += 1;
         }
     }
-    let mut layers = 0usize;
+    let (mut layers, lines) = (0usize, Lines::default());
     // SAFETY: as the header asks, but for what is tested.
     unsafe {
         let device = made(|to| ls_device_cpu(to));
         let mut streamer = options();
-        (streamer.log, streamer.progress) = (Some(log as _), Some(progress as _));
+        (streamer.log, streamer.progress) = (Some(keep_line as _), Some(progress as _));
+        streamer.log_user = (&raw const lines).cast_mut().cast();
         streamer.progress_user = (&raw mut layers).cast();
         let mut options: ls_model_options = made(|to| ls_model_options_init(to, size_of::<ls_model_options>()));
         (options.context, options.streamer) = (40, &streamer);
         let folder = c(speller().to_str().unwrap());
         let model = made(|to| ls_model_open(device, folder.as_ptr(), &options, to));
-        let opened = said().clone();
-        let tells = |start: &str| opened.iter().any(|line| line.starts_with(start));
+        let opened = mem::take(&mut *lines.lock().unwrap());
+        let tells = |start: &str| opened.iter().any(|(_, line)| line.starts_with(start));
         assert!(tells("KV cache of 40 tokens: ") && tells("reads by "), "{opened:?}");
         let mut info: ls_model_info = mem::zeroed();
         assert_eq!(ls_model_describe(model, &mut info), LS_INVALID, "without its size");

@@ -199,7 +199,10 @@ fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
 #[cfg(feature = "capi")]
 #[test]
 fn taking_and_releasing_through_the_c_api_allocates_nothing() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use layer_streamer::capi::{ls_status::LS_OK, *};
+
     let Some(counter) = Counter::loaded() else {
         return run_counted("taking_and_releasing_through_the_c_api_allocates_nothing");
     };
@@ -208,6 +211,11 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
         // SAFETY: the layer is there, and the result goes to a local.
         unsafe { ls_layer_tensor(layer, c"mlp.up_proj.weight".as_ptr(), tensor.as_mut_ptr()) as i32 }
     }
+    extern "C" fn log(lines: *mut libc::c_void, _: i32, _: *const libc::c_char) {
+        // SAFETY: what is passed below.
+        unsafe { (*lines.cast::<AtomicUsize>()).fetch_add(1, Ordering::Relaxed) };
+    }
+    let lines = AtomicUsize::new(0);
     let speller = std::ffi::CString::new(common::speller().to_str().unwrap()).unwrap();
     let [mut device, mut checkpoint, mut stream, mut streamer] = [0u64; 4];
     // SAFETY: the handles are structures of one word, and open when they are used.
@@ -217,7 +225,12 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
         assert_eq!(ls_stream_open(device, (&raw mut stream).cast()), LS_OK);
         assert_eq!(ls_checkpoint_open(speller.as_ptr(), (&raw mut checkpoint).cast()), LS_OK);
         let checkpoint = ls_checkpoint { id: checkpoint };
-        assert_eq!(ls_streamer_open(device, checkpoint, std::ptr::null(), (&raw mut streamer).cast()), LS_OK);
+        let mut options = std::mem::MaybeUninit::<ls_streamer_options>::uninit();
+        assert_eq!(ls_streamer_options_init(options.as_mut_ptr(), size_of::<ls_streamer_options>()), LS_OK);
+        let mut options = options.assume_init();
+        (options.log, options.log_user) = (Some(log as _), (&raw const lines).cast_mut().cast());
+        assert_eq!(ls_streamer_open(device, checkpoint, &options, (&raw mut streamer).cast()), LS_OK);
+        let opened = lines.load(Ordering::Relaxed);
         let (streamer, stream) = (ls_streamer { id: streamer }, ls_stream { id: stream });
         let count = counter.count(true, || {
             for _ in 0..20 {
@@ -225,10 +238,12 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
                 held.iter_mut().for_each(|layer| assert_eq!(ls_next_layer(streamer, stream, layer), LS_OK));
                 held.iter().for_each(|layer| assert_eq!(ls_release_layer(*layer, stream), LS_OK));
             }
+            // Which is logged.
             assert_eq!(ls_rewind(streamer), LS_OK);
             assert_eq!(ls_run_pass(streamer, stream, Some(look), std::ptr::null_mut()), LS_OK);
         });
         assert_eq!((ls_streamer_close(streamer), ls_stream_close(stream)), (LS_OK, LS_OK));
+        assert!(opened > 1 && lines.load(Ordering::Relaxed) > opened);
         count
     };
     assert_eq!(count, 0);

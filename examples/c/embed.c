@@ -20,8 +20,9 @@ static int failed(const char *what)
 
 static void say(void *user, int32_t level, const char *message)
 {
+    const char *matters = level >= LS_LOG_ERROR ? "error: " : level == LS_LOG_WARNING ? "warning: " : "";
     (void)user;
-    fprintf(stderr, "%s%s\n", level == LS_LOG_WARNING ? "warning: " : "", message);
+    fprintf(stderr, "%s%s\n", matters, message);
 }
 
 /* The engine's own work on a layer. */

@@ -176,7 +176,7 @@ fn panicked(payload: Box<dyn Any + Send>) -> Failure {
 
 #[cold]
 fn keep(Failure { status, message }: Failure) -> ls_status {
-    let message = CString::new(message.replace('\0', "?")).expect("the zeros are replaced");
+    let message = c_line(message);
     // A thread that is ending keeps nothing.
     let _ = LAST.try_with(|last| *last.borrow_mut() = Some(message));
     status
@@ -245,6 +245,11 @@ pub(super) unsafe fn path<'a>(pointer: *const c_char, name: &str) -> Result<&'a 
 /// A text for C.
 pub(super) fn c_text(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| Failure::new(LS_UNSUPPORTED, format!("{text:?} contains a zero: C cannot name it")))
+}
+
+/// A text for people to read, without its zeros if it has any.
+pub(super) fn c_line(text: String) -> CString {
+    CString::new(text.replace('\0', "?")).expect("the zeros are replaced")
 }
 
 /// A structure that may grow at its end, and whose first field says how long the caller's is.

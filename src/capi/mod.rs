@@ -11,6 +11,7 @@
 mod any;
 mod border;
 mod budget;
+mod callbacks;
 mod checkpoint;
 mod device;
 mod handles;
@@ -21,6 +22,7 @@ mod options;
 mod streamer;
 
 pub use border::*;
+pub use callbacks::*;
 pub use checkpoint::*;
 pub use device::*;
 pub use kernels::*;

@@ -153,10 +153,11 @@ pub unsafe extern "C" fn ls_model_open(
     })
 }
 
-/// Closes a model: stops its threads and frees its memory.
+/// Closes a model: stops its threads and frees its memory. LS_LEAKED where the device does not answer: the handle is closed, but
+/// what the device may still use stays reserved.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
-    border(|| MODELS.close(model.id, |_| Ok(())).map(drop))
+    border(|| Ok(MODELS.close(model.id, |_| Ok(()))?.decoder.get_mut().streamer().end()?))
 }
 
 /// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.

@@ -1,7 +1,7 @@
 //! What a streamer is opened with, and what it tells of itself.
 
 use std::{
-    ffi::{CString, c_char, c_void},
+    ffi::{c_char, c_void},
     mem,
     ptr::{self, NonNull},
     sync::Arc,
@@ -9,13 +9,14 @@ use std::{
 
 use super::{
     border::{Failure, Grows, Result, border, list, ls_status, place, read_options, text, write_options, write_sized},
+    callbacks::{Callback, Log, Reporter, ls_log_fn, ls_progress_fn},
     checkpoint::{CHECKPOINTS, dtype_of, ls_checkpoint},
 };
 use crate::{
     checkpoint::Checkpoint,
-    pipeline::{Lent, Progress},
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Part, Plan, Reader, Settings, Unit},
-    trace::{Mark, Observer, Stats},
+    pipeline::Lent,
+    plan::{Arrival, ArrivalOp, CachePolicy, Home, Plan, Reader, Settings, Unit},
+    trace::{Observer, Stats},
 };
 
 /// Where a unit lives between passes.
@@ -58,16 +59,6 @@ pub enum ls_cache {
     LS_CACHE_BUFFERED = 2,
 }
 
-/// How much a line of the log matters.
-#[repr(i32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ls_log_level {
-    /// For whoever wonders what it does.
-    LS_LOG_INFO = 0,
-    /// Something is slower, or costs more, than it need be.
-    LS_LOG_WARNING = 1,
-}
-
 /// A tensor of a unit.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -93,28 +84,6 @@ pub struct ls_unit {
     /// An ls_home.
     pub home: i32,
 }
-
-/// How far a pass has come.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ls_progress {
-    /// Passes completed before this one.
-    pub passes: u64,
-    /// Units of this pass handed over so far.
-    pub done: usize,
-    /// Units of a pass.
-    pub units: usize,
-    /// Bytes of this unit, as stored.
-    pub bytes: usize,
-}
-
-/// Called for every unit handed over, in the thread that takes it. It must not call the streamer (LS_BUSY), and must return:
-/// neither longjmp nor an exception may leave it.
-pub type ls_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const ls_progress)>;
-
-/// Told what happens, as one line without a newline; `level` is an ls_log_level, `message` is the library's and lasts for the
-/// call. Called from any thread, also from several at once. The rest is as for ls_progress_fn.
-pub type ls_log_fn = Option<unsafe extern "C" fn(user: *mut c_void, level: i32, message: *const c_char)>;
 
 /// What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
 ///
@@ -304,70 +273,6 @@ fn defaults() -> ls_streamer_options {
         gpu_bytes: 0,
         host_budget: 0,
         device_budget: 0,
-    }
-}
-
-/// A function of the caller's with what it is given.
-#[derive(Clone, Copy)]
-pub(super) struct Callback<F> {
-    function: F,
-    user: *mut c_void,
-}
-
-// SAFETY: the header says from which threads it is called; what it is given is the caller's.
-unsafe impl<F: Send> Send for Callback<F> {}
-// SAFETY: as above.
-unsafe impl<F: Sync> Sync for Callback<F> {}
-
-impl<F> Callback<F> {
-    fn new(function: Option<F>, user: *mut c_void) -> Option<Self> {
-        function.map(|function| Self { function, user })
-    }
-}
-
-impl Callback<unsafe extern "C" fn(*mut c_void, *const ls_progress)> {
-    pub(super) fn report(&self, Progress { passes, done, units, bytes }: Progress) {
-        // SAFETY: the caller's own function, with what it asked for.
-        unsafe { (self.function)(self.user, &ls_progress { passes, done, units, bytes }) };
-    }
-}
-
-pub(super) type Reporter = Callback<unsafe extern "C" fn(*mut c_void, *const ls_progress)>;
-
-/// The caller's log.
-pub(super) struct Log(Callback<unsafe extern "C" fn(*mut c_void, i32, *const c_char)>);
-
-impl Log {
-    fn say(&self, level: ls_log_level, message: String) {
-        let message = CString::new(message.replace('\0', "?")).expect("the zeros are replaced");
-        // SAFETY: the caller's own function, with what it asked for.
-        unsafe { (self.0.function)(self.0.user, level as i32, message.as_ptr()) };
-    }
-
-    /// What was just opened takes, and how it reads.
-    pub(super) fn opened(&self, memory: &[Part], stats: &Stats) {
-        for Part { what, bytes, on_device } in memory {
-            let place = if *on_device { "on the device" } else { "in RAM" };
-            self.say(ls_log_level::LS_LOG_INFO, format!("{what}: {bytes} bytes {place}"));
-        }
-        let Stats { reader, reader_reason: reason, .. } = stats;
-        let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
-        self.say(ls_log_level::LS_LOG_INFO, format!("reads by {reader}{why}"));
-        for (path, why) in &stats.buffered_files {
-            let message = format!("{} is read through the page cache alone: {why}", path.display());
-            self.say(ls_log_level::LS_LOG_WARNING, message);
-        }
-    }
-}
-
-impl Observer for Log {
-    fn mark(&self, mark: &Mark) {
-        // A rewind is an everyday matter, and is asked for by the caller, who may not want memory allocated for it.
-        if let Mark::Leaked { bytes } = mark {
-            let message =
-                format!("the device did not answer when the streamer was closed: {bytes} bytes stay reserved");
-            self.say(ls_log_level::LS_LOG_WARNING, message);
-        }
     }
 }
 

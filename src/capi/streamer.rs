@@ -9,11 +9,12 @@ use std::{
 use super::{
     any::AnyDevice,
     border::{Failure, Result, border, c_text, ls_status, place, text},
+    callbacks::Reporter,
     checkpoint::{CHECKPOINTS, ls_checkpoint},
     device::{DEVICES, Queue, ls_device},
     handles::{Kind, Table},
     layers::ls_tensor,
-    options::{self, Chosen, Reporter, ls_stats, ls_streamer_options, ls_unit_tensor},
+    options::{self, Chosen, ls_stats, ls_streamer_options, ls_unit_tensor},
 };
 use crate::{
     device::TensorRef,

@@ -14,7 +14,7 @@ use crate::{
     },
     plan::{Placed, Plan},
     sync::Signal,
-    trace::{Activity, Span, Stage},
+    trace::{Activity, Mark, Span, Stage},
 };
 
 /// How far a pass has come, for progress bars.
@@ -107,7 +107,12 @@ impl<D: Device> ComputeSide<D> {
             waited.inspect_err(|e| self.control.fail_for_good(e.clone()))?;
             Ok((unit, place))
         });
-        let (unit, place) = ordered.inspect_err(|error| self.failed = Some(error.clone()))?;
+        let (unit, place) = ordered.inspect_err(|error| {
+            if matches!(error, Error::Cancelled) {
+                self.control.trace.mark(&Mark::Cancelled);
+            }
+            self.failed = Some(error.clone());
+        })?;
         debug_assert_eq!(unit, self.position, "units arrive in order");
         self.held.push(Held { place, unit });
         self.position += 1;

@@ -328,7 +328,7 @@ impl<D: Device> LayerStreamer<D> {
     }
 
     /// Stops the threads and gives everything back; once.
-    fn end(&mut self) -> Result<()> {
+    pub(crate) fn end(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.ended, true) {
             return Ok(());
         }

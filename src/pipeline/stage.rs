@@ -119,7 +119,10 @@ impl Control {
     pub(crate) fn fail(&self, epoch: u64, error: Error) {
         let mut kept = self.error.lock().expect("nothing panics under this lock");
         if kept.as_ref().is_none_or(|(of, _)| *of < epoch) {
-            *kept = Some((epoch, error));
+            *kept = Some((epoch, error.clone()));
+            // An observer may take its time, or cancel.
+            drop(kept);
+            self.trace.mark(&Mark::Failed(error));
         }
     }
 
