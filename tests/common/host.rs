@@ -13,10 +13,13 @@ pub fn libraries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let folder = env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+        // A build for a named target, which that variable asks of both, lies one folder deeper.
+        let deeper = usize::from(env::var_os("CARGO_BUILD_TARGET").is_some());
+        let target = folder.ancestors().nth(1 + deeper).unwrap();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["rustc", "-q", "--locked", "--lib"]);
         cargo.args(["--features", if cfg!(feature = "cuda") { "capi,cuda" } else { "capi" }]);
-        cargo.args(["--crate-type", "staticlib,cdylib", "--target-dir"]).arg(folder.parent().unwrap());
+        cargo.args(["--crate-type", "staticlib,cdylib", "--target-dir"]).arg(target);
         if folder.ends_with("release") {
             cargo.arg("--release");
         }
