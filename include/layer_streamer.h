@@ -351,7 +351,8 @@ typedef struct ls_streamer_options {
     const struct ls_unit *units;
     // How many units.
     size_t unit_count;
-    // Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram"; NULL leaves them where they are, on disk.
+    // Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
+    // is NULL, live where their `home` says, or on disk.
     const char *homes;
     // May be NULL.
     ls_progress_fn progress;
@@ -455,7 +456,8 @@ typedef struct ls_statics {
 
 // A tensor in device memory, row-major and without gaps.
 typedef struct ls_tensor {
-    // Device memory; on the CPU device RAM.
+    // Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; kernels take what is
+    // aligned for its type.
     void *data;
     // An ls_dtype.
     int32_t dtype;
@@ -683,7 +685,8 @@ ls_status ls_statics_tensor(struct ls_statics statics, const char *name, struct 
 ls_status ls_statics_close(struct ls_statics statics);
 
 // Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
-// the device. Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
+// the device. On the CPU device it has arrived when this returns. After a pass's last unit comes the first of the next pass.
+// Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
 //
 // LS_READ if the unit could not be read: every unit before it was handed over, and the error stays until ls_rewind.
 // LS_LAYERS_HELD if n_gpu are held already. LS_CANCELLED after ls_cancel, until ls_rewind.

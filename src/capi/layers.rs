@@ -26,7 +26,8 @@ pub struct ls_layer {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ls_tensor {
-    /// Device memory; on the CPU device RAM.
+    /// Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; kernels take what is
+    /// aligned for its type.
     pub data: *mut c_void,
     /// An ls_dtype.
     pub dtype: i32,
@@ -84,7 +85,8 @@ impl ls_tensor {
 pub type ls_layer_fn = Option<unsafe extern "C" fn(user: *mut c_void, layer: ls_layer) -> i32>;
 
 /// Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
-/// the device. Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
+/// the device. On the CPU device it has arrived when this returns. After a pass's last unit comes the first of the next pass.
+/// Up to n_gpu layers may be held at once, and released in any order. Allocates nothing.
 ///
 /// LS_READ if the unit could not be read: every unit before it was handed over, and the error stays until ls_rewind.
 /// LS_LAYERS_HELD if n_gpu are held already. LS_CANCELLED after ls_cancel, until ls_rewind.

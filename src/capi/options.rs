@@ -113,7 +113,8 @@ pub struct ls_streamer_options {
     pub units: *const ls_unit,
     /// How many units.
     pub unit_count: usize,
-    /// Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram"; NULL leaves them where they are, on disk.
+    /// Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
+    /// is NULL, live where their `home` says, or on disk.
     pub homes: *const c_char,
     /// May be NULL.
     pub progress: ls_progress_fn,

@@ -122,11 +122,11 @@ impl Streamer {
         Ok((found.unit, found.place))
     }
 
-    fn may_close(&self) -> Result<()> {
+    fn check_none_held(&self) -> Result<()> {
         match self.held.borrow().len() {
             0 => Ok(()),
             held => {
-                let message = format!("{held} layers are held: release them before the streamer is closed");
+                let message = format!("{held} layers are held: release them first");
                 Err(Failure::new(ls_status::LS_LAYERS_HELD, message))
             }
         }
@@ -185,7 +185,7 @@ pub unsafe extern "C" fn ls_streamer_open(
 /// was lent must stay.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
-    border(|| Ok(STREAMERS.close(streamer.id, Streamer::may_close)?.streamer.close()?))
+    border(|| Ok(STREAMERS.close(streamer.id, Streamer::check_none_held)?.streamer.close()?))
 }
 
 /// Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for
@@ -202,7 +202,7 @@ pub extern "C" fn ls_cancel(streamer: ls_streamer) -> ls_status {
 pub extern "C" fn ls_rewind(streamer: ls_streamer) -> ls_status {
     border(|| {
         let streamer = STREAMERS.enter(streamer.id)?;
-        streamer.may_close()?;
+        streamer.check_none_held()?;
         Ok(streamer.streamer.restart()?)
     })
 }
