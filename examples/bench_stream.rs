@@ -173,7 +173,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
         let mut budget = budget::budget(device, options.vram, options.ram)?;
         if let Some(percent) = options.keep {
             // As they lie in memory, rounded to pages.
-            let slots = Plan::new(&checkpoint, &units, &settings)?.memory();
+            let slots = Plan::on(device, &checkpoint, &units, &settings)?.memory();
             let slots = slots.iter().find(|part| part.what.ends_with("pinned slots")).map_or(0, |part| part.bytes);
             let share = percent / 100.0 * units.len() as f64 / (settings.n_cpu_pinned + 1) as f64;
             let least = budget.least(&checkpoint, &units, Besides::default())?;
@@ -185,7 +185,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
         units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
         settings = Settings { n_gpu, n_cpu_pinned, ..settings };
     }
-    let plan = Plan::new(&checkpoint, &units, &settings)?;
+    let plan = Plan::on(device, &checkpoint, &units, &settings)?;
     let files = files(&checkpoint, &units);
     let disk = Disk::open(&files)?;
     let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings)?;

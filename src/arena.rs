@@ -1,12 +1,13 @@
 //! Memory for slots: one anonymous mapping cut into equal, page-aligned slots, touched before the first read. Memory that is
-//! filled once, from its start on, is touched by threads that run ahead of that, so that nobody waits for all of it.
+//! filled once, from its start on, is touched by threads that run ahead of that, so that nobody waits for all of it; and
+//! whoever would overtake them can tell.
 
 use std::{
     io,
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     thread,
 };
@@ -41,11 +42,44 @@ unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
 
+/// What is touched at once (bytes): a huge page, since no other thread can map memory meanwhile, as each does when it starts.
+/// In tests less, so that [`Ahead`] is often overtaken.
+const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
+
+/// What is touched before anything is read, so that there is a start (bytes).
+const FIRST: usize = 8 * STEP;
+
 /// Threads that make an arena present, piece after piece.
 struct Ahead {
-    /// Where the next piece begins.
+    /// Where the next piece begins: before it memory is present, or is about to be.
     next: Arc<AtomicUsize>,
+    /// Until the memory is asked for they let others start.
+    begun: Arc<AtomicBool>,
     threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Ahead {
+    fn begin(&self) {
+        if !self.begun.load(Relaxed) {
+            self.begun.store(true, Relaxed);
+            self.threads.iter().for_each(|thread| thread.thread().unpark());
+        }
+    }
+}
+
+/// Makes pieces of `map` present, of those that no other thread has taken from `next`, until none is left; `before` is told
+/// the length of each.
+fn touch(map: &MmapRaw, next: &AtomicUsize, before: impl Fn(usize)) -> io::Result<()> {
+    let mut result = Ok(());
+    loop {
+        let at = next.fetch_add(STEP, Relaxed);
+        if at >= map.len() {
+            return result;
+        }
+        let len = STEP.min(map.len() - at);
+        before(len);
+        result = result.and(map.advise_range(Advice::PopulateWrite, at, len));
+    }
 }
 
 impl Arena {
@@ -66,34 +100,38 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Reserves one slot that is filled once, from its start on. It becomes present from there on, in threads of its own;
-    /// whoever overtakes them waits for the pages that it touches, and no more.
+    /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first piece now and the
+    /// rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the pages that it touches, and no more.
     pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
-        const STEP: usize = 16 << 20;
         let mut arena = Self::reserve(what, 1, bytes)?;
-        let (map, next) = (arena.map.clone().expect("it was reserved"), Arc::new(AtomicUsize::new(0)));
-        PROMISED.fetch_add(map.len(), Relaxed);
-        let mut ahead = Ahead { next, threads: Vec::new() };
-        let count = thread::available_parallelism().map_or(1, usize::from).min(map.len().div_ceil(STEP));
+        let map = arena.map.clone().expect("it was reserved");
+        let first = FIRST.min(map.len());
+        // What fails here fails again, and is reported, where it matters.
+        let _ = map.advise_range(Advice::PopulateWrite, 0, first);
+        let rest = map.len() - first;
+        PROMISED.fetch_add(rest, Relaxed);
+        let mut ahead = Ahead {
+            next: Arc::new(AtomicUsize::new(first)),
+            begun: Arc::new(AtomicBool::new(false)),
+            threads: Vec::new(),
+        };
+        // Half of the processors are left to those who read, copy and compute.
+        let count = (thread::available_parallelism().map_or(1, usize::from) / 2).max(1).min(rest.div_ceil(STEP));
         for _ in 0..count {
-            let (map, next) = (map.clone(), ahead.next.clone());
-            let work = move |()| loop {
-                let at = next.fetch_add(STEP, Relaxed);
-                if at >= map.len() {
-                    return;
+            let (map, next, begun) = (map.clone(), ahead.next.clone(), ahead.begun.clone());
+            let work = move |()| {
+                while !begun.load(Relaxed) {
+                    thread::park();
                 }
-                let len = STEP.min(map.len() - at);
                 // Before the system sees it: counted twice, it would be missing elsewhere.
-                PROMISED.fetch_sub(len, Relaxed);
-                // What fails here fails again, and is reported, where it matters.
-                let _ = map.advise_range(Advice::PopulateWrite, at, len);
+                let _ = touch(&map, &next, |len| _ = PROMISED.fetch_sub(len, Relaxed));
             };
             let Ok(thread) = sync::spawn("ls-fault", || (), work) else { break };
             ahead.threads.push(thread);
         }
         if ahead.threads.is_empty() {
             // The memory becomes present where it is used.
-            PROMISED.fetch_sub(map.len(), Relaxed);
+            PROMISED.fetch_sub(rest, Relaxed);
         } else {
             arena.ahead = Some(ahead);
         }
@@ -136,19 +174,15 @@ impl Arena {
     /// the host, no faster than one thread can ask.
     fn populate(&self) -> io::Result<()> {
         let Some(map) = &self.map else { return Ok(()) };
-        const SHARE: usize = 64 << 20;
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        let share = self.bytes.div_ceil(threads).next_multiple_of(PAGE).max(SHARE);
-        let populate = |at: usize| map.advise_range(Advice::PopulateWrite, at, share.min(self.bytes - at));
+        let (next, threads) = (AtomicUsize::new(0), thread::available_parallelism().map_or(1, usize::from));
+        let work = || touch(map, &next, |_| ());
         thread::scope(|scope| {
-            let spawn = |at| (at, thread::Builder::new().spawn_scoped(scope, move || populate(at)));
-            let helpers: Vec<_> = (share..self.bytes).step_by(share).map(spawn).collect();
-            let first = populate(0);
-            helpers.into_iter().fold(first, |so_far, (at, helper)| {
-                // Without a thread the share is this one's.
-                let own = |_| populate(at);
-                so_far.and(helper.map_or_else(own, |helper| helper.join().expect("advice does not panic")))
-            })
+            // For little memory they would cost more than they save. Without them it is this one's.
+            let helpers = (1..threads.min(map.len().div_ceil(8 * STEP)))
+                .map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok());
+            let helpers: Vec<_> = helpers.collect();
+            let first = work();
+            helpers.into_iter().fold(first, |so_far, helper| so_far.and(helper.join().expect("advice does not panic")))
         })
     }
 
@@ -159,6 +193,15 @@ impl Arena {
         unsafe { self.start.add(index * self.slot_bytes) }
     }
 
+    /// Whether the byte at `at` is present, or is about to be: whoever writes from there on does not overtake the threads that
+    /// touch the memory. True where none do.
+    pub(crate) fn is_touched(&self, at: usize) -> bool {
+        self.ahead.as_ref().is_none_or(|ahead| {
+            ahead.begin();
+            at < ahead.next.load(Relaxed)
+        })
+    }
+
     /// All of it: where it starts and how long it is.
     pub(crate) fn whole(&self) -> (NonNull<u8>, usize) {
         (self.start, self.bytes)
@@ -167,12 +210,13 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        if let Some(Ahead { next, threads }) = self.ahead.take() {
+        if let Some(ahead) = self.ahead.take() {
             // Nothing is left for them to do.
-            let at = next.fetch_max(self.bytes, Relaxed);
+            let at = ahead.next.fetch_max(self.bytes, Relaxed);
             PROMISED.fetch_sub(self.bytes.saturating_sub(at), Relaxed);
+            ahead.begin();
             // They cannot panic, and what they did is undone with the mapping.
-            threads.into_iter().for_each(|thread| _ = thread.join());
+            ahead.threads.into_iter().for_each(|thread| _ = thread.join());
         }
     }
 }
@@ -197,6 +241,7 @@ mod tests {
     fn memory_that_is_filled_once_becomes_present_by_itself_and_may_be_dropped_before() {
         let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
         let bytes = arena.whole().1;
+        assert!(arena.is_touched(0), "the first piece is there at once");
         let mut present = vec![0u8; bytes / PAGE];
         for _ in 0..1000 {
             // SAFETY: the mapping is that long and the vector has a byte for each page.

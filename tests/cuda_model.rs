@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    REFERENCES, asks, data, distance, everywhere, expected, forget, generate, gpu, logits, numbers, spelled_right,
-    speller, tokenizer, with_more_tokens,
+    REFERENCES, asks, cases, check_plans, data, distance, everywhere, expected, forget, generate, gpu, logits, numbers,
+    spelled_right, speller, tokenizer, with_more_tokens,
 };
 use layer_streamer::{
     Settings,
@@ -263,4 +263,11 @@ fn heads_that_a_gpu_cannot_compute_are_refused_before_anything_is_loaded() {
     assert_eq!(model.config.head_dim, 16);
     let error = Decoder::new(&device, &model, &Settings::default(), 1, 8).err().expect("heads of 16").to_string();
     assert!(error.contains("heads of 16") && error.contains("CPU"), "{error}");
+}
+
+#[test]
+fn plans_for_memory_of_its_own_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_more() {
+    if let Some(device) = gpu() {
+        check_plans(&device, cases(40));
+    }
 }

@@ -3,10 +3,10 @@
 
 mod common;
 
-use std::{collections::HashMap, fs, ops::ControlFlow};
+use std::{collections::HashMap, ops::ControlFlow};
 
 use common::{
-    Dimensions, REFERENCES, data, distance, everywhere, expected, forget, generate, hollow, logits, speller,
+    Dimensions, REFERENCES, data, distance, everywhere, expected, forget, generate, hollow, least, logits, speller,
     with_more_tokens,
 };
 use layer_streamer::{
@@ -313,93 +313,15 @@ fn the_least_memory_for_a_tied_half_billion_is_less_than_its_embedding_and_layer
     );
     let model = Model::open(folder.path()).unwrap();
     let (table, layer) = (2 * 151936 * 896, 2 * (2 * 896 * 896 + 2 * 128 * 896 + 3 * 4864 * 896));
-    let Budget { host_bytes, .. } = least(&model, true, 1, 64);
+    let Budget { host_bytes, .. } = least(&Cpu, &model, 1, 64);
     println!("{host_bytes} bytes");
     // Two slots on the device, one in RAM; of the rest the kernels' scratch and the logits are most.
     assert!(host_bytes < 3 * layer + (40 << 20) && 3 * layer + (40 << 20) < table, "{host_bytes}");
 }
 
-/// What the errors name as the least: of RAM alone, or of GPU memory and then of RAM beside that.
-fn least(model: &Model, shared: bool, batch: usize, context: usize) -> Budget {
-    let named = |budget: Budget| -> usize {
-        let fitted = Decoder::fit(&Cpu, &mut model.clone(), budget, Bandwidths::default(), batch, context);
-        let said = fitted.unwrap_err().to_string();
-        let number = said.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
-        number.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
-    };
-    if shared {
-        return Budget { device_bytes: None, host_bytes: named(Budget { device_bytes: None, host_bytes: 0 }) };
-    }
-    let device_bytes = Some(named(Budget { device_bytes: Some(0), host_bytes: usize::MAX }));
-    Budget { device_bytes, host_bytes: named(Budget { device_bytes, host_bytes: 0 }) }
-}
-
 #[test]
 fn whatever_the_model_plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_more() {
-    let start = fastrand::u64(..);
-    for seed in (0..common::cases(40)).map(|i| start.wrapping_add(i.into())) {
-        let mut rng = fastrand::Rng::with_seed(seed);
-        let folder = common::folder();
-        let dimensions = Dimensions {
-            hidden: [64, 256][rng.usize(..2)],
-            ffn: [64, 1000][rng.usize(..2)],
-            layers: rng.usize(1..9),
-            heads: [4, 2],
-            vocab: [5, 343, 3001, 40_000][rng.usize(..4)],
-            tied: rng.bool(),
-        };
-        hollow(&dimensions, folder.path());
-        let model = Model::open(folder.path()).unwrap();
-        let (shared, batch, context) = (rng.bool(), [1, 40][rng.usize(..2)], [1, 300][rng.usize(..2)]);
-        let what = format!("seed {seed}: {dimensions:?}, batch {batch}, context {context}");
-        let by = Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() };
-        let taken = |model: &Model, settings: &Settings| -> Budget {
-            let parts = Decoder::memory(&Cpu, model, settings, batch, context).unwrap();
-            let sum = |of: &[bool]| -> usize {
-                parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum()
-            };
-            let device_bytes = (!shared).then(|| sum(&[true]));
-            Budget { device_bytes, host_bytes: if shared { sum(&[true, false]) } else { sum(&[false]) } }
-        };
-        let fits = |taken: Budget, budget: Budget| {
-            taken.device_bytes <= budget.device_bytes && taken.host_bytes <= budget.host_bytes
-        };
-        let time = |model: &Model, settings: &Settings| {
-            Decoder::plan(&Cpu, model, settings).unwrap().forecast(by).pass_seconds
-        };
-        let plain: Vec<_> = everywhere(folder.path())
-            .into_iter()
-            .flat_map(|model| {
-                [0, 1, 2]
-                    .map(|n_cpu_pinned| (model.clone(), Settings { n_gpu: 1, n_cpu_pinned, ..Settings::default() }))
-            })
-            .map(|(model, settings)| (taken(&model, &settings), time(&model, &settings)))
-            .collect();
-        let mut budget = least(&model, shared, batch, context);
-        for below in [
-            Budget { host_bytes: budget.host_bytes - 1, ..budget },
-            Budget { device_bytes: budget.device_bytes.map(|bytes| bytes - 1), ..budget },
-        ] {
-            let fitted = Decoder::fit(&Cpu, &mut model.clone(), below, by, batch, context);
-            assert_eq!(fitted.is_ok(), below == budget, "{what}: {below:?}");
-        }
-        let mut before = f64::INFINITY;
-        let all = fs::metadata(folder.path().join("model.safetensors")).unwrap().len() as usize;
-        for round in 0..16 {
-            let mut model = model.clone();
-            let settings = Decoder::fit(&Cpu, &mut model, budget, by, batch, context).unwrap();
-            let (memory, now) = (taken(&model, &settings), time(&model, &settings));
-            assert!(fits(memory, budget), "{what}: {memory:?} for {budget:?}");
-            // Units that are alike but for a sixty-fourth count as one another, which shows in both comparisons.
-            for (memory, time) in plain.iter().filter(|(memory, _)| fits(*memory, budget)) {
-                assert!(now <= time * 1.02, "{what}: {now} s, {time} s with {memory:?} of {budget:?}");
-            }
-            assert!(now <= before * 1.02, "{what}, round {round}: {before} s became {now} s with {budget:?}");
-            before = now;
-            budget.host_bytes += rng.usize(..1 + all / 4);
-            budget.device_bytes = budget.device_bytes.map(|bytes| bytes + rng.usize(..1 + all / 4));
-        }
-    }
+    common::check_plans(&Cpu, common::cases(40));
 }
 
 #[test]

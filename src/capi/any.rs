@@ -112,6 +112,15 @@ impl Device for AnyDevice {
         make!(self => |device| device.allocate_filled_once(what, bytes))
     }
 
+    fn is_touched(&self, memory: &AnyMemory, at: usize) -> bool {
+        match (self, memory) {
+            (Any::Cpu(device), Any::Cpu(memory)) => device.is_touched(memory, at),
+            #[cfg(feature = "cuda")]
+            (Any::Cuda(device), Any::Cuda(memory)) => device.is_touched(memory, at),
+            _ => unreachable!("memory is asked of the device that made it"),
+        }
+    }
+
     fn address(&self, memory: &AnyMemory) -> DevicePtr {
         match (self, memory) {
             (Any::Cpu(device), Any::Cpu(memory)) => device.address(memory),

@@ -48,6 +48,10 @@ impl Device for Cpu {
         Ok(CpuMemory(Arena::filled_once(what, bytes)?))
     }
 
+    fn is_touched(&self, memory: &CpuMemory, at: usize) -> bool {
+        memory.0.is_touched(at)
+    }
+
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
         DevicePtr::new(memory.0.slot(0).as_ptr())
     }

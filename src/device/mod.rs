@@ -191,6 +191,12 @@ pub trait Device: Clone + Send + Sync + 'static {
         self.allocate(what, bytes)
     }
 
+    /// Whether memory of [`allocate_filled_once`](Device::allocate_filled_once) is present at `at`, or is about to be. Where it
+    /// is not, whoever writes there waits for that.
+    fn is_touched(&self, _memory: &Self::Memory, _at: usize) -> bool {
+        true
+    }
+
     /// Where the memory starts.
     fn address(&self, memory: &Self::Memory) -> DevicePtr;
 

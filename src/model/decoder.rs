@@ -192,9 +192,10 @@ impl<D: Kernels> Decoder<D> {
             true => Some(EmbeddingRows::new(device, &model.checkpoint, EMBED, precision.weight, batch * context)?),
             false => None,
         };
+        // First, while nothing else reads.
+        let statics = StaticTensors::new(device, &model.checkpoint, &model.statics_for(precision), settings)?;
         let streamer =
             LayerStreamer::with_observer(device, model.source(), &model.units_for(precision), settings, observer)?;
-        let statics = streamer.load_static_unit(&model.statics_for(precision))?;
         let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
         device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;
         Ok(Self {
@@ -231,7 +232,7 @@ impl<D: Kernels> Decoder<D> {
     /// # Errors
     /// As [`Plan::new`].
     pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
-        Plan::new(model.source(), &model.units_for(device.precision()), settings)
+        Plan::on(device, model.source(), &model.units_for(device.precision()), settings)
     }
 
     /// What is reserved besides the streamer's part.

@@ -77,12 +77,12 @@ impl HostMemory {
             };
             (bytes > 0).then(arena).transpose()
         };
-        // Homes first: what does not fit is most often they, and is refused before time was spent on the rest.
+        // Homes last: from then on threads touch them, for which the rest would have to wait.
         Ok(Arc::new(Self {
-            ram_homes: homes("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
-            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, &plan.pinned, lent.pinned)?,
             ram: slots("RAM slots", &plan.ram, lent.ram)?,
             pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
+            ram_homes: homes("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
+            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, &plan.pinned, lent.pinned)?,
             pinned_is_lent: lent.pinned.is_some(),
         }))
     }
@@ -128,6 +128,13 @@ impl HostMemory {
         let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
         // SAFETY: the plan placed the unit inside its homes.
         homes.as_ref().map_or(NonNull::dangling(), |homes| unsafe { homes.slot(0).add(unit.resident_at) })
+    }
+
+    /// Whether a unit that lives in RAM would wait for its home to be touched, though slots could take it.
+    pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
+        let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
+        let slot_bytes = self.first().1.slot_bytes.min(self.last().1.slot_bytes);
+        homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at)) && unit.host_bytes <= slot_bytes
     }
 
     /// What the disk fills again and again: start and length. Not the homes, which are read into once: making all of them

@@ -120,14 +120,19 @@ impl<D: Device> LayerStreamer<D> {
         observer: Option<Arc<dyn Observer>>,
         lent: &Lent,
     ) -> Result<Self> {
-        let plan = Arc::new(Plan::new(checkpoint, units, settings)?);
+        // What is lent is there.
+        let plan = match lent.gpu {
+            Some(_) => Plan::new(checkpoint, units, settings)?,
+            None => Plan::on(device, checkpoint, units, settings)?,
+        };
+        let plan = Arc::new(plan);
         lent.check(&plan)?;
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
         let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));
-        let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         // SAFETY: the caller's.
         let host = unsafe { HostMemory::new(&plan, lent)? };
+        let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
 
@@ -261,7 +266,7 @@ impl<D: Device> LayerStreamer<D> {
 
     /// Tensor number `index` of a unit that was taken and not given back.
     pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_>> {
-        let base = self.memory.address(&self.device, &self.plan, unit, place);
+        let base = self.memory.address(&self.plan, unit, place);
         // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is the caller's until it gives it back.
         unsafe { compute::view(base, &self.plan.units[unit].tensors[index]) }
     }

@@ -27,8 +27,9 @@ impl<D: Device> Space<D> {
 /// Device memory with its events; the transfer fills it, compute uses it.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a home is written
-/// once, and `filled` set when that copy was enqueued before `arrived`.
+/// once, after the reader said that its unit `stays`, and `filled` set when that copy was enqueued before `arrived`.
 pub(crate) struct DeviceMemory<D: Device> {
+    device: D,
     slots: Space<D>,
     slot_bytes: usize,
     homes: Option<Space<D>>,
@@ -38,6 +39,7 @@ pub(crate) struct DeviceMemory<D: Device> {
     compute_done: Vec<D::Event>,
     /// The same two by unit, for those that live on the device.
     home: Vec<Option<[D::Event; 2]>>,
+    stays: Vec<AtomicBool>,
     filled: Vec<AtomicBool>,
     pub(crate) bytes: usize,
 }
@@ -58,26 +60,47 @@ impl<D: Device> DeviceMemory<D> {
             Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
             None => device.allocate_filled_once("units living on the GPU", homes).map(Space::Own),
         };
+        let none = || plan.units.iter().map(|_| AtomicBool::new(false)).collect();
         Ok(Self {
-            homes: (homes > 0).then(homes_at).transpose()?,
             slots: slots()?,
+            homes: (homes > 0).then(homes_at).transpose()?,
             slot_bytes: stage.slot_bytes,
             arrived: events()?,
             compute_done: events()?,
             home: plan.units.iter().map(at_home).collect::<Result<_>>()?,
-            filled: plan.units.iter().map(|_| AtomicBool::new(false)).collect(),
+            stays: none(),
+            filled: none(),
             bytes: stage.bytes() + homes,
+            device: device.clone(),
         })
     }
 
     /// Where `unit` lies.
-    pub(crate) fn address(&self, device: &D, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
+    pub(crate) fn address(&self, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
         match (place, &self.homes) {
-            (Place::Slot(Slot(slot)), _) => self.slots.start(device).offset(slot * self.slot_bytes),
-            (_, Some(homes)) => homes.start(device).offset(plan.units[unit].resident_at),
+            (Place::Slot(Slot(slot)), _) => self.slots.start(&self.device).offset(slot * self.slot_bytes),
+            (_, Some(homes)) => homes.start(&self.device).offset(plan.units[unit].resident_at),
             // A unit without a byte needs no home.
-            (_, None) => self.slots.start(device),
+            (_, None) => self.slots.start(&self.device),
         }
+    }
+
+    /// Whether a unit that lives here would wait for its home to be touched, though a slot could take it.
+    pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
+        let untouched = match &self.homes {
+            Some(Space::Own(memory)) => !self.device.is_touched(memory, unit.resident_at),
+            _ => false,
+        };
+        untouched && unit.device_bytes <= self.slot_bytes
+    }
+
+    /// Whether the unit goes to its home, and stays there.
+    pub(crate) fn stays(&self, unit: usize) -> bool {
+        self.stays[unit].load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_stays(&self, unit: usize) {
+        self.stays[unit].store(true, Ordering::Release);
     }
 
     /// The event of the unit's arrival there, and that of the end of its use.

@@ -1,7 +1,9 @@
 //! The read stage: keeps the engine full of chunks, across slots, and hands units on in order.
 //!
 //! A unit that lives in RAM is read once, straight into its home; one that lives on the device is read once, through a slot.
-//! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched.
+//! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched. Where memory is
+//! touched more slowly than the disk reads, the first pass does not wait for that: units whose homes are not there yet pass
+//! through slots as if they lived on disk, and are read once more in the second.
 
 use std::{collections::VecDeque, io as std_io, sync::Arc};
 
@@ -15,7 +17,7 @@ use crate::{
         on_device::DeviceMemory,
         stage::{Advance, Control, Progress},
     },
-    plan::{Home, Plan},
+    plan::{Home, Plan, UnitPlan},
     sync::Signal,
     trace::{Activity, Stage},
 };
@@ -49,6 +51,8 @@ pub(crate) struct ReadStage<D: Device> {
     /// By unit: it need not be read again in this epoch.
     read: Vec<bool>,
     cursor: usize,
+    /// No pass was read to its end yet.
+    first_pass: bool,
     /// In order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,
     first: usize,
@@ -79,6 +83,7 @@ impl<D: Device> ReadStage<D> {
             control: control.clone(),
             signal: signal.clone(),
             cursor: 0,
+            first_pass: true,
             first: 0,
         }
     }
@@ -110,6 +115,15 @@ impl<D: Device> ReadStage<D> {
         load.next.0 >= self.plan.units[load.unit].extents.len()
     }
 
+    /// Whether the unit goes to its home and stays there.
+    fn stays(&self, unit: &UnitPlan) -> bool {
+        match unit.home {
+            Home::Disk => false,
+            Home::Ram | Home::Pinned => !(self.first_pass && self.memory.is_late(unit)),
+            Home::Gpu => !(self.first_pass && self.on_device.is_late(unit)),
+        }
+    }
+
     /// Begins with the next unit, if there is a slot for it and room to hand it on.
     fn begin_load(&mut self) -> bool {
         if self.loads.len() == self.loads.capacity() || self.outlet.room() <= self.loads.len() {
@@ -117,17 +131,21 @@ impl<D: Device> ReadStage<D> {
         }
         let index = self.cursor;
         let unit = &self.plan.units[index];
-        let done = (unit.extents.len(), 0);
+        let stays = self.read[index] || self.stays(unit);
         let (slot, to, next) = match unit.home {
-            _ if self.read[index] => (None, std::ptr::null_mut(), done),
-            Home::Ram | Home::Pinned => (None, self.memory.home(unit).as_ptr(), (0, 0)),
-            Home::Disk | Home::Gpu => {
+            _ if self.read[index] => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
+            Home::Ram | Home::Pinned if stays => (None, self.memory.home(unit).as_ptr(), (0, 0)),
+            _ => {
                 let Some(slot) = self.outlet.slot() else { return false };
                 (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
             }
         };
-        self.read[index] = unit.home != Home::Disk;
+        if stays && unit.home == Home::Gpu {
+            self.on_device.set_stays(index);
+        }
+        self.read[index] = stays;
         self.cursor = (index + 1) % self.plan.units();
+        self.first_pass &= self.cursor > 0;
         self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None });
         true
     }

@@ -4,11 +4,12 @@ use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
     arena::{Arena, PAGE},
+    checkpoint::Checkpoint,
     device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
     pipeline::compute::view,
-    plan::{Extent, Reader, UnitPlan},
+    plan::{Extent, Reader, Settings, Unit, UnitPlan},
     sync::Signal,
 };
 
@@ -27,6 +28,17 @@ pub struct StaticTensors<D: Device> {
 }
 
 impl<D: Device> StaticTensors<D> {
+    /// Loads the tensors of `unit` for a streamer that is yet to be made, while nothing else reads; else as
+    /// [`load_static_unit`](super::LayerStreamer::load_static_unit).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(device: &D, checkpoint: &Checkpoint, unit: &Unit, settings: &Settings) -> Result<Self> {
+        device.bind_thread()?;
+        let sources = io::open_all(checkpoint, settings.cache)?;
+        Self::load(device, &sources, settings.reader, UnitPlan::new(checkpoint, unit)?)
+    }
+
     /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are.
     pub(super) fn load(device: &D, sources: &Arc<[Source]>, rung: Reader, plan: UnitPlan) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;

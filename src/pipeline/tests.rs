@@ -196,7 +196,8 @@ fn after_a_failure_at_any_unit_the_next_pass_is_exact() {
 }
 
 #[test]
-fn what_does_not_live_on_disk_is_read_once() {
+fn what_does_not_live_on_disk_is_read_once_or_once_more_where_its_home_was_late() {
+    let mut again = 0;
     for home in [Home::Ram, Home::Pinned, Home::Gpu] {
         for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 2)] {
             let mut case = Case::new(11);
@@ -209,14 +210,19 @@ fn what_does_not_live_on_disk_is_read_once() {
                 let stats = streamer.stats();
                 stats.direct_bytes + stats.buffered_bytes
             };
-            let once = read(&streamer);
-            assert!(once >= streamer.plan().bytes_per_pass() as u64);
-            case.take(&streamer, &streams, 5 * case.units.len());
-            assert_eq!(read(&streamer), once, "{home:?} with {:?}", case.settings);
+            let once = streamer.plan().units.iter().map(|unit| unit.read_bytes as u64).sum::<u64>();
+            case.take(&streamer, &streams, case.units.len());
+            let all = read(&streamer);
+            // There are no slots that would take a unit whose home in RAM is late.
+            assert!(all == once || (home == Home::Gpu && (once..=2 * once).contains(&all)), "{all} bytes of {once}");
+            again += all - once;
+            case.take(&streamer, &streams, 4 * case.units.len());
+            assert_eq!(read(&streamer), all, "{home:?} with {:?}", case.settings);
             case.device.drain(&streams[0]).unwrap();
             assert_eq!(case.wrong.load(SeqCst), 0);
         }
     }
+    assert!(again > 0, "no home was late");
 }
 
 #[test]

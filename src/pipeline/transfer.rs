@@ -128,7 +128,7 @@ impl<D: Device> TransferStage<D> {
             // SAFETY: the stage drops it before its handle of the memory.
             self.homes[index] = unsafe { self.from.register_home(&self.device, unit)? };
         }
-        let target = self.to.address(&self.device, &plan, index, to);
+        let target = self.to.address(&plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
         if self.control.keeps(Safeguard::ComputeDone) {
             self.device.wait(&self.stream, compute_done)?;
@@ -184,7 +184,7 @@ impl<D: Device> TransferStage<D> {
 
     /// Where a unit goes on the device: its home there, or a free slot.
     fn target(&mut self, unit: usize) -> Option<Place> {
-        if self.plan.units[unit].home == Home::Gpu { Some(Place::Home) } else { self.outlet.slot().map(Place::Slot) }
+        if self.to.stays(unit) { Some(Place::Home) } else { self.outlet.slot().map(Place::Slot) }
     }
 
     fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Progress> {
@@ -192,7 +192,7 @@ impl<D: Device> TransferStage<D> {
         let mut bytes = 0;
         if place == Place::Home && self.to.is_filled(unit) {
             if let Place::Slot(source) = entry.place {
-                // Read once more after a rewind, before it was known that it had arrived.
+                // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
             }
         } else {

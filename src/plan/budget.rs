@@ -112,7 +112,8 @@ impl Budget {
     /// As [`Plan::new`](super::Plan::new).
     pub fn least(self, checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<Self> {
         let (sizes, besides) = survey(checkpoint, units, besides)?;
-        Ok(least(&families(&sizes, &classes(&sizes), besides), self.device_bytes.is_none()))
+        let shared = self.device_bytes.is_none();
+        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), shared))
     }
 }
 
@@ -126,9 +127,9 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(
     Ok((planned.iter().map(Sizes::of).collect(), Besides { device_bytes, ..besides }))
 }
 
-/// `n_gpu` and `n_cpu_pinned`; the first of equally fast ones is taken. The last takes least. Deeper rings than these win
-/// nothing that a unit kept in their place does not.
-const RINGS: [[usize; 2]; 3] = [[1, 1], [1, 2], [1, 0]];
+/// `n_gpu` and `n_cpu_pinned`; the first of equally fast ones is taken, with which the first pass is fastest. The last takes
+/// least. Deeper rings than these win nothing that a unit kept in their place does not.
+const RINGS: [[usize; 2]; 3] = [[1, 2], [1, 1], [1, 0]];
 
 /// Units in an order in which they are given homes: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
@@ -139,6 +140,8 @@ struct Family {
     /// The largest of the first units, and of the rest.
     largest: Vec<[Sizes; 2]>,
     besides: Besides,
+    /// Device and host have one memory.
+    shared: bool,
 }
 
 /// One plan of a family.
@@ -151,7 +154,7 @@ struct Member {
 
 impl Family {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
-    fn new(order: Vec<usize>, sizes: &[Sizes], besides: Besides) -> Self {
+    fn new(order: Vec<usize>, sizes: &[Sizes], besides: Besides, shared: bool) -> Self {
         let (mut first, mut largest) = (vec![Sizes::default()], vec![[Sizes::default(); 2]; order.len() + 1]);
         for (i, &unit) in order.iter().enumerate() {
             first.push(first[i].plus(sizes[unit]));
@@ -160,7 +163,7 @@ impl Family {
         for (i, &unit) in order.iter().enumerate().rev() {
             largest[i][1] = largest[i + 1][1].max(sizes[unit]);
         }
-        Self { order, first, largest, besides }
+        Self { order, first, largest, besides, shared }
     }
 
     fn len(&self) -> usize {
@@ -172,7 +175,9 @@ impl Family {
         let slots = |n: usize, bytes: usize| (n + 1).saturating_mul(bytes.next_multiple_of(PAGE).max(PAGE));
         // What lives on the device came through the host's slots.
         let through = self.largest[gpu][0].host.max(self.largest[kept][1].host);
-        let device = self.first[gpu].device.saturating_add(slots(n_gpu, self.largest[gpu][1].device));
+        // Where the two are one, units may have to wait for their homes, and pass through slots until then.
+        let passing = if self.shared { 0 } else { gpu };
+        let device = self.first[gpu].device.saturating_add(slots(n_gpu, self.largest[passing][1].device));
         let homes = self.first[kept].host - self.first[gpu].host;
         let host = homes.saturating_add(slots(n_cpu_pinned, through));
         [device.saturating_add(self.besides.device_bytes), host.saturating_add(self.besides.host_bytes)]
@@ -211,7 +216,8 @@ pub(crate) fn choose(
     bandwidths: Bandwidths,
 ) -> Result<(Vec<Home>, [usize; 2])> {
     let classes = classes(sizes);
-    let families = families(sizes, &classes, besides);
+    let shared = budget.device_bytes.is_none();
+    let families = families(sizes, &classes, besides, shared);
     let mut best: Option<((f64, f64), &Family, Member)> = None;
     for family in &families {
         for rings in RINGS {
@@ -227,7 +233,7 @@ pub(crate) fn choose(
         }
     }
     let Some((_, family, member)) = best else {
-        return Err(too_small(budget, least(&families, budget.device_bytes.is_none())));
+        return Err(too_small(budget, least(&families, shared)));
     };
     let mut homes = vec![Home::Disk; sizes.len()];
     for class in &classes {
@@ -242,14 +248,14 @@ pub(crate) fn choose(
 
 /// Plans that give homes to small units first, which leaves the least room unused, and to large ones first, which makes the
 /// slots small.
-fn families(sizes: &[Sizes], classes: &[Vec<usize>], besides: Besides) -> [Family; 2] {
+fn families(sizes: &[Sizes], classes: &[Vec<usize>], besides: Besides, shared: bool) -> [Family; 2] {
     let mut uniform = sizes.to_vec();
     for class in classes {
         let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
         class.iter().for_each(|&unit| uniform[unit] = largest);
     }
     let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    orders.map(|order| Family::new(order, &uniform, besides))
+    orders.map(|order| Family::new(order, &uniform, besides, shared))
 }
 
 /// Units by number, those alike together, the smallest first.

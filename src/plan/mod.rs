@@ -15,7 +15,7 @@ pub use settings::{CachePolicy, Home, Reader, Settings};
 use crate::{
     arena::PAGE,
     checkpoint::{Checkpoint, Entry},
-    device::Shape,
+    device::{Device, Shape},
     dtype::DType,
     error::{Error, Result},
 };
@@ -313,6 +313,8 @@ pub struct Plan {
     pub(crate) residents: Residents,
     /// Bytes of one staging block for transforms; 0 if no unit has any.
     pub(crate) staging_bytes: usize,
+    /// The device's memory is RAM: units that live there may have to wait for it, and need slots until then.
+    in_ram: bool,
 }
 
 /// Bytes of the units that live in each of these homes, and how many units these are.
@@ -334,7 +336,16 @@ fn staging_bytes(units: &[UnitPlan]) -> usize {
 }
 
 impl Plan {
-    /// Plans a stream of `units` of `checkpoint`. Nothing is reserved or read.
+    /// Plans a stream of `units` of `checkpoint` to `device`. Nothing is reserved or read.
+    ///
+    /// # Errors
+    /// As [`Plan::new`], and the device's own.
+    pub fn on<D: Device>(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
+        let plan = Self::new(checkpoint, units, settings)?;
+        Ok(if device.free_memory()?.is_none() { Self { in_ram: true, ..plan }.with(settings) } else { plan })
+    }
+
+    /// The same for any device whose memory is there as soon as it is reserved, as a GPU's is.
     ///
     /// # Errors
     /// [`Error::Setting`] for settings or units that cannot work, [`Error::Checkpoint`] for a tensor that is not there.
@@ -358,16 +369,22 @@ impl Plan {
             residents.count += 1;
         }
         let staging_bytes = staging_bytes(&units);
-        Ok(Self::staged(units, residents, staging_bytes, settings))
+        Ok(Self::staged(units, residents, staging_bytes, false, settings))
     }
 
     /// The same units with other settings.
     pub(crate) fn with(&self, settings: &Settings) -> Self {
-        Self::staged(self.units.clone(), self.residents, self.staging_bytes, settings)
+        Self::staged(self.units.clone(), self.residents, self.staging_bytes, self.in_ram, settings)
     }
 
     /// Adds the stages.
-    fn staged(units: Vec<UnitPlan>, residents: Residents, staging_bytes: usize, settings: &Settings) -> Self {
+    fn staged(
+        units: Vec<UnitPlan>,
+        residents: Residents,
+        staging_bytes: usize,
+        in_ram: bool,
+        settings: &Settings,
+    ) -> Self {
         let stage = |n: usize, batch: usize, slot_bytes: usize| StagePlan {
             slots: n + 1,
             slot_bytes: slot_bytes.next_multiple_of(PAGE).max(PAGE),
@@ -379,7 +396,8 @@ impl Plan {
         };
         let host_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu]);
         let pinned_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu, Home::Ram]);
-        let device_bytes = most(|unit| unit.device_bytes, &[Home::Disk, Home::Ram, Home::Pinned]);
+        let passing = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
+        let device_bytes = most(|unit| unit.device_bytes, if in_ram { &passing } else { &passing[..3] });
         // Units that live in RAM need the pin stage, and that a RAM slot for the others.
         let pins = settings.n_cpu > 0 || (residents.ram > 0 && settings.n_cpu_pinned > 0);
         let both_skipped = settings.n_cpu == 0 && settings.n_cpu_pinned == 0;
@@ -390,6 +408,7 @@ impl Plan {
             gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes),
             residents,
             staging_bytes,
+            in_ram,
             units,
         }
     }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::Unit;
 use crate::error::{Error, Result};
 
-/// Where a unit lives between passes.
+/// Where a unit lives between passes. What is said to be read once is read twice where the memory for it is not there in time:
+/// the first pass does not wait for that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Home {
     /// On disk: read in every pass.

@@ -8,13 +8,14 @@ use std::{
 };
 
 use layer_streamer::{
-    Error,
+    Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Tables},
+    plan::{Bandwidths, Budget},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 
-use super::{data, root};
+use super::{data, folder, root};
 
 /// The model that comes with the project.
 pub fn speller() -> PathBuf {
@@ -240,4 +241,89 @@ pub fn spelled_right<D: Kernels>(decoder: &mut Decoder<D>, numbers: &[u32]) -> u
         }
     }
     right
+}
+
+/// What the errors name as the least: of RAM alone, or of GPU memory and then of RAM beside that.
+pub fn least<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize) -> Budget {
+    let named = |budget: Budget| -> usize {
+        let fitted = Decoder::fit(device, &mut model.clone(), budget, Bandwidths::default(), batch, context);
+        let said = fitted.expect_err("nothing is too little").to_string();
+        let number = said.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
+        number.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
+    };
+    if device.free_memory().unwrap().is_none() {
+        return Budget { device_bytes: None, host_bytes: named(Budget { device_bytes: None, host_bytes: 0 }) };
+    }
+    let device_bytes = Some(named(Budget { device_bytes: Some(0), host_bytes: usize::MAX }));
+    Budget { device_bytes, host_bytes: named(Budget { device_bytes, host_bytes: 0 }) }
+}
+
+/// Checks plans for random models and budgets: whatever the model, they keep to the budget, are no slower than plain rings, and
+/// no slower with more memory; and the least is the least.
+pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
+    let shared = device.free_memory().unwrap().is_none();
+    let start = fastrand::u64(..);
+    for seed in (0..cases).map(|i| start.wrapping_add(i.into())) {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let folder = folder();
+        let dimensions = Dimensions {
+            hidden: [64, 256][rng.usize(..2)],
+            ffn: [64, 1000][rng.usize(..2)],
+            layers: rng.usize(1..9),
+            heads: [4, 2],
+            vocab: [5, 343, 3001, 40_000][rng.usize(..4)],
+            tied: rng.bool(),
+        };
+        hollow(&dimensions, folder.path());
+        let model = Model::open(folder.path()).unwrap();
+        let (batch, context) = ([1, 40][rng.usize(..2)], [1, 300][rng.usize(..2)]);
+        let what = format!("seed {seed}: {dimensions:?}, batch {batch}, context {context}");
+        let by = Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() };
+        let taken = |model: &Model, settings: &Settings| -> Budget {
+            let parts = Decoder::memory(device, model, settings, batch, context).unwrap();
+            let sum = |of: &[bool]| -> usize {
+                parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum()
+            };
+            let device_bytes = (!shared).then(|| sum(&[true]));
+            Budget { device_bytes, host_bytes: if shared { sum(&[true, false]) } else { sum(&[false]) } }
+        };
+        let fits = |taken: Budget, budget: Budget| {
+            taken.device_bytes <= budget.device_bytes && taken.host_bytes <= budget.host_bytes
+        };
+        let time = |model: &Model, settings: &Settings| {
+            Decoder::plan(device, model, settings).unwrap().forecast(by).pass_seconds
+        };
+        let plain: Vec<_> = everywhere(folder.path())
+            .into_iter()
+            .flat_map(|model| {
+                [0, 1, 2]
+                    .map(|n_cpu_pinned| (model.clone(), Settings { n_gpu: 1, n_cpu_pinned, ..Settings::default() }))
+            })
+            .map(|(model, settings)| (taken(&model, &settings), time(&model, &settings)))
+            .collect();
+        let mut budget = least(device, &model, batch, context);
+        for below in [
+            Budget { host_bytes: budget.host_bytes - 1, ..budget },
+            Budget { device_bytes: budget.device_bytes.map(|bytes| bytes - 1), ..budget },
+        ] {
+            let fitted = Decoder::fit(device, &mut model.clone(), below, by, batch, context);
+            assert_eq!(fitted.is_ok(), below == budget, "{what}: {below:?}");
+        }
+        let mut before = f64::INFINITY;
+        let all = fs::metadata(folder.path().join("model.safetensors")).unwrap().len() as usize;
+        for round in 0..16 {
+            let mut model = model.clone();
+            let settings = Decoder::fit(device, &mut model, budget, by, batch, context).unwrap();
+            let (memory, now) = (taken(&model, &settings), time(&model, &settings));
+            assert!(fits(memory, budget), "{what}: {memory:?} for {budget:?}");
+            // Units that are alike but for a sixty-fourth count as one another, which shows in both comparisons.
+            for (memory, time) in plain.iter().filter(|(memory, _)| fits(*memory, budget)) {
+                assert!(now <= time * 1.02, "{what}: {now} s, {time} s with {memory:?} of {budget:?}");
+            }
+            assert!(now <= before * 1.02, "{what}, round {round}: {before} s became {now} s with {budget:?}");
+            before = now;
+            budget.host_bytes += rng.usize(..1 + all / 4);
+            budget.device_bytes = budget.device_bytes.map(|bytes| bytes + rng.usize(..1 + all / 4));
+        }
+    }
 }

@@ -32,13 +32,20 @@ fn bandwidths(rng: &mut fastrand::Rng) -> Bandwidths {
 const FAST_LINK: Bandwidths = Bandwidths { disk: 2e9, copy: 50e9 };
 
 /// Memory on the device and in RAM, unit by unit.
-fn taken(sizes: &[Sizes], homes: &[Home], [n_gpu, n_cpu_pinned]: [usize; 2], besides: Besides) -> [usize; 2] {
+fn taken(
+    sizes: &[Sizes],
+    homes: &[Home],
+    [n_gpu, n_cpu_pinned]: [usize; 2],
+    besides: Besides,
+    shared: bool,
+) -> [usize; 2] {
     let of = |wanted: &[Home]| -> Vec<Sizes> {
         let pairs = sizes.iter().zip(homes);
         pairs.filter(|(_, home)| wanted.contains(home)).map(|(size, _)| *size).collect()
     };
     let slot = |largest: Option<usize>| largest.unwrap_or(0).next_multiple_of(PAGE).max(PAGE);
-    let gpu_slot = slot(of(&[Home::Disk, Home::Pinned]).iter().map(|size| size.device).max());
+    let passing = [Home::Disk, Home::Pinned, Home::Gpu];
+    let gpu_slot = slot(of(if shared { &passing } else { &passing[..2] }).iter().map(|size| size.device).max());
     let host_slot = slot(of(&[Home::Disk, Home::Gpu]).iter().map(|size| size.host).max());
     let device: usize = of(&[Home::Gpu]).iter().map(|size| size.device).sum();
     let host: usize = of(&[Home::Pinned]).iter().map(|size| size.host).sum();
@@ -96,12 +103,12 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
         let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
         for round in 0..24 {
             let (homes, rings) = choose(&sizes, besides, budget, by).unwrap();
-            let memory = taken(&sizes, &homes, rings, besides);
+            let memory = taken(&sizes, &homes, rings, besides, shared);
             assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
             let now = seconds(&sizes, &homes, rings, by);
             for plain in RINGS {
                 let all_on_disk = vec![Home::Disk; sizes.len()];
-                let fits = budget.holds(taken(&sizes, &all_on_disk, plain, besides));
+                let fits = budget.holds(taken(&sizes, &all_on_disk, plain, besides, shared));
                 assert!(!fits || now <= seconds(&sizes, &all_on_disk, plain, by) * 1.000_001, "seed {seed}: {plain:?}");
             }
             assert!(now <= before * 1.000_001, "seed {seed}, round {round}: {before} s became {now} s with {budget:?}");
@@ -175,7 +182,11 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let by = bandwidths(&mut rng);
         let Ok((homes, settings)) = budget.plan(&fixture.checkpoint, &units, Besides::default(), by) else { continue };
         units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
-        let plan = Plan::new(&fixture.checkpoint, &units, &settings).unwrap();
+        let plan = match shared {
+            true => Plan::on(&crate::device::Cpu, &fixture.checkpoint, &units, &settings),
+            false => Plan::new(&fixture.checkpoint, &units, &settings),
+        };
+        let plan = plan.unwrap();
         let sum = |on_device: bool| -> usize {
             plan.memory().iter().filter(|part: &&Part| part.on_device == on_device).map(|part| part.bytes).sum()
         };
