@@ -101,7 +101,8 @@ impl Arena {
     }
 
     /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first piece now and the
-    /// rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the pages that it touches, and no more.
+    /// rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the
+    /// pages that it touches, and no more.
     pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");

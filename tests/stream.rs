@@ -17,7 +17,7 @@ use common::{SIZES, bytes_of, check, checked_pass, fixture, settings};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp},
+    plan::{Arrival, ArrivalOp, Home},
     trace::Stage,
 };
 
@@ -373,6 +373,22 @@ fn the_counts_are_those_of_the_work_done() {
         assert!(stats.stage(stage).units >= 12 && stats.stage(stage).bytes >= 3 * pass, "{stage}: {stats:?}");
     }
     assert!(stats.direct_bytes + stats.buffered_bytes >= 3 * pass);
+}
+
+#[test]
+fn what_is_kept_is_read_once_where_its_memory_is_there_in_time() {
+    let mut fixture = fixture(4, &SIZES, 12);
+    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+        fixture.units.iter_mut().for_each(|unit| _ = unit.home(home));
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+        let mut read = || {
+            checked_pass(&fixture, &mut streamer);
+            let stats = streamer.stats();
+            stats.direct_bytes + stats.buffered_bytes
+        };
+        let once = read();
+        (0..3).for_each(|_| assert_eq!(read(), once, "{home}"));
+    }
 }
 
 #[test]
