@@ -65,20 +65,26 @@ impl Ahead {
             self.threads.iter().for_each(|thread| thread.thread().unpark());
         }
     }
+
+    /// Leaves them nothing to do of `bytes`: they end.
+    fn stop(&self, bytes: usize) {
+        let at = self.next.fetch_max(bytes, Relaxed);
+        PROMISED.fetch_sub(bytes.saturating_sub(at), Relaxed);
+        self.begin();
+    }
 }
 
-/// Makes pieces of `map` present, of those that no other thread has taken from `next`, until none is left; `before` is told
-/// the length of each.
+/// Makes pieces of `map` present, of those that no other thread has taken from `next`, until none is left or the system
+/// refuses; `before` is told the length of each.
 fn touch(map: &MmapRaw, next: &AtomicUsize, before: impl Fn(usize)) -> io::Result<()> {
-    let mut result = Ok(());
     loop {
         let at = next.fetch_add(STEP, Relaxed);
         if at >= map.len() {
-            return result;
+            return Ok(());
         }
         let len = STEP.min(map.len() - at);
         before(len);
-        result = result.and(map.advise_range(Advice::PopulateWrite, at, len));
+        map.advise_range(Advice::PopulateWrite, at, len)?;
     }
 }
 
@@ -107,7 +113,7 @@ impl Arena {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");
         let first = FIRST.min(map.len());
-        // What fails here fails again, and is reported, where it matters.
+        // Where this fails, memory becomes present where it is used.
         let _ = map.advise_range(Advice::PopulateWrite, 0, first);
         let rest = map.len() - first;
         PROMISED.fetch_add(rest, Relaxed);
@@ -194,8 +200,15 @@ impl Arena {
         unsafe { self.start.add(index * self.slot_bytes) }
     }
 
-    /// Whether the byte at `at` is present, or is about to be: whoever writes from there on does not overtake the threads that
-    /// touch the memory. True where none do.
+    /// Ends the threads that touch the memory, which will never be dropped.
+    pub(crate) fn abandon(&self) {
+        if let Some(ahead) = &self.ahead {
+            ahead.stop(self.bytes);
+        }
+    }
+
+    /// Whether the byte at `at` is present, or is about to be. Where it is not, whoever writes there has overtaken the threads
+    /// that touch the memory; they begin when this is first asked. True where none do.
     pub(crate) fn is_touched(&self, at: usize) -> bool {
         self.ahead.as_ref().is_none_or(|ahead| {
             ahead.begin();
@@ -212,10 +225,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         if let Some(ahead) = self.ahead.take() {
-            // Nothing is left for them to do.
-            let at = ahead.next.fetch_max(self.bytes, Relaxed);
-            PROMISED.fetch_sub(self.bytes.saturating_sub(at), Relaxed);
-            ahead.begin();
+            ahead.stop(self.bytes);
             // They cannot panic, and what they did is undone with the mapping.
             ahead.threads.into_iter().for_each(|thread| _ = thread.join());
         }

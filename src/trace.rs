@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    panic::{self, AssertUnwindSafe},
     path::PathBuf,
     sync::{
         Arc,
@@ -92,9 +93,9 @@ pub enum Mark {
 
 /// Sees every span and mark as it happens, in the thread where it happens: it must be quick, and must not call the streamer.
 pub trait Observer: Send + Sync {
-    /// A stage's stretch of time has ended.
+    /// A stage's stretch of time has ended. A panic ends the streamer.
     fn span(&self, _span: &Span) {}
-    /// Something happened.
+    /// Something happened. A panic is ignored.
     fn mark(&self, _mark: &Mark) {}
 }
 
@@ -176,7 +177,8 @@ impl Trace {
 
     pub(crate) fn mark(&self, mark: &Mark) {
         if let Some(observer) = &self.observer {
-            observer.mark(mark);
+            // Marks come where an error is kept and where things end: both must go on.
+            let _ = panic::catch_unwind(AssertUnwindSafe(|| observer.mark(mark)));
         }
     }
 

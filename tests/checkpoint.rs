@@ -6,8 +6,9 @@ mod common;
 use std::{collections::BTreeMap, fs, path::Path};
 
 use layer_streamer::{
-    Checkpoint, DType, Error, Plan, Result, Settings, StoredTensor, Unit,
-    plan::{Arrival, ArrivalOp},
+    Checkpoint, DType, Error, Plan, Result, Settings, StoredTensor, Unit, device,
+    pipeline::StaticTensors,
+    plan::{Arrival, ArrivalOp, Home},
 };
 use proptest::{collection, prelude::*, sample};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -423,4 +424,34 @@ fn units_that_cannot_be_made_are_refused_with_unit_or_tensor_and_cause() {
         assert_refused(plan(arrivals), parts);
     }
     assert_refused(Plan::new(&checkpoint, &[], &Settings::default()), &["units: there must be at least one"]);
+}
+
+#[test]
+fn units_larger_than_can_be_addressed_are_refused() {
+    // All hole, in memory, whose file system takes files of such lengths. The first two, rounded to pages, are nothing together.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let lengths = [("a", 256), ("b", 256), ("c", 8192), ("d", 8192)].map(|(name, less)| (name, (1_u64 << 63) - less));
+    let stored = lengths.map(|(name, bytes)| {
+        let file = folder.path().join(name);
+        fs::File::create(&file).unwrap().set_len(bytes).unwrap();
+        StoredTensor { name: name.into(), file, offset: 0, dtype: DType::U8, shape: vec![bytes as usize] }
+    });
+    let checkpoint = Checkpoint::from_table(stored).unwrap();
+    let unit = |names: &[&str]| {
+        let mut unit = Unit::new("layer");
+        names.iter().for_each(|name| _ = unit.keep(*name, *name));
+        unit
+    };
+    let plan = |units: &[Unit]| Plan::new(&checkpoint, units, &Settings::default());
+    assert!(plan(&[unit(&["c"])]).is_ok());
+    for names in [&["a", "b"][..], &["c", "d"], &["a"], &["a", "b", "c", "d"]] {
+        let too_large = "unit: layer is larger than can be addressed";
+        assert_refused(plan(&[unit(names)]), &[too_large]);
+        assert_refused(StaticTensors::new(&device::Cpu, &checkpoint, &unit(names), &Settings::default()), &[too_large]);
+    }
+    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+        let mut units = [unit(&["c"]), unit(&["d"])];
+        units.iter_mut().for_each(|unit| _ = unit.home(home));
+        assert_refused(plan(&units), &["home: more lives there than can be addressed"]);
+    }
 }

@@ -9,12 +9,15 @@ use common::{descriptors, fixture, gpu, nothing_left, threads};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings,
     device::{Device, DevicePtr},
+    plan::Home,
 };
 
 #[test]
 fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
     let Some(device) = gpu() else { return };
-    let fixture = fixture(6, &[60_000, 7], 1);
+    let mut fixture = fixture(8, &[20_000_000, 7], 1);
+    // Threads wait to touch its memory until the reader gets that far, which is never.
+    Home::parse("7=pinned", &mut fixture.units).unwrap();
     let stream = device.stream().unwrap();
     let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, ..Settings::default() };
     let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();

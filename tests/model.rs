@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::{collections::HashMap, ops::ControlFlow};
+use std::{collections::HashMap, fs, ops::ControlFlow, os::unix::fs::FileExt};
 
 use common::{
     Dimensions, REFERENCES, data, distance, everywhere, expected, forget, generate, hollow, least, logits, speller,
@@ -16,6 +16,9 @@ use layer_streamer::{
     plan::{Bandwidths, Budget},
     trace::Stage,
 };
+use safetensors::SafeTensors;
+
+const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
 fn decoder(model: &Model, batch: usize, context: usize) -> Decoder<Cpu> {
     Decoder::new(&Cpu, model, &Settings::default(), batch, context).unwrap()
@@ -179,6 +182,40 @@ fn after_a_pass_that_failed_there_are_no_logits_and_the_sequence_goes_on_where_i
     step(&mut decoder, &[3, 4, 5, 6, 7]).unwrap();
     let whole = logits(&mut decoder);
     assert!(distance(&again, &whole[3 * model.config.vocab..]) < 1e-5);
+}
+
+#[test]
+fn an_embedding_whose_file_becomes_shorter_is_an_error_and_the_next_pass_works() {
+    const NAME: &str = "model.embed_tokens.weight";
+    let folder = common::folder();
+    let (whole, [table, rest]) = (fs::read(data("qwen2-tied").join("model.safetensors")).unwrap(), SHARDS);
+    let tensors = SafeTensors::deserialize(&whole).unwrap();
+    let map: HashMap<_, _> =
+        tensors.names().into_iter().map(|name| (name, if name == NAME { table } else { rest })).collect();
+    for shard in [table, rest] {
+        let views = tensors.iter().filter(|(name, _)| map[name] == shard);
+        safetensors::serialize_to_file(views, None, &folder.path().join(shard)).unwrap();
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map }).to_string();
+    fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    fs::copy(data("qwen2-tied").join("config.json"), folder.path().join("config.json")).unwrap();
+
+    let mut model = Model::open(folder.path()).unwrap();
+    model.tables = Tables::EmbeddingInFile;
+    let mut decoder = decoder(&model, 1, 8);
+    let mut step = |tokens: &[u32]| decoder.forward(&[Sequence { row: 0, tokens }]).map_err(|error| error.to_string());
+    step(&[3]).unwrap();
+    let table = fs::File::options().read(true).write(true).open(folder.path().join(table)).unwrap();
+    let (length, last) = (table.metadata().unwrap().len(), model.config.vocab as u32 - 1);
+    let mut end = [0];
+    table.read_exact_at(&mut end, length - 1).unwrap();
+    table.set_len(length - 1).unwrap();
+    let at = format!("byte {}", length - 2 * model.config.hidden as u64);
+    let said = step(&[4, last]).unwrap_err();
+    assert!(["the embedding", NAME, SHARDS[0], &at, "became shorter"].iter().all(|part| said.contains(part)), "{said}");
+    step(&[4, last - 1]).unwrap();
+    table.write_all_at(&end, length - 1).unwrap();
+    step(&[last]).unwrap();
 }
 
 #[test]

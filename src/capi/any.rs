@@ -121,6 +121,15 @@ impl Device for AnyDevice {
         }
     }
 
+    fn abandon(&self, memory: &AnyMemory) {
+        match (self, memory) {
+            (Any::Cpu(device), Any::Cpu(memory)) => device.abandon(memory),
+            #[cfg(feature = "cuda")]
+            (Any::Cuda(device), Any::Cuda(memory)) => device.abandon(memory),
+            _ => unreachable!("memory is asked of the device that made it"),
+        }
+    }
+
     fn address(&self, memory: &AnyMemory) -> DevicePtr {
         match (self, memory) {
             (Any::Cpu(device), Any::Cpu(memory)) => device.address(memory),

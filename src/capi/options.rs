@@ -172,8 +172,9 @@ unsafe impl Grows for ls_memory {
     const FIRST: usize = mem::offset_of!(ls_memory, staging) + size_of::<usize>();
 }
 
-/// What a streamer with these options will take; nothing is reserved or read. `options` may be NULL: the defaults. Set
-/// `memory->size` to sizeof(ls_memory) before.
+/// What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
+/// the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
+/// have slots for layers that live there too, for as long as their homes become present: n_gpu + 1 of the largest.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_memory(
     checkpoint: ls_checkpoint,

@@ -52,6 +52,10 @@ impl Device for Cpu {
         memory.0.is_touched(at)
     }
 
+    fn abandon(&self, memory: &CpuMemory) {
+        memory.0.abandon();
+    }
+
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
         DevicePtr::new(memory.0.slot(0).as_ptr())
     }

@@ -197,6 +197,9 @@ pub trait Device: Clone + Send + Sync + 'static {
         true
     }
 
+    /// The memory will never be dropped, since something may still use it: whatever makes it present ends.
+    fn abandon(&self, _memory: &Self::Memory) {}
+
     /// Where the memory starts.
     fn address(&self, memory: &Self::Memory) -> DevicePtr;
 

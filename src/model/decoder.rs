@@ -230,7 +230,7 @@ impl<D: Kernels> Decoder<D> {
     /// What the streamer of [`Decoder::new`] will do with the same arguments.
     ///
     /// # Errors
-    /// As [`Plan::new`].
+    /// As [`Plan::on`].
     pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
         Plan::on(device, model.source(), &model.units_for(device.precision()), settings)
     }

@@ -42,7 +42,7 @@ impl Lent {
 
 /// All of a streamer's host memory. Absent parts take none.
 ///
-/// **Invariant**: a home is written by the reader alone, and by nobody once its unit was handed over for the first time.
+/// **Invariant**: a home is written by the reader alone, and by nobody once its unit was handed over as [`Place::Home`](crate::pipeline::Place::Home).
 pub(crate) struct HostMemory {
     ram: Option<(Arena, StagePlan)>,
     pinned: Option<(Arena, StagePlan)>,
@@ -77,7 +77,7 @@ impl HostMemory {
             };
             (bytes > 0).then(arena).transpose()
         };
-        // Homes last: from then on threads touch them, for which the rest would have to wait.
+        // Homes last: they start threads, which map memory and would have to wait for the slots.
         Ok(Arc::new(Self {
             ram: slots("RAM slots", &plan.ram, lent.ram)?,
             pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
@@ -133,8 +133,9 @@ impl HostMemory {
     /// Whether a unit that lives in RAM would wait for its home to be touched, though slots could take it.
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
         let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
-        let slot_bytes = self.first().1.slot_bytes.min(self.last().1.slot_bytes);
-        homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at)) && unit.host_bytes <= slot_bytes
+        // Asked of small slots too, since that is what begins it.
+        let untouched = homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at));
+        untouched && unit.host_bytes <= self.first().1.slot_bytes.min(self.last().1.slot_bytes)
     }
 
     /// What the disk fills again and again: start and length. Not the homes, which are read into once: making all of them
@@ -142,6 +143,11 @@ impl HostMemory {
     pub(crate) fn read_targets(&self) -> [(*mut u8, usize); 1] {
         let (start, bytes) = self.first().0.whole();
         [(start.as_ptr(), bytes)]
+    }
+
+    /// It will never be dropped.
+    pub(crate) fn abandon(&self) {
+        self.ram_homes.iter().chain(&self.pinned_homes).for_each(Arena::abandon);
     }
 
     /// All of it, in bytes.

@@ -84,7 +84,7 @@ impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
     /// # Errors
-    /// Whatever [`Plan::new`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
+    /// Whatever [`Plan::on`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
     /// [`Error::Checkpoint`] if a file is not the one that the checkpoint was opened with. Nothing is left behind after an error.
     pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
         Self::with_observer(device, checkpoint, units, settings, None)
@@ -347,6 +347,8 @@ impl<D: Device> LayerStreamer<D> {
         // A leaked layer's work has no event to wait for.
         idle &= !self.compute.get_mut().holds_layers();
         if !idle {
+            self.host.abandon();
+            self.memory.abandon();
             let bytes = self.host.bytes() + self.memory.bytes;
             self.control.trace.mark(&Mark::Leaked { bytes });
             return Err(Error::Leaked { bytes });

@@ -27,7 +27,7 @@ impl<D: Device> Space<D> {
 /// Device memory with its events; the transfer fills it, compute uses it.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a home is written
-/// once, after the reader said that its unit `stays`, and `filled` set when that copy was enqueued before `arrived`.
+/// once, after the reader said that its unit `stays`. Once that copy is enqueued, with `arrived` after it, the unit is `filled`.
 pub(crate) struct DeviceMemory<D: Device> {
     device: D,
     slots: Space<D>,
@@ -82,6 +82,13 @@ impl<D: Device> DeviceMemory<D> {
             (_, Some(homes)) => homes.start(&self.device).offset(plan.units[unit].resident_at),
             // A unit without a byte needs no home.
             (_, None) => self.slots.start(&self.device),
+        }
+    }
+
+    /// It will never be dropped.
+    pub(crate) fn abandon(&self) {
+        if let Some(Space::Own(memory)) = &self.homes {
+            self.device.abandon(memory);
         }
     }
 

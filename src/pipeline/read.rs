@@ -2,8 +2,8 @@
 //!
 //! A unit that lives in RAM is read once, straight into its home; one that lives on the device is read once, through a slot.
 //! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched. Where memory is
-//! touched more slowly than the disk reads, the first pass does not wait for that: units whose homes are not there yet pass
-//! through slots as if they lived on disk, and are read once more in the second.
+//! touched more slowly than the disk reads, the first pass need not wait for that: units whose homes are not there yet pass
+//! through slots that can take them as if they lived on disk, and are read once more in the second.
 
 use std::{collections::VecDeque, io as std_io, sync::Arc};
 
@@ -51,7 +51,7 @@ pub(crate) struct ReadStage<D: Device> {
     /// By unit: it need not be read again in this epoch.
     read: Vec<bool>,
     cursor: usize,
-    /// No pass was read to its end yet.
+    /// Not every unit's first read has begun yet.
     first_pass: bool,
     /// In order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,

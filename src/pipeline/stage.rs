@@ -117,19 +117,28 @@ impl Control {
 
     /// Keeps `error` as the epoch's, unless there is one.
     pub(crate) fn fail(&self, epoch: u64, error: Error) {
-        let mut kept = self.error.lock().expect("nothing panics under this lock");
-        if kept.as_ref().is_none_or(|(of, _)| *of < epoch) {
-            *kept = Some((epoch, error.clone()));
-            // An observer may take its time, or cancel.
-            drop(kept);
+        if self.keep(epoch, &error) {
             self.trace.mark(&Mark::Failed(error));
         }
     }
 
     /// Keeps `error` for good, unless there is such a one, and wakes everyone.
     pub(crate) fn fail_for_good(&self, error: Error) {
-        self.fail(FATAL, error);
+        let is_first = self.keep(FATAL, &error);
         self.notify_all();
+        if is_first {
+            self.trace.mark(&Mark::Failed(error));
+        }
+    }
+
+    /// Whether it is the first of the epoch. The observer is told without the lock: it may take its time, or cancel.
+    fn keep(&self, epoch: u64, error: &Error) -> bool {
+        let mut kept = self.error.lock().expect("nothing panics under this lock");
+        let is_first = kept.as_ref().is_none_or(|(of, _)| *of < epoch);
+        if is_first {
+            *kept = Some((epoch, error.clone()));
+        }
+        is_first
     }
 
     /// The error of `epoch`, if it has failed.

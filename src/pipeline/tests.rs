@@ -3,7 +3,7 @@
 //! they fail.
 
 use std::sync::{
-    Arc,
+    Arc, Mutex,
     atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
@@ -13,7 +13,8 @@ use crate::{
     device::{Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
-    plan::{Arrival, ArrivalOp, Bandwidths, Besides, Budget, CachePolicy, Home, Reader, Settings, Unit},
+    io::faults::Faults,
+    plan::{Arrival, ArrivalOp, Bandwidths, Besides, Budget, CachePolicy, Home, Plan, Reader, Settings, Unit},
 };
 
 mod faults;
@@ -222,6 +223,51 @@ fn what_does_not_live_on_disk_is_read_once_or_once_more_where_its_home_was_late(
         }
     }
     assert!(again > 0, "no home was late");
+}
+
+#[test]
+fn homes_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time() {
+    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+        let late = (0..200).any(|seed| {
+            let mut case = Case::new(seed);
+            // One stays on disk, so that there are slots that the others fit in.
+            let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
+            let on_disk = (0..case.units.len()).max_by_key(|unit| plan.units[*unit].host_bytes).unwrap();
+            for (number, unit) in case.units.iter_mut().enumerate() {
+                unit.home(if number == on_disk { Home::Disk } else { home });
+            }
+            case.settings = Settings { n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let reads = seen.clone();
+            Faults::plan(move |attempt| {
+                if !attempt.trial {
+                    reads.lock().unwrap().push((attempt.path.to_owned(), attempt.offset));
+                }
+                attempt.result
+            });
+            let (streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
+            let units = case.units.len();
+            case.take(&streamer, &streams, 5 * units);
+            drop(streamer);
+            case.device.drain(&streams[0]).unwrap();
+            assert_eq!(case.wrong.load(SeqCst), 0, "seed {seed}");
+            // Units share pages: those that begin where no other does tell.
+            let begins: Vec<_> =
+                plan.units.iter().map(|unit| unit.extents.first().map(|e| (e.file, e.offset))).collect();
+            let seen = seen.lock().unwrap();
+            let times = (0..units).filter(|unit| *unit != on_disk).filter_map(|unit| {
+                let begin =
+                    begins[unit].filter(|begin| begins.iter().flatten().filter(|other| *other == begin).count() == 1);
+                let (file, offset) = begin?;
+                let file = &case.fixture.checkpoint.files()[file];
+                Some(seen.iter().filter(|(path, at)| path == file && *at == offset).count())
+            });
+            let most = times.max().unwrap_or(0);
+            assert!(most <= 2, "seed {seed}: a unit that lives {home} was read {most} times");
+            most > 1
+        });
+        assert!(late, "no unit that lives {home} was late");
+    }
 }
 
 #[test]

@@ -20,7 +20,8 @@ use crate::{
 /// How much memory may be used, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Of the device's own memory; `None` for a device that computes in the host's, whose budget is then for both.
+    /// Of the device's own memory; `None` for a device that computes in the host's, whose budget is then for both. A plan keeps
+    /// to it on a device of that kind.
     pub device_bytes: Option<usize>,
     /// Of RAM.
     pub host_bytes: usize,

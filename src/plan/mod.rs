@@ -23,6 +23,9 @@ use crate::{
 /// Every tensor starts on such a boundary in device memory (bytes), as kernels with 16-byte accesses and cuBLAS like it.
 pub const DEVICE_ALIGN: usize = 256;
 
+/// The most bytes that a unit, or what lives in one place, may be: as far as a pointer reaches, whole pages.
+const MOST: usize = isize::MAX as usize / PAGE * PAGE;
+
 /// Tensors closer together than this (bytes) share one read: a second request costs the disk about as much.
 const MAX_GAP: u64 = 64 << 10;
 
@@ -184,7 +187,11 @@ impl UnitPlan {
         // By size too: a tensor without elements must not come between two uses of the one that starts where it does.
         inputs.sort_by_key(|(_, _, entry)| (entry.file, entry.offset, entry.bytes));
         let extents = lay_out_extents(inputs.iter().map(|(_, _, entry)| *entry));
-
+        let too_large = || Error::setting("unit", format!("{} is larger than can be addressed", unit.name));
+        let host_bytes = extents.last().map_or(0, |extent| extent.at.saturating_add(extent.len));
+        if host_bytes > MOST {
+            return Err(too_large());
+        }
         let (mut copies, mut transforms, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
         let (mut stored, mut device_bytes, mut disk_bytes) = (Vec::new(), 0usize, 0usize);
         for (arrival, input, entry) in inputs {
@@ -193,7 +200,8 @@ impl UnitPlan {
             let elements = entry.bytes / entry.dtype.size();
             device_bytes = (elements.checked_mul(dtype.size()))
                 .and_then(|bytes| at.checked_add(bytes)?.checked_next_multiple_of(DEVICE_ALIGN))
-                .ok_or_else(|| Error::setting("unit", format!("{} is larger than can be addressed", unit.name)))?;
+                .filter(|&bytes| bytes <= MOST)
+                .ok_or_else(too_large)?;
             if elements > 0 {
                 let from = host_position(&extents, entry);
                 if dtype == entry.dtype {
@@ -218,7 +226,6 @@ impl UnitPlan {
         if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
             return Err(Error::setting("unit", format!("{} has two tensors named {}", unit.name, pair[0].name)));
         }
-        let host_bytes = extents.last().map_or(0, |extent| extent.at + extent.len);
         let read = |extent: &Extent| extent.len.min((checkpoint.length(extent.file) - extent.offset) as usize);
         let read_bytes = extents.iter().map(read).sum();
         let name = unit.name.clone();
@@ -272,7 +279,7 @@ fn lay_out_extents<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Extent> 
                 last.len = (last.end.next_multiple_of(page) - last.offset) as usize;
             }
             last => {
-                let at = last.map_or(0, |last| last.at + last.len);
+                let at = last.map_or(0, |last| last.at.saturating_add(last.len));
                 let len = (entry.end().next_multiple_of(page) - start) as usize;
                 extents.push(Extent { file: entry.file, offset: start, len, end: entry.end(), at });
             }
@@ -341,15 +348,18 @@ impl Plan {
     /// # Errors
     /// As [`Plan::new`], and the device's own.
     pub fn on<D: Device>(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
-        let plan = Self::new(checkpoint, units, settings)?;
-        Ok(if device.free_memory()?.is_none() { Self { in_ram: true, ..plan }.with(settings) } else { plan })
+        Self::make(checkpoint, units, settings, device.free_memory()?.is_none())
     }
 
-    /// The same for any device whose memory is there as soon as it is reserved, as a GPU's is.
+    /// The same for any device whose memory is there as soon as it is reserved, as a GPU's is, or lent memory.
     ///
     /// # Errors
     /// [`Error::Setting`] for settings or units that cannot work, [`Error::Checkpoint`] for a tensor that is not there.
     pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
+        Self::make(checkpoint, units, settings, false)
+    }
+
+    fn make(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings, in_ram: bool) -> Result<Self> {
         settings.validate()?;
         if units.is_empty() {
             return Err(Error::setting("units", "there must be at least one"));
@@ -365,11 +375,13 @@ impl Plan {
             };
             unit.resident_at = *place;
             let end = place.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(align));
-            *place = end.ok_or_else(|| Error::setting("home", "more lives there than can be addressed"))?;
+            *place = end
+                .filter(|&end| end <= MOST)
+                .ok_or_else(|| Error::setting("home", "more lives there than can be addressed"))?;
             residents.count += 1;
         }
         let staging_bytes = staging_bytes(&units);
-        Ok(Self::staged(units, residents, staging_bytes, false, settings))
+        Ok(Self::staged(units, residents, staging_bytes, in_ram, settings))
     }
 
     /// The same units with other settings.

@@ -8,7 +8,7 @@ use super::Unit;
 use crate::error::{Error, Result};
 
 /// Where a unit lives between passes. What is said to be read once is read twice where the memory for it is not there in time:
-/// the first pass does not wait for that.
+/// the first pass does not wait for that where a slot can take the unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Home {
     /// On disk: read in every pass.

@@ -3,13 +3,16 @@
 
 use std::{
     io,
-    sync::{Condvar, Mutex, mpsc},
+    sync::{Condvar, mpsc},
     thread,
     time::{Duration, Instant},
 };
 
 use super::*;
-use crate::io::faults::{Attempt, Faults};
+use crate::{
+    io::faults::Attempt,
+    trace::{Mark, Observer, Span},
+};
 
 const RUNGS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread];
 
@@ -112,7 +115,7 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
         for (rung_index, rung) in RUNGS.into_iter().enumerate() {
             for aim in 0..8 {
                 let mut case = case(seed, rung);
-                let plan = crate::plan::Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
+                let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
                 let Some(extents) = plan.units.get(aim).map(|unit| &unit.extents).filter(|all| !all.is_empty()) else {
                     continue;
                 };
@@ -322,5 +325,50 @@ fn dropping_waits_for_reads_that_still_write_to_its_memory() {
         drop(streamer);
         assert!(start.elapsed() >= Duration::from_millis(100), "{rung}: it was dropped with reads under way");
         opener.join().unwrap();
+    }
+}
+
+#[test]
+fn an_observer_that_panics_keeps_nobody_from_the_error() {
+    struct Panics {
+        in_spans: bool,
+    }
+    impl Observer for Panics {
+        fn span(&self, _: &Span) {
+            let is_a_stage_s = thread::current().name().is_some_and(|name| name.starts_with("ls-"));
+            assert!(!(self.in_spans && is_a_stage_s), "on purpose");
+        }
+        fn mark(&self, _: &Mark) {
+            panic!("on purpose");
+        }
+    }
+    for rung in RUNGS {
+        for in_spans in [false, true] {
+            let (told, error) = mpsc::channel();
+            thread::spawn(move || {
+                let mut case = case(4, rung);
+                // Any other reader will do where the system lacks this one.
+                case.settings.reader = case.streamer().stats().reader;
+                Faults::plan(|attempt| {
+                    if attempt.trial {
+                        return attempt.result;
+                    }
+                    // The caller waits by then.
+                    thread::sleep(Duration::from_millis(20));
+                    Err(io::Error::from_raw_os_error(libc::EIO))
+                });
+                let observer = Arc::new(Panics { in_spans });
+                let Case { fixture: Fixture { checkpoint, .. }, units, settings, device, .. } = &case;
+                let streamer = LayerStreamer::with_observer(device, checkpoint, units, settings, Some(observer));
+                let (streamer, stream) = (streamer.unwrap(), device.stream().unwrap());
+                _ = told.send(streamer.next(&stream).err());
+            });
+            let error = error.recv_timeout(Duration::from_secs(10)).expect("an error, not a hang or a panic");
+            match error.expect("the disk is broken") {
+                Error::Panicked { message, .. } if in_spans => assert!(message.contains("on purpose"), "{message}"),
+                Error::Read { .. } if !in_spans => {}
+                other => panic!("{other}"),
+            }
+        }
     }
 }
