@@ -138,8 +138,11 @@ impl Options {
     /// The settings, where any of them, a file with them or a home is given.
     fn settings(&self) -> Result<Option<Settings>, Failure> {
         if let Some(path) = &self.config {
-            let best = Record::read(path)?.best;
+            let Record { best, device, checkpoint, .. } = Record::read(path)?;
             let none = || format!("--config {}: the search has found no settings that work", path.display());
+            if !self.quiet {
+                say!("settings: the fastest found for {checkpoint}, on {device}");
+            }
             return Ok(Some(best.ok_or_else(none)?));
         }
         let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];

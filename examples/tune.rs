@@ -10,18 +10,20 @@ mod device;
 mod plot;
 
 use std::{
+    env,
+    ffi::OsString,
     fs,
     io::{self, Write},
     ops::ControlFlow,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::{Parser, ValueEnum};
 use device::{Chosen, Wanted};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
@@ -41,8 +43,9 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Parser)]
 #[command(after_help = "\
 Every combination of the values is a configuration, and runs in a process of its own: it may run out of memory, crash or hang
-without harm to the others. A run is one token. The first is not measured; one that is clearly slower than the best so far
-ends its configuration. Ctrl-C ends the search with what was found; with --json it goes on from there next time.
+without harm to the others. A run is one token, with nothing before it: a long context takes memory besides. The first is not
+measured; one that is clearly slower than the best so far ends its configuration. Ctrl-C ends the search with what was found; with
+--json it goes on from there next time.
 
 Examples:
   tune                                                   the speller that comes with the project, under a minute
@@ -91,7 +94,7 @@ struct Options {
     #[arg(long, value_name = "S", default_value = "0", value_parser = duration)]
     sleep: Duration,
 
-    /// All configurations, or those that a forecast says may be the fastest: a third of them at most
+    /// All configurations, or those that a forecast says may be the fastest: a third of them at most (but at least three)
     #[arg(long, value_enum, default_value = "grid")]
     search: Way,
 
@@ -107,8 +110,8 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// Draw the times: an SVG picture
-    #[arg(long, value_name = "FILE")]
+    /// Draw the times: a picture, FILE.svg
+    #[arg(long, value_name = "FILE", value_parser = picture)]
     plot: Option<PathBuf>,
 }
 
@@ -121,7 +124,14 @@ enum Way {
 /// Parses a time without its unit.
 fn duration(text: &str) -> Result<Duration, &'static str> {
     let time = text.parse().ok().filter(|time: &f64| *time <= 1e6);
-    time.and_then(|time| Duration::try_from_secs_f64(time).ok()).ok_or("give a number from 0 up, such as 0.5")
+    time.and_then(|time| Duration::try_from_secs_f64(time).ok()).ok_or("give a number from 0 to a million, such as 0.5")
+}
+
+/// Parses the name of a picture.
+fn picture(text: &str) -> Result<PathBuf, &'static str> {
+    let path = PathBuf::from(text);
+    let is_svg = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
+    if is_svg { Ok(path) } else { Err("give a name that ends in .svg") }
 }
 
 /// Set by Ctrl-C.
@@ -136,9 +146,9 @@ extern "C" fn stop(_: libc::c_int) {
 fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
-        Chosen::Cpu(device) => run(&device, &options),
+        Chosen::Cpu(device) => run(&device, "cpu", &options),
         #[cfg(feature = "cuda")]
-        Chosen::Cuda(device) => run(&device, &options),
+        Chosen::Cuda(device) => run(&device, &format!("cuda:{}", device.ordinal()), &options),
     });
     match outcome {
         Ok(Ended::Cancelled) => ExitCode::from(130),
@@ -167,7 +177,8 @@ fn worker<D: Kernels>(
     })
 }
 
-fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
+/// Searches on `device`, which the command line calls `name`.
+fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, Failure> {
     tuner::worker(|settings| worker(device, options, &settings));
     // SAFETY: the handler does nothing that a handler may not.
     unsafe { libc::signal(libc::SIGINT, stop as *const () as libc::sighandler_t) };
@@ -181,6 +192,7 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
         }
     };
     let folder = fs::canonicalize(&options.model)?;
+    let chosen = ["--device", name].into_iter().filter(|_| options.device.is_none());
     let tuner = Tuner {
         values: Values {
             n_gpu: options.n_gpu.clone(),
@@ -203,15 +215,13 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
         record: options.json.clone(),
         device: device.describe(),
         checkpoint: format!("{}: {} layers, {} bytes", folder.display(), plan.units(), plan.bytes_per_pass()),
+        // A worker that finds no GPU shall say so, not measure the CPU.
+        arguments: Some(env::args_os().skip(1).chain(chosen.map(OsString::from)).collect()),
         ..Tuner::default()
     };
     // Before the long work, so that a path that cannot be written is known at once.
     if let Some(path) = &options.plot {
-        fs::File::options()
-            .append(true)
-            .create(true)
-            .open(path)
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        write(path, None)?;
     }
     let ranking = search_with_bar(&tuner)?;
     let mut out = io::stdout().lock();
@@ -219,8 +229,7 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
     let _ = out.write_all(table(&ranking).as_bytes());
     if let Some(path) = &options.plot {
         let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
-        fs::write(path, plot::draw(&title, &ranking)?)
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        write(path, Some(&plot::draw(&title, &ranking)?))?;
     }
     if let Some(best) = ranking.best() {
         let config = match &options.json {
@@ -229,7 +238,7 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
         };
         let _ = writeln!(
             out,
-            "best: {} at {} a token\nuse it: generate --model {} {config} …",
+            "best: {} at {} a token\nuse it: generate --device {name} --model {} {config} …",
             short(&best.settings),
             time(best.seconds().unwrap_or(0.0)),
             options.model.display()
@@ -244,38 +253,58 @@ fn run<D: Kernels>(device: &D, options: &Options) -> Result<Ended, Failure> {
             say!("stopped{}", if options.json.is_some() { "; the same command goes on from here" } else { "" })
         }
     }
-    if ranking.best().is_none() && ranking.ended == Ended::Complete {
+    if ranking.best().is_none() && ranking.ended != Ended::Cancelled {
         return Err("no configuration could be measured".into());
     }
     Ok(ranking.ended)
 }
 
-/// Searches, and shows how far it is.
+/// Writes the file, whole or not at all; or only finds out whether that can be done.
+fn write(path: &Path, text: Option<&str>) -> Result<(), Failure> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let written = fs::write(&partial, text.unwrap_or("")).and_then(|()| match text {
+        Some(_) => fs::rename(&partial, path),
+        None => fs::remove_file(&partial),
+    });
+    Ok(written.map_err(|error| format!("cannot write {}: {error}", path.display()))?)
+}
+
+/// Searches, and shows how far it is: by a bar on a terminal, else by a line for each configuration.
 fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
-    let bar = ProgressBar::new(0);
-    bar.set_style(
-        ProgressStyle::with_template("[{bar:30}] {pos}/{len} configurations, {eta} left; {msg}")?.progress_chars("=> "),
-    );
+    let (bar, start) = (ProgressBar::new(0).with_prefix("?"), Instant::now());
+    let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} configurations, {prefix} left; {msg}")?;
+    bar.set_style(style.progress_chars("=> "));
+    // Those on record took no time now.
+    let (mut on_record, mut end) = (None, tuner.time_limit);
     let ranking = tuner.run(|event| {
         match event {
             Event::Begun { settings, number, most } => {
+                on_record.get_or_insert(number as u64 - 1);
                 bar.set_length(most as u64);
-                if number as u64 > bar.position() + 1 {
-                    // Those on record took no time now.
-                    bar.set_position(number as u64 - 1);
-                    bar.reset_eta();
-                }
+                bar.set_position(number as u64 - 1);
                 bar.set_message(short(settings));
             }
             Event::Ended { trial, best } => {
                 bar.inc(1);
-                if best {
-                    let seconds = trial.seconds().unwrap_or(0.0);
-                    bar.suspend(|| say!("new best: {}  {} a token", short(&trial.settings), time(seconds)));
+                let (done, all) = (bar.position(), bar.length().unwrap_or(0));
+                let since = done.saturating_sub(on_record.unwrap_or(0)).max(1);
+                let by_number = start.elapsed().mul_f64(1.0 + all.saturating_sub(done) as f64 / since as f64);
+                end = Some(tuner.time_limit.map_or(by_number, |limit| limit.min(by_number)));
+                let new_best = if best { "new best: " } else { "" };
+                let line = format!("{new_best}{}  {}", short(&trial.settings), came_to(trial));
+                if bar.is_hidden() {
+                    say!("{done}/{all}  {line}");
+                } else if best {
+                    bar.suspend(|| say!("{line}"));
                 }
             }
-            _ => bar.tick(),
+            _ => {}
         }
+        if let Some(end) = end {
+            bar.set_prefix(HumanDuration(end.saturating_sub(start.elapsed())).to_string());
+        }
+        bar.tick();
         if STOPPED.load(Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
@@ -307,6 +336,16 @@ fn time(seconds: f64) -> String {
     }
 }
 
+/// What came of a trial.
+fn came_to(trial: &Trial) -> String {
+    match &trial.outcome {
+        Outcome::Done => format!("{} a token", time(trial.seconds().unwrap_or(0.0))),
+        Outcome::Stopped { limit } => format!("more than {} a token", time(*limit)),
+        // It may be anything that a worker wrote.
+        Outcome::Refused { reason } => format!("refused: {}", reason.replace(char::is_control, " ")),
+    }
+}
+
 /// All trials for people.
 fn table(ranking: &Ranking) -> String {
     let fastest = ranking.best().and_then(Trial::seconds).unwrap_or(f64::INFINITY);
@@ -314,12 +353,11 @@ fn table(ranking: &Ranking) -> String {
     let mut text = format!("{:width$}  {:>10}  {:>6}  {:>6}\n", "settings", "a token", "±", "slower");
     for trial in &ranking.trials {
         let row = match (&trial.outcome, trial.seconds()) {
-            (Outcome::Refused { reason }, _) => format!("refused: {reason}"),
+            (Outcome::Refused { .. }, _) => came_to(trial),
             (Outcome::Stopped { limit }, _) => format!("{:>10}  stopped", format!("> {}", time(*limit))),
             (Outcome::Done, seconds) => {
                 let seconds = seconds.unwrap_or(0.0);
-                let (least, most) =
-                    trial.measured().iter().fold((f64::INFINITY, 0.0f64), |(a, b), s| (a.min(*s), b.max(*s)));
+                let [least, most] = trial.extremes().unwrap_or_default();
                 let [around, slower] = [(most - least) / 2.0 / seconds, seconds / fastest - 1.0]
                     .map(|share| format!("{:.0} %", 100.0 * share));
                 format!("{:>10}  {around:>6}  {slower:>6}", time(seconds))

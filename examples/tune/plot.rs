@@ -61,10 +61,10 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
         let stopped = count(|outcome| matches!(outcome, Outcome::Stopped { .. }));
         let refused = count(|outcome| matches!(outcome, Outcome::Refused { .. }));
         let about = format!(
-            "{} of {} configurations measured, {stopped} stopped as clearly slower, {refused} refused. The fastest {bars}, by \
-             n_gpu / n_cpu_pinned / n_cpu:",
+            "{} of {} configurations measured, {stopped} stopped as clearly slower, {refused} refused.{}",
             timed.len(),
-            ranking.configurations
+            ranking.configurations,
+            if bars > 0 { format!(" The fastest {bars}, by n_gpu / n_cpu_pinned / n_cpu:") } else { String::new() }
         );
         say(&about, (MARGIN, MARGIN + 26), 15, &INK, HPos::Left)?;
 
@@ -76,8 +76,7 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
             let x = |seconds: f64| left + (seconds * across) as i32;
             say(&short(&trial.settings), (left - 10, y), 16, if row == 0 { &BEST } else { &INK }, HPos::Right)?;
             root.draw(&Rectangle::new([(left, y - 9), (x(*seconds), y + 9)], color.filled()))?;
-            let (least, most) =
-                trial.measured().iter().fold((f64::INFINITY, 0.0f64), |(a, b), s| (a.min(*s), b.max(*s)));
+            let [least, most] = trial.extremes().unwrap_or_default();
             root.draw(&PathElement::new([(x(least), y), (x(most), y)], INK.stroke_width(1)))?;
             let label =
                 if row == 0 { time(*seconds) } else { format!("+{:.0} %", 100.0 * (seconds / timed[0].1 - 1.0)) };

@@ -58,6 +58,7 @@ pub use worker::worker;
 
 use self::{
     process::{End, Limits},
+    record::Place,
     search::Order,
     worker::Task,
 };
@@ -72,7 +73,9 @@ pub enum Search {
     /// All of them.
     #[default]
     Grid,
-    /// Those that may be the fastest by a forecast, which learns from each that is measured; at most a third of them (but three).
+    /// Those that may be the fastest by a forecast, which learns from each that is measured: at most a third of them, but at
+    /// least three. The first two, which tell most, have the shortest and the longest rings: a search that ends with these has
+    /// found little.
     Plan {
         /// Of the same units with any settings: what a pass moves.
         plan: Box<Plan>,
@@ -144,7 +147,7 @@ pub enum Event<'a> {
     Begun {
         /// Its settings.
         settings: &'a Settings,
-        /// Its number in the search, from 1, those that were on record included.
+        /// Its number, from 1, all that were on record included.
         number: usize,
         /// How many there will be at most.
         most: usize,
@@ -163,14 +166,14 @@ pub enum Event<'a> {
         /// Whether it is the fastest so far.
         best: bool,
     },
-    /// Nothing new, for a tenth of a second or since a signal came.
+    /// Nothing new; at least every tenth of a second, so that the caller can say whether to go on.
     Waiting,
 }
 
 /// Why a search ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// There was nothing left that is worth trying.
+    /// All were tried, or as many as such a search may try, or there was nothing left that is worth it.
     Complete,
     /// The time was up.
     TimeUp,
@@ -183,7 +186,7 @@ pub enum Ended {
 pub struct Ranking {
     /// The fastest first, then those that were stopped, then those that were refused; with those on record.
     pub trials: Vec<Trial>,
-    /// How many configurations there are that can differ.
+    /// How many configurations there are that can differ, those on record included.
     pub configurations: usize,
     /// Why it ended.
     pub ended: Ended,
@@ -202,10 +205,10 @@ impl Tuner {
     /// A configuration that cannot be measured is no error: the ranking has the reason.
     ///
     /// # Errors
-    /// [`Error::Setting`] for options that make no sense, for a record of another search, and in a process that is a worker
-    /// itself; [`Error::Io`] if the record cannot be read or written.
+    /// [`Error::Setting`] for options that make no sense, for a record of another search or one that is under way, and in a
+    /// process that is a worker itself; [`Error::Io`] if the record cannot be read or written.
     pub fn run(&self, mut hook: impl FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Ranking> {
-        let (configurations, mut record) = self.prepare()?;
+        let (configurations, mut record, mut place) = self.prepare()?;
         let sleep = record.sleep;
         let mut order = match &self.search {
             Search::Grid => Order::Grid,
@@ -214,9 +217,19 @@ impl Tuner {
         let arguments = self.arguments.clone().unwrap_or_else(|| env::args_os().skip(1).collect());
         let until = self.time_limit.and_then(|limit| Instant::now().checked_add(limit));
         let in_time = || until.is_none_or(|until| Instant::now() < until);
-        let most = order.most(configurations.len());
+        let others = record.trials.iter().filter(|trial| !configurations.contains(&trial.settings)).count();
+        let most = order.most(configurations.len()) + others;
         let ended = loop {
-            let Some(next) = order.next(&configurations, &record) else { break Ended::Complete };
+            let mut cancelled = false;
+            let mut goes_on = || {
+                cancelled |= hook(Event::Waiting).is_break();
+                !cancelled && in_time()
+            };
+            let next = order.next(&configurations, &record, &mut goes_on);
+            if cancelled {
+                break Ended::Cancelled;
+            }
+            let Some(next) = next else { break Ended::Complete };
             if !in_time() {
                 break Ended::TimeUp;
             }
@@ -231,7 +244,6 @@ impl Tuner {
                 memory: self.memory_limit,
                 measured: record.limit(self.strict),
             };
-            let mut cancelled = false;
             let task = Task { settings: settings.clone(), runs: self.runs, sleep };
             let (runs, end) = process::measure(&task, &limits, |ran| {
                 let event = ran.map_or(Event::Waiting, |(run, seconds)| Event::Ran { run, seconds });
@@ -247,8 +259,8 @@ impl Tuner {
             let before = record.best.take();
             record.trials.push(Trial { settings: settings.clone(), runs, outcome });
             record.best = record.best_trial().map(|trial| trial.settings.clone());
-            if let Some(path) = &self.record {
-                record.write(path)?;
+            if let Some(place) = &mut place {
+                place.write(&record)?;
             }
             let trial = record.trials.last().expect("it was pushed");
             let best = record.best != before && record.best.as_ref() == Some(settings);
@@ -258,11 +270,11 @@ impl Tuner {
         };
         let mut trials = record.trials;
         trials.sort_by(|a, b| a.rank().partial_cmp(&b.rank()).expect("seconds are numbers"));
-        Ok(Ranking { trials, configurations: configurations.len(), ended })
+        Ok(Ranking { trials, configurations: configurations.len() + others, ended })
     }
 
-    /// Checks the options; the configurations, and what is on record.
-    fn prepare(&self) -> Result<(Vec<Settings>, Record)> {
+    /// Checks the options; the configurations that can be tried, what is on record, and where that is kept.
+    fn prepare(&self) -> Result<(Vec<Settings>, Record, Option<Place>)> {
         if worker::is_worker() {
             let cause = "this process is a worker of another one; call tuner::worker first of all in main";
             return Err(Error::setting("tuner", cause));
@@ -270,7 +282,13 @@ impl Tuner {
         if self.runs < 2 {
             return Err(Error::setting("runs", format!("is {}, but the first is not measured; at least 2", self.runs)));
         }
-        let configurations = self.values.configurations(&self.common);
+        if let Search::Plan { bandwidths: Bandwidths { disk, copy }, .. } = self.search
+            && ![disk, copy].iter().all(|bandwidth| bandwidth.is_finite() && *bandwidth > 0.0)
+        {
+            let cause = format!("are {disk} and {copy} bytes a second; each must be more than nothing, and finite");
+            return Err(Error::setting("bandwidths", cause));
+        }
+        let mut configurations = self.values.configurations(&self.common);
         if configurations.is_empty() {
             return Err(Error::setting("values", "each setting must have at least one"));
         }
@@ -280,14 +298,25 @@ impl Tuner {
             checkpoint: self.checkpoint.clone(),
             runs: self.runs,
             sleep: self.sleep.as_secs_f64(),
+            strict: self.strict,
             ..Record::default()
         };
+        let mut place = self.record.as_deref().map(Place::take).transpose()?;
         if let Some(path) = &self.record {
             record.trials = record.resume(path)?;
             record.best = record.best_trial().map(|trial| trial.settings.clone());
-            // A place that cannot be written to is known before the long work.
-            record.write(path)?;
         }
-        Ok((configurations, record))
+        // What cannot work needs no process to tell, and no plan.
+        configurations.retain(|settings| {
+            let Err(error) = settings.validate() else { return true };
+            if !record.trials.iter().any(|trial| trial.settings == *settings) {
+                let outcome = Outcome::Refused { reason: error.to_string() };
+                record.trials.push(Trial { settings: settings.clone(), runs: Vec::new(), outcome });
+            }
+            false
+        });
+        // A place that cannot be written to is known before the long work.
+        place.iter_mut().try_for_each(|place| place.write(&record))?;
+        Ok((configurations, record, place))
     }
 }

@@ -1,7 +1,8 @@
 //! What was measured, as JSON: it can be gone on with, and its best settings used.
 
 use std::{
-    fs,
+    fs::{self, File, TryLockError},
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
@@ -26,6 +27,9 @@ pub struct Record {
     pub runs: usize,
     /// Seconds between runs.
     pub sleep: f64,
+    /// Whether configurations were stopped strictly.
+    #[serde(default)]
+    pub strict: bool,
     /// The fastest settings so far.
     pub best: Option<Settings>,
     /// The configurations in the order in which they were tried.
@@ -73,6 +77,12 @@ impl Trial {
         let measured = self.measured();
         (self.outcome == Outcome::Done && !measured.is_empty())
             .then(|| measured.iter().sum::<f64>() / measured.len() as f64)
+    }
+
+    /// The fastest and the slowest measured run, if all were measured.
+    pub fn extremes(&self) -> Option<[f64; 2]> {
+        self.seconds()?;
+        Some([f64::min, f64::max].map(|of| self.measured().iter().copied().reduce(of).expect("there is one")))
     }
 
     /// How far its runs differ: their standard deviation, relative to their mean. 0 for fewer than two.
@@ -129,22 +139,8 @@ impl Record {
         same("checkpoint", &found.checkpoint, &self.checkpoint)?;
         same("number of runs", &found.runs, &self.runs)?;
         same("pause between runs", &found.sleep, &self.sleep)?;
+        same("strictness", &found.strict, &self.strict)?;
         Ok(found.trials)
-    }
-
-    /// Writes it, whole or not at all.
-    pub(super) fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| Error::setting("record", format!("cannot be written: {error}")))?;
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".partial-{}", std::process::id()));
-        let partial = PathBuf::from(partial);
-        let written = fs::write(&partial, text + "\n").and_then(|()| fs::rename(&partial, path));
-        written.map_err(|error| {
-            // There may be nothing to remove.
-            let _ = fs::remove_file(&partial);
-            Error::io("write", path)(error)
-        })
     }
 
     /// The fastest trial.
@@ -165,6 +161,61 @@ impl Record {
         // by luck, such as buffers that filled up while the run before was disturbed, and must not close it to them.
         let spread = spreads[spreads.len() / 2].max(best.spread());
         Some(if strict { seconds } else { seconds * (1.0 + (3.0 * spread).max(0.1)) })
+    }
+}
+
+/// A record's file, of one search at a time: whichever file is at the path is locked by it, before it is there.
+pub(super) struct Place {
+    path: PathBuf,
+    locked: Option<File>,
+}
+
+impl Place {
+    /// Takes the place for a search.
+    pub(super) fn take(path: &Path) -> Result<Self> {
+        let file = match File::open(path) {
+            Ok(file) => Some(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(Error::io("open", path)(error)),
+        };
+        file.iter().try_for_each(|file| lock(file, path))?;
+        Ok(Self { path: path.to_owned(), locked: file })
+    }
+
+    /// Writes the record, whole or not at all.
+    pub(super) fn write(&mut self, record: &Record) -> Result<()> {
+        let text = serde_json::to_string_pretty(record)
+            .map_err(|error| Error::setting("record", format!("cannot be written: {error}")))?;
+        let mut partial = self.path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let failed = |error| Error::io("write", &self.path)(error);
+        let file = File::options().create(true).truncate(false).write(true).open(&partial).map_err(failed)?;
+        lock(&file, &self.path)?;
+        let replace = || {
+            file.set_len(0)?;
+            (&file).write_all((text + "\n").as_bytes())?;
+            fs::rename(&partial, &self.path)
+        };
+        if let Err(error) = replace() {
+            // There may be nothing to remove.
+            let _ = fs::remove_file(&partial);
+            return Err(failed(error));
+        }
+        self.locked = Some(file);
+        Ok(())
+    }
+}
+
+/// Locks the file of the record at `path`, as long as it is open.
+fn lock(file: &File, path: &Path) -> Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            let cause = "another search is writing to it; wait for its end, or name another file";
+            Err(Error::setting("record", format!("{}: {cause}", path.display())))
+        }
+        // Not every file system has locks.
+        _ => Ok(()),
     }
 }
 
@@ -228,8 +279,20 @@ mod tests {
             ])
         };
         assert_eq!(found.resume(&path).unwrap(), []);
-        found.write(&path).unwrap();
-        assert_eq!(Record::read(&path).unwrap(), found);
+        let mut place = Place::take(&path).unwrap();
+        for _ in 0..2 {
+            place.write(&found).unwrap();
+            assert_eq!(Record::read(&path).unwrap(), found);
+            let said = Place::take(&path).err().expect("it is taken").to_string();
+            assert!(said.contains("record: /") && said.contains("another search is writing to it"), "{said}");
+        }
+        drop(place);
+        // A process that another test is just starting has it for a moment.
+        let free = (0..5000).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            Place::take(&path).is_ok()
+        });
+        assert!(free, "it is taken for ever");
         assert_eq!(found.resume(&path).unwrap(), found.trials);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let other = Record { device: "another".into(), ..found.clone() };
@@ -241,6 +304,7 @@ mod tests {
             assert!(said.starts_with("record: /"), "{said}");
         }
         assert!(Record::read(folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
-        assert!(found.write(&folder.path().join("no/where")).unwrap_err().to_string().contains("cannot write"));
+        let nowhere = Place::take(&folder.path().join("no/where")).unwrap().write(&found);
+        assert!(nowhere.unwrap_err().to_string().contains("cannot write"));
     }
 }

@@ -15,6 +15,9 @@ const ALIKE: f64 = 0.01;
 /// How far off forecasts are taken to be at first; half of that after one that was seen to be right, a third after two, …
 const FIRST_ERROR: f64 = 0.1;
 
+/// From how many trials costs are learned at most: what more would tell is little, and takes longer with each.
+const LEARN: usize = 16;
+
 /// The order of the search.
 pub(super) enum Order {
     /// As they come.
@@ -45,7 +48,7 @@ impl Order {
         Self::Plan(Box::new(Planned { lines, forecaster, asked: None, errors: Vec::new() }))
     }
 
-    /// How many of so many configurations are tried at most: a third by plan, but three.
+    /// How many of so many configurations are tried at most: a third by plan, but at least three.
     pub(super) fn most(&self, configurations: usize) -> usize {
         match self {
             Self::Grid => configurations,
@@ -53,20 +56,26 @@ impl Order {
         }
     }
 
-    /// The number of the next configuration, if there is one that is worth trying.
-    pub(super) fn next(&mut self, configurations: &[Settings], record: &Record) -> Option<usize> {
+    /// The number of the next configuration, if there is one that is worth trying. `goes_on` is asked a few times a second
+    /// where finding it takes long; after a no it may be any.
+    pub(super) fn next(
+        &mut self,
+        configurations: &[Settings],
+        record: &Record,
+        goes_on: impl FnMut() -> bool,
+    ) -> Option<usize> {
         let tried = |number: &usize| trial_of(&configurations[*number], record).is_some();
         let left: Vec<_> = (0..configurations.len()).filter(|number| !tried(number)).collect();
+        let most = self.most(configurations.len());
         match self {
             Self::Grid => left.first().copied(),
             Self::Plan(planned) => {
-                // What is refused takes no time.
+                // What is refused does not count: most of it takes no time.
                 let ran = |settings: &&Settings| trial_of(settings, record).is_some_and(|trial| !trial.runs.is_empty());
-                let most = (configurations.len() / 3).max(3);
                 if configurations.iter().filter(ran).count() >= most {
                     return None;
                 }
-                planned.next(configurations, &left, record)
+                planned.next(configurations, &left, record, goes_on)
             }
         }
     }
@@ -77,9 +86,17 @@ fn trial_of<'r>(settings: &Settings, record: &'r Record) -> Option<&'r Trial> {
 }
 
 impl Planned {
-    fn next(&mut self, configurations: &[Settings], left: &[usize], record: &Record) -> Option<usize> {
-        let trials: Vec<_> =
-            self.lines.iter().zip(configurations).filter_map(|(line, c)| Some((line, trial_of(c, record)?))).collect();
+    fn next(
+        &mut self,
+        configurations: &[Settings],
+        left: &[usize],
+        record: &Record,
+        goes_on: impl FnMut() -> bool,
+    ) -> Option<usize> {
+        // In the order in which they were tried.
+        let line_of = |trial: &Trial| configurations.iter().position(|settings| trial.settings == *settings);
+        let mut trials: Vec<_> =
+            record.trials.iter().filter_map(|trial| Some((&self.lines[line_of(trial)?], trial))).collect();
         let bytes = |number: &usize| self.lines[*number].bytes;
         match trials.len() {
             // With the shortest rings the stages wait for each other, with the longest for the slowest: the two tell most
@@ -97,13 +114,21 @@ impl Planned {
                 _ => {}
             }
         }
-        self.forecaster.learn(&trials);
+        let best = record.best_trial();
+        if trials.len() > LEARN {
+            // The two extremes, the best, and the newest.
+            let rest = trials.split_off(2);
+            let newest = rest.len() - (LEARN - 3);
+            let is_best = |trial: &Trial| best.is_some_and(|best| best.settings == trial.settings);
+            let (old, new) = rest.split_at(newest);
+            trials.extend(old.iter().filter(|(_, trial)| is_best(trial)).chain(new));
+        }
+        self.forecaster.learn(&trials, goes_on);
         // By the costs that suit each best, among those that explain what was seen: what may win by them is worth a trial.
         let hopes: Vec<_> = left.iter().map(|&number| (number, self.forecaster.hope(&self.lines[number]))).collect();
         let recent = &self.errors[self.errors.len().saturating_sub(2)..];
         let seen = recent.iter().copied().fold(0.0, f64::max);
         let error = seen.max(FIRST_ERROR / (1 + self.errors.len()) as f64);
-        let best = record.best_trial();
         let worth = best.and_then(Trial::seconds).unwrap_or(f64::INFINITY) * (1.0 - WORTH);
         let number = self.most_hopeful(&hopes, |_, hope| hope * (1.0 - error) < worth).or_else(|| {
             // A machine is more than the forecast knows of it: what is next to the best may be better, until nothing is.

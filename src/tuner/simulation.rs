@@ -3,6 +3,15 @@
 //! Stages in a row, each of which works on one unit at a time and needs the unit from the stage before (with the rest of its
 //! batch) and a free slot of the ring after it, make a recurrence: a unit's work begins when the last of these is there.
 
+use std::{
+    sync::{
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
 use super::record::{Outcome, Trial};
 use crate::plan::{Bandwidths, Home, Plan, StagePlan};
 
@@ -84,7 +93,7 @@ impl Line {
             batch: 1,
         });
         let rings = [&plan.ram, &plan.pinned].into_iter().flatten().chain([&plan.gpu]);
-        let bytes = rings.map(StagePlan::bytes).sum();
+        let bytes = rings.map(StagePlan::bytes).fold(0, usize::saturating_add);
         Self { stages, units: units.len(), runs, sleep, bytes }
     }
 
@@ -162,8 +171,9 @@ impl Forecaster {
     }
 
     /// Finds costs at which the trials would have taken the time they took, and which are not far from what was given. A few
-    /// trials can be explained in several ways, so that many are tried.
-    pub(super) fn learn(&mut self, trials: &[(&Line, &Trial)]) {
+    /// trials can be explained in several ways, so that many are tried, on all processors: nothing is measured meanwhile.
+    /// `goes_on` is asked a few times a second; when it says no, nothing is learned.
+    pub(super) fn learn(&mut self, trials: &[(&Line, &Trial)], mut goes_on: impl FnMut() -> bool) {
         let longest = trials.iter().filter_map(|(_, trial)| trial.seconds()).fold(0.0, f64::max);
         if longest == 0.0 {
             return;
@@ -184,15 +194,49 @@ impl Forecaster {
                 })
                 .sum(),
         };
-        let starts = (0..STARTS).map(|start| {
+        let start_from = |start: usize| {
             let around = |cost: usize, factor: f64| factor.powf(pseudo_random(COSTS * start + cost));
             // Computation may take any share of the time.
             Costs(std::array::from_fn(|cost| match PRIOR[cost] {
                 f64::INFINITY => 0.15 * longest * around(cost, 7.0),
                 factor => given[cost] * around(cost, factor),
             }))
+        };
+        let (next, given_up) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let work = |ends: &mpsc::Sender<(Costs, f64)>| {
+            loop {
+                let start = next.fetch_add(1, Relaxed);
+                if start >= STARTS {
+                    return;
+                }
+                let Some(end) = descend(start_from(start), trials.len() as f64, &off, &given_up) else { return };
+                ends.send(end).expect("it is waited for");
+            }
+        };
+        let mut ends = Vec::with_capacity(STARTS);
+        thread::scope(|scope| {
+            let (sender, found) = mpsc::channel();
+            let count = thread::available_parallelism().map_or(1, usize::from).min(STARTS);
+            let spawn = |_| {
+                let (work, sender) = (&work, sender.clone());
+                thread::Builder::new().spawn_scoped(scope, move || work(&sender)).ok()
+            };
+            if (0..count).map_while(spawn).count() == 0 {
+                work(&sender);
+            }
+            drop(sender);
+            loop {
+                match found.recv_timeout(Duration::from_millis(100)) {
+                    Ok(end) => ends.push(end),
+                    Err(mpsc::RecvTimeoutError::Timeout) if goes_on() => {}
+                    Err(mpsc::RecvTimeoutError::Timeout) => given_up.store(true, Relaxed),
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                }
+            }
         });
-        let mut ends: Vec<_> = starts.map(|start| descend(start, trials.len() as f64, &off)).collect();
+        if given_up.into_inner() {
+            return;
+        }
         ends.sort_by(|a, b| a.1.total_cmp(&b.1));
         // Two standard deviations from the most likely; where that explains little, more is plausible.
         let most = 2.0 * ends[0].1 + 4.0;
@@ -223,10 +267,13 @@ impl Off {
 }
 
 /// Goes down from `start`, one cost at a time, in steps that become smaller, until the trials are `explained`: the costs, and
-/// how far off they are.
-fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off) -> (Costs, f64) {
+/// how far off they are. `None` if it was given up.
+fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off, given_up: &AtomicBool) -> Option<(Costs, f64)> {
     let (mut here, mut step) = ((start, off(start)), 1.5f64);
     while step > 1.01 && here.1.trials > explained {
+        if given_up.load(Relaxed) {
+            return None;
+        }
         let before = here.1.sum();
         for cost in 0..COSTS {
             for factor in [step, 1.0 / step] {
@@ -242,5 +289,5 @@ fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off) -> (Costs,
             step = step.sqrt();
         }
     }
-    (here.0, here.1.sum())
+    Some((here.0, here.1.sum()))
 }

@@ -152,7 +152,7 @@ fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
         let line = |trial: &Trial| Line::new(&plan.with(&trial.settings), grid.runs, 0.0);
         let known: Vec<_> = planned.trials.iter().map(|trial| (line(trial), trial)).collect();
         let mut forecaster = Forecaster::new(bandwidths);
-        forecaster.learn(&known.iter().map(|(line, trial)| (line, *trial)).collect::<Vec<_>>());
+        forecaster.learn(&known.iter().map(|(line, trial)| (line, *trial)).collect::<Vec<_>>(), || true);
         let off = |trial: &Trial| Some((forecaster.forecast(&line(trial)) / trial.seconds()? - 1.0).abs());
         let mut off: Vec<_> = all.trials.iter().filter_map(off).collect();
         off.sort_by(f64::total_cmp);
@@ -161,6 +161,38 @@ fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
         all.trials.len() == all.configurations && 3 * runs(&planned) <= runs(&all) && ratio < 1.03 && median < 0.03
     });
     assert!(found);
+}
+
+#[test]
+fn what_cannot_work_is_refused_without_a_process_and_what_is_on_record_counts() {
+    let (file, folder) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
+    let (checkpoint, units) = units(file.path(), &SIZES);
+    let plan = Box::new(Plan::new(&checkpoint, &units, &Settings::default()).unwrap());
+    let by_plan = |disk: f64, copy: f64| Search::Plan { plan: plan.clone(), bandwidths: Bandwidths { disk, copy } };
+    let of = |n_gpu: &[usize]| tuner(file.path(), Values { n_gpu: n_gpu.to_vec(), ..Values::default() });
+    for (disk, copy) in [(0.0, 1e9), (1e9, f64::INFINITY), (f64::NAN, 1e9), (1e9, -1.0)] {
+        let said = Tuner { search: by_plan(disk, copy), ..of(&[1, 2]) }.run(|_| panic!("something happened"));
+        assert!(said.unwrap_err().to_string().starts_with("bandwidths: "), "{disk} {copy}");
+    }
+    let record = folder.path().join("record");
+    let mut counts = Vec::new();
+    for n_gpu in [&[1, usize::MAX, 70_000][..], &[2]] {
+        let tuner = Tuner { search: by_plan(1e9, 1e9), record: Some(record.clone()), ..of(n_gpu) };
+        let ranking = tuner.run(|event| {
+            if let Event::Begun { number, most, .. } = event {
+                counts.push((number, most));
+            }
+            ControlFlow::Continue(())
+        });
+        let ranking = ranking.unwrap();
+        assert_eq!((ranking.ended, ranking.configurations), (Ended::Complete, ranking.trials.len()), "{ranking:?}");
+        for trial in ranking.trials.iter().filter(|trial| trial.settings.n_gpu > 2) {
+            assert!(matches!(&trial.outcome, Outcome::Refused { reason } if reason.contains("65536")), "{trial:?}");
+        }
+    }
+    assert_eq!(counts, [(3, 3), (4, 4)]);
+    let strict = Tuner { strict: true, record: Some(record), ..of(&[1]) };
+    assert!(strict.run(|_| ControlFlow::Continue(())).unwrap_err().to_string().contains("strictness was false"));
 }
 
 #[test]
@@ -193,7 +225,7 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
         let all: Vec<_> = configurations.iter().map(seconds).collect();
         let mut order = Order::planned(&plan, bandwidths, &configurations, 4, 0.0);
         let mut record = Record { runs: 4, ..Record::default() };
-        while let Some(next) = order.next(&configurations, &record) {
+        while let Some(next) = order.next(&configurations, &record, || true) {
             // Runs differ by a hundredth or two, and slow ones are stopped.
             let mut runs: Vec<_> = (0..4).map(|_| all[next] * (0.99 + 0.02 * rng.f64())).collect();
             let limit = record.limit(false).filter(|limit| runs[1] > *limit);
@@ -215,4 +247,26 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
     }
     assert!(matters * 2 > common::cases(12), "the settings mattered in {matters}");
     println!("{tried} of {of} configurations were tried");
+}
+
+#[test]
+fn learning_from_many_trials_of_many_units_can_be_interrupted() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (checkpoint, units) = units(file.path(), &[8; 2000]);
+    let plan = Plan::new(&checkpoint, &units, &Settings::default()).unwrap();
+    let trials: Vec<_> = (1..40)
+        .map(|n_gpu| {
+            let settings = Settings { n_gpu, ..Settings::default() };
+            let line = Line::new(&plan.with(&settings), 4, 0.0);
+            // Times that nothing explains.
+            (line, Trial { settings, runs: vec![1.0 + n_gpu as f64; 4], outcome: Outcome::Done })
+        })
+        .collect();
+    let mut forecaster = Forecaster::new(Bandwidths::default());
+    let (start, mut asked) = (Instant::now(), 0);
+    forecaster.learn(&trials.iter().map(|(line, trial)| (line, trial)).collect::<Vec<_>>(), || {
+        asked += 1;
+        asked < 3
+    });
+    assert!(asked >= 3 && start.elapsed() < Duration::from_secs(10), "{asked} times in {:?}", start.elapsed());
 }
