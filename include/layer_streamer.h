@@ -617,8 +617,9 @@ ls_status ls_stream_synchronize(struct ls_stream stream);
 ls_status ls_stream_to_cuda(struct ls_stream stream,
                             void **cuda_stream);
 
-// What a streamer with these options will take; nothing is reserved or read. `options` may be NULL: the defaults. Set
-// `memory->size` to sizeof(ls_memory) before.
+// What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
+// the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
+// have slots for layers that live there too, for as long as their homes become present: n_gpu + 1 of the largest.
 ls_status ls_streamer_memory(struct ls_checkpoint checkpoint,
                              const struct ls_streamer_options *options,
                              struct ls_memory *memory);
