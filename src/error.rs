@@ -184,6 +184,7 @@ fn after_semicolon(remedy: &str) -> String {
 fn remedy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
         Some(libc::EMFILE) => "; raise the limit on open files (ulimit -n)",
+        Some(libc::EAGAIN) => "; raise the limit on processes (ulimit -u)",
         Some(libc::EIO) => "; the disk or its file system failed, see the kernel log",
         Some(libc::ENOSPC) => "; free some space",
         None if source.kind() == io::ErrorKind::UnexpectedEof => {

@@ -6,7 +6,8 @@ use std::{
     env,
     ffi::OsString,
     fs::{self, File},
-    io::Write,
+    io::{self, Write},
+    iter,
     ops::ControlFlow,
     os::{fd::FromRawFd, unix::process::CommandExt},
     path::Path,
@@ -18,7 +19,7 @@ use std::{
 use common::example;
 use layer_streamer::{
     Settings,
-    tuner::{self, Ended, Outcome, Ranking, Record, Trial, Tuner, Values},
+    tuner::{self, Ended, Event, Outcome, Ranking, Record, Trial, Tuner, Values},
 };
 
 const GOOD: usize = 1;
@@ -34,6 +35,17 @@ const TALKS_NONSENSE: usize = 10;
 const REFUSES: usize = 11;
 const FAILS: usize = 12;
 const LEAVES: usize = 13;
+const LEAVES_A_CHILD: usize = 14;
+const REFUSES_WITH_A_CHILD: usize = 15;
+const STOPS_WITH_A_CHILD: usize = 16;
+const STOPS_IN_THE_PAUSE: usize = 17;
+const WRITES_NO_END: usize = 18;
+const WRITES_LINES: usize = 19;
+const TRICKLES: usize = 20;
+const CLOSES_ITS_CHANNEL: usize = 21;
+const VARIES: usize = 22;
+const HANGS_IN_RUN_2: usize = 23;
+const SAYS_ITS_LIMIT: usize = 24;
 
 /// The patience of these tests' tuners, and how long a slow run takes: far longer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -45,6 +57,48 @@ fn hang() -> ! {
     }
 }
 
+/// The worker's end of its channel, which this process, to be ended soon, shares.
+fn channel() -> File {
+    let variable = env::var("LAYER_STREAMER_TUNER_WORKER").unwrap();
+    let descriptor = variable.split(',').next().unwrap().parse().unwrap();
+    // SAFETY: the channel's own descriptor, open until the process ends.
+    unsafe { File::from_raw_fd(descriptor) }
+}
+
+fn write_for_ever(text: &[u8], pause: Duration) -> ! {
+    let mut channel = channel();
+    loop {
+        channel.write_all(text).unwrap();
+        thread::sleep(pause);
+    }
+}
+
+/// A process in this one's group that starts another; both bear the mark, the second in its environment alone.
+fn children() -> Command {
+    let mark = env::args().next_back().unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "sleep 1000; : $0", &mark]).env("MARK", &mark);
+    command
+}
+
+/// Starts those, and goes on once both run.
+#[expect(clippy::zombie_processes, reason = "the tuner ends them")]
+fn start_children() {
+    children().spawn().unwrap();
+    both_run(Path::new(&env::args().next_back().unwrap()));
+}
+
+fn both_run(mark: &Path) {
+    until("children", || marked(mark).iter().any(|line| line.contains(": sleep")));
+}
+
+fn data_limit() -> libc::rlimit {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure is the call's while it runs.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) }, 0);
+    limit
+}
+
 /// No test, but what the tests start again: a worker that behaves as `n_gpu` says. Its last argument is a mark, to find it by.
 #[test]
 fn worker() {
@@ -54,13 +108,29 @@ fn worker() {
             HANGS_IN_SET_UP => hang(),
             REFUSES => return Err("these settings do not suit me".to_owned()),
             TALKS_NONSENSE => {
-                let variable = env::var("LAYER_STREAMER_TUNER_WORKER").unwrap();
-                let descriptor = variable.split(',').next().unwrap().parse().unwrap();
-                // SAFETY: the channel's own descriptor, which this process, to be ended soon, shares.
-                let mut channel = unsafe { File::from_raw_fd(descriptor) };
-                channel.write_all(b"{\"took\":\"long\"}\n").unwrap();
+                channel().write_all(b"{\"took\":\"long\"}\n").unwrap();
                 hang();
             }
+            REFUSES_WITH_A_CHILD => {
+                start_children();
+                return Err("not with children".to_owned());
+            }
+            STOPS_WITH_A_CHILD => {
+                start_children();
+                // SAFETY: no memory is involved.
+                unsafe { libc::kill(0, libc::SIGSTOP) };
+                // It may reach this thread a moment later.
+                hang();
+            }
+            WRITES_NO_END => write_for_ever(&[b'x'; 4096], Duration::ZERO),
+            WRITES_LINES => write_for_ever(b"\"begun\"\n", Duration::ZERO),
+            TRICKLES => write_for_ever(b"x", Duration::from_millis(10)),
+            CLOSES_ITS_CHANNEL => {
+                start_children();
+                drop(channel());
+                hang();
+            }
+            SAYS_ITS_LIMIT => return Err(format!("{} bytes of data", data_limit().rlim_cur)),
             _ => {}
         }
         let mut runs = 0;
@@ -81,10 +151,20 @@ fn worker() {
                     }
                 }
                 HANGS => hang(),
-                HANGS_WITH_A_CHILD => {
-                    let mark = env::args().next_back().unwrap();
-                    Command::new("sh").args(["-c", "sleep 1000; : $0", &mark]).status().unwrap();
+                HANGS_WITH_A_CHILD => _ = children().status().unwrap(),
+                LEAVES_A_CHILD => {
+                    start_children();
+                    process::exit(0);
                 }
+                STOPS_IN_THE_PAUSE => {
+                    thread::spawn(|| {
+                        thread::sleep(Duration::from_millis(50));
+                        // SAFETY: no memory is involved.
+                        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+                    });
+                }
+                VARIES => thread::sleep(Duration::from_millis([0, 100, 800][runs - 1])),
+                HANGS_IN_RUN_2 => thread::sleep(if runs == 1 { Duration::ZERO } else { SLOWLY }),
                 FAILS => return Err("the third layer failed".to_owned()),
                 LEAVES => process::exit(0),
                 _ => unreachable!("no such behaviour"),
@@ -107,22 +187,48 @@ fn tuner(mark: &Path, n_gpu: &[usize]) -> Tuner {
 }
 
 fn run(tuner: &Tuner) -> Ranking {
-    tuner.run(|_| ControlFlow::Continue(())).unwrap()
+    run_with(tuner, || {})
+}
+
+/// Has `wait` done before the tuner listens to a worker.
+fn run_with(tuner: &Tuner, wait: impl Fn()) -> Ranking {
+    let ranking = tuner.run(|event| {
+        if let Event::Waiting = event {
+            wait();
+        }
+        ControlFlow::Continue(())
+    });
+    let ranking = ranking.unwrap();
+    // Those that nobody waited for as well. Not all systems have the file.
+    let children = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    assert_eq!(children, "", "children of this thread");
+    ranking
 }
 
 fn trial(ranking: &Ranking, n_gpu: usize) -> &Trial {
     ranking.trials.iter().find(|trial| trial.settings.n_gpu == n_gpu).unwrap()
 }
 
-/// Processes with `mark` in their command line, but this one.
+/// Processes with `mark` in their command line or environment, but this one.
 fn marked(mark: &Path) -> Vec<String> {
     let mark = mark.to_str().unwrap();
     let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let processes = processes.filter(|id| id.parse() != Ok(process::id()) && id.bytes().all(|b| b.is_ascii_digit()));
-    // One that has ended, and was not waited for by whoever inherited it, has no command line any more.
-    let lines = processes
-        .filter_map(|id| Some(String::from_utf8_lossy(&fs::read(format!("/proc/{id}/cmdline")).ok()?).into_owned()));
-    lines.filter(|line| line.contains(mark)).collect()
+    // One that has ended, and was not waited for by whoever inherited it, has neither any more.
+    let texts = processes.filter_map(|id| {
+        let text = |name| Some(String::from_utf8_lossy(&fs::read(format!("/proc/{id}/{name}")).ok()?).into_owned());
+        let (line, variables) = (text("cmdline")?, text("environ")?);
+        (line.contains(mark) || variables.contains(mark)).then(|| format!("{id}: {line}"))
+    });
+    texts.collect()
+}
+
+fn until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < deadline, "no {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Nothing with `mark` runs any more, or will not in a moment.
@@ -131,6 +237,17 @@ fn nothing_is_left(mark: &Path) {
     while !marked(mark).is_empty() {
         assert!(Instant::now() < deadline, "left behind: {:?}", marked(mark));
         thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Each of these behaviours was refused for a reason with this in it.
+fn were_refused(ranking: &Ranking, reasons: &[(usize, &str)]) {
+    for (behaviour, reason) in reasons {
+        let Outcome::Refused { reason: found } = &trial(ranking, *behaviour).outcome else {
+            panic!("{:?}", trial(ranking, *behaviour));
+        };
+        println!("{behaviour}: {found}");
+        assert!(found.contains(reason), "{behaviour}: {found:?} for {reason:?}");
     }
 }
 
@@ -143,7 +260,7 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
     assert_eq!((ranking.ended, ranking.trials.len()), (Ended::Complete, all.len()));
     assert_eq!(ranking.best().unwrap().settings.n_gpu, GOOD, "{ranking:?}");
     assert_eq!(trial(&ranking, GOOD_SLOWER).outcome, Outcome::Done);
-    for (behaviour, reason) in [
+    let reasons = [
         (ABORTS, "ended before it was done (signal: 6 (SIGABRT)"),
         (IS_KILLED, "ended before it was done (signal: 9 (SIGKILL)"),
         (EATS_MEMORY, "memory allocation of "),
@@ -154,12 +271,111 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
         (REFUSES, "these settings do not suit me"),
         (FAILS, "the third layer failed"),
         (LEAVES, "ended before it was done (exit status: 0)"),
-    ] {
-        let Outcome::Refused { reason: found } = &trial(&ranking, behaviour).outcome else {
-            panic!("{:?}", trial(&ranking, behaviour));
-        };
-        println!("{behaviour}: {found}");
-        assert!(found.contains(reason), "{behaviour}: {found:?} for {reason:?}");
+    ];
+    were_refused(&ranking, &reasons);
+}
+
+#[test]
+fn what_a_worker_started_ends_with_it_however_it_ends_or_stops() {
+    let reasons = [
+        (LEAVES_A_CHILD, "ended before it was done (exit status: 0)"),
+        (REFUSES_WITH_A_CHILD, "not with children"),
+        (STOPS_WITH_A_CHILD, "hung: its set-up took more than 2 s; killed"),
+        (STOPS_IN_THE_PAUSE, "hung: the pause after run 1 took more than 2.2 s; killed"),
+        (WRITES_NO_END, "wrote nonsense on its channel: \"xxx"),
+        (WRITES_LINES, "wrote nonsense on its channel: \"\\\"begun\\\"\\n\""),
+        (TRICKLES, "hung: its set-up took more than 2 s; killed"),
+        (CLOSES_ITS_CHANNEL, "closed its channel and did not end; killed"),
+    ];
+    // One by one, as each has to leave nothing.
+    for reason in reasons {
+        let folder = common::folder();
+        let tuner = Tuner { sleep: Duration::from_millis(200), ..tuner(folder.path(), &[reason.0]) };
+        // What it said is heard when it has ended already.
+        let has_ended = || !marked(folder.path()).iter().any(|line| line.contains("worker"));
+        let ranking = run_with(&tuner, || {
+            if reason.0 == REFUSES_WITH_A_CHILD {
+                until("end", has_ended);
+            }
+        });
+        nothing_is_left(folder.path());
+        were_refused(&ranking, &[reason]);
+    }
+}
+
+#[test]
+fn a_run_is_not_said_to_be_over_a_limit_that_patience_did_not_wait_for() {
+    let folder = common::folder();
+    // The times vary so much that the limit is a good second.
+    let hasty = Tuner { runs: 3, patience: Duration::from_secs(1), ..tuner(folder.path(), &[VARIES, HANGS_IN_RUN_2]) };
+    were_refused(&run(&hasty), &[(HANGS_IN_RUN_2, "hung: run 2 took more than 1 s; killed")]);
+}
+
+#[test]
+fn patience_may_be_without_end() {
+    let folder = common::folder();
+    let ranking = run(&Tuner { patience: Duration::MAX, sleep: SLOWLY / 1000, ..tuner(folder.path(), &[GOOD]) });
+    assert_eq!(trial(&ranking, GOOD).outcome, Outcome::Done);
+}
+
+/// No test either, but a tuner in a process of its own, whose one worker behaves as a variable says.
+#[test]
+fn lone_tuner() {
+    let Ok(behaviour) = env::var("LONE_TUNER") else { return };
+    let behaviour = behaviour.parse().unwrap();
+    let mark = env::args().next_back().unwrap();
+    let tuner = Tuner { patience: SLOWLY, ..tuner(Path::new(&mark), &[behaviour]) };
+    let lower = |resource, most: u64| {
+        let limit = libc::rlimit { rlim_cur: most, ..data_limit() };
+        // SAFETY: the structure is the call's while it runs.
+        assert_eq!(unsafe { libc::setrlimit(resource, &raw const limit) }, 0, "{}", io::Error::last_os_error());
+    };
+    match behaviour {
+        GOOD => {
+            let all: Vec<_> = iter::from_fn(|| File::open("/dev/null").ok()).take(1 << 20).collect();
+            let said = tuner.run(|_| ControlFlow::Continue(())).unwrap_err().to_string();
+            drop(all);
+            assert!(said.contains("cannot start a worker of ") && said.contains("ulimit -n"), "{said}");
+        }
+        SAYS_ITS_LIMIT => {
+            lower(libc::RLIMIT_DATA, 1 << 29);
+            were_refused(&run(&tuner), &[(behaviour, "536870912 bytes of data")]);
+        }
+        _ => _ = run(&tuner),
+    }
+}
+
+fn start_lone_tuner(mark: &Path, behaviour: usize) -> Child {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", "lone_tuner", "--nocapture"]).arg(mark).env("LONE_TUNER", behaviour.to_string());
+    command.stdout(Stdio::null()).process_group(0).spawn().unwrap()
+}
+
+#[test]
+fn a_tuner_may_die_of_anything_and_what_its_worker_started_dies_too() {
+    for behaviour in [HANGS_WITH_A_CHILD, STOPS_WITH_A_CHILD, CLOSES_ITS_CHANNEL] {
+        for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
+            let folder = common::folder();
+            let mut tuner = start_lone_tuner(folder.path(), behaviour);
+            both_run(folder.path());
+            if behaviour == STOPS_WITH_A_CHILD {
+                // All of the group but none of the tuner's.
+                thread::sleep(Duration::from_millis(20));
+            }
+            // SAFETY: no memory is involved; the tuner has not been waited for.
+            unsafe { libc::kill(tuner.id() as libc::pid_t, signal) };
+            let status = tuner.wait().unwrap();
+            assert_eq!(status.code(), None, "{behaviour}: {status}");
+            nothing_is_left(folder.path());
+        }
+    }
+}
+
+#[test]
+fn what_is_short_for_a_moment_ends_the_search_and_a_lower_limit_of_the_user_stays() {
+    for behaviour in [GOOD, SAYS_ITS_LIMIT] {
+        let folder = common::folder();
+        assert!(start_lone_tuner(folder.path(), behaviour).wait().unwrap().success(), "{behaviour}");
     }
 }
 

@@ -245,11 +245,12 @@ impl Tuner {
                 measured: record.limit(self.strict),
             };
             let task = Task { settings: settings.clone(), runs: self.runs, sleep };
-            let (runs, end) = process::measure(&task, &limits, |ran| {
+            let measured = process::measure(&task, &limits, |ran| {
                 let event = ran.map_or(Event::Waiting, |(run, seconds)| Event::Ran { run, seconds });
                 cancelled |= hook(event).is_break();
                 !cancelled && in_time()
             });
+            let (runs, end) = measured.map_err(Error::io("start a worker of", "/proc/self/exe"))?;
             let outcome = match end {
                 End::Done => Outcome::Done,
                 End::Stopped(limit) => Outcome::Stopped { limit },
