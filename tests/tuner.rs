@@ -492,3 +492,28 @@ fn a_search_stopped_by_ctrl_c_or_killed_leaves_no_process_and_goes_on_without_re
         assert!(!refused.status.success() && said.starts_with("error: ") && said.contains(cause), "{said}");
     }
 }
+
+#[test]
+fn what_the_command_line_cannot_mean_is_refused_at_once_and_a_search_that_finds_nothing_fails() {
+    let folder = common::folder();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let record = path("record.json");
+    let mut first = tune(Path::new(&record), "0.3");
+    recorded(Path::new(&record), 1);
+    for (arguments, code, cause) in [
+        (&["--json", &record, "--sleep", "0.3", "--runs", "3"][..], 1, "another search is writing to it"),
+        (&["--plot", &path("picture.png")], 2, "ends in .svg"),
+        (&["--plot", &path("no/picture.svg")], 1, "cannot write "),
+        (&["--minutes", "0"], 1, "no configuration could be measured"),
+        (&["--n-gpu", "0", "--n-cpu-pinned", "0", "--n-cpu", "0"], 1, "no configuration could be measured"),
+    ] {
+        let ended = example("tune").args(["--device", "cpu"]).args(arguments).output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.code() == Some(code) && said.contains(cause), "{arguments:?}: {said}");
+    }
+    first.kill().unwrap();
+    first.wait().unwrap();
+    nothing_is_left(Path::new(&record));
+    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["record.json"]);
+}

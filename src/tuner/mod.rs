@@ -206,7 +206,7 @@ impl Tuner {
     ///
     /// # Errors
     /// [`Error::Setting`] for options that make no sense, for a record of another search or one that is under way, and in a
-    /// process that is a worker itself; [`Error::Io`] if the record cannot be read or written.
+    /// process that is a worker itself; [`Error::Io`] if the record cannot be read or written, or a worker not be started.
     pub fn run(&self, mut hook: impl FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Ranking> {
         let (configurations, mut record, mut place) = self.prepare()?;
         let sleep = record.sleep;
