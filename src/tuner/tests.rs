@@ -4,6 +4,7 @@
 use std::{
     env, fs,
     path::Path,
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -21,6 +22,9 @@ use crate::{
     pipeline::LayerStreamer,
     plan::{CachePolicy, Reader, Unit},
 };
+
+/// Held by tests that measure time or take all processors for long.
+static PROCESSORS: Mutex<()> = Mutex::new(());
 
 /// Units' sizes, in parts of a pass, and how long disk and layer function take for a part.
 const SIZES: [usize; 12] = [6, 1, 1, 1, 6, 1, 1, 1, 6, 1, 1, 1];
@@ -113,6 +117,7 @@ fn compared(file: &Path, pair: [&Settings; 2]) -> f64 {
 
 #[test]
 fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
+    let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().unwrap();
     let (checkpoint, units) = units(file.path(), &SIZES);
     let values = Values {
@@ -197,6 +202,7 @@ fn what_cannot_work_is_refused_without_a_process_and_what_is_on_record_counts() 
 
 #[test]
 fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
+    let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let (file, mut rng) = (tempfile::NamedTempFile::new().unwrap(), fastrand::Rng::with_seed(8));
     let (mut tried, mut of, mut matters) = (0, 0, 0);
     for case in 0..common::cases(12) {
@@ -251,6 +257,7 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
 
 #[test]
 fn learning_from_many_trials_of_many_units_can_be_interrupted() {
+    let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().unwrap();
     let (checkpoint, units) = units(file.path(), &[8; 2000]);
     let plan = Plan::new(&checkpoint, &units, &Settings::default()).unwrap();
