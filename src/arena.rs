@@ -42,8 +42,7 @@ unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
 
-/// What is touched at once (bytes): a huge page, since no other thread can map memory meanwhile, as each does when it starts.
-/// In tests less, so that [`Ahead`] is often overtaken.
+/// What is touched at once (bytes): a huge page. In tests less, so that [`Ahead`] is often overtaken.
 const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
 
 /// What is touched before anything is read, so that there is a start (bytes).
@@ -74,18 +73,32 @@ impl Ahead {
     }
 }
 
-/// Makes pieces of `map` present, of those that no other thread has taken from `next`, until none is left or the system
-/// refuses; `before` is told the length of each.
-fn touch(map: &MmapRaw, next: &AtomicUsize, before: impl Fn(usize)) -> io::Result<()> {
+/// Has `touch` make pieces of `bytes` present, where they begin and how long they are, of those that no other thread has taken
+/// from `next`, until none is left or it fails.
+fn share(bytes: usize, next: &AtomicUsize, touch: impl Fn(usize, usize) -> io::Result<()>) -> io::Result<()> {
     loop {
         let at = next.fetch_add(STEP, Relaxed);
-        if at >= map.len() {
+        if at >= bytes {
             return Ok(());
         }
-        let len = STEP.min(map.len() - at);
-        before(len);
-        map.advise_range(Advice::PopulateWrite, at, len)?;
+        touch(at, STEP.min(bytes - at))?;
     }
+}
+
+/// Makes the page of the byte at `at` present and leaves the byte as it is, whoever else writes to it meanwhile: to the hardware
+/// it is one access, which no sanitizer needs to see.
+///
+/// # Safety
+/// The byte may be written.
+unsafe fn touch_page(at: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's.
+    unsafe {
+        std::arch::asm!("lock or byte ptr [{}], 0", in(reg) at, options(nostack));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller's. Where the byte is not zero the page is present.
+    let _ = unsafe { std::sync::atomic::AtomicU8::from_ptr(at) }.compare_exchange(0, 0, Relaxed, Relaxed);
 }
 
 impl Arena {
@@ -130,8 +143,15 @@ impl Arena {
                 while !begun.load(Relaxed) {
                     thread::park();
                 }
-                // Before the system sees it: counted twice, it would be missing elsewhere.
-                let _ = touch(&map, &next, |len| _ = PROMISED.fetch_sub(len, Relaxed));
+                // By faults, not by advice, which would hold a lock that others need to map memory, as drivers do when a
+                // kernel is first launched, and threads when they start.
+                let _ = share(map.len(), &next, |at, len| {
+                    // Before the system sees it: counted twice, it would be missing elsewhere.
+                    PROMISED.fetch_sub(len, Relaxed);
+                    // SAFETY: inside the mapping, which may be written, and which this thread holds.
+                    (at..at + len).step_by(PAGE).for_each(|page| unsafe { touch_page(map.as_mut_ptr().add(page)) });
+                    Ok(())
+                });
             };
             let Ok(thread) = sync::spawn("ls-fault", || (), work) else { break };
             ahead.threads.push(thread);
@@ -182,7 +202,7 @@ impl Arena {
     fn populate(&self) -> io::Result<()> {
         let Some(map) = &self.map else { return Ok(()) };
         let (next, threads) = (AtomicUsize::new(0), thread::available_parallelism().map_or(1, usize::from));
-        let work = || touch(map, &next, |_| ());
+        let work = || share(map.len(), &next, |at, len| map.advise_range(Advice::PopulateWrite, at, len));
         thread::scope(|scope| {
             // For little memory they would cost more than they save. Without them it is this one's.
             let helpers = (1..threads.min(map.len().div_ceil(8 * STEP)))
