@@ -348,6 +348,16 @@ fn lone_tuner() {
 fn start_lone_tuner(mark: &Path, behaviour: usize) -> Child {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "lone_tuner", "--nocapture"]).arg(mark).env("LONE_TUNER", behaviour.to_string());
+    // Whoever runs the tests may ignore some of them.
+    let hear_signals = || {
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+            // SAFETY: no memory is involved.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: nothing but system calls.
+    unsafe { command.pre_exec(hear_signals) };
     command.stdout(Stdio::null()).process_group(0).spawn().unwrap()
 }
 
