@@ -42,7 +42,8 @@ impl Lent {
 
 /// All of a streamer's host memory. Absent parts take none.
 ///
-/// **Invariant**: a home is written by the reader alone, and by nobody once its unit was handed over as [`Place::Home`](crate::pipeline::Place::Home).
+/// **Invariant**: a home is written by the reader alone, and by nobody once its unit was handed over as
+/// [`Place::Home`](crate::pipeline::Place::Home).
 pub(crate) struct HostMemory {
     ram: Option<(Arena, StagePlan)>,
     pinned: Option<(Arena, StagePlan)>,
