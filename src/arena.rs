@@ -3,10 +3,10 @@
 //! whoever would overtake them can tell.
 
 use std::{
-    io,
+    io, mem,
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     thread,
@@ -48,28 +48,33 @@ const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
 /// What is touched before anything is read, so that there is a start (bytes).
 const FIRST: usize = 8 * STEP;
 
+const UNPOISONED: &str = "nothing panics under this lock";
+
 /// Threads that make an arena present, piece after piece.
 struct Ahead {
     /// Where the next piece begins: before it memory is present, or is about to be.
     next: Arc<AtomicUsize>,
     /// Until the memory is asked for they let others start.
     begun: Arc<AtomicBool>,
-    threads: Vec<thread::JoinHandle<()>>,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
 impl Ahead {
     fn begin(&self) {
         if !self.begun.load(Relaxed) {
             self.begun.store(true, Relaxed);
-            self.threads.iter().for_each(|thread| thread.thread().unpark());
+            self.threads.lock().expect(UNPOISONED).iter().for_each(|thread| thread.thread().unpark());
         }
     }
 
-    /// Leaves them nothing to do of `bytes`: they end.
+    /// Leaves them nothing to do of `bytes`, and waits for their end.
     fn stop(&self, bytes: usize) {
         let at = self.next.fetch_max(bytes, Relaxed);
         PROMISED.fetch_sub(bytes.saturating_sub(at), Relaxed);
         self.begin();
+        let threads = mem::take(&mut *self.threads.lock().expect(UNPOISONED));
+        // They cannot panic, and what they did is undone with the mapping.
+        threads.into_iter().for_each(|thread| _ = thread.join());
     }
 }
 
@@ -130,15 +135,12 @@ impl Arena {
         let _ = map.advise_range(Advice::PopulateWrite, 0, first);
         let rest = map.len() - first;
         PROMISED.fetch_add(rest, Relaxed);
-        let mut ahead = Ahead {
-            next: Arc::new(AtomicUsize::new(first)),
-            begun: Arc::new(AtomicBool::new(false)),
-            threads: Vec::new(),
-        };
+        let (next, begun) = (Arc::new(AtomicUsize::new(first)), Arc::new(AtomicBool::new(false)));
         // Half of the processors are left to those who read, copy and compute.
         let count = (thread::available_parallelism().map_or(1, usize::from) / 2).max(1).min(rest.div_ceil(STEP));
+        let mut threads = Vec::with_capacity(count);
         for _ in 0..count {
-            let (map, next, begun) = (map.clone(), ahead.next.clone(), ahead.begun.clone());
+            let (map, next, begun) = (map.clone(), next.clone(), begun.clone());
             let work = move |()| {
                 while !begun.load(Relaxed) {
                     thread::park();
@@ -154,13 +156,13 @@ impl Arena {
                 });
             };
             let Ok(thread) = sync::spawn("ls-fault", || (), work) else { break };
-            ahead.threads.push(thread);
+            threads.push(thread);
         }
-        if ahead.threads.is_empty() {
+        if threads.is_empty() {
             // The memory becomes present where it is used.
             PROMISED.fetch_sub(rest, Relaxed);
         } else {
-            arena.ahead = Some(ahead);
+            arena.ahead = Some(Ahead { next, begun, threads: Mutex::new(threads) });
         }
         Ok(arena)
     }
@@ -220,7 +222,7 @@ impl Arena {
         unsafe { self.start.add(index * self.slot_bytes) }
     }
 
-    /// Ends the threads that touch the memory, which will never be dropped.
+    /// Ends the threads that touch the memory: it is dropped, or will never be.
     pub(crate) fn abandon(&self) {
         if let Some(ahead) = &self.ahead {
             ahead.stop(self.bytes);
@@ -244,11 +246,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        if let Some(ahead) = self.ahead.take() {
-            ahead.stop(self.bytes);
-            // They cannot panic, and what they did is undone with the mapping.
-            ahead.threads.into_iter().for_each(|thread| _ = thread.join());
-        }
+        self.abandon();
     }
 }
 
