@@ -45,9 +45,6 @@ unsafe impl Sync for Arena {}
 /// What is touched at once (bytes): a huge page. In tests less, so that [`Ahead`] is often overtaken.
 const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
 
-/// What is touched before anything is read, so that there is a start (bytes).
-const FIRST: usize = 8 * STEP;
-
 const UNPOISONED: &str = "nothing panics under this lock";
 
 /// Threads that make an arena present, piece after piece.
@@ -130,7 +127,7 @@ impl Arena {
     pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");
-        let first = FIRST.min(map.len());
+        let first = STEP.min(map.len());
         // Where this fails, memory becomes present where it is used.
         let _ = map.advise_range(Advice::PopulateWrite, 0, first);
         let rest = map.len() - first;
@@ -229,12 +226,12 @@ impl Arena {
         }
     }
 
-    /// Whether the byte at `at` is present, or is about to be. Where it is not, whoever writes there has overtaken the threads
-    /// that touch the memory; they begin when this is first asked. True where none do.
-    pub(crate) fn is_touched(&self, at: usize) -> bool {
+    /// Whether all bytes before `end` are present, or are about to be. Where they are not, whoever fills them may overtake the
+    /// threads that touch the memory; they begin when this is first asked. True where none do.
+    pub(crate) fn is_touched(&self, end: usize) -> bool {
         self.ahead.as_ref().is_none_or(|ahead| {
             ahead.begin();
-            at < ahead.next.load(Relaxed)
+            end <= ahead.next.load(Relaxed)
         })
     }
 
@@ -270,7 +267,7 @@ mod tests {
     fn memory_that_is_filled_once_becomes_present_by_itself_and_may_be_dropped_before() {
         let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
         let bytes = arena.whole().1;
-        assert!(arena.is_touched(0), "the first piece is there at once");
+        assert!(arena.is_touched(STEP), "the first piece is there at once");
         let mut present = vec![0u8; bytes / PAGE];
         for _ in 0..1000 {
             // SAFETY: the mapping is that long and the vector has a byte for each page.

@@ -112,11 +112,11 @@ impl Device for AnyDevice {
         make!(self => |device| device.allocate_filled_once(what, bytes))
     }
 
-    fn is_touched(&self, memory: &AnyMemory, at: usize) -> bool {
+    fn is_touched(&self, memory: &AnyMemory, end: usize) -> bool {
         match (self, memory) {
-            (Any::Cpu(device), Any::Cpu(memory)) => device.is_touched(memory, at),
+            (Any::Cpu(device), Any::Cpu(memory)) => device.is_touched(memory, end),
             #[cfg(feature = "cuda")]
-            (Any::Cuda(device), Any::Cuda(memory)) => device.is_touched(memory, at),
+            (Any::Cuda(device), Any::Cuda(memory)) => device.is_touched(memory, end),
             _ => unreachable!("memory is asked of the device that made it"),
         }
     }

@@ -48,8 +48,8 @@ impl Device for Cpu {
         Ok(CpuMemory(Arena::filled_once(what, bytes)?))
     }
 
-    fn is_touched(&self, memory: &CpuMemory, at: usize) -> bool {
-        memory.0.is_touched(at)
+    fn is_touched(&self, memory: &CpuMemory, end: usize) -> bool {
+        memory.0.is_touched(end)
     }
 
     fn abandon(&self, memory: &CpuMemory) {

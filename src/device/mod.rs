@@ -191,9 +191,9 @@ pub trait Device: Clone + Send + Sync + 'static {
         self.allocate(what, bytes)
     }
 
-    /// Whether memory of [`allocate_filled_once`](Device::allocate_filled_once) is present at `at`, or is about to be. Where it
-    /// is not, whoever writes there waits for that.
-    fn is_touched(&self, _memory: &Self::Memory, _at: usize) -> bool {
+    /// Whether memory of [`allocate_filled_once`](Device::allocate_filled_once) is present up to `end` (bytes from its start), or
+    /// is about to be. Where it is not, whoever fills it may have to wait for that.
+    fn is_touched(&self, _memory: &Self::Memory, _end: usize) -> bool {
         true
     }
 

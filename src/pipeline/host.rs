@@ -135,7 +135,7 @@ impl HostMemory {
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
         let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
         // Asked of small slots too, since that is what begins it.
-        let untouched = homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at));
+        let untouched = homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at + unit.host_bytes));
         untouched && unit.host_bytes <= self.first().1.slot_bytes.min(self.last().1.slot_bytes)
     }
 

@@ -95,7 +95,7 @@ impl<D: Device> DeviceMemory<D> {
     /// Whether a unit that lives here would wait for its home to be touched, though a slot could take it.
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
         let untouched = match &self.homes {
-            Some(Space::Own(memory)) => !self.device.is_touched(memory, unit.resident_at),
+            Some(Space::Own(memory)) => !self.device.is_touched(memory, unit.resident_at + unit.device_bytes),
             _ => false,
         };
         untouched && unit.device_bytes <= self.slot_bytes

@@ -10,7 +10,7 @@ use std::sync::{
 use super::{Layer, LayerStreamer, stage::Safeguard};
 use crate::{
     common::{self, Fixture, cases, random_fixture},
-    device::{Device, async_cpu::AsyncCpu},
+    device::{Cpu, Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
     io::faults::Faults,
@@ -267,6 +267,33 @@ fn homes_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
             most > 1
         });
         assert!(late, "no unit that lives {home} was late");
+    }
+}
+
+#[test]
+fn a_unit_of_whose_home_only_the_beginning_is_there_is_late() {
+    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+        // A megabyte each, of which much less is there at first.
+        let mut fixture = common::fixture(3, &[1 << 19], 7);
+        fixture.units[..2].iter_mut().for_each(|unit| _ = unit.home(home));
+        let settings = Settings { n_cpu_pinned: 2, ..Settings::default() };
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let reads = seen.clone();
+        Faults::plan(move |attempt| {
+            if !attempt.trial {
+                reads.lock().unwrap().push((attempt.path.to_owned(), attempt.offset));
+            }
+            attempt.result
+        });
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+        let first = &streamer.plan().units[0].extents[0];
+        let begin = (fixture.checkpoint.files()[first.file].clone(), first.offset);
+        for _ in 0..3 {
+            common::checked_pass(&fixture, &mut streamer);
+        }
+        drop(streamer);
+        let times = seen.lock().unwrap().iter().filter(|at| **at == begin).count();
+        assert_eq!(times, 2, "a unit that lives {home}: once through slots, once to its home");
     }
 }
 
