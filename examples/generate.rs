@@ -31,7 +31,8 @@ use tokenizers::Tokenizer;
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
-    ($($text:tt)*) => { let _ = writeln!(io::stderr(), $($text)*); };
+    // In one piece, since stderr passes on each part of a table as it comes.
+    ($($text:tt)*) => { let _ = io::stderr().write_all((format!($($text)*) + "\n").as_bytes()); };
 }
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -162,11 +163,13 @@ impl Options {
 }
 
 fn main() {
+    // Not the process's start as the kernel notes it, which under `cargo run` is that of a compilation.
+    let begun = Instant::now();
     let options = Options::parse();
     let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
-        Chosen::Cpu(device) => run(&device, &options, &|| None),
+        Chosen::Cpu(device) => run(&device, &options, begun, &|| None),
         #[cfg(feature = "cuda")]
-        Chosen::Cuda(device) => run(&device, &options, &|| device.memory().ok()),
+        Chosen::Cuda(device) => run(&device, &options, begun, &|| device.memory().ok()),
     });
     if let Err(error) = outcome {
         say!("error: {error}");
@@ -174,9 +177,14 @@ fn main() {
     }
 }
 
-/// `memory`: of a device that has its own, bytes free and in all.
-fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(usize, usize)>) -> Result<(), Failure> {
-    let (begun, before) = (Instant::now(), memory());
+/// `begun`: when the program did. `memory`: of a device that has its own, bytes free and in all.
+fn run<D: Kernels>(
+    device: &D,
+    options: &Options,
+    begun: Instant,
+    memory: &dyn Fn() -> Option<(usize, usize)>,
+) -> Result<(), Failure> {
+    let before = memory();
     let mut model = Model::open(&options.model)?;
     Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
     let needs_tokenizer = options.prompt.is_some() || !(options.plan || options.print_ids);
@@ -242,7 +250,7 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
     decoder.decode(&[0], options.max_new_tokens, &model.config.stop, |_, token| {
         count += 1;
         if count == 1 {
-            first_token = running();
+            first_token = Some(begun.elapsed().as_secs_f64());
         }
         let piece = match &mut text {
             Some(text) => text.step(token)?.unwrap_or_default(),
@@ -269,7 +277,7 @@ fn run<D: Kernels>(device: &D, options: &Options, memory: &dyn Fn() -> Option<(u
     if !options.quiet {
         report(&mut decoder, begun, (prompt.len(), prompt_time), (count, decoding.elapsed()));
         if let Some(seconds) = first_token {
-            say!("first token {seconds:.2} s after the process was started");
+            say!("first token {seconds:.2} s after the start");
         }
         if let Some((before, (free, total))) = before.zip(memory()) {
             let bytes = |bytes: usize| HumanBytes(bytes as u64);
@@ -302,20 +310,6 @@ fn plan<D: Kernels>(
         }
     };
     Ok((settings, bandwidths))
-}
-
-/// Seconds since this process was started, by the kernel's own note of it.
-fn running() -> Option<f64> {
-    let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field, the name, may hold anything but ends with the last parenthesis.
-    let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse::<f64>().ok()?;
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the structure is the call's; the other call takes none.
-    let ticks = unsafe {
-        libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now);
-        libc::sysconf(libc::_SC_CLK_TCK)
-    };
-    Some(now.tv_sec as f64 + now.tv_nsec as f64 / 1e9 - started / ticks as f64)
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.

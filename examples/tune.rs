@@ -34,7 +34,8 @@ use layer_streamer::{
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
-    ($($text:tt)*) => {{ let _ = writeln!(io::stderr(), $($text)*); }};
+    // In one piece, since stderr passes on each part of a table as it comes.
+    ($($text:tt)*) => {{ let _ = io::stderr().write_all((format!($($text)*) + "\n").as_bytes()); }};
 }
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;

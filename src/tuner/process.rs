@@ -183,8 +183,8 @@ impl Worker {
             .arg0(env::args_os().next().unwrap_or_default())
             .args(limits.arguments)
             .env(VARIABLE, format!("{descriptor},{parent}"));
-        // A group of its own: Ctrl-C on the terminal reaches the tuner alone, and what the worker starts ends with it. The
-        // worker leads it, and so cannot leave it.
+        // A group of its own: Ctrl-C on the terminal reaches the tuner alone, and what the worker starts ends with it, unless
+        // it makes a session of its own. The worker, which leads the group, cannot.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(OwnedFd::from(its_stderr)).process_group(0);
         // SAFETY: nothing but system calls, on values that were copied.
         unsafe { command.pre_exec(move || prepare(parent, descriptor, memory)) };
