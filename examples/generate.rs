@@ -300,16 +300,23 @@ fn plan<D: Kernels>(
     if settings.is_some() && (options.vram.is_some() || options.ram.is_some()) {
         return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
     }
-    let probes = !options.no_probe && (settings.is_none() || options.plan);
-    let bandwidths = if probes { Bandwidths::measured(device, &model.checkpoint)? } else { Bandwidths::default() };
-    let settings = match settings {
-        Some(settings) => settings,
-        None => {
-            let budget = budget::budget(device, options.vram, options.ram)?;
-            Decoder::fit(device, model, budget, bandwidths, 1, context)?
-        }
+    let budget = match settings {
+        None => Some(budget::budget(device, options.vram, options.ram)?),
+        Some(_) => None,
     };
-    Ok((settings, bandwidths))
+    let fit = |model: &mut Model, bandwidths: Bandwidths| match (&settings, budget) {
+        (None, Some(budget)) => Decoder::fit(device, model, budget, bandwidths, 1, context),
+        (settings, _) => Ok(settings.clone().unwrap_or_default()),
+    };
+    let mut bandwidths = Bandwidths::default();
+    let mut fitted = fit(model, bandwidths)?;
+    // What the links carry decides nothing where nothing is read from disk; only the table then says how long that takes.
+    let reads = || Ok::<_, Failure>(Decoder::plan(device, model, &fitted)?.forecast(bandwidths).disk_bytes > 0);
+    if !options.no_probe && (options.plan || (budget.is_some() && reads()?)) {
+        bandwidths = Bandwidths::measured(device, &model.checkpoint)?;
+        fitted = fit(model, bandwidths)?;
+    }
+    Ok((fitted, bandwidths))
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.

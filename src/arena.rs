@@ -227,11 +227,12 @@ impl Arena {
     }
 
     /// Whether all bytes before `end` are present, or are about to be. Where they are not, whoever fills them may overtake the
-    /// threads that touch the memory; they begin when this is first asked. True where none do.
+    /// threads that touch the memory; they begin once this was first asked. True where none do.
     pub(crate) fn is_touched(&self, end: usize) -> bool {
         self.ahead.as_ref().is_none_or(|ahead| {
+            let touched = end <= ahead.next.load(Relaxed);
             ahead.begin();
-            end <= ahead.next.load(Relaxed)
+            touched
         })
     }
 
@@ -267,6 +268,7 @@ mod tests {
     fn memory_that_is_filled_once_becomes_present_by_itself_and_may_be_dropped_before() {
         let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
         let bytes = arena.whole().1;
+        assert!(!arena.is_touched(bytes), "nobody asked for the rest yet");
         assert!(arena.is_touched(STEP), "the first piece is there at once");
         let mut present = vec![0u8; bytes / PAGE];
         for _ in 0..1000 {

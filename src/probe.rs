@@ -11,7 +11,7 @@ use std::{
 use crate::{
     arena::{Arena, PAGE},
     checkpoint::Checkpoint,
-    device::Device,
+    device::{Device, DevicePtr},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
     plan::{Bandwidths, CachePolicy, Extent, Reader},
@@ -25,8 +25,9 @@ const COPY_TIME: Duration = Duration::from_millis(100);
 /// How long a result is trusted: disks fill up and age, and machines are moved.
 const VALID: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Chunks of memory to read to and copy from: more than processors cache, little enough to be there quickly.
-const BLOCKS: usize = 16;
+/// Chunks of memory to read to and copy from: as many as keep a disk busy, and little enough to be there quickly and to take
+/// less than what a process is allowed beside its budget.
+const BLOCKS: usize = 8;
 
 impl Bandwidths {
     /// What the disk of the checkpoint's largest file and the way to the device carry: as measured in the last thirty days on
@@ -98,15 +99,17 @@ fn disk_rate(sources: &Arc<[Source]>, file: usize, length: u64, blocks: &Arena) 
     }
 }
 
-/// Copies all blocks to the device, again and again.
+/// Copies half of the blocks to the device, again and again: on one that computes in RAM to where the other half is.
 fn copy_rate<D: Device>(device: &D, blocks: &Arena) -> Result<f64> {
-    let ((from, bytes), stream) = (blocks.whole(), device.stream()?);
-    let memory = device.allocate("a probe of the link", bytes)?;
+    let ((from, both), stream) = (blocks.whole(), device.stream()?);
+    let bytes = both / 2;
+    let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", bytes)).transpose()?;
+    let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
     // SAFETY: a local declared after the memory it is about, which the caller keeps.
     let _registered = unsafe { device.register(from.as_ptr(), bytes)? };
     let copy = || {
-        // SAFETY: both sides are that long, and the copy is waited for.
-        unsafe { device.copy_to_device(device.address(&memory), from.as_ptr(), bytes, &stream)? };
+        // SAFETY: both sides are that long and apart, and the copy is waited for.
+        unsafe { device.copy_to_device(to, from.as_ptr(), bytes, &stream)? };
         device.drain(&stream)
     };
     copy()?;

@@ -135,6 +135,8 @@ impl<D: Device> Pipeline<D> {
     /// Runs a pass to see what a steady one does; returns whether anything moves.
     pub fn find_out(&mut self) -> Result<bool, Failure> {
         let (mut before, mut after);
+        // Units whose homes were not there in the first pass are read once more in the second.
+        self.pass()?;
         // Between two moments at which all slots are full a pass is read, no more and no less. Where a busy disk made one
         // of them seem so, again.
         let mut tries = 0..20;

@@ -140,7 +140,9 @@ pub struct ls_streamer_options {
     pub gpu_bytes: usize,
     /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
     /// takes the least time; `homes` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
-    /// LS_INVALID if it is less than the least that will do, which the message names.
+    /// LS_INVALID if it is less than the least that will do, which the message names. To a streamer it is for its slots and
+    /// units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
+    /// it is for everything.
     pub host_budget: usize,
     /// The same of a GPU's own memory; 0 or SIZE_MAX: what is free there, less a reserve. Of a device that computes in RAM: 0.
     pub device_budget: usize,

@@ -91,7 +91,8 @@ impl Budget {
         Ok(Self { device_bytes: device.free_memory()?.map(spare), host_bytes: spare(host) })
     }
 
-    /// The homes of `units`, in their order, and the settings with which a pass is fastest, where `besides` is taken as well.
+    /// The homes of `units`, in their order, and the settings with which a pass is fastest, where `besides` is taken as well:
+    /// whatever static tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`).
     ///
     /// # Errors
     /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Plan::new`](super::Plan::new).
@@ -194,6 +195,11 @@ impl Family {
     fn most_kept(&self, rings: [usize; 2], gpu: usize, budget: Budget) -> Option<Member> {
         // The homes alone must fit, which cuts the search short: slots ask for a few units less.
         let homes = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
+        let [device, _] = self.memory(Member { rings, gpu, kept: gpu });
+        if device > budget.device_bytes.unwrap_or(budget.host_bytes) {
+            // However many are kept in RAM.
+            return None;
+        }
         let end = gpu + self.first[gpu..].partition_point(homes);
         let members = (gpu..end).rev().map(|kept| Member { rings, gpu, kept });
         members.into_iter().find(|&member| budget.holds(self.memory(member)))
