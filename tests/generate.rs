@@ -113,6 +113,30 @@ fn the_plan_is_printed_alone_and_names_homes_and_the_link_that_binds() {
 }
 
 #[test]
+fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process_may_take_besides() {
+    let cache = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = on_cpu();
+        command.args(arguments).env("XDG_CACHE_HOME", cache.path()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::uninit());
+        // SAFETY: this process's own child, which nobody else waits for.
+        let ended = unsafe { libc::wait4(child.id() as libc::pid_t, &raw mut status, 0, usage.as_mut_ptr()) };
+        assert_eq!((ended, status), (child.id() as libc::pid_t, 0), "{arguments:?}");
+        // SAFETY: the call succeeded.
+        let peak = unsafe { usage.assume_init() }.ru_maxrss as usize * 1024;
+        (peak, fs::read_dir(cache.path().join("layer-streamer")).map_or(0, Iterator::count))
+    };
+    assert_eq!(run(&["4096="]).1, 0, "all layers are kept");
+    let ram = 20_000_000;
+    let (peak, measured) = run(&["--ram", &ram.to_string(), "4096="]);
+    assert_eq!(measured, 1);
+    assert!(peak <= ram + (64 << 20), "{peak} bytes of {ram}");
+    // Now they are known.
+    assert_eq!(run(&["--plan"]).1, 1);
+}
+
+#[test]
 fn ids_go_in_and_out_without_a_tokenizer() {
     let folder = copy_of(&speller());
     fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
