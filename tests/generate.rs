@@ -118,11 +118,12 @@ fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process
     let run = |arguments: &[&str]| {
         let mut command = on_cpu();
         command.args(arguments).env("XDG_CACHE_HOME", cache.path()).stdout(Stdio::null()).stderr(Stdio::null());
-        let child = command.spawn().unwrap();
+        #[allow(clippy::zombie_processes, reason = "wait4 is told its id")]
+        let child = command.spawn().unwrap().id() as libc::pid_t;
         let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::uninit());
         // SAFETY: this process's own child, which nobody else waits for.
-        let ended = unsafe { libc::wait4(child.id() as libc::pid_t, &raw mut status, 0, usage.as_mut_ptr()) };
-        assert_eq!((ended, status), (child.id() as libc::pid_t, 0), "{arguments:?}");
+        let ended = unsafe { libc::wait4(child, &raw mut status, 0, usage.as_mut_ptr()) };
+        assert_eq!((ended, status), (child, 0), "{arguments:?}");
         // SAFETY: the call succeeded.
         let peak = unsafe { usage.assume_init() }.ru_maxrss as usize * 1024;
         (peak, fs::read_dir(cache.path().join("layer-streamer")).map_or(0, Iterator::count))
