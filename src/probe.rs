@@ -29,6 +29,9 @@ const VALID: Duration = Duration::from_secs(30 * 24 * 3600);
 /// less than what a process is allowed beside its budget.
 const BLOCKS: usize = 8;
 
+/// Copies of half of them that are enqueued at once.
+const COPIES: usize = 8;
+
 impl Bandwidths {
     /// What the disk of the checkpoint's largest file and the way to the device carry: as measured in the last thirty days on
     /// this machine, file system and device, from the user's cache folder, else measured now, which takes less than a second.
@@ -107,16 +110,19 @@ fn copy_rate<D: Device>(device: &D, blocks: &Arena) -> Result<f64> {
     let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
     // SAFETY: a local declared after the memory it is about, which the caller keeps.
     let _registered = unsafe { device.register(from.as_ptr(), bytes)? };
+    // As many as make one wait for them next to nothing.
     let copy = || {
-        // SAFETY: both sides are that long and apart, and the copy is waited for.
-        unsafe { device.copy_to_device(to, from.as_ptr(), bytes, &stream)? };
+        for _ in 0..COPIES {
+            // SAFETY: both sides are that long and apart, and the copies are waited for.
+            unsafe { device.copy_to_device(to, from.as_ptr(), bytes, &stream)? };
+        }
         device.drain(&stream)
     };
     copy()?;
     let (start, mut copied) = (Instant::now(), 0);
     while start.elapsed() < COPY_TIME {
         copy()?;
-        copied += bytes;
+        copied += COPIES * bytes;
     }
     Ok(copied as f64 / start.elapsed().as_secs_f64())
 }
