@@ -45,6 +45,9 @@ unsafe impl Sync for Arena {}
 /// What is touched at once (bytes): a huge page. In tests less, so that [`Ahead`] is often overtaken.
 const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
 
+/// What is touched before anything is read (bytes): units that all fit in so little are read once.
+const FIRST: usize = 8 * STEP;
+
 const UNPOISONED: &str = "nothing panics under this lock";
 
 /// Threads that make an arena present, piece after piece.
@@ -121,13 +124,13 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first piece now and the
-    /// rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the
+    /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first pieces now and
+    /// the rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the
     /// pages that it touches, and no more.
     pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");
-        let first = STEP.min(map.len());
+        let first = FIRST.min(map.len());
         // Where this fails, memory becomes present where it is used.
         let _ = map.advise_range(Advice::PopulateWrite, 0, first);
         let rest = map.len() - first;
@@ -269,7 +272,7 @@ mod tests {
         let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
         let bytes = arena.whole().1;
         assert!(!arena.is_touched(bytes), "nobody asked for the rest yet");
-        assert!(arena.is_touched(STEP), "the first piece is there at once");
+        assert!(arena.is_touched(FIRST), "the first pieces are there at once");
         let mut present = vec![0u8; bytes / PAGE];
         for _ in 0..1000 {
             // SAFETY: the mapping is that long and the vector has a byte for each page.
