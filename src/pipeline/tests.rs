@@ -2,9 +2,12 @@
 //! that runs on a stream like a layer function's. And the proof that these tests notice: with any one safeguard left out
 //! they fail.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering::SeqCst},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
 };
 
 use super::{Layer, LayerStreamer, stage::Safeguard};
@@ -33,6 +36,19 @@ struct Case {
     device: AsyncCpu,
     rng: fastrand::Rng,
     wrong: Arc<AtomicUsize>,
+}
+
+/// The file and offset of every read from now on.
+fn reads_seen() -> Arc<Mutex<Vec<(PathBuf, u64)>>> {
+    let seen = Arc::<Mutex<Vec<_>>>::default();
+    let reads = seen.clone();
+    Faults::plan(move |attempt| {
+        if !attempt.trial {
+            reads.lock().unwrap().push((attempt.path.to_owned(), attempt.offset));
+        }
+        attempt.result
+    });
+    seen
 }
 
 /// Gives the units homes for a random budget, and returns its settings, read in the way that was drawn.
@@ -237,14 +253,7 @@ fn homes_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
                 unit.home(if number == on_disk { Home::Disk } else { home });
             }
             case.settings = Settings { n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
-            let seen = Arc::new(Mutex::new(Vec::new()));
-            let reads = seen.clone();
-            Faults::plan(move |attempt| {
-                if !attempt.trial {
-                    reads.lock().unwrap().push((attempt.path.to_owned(), attempt.offset));
-                }
-                attempt.result
-            });
+            let seen = reads_seen();
             let (streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
             let units = case.units.len();
             case.take(&streamer, &streams, 5 * units);
@@ -277,14 +286,7 @@ fn a_unit_of_whose_home_only_the_beginning_is_there_is_late() {
         let mut fixture = common::fixture(3, &[1 << 19], 7);
         fixture.units[..2].iter_mut().for_each(|unit| _ = unit.home(home));
         let settings = Settings { n_cpu_pinned: 2, ..Settings::default() };
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let reads = seen.clone();
-        Faults::plan(move |attempt| {
-            if !attempt.trial {
-                reads.lock().unwrap().push((attempt.path.to_owned(), attempt.offset));
-            }
-            attempt.result
-        });
+        let seen = reads_seen();
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
         let first = &streamer.plan().units[0].extents[0];
         let begin = (fixture.checkpoint.files()[first.file].clone(), first.offset);
