@@ -35,7 +35,7 @@ mod cuda {
         GetDeviceCount|SetDevice|DeviceGetAttribute|MemGetInfo|Malloc|Free|\
         HostRegister|HostUnregister|MemcpyAsync|MemsetAsync|StreamCreateWithFlags|StreamDestroy|\
         StreamIsCapturing|StreamWaitEvent|EventCreateWithFlags|EventDestroy|EventRecord|EventQuery|\
-        EventSynchronize)";
+        EventSynchronize|EventElapsedTime)";
 
     /// The kernels' side of the emulation.
     const EMULATION: &str = "tests/cuda_emulation/kernels";

@@ -3,6 +3,7 @@
 
 #[cfg(not(feature = "cuda"))]
 use std::convert::Infallible;
+use std::time::Duration;
 
 #[cfg(feature = "cuda")]
 use crate::device::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
@@ -150,6 +151,19 @@ impl Device for AnyDevice {
 
     fn event(&self) -> Result<AnyEvent> {
         make!(self => |device| device.event())
+    }
+
+    fn timed_event(&self) -> Result<Option<AnyEvent>> {
+        match self {
+            Any::Cpu(device) => Ok(device.timed_event()?.map(Any::Cpu)),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => Ok(device.timed_event()?.map(Any::Cuda)),
+            _ => mixed(),
+        }
+    }
+
+    fn elapsed(&self, from: &AnyEvent, to: &AnyEvent) -> Result<Duration> {
+        on!(self, from, to => |device| device.elapsed(from, to))
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AnyStream) -> Result<()> {

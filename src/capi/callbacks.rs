@@ -108,6 +108,7 @@ impl Log {
 impl Observer for Log {
     fn mark(&self, mark: &Mark) {
         match mark {
+            Mark::PassBegun { .. } | Mark::PassEnded { .. } | Mark::Late { .. } => {}
             // Everyday matters, asked for by callers who may not want memory allocated for them.
             Mark::Rewind => self.say(LS_LOG_INFO, c"rewound: the next unit is the first"),
             Mark::Cancelled => self.say(LS_LOG_INFO, c"the pass was cancelled"),

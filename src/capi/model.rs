@@ -135,8 +135,8 @@ pub unsafe extern "C" fn ls_model_open(
         chosen.place_model(&mut model.units)?;
         let context = if options.context > 0 { options.context } else { model.config.max_positions.min(512) };
         let settings = &chosen.fit_model(&device, &mut model, options.batch, context)?;
-        let observer = chosen.observer();
-        let mut decoder = Decoder::with_observer(&device, &model, settings, options.batch, context, observer)?;
+        let observers = chosen.observers();
+        let mut decoder = Decoder::with_observers(&device, &model, settings, options.batch, context, &observers)?;
         if let Some(progress) = chosen.progress {
             decoder.streamer().track_progress(move |now| progress.report(now));
         }

@@ -374,8 +374,8 @@ impl Chosen {
         Ok(Home::parse(self.homes.as_deref().unwrap_or(""), units)?)
     }
 
-    pub(super) fn observer(&self) -> Option<Arc<dyn Observer>> {
-        self.log.clone().map(|log| log as Arc<dyn Observer>)
+    pub(super) fn observers(&self) -> Vec<Arc<dyn Observer>> {
+        self.log.clone().map(|log| log as Arc<dyn Observer>).into_iter().collect()
     }
 }
 

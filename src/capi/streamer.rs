@@ -157,11 +157,11 @@ pub unsafe extern "C" fn ls_streamer_open(
         let device = DEVICES.enter(device.id)?.device.clone();
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let mut units = chosen.units(&checkpoint)?;
-        let observer = chosen.observer();
+        let observers = chosen.observers();
         let settings = &chosen.fit(&device, &checkpoint, &mut units)?;
         // SAFETY: as above.
         let streamer =
-            unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, observer, &chosen.lent)? };
+            unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, &observers, &chosen.lent)? };
         let named = streamer.plan().units.iter().map(|unit| {
             let tensors = unit.tensors.iter().map(|tensor| c_text(&tensor.name)).collect::<Result<_>>()?;
             Ok(Named { unit: c_text(&unit.name)?, tensors })

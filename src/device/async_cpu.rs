@@ -2,9 +2,12 @@
 //! and a copy poisons its target before it writes it. What CUDA's rules leave open goes wrong here, and soon: a forgotten
 //! wait shows up as poison, or as the bytes of another lap.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::SeqCst},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
 };
 
 use crate::{
@@ -30,6 +33,8 @@ struct Shared {
     dice: Dice,
     /// Counts copies down; the one that reaches zero fails, as do all after it.
     copies_left: AtomicU64,
+    /// How many timed events were made.
+    timed_events: AtomicU64,
 }
 
 /// A stream: dropping it lets queued work finish in the background, as CUDA does.
@@ -43,7 +48,12 @@ impl Drop for AsyncStream {
 
 impl AsyncCpu {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(Arc::new(Shared { dice: Dice::new(seed), copies_left: AtomicU64::new(u64::MAX) }))
+        Self(Arc::new(Shared { dice: Dice::new(seed), copies_left: AtomicU64::new(u64::MAX), timed_events: AtomicU64::new(0) }))
+    }
+
+    /// How many timed events were made.
+    pub(crate) fn timed_events(&self) -> u64 {
+        self.0.timed_events.load(SeqCst)
     }
 
     /// Makes the copy after `copies` more of them fail, and every later one.
@@ -102,6 +112,16 @@ impl Device for AsyncCpu {
 
     fn event(&self) -> Result<Event> {
         Ok(Event::default())
+    }
+
+    fn timed_event(&self) -> Result<Option<Event>> {
+        self.0.timed_events.fetch_add(1, SeqCst);
+        self.event().map(Some)
+    }
+
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<Duration> {
+        let at = |event: &Event| event.reached_at().expect("only of events that were reached");
+        Ok(Duration::from_nanos(at(to).saturating_sub(at(from))))
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AsyncStream) -> Result<()> {

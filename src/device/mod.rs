@@ -16,7 +16,7 @@ mod cuda;
 #[path = "../../tests/cuda_emulation/streams.rs"]
 pub(crate) mod streams;
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, time::Duration};
 
 pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
 pub use cuda::Cuda;
@@ -214,6 +214,18 @@ pub trait Device: Clone + Send + Sync + 'static {
 
     /// A new event.
     fn event(&self) -> Result<Self::Event>;
+
+    /// A new event that also tells when it was reached, for [`elapsed`](Device::elapsed). `None` for a device whose work is done
+    /// when a call returns: the host's clock tells as much.
+    fn timed_event(&self) -> Result<Option<Self::Event>> {
+        Ok(None)
+    }
+
+    /// The time between the newest records of two [timed](Device::timed_event) events, both of which were reached; zero where
+    /// `to` was reached first.
+    fn elapsed(&self, _from: &Self::Event, _to: &Self::Event) -> Result<Duration> {
+        Ok(Duration::ZERO)
+    }
 
     /// Enqueues a copy of `bytes` from host to device.
     ///

@@ -162,20 +162,20 @@ impl<D: Kernels> Decoder<D> {
     /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's;
     /// [`Error::Kernel`] for heads that the device cannot compute; else as [`LayerStreamer::new`].
     pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
-        Self::with_observer(device, model, settings, batch, context, None)
+        Self::with_observers(device, model, settings, batch, context, &[])
     }
 
-    /// As [`Decoder::new`], with someone who sees what the streamer does.
+    /// As [`Decoder::new`], with those who see what the streamer does.
     ///
     /// # Errors
     /// As there.
-    pub fn with_observer(
+    pub fn with_observers(
         device: &D,
         model: &Model,
         settings: &Settings,
         batch: usize,
         context: usize,
-        observer: Option<Arc<dyn Observer>>,
+        observers: &[Arc<dyn Observer>],
     ) -> Result<Self> {
         check_size(model, batch, context)?;
         device.check_head_size(model.config.head_dim)?;
@@ -195,7 +195,7 @@ impl<D: Kernels> Decoder<D> {
         // First, while nothing else reads.
         let statics = StaticTensors::new(device, &model.checkpoint, &model.statics_for(precision), settings)?;
         let streamer =
-            LayerStreamer::with_observer(device, model.source(), &model.units_for(precision), settings, observer)?;
+            LayerStreamer::with_observers(device, model.source(), &model.units_for(precision), settings, observers)?;
         let mut inv_freq = work.write(regions.inv_freq, 0, &[model.config.head_dim / 2])?;
         device::upload(device, &stream, &model.config.inv_freq, &mut inv_freq)?;
         Ok(Self {

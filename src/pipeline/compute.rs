@@ -1,20 +1,21 @@
 //! The compute side of the pipeline, in the caller's thread: takes units that have arrived, orders the caller's stream after
 //! their arrival, and hands their slots back ordered after the caller's work.
 
-use std::{sync::Arc, time::Instant};
+use std::{mem, sync::Arc};
 
 use crate::{
     device::{Device, Shape, TensorRef},
     error::{Error, Result},
     pipeline::{
         LayerStreamer,
+        device_time::{DeviceTimer, Timing},
         link::{Entry, Inlet, Place},
         on_device::DeviceMemory,
         stage::{Control, Safeguard},
     },
     plan::{Placed, Plan},
     sync::Signal,
-    trace::{Activity, Mark, Span, Stage},
+    trace::{Activity, Carried, Mark, Open, Stage},
 };
 
 /// How far a pass has come, for progress bars.
@@ -33,9 +34,13 @@ pub struct Progress {
 /// A hook that is called for every unit handed over.
 pub(super) type ProgressHook = Box<dyn FnMut(Progress) + Send>;
 
-struct Held {
+/// A layer that the caller has.
+struct Held<D: Device> {
     place: Place,
     unit: usize,
+    activity: Activity,
+    span: Open,
+    timing: Option<Timing<D>>,
 }
 
 /// What the caller's side of the streamer keeps between calls.
@@ -49,10 +54,10 @@ pub(super) struct ComputeSide<D: Device> {
     epoch: u64,
     position: usize,
     passes: u64,
-    held: Vec<Held>,
+    held: Vec<Held<D>>,
     failed: Option<Error>,
-    /// Up to when the caller's time has been reported.
-    clock: Option<Instant>,
+    /// Where observers want the device's own time.
+    timer: Option<DeviceTimer<D>>,
 }
 
 impl<D: Device> ComputeSide<D> {
@@ -63,8 +68,10 @@ impl<D: Device> ComputeSide<D> {
         signal: &Arc<Signal>,
         memory: &Arc<DeviceMemory<D>>,
         inlet: Inlet,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        let most = plan.gpu.slots + plan.units();
+        let timed = control.trace.times_device();
+        Ok(Self {
             device: device.clone(),
             plan: plan.clone(),
             control: control.clone(),
@@ -76,8 +83,8 @@ impl<D: Device> ComputeSide<D> {
             passes: 0,
             held: Vec::with_capacity(plan.gpu.slots),
             failed: None,
-            clock: None,
-        }
+            timer: if timed { DeviceTimer::new(device, Stage::Compute, most)? } else { None },
+        })
     }
 
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
@@ -91,10 +98,14 @@ impl<D: Device> ComputeSide<D> {
             let oldest = self.plan.units[self.held[0].unit].name.clone();
             return Err(Error::LayersHeld { held: self.held.len(), oldest });
         }
-        self.report(Activity::Busy, None);
+        let trace = &self.control.trace;
+        if self.position == 0 {
+            trace.pass_begun(self.passes);
+        }
+        let wait = trace.begin(Stage::Compute, Activity::Starved, 0);
         let arrival = self.control.next_entry(self.epoch, &mut self.inlet, &self.signal);
-        self.report(Activity::Starved, None);
-        let ordered = arrival.and_then(|Entry { unit, place, .. }| {
+        let arrived_at = trace.end(wait);
+        let ordered = arrival.and_then(|Entry { unit, place, pass, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
             let mut waited = Ok(());
             if self.control.keeps(Safeguard::Arrival) {
@@ -104,17 +115,25 @@ impl<D: Device> ComputeSide<D> {
                 // So that the newest record of the end of its use stands for all before it, on whichever streams.
                 waited = waited.and_then(|()| self.device.wait(stream, compute_done));
             }
-            waited.inspect_err(|e| self.control.fail_for_good(e.clone()))?;
-            Ok((unit, place))
+            let timing = waited.and_then(|()| match &mut self.timer {
+                Some(timer) => {
+                    timer.tell(trace)?;
+                    timer.begin(stream, trace)
+                }
+                None => Ok(None),
+            });
+            Ok((unit, place, pass, timing.inspect_err(|e| self.control.fail_for_good(e.clone()))?))
         });
-        let (unit, place) = ordered.inspect_err(|error| {
+        let (unit, place, pass, timing) = ordered.inspect_err(|error| {
             if matches!(error, Error::Cancelled) {
                 self.control.trace.mark(&Mark::Cancelled);
             }
             self.failed = Some(error.clone());
         })?;
         debug_assert_eq!(unit, self.position, "units arrive in order");
-        self.held.push(Held { place, unit });
+        let activity = Activity::Unit { unit, pass };
+        let span = trace.begin_at(Stage::Compute, activity, self.plan.units[unit].disk_bytes, arrived_at);
+        self.held.push(Held { place, unit, activity, span, timing });
         self.position += 1;
         let progress = Progress {
             passes: self.passes,
@@ -129,16 +148,11 @@ impl<D: Device> ComputeSide<D> {
         Ok((unit, place, progress))
     }
 
-    /// Accounts for the time since the last report, and for `unit` if it was spent on one to the end.
-    fn report(&mut self, activity: Activity, unit: Option<usize>) {
-        let end = Instant::now();
-        let start = self.clock.replace(end).unwrap_or(end);
-        let bytes = unit.map_or(0, |unit| self.plan.units[unit].disk_bytes);
-        self.control.trace.span(&Span { stage: Stage::Compute, activity, unit, bytes, start, end });
-    }
-
     /// Ends the use of a layer; its slot is handed back, to be filled once the work now on `stream` is done.
     pub(super) fn release(&mut self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
+        let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) else {
+            return Ok(());
+        };
         let [_, compute_done] = self.memory.events(unit, place);
         // The mistake that tests make on purpose: handed back first, and refilled before the record.
         #[cfg(test)]
@@ -147,11 +161,18 @@ impl<D: Device> ComputeSide<D> {
         {
             self.inlet.release(slot);
             std::thread::sleep(std::time::Duration::from_micros(300));
-            self.held.retain(|held| held.place != place);
+            self.give_back(index);
             return self.device.record(compute_done, stream);
         }
+        let timed = match (&mut self.timer, self.held[index].timing.take()) {
+            (Some(timer), Some(timing)) => {
+                let Held { activity, .. } = self.held[index];
+                timer.end(timing, stream, activity, self.plan.units[unit].disk_bytes)
+            }
+            _ => Ok(()),
+        };
         // Without the record the slot must never be filled again: its event still shows the lap before.
-        self.device.record(compute_done, stream).inspect_err(|e| {
+        timed.and_then(|()| self.device.record(compute_done, stream)).inspect_err(|e| {
             self.control.fail_for_good(e.clone());
             self.failed = Some(e.clone());
         })?;
@@ -159,11 +180,31 @@ impl<D: Device> ComputeSide<D> {
             self.inlet.release(slot);
         }
         // Held until here: what was not recorded must count as in use at the end.
-        if let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) {
-            self.held.remove(index);
-        }
-        self.report(Activity::Busy, Some(unit));
+        self.give_back(index);
         Ok(())
+    }
+
+    /// Forgets a layer that is held, and counts it.
+    fn give_back(&mut self, index: usize) {
+        let Held { unit, span, .. } = self.held.remove(index);
+        let trace = &self.control.trace;
+        trace.end(span);
+        trace.count(Stage::Compute, Carried { bytes: self.plan.units[unit].disk_bytes as u64, ..Carried::default() });
+        if unit + 1 == self.plan.units() {
+            trace.trip_ended(Stage::Compute);
+            trace.pass_ended(self.passes);
+        }
+    }
+
+    /// Ends the spans of layers that were leaked, and tells of the last ones that the device has done.
+    pub(super) fn end(&mut self) {
+        for Held { span, .. } in mem::take(&mut self.held) {
+            self.control.trace.give_up(span);
+        }
+        if let Some(timer) = &mut self.timer {
+            // The device is idle, or beyond use.
+            let _ = timer.tell(&self.control.trace);
+        }
     }
 
     /// Whether the next unit is not the first, or cannot come.
@@ -173,6 +214,7 @@ impl<D: Device> ComputeSide<D> {
 
     pub(super) fn rewind(&mut self) -> Result<()> {
         self.check_no_leak()?;
+        self.control.trace.pass_left();
         self.control.rewind();
         self.epoch = self.control.epoch();
         (self.position, self.failed) = (0, None);

@@ -19,6 +19,8 @@ pub(crate) struct Slot(pub(crate) usize);
 pub(crate) struct Entry {
     pub(crate) epoch: u64,
     pub(crate) unit: usize,
+    /// On which of the reader's trips through the units.
+    pub(crate) pass: u64,
     pub(crate) place: Place,
 }
 
@@ -116,7 +118,7 @@ impl Outlet {
     /// Says that the epoch failed at `unit`, after everything that was loaded before; `false` if there is no room just now.
     pub(crate) fn fail(&mut self, epoch: u64, unit: usize) -> bool {
         self.flush();
-        let pushed = self.pending.is_empty() && self.loaded.push(Entry { epoch, unit, place: Place::Failed });
+        let pushed = self.pending.is_empty() && self.loaded.push(Entry { epoch, unit, pass: 0, place: Place::Failed });
         self.consumer.notify();
         pushed
     }
@@ -170,7 +172,7 @@ mod tests {
     use super::*;
 
     fn entry(epoch: u64, unit: usize, slot: Slot) -> Entry {
-        Entry { epoch, unit, place: Place::Slot(slot) }
+        Entry { epoch, unit, pass: 0, place: Place::Slot(slot) }
     }
 
     #[test]

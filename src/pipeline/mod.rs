@@ -2,6 +2,7 @@
 
 mod compute;
 mod copiers;
+mod device_time;
 mod host;
 mod link;
 mod on_device;
@@ -42,7 +43,7 @@ use crate::{
     },
     plan::{Plan, Reader, Settings, StagePlan, Unit, UnitPlan},
     sync::Signal,
-    trace::{Mark, Observer, Stats, Trace},
+    trace::{About, Mark, Observer, Stats, Trace},
 };
 
 /// Streams the units of a checkpoint to a device, pass after pass, ahead of the caller's work.
@@ -87,22 +88,22 @@ impl<D: Device> LayerStreamer<D> {
     /// Whatever [`Plan::on`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
     /// [`Error::Checkpoint`] if a file is not the one that the checkpoint was opened with. Nothing is left behind after an error.
     pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
-        Self::with_observer(device, checkpoint, units, settings, None)
+        Self::with_observers(device, checkpoint, units, settings, &[])
     }
 
-    /// As [`LayerStreamer::new`], with someone who sees every span and mark.
+    /// As [`LayerStreamer::new`], with those who see every span and mark.
     ///
     /// # Errors
     /// As there.
-    pub fn with_observer(
+    pub fn with_observers(
         device: &D,
         checkpoint: &Checkpoint,
         units: &[Unit],
         settings: &Settings,
-        observer: Option<Arc<dyn Observer>>,
+        observers: &[Arc<dyn Observer>],
     ) -> Result<Self> {
         // SAFETY: nothing is lent.
-        unsafe { Self::with_memory(device, checkpoint, units, settings, observer, &Lent::default()) }
+        unsafe { Self::with_memory(device, checkpoint, units, settings, observers, &Lent::default()) }
     }
 
     /// The same, in memory of the caller's where some is lent.
@@ -117,7 +118,7 @@ impl<D: Device> LayerStreamer<D> {
         checkpoint: &Checkpoint,
         units: &[Unit],
         settings: &Settings,
-        observer: Option<Arc<dyn Observer>>,
+        observers: &[Arc<dyn Observer>],
         lent: &Lent,
     ) -> Result<Self> {
         // What is lent is there.
@@ -138,13 +139,14 @@ impl<D: Device> LayerStreamer<D> {
 
         let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
         let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
-        let control = Control::new(signals, Trace::new(observer));
+        let control = Control::new(signals, Trace::new(observers));
+        control.trace.started(&about(device, &plan));
         let between = |stage: &StagePlan, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
             link(stage.slots, plan.residents.count, stage.batch, producer, consumer)
         };
         let (gpu_out, gpu_in) = between(&plan.gpu, &transfer, &compute);
         let mut streamer = Self {
-            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)),
+            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)?),
             progress: Cell::new(None),
             device: device.clone(),
             checkpoint: checkpoint.clone(),
@@ -168,7 +170,7 @@ impl<D: Device> LayerStreamer<D> {
         let read_stage = ReadStage::new(&plan, &sources, &host, &memory, read_out, &control, &read, engine);
         let (pin_stage, transfer_in) = if pins {
             let (pin_out, pin_in) = between(&host.last().1, &pin, &transfer);
-            (Some(PinStage::new(&plan, &host, read_in, pin_out)?), pin_in)
+            (Some(PinStage::new(&plan, &control, &host, read_in, pin_out)?), pin_in)
         } else {
             (None, read_in)
         };
@@ -304,7 +306,9 @@ impl<D: Device> LayerStreamer<D> {
 
     /// Where the time and the bytes went since the start.
     pub fn stats(&self) -> Stats {
-        let mut stats = self.control.trace.stats();
+        // Units that are late in the first pass are read once more in the second.
+        let fill = if self.plan.residents.count > 0 { 2 } else { 1 };
+        let mut stats = self.control.trace.stats(fill);
         (stats.reader, stats.reader_reason) = self.reader.clone();
         stats.buffered_files = (self.sources.iter())
             .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
@@ -346,6 +350,7 @@ impl<D: Device> LayerStreamer<D> {
         idle &= self.memory.all_events().all(|event| self.device.synchronize(event).is_ok());
         // A leaked layer's work has no event to wait for.
         idle &= !self.compute.get_mut().holds_layers();
+        self.compute.get_mut().end();
         if !idle {
             self.host.abandon();
             self.memory.abandon();
@@ -360,6 +365,16 @@ impl<D: Device> LayerStreamer<D> {
             ManuallyDrop::drop(&mut self.memory);
         }
         Ok(())
+    }
+}
+
+/// What observers are told at the start.
+fn about<D: Device>(device: &D, plan: &Plan) -> About {
+    let slots = |stage: Option<&StagePlan>| stage.map_or(0, |stage| stage.slots);
+    About {
+        device: device.describe(),
+        units: plan.units.iter().map(|unit| (unit.name.clone(), unit.disk_bytes, unit.home)).collect(),
+        slots: [slots(plan.ram.as_ref()), slots(plan.pinned.as_ref()), plan.gpu.slots],
     }
 }
 

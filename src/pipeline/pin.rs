@@ -9,14 +9,15 @@ use crate::{
         copiers::Copiers,
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place},
-        stage::{Advance, Progress},
+        stage::{Advance, Control, Progress},
     },
     plan::{Home, Plan},
-    trace::{Activity, Stage},
+    trace::{Activity, Carried, Stage},
 };
 
 pub(crate) struct PinStage {
     plan: Arc<Plan>,
+    control: Arc<Control>,
     memory: Arc<HostMemory>,
     inlet: Inlet,
     outlet: Outlet,
@@ -26,9 +27,15 @@ pub(crate) struct PinStage {
 }
 
 impl PinStage {
-    pub(crate) fn new(plan: &Arc<Plan>, memory: &Arc<HostMemory>, inlet: Inlet, outlet: Outlet) -> Result<Self> {
-        let (plan, memory) = (plan.clone(), memory.clone());
-        Ok(Self { plan, memory, inlet, outlet, copiers: Copiers::new()?, streak: 0 })
+    pub(crate) fn new(
+        plan: &Arc<Plan>,
+        control: &Arc<Control>,
+        memory: &Arc<HostMemory>,
+        inlet: Inlet,
+        outlet: Outlet,
+    ) -> Result<Self> {
+        let (plan, control, memory) = (plan.clone(), control.clone(), memory.clone());
+        Ok(Self { plan, control, memory, inlet, outlet, copiers: Copiers::new()?, streak: 0 })
     }
 }
 
@@ -58,7 +65,7 @@ impl Advance for PinStage {
             Place::Home if unit.home != Home::Ram => {
                 self.streak = streak;
                 self.inlet.take();
-                return Ok(Progress::Ready { entry, ends_pass, bytes: 0 });
+                return Ok(Progress::Ready { entry, ends_pass, moved: None });
             }
             Place::Home => self.memory.home(unit),
             Place::Slot(slot) => self.memory.first().0.slot(slot.0),
@@ -71,15 +78,19 @@ impl Advance for PinStage {
         if slower {
             self.copiers.grow();
         }
+        let copy = Activity::Unit { unit: entry.unit, pass: entry.pass };
+        let span = self.control.trace.begin(Stage::Pin, copy, unit.host_bytes);
         // SAFETY: both slots are this stage's by the link's invariant, a home is not written any more, and all were sized for
         // the unit by the plan.
         unsafe { self.copiers.copy(from.as_ptr(), to.as_ptr(), unit.host_bytes) };
+        self.control.trace.end(span);
         self.streak = if slower { 0 } else { streak + 1 };
         if let Place::Slot(source) = entry.place {
             self.inlet.release(source);
         }
         let entry = Entry { place: Place::Slot(slot), ..entry };
-        Ok(Progress::Ready { entry, ends_pass, bytes: unit.host_bytes })
+        let moved = Carried { bytes: unit.host_bytes as u64, ..Carried::default() };
+        Ok(Progress::Ready { entry, ends_pass, moved: Some(moved) })
     }
 
     fn outlet(&mut self) -> &mut Outlet {

@@ -9,7 +9,7 @@ use std::{collections::VecDeque, io as std_io, sync::Arc};
 
 use crate::{
     device::Device,
-    error::Error,
+    error::{Error, Result},
     io::{self, Engine, Failure, Source},
     pipeline::{
         host::HostMemory,
@@ -19,7 +19,7 @@ use crate::{
     },
     plan::{Home, Plan, UnitPlan},
     sync::Signal,
-    trace::{Activity, Stage},
+    trace::{Activity, Carried, Mark, Open, Stage},
 };
 
 /// A unit on its way from disk.
@@ -32,6 +32,10 @@ struct Load {
     next: (usize, usize),
     outstanding: usize,
     failure: Option<(usize, Failure)>,
+    pass: u64,
+    /// From the first read to the last; none where nothing is read.
+    span: Option<Open>,
+    moved: Carried,
 }
 
 // SAFETY: `to` points into memory that the stage keeps alive, and is its own while it reads.
@@ -51,6 +55,8 @@ pub(crate) struct ReadStage<D: Device> {
     /// By unit: it need not be read again in this epoch.
     read: Vec<bool>,
     cursor: usize,
+    /// Trips through the units that were begun before, rewinds included.
+    pass: u64,
     /// Not every unit's first read has begun yet.
     first_pass: bool,
     /// In order; a chunk's tag is the number of its load, counted from the start.
@@ -83,20 +89,22 @@ impl<D: Device> ReadStage<D> {
             control: control.clone(),
             signal: signal.clone(),
             cursor: 0,
+            pass: 0,
             first_pass: true,
             first: 0,
         }
     }
 
-    /// Takes finished reads off the engine; returns how many bytes they brought.
-    fn reap(&mut self) -> usize {
-        let mut bytes = 0;
+    /// Takes finished reads off the engine; returns whether there were any.
+    fn reap(&mut self) -> bool {
+        let mut any = false;
         while let Some(done) = self.engine.completion() {
             let load = &mut self.loads[done.tag - self.first];
             load.outstanding -= 1;
+            any = true;
             match done.result {
                 Ok(count) => {
-                    bytes += count;
+                    load.moved.count_read(count, done.direct);
                     self.control.trace.count_read(count, done.direct);
                 }
                 // The first in file order is the one to report.
@@ -107,12 +115,11 @@ impl<D: Device> ReadStage<D> {
                 }
                 Err(_) => {}
             }
+            if load.outstanding == 0 && is_submitted(&self.plan, load) {
+                close(&self.control, load);
+            }
         }
-        bytes
-    }
-
-    fn is_submitted(&self, load: &Load) -> bool {
-        load.next.0 >= self.plan.units[load.unit].extents.len()
+        any
     }
 
     /// Whether the unit goes to its home and stays there.
@@ -122,6 +129,14 @@ impl<D: Device> ReadStage<D> {
             Home::Ram | Home::Pinned => !(self.first_pass && self.memory.is_late(unit)),
             Home::Gpu => !(self.first_pass && self.on_device.is_late(unit)),
         }
+    }
+
+    /// Begins the unit's span, if anything of it is read.
+    fn open(&self, unit: usize, from: usize) -> Option<Open> {
+        let plan = &self.plan.units[unit];
+        let reads = from < plan.extents.len();
+        let activity = Activity::Unit { unit, pass: self.pass };
+        reads.then(|| self.control.trace.begin(Stage::Read, activity, plan.read_bytes))
     }
 
     /// Begins with the next unit, if there is a slot for it and room to hand it on.
@@ -143,10 +158,15 @@ impl<D: Device> ReadStage<D> {
         if stays && unit.home == Home::Gpu {
             self.on_device.set_stays(index);
         }
+        if unit.home != Home::Disk && !stays {
+            self.control.trace.mark(&Mark::Late { unit: index });
+        }
+        let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried::default());
+        self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None, pass, span, moved });
         self.read[index] = stays;
         self.cursor = (index + 1) % self.plan.units();
+        self.pass += u64::from(self.cursor == 0);
         self.first_pass &= self.cursor > 0;
-        self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None });
         true
     }
 
@@ -154,7 +174,7 @@ impl<D: Device> ReadStage<D> {
     fn submit(&mut self) -> Result<bool, (usize, Error)> {
         let mut moved = false;
         while self.engine.has_room() {
-            if self.loads.back().is_none_or(|load| self.is_submitted(load)) {
+            if self.loads.back().is_none_or(|load| is_submitted(&self.plan, load)) {
                 if !self.begin_load() {
                     break;
                 }
@@ -187,11 +207,11 @@ impl<D: Device> Advance for ReadStage<D> {
     const STAGE: Stage = Stage::Read;
 
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
-        let bytes = self.reap();
+        let reaped = self.reap();
         let moved = self.submit()?;
         if let Some(load) = self.loads.front()
             && load.outstanding == 0
-            && self.is_submitted(load)
+            && is_submitted(&self.plan, load)
         {
             let (index, unit) = (load.unit, &self.plan.units[load.unit]);
             if let Some((file, failure)) = load.failure {
@@ -205,15 +225,16 @@ impl<D: Device> Advance for ReadStage<D> {
                 return Err((index, error));
             }
             let place = load.slot.map_or(Place::Home, Place::Slot);
+            let entry = Entry { epoch, unit: index, pass: load.pass, place };
+            let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
             self.loads.pop_front();
             self.first += 1;
-            let (entry, ends_pass) = (Entry { epoch, unit: index, place }, index + 1 == self.plan.units());
-            return Ok(Progress::Ready { entry, ends_pass, bytes });
+            return Ok(Progress::Ready { entry, ends_pass: index + 1 == self.plan.units(), moved });
         }
-        Ok(if bytes > 0 || moved {
-            Progress::Moved { bytes }
+        Ok(if reaped || moved {
+            Progress::Moved
         } else if self.engine.in_flight() > 0 {
-            Progress::Waiting(Activity::Busy)
+            Progress::Working
         } else {
             self.outlet.flush_if_starving();
             Progress::Waiting(Activity::Blocked)
@@ -234,9 +255,12 @@ impl<D: Device> Advance for ReadStage<D> {
             }
         }
         self.first += self.loads.len();
-        while let Some(load) = self.loads.pop_front() {
+        while let Some(mut load) = self.loads.pop_front() {
+            if let Some(span) = load.span.take() {
+                self.control.trace.give_up(span);
+            }
             // A home that was read to the end is filled, handed over or not.
-            if !self.is_submitted(&load) || load.outstanding > 0 || load.failure.is_some() {
+            if !is_submitted(&self.plan, &load) || load.outstanding > 0 || load.failure.is_some() {
                 self.read[load.unit] = false;
             }
             if let Some(slot) = load.slot {
@@ -248,10 +272,32 @@ impl<D: Device> Advance for ReadStage<D> {
                 self.read[unit] = self.on_device.is_filled(unit);
             }
         }
+        self.pass += u64::from(self.cursor > 0);
         self.cursor = 0;
     }
 
     fn outlet(&mut self) -> &mut Outlet {
         &mut self.outlet
+    }
+
+    fn end(&mut self) -> Result<()> {
+        for span in self.loads.iter_mut().filter_map(|load| load.span.take()) {
+            self.control.trace.give_up(span);
+        }
+        Ok(())
+    }
+}
+
+fn is_submitted(plan: &Plan, load: &Load) -> bool {
+    load.next.0 >= plan.units[load.unit].extents.len()
+}
+
+/// Ends the span of a load whose reads have all ended.
+fn close(control: &Control, load: &mut Load) {
+    if let Some(span) = load.span.take() {
+        match load.failure {
+            None => _ = control.trace.end(span),
+            Some(_) => control.trace.give_up(span),
+        }
     }
 }

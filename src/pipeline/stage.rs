@@ -6,14 +6,13 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::Arc,
     thread,
-    time::Instant,
 };
 
 use crate::{
     error::{Error, Result},
     pipeline::link::{Entry, Inlet, Outlet, Place},
     sync::{self, AtomicBool, AtomicU64, Mutex, Ordering, Signal},
-    trace::{Activity, Mark, Span, Stage, Trace},
+    trace::{Activity, Carried, Mark, Stage, Trace},
 };
 
 /// A step that keeps a slot from being overwritten early. Tests leave one out, to prove that they notice.
@@ -87,7 +86,6 @@ impl Control {
 
     /// Sends every stage back to the first unit.
     pub(crate) fn rewind(&self) {
-        self.trace.mark(&Mark::Rewind);
         self.epoch.fetch_add(1, Ordering::SeqCst);
         self.notify_all();
     }
@@ -179,13 +177,14 @@ impl Control {
 
 /// How a stage's attempt to advance went.
 pub(crate) enum Progress {
-    /// A unit is ready to be handed on, which the loop does once it has counted it: whoever has a unit finds it in the sums.
-    Ready { entry: Entry, ends_pass: bool, bytes: usize },
+    /// A unit is ready to be handed on, which the loop does once it has counted what was moved with it: whoever has a unit finds
+    /// it in the sums. A unit that is kept further on passes with nothing moved.
+    Ready { entry: Entry, ends_pass: bool, moved: Option<Carried> },
     /// It did something, no unit is done yet.
-    Moved { bytes: usize },
-    /// It was kept waiting inside the attempt; the time since the last report counts as this.
-    Waited(Activity),
-    /// It can do nothing before it is notified; until then its time counts as this.
+    Moved,
+    /// It can do nothing before its own work, which is under way elsewhere, is done.
+    Working,
+    /// It can do nothing before another stage does: starved or blocked.
     Waiting(Activity),
     /// The stage before failed at this unit.
     Failed { unit: usize },
@@ -259,12 +258,8 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
     let mut epoch = control.epoch();
     // In a failed epoch: at which unit, and whether the next stage has been told.
     let mut failed: Option<(usize, bool)> = None;
-    let mut start = Instant::now();
-    let mut report = |activity, unit, bytes| {
-        let end = Instant::now();
-        control.trace.span(&Span { stage: S::STAGE, activity, unit, bytes, start, end });
-        start = end;
-    };
+    let trace = &control.trace;
+    trace.enter(S::STAGE);
     loop {
         let ticket = signal.ticket();
         if control.stopped() {
@@ -274,12 +269,14 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
             epoch = control.epoch();
             stage.rewind();
             stage.outlet().discard_pending();
+            trace.trip_left(S::STAGE);
             failed = None;
         }
         if let Some((unit, told)) = &mut failed {
             *told = *told || stage.outlet().fail(epoch, *unit);
+            let wait = trace.begin(S::STAGE, Activity::Blocked, 0);
             signal.wait(ticket);
-            report(Activity::Blocked, None, 0);
+            trace.end(wait);
             continue;
         }
         let mut fail = |(unit, error)| {
@@ -287,17 +284,28 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
             failed = Some((unit, false));
         };
         match stage.advance(epoch) {
-            Ok(Progress::Ready { entry, ends_pass, bytes }) => {
-                report(Activity::Busy, Some(entry.unit), bytes);
+            Ok(Progress::Ready { entry, ends_pass, moved }) => {
+                if let Some(carried) = moved {
+                    trace.count(S::STAGE, carried);
+                }
+                if ends_pass {
+                    trace.trip_ended(S::STAGE);
+                }
                 stage.outlet().publish(entry, ends_pass);
             }
-            Ok(Progress::Moved { bytes }) => report(Activity::Busy, None, bytes),
-            Ok(Progress::Waited(activity)) => report(activity, None, 0),
-            Ok(Progress::Waiting(activity)) => {
+            Ok(Progress::Moved) => {}
+            Ok(Progress::Working) => {
                 if let Err(error) = stage.wait(signal, ticket) {
                     fail(error);
                 }
-                report(activity, None, 0);
+            }
+            Ok(Progress::Waiting(activity)) => {
+                let wait = trace.begin(S::STAGE, activity, 0);
+                let outcome = stage.wait(signal, ticket);
+                trace.end(wait);
+                if let Err(error) = outcome {
+                    fail(error);
+                }
             }
             Ok(Progress::Failed { unit }) => failed = Some((unit, false)),
             Err(error) => fail(error),

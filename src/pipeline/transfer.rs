@@ -18,13 +18,14 @@ use crate::{
     device::Device,
     error::{Error, Result},
     pipeline::{
+        device_time::DeviceTimer,
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place, Slot},
         on_device::DeviceMemory,
         stage::{Advance, Control, Progress, Safeguard},
     },
     plan::{Home, Plan},
-    trace::{Activity, Stage},
+    trace::{Activity, Carried, Stage},
 };
 
 /// Two blocks through which stored bytes pass on their way to a transform, on a stream of their own, so that the copies of
@@ -56,6 +57,8 @@ pub(crate) struct TransferStage<D: Device> {
     transfer_begun: Vec<D::Event>,
     /// Source slots whose copies may still be running, oldest first.
     in_flight: VecDeque<Slot>,
+    /// Where observers want the device's own time.
+    timer: Option<DeviceTimer<D>>,
 }
 
 impl<D: Device> TransferStage<D> {
@@ -69,6 +72,9 @@ impl<D: Device> TransferStage<D> {
         outlet: Outlet,
     ) -> Result<Self> {
         let sources = from.last().1.slots;
+        // As many as may be enqueued before the first of them has to be done: slots, and a pass of units that have none.
+        let most = sources + plan.gpu.slots + plan.residents.count;
+        let timed = control.trace.times_device();
         let staging = if plan.staging_bytes == 0 {
             None
         } else {
@@ -94,6 +100,7 @@ impl<D: Device> TransferStage<D> {
             transfer_done: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
             transfer_begun: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
             in_flight: VecDeque::with_capacity(sources),
+            timer: if timed { DeviceTimer::new(device, Stage::Transfer, most)? } else { None },
             device: device.clone(),
         })
     }
@@ -117,7 +124,7 @@ impl<D: Device> TransferStage<D> {
     }
 
     /// Enqueues all of a unit's work: from a slot or home in host memory to a slot or home on the device.
-    fn enqueue(&mut self, index: usize, from: Place, to: Place) -> Result<()> {
+    fn enqueue(&mut self, index: usize, pass: u64, from: Place, to: Place) -> Result<()> {
         let plan = self.plan.clone();
         let unit = &plan.units[index];
         let source = match from {
@@ -138,6 +145,7 @@ impl<D: Device> TransferStage<D> {
         if let Place::Slot(slot) = from {
             self.device.record(&self.transfer_begun[slot.0], &self.stream)?;
         }
+        let timing = self.timer.as_mut().map(|timer| timer.begin(&self.stream, &self.control.trace)).transpose()?;
         for copy in &unit.copies {
             // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until transfer_done;
             // the device slot was handed back, and the wait above orders the copy after its last use.
@@ -175,6 +183,9 @@ impl<D: Device> TransferStage<D> {
             }
             _ => self.device.record(arrived, &self.stream)?,
         }
+        if let Some((timer, timing)) = self.timer.as_mut().zip(timing.flatten()) {
+            timer.end(timing, &self.stream, Activity::Unit { unit: index, pass }, unit.disk_bytes)?;
+        }
         if let Place::Slot(slot) = from {
             self.device.record(&self.transfer_done[slot.0], &self.stream)?;
             self.in_flight.push_back(slot);
@@ -189,23 +200,33 @@ impl<D: Device> TransferStage<D> {
 
     fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Progress> {
         let unit = entry.unit;
-        let mut bytes = 0;
+        let mut moved = None;
         if place == Place::Home && self.to.is_filled(unit) {
             if let Place::Slot(source) = entry.place {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
             }
         } else {
-            bytes = self.plan.units[unit].disk_bytes;
-            self.enqueue(unit, entry.place, place)?;
+            let bytes = self.plan.units[unit].disk_bytes;
+            let span = self.control.trace.begin(Stage::Transfer, Activity::Unit { unit, pass: entry.pass }, bytes);
+            let enqueued = self.enqueue(unit, entry.pass, entry.place, place);
+            match enqueued {
+                Ok(()) => _ = self.control.trace.end(span),
+                Err(_) => self.control.trace.give_up(span),
+            }
+            enqueued?;
+            moved = Some(Carried { bytes: bytes as u64, ..Carried::default() });
             if place == Place::Home {
                 self.to.set_filled(unit);
             }
         }
-        Ok(Progress::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), bytes })
+        Ok(Progress::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), moved })
     }
 
     fn try_advance(&mut self, epoch: u64) -> Result<Progress> {
+        if let Some(timer) = &mut self.timer {
+            timer.tell(&self.control.trace)?;
+        }
         let retired = self.retire(false)?;
         let waiting = match self.inlet.peek(epoch) {
             Some(Entry { place: Place::Failed, unit, .. }) => {
@@ -227,12 +248,15 @@ impl<D: Device> TransferStage<D> {
         if let Some(oldest) = self.in_flight.front().filter(|_| !retired) {
             let begun = &self.transfer_begun[oldest.0];
             if !self.device.query(begun)? {
-                self.device.synchronize(begun)?;
-                return Ok(Progress::Waited(Activity::Blocked));
+                let wait = self.control.trace.begin(Stage::Transfer, Activity::Blocked, 0);
+                let begun = self.device.synchronize(begun);
+                self.control.trace.end(wait);
+                begun?;
+                return Ok(Progress::Moved);
             }
         }
         if retired || self.retire(true)? {
-            return Ok(Progress::Moved { bytes: 0 });
+            return Ok(Progress::Moved);
         }
         match waiting {
             Activity::Blocked => self.outlet.flush_if_starving(),
@@ -264,6 +288,7 @@ impl<D: Device> Advance for TransferStage<D> {
     fn end(&mut self) -> Result<()> {
         // The streams, not the events: after an error there may be copies that no event marks.
         self.device.drain(&self.stream)?;
-        self.staging.as_ref().map_or(Ok(()), |staging| self.device.drain(&staging.stream))
+        self.staging.as_ref().map_or(Ok(()), |staging| self.device.drain(&staging.stream))?;
+        self.timer.as_mut().map_or(Ok(()), |timer| timer.tell(&self.control.trace))
     }
 }

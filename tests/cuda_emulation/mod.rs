@@ -114,6 +114,11 @@ pub fn unregistered_copies() -> u64 {
     UNREGISTERED_COPIES.load(Relaxed)
 }
 
+/// How many events were made so far that tell when they are reached.
+pub fn timed_events() -> usize {
+    runtime::TIMED_EVENTS.load(Acquire)
+}
+
 /// What a process has of the runtime and must give back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Live {

@@ -17,7 +17,7 @@ use super::{
     CURRENT, Code, DEVICE, DEVICES, DICE, Device, Lock, Operation, RARITY, UNREGISTERED_COPIES, code, fails,
     memory::{self, POISON},
     ranges::Range,
-    sys::{cudaEvent_t, cudaMemcpyKind as Kind, cudaStream_t, cudaStreamCaptureStatus},
+    sys::{cudaEvent_t, cudaEventDisableTiming, cudaMemcpyKind as Kind, cudaStream_t, cudaStreamCaptureStatus},
 };
 use crate::device::streams::{self, Along, pause};
 
@@ -61,6 +61,8 @@ impl Handled for streams::Event {
 /// How many were made and not destroyed.
 pub(super) static STREAMS: AtomicUsize = AtomicUsize::new(0);
 pub(super) static EVENTS: AtomicUsize = AtomicUsize::new(0);
+/// How many were made to tell when they are reached, ever.
+pub(super) static TIMED_EVENTS: AtomicUsize = AtomicUsize::new(0);
 
 /// The devices' own streams, made when they are first used.
 static DEFAULT: [Lock<Option<&Stream>>; DEVICES] = [const { Lock::new(None) }; DEVICES];
@@ -391,12 +393,15 @@ unsafe extern "C" fn cudaStreamWaitEvent(stream: cudaStream_t, event: cudaEvent_
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, _flags: c_uint) -> Code {
+unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, flags: c_uint) -> Code {
     let device = CURRENT.get();
     code(DEVICE[device].alive().map(|()| {
         EVENTS.fetch_add(1, AcqRel);
+        let timed = flags & cudaEventDisableTiming as c_uint == 0;
+        TIMED_EVENTS.fetch_add(usize::from(timed), AcqRel);
+        let event = streams::Event { timed, ..streams::Event::default() };
         // SAFETY: the caller's.
-        unsafe { to.write(Handle::new(device, streams::Event::default()).raw().cast()) };
+        unsafe { to.write(Handle::new(device, event).raw().cast()) };
     }))
 }
 
@@ -437,6 +442,21 @@ unsafe extern "C" fn cudaEventQuery(raw: cudaEvent_t) -> Code {
         Ok(_) => Code::cudaErrorNotReady,
         Err(code) => code,
     }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaEventElapsedTime(to: *mut f32, from: cudaEvent_t, until: cudaEvent_t) -> Code {
+    // SAFETY: the caller's.
+    let found = unsafe { event(from).and_then(|from| Ok((from, event(until)?))) };
+    code(found.and_then(|(from, until)| {
+        if !(from.what.timed && until.what.timed) || from.device != until.device {
+            return Err(Code::cudaErrorInvalidResourceHandle);
+        }
+        let (from, until) = from.what.reached_at().zip(until.what.reached_at()).ok_or(Code::cudaErrorNotReady)?;
+        // SAFETY: as above.
+        unsafe { to.write((until as f64 - from as f64) as f32 / 1e6) };
+        Ok(())
+    }))
 }
 
 #[unsafe(no_mangle)]

@@ -179,23 +179,36 @@ unsafe fn run(queue: &Queue, mut first: *mut Node) {
 
 /// A place in a stream's work.
 #[derive(Default)]
-pub(crate) struct Mark(AtomicU32);
+pub(crate) struct Mark {
+    reached: AtomicU32,
+    /// When it was, in nanoseconds of the monotonic clock.
+    at: AtomicU64,
+}
 
 impl Mark {
     fn reach(&self) {
-        self.0.store(1, Release);
-        wake(&self.0);
+        self.at.store(now(), Relaxed);
+        self.reached.store(1, Release);
+        wake(&self.reached);
     }
 
     pub(crate) fn is_reached(&self) -> bool {
-        self.0.load(Acquire) == 1
+        self.reached.load(Acquire) == 1
     }
 
     pub(crate) fn wait(&self) {
         while !self.is_reached() {
-            sleep_while(&self.0, 0);
+            sleep_while(&self.reached, 0);
         }
     }
+}
+
+/// Nanoseconds of the monotonic clock.
+fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is the call's.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// A record of an event, and those before it.
@@ -207,25 +220,36 @@ struct Record {
 /// A marker that streams and threads wait for: its newest record when they ask. Records are kept as long as the event is, so
 /// that asking takes no lock.
 #[derive(Default)]
-pub(crate) struct Event(AtomicPtr<Record>);
+pub(crate) struct Event {
+    newest: AtomicPtr<Record>,
+    /// Whether it was made to tell when it is reached.
+    #[cfg(cuda_emulated)]
+    pub(crate) timed: bool,
+}
 
 impl Event {
     fn set(&self, mark: Arc<Mark>) {
         let record = Box::into_raw(Box::new(Record { mark, before: ptr::null_mut() }));
-        let before = self.0.swap(record, AcqRel);
+        let before = self.newest.swap(record, AcqRel);
         // SAFETY: the field is read by `forget` alone.
         unsafe { (*record).before = before };
     }
 
     fn newest(&self) -> Option<Arc<Mark>> {
         // SAFETY: records are freed by `forget` alone.
-        unsafe { self.0.load(Acquire).as_ref() }.map(|record| record.mark.clone())
+        unsafe { self.newest.load(Acquire).as_ref() }.map(|record| record.mark.clone())
     }
 
     /// Whether the newest record was reached; one that never was recorded counts as reached.
     pub(crate) fn is_reached(&self) -> bool {
         // SAFETY: as above.
-        unsafe { self.0.load(Acquire).as_ref() }.is_none_or(|record| record.mark.is_reached())
+        unsafe { self.newest.load(Acquire).as_ref() }.is_none_or(|record| record.mark.is_reached())
+    }
+
+    /// When the newest record was reached, in nanoseconds of the monotonic clock; `None` if it was not, or there is none.
+    pub(crate) fn reached_at(&self) -> Option<u64> {
+        let mark = self.newest()?;
+        mark.is_reached().then(|| mark.at.load(Relaxed))
     }
 
     /// Blocks until it was.
@@ -240,7 +264,7 @@ impl Event {
     /// # Safety
     /// Nobody else uses the event.
     pub(crate) unsafe fn forget(&self) {
-        let mut record = self.0.swap(ptr::null_mut(), AcqRel);
+        let mut record = self.newest.swap(ptr::null_mut(), AcqRel);
         while !record.is_null() {
             // SAFETY: it came from a box, and is reached from here only.
             record = unsafe { Box::from_raw(record) }.before;

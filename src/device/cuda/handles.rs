@@ -5,7 +5,7 @@
 
 use std::{
     any::Any,
-    ffi::{c_uint, c_void},
+    ffi::{c_int, c_uint, c_void},
     ptr,
     sync::OnceLock,
 };
@@ -181,7 +181,7 @@ impl Drop for CudaStream {
     }
 }
 
-/// An event without timing; a thread that waits for it sleeps.
+/// An event, without timing unless it was made for that; a thread that waits for it sleeps.
 pub struct CudaEvent {
     cuda: Cuda,
     raw: sys::cudaEvent_t,
@@ -194,8 +194,16 @@ unsafe impl Sync for CudaEvent {}
 
 impl CudaEvent {
     pub(super) fn new(cuda: &Cuda) -> Result<Self> {
+        Self::with(cuda, sys::cudaEventDisableTiming)
+    }
+
+    pub(super) fn timed(cuda: &Cuda) -> Result<Self> {
+        Self::with(cuda, 0)
+    }
+
+    fn with(cuda: &Cuda, timing: c_int) -> Result<Self> {
         cuda.bind_thread()?;
-        let flags = (sys::cudaEventDisableTiming | sys::cudaEventBlockingSync) as c_uint;
+        let flags = (timing | sys::cudaEventBlockingSync) as c_uint;
         let mut raw = ptr::null_mut();
         // SAFETY: the result goes to a local.
         cuda.call(|| "create an event".into(), || unsafe { sys::cudaEventCreateWithFlags(&mut raw, flags) })?;

@@ -13,6 +13,7 @@ use std::{
     ffi::{c_int, c_void},
     fmt,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 pub use handles::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
@@ -246,6 +247,18 @@ impl Device for Cuda {
 
     fn event(&self) -> Result<CudaEvent> {
         CudaEvent::new(self)
+    }
+
+    fn timed_event(&self) -> Result<Option<CudaEvent>> {
+        CudaEvent::timed(self).map(Some)
+    }
+
+    fn elapsed(&self, from: &CudaEvent, to: &CudaEvent) -> Result<Duration> {
+        let mut milliseconds = 0.0f32;
+        // SAFETY: both handles are valid until dropped, and the result goes to a local.
+        let elapsed = || unsafe { sys::cudaEventElapsedTime(&mut milliseconds, from.raw(), to.raw()) };
+        self.call(|| "ask for the time between two events".into(), elapsed)?;
+        Ok(Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3).unwrap_or_default())
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &CudaStream) -> Result<()> {

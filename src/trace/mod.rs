@@ -1,0 +1,288 @@
+//! What the pipeline does with its time. Stages say when something begins and when it has ended; these spans feed the sums of
+//! [`Stats`], every [`Observer`], and the ranges of NVTX (feature `nvtx`). Without an observer a span costs two looks at the
+//! clock and a few atomic additions.
+//!
+//! A stage is *starved* while it waits for the stage before it, *blocked* while it waits for a slot from the stage after it,
+//! and *busy* the rest of the time. A unit's way through a stage is a span of its own: reads of neighbouring units overlap,
+//! and layers that are held end in any order.
+
+mod stats;
+
+use std::{
+    fmt,
+    panic::{self, AssertUnwindSafe},
+    sync::Arc,
+    time::Instant,
+};
+
+use crate::error::Error;
+use stats::Counters;
+pub(crate) use stats::Carried;
+pub use stats::{PassStats, StageStats, Stats};
+
+/// A stage of the pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// Disk to the first host slot.
+    Read,
+    /// Pageable RAM to pinned RAM.
+    Pin,
+    /// Host to device.
+    Transfer,
+    /// The caller's layer function, and whatever else it does between two layers.
+    Compute,
+}
+
+impl Stage {
+    /// All stages, in the order of the data.
+    pub const ALL: [Stage; 4] = [Stage::Read, Stage::Pin, Stage::Transfer, Stage::Compute];
+
+    /// Lower-case name.
+    pub fn name(self) -> &'static str {
+        ["read", "pin", "transfer", "compute"][self as usize]
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a stage does during a span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// A unit goes through the stage: it is read, copied, or computed with. A unit that is kept further on passes without one.
+    Unit {
+        /// Its number in the pass, from 0.
+        unit: usize,
+        /// The trip on which it was read or handed on, from 0. A rewind begins another.
+        pass: u64,
+    },
+    /// The stage waits for the stage before it.
+    Starved,
+    /// The stage waits for a slot from the stage after it.
+    Blocked,
+}
+
+/// A span that has begun.
+#[derive(Clone, Copy, Debug)]
+pub struct Begun {
+    /// Whose time.
+    pub stage: Stage,
+    /// Spent how.
+    pub activity: Activity,
+    /// Bytes that the unit moves (compute: that it has in its files); 0 for waits.
+    pub bytes: usize,
+    /// When it began.
+    pub start: Instant,
+}
+
+/// A span that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Whose time.
+    pub stage: Stage,
+    /// Spent how.
+    pub activity: Activity,
+    /// Bytes that the unit moved; 0 for waits, and where the unit was given up: a read that failed, or a pass that was left.
+    pub bytes: usize,
+    /// When it began.
+    pub start: Instant,
+    /// When it ended.
+    pub end: Instant,
+}
+
+/// A moment worth knowing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Mark {
+    /// The caller asks for the first unit of a pass.
+    PassBegun {
+        /// Passes completed before.
+        passes: u64,
+    },
+    /// The caller has given the last unit of a pass back.
+    PassEnded {
+        /// Passes completed, this one included.
+        passes: u64,
+    },
+    /// The pipeline was sent back to the first unit.
+    Rewind,
+    /// The pass was cancelled, and the caller learns of it.
+    Cancelled,
+    /// The memory that keeps this unit is not present yet: the unit passes through slots, and is read once more.
+    Late {
+        /// Its number in the pass.
+        unit: usize,
+    },
+    /// A pass, or the streamer for good, has failed: the first error of either, in the thread where it happened. The caller
+    /// gets it in the place of the unit at fault.
+    Failed(Error),
+    /// The device did not answer at teardown: this many bytes are left reserved, since it might still touch them.
+    Leaked {
+        /// Host and device bytes together.
+        bytes: usize,
+    },
+}
+
+/// What a streamer is made of, told before anything streams.
+#[derive(Clone, Debug, Default)]
+pub struct About {
+    /// The device, in its own words.
+    pub device: String,
+    /// By unit: its name, its bytes as stored, and where it is kept.
+    pub units: Vec<(String, usize, crate::plan::Home)>,
+    /// Slots of the rings in pageable RAM, in pinned RAM and on the device; 0 where there is no such ring.
+    pub slots: [usize; 3],
+}
+
+/// Sees spans and marks as they happen, in the thread where they happen: it must be quick, must not call the streamer, and
+/// where nothing may be allocated must not allocate.
+pub trait Observer: Send + Sync {
+    /// The streamer has reserved its memory and is about to start its threads.
+    fn started(&self, _about: &About) {}
+    /// A span begins. A panic ends the streamer.
+    fn begin(&self, _span: &Begun) {}
+    /// A span has ended. A panic ends the streamer.
+    fn end(&self, _span: &Span) {}
+    /// A copy ([`Stage::Transfer`]) or a layer ([`Stage::Compute`]) has ended on the device, which timed it by events of its
+    /// own. Told some time after; only where [`times_device`](Observer::times_device) asks for it and the device works by itself.
+    fn on_device(&self, _span: &Span) {}
+    /// A copy or layer was not timed by the device, since too many were under way.
+    fn untimed(&self, _stage: Stage) {}
+    /// Something happened. A panic is ignored.
+    fn mark(&self, _mark: &Mark) {}
+    /// Whether copies and layers shall be timed on the device, which takes events that are timed. Asked once, before the start.
+    fn times_device(&self) -> bool {
+        false
+    }
+}
+
+/// A span that its stage will end, by [`Trace::end`].
+#[derive(Debug)]
+#[must_use = "a span that has begun must end"]
+pub(crate) struct Open(Begun);
+
+/// A stage that does not wait is at work, on whichever unit.
+const WORK: Activity = Activity::Unit { unit: 0, pass: 0 };
+
+/// The sums, and whoever observes.
+#[derive(Default)]
+pub(crate) struct Trace {
+    counters: Counters,
+    observers: Vec<Arc<dyn Observer>>,
+}
+
+impl Trace {
+    pub(crate) fn new(observers: &[Arc<dyn Observer>]) -> Self {
+        Self { observers: observers.to_vec(), ..Self::default() }
+    }
+
+    pub(crate) fn started(&self, about: &About) {
+        self.observers.iter().for_each(|observer| observer.started(about));
+    }
+
+    pub(crate) fn times_device(&self) -> bool {
+        self.observers.iter().any(|observer| observer.times_device())
+    }
+
+    /// The stage's thread begins its work.
+    pub(crate) fn enter(&self, stage: Stage) {
+        self.counters.settle(stage, WORK, Instant::now());
+    }
+
+    pub(crate) fn begin(&self, stage: Stage, activity: Activity, bytes: usize) -> Open {
+        self.begin_at(stage, activity, bytes, Instant::now())
+    }
+
+    /// The same from `start` on, when the caller looked at the clock.
+    pub(crate) fn begin_at(&self, stage: Stage, activity: Activity, bytes: usize, start: Instant) -> Open {
+        let begun = Begun { stage, activity, bytes, start };
+        if !matches!(activity, Activity::Unit { .. }) {
+            self.counters.settle(stage, activity, start);
+        }
+        self.observers.iter().for_each(|observer| observer.begin(&begun));
+        Open(begun)
+    }
+
+    /// Ends a span; returns when.
+    pub(crate) fn end(&self, open: Open) -> Instant {
+        self.ended(open, true)
+    }
+
+    /// Ends the span of a unit that was not moved to the end.
+    pub(crate) fn give_up(&self, open: Open) {
+        self.ended(open, false);
+    }
+
+    fn ended(&self, Open(begun): Open, moved: bool) -> Instant {
+        let Begun { stage, activity, bytes, start } = begun;
+        let (bytes, end) = (if moved { bytes } else { 0 }, Instant::now());
+        if !matches!(activity, Activity::Unit { .. }) {
+            self.counters.settle(stage, WORK, end);
+        }
+        let span = Span { stage, activity, bytes, start, end };
+        self.observers.iter().for_each(|observer| observer.end(&span));
+        end
+    }
+
+    /// The device's own time of a copy or layer.
+    pub(crate) fn on_device(&self, span: &Span) {
+        self.observers.iter().for_each(|observer| observer.on_device(span));
+    }
+
+    pub(crate) fn untimed(&self, stage: Stage) {
+        self.observers.iter().for_each(|observer| observer.untimed(stage));
+    }
+
+    pub(crate) fn mark(&self, mark: &Mark) {
+        for observer in &self.observers {
+            // Marks come where an error is kept and where things end: both must go on.
+            let _ = panic::catch_unwind(AssertUnwindSafe(|| observer.mark(mark)));
+        }
+    }
+
+    /// Bytes that a read brought.
+    pub(crate) fn count_read(&self, bytes: usize, direct: bool) {
+        self.counters.count_read(bytes, direct);
+    }
+
+    /// Counts a unit that a stage has moved to the end, in the order in which it hands units on.
+    pub(crate) fn count(&self, stage: Stage, carried: Carried) {
+        self.counters.count(stage, carried);
+    }
+
+    /// A stage has handed on the last unit of a pass.
+    pub(crate) fn trip_ended(&self, stage: Stage) {
+        self.counters.trip_ended(stage);
+    }
+
+    /// A stage goes back to the first unit: what the present trip moved is no pass's.
+    pub(crate) fn trip_left(&self, stage: Stage) {
+        self.counters.trip_left(stage);
+    }
+
+    /// The caller asks for the first unit of a pass.
+    pub(crate) fn pass_begun(&self, passes: u64) {
+        self.counters.pass_begun();
+        self.mark(&Mark::PassBegun { passes });
+    }
+
+    /// The caller has given the last unit of a pass back.
+    pub(crate) fn pass_ended(&self, passes: u64) {
+        self.counters.pass_ended();
+        self.mark(&Mark::PassEnded { passes });
+    }
+
+    /// The caller leaves the pass.
+    pub(crate) fn pass_left(&self) {
+        self.counters.pass_left();
+        self.mark(&Mark::Rewind);
+    }
+
+    /// The sums so far, where the first `fill` passes fill what is kept; what else [`Stats`] has is for the caller to add.
+    pub(crate) fn stats(&self, fill: usize) -> Stats {
+        self.counters.stats(fill)
+    }
+}

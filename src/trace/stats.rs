@@ -1,0 +1,311 @@
+//! Sums of spans: since the start, of the first pass, and of steady passes.
+
+use std::{
+    mem,
+    path::PathBuf,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use crossbeam_utils::CachePadded;
+use serde::Serialize;
+
+use super::{Activity, Stage};
+use crate::plan::Reader;
+
+/// Where one stage's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StageStats {
+    /// Units that were moved to the end; for compute, units given back. One that is kept further on passes uncounted.
+    pub units: u64,
+    /// Bytes of these units: read (rounded to pages), copied, or for compute as stored.
+    pub bytes: u64,
+    /// Time at work.
+    #[serde(rename = "busy_seconds", serialize_with = "seconds")]
+    pub busy: Duration,
+    /// Time waiting for the stage before.
+    #[serde(rename = "starved_seconds", serialize_with = "seconds")]
+    pub starved: Duration,
+    /// Time waiting for a slot from the stage after.
+    #[serde(rename = "blocked_seconds", serialize_with = "seconds")]
+    pub blocked: Duration,
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_f64(time.as_secs_f64())
+}
+
+/// The mean of some passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct PassStats {
+    /// How many passes these are.
+    pub passes: u64,
+    /// From the caller's first wish to the last unit given back, or from one such end to the next.
+    pub seconds: f64,
+    /// Bytes read past the page cache.
+    pub direct_bytes: f64,
+    /// Bytes read through the page cache.
+    pub buffered_bytes: f64,
+    /// Bytes copied from pageable to pinned RAM.
+    pub pinned_bytes: f64,
+    /// Bytes copied to the device.
+    pub transferred_bytes: f64,
+    /// By [`Stage`]: seconds at work, waiting for the stage before, and waiting for the stage after.
+    pub stage_seconds: [[f64; 3]; 4],
+}
+
+/// Counts since the streamer started.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// By [`Stage`]; a skipped stage stays at zero.
+    pub stages: [StageStats; 4],
+    /// Bytes read past the page cache.
+    pub direct_bytes: u64,
+    /// Bytes read through the page cache.
+    pub buffered_bytes: u64,
+    /// Passes completed.
+    pub passes: u64,
+    /// The first pass, once it is complete.
+    pub first: Option<PassStats>,
+    /// The passes after those that fill what is kept, which are two, or one where nothing is kept; once there are any.
+    pub steady: Option<PassStats>,
+    /// Files that are only read through the page cache, each with the reason.
+    pub buffered_files: Vec<(PathBuf, String)>,
+    /// Who reads.
+    pub reader: Reader,
+    /// Why it is not a faster reader; empty if it is the fastest, or was asked for.
+    pub reader_reason: String,
+}
+
+impl Stats {
+    /// One stage's counts.
+    pub fn stage(&self, stage: Stage) -> &StageStats {
+        &self.stages[stage as usize]
+    }
+}
+
+/// What a stage moved with one unit, or with several.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Carried {
+    pub(crate) bytes: u64,
+    /// Of a read: past the page cache, and through it.
+    pub(crate) direct: u64,
+    pub(crate) buffered: u64,
+}
+
+impl Carried {
+    pub(crate) fn count_read(&mut self, bytes: usize, direct: bool) {
+        let bytes = bytes as u64;
+        self.bytes += bytes;
+        *(if direct { &mut self.direct } else { &mut self.buffered }) += bytes;
+    }
+
+    pub(crate) fn add(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.direct += other.direct;
+        self.buffered += other.buffered;
+    }
+}
+
+/// Passes that are told apart: the first, the second, and all after them.
+const PHASES: usize = 3;
+
+/// One stage's sums. Its own thread writes the atomic ones, any may read.
+#[derive(Default)]
+struct StageCounters {
+    units: AtomicU64,
+    bytes: AtomicU64,
+    /// Nanoseconds at work, starved, blocked.
+    nanos: [AtomicU64; 3],
+    /// Which of these the present time is, and up to when it is counted: nanoseconds since the start, 0 before it has begun.
+    kind: AtomicUsize,
+    settled: AtomicU64,
+    trips: Mutex<Trips>,
+}
+
+/// What a stage moved by trip: bytes belong to the trip of their unit, however far ahead the stage is.
+#[derive(Default)]
+struct Trips {
+    under_way: Carried,
+    complete: [(u64, Carried); PHASES],
+    count: usize,
+}
+
+/// A look at the clocks.
+#[derive(Clone, Copy)]
+struct Look {
+    at: Instant,
+    nanos: [[u64; 3]; 4],
+}
+
+/// The time of passes.
+#[derive(Default)]
+struct Passes {
+    /// The end of the pass before, or where there is none the beginning of this one.
+    from: Option<Look>,
+    phases: [PassTimes; PHASES],
+    count: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct PassTimes {
+    passes: u64,
+    time: Duration,
+    nanos: [[u64; 3]; 4],
+}
+
+pub(super) struct Counters {
+    start: Instant,
+    direct_bytes: AtomicU64,
+    buffered_bytes: AtomicU64,
+    stages: [CachePadded<StageCounters>; 4],
+    passes: Mutex<Passes>,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        let (direct_bytes, buffered_bytes) = Default::default();
+        let (stages, passes) = Default::default();
+        Self { start: Instant::now(), direct_bytes, buffered_bytes, stages, passes }
+    }
+}
+
+const UNPOISONED: &str = "nothing panics under this lock";
+
+impl Counters {
+    /// The stage does something else from `now` on, or goes on with what it does.
+    pub(super) fn settle(&self, stage: Stage, next: Activity, now: Instant) {
+        let counters = &self.stages[stage as usize];
+        // One more, since 0 says that the stage has not begun.
+        let now = now.saturating_duration_since(self.start).as_nanos() as u64 + 1;
+        let since = counters.settled.load(Relaxed);
+        if since > 0 {
+            counters.nanos[counters.kind.load(Relaxed)].fetch_add(now.saturating_sub(since), Relaxed);
+        }
+        counters.settled.store(now.max(since), Relaxed);
+        let kind = match next {
+            Activity::Unit { .. } => 0,
+            Activity::Starved => 1,
+            Activity::Blocked => 2,
+        };
+        counters.kind.store(kind, Relaxed);
+    }
+
+    /// Counts a unit that was moved to the end. A stage does so in the order in which it hands units on.
+    pub(super) fn count(&self, stage: Stage, carried: Carried) {
+        let counters = &self.stages[stage as usize];
+        counters.units.fetch_add(1, Relaxed);
+        counters.bytes.fetch_add(carried.bytes, Relaxed);
+        counters.trips.lock().expect(UNPOISONED).under_way.add(carried);
+    }
+
+    pub(super) fn count_read(&self, bytes: usize, direct: bool) {
+        let counter = if direct { &self.direct_bytes } else { &self.buffered_bytes };
+        counter.fetch_add(bytes as u64, Relaxed);
+    }
+
+    pub(super) fn trip_ended(&self, stage: Stage) {
+        let mut trips = self.stages[stage as usize].trips.lock().expect(UNPOISONED);
+        let (carried, phase) = (mem::take(&mut trips.under_way), trips.count.min(PHASES - 1));
+        trips.complete[phase].0 += 1;
+        trips.complete[phase].1.add(carried);
+        trips.count += 1;
+    }
+
+    pub(super) fn trip_left(&self, stage: Stage) {
+        self.stages[stage as usize].trips.lock().expect(UNPOISONED).under_way = Carried::default();
+    }
+
+    pub(super) fn pass_begun(&self) {
+        let mut passes = self.passes.lock().expect(UNPOISONED);
+        passes.from.get_or_insert_with(|| self.look());
+    }
+
+    pub(super) fn pass_ended(&self) {
+        let mut passes = self.passes.lock().expect(UNPOISONED);
+        let (look, phase) = (self.look(), (passes.count as usize).min(PHASES - 1));
+        if let Some(from) = passes.from.replace(look) {
+            let sums = &mut passes.phases[phase];
+            sums.passes += 1;
+            sums.time += look.at - from.at;
+            let pairs = sums.nanos.iter_mut().flatten().zip(look.nanos.iter().flatten().zip(from.nanos.iter().flatten()));
+            pairs.for_each(|(sum, (now, then))| *sum += now.saturating_sub(*then));
+        }
+        passes.count += 1;
+    }
+
+    /// The pass was left: what follows is not measured from the end of the one before.
+    pub(super) fn pass_left(&self) {
+        self.passes.lock().expect(UNPOISONED).from = None;
+    }
+
+    /// All stages' time up to now, that of waits under way included.
+    fn look(&self) -> Look {
+        let at = Instant::now();
+        let now = at.saturating_duration_since(self.start).as_nanos() as u64 + 1;
+        let nanos = std::array::from_fn(|stage| {
+            let counters = &self.stages[stage];
+            let mut nanos: [u64; 3] = std::array::from_fn(|kind| counters.nanos[kind].load(Relaxed));
+            let since = counters.settled.load(Relaxed);
+            if since > 0 {
+                nanos[counters.kind.load(Relaxed)] += now.saturating_sub(since);
+            }
+            nanos
+        });
+        Look { at, nanos }
+    }
+
+    /// The mean of the passes of these phases.
+    fn mean(&self, phases: &[usize]) -> Option<PassStats> {
+        let mut times = PassTimes::default();
+        let passes = self.passes.lock().expect(UNPOISONED);
+        for &phase in phases {
+            let PassTimes { passes, time, nanos } = passes.phases[phase];
+            times.passes += passes;
+            times.time += time;
+            times.nanos.iter_mut().flatten().zip(nanos.iter().flatten()).for_each(|(sum, more)| *sum += more);
+        }
+        drop(passes);
+        let count = times.passes as f64;
+        let moved = |stage: Stage, of: fn(&Carried) -> u64| {
+            let trips = self.stages[stage as usize].trips.lock().expect(UNPOISONED);
+            let (mut count, mut bytes) = (0, 0);
+            for &phase in phases {
+                count += trips.complete[phase].0;
+                bytes += of(&trips.complete[phase].1);
+            }
+            if count > 0 { bytes as f64 / count as f64 } else { 0.0 }
+        };
+        (times.passes > 0).then(|| PassStats {
+            passes: times.passes,
+            seconds: times.time.as_secs_f64() / count,
+            direct_bytes: moved(Stage::Read, |carried| carried.direct),
+            buffered_bytes: moved(Stage::Read, |carried| carried.buffered),
+            pinned_bytes: moved(Stage::Pin, |carried| carried.bytes),
+            transferred_bytes: moved(Stage::Transfer, |carried| carried.bytes),
+            stage_seconds: times.nanos.map(|nanos| nanos.map(|nanos| nanos as f64 / 1e9 / count)),
+        })
+    }
+
+    /// The sums so far, where the first `fill` passes fill what is kept.
+    pub(super) fn stats(&self, fill: usize) -> Stats {
+        let look = self.look();
+        Stats {
+            stages: std::array::from_fn(|stage| {
+                let counters = &self.stages[stage];
+                let [busy, starved, blocked] = look.nanos[stage].map(Duration::from_nanos);
+                let (units, bytes) = (counters.units.load(Relaxed), counters.bytes.load(Relaxed));
+                StageStats { units, bytes, busy, starved, blocked }
+            }),
+            direct_bytes: self.direct_bytes.load(Relaxed),
+            buffered_bytes: self.buffered_bytes.load(Relaxed),
+            passes: self.passes.lock().expect(UNPOISONED).count,
+            first: self.mean(&[0]),
+            steady: self.mean(if fill <= 1 { &[1, 2] } else { &[2] }),
+            ..Stats::default()
+        }
+    }
+}
