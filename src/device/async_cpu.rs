@@ -48,7 +48,11 @@ impl Drop for AsyncStream {
 
 impl AsyncCpu {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(Arc::new(Shared { dice: Dice::new(seed), copies_left: AtomicU64::new(u64::MAX), timed_events: AtomicU64::new(0) }))
+        Self(Arc::new(Shared {
+            dice: Dice::new(seed),
+            copies_left: AtomicU64::new(u64::MAX),
+            timed_events: AtomicU64::new(0),
+        }))
     }
 
     /// How many timed events were made.

@@ -16,8 +16,8 @@ use std::{
 };
 
 use crate::error::Error;
-use stats::Counters;
 pub(crate) use stats::Carried;
+use stats::Counters;
 pub use stats::{PassStats, StageStats, Stats};
 
 /// A stage of the pipeline.
