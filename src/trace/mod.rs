@@ -7,6 +7,9 @@
 //! and layers that are held end in any order.
 
 mod stats;
+#[cfg(not(loom))]
+pub mod timeline;
+mod verdict;
 
 use std::{
     fmt,
@@ -19,6 +22,7 @@ use crate::error::Error;
 pub(crate) use stats::Carried;
 use stats::Counters;
 pub use stats::{PassStats, StageStats, Stats};
+pub use verdict::{Bound, Verdict};
 
 /// A stage of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
