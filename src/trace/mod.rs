@@ -1,6 +1,8 @@
 //! What the pipeline does with its time. Every stage reports spans and marks; [`Stats`] are sums of the same spans, and an
 //! [`Observer`] sees each one. Without an observer a span costs a few atomic additions.
 
+pub mod timeline;
+
 use std::{
     fmt,
     panic::{self, AssertUnwindSafe},
