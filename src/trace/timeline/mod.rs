@@ -1,5 +1,13 @@
 //! A picture of the pipeline's time that anyone can open: a recording, and the files that are made of it.
 
+mod file;
+mod page;
+mod perfetto;
 mod recording;
+mod series;
 
-pub use recording::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring};
+#[cfg(test)]
+mod example;
+
+pub use file::TraceFile;
+pub use recording::{Activity, Event, Lane, Link, Moment, RecordedUnit, Recording, Ring};
