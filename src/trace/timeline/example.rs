@@ -6,7 +6,9 @@ use std::{collections::VecDeque, env, path::PathBuf};
 use super::{Activity, Event, Lane, Link, Moment, RecordedUnit, Recording, Ring, TraceFile};
 use crate::trace::Stage;
 
-pub(super) const MODEL: &str = "Qwen2.5-7B-Instruct \"12 of its layers\" </script><!-- ünïcode 模型";
+pub(super) const MODEL: &str = "Qwen2.5-7B, 12 of its layers";
+/// What no file may stumble over.
+pub(super) const HOSTILE: &str = "\"</script><script>throw 1</script><!--<script>\u{2028}\0\\é";
 const LAYER: u64 = 466_000_000;
 const PINNED_SLOTS: usize = 5;
 const GPU_SLOTS: usize = 3;
@@ -45,18 +47,14 @@ impl Run {
         let activity = Activity::Unit { unit, pass };
         let mut there = 0;
         if from_disk {
-            // Two at a time, each at half the disk's pace.
+            // Two at a time share the disk.
             let before = self.read.iter().rev().filter(|event| matches!(event.activity, Activity::Unit { .. }));
             let two: Vec<Event> = before.take(2).copied().collect();
             let free = if self.pinned.len() >= PINNED_SLOTS { self.pinned.pop_front().unwrap_or(0) } else { 0 };
-            let idle = two.get(1).map_or(0, |event| event.end);
-            let start = free.max(idle).max(two.first().map_or(0, |event| event.start));
-            if free > idle {
-                Self::push(&mut self.read, Activity::Blocked, idle.max(two.first().map_or(0, |e| e.end)), free, 0);
-            }
-            let alone = LAYER as f64 / DISK * (0.85 + 0.3 * rng.f64());
-            let beside = two.first().map_or(0, |event| event.end.saturating_sub(start)) as f64;
-            there = start + (alone + beside / 2.0) as u64;
+            let [last, idle] = [0, 1].map(|before| two.get(before).map_or(0, |event| event.end));
+            let start = free.max(idle);
+            Self::push(&mut self.read, Activity::Blocked, last, free, 0);
+            there = start.max(last) + (LAYER as f64 / DISK * (0.94 + 0.12 * rng.f64())) as u64;
             Self::push(&mut self.read, activity, start, there, LAYER);
         }
         let free = if self.on_gpu.len() >= GPU_SLOTS { self.on_gpu.pop_front().unwrap_or(0) } else { 0 };
@@ -77,7 +75,7 @@ impl Run {
         Self::push(&mut self.compute, activity, begun, begun + 400_000, LAYER);
         let start = (begun + 100_000).max(Self::last(&self.kernels));
         // The first pass has a prompt.
-        let work = if pass == 0 { 265e6 } else { 19e6 } * (0.95 + 0.1 * rng.f64());
+        let work = if pass == 0 { 250e6 } else { 19e6 } * (0.95 + 0.1 * rng.f64());
         Self::push(&mut self.kernels, activity, start, start + work as u64, LAYER);
         self.on_gpu.push_back(start + work as u64);
         if unit == 0 {
@@ -141,9 +139,10 @@ pub(super) fn example() -> Recording {
             Link { name: "PCIe".into(), stage: Stage::Transfer, limit: Some(54.4e9) },
         ],
         verdict: vec![
-            "The disk binds: it read for 98 % of the time at 2.46 GB/s, 0.98 of what it was measured to give.".into(),
-            "transfer waited for read 91 % of the time; compute waited for transfer 86 % of it.".into(),
-            "One more layer kept in pinned RAM would save 0.19 s a pass.".into(),
+            "The disk binds: it was read all the time at 2.47 GB/s, 0.98 of what it was measured to give.".into(),
+            "transfer waited for read 75 % of the time and for a GPU slot 21 %; compute waited for transfer 96 %."
+                .into(),
+            "Each layer more that is kept in pinned RAM saves 0.19 s a pass.".into(),
         ],
         dropped: 0,
         untimed: 0,
@@ -165,6 +164,17 @@ fn facts() -> Vec<(String, String)> {
 
 fn ring(name: &str, slots: usize, filled_by: Stage, emptied_by: Stage) -> Ring {
     Ring { name: name.into(), slots, filled_by, emptied_by }
+}
+
+/// The example with names that end scripts, strings and comments.
+pub(super) fn hostile() -> Recording {
+    let mut recording = example();
+    let names = recording.units.iter_mut().map(|unit| &mut unit.name);
+    let names = names.chain(recording.facts.iter_mut().flat_map(|(name, value)| [name, value]));
+    let names = names.chain(&mut recording.verdict).chain(recording.moments.iter_mut().map(|moment| &mut moment.text));
+    let names = names.chain(recording.rings.iter_mut().map(|ring| &mut ring.name));
+    names.chain(recording.links.iter_mut().map(|link| &mut link.name)).for_each(|name| *name = HOSTILE.into());
+    recording
 }
 
 /// The example again and again, until it has so many spans.
@@ -194,7 +204,9 @@ pub(super) fn large(spans: usize) -> Recording {
 #[ignore = "writes files for people and for ci/trace-page"]
 fn write_the_examples() {
     let folder = PathBuf::from(env::var_os("TRACE_EXAMPLES").expect("TRACE_EXAMPLES names a folder"));
-    for (name, recording) in [("example", example()), ("large", large(300_000)), ("empty", Recording::default())] {
+    for (name, recording) in
+        [("example", example()), ("hostile", hostile()), ("large", large(300_000)), ("empty", Recording::default())]
+    {
         for extension in ["html", "json"] {
             TraceFile::create(folder.join(name).with_extension(extension)).unwrap().write(&recording).unwrap();
         }

@@ -298,10 +298,18 @@ mod tests {
     }
 
     fn nanos(value: &Value) -> u64 {
-        let micros = value.as_f64().unwrap();
-        // As Perfetto's older versions do, and its newer ones.
-        assert_eq!((micros * 1000.0) as u64, (micros * 1000.0).round() as u64);
-        (micros * 1000.0) as u64
+        (value.as_f64().unwrap() * 1000.0).round() as u64
+    }
+
+    #[test]
+    fn readers_that_cut_off_and_readers_that_round_come_to_the_same_nanosecond() {
+        let mut rng = fastrand::Rng::with_seed(5);
+        for digits in 1..16 {
+            for nanos in (0..1000).map(|_| rng.u64(..10u64.pow(digits))) {
+                let read: f64 = serde_json::to_string(&micros(nanos)).unwrap().parse().unwrap();
+                assert_eq!([(read * 1000.0) as u64, (read * 1000.0).round() as u64], [nanos; 2]);
+            }
+        }
     }
 
     /// The reader that stands in for Perfetto's: what the format asks of each phase, and that a thread's spans nest.
@@ -403,10 +411,10 @@ mod tests {
         let unit = Activity::Unit { unit: 0, pass: 7 };
         let event = Event { start: 1000, end: 3000, activity: unit, bytes: 5000 };
         let lanes = vec![Lane { stage: Stage::Read, on_device: false, events: vec![event] }];
-        let units = vec![RecordedUnit { name: "\"</script>\u{2028}\0é".into(), ..RecordedUnit::default() }];
+        let units = vec![RecordedUnit { name: example::HOSTILE.into(), ..RecordedUnit::default() }];
         let events = events(&Recording { lanes, units, ..Recording::default() });
         let span = of_phase(&events, "X")[0];
-        assert_eq!(span["name"], "\"</script>\u{2028}\0é");
+        assert_eq!(span["name"], example::HOSTILE);
         assert_eq!(span["args"], serde_json::json!({ "unit": 0, "pass": 7, "bytes": 5000, "gb_per_s": 2.5 }));
     }
 

@@ -109,6 +109,7 @@ class Lane {
     this.stage = data.stage;
     this.device = data.device;
     this.before = data.before;
+    this.enqueues = false;
     this.rows = data.rows.map((columns) => new Row(columns));
     this.moved = new Sum(this.rows.map((row) => row.moved()));
     this.starved = new Sum(this.rows.map((row) => row.time((unit) => unit === STARVED)));
@@ -189,6 +190,8 @@ function readRecording(text) {
   const data = JSON.parse(text);
   const end = Math.max(data.end, 1);
   const lanes = data.lanes.map((lane) => new Lane(lane));
+  // A thread whose device has a lane of its own hands work over and does not wait for it.
+  for (const lane of lanes) lane.enqueues = !lane.device && lanes.some((other) => other.device && other.stage === lane.stage);
   return {
     ...data,
     end,

@@ -13,7 +13,7 @@ class Palette {
     this.style = getComputedStyle(document.documentElement);
     this.known = new Map();
     this.starved = this.hatch("starved", 1, 1);
-    this.blocked = this.hatch("blocked", -1, 1.7);
+    this.blocked = this.hatch("blocked", -1, 1.4);
   }
 
   color(name) {
@@ -100,7 +100,7 @@ function paintRow(ink, row, stage, top, height, frame, named) {
       // What reaches into the next pixel is counted there.
       const pixel = Math.max(0, Math.floor(left));
       const here = Math.min(right, pixel + 1) - left;
-      narrow[4 * pixel + kind] += Math.max(here, 0.02);
+      narrow[4 * pixel + kind] += Math.max(here, 1e-6);
       if (right > pixel + 1 && pixel < width) narrow[4 * (pixel + 1) + kind] += right - pixel - 1;
       anyNarrow = true;
       continue;
@@ -129,14 +129,20 @@ function paintRow(ink, row, stage, top, height, frame, named) {
   for (const [left, right] of outlined) ink.strokeRect(left - 0.5, top - 0.5, Math.max(right - left, 2), height + 1);
 }
 
-/** Each pixel as opaque as the share of it that spans of a kind fill. */
+/** Each pixel in a mix of the kinds' colours, by the share of it that each fills; work is seen however short it was. */
 function paintNarrow(ink, narrow, stage, top, height, palette) {
-  for (let kind = 3; kind >= 0; kind--) {
-    ink.fillStyle = palette.fill(stage, kind);
-    for (let pixel = 0; 4 * pixel < narrow.length; pixel++) {
-      const share = narrow[4 * pixel + kind];
-      if (share === 0) continue;
-      ink.globalAlpha = Math.min(1, Math.max(share, 0.15));
+  for (let pixel = 0; 4 * pixel < narrow.length; pixel++) {
+    const shares = narrow.subarray(4 * pixel, 4 * pixel + 4);
+    for (const kind of [0, 1]) if (shares[kind] > 0) shares[kind] = Math.max(shares[kind], 0.12);
+    const total = shares[0] + shares[1] + shares[2] + shares[3];
+    if (total === 0) continue;
+    // Laid over each other, each covers what is below by its share of all that is there by then.
+    let below = Math.max(0, 1 - total);
+    for (let kind = 3; kind >= 0; kind--) {
+      if (shares[kind] === 0) continue;
+      below += shares[kind];
+      ink.globalAlpha = shares[kind] / below;
+      ink.fillStyle = palette.fill(stage, kind);
       ink.fillRect(pixel, top, 1, height);
     }
   }
@@ -199,7 +205,7 @@ function paintRuler(ink, frame) {
     ink.fillStyle = palette.color("line");
     ink.fillRect(x, RULER - 16, 1, 16);
     ink.fillStyle = palette.color("soft");
-    const text = moment(time, step);
+    const text = moment(time, step, view.to);
     if (x + ink.measureText(text).width + 6 < width) ink.fillText(text, x + 5, RULER - 10);
   }
   paintFlags(ink, frame, scale);
@@ -288,8 +294,13 @@ function limitLine(ink, y, text, width, palette) {
   ink.setLineDash([]);
   ink.font = SMALL;
   ink.textBaseline = "alphabetic";
+  const length = ink.measureText(text).width;
+  ink.fillStyle = palette.color("panel");
+  ink.globalAlpha = 0.85;
+  ink.fillRect(width - length - 11, y - 14, length + 6, 12);
+  ink.globalAlpha = 1;
   ink.fillStyle = palette.color("soft");
-  ink.fillText(text, width - ink.measureText(text).width - 8, y - 4);
+  ink.fillText(text, width - length - 8, y - 4);
 }
 
 const SLOTS_HEIGHT = 52;

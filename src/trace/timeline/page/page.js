@@ -94,7 +94,7 @@ function addTracks() {
     const layout = laneLayout(lane);
     addTrack("lane", lane.stage, lane.stage, layout.height, (ink, frame) => paintLane(ink, lane, frame), {
       lane,
-      words: () => [lane.device ? "device stream" : "thread", `${percent(shares(lane, view.from, view.to).busy)} at work`],
+      words: () => [whose(lane), `${percent(shares(lane, view.from, view.to).busy)} busy`],
     });
   }
   links.forEach((link, i) =>
@@ -103,7 +103,7 @@ function addTracks() {
       link,
       words: () => {
         const mean = link.mean(view.from, view.to);
-        return [rate(mean), link.limit ? `${percent(mean / link.limit)} of its limit` : "limit not measured"];
+        return [rate(mean), link.limit ? `${percent(mean / link.limit)} of limit` : "limit not measured"];
       },
     }),
   );
@@ -122,7 +122,7 @@ function addStages() {
   return recording.lanes.map((lane) => {
     const canvas = element("canvas", { "aria-hidden": "true" });
     const cells = Array.from({ length: 4 }, (_, i) => element("td", i ? { class: "number" } : {}));
-    const where = element("span", {}, lane.device ? " device stream" : " thread");
+    const where = element("span", {}, ` ${whose(lane)}`);
     const name = element("td", { style: `--mark: var(--${lane.stage})` }, lane.stage, where);
     body.append(element("tr", { "data-stage": lane.stage }, name, element("td", {}, canvas), ...cells));
     return { lane, canvas, cells };
@@ -158,8 +158,8 @@ function paint() {
     track.small.replaceChildren(element("em", {}, words[0]), words[1] ? ` · ${words[1]}` : "");
     track.small.title = words.join(" · ");
   }
-  const step = (view.to - view.from) / 1000;
-  const [from, to] = [moment(view.from, step), moment(view.to, step)];
+  const step = (view.to - view.from) / 100;
+  const [from, to] = [moment(view.from, step, view.to), moment(view.to, step)];
   const whole = view.from <= 0 && view.to >= recording.end;
   const length = duration(view.to - view.from);
   byId("range").replaceChildren(element("strong", {}, `${from} – ${to}`), whole ? " · the whole run" : ` · ${length} of ${duration(recording.end)}`);
@@ -170,7 +170,7 @@ function paint() {
     const moved = lane.moved.within(view.from, view.to);
     paintShares(canvas, lane, part, palette);
     const busy = part.busy * (view.to - view.from);
-    const texts = [inWords(recording, lane, part), lane.unitsWithin(view.from, view.to), size(moved), busy > 0 ? rate(moved / busy) : "–"];
+    const texts = [inWords(recording, lane, part), lane.unitsWithin(view.from, view.to), lane.enqueues ? "" : size(moved), busy > 0 && moved > 0 && !lane.enqueues ? rate(moved / busy) : ""];
     cells.forEach((cell, i) => (cell.textContent = texts[i]));
   }
 }
@@ -199,8 +199,8 @@ function keepInAddress() {
 
 // What a person does.
 
-const area_ = () => tracks[0].canvas.getBoundingClientRect();
-const share = (event) => (event.clientX - area_().left) / area_().width;
+const plot = () => tracks[0].canvas.getBoundingClientRect();
+const share = (event) => (event.clientX - plot().left) / plot().width;
 const timeAt = (event) => view.from + share(event) * (view.to - view.from);
 
 function zoom(factor, time = (view.from + view.to) / 2) {
@@ -234,7 +234,7 @@ function onWheel(event) {
   // A whole run cannot grow: the page scrolls.
   if (whole && (sideways || by > 0)) return;
   event.preventDefault();
-  if (sideways) move((event.deltaX || event.deltaY) / area_().width);
+  if (sideways) move((event.deltaX || event.deltaY) / plot().width);
   else zoom(Math.exp(by * (event.ctrlKey ? 0.012 : 0.0022)), tracks[0].canvas === event.target ? undefined : timeAt(event));
 }
 
@@ -254,7 +254,7 @@ function onDown(event) {
   }
   const at = track.kind === "overview" ? share(event) * recording.end : timeAt(event);
   const inWindow = at >= view.from && at <= view.to && view.to - view.from < recording.end;
-  const edge = (12 / area_().width) * recording.end;
+  const edge = (12 / plot().width) * recording.end;
   if (track.kind === "overview" && inWindow) {
     const kind = at - view.from < edge ? "from" : view.to - at < edge ? "to" : "window";
     drag = { kind, at, from: view.from, to: view.to };
@@ -269,7 +269,7 @@ function onDown(event) {
 function onMove(event) {
   if (pointers.has(event.pointerId)) pointers.set(event.pointerId, event);
   if (!drag) return point(event);
-  const width = area_().width;
+  const { width } = plot();
   const limited = Math.min(Math.max(share(event), 0), 1);
   if (drag.kind === "pinch" && pointers.size === 2) {
     const [one, other] = [...pointers.values()];
@@ -289,7 +289,7 @@ function onMove(event) {
     setView(view.from, Math.max(limited * recording.end, view.from + LEAST_WINDOW));
   } else if (drag.kind === "select") {
     drag.until = limited;
-    const left = area_().left - byId("tracks").getBoundingClientRect().left - 1;
+    const left = plot().left - byId("tracks").getBoundingClientRect().left - 1;
     const [from, to] = [Math.min(drag.at, limited), Math.max(drag.at, limited)];
     byId("selection").style.cssText = `left: ${left + from * width}px; width: ${(to - from) * width}px`;
     byId("selection").hidden = false;
@@ -315,7 +315,7 @@ function point(event) {
   const time = timeAt(event);
   let span = null;
   let told = null;
-  const near = 3 * ((view.to - view.from) / area_().width);
+  const near = 3 * ((view.to - view.from) / plot().width);
   if (track?.lane) {
     const { row, gap, height } = laneLayout(track.lane);
     const rows = track.lane.rows.length;
@@ -365,14 +365,14 @@ function onLeave() {
 }
 
 function listen() {
-  const area = byId("tracks");
-  area.addEventListener("wheel", onWheel, { passive: false });
-  area.addEventListener("pointerdown", onDown);
-  area.addEventListener("pointermove", onMove);
-  area.addEventListener("pointerup", onUp);
-  area.addEventListener("pointercancel", onUp);
-  area.addEventListener("pointerleave", onLeave);
-  area.addEventListener("dblclick", () => KEYS[0]());
+  const box = byId("tracks");
+  box.addEventListener("wheel", onWheel, { passive: false });
+  box.addEventListener("pointerdown", onDown);
+  box.addEventListener("pointermove", onMove);
+  box.addEventListener("pointerup", onUp);
+  box.addEventListener("pointercancel", onUp);
+  box.addEventListener("pointerleave", onLeave);
+  box.addEventListener("dblclick", () => KEYS[0]());
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, event.key)) return;
     event.preventDefault();
@@ -392,7 +392,7 @@ function listen() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => repaint(false));
   addEventListener("beforeprint", () => repaint(true));
   addEventListener("afterprint", () => repaint(false));
-  new ResizeObserver(schedule).observe(area);
+  new ResizeObserver(schedule).observe(box);
 }
 
 writeHead();

@@ -22,9 +22,9 @@ function duration(nanos) {
   return `${rounded(nanos / size, 3)}${SPACE}${unit}`;
 }
 
-/** A moment, precise enough for a scale with such a step. */
-function moment(nanos, step) {
-  const [size, unit] = timeUnit(Math.max(Math.abs(nanos), step));
+/** A moment, precise enough for a scale with such a step, in the unit of the scale's end. */
+function moment(nanos, step, end = nanos) {
+  const [size, unit] = timeUnit(Math.max(end, step));
   const places = Math.max(0, Math.ceil(Math.log10(size / step) - 1e-9));
   return `${(nanos / size).toFixed(places)}${SPACE}${unit}`;
 }
@@ -45,11 +45,13 @@ function rate(gbPerS) {
 
 function percent(share) {
   if (share > 0 && share < 0.005) return `<${SPACE}1${SPACE}%`;
-  return `${Math.round(Math.min(share, 1) * 100)}${SPACE}%`;
+  return `${Math.round(share * 100)}${SPACE}%`;
 }
 
-function laneName(lane) {
-  return lane.device ? `${lane.stage} on the device` : lane.stage;
+/** Whose time a lane is. */
+function whose(lane) {
+  if (lane.device) return "device stream";
+  return lane.enqueues ? "thread, enqueues" : "thread";
 }
 
 /** What a lane's stage waits for in each kind of wait. */
@@ -75,10 +77,11 @@ function inWords(recording, lane, part) {
   const said = [];
   if (part.starved >= least) said.push(`${percent(part.starved)} ${waits.starved}`);
   if (part.blocked >= least) said.push(`${percent(part.blocked)} ${waits.blocked}`);
-  const work = part.busy > 1 - least ? "At work all the time" : `At work ${percent(part.busy)}`;
+  const verb = lane.enqueues ? "Enqueued" : "At work";
+  const work = part.busy > 1 - least ? `${verb} all the time` : `${verb} ${percent(part.busy)}`;
   const waited = said.length ? `, waited ${said.join(" and ")}` : "";
   if (part.busy < least && !said.length) return "Nothing to do";
-  return work + waited + (lane.device || part.idle < 0.02 ? "" : `, ${percent(part.idle)} neither`) + ".";
+  return work + waited + (lane.device || part.idle < 0.02 ? "" : `, idle ${percent(part.idle)}`) + ".";
 }
 
 function unitName(recording, span) {
@@ -89,7 +92,7 @@ function unitName(recording, span) {
 function spanInWords(recording, span) {
   const length = duration(span.end - span.start);
   const when = ["when", `${moment(span.start, 1e3)} to ${moment(span.end, 1e3)}`];
-  const lane = ["lane", laneName(span.lane)];
+  const lane = ["lane", `${span.lane.stage}, ${whose(span.lane)}`];
   if (span.unit < 0) {
     const kind = span.unit === STARVED ? "starved" : "blocked";
     return [`${kind}: waits ${waitsFor(recording, span.lane)[kind]}`, [["for", length], when, lane]];
