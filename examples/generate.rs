@@ -456,7 +456,7 @@ fn plan<D: Kernels>(
         false => None,
     };
     let Some(probe) = probe else { return Ok((fitted, None)) };
-    // A plan's table says what was measured, but not what disturbed it.
+    // A plan's table says what was measured and when, but not what disturbed it.
     if !options.quiet && (probe.disturbed().is_some() || (options.probe && !options.plan)) {
         say!("{}", budget::measured(&probe));
     }
