@@ -104,7 +104,7 @@ fn disk_rate(sources: &Arc<[Source]>, file: usize, length: u64, blocks: &Arena) 
 
 /// Copies half of the blocks to the device, again and again: on one that computes in RAM to where the other half is.
 fn copy_rate<D: Device>(device: &D, blocks: &Arena) -> Result<f64> {
-    let ((from, both), stream) = (blocks.whole(), device.stream()?);
+    let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
     let bytes = both / 2;
     let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", bytes)).transpose()?;
     let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
