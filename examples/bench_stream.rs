@@ -28,6 +28,7 @@ use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
     plan::{Bandwidths, Besides, CachePolicy, Forecast, Home, Part, Plan, Reader},
+    probe::Probe,
     trace::Stage,
 };
 
@@ -179,7 +180,8 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<String,
             let least = budget.least(&checkpoint, &units, Besides::default())?;
             budget.host_bytes = least.host_bytes + (slots as f64 * share).ceil() as usize;
         }
-        let bandwidths = Bandwidths::measured(device, &checkpoint)?;
+        let probe = Probe::recent(device, &checkpoint)?;
+        let bandwidths = probe.map_or_else(Bandwidths::default, |probe| probe.bandwidths());
         let (homes, Settings { n_gpu, n_cpu_pinned, .. }) =
             budget.plan(&checkpoint, &units, Besides::default(), bandwidths)?;
         units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));

@@ -24,6 +24,7 @@ use layer_streamer::{
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
     plan::{Bandwidths, Home, Part},
+    probe::Probe,
     trace::Stage,
     tuner::Record,
 };
@@ -89,7 +90,11 @@ struct Options {
     #[arg(long, help_heading = "Memory")]
     plan: bool,
 
-    /// Do not measure disk and link (once per machine and file system, under a second): assume 2 and 10 GB/s
+    /// Measure disk and link anew (about half a second), even if what was measured in the last 30 days is kept
+    #[arg(long, help_heading = "Memory", conflicts_with = "no_probe")]
+    probe: bool,
+
+    /// Do not measure disk and link: assume 2 and 10 GB/s
     #[arg(long, help_heading = "Memory")]
     no_probe: bool,
 
@@ -206,20 +211,13 @@ fn run<D: Kernels>(
     }
     // Opened before the long work, so that a path that cannot be written is known at once.
     let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
-    let (settings, bandwidths) = plan(device, &mut model, options, context)?;
+    let (settings, probe) = plan(device, &mut model, options, context)?;
     let parts = Decoder::memory(device, &model, &settings, 1, context)?;
     if options.plan {
         let plan = Decoder::plan(device, &model, &settings)?;
         // Whoever reads it may have gone away.
-        let table = budget::table(
-            &device.describe(),
-            device.free_memory()?.is_some(),
-            &model,
-            &parts,
-            &plan,
-            bandwidths,
-            options.no_probe,
-        );
+        let table =
+            budget::table(&device.describe(), device.free_memory()?.is_some(), &model, &parts, &plan, probe.as_ref());
         let _ = io::stdout().write_all(table.as_bytes());
         return Ok(());
     }
@@ -289,13 +287,13 @@ fn run<D: Kernels>(
 }
 
 /// The settings that were given, else the fastest for the memory there is, for which layers get homes; and what the links
-/// carry, if that is of use.
+/// carry, where that was measured.
 fn plan<D: Kernels>(
     device: &D,
     model: &mut Model,
     options: &Options,
     context: usize,
-) -> Result<(Settings, Bandwidths), Failure> {
+) -> Result<(Settings, Option<Probe>), Failure> {
     let settings = options.settings()?;
     if settings.is_some() && (options.vram.is_some() || options.ram.is_some()) {
         return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
@@ -308,15 +306,23 @@ fn plan<D: Kernels>(
         (None, Some(budget)) => Decoder::fit(device, model, budget, bandwidths, 1, context),
         (settings, _) => Ok(settings.clone().unwrap_or_default()),
     };
-    let mut bandwidths = Bandwidths::default();
-    let mut fitted = fit(model, bandwidths)?;
+    let assumed = Bandwidths::default();
+    let fitted = fit(model, assumed)?;
     // What the links carry decides nothing where nothing is read from disk; only the table then says how long that takes.
-    let reads = || Ok::<_, Failure>(Decoder::plan(device, model, &fitted)?.forecast(bandwidths).disk_bytes > 0);
-    if !options.no_probe && (options.plan || (budget.is_some() && reads()?)) {
-        bandwidths = Bandwidths::measured(device, &model.checkpoint)?;
-        fitted = fit(model, bandwidths)?;
+    let reads = || Ok::<_, Failure>(Decoder::plan(device, model, &fitted)?.forecast(assumed).disk_bytes > 0);
+    let probe = match options.probe {
+        true => Probe::measure(device, &model.checkpoint)?,
+        false if !options.no_probe && (options.plan || (budget.is_some() && reads()?)) => {
+            Probe::recent(device, &model.checkpoint)?
+        }
+        false => None,
+    };
+    let Some(probe) = probe else { return Ok((fitted, None)) };
+    // A plan's table says what was measured, but not what disturbed it.
+    if !options.quiet && (probe.disturbed().is_some() || (options.probe && !options.plan)) {
+        say!("{}", budget::measured(&probe));
     }
-    Ok((fitted, bandwidths))
+    Ok((fit(model, probe.bandwidths())?, Some(probe)))
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.

@@ -28,7 +28,7 @@ use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    plan::Bandwidths,
+    probe::Probe,
     tuner::{self, Ended, Event, Outcome, Ranking, Search, Trial, Tuner, Values},
 };
 
@@ -188,7 +188,8 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
     let search = match options.search {
         Way::Grid => Search::Grid,
         Way::Plan => {
-            let bandwidths = Bandwidths::measured(device, &model.checkpoint)?;
+            let probe = Probe::recent(device, &model.checkpoint)?;
+            let bandwidths = probe.map_or_else(Default::default, |probe| probe.bandwidths());
             Search::Plan { plan: Box::new(plan.clone()), bandwidths }
         }
     };

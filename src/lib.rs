@@ -30,6 +30,7 @@ pub mod kernels;
 pub mod model;
 pub mod pipeline;
 pub mod plan;
+pub mod probe;
 pub mod trace;
 pub mod tuner;
 
@@ -44,7 +45,6 @@ mod dtype;
 mod error;
 mod io;
 mod memory;
-mod probe;
 mod ring;
 mod sync;
 

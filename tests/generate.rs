@@ -137,6 +137,72 @@ fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process
     assert_eq!(run(&["--plan"]).1, 1);
 }
 
+/// A cache folder with what a first probe kept, and that file.
+fn probed() -> (tempfile::TempDir, PathBuf) {
+    let cache = tempfile::tempdir().unwrap();
+    let done = plan_with(&cache, &[]);
+    assert_says(&text(&done.stdout), &["measured just now"]);
+    let mut files = fs::read_dir(cache.path().join("layer-streamer")).unwrap();
+    let file = files.next().unwrap().unwrap().path();
+    assert!(files.next().is_none());
+    (cache, file)
+}
+
+fn plan_with(cache: &tempfile::TempDir, arguments: &[&str]) -> Output {
+    let done = on_cpu().arg("--plan").args(arguments).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    done
+}
+
+/// Gives a kept probe a figure that no disk has, an age, and a disturbance.
+fn falsify(file: &Path, age: Duration, disturbed: Option<&str>) {
+    edit_json(file.to_owned(), |kept| {
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        kept["taken"] = (now - age).as_secs().into();
+        kept["disk"] = 123e9.into();
+        kept["disturbed"] = disturbed.into();
+    });
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+#[test]
+fn a_kept_probe_says_how_old_it_is_and_is_taken_anew_if_too_old_or_damaged_or_asked_for() {
+    let (cache, file) = probed();
+    let plan = |arguments: &[&str]| text(&plan_with(&cache, arguments).stdout);
+    falsify(&file, 3 * DAY + MINUTE, None);
+    assert_says(&plan(&[]), &["(123.00 and ", " GB/s, measured 3 days ago)"]);
+    let anew = |told: &str| {
+        assert!(told.contains("measured just now") && !told.contains("123.00"), "{told}");
+        let kept: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        assert!(kept["disk"].as_f64().unwrap() < 100e9, "{kept}");
+    };
+    anew(&plan(&["--probe"]));
+    falsify(&file, 31 * DAY, None);
+    anew(&plan(&[]));
+    fs::write(&file, "disk 123000000000\ncopy 10000000000\n").unwrap();
+    anew(&plan(&[]));
+    assert_says(&refusal(&["--probe", "--no-probe", "1="]), &["--probe", "--no-probe"]);
+}
+
+#[test]
+fn a_disturbed_probe_is_told_of_in_one_line_and_kept_for_minutes() {
+    let (cache, file) = probed();
+    falsify(&file, 5 * MINUTE + MINUTE / 2, Some("other processes kept 2.0 of 2 processors busy"));
+    let done = plan_with(&cache, &[]);
+    assert_says(&text(&done.stdout), &["123.00", "measured 5 minutes ago"]);
+    let said = text(&done.stderr);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_says(&said, &["123.00", "disturbed", "2.0 of 2 processors", "--probe measures anew"]);
+    assert_eq!(text(&plan_with(&cache, &["--quiet"]).stderr), "");
+    falsify(&file, 11 * MINUTE, Some("other processes kept 2.0 of 2 processors busy"));
+    assert_says(&text(&plan_with(&cache, &[]).stdout), &["measured just now"]);
+    // What is forced is also told without a plan, and though all layers are kept.
+    let done = on_cpu().args(["--probe", "4096="]).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
+    assert_says(&text(&done.stderr), &["disk and link: ", " GB/s, measured just now"]);
+}
+
 #[test]
 fn ids_go_in_and_out_without_a_tokenizer() {
     let folder = copy_of(&speller());

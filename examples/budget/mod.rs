@@ -8,6 +8,7 @@ use layer_streamer::{
     device::Device,
     model::{Model, Tables},
     plan::{Bandwidths, Budget, Home, Part, Plan},
+    probe::Probe,
 };
 
 /// An amount of memory.
@@ -67,16 +68,9 @@ pub fn budget<D: Device>(
 }
 
 /// A plan for people: what takes memory (`own`: the device has its own), where layers and output head live, what a pass moves and
-/// how long that takes.
-pub fn table(
-    device: &str,
-    own: bool,
-    model: &Model,
-    parts: &[Part],
-    plan: &Plan,
-    bandwidths: Bandwidths,
-    assumed: bool,
-) -> String {
+/// how long that takes, by a probe or by assumed figures.
+pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan, probe: Option<&Probe>) -> String {
+    let bandwidths = probe.map_or_else(Bandwidths::default, Probe::bandwidths);
     let forecast = plan.forecast(bandwidths);
     let bytes = |bytes: usize| HumanBytes(bytes as u64).to_string();
     let mut text = format!("device: {device}\n");
@@ -123,13 +117,23 @@ pub fn table(
         forecast.copy_seconds,
         bandwidths.disk / 1e9,
         bandwidths.copy / 1e9,
-        if assumed { "assumed" } else { "measured" },
+        probe.map_or_else(|| "assumed".into(), |probe| format!("measured {}", probe.age())),
     );
     text += &match forecast.binds() {
         "nothing" => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
         link => format!("  {:.3} s a pass beside its computation, bound by {link}\n", forecast.pass_seconds),
     };
     text
+}
+
+/// What a probe found and how far to trust it, in one line.
+pub fn measured(probe: &Probe) -> String {
+    let (Bandwidths { disk, copy }, age) = (probe.bandwidths(), probe.age());
+    let found = format!("disk and link: {:.2} and {:.2} GB/s, measured {age}", disk / 1e9, copy / 1e9);
+    match probe.disturbed() {
+        Some(cause) => format!("{found} while disturbed ({cause}); --probe measures anew"),
+        None => found,
+    }
 }
 
 /// The numbers of those that live there, such as 0-3,7.

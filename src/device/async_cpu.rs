@@ -35,7 +35,12 @@ struct Shared {
     copies_left: AtomicU64,
     /// How many timed events were made.
     timed_events: AtomicU64,
+    /// How long a copy to the device takes, in microseconds; or [`AS_IT_COMES`].
+    copy_micros: AtomicU64,
 }
+
+/// Copies bring their bytes, and are delayed at random.
+const AS_IT_COMES: u64 = u64::MAX;
 
 /// A stream: dropping it lets queued work finish in the background, as CUDA does.
 pub(crate) struct AsyncStream(Stream);
@@ -48,12 +53,26 @@ impl Drop for AsyncStream {
 
 impl AsyncCpu {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(Arc::new(Shared { dice: Dice::new(seed), copies_left: AtomicU64::new(u64::MAX), timed_events: AtomicU64::new(0) }))
+        Self(Arc::new(Shared {
+            dice: Dice::new(seed),
+            copies_left: AtomicU64::new(u64::MAX),
+            timed_events: AtomicU64::new(0),
+            copy_micros: AtomicU64::new(AS_IT_COMES),
+        }))
     }
 
     /// How many timed events were made.
     pub(crate) fn timed_events(&self) -> u64 {
         self.0.timed_events.load(SeqCst)
+    }
+
+    /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random, and no home late.
+    pub(crate) fn pace_copies(&self, time: Duration) {
+        self.0.copy_micros.store(time.as_micros() as u64, SeqCst);
+    }
+
+    fn is_paced(&self) -> bool {
+        self.0.copy_micros.load(SeqCst) != AS_IT_COMES
     }
 
     /// Makes the copy after `copies` more of them fail, and every later one.
@@ -63,7 +82,7 @@ impl AsyncCpu {
 
     /// Enqueues the caller's own work.
     pub(crate) fn enqueue(&self, stream: &AsyncStream, work: impl FnOnce() + Send + 'static) {
-        let delay = self.0.dice.delay(RARITY);
+        let delay = if self.is_paced() { Duration::ZERO } else { self.0.dice.delay(RARITY) };
         stream.0.push(move || {
             pause(delay);
             work();
@@ -94,7 +113,7 @@ impl Device for AsyncCpu {
 
     /// Homes are late as often as not.
     fn is_touched(&self, _: &CpuMemory, _: usize) -> bool {
-        self.0.dice.next().is_multiple_of(2)
+        self.is_paced() || self.0.dice.next().is_multiple_of(2)
     }
 
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
@@ -130,6 +149,11 @@ impl Device for AsyncCpu {
             return Err(Error::Unsupported { what: "this copy".into(), remedy: "it fails on purpose".into() });
         }
         self.0.copies_left.store(left.saturating_sub(u64::from(left != u64::MAX)), SeqCst);
+        if self.is_paced() {
+            let time = Duration::from_micros(self.0.copy_micros.load(SeqCst));
+            self.enqueue(stream, move || pause(time));
+            return Ok(());
+        }
         let (range, delay) = (Along((to, from)), self.0.dice.delay(RARITY));
         self.enqueue(stream, move || {
             let Along((to, from)) = { range };

@@ -161,8 +161,9 @@ impl<D: Device> ComputeSide<D> {
         {
             self.inlet.release(slot);
             std::thread::sleep(std::time::Duration::from_micros(300));
+            let recorded = self.device.record(compute_done, stream);
             self.give_back(index);
-            return self.device.record(compute_done, stream);
+            return recorded;
         }
         let timed = match (&mut self.timer, self.held[index].timing.take()) {
             (Some(timer), Some(timing)) => {

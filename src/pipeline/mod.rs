@@ -43,7 +43,7 @@ use crate::{
     },
     plan::{Plan, Reader, Settings, StagePlan, Unit, UnitPlan},
     sync::Signal,
-    trace::{About, Mark, Observer, Stats, Trace},
+    trace::{About, Mark, Observer, Stats, Trace, Verdict},
 };
 
 /// Streams the units of a checkpoint to a device, pass after pass, ahead of the caller's work.
@@ -315,6 +315,14 @@ impl<D: Device> LayerStreamer<D> {
             .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
             .collect();
         stats
+    }
+
+    /// What steady passes wait for, or before there are any what the first one waited for; `None` before that is complete.
+    pub fn verdict(&self) -> Option<Verdict> {
+        let stats = self.stats();
+        // A device that cannot be asked has memory of its own.
+        let linked = self.device.free_memory().map_or(true, |free| free.is_some());
+        stats.steady.or(stats.first).map(|passes| Verdict::of(&passes, linked))
     }
 
     /// The plan that is being followed.

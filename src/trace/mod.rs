@@ -9,6 +9,9 @@
 #[cfg(feature = "nvtx")]
 mod nvtx;
 mod stats;
+#[cfg(not(loom))]
+pub mod timeline;
+mod verdict;
 
 use std::{
     fmt,
@@ -18,9 +21,10 @@ use std::{
 };
 
 use crate::error::Error;
-use stats::Counters;
 pub(crate) use stats::Carried;
+use stats::Counters;
 pub use stats::{PassStats, StageStats, Stats};
+pub use verdict::{Bound, Verdict};
 
 /// A stage of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -231,7 +231,8 @@ impl Counters {
             let sums = &mut passes.phases[phase];
             sums.passes += 1;
             sums.time += look.at - from.at;
-            let pairs = sums.nanos.iter_mut().flatten().zip(look.nanos.iter().flatten().zip(from.nanos.iter().flatten()));
+            let pairs =
+                sums.nanos.iter_mut().flatten().zip(look.nanos.iter().flatten().zip(from.nanos.iter().flatten()));
             pairs.for_each(|(sum, (now, then))| *sum += now.saturating_sub(*then));
         }
         passes.count += 1;
@@ -293,6 +294,7 @@ impl Counters {
     /// The sums so far, where the first `fill` passes fill what is kept.
     pub(super) fn stats(&self, fill: usize) -> Stats {
         let look = self.look();
+        let passes = self.passes.lock().expect(UNPOISONED).count;
         Stats {
             stages: std::array::from_fn(|stage| {
                 let counters = &self.stages[stage];
@@ -302,7 +304,7 @@ impl Counters {
             }),
             direct_bytes: self.direct_bytes.load(Relaxed),
             buffered_bytes: self.buffered_bytes.load(Relaxed),
-            passes: self.passes.lock().expect(UNPOISONED).count,
+            passes,
             first: self.mean(&[0]),
             steady: self.mean(if fill <= 1 { &[1, 2] } else { &[2] }),
             ..Stats::default()

@@ -11,7 +11,7 @@ use std::{
 use super::*;
 use crate::{
     io::faults::Attempt,
-    trace::{Mark, Observer, Span},
+    trace::{Begun, Mark, Observer},
 };
 
 const RUNGS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread];
@@ -334,7 +334,7 @@ fn an_observer_that_panics_keeps_nobody_from_the_error() {
         in_spans: bool,
     }
     impl Observer for Panics {
-        fn span(&self, _: &Span) {
+        fn begin(&self, _: &Begun) {
             let is_a_stage_s = thread::current().name().is_some_and(|name| name.starts_with("ls-"));
             assert!(!(self.in_spans && is_a_stage_s), "on purpose");
         }
@@ -359,7 +359,7 @@ fn an_observer_that_panics_keeps_nobody_from_the_error() {
                 });
                 let observer = Arc::new(Panics { in_spans });
                 let Case { fixture: Fixture { checkpoint, .. }, units, settings, device, .. } = &case;
-                let streamer = LayerStreamer::with_observer(device, checkpoint, units, settings, Some(observer));
+                let streamer = LayerStreamer::with_observers(device, checkpoint, units, settings, &[observer]);
                 let (streamer, stream) = (streamer.unwrap(), device.stream().unwrap());
                 _ = told.send(streamer.next(&stream).err());
             });

@@ -1,4 +1,4 @@
-//! See `Cargo.toml`. The modules are the crate's own files; `plan` stands for the one name that they take from there.
+//! See `Cargo.toml`. The modules are the crate's own files; `plan` stands for the two names that they take from there.
 #![allow(dead_code, unused_imports)]
 
 #[path = "../../../src/error.rs"]
@@ -8,12 +8,14 @@ mod pipeline;
 mod ring;
 #[path = "../../../src/sync.rs"]
 mod sync;
-#[path = "../../../src/trace.rs"]
+#[path = "../../../src/trace/mod.rs"]
 mod trace;
 
 mod plan {
-    #[derive(Clone, Debug, Default)]
+    #[derive(Clone, Copy, Debug, Default)]
     pub struct Reader;
+    #[derive(Clone, Copy, Debug, Default)]
+    pub struct Home;
 }
 
 #[cfg(all(test, loom))]

@@ -72,8 +72,8 @@ impl Advance for Source {
         self.left -= 1;
         self.slots.write(slot, (epoch, unit));
         self.cursor = (unit + 1) % self.units;
-        let entry = Entry { epoch, unit, place: Place::Slot(slot) };
-        Ok(Progress::Ready { entry, ends_pass: self.cursor == 0, bytes: 0 })
+        let entry = Entry { epoch, unit, pass: 0, place: Place::Slot(slot) };
+        Ok(Progress::Ready { entry, ends_pass: self.cursor == 0, moved: None })
     }
 
     fn rewind(&mut self) {
@@ -113,7 +113,7 @@ impl Advance for Relay {
         };
         self.to.write(slot, self.from.read(source));
         self.inlet.release(source);
-        Ok(Progress::Ready { entry: Entry { place: Place::Slot(slot), ..entry }, ends_pass: true, bytes: 0 })
+        Ok(Progress::Ready { entry: Entry { place: Place::Slot(slot), ..entry }, ends_pass: true, moved: None })
     }
 
     fn outlet(&mut self) -> &mut Outlet {
@@ -244,7 +244,7 @@ fn loom_a_relay_with_old_units_on_both_sides_hands_on_only_new_ones_after_a_rewi
         let mut publish = |epoch| {
             let slot = outlet.slot().expect("there are two");
             first.write(slot, (epoch, 0));
-            outlet.publish(Entry { epoch, unit: 0, place: Place::Slot(slot) }, true);
+            outlet.publish(Entry { epoch, unit: 0, pass: 0, place: Place::Slot(slot) }, true);
         };
         publish(1);
         let mut relay = Relay { from: first.clone(), to: last.clone(), inlet: read_in, outlet: pin_out };

@@ -1,0 +1,200 @@
+//! Measuring: windows of reads and of copies, in rounds.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    judge::{Round, Verdict, judge},
+    load::{Counters, Load},
+};
+use crate::{
+    arena::{Arena, PAGE},
+    checkpoint::Checkpoint,
+    device::{Device, DevicePtr},
+    error::{Error, Result},
+    io::{self, CHUNK, Engine, Source},
+    plan::{CachePolicy, Extent, Reader},
+    sync::Signal,
+};
+
+/// How long a round reads and how long it copies; reads and copies under way are waited for.
+pub(super) const DISK_TIME: Duration = Duration::from_millis(300);
+pub(super) const COPY_TIME: Duration = Duration::from_millis(100);
+
+/// The least length of a window. A window of reads also holds as many reads as are in flight at once.
+const DISK_WINDOW: Duration = Duration::from_millis(40);
+const COPY_WINDOW: Duration = Duration::from_millis(15);
+
+/// The windows of reads that a round tries to fill. For a slow disk it goes on for twice `DISK_TIME` to get them.
+const DISK_WINDOWS: usize = 3;
+
+/// A disturbed probe goes on: so many rounds at most, of which none starts later than this.
+const ROUNDS: usize = 3;
+const LAST_START: Duration = Duration::from_millis(850);
+
+/// Chunks of memory to read to and copy from. They keep a disk busy, are prefaulted quickly, and take less than what a process is
+/// allowed beside its budget.
+const BLOCKS: usize = 8;
+
+/// Copies of half of them that are enqueued at once, so that one wait for them costs next to nothing.
+const COPIES: usize = 8;
+
+/// Reads from file number `file` and copies to the device until one round is calm, or time is up.
+pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usize) -> Result<Verdict> {
+    device.bind_thread()?;
+    let blocks = Arena::new("a probe of disk and link", BLOCKS, CHUNK)?;
+    let sources = io::open_all(checkpoint, CachePolicy::Direct)?;
+    let mut disk = Disk::new(&sources, file, checkpoint.length(file), &blocks)?;
+    let link = Link::new(device, &blocks)?;
+    let (start, mut rounds) = (Instant::now(), Vec::new());
+    loop {
+        let before = Counters::now(&sources[file].path);
+        let (reads, bytes) = disk.round()?;
+        let copies = link.round()?;
+        let load = Load::between(&before, &Counters::now(&sources[file].path), bytes);
+        rounds.push(Round { disk: reads, copy: copies, disturbed: load.disturbance() });
+        let verdict = judge(&rounds);
+        if verdict.disturbed.is_none() || rounds.len() == ROUNDS || start.elapsed() > LAST_START {
+            return Ok(verdict);
+        }
+    }
+}
+
+/// Reads one file from the start on, and over again.
+struct Disk<'a> {
+    engine: Engine,
+    signal: Arc<Signal>,
+    sources: &'a [Source],
+    file: usize,
+    length: u64,
+    at: u64,
+    blocks: &'a Arena,
+    free: Vec<usize>,
+}
+
+impl<'a> Disk<'a> {
+    fn new(sources: &'a Arc<[Source]>, file: usize, length: u64, blocks: &'a Arena) -> Result<Self> {
+        let signal = Signal::new();
+        // SAFETY: there are no registered buffers.
+        let (engine, ..) = unsafe { Engine::new(Reader::Auto, sources, &[], &signal) }?;
+        Ok(Self { engine, signal, sources, file, length, at: 0, blocks, free: (0..BLOCKS).collect() })
+    }
+
+    /// The rates of a round's windows (bytes per second), and all bytes that were read in it.
+    fn round(&mut self) -> Result<(Vec<f64>, u64)> {
+        let path = &self.sources[self.file].path;
+        let failed = |error| Error::io("read with io_uring from", path)(error);
+        let (start, mut bytes, mut rates) = (Instant::now(), 0, Vec::new());
+        // Begins when the first reads have come: the queue is full from then on.
+        let mut window: Option<Window> = None;
+        loop {
+            let ticket = self.signal.ticket();
+            let time = if rates.len() < DISK_WINDOWS { 2 * DISK_TIME } else { DISK_TIME };
+            while start.elapsed() < time && self.engine.has_room() && self.submit() {}
+            if self.engine.in_flight() == 0 {
+                if rates.is_empty() {
+                    rates.push(bytes as f64 / start.elapsed().as_secs_f64());
+                }
+                return Ok((rates, bytes));
+            }
+            self.engine.flush().map_err(failed)?;
+            let mut came = 0;
+            while let Some(done) = self.engine.completion() {
+                self.free.push(done.tag);
+                came += 1;
+                bytes += done.result.map_err(|failure| Error::Read {
+                    unit: "a probe".into(),
+                    tensor: String::new(),
+                    path: path.clone(),
+                    offset: failure.offset,
+                    source: failure.source(),
+                })? as u64;
+            }
+            if came == 0 {
+                self.engine.wait(&self.signal, ticket).map_err(failed)?;
+                continue;
+            }
+            // Looked at only when all reads that have come are counted: they come in bursts.
+            let now = Instant::now();
+            let open = window.get_or_insert(Window { start: now, bytes, reads: 0 });
+            open.reads += if open.start == now { 0 } else { came };
+            // While the queue runs empty at the end, the disk has less to do than it could.
+            if start.elapsed() < time && open.reads >= BLOCKS && now - open.start >= DISK_WINDOW {
+                rates.push((bytes - open.bytes) as f64 / (now - open.start).as_secs_f64());
+                window = Some(Window { start: now, bytes, reads: 0 });
+            }
+        }
+    }
+
+    /// Submits the next read, if there is a free block for it.
+    fn submit(&mut self) -> bool {
+        let Some(block) = self.free.pop() else { return false };
+        let (file, offset) = (self.file, self.at);
+        let len = (self.length - offset).min(CHUNK as u64);
+        let extent = Extent { file, offset, len: (len as usize).next_multiple_of(PAGE), end: offset + len, at: 0 };
+        let to = self.blocks.slot(block).as_ptr();
+        // SAFETY: the block holds a chunk, and is not handed out again before this one has come.
+        unsafe { self.engine.submit(io::chunk_at(&self.sources[file], &extent, 0, to, block)) };
+        self.at = if offset + len < self.length { offset + len } else { 0 };
+        true
+    }
+}
+
+/// A window that is open: when it began, the bytes that had come by then, and the reads that have come since.
+struct Window {
+    start: Instant,
+    bytes: u64,
+    reads: usize,
+}
+
+/// Copies half of the blocks to the device; for one that computes in RAM, to the other half.
+struct Link<'a, D: Device> {
+    // First, so that it is dropped before the memory it is about.
+    _registered: D::Registration,
+    _own: Option<D::Memory>,
+    stream: D::Stream,
+    device: &'a D,
+    blocks: &'a Arena,
+    to: DevicePtr,
+    bytes: usize,
+}
+
+impl<'a, D: Device> Link<'a, D> {
+    fn new(device: &'a D, blocks: &'a Arena) -> Result<Self> {
+        let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
+        let bytes = both / 2;
+        let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", bytes)).transpose()?;
+        let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
+        // SAFETY: the struct borrows the blocks, so they outlive the registration.
+        let registered = unsafe { device.register(from.as_ptr(), bytes)? };
+        Ok(Self { _registered: registered, _own: own, stream, device, blocks, to, bytes })
+    }
+
+    fn copy(&self) -> Result<()> {
+        let from = self.blocks.whole().0.as_ptr();
+        let enqueued = (0..COPIES).try_for_each(|_| {
+            // SAFETY: both sides hold so many bytes and do not overlap. No read into the blocks is in flight, and the copies are
+            // waited for below, also where one of them fails.
+            unsafe { self.device.copy_to_device(self.to, from, self.bytes, &self.stream) }
+        });
+        let done = self.device.drain(&self.stream);
+        enqueued.and(done)
+    }
+
+    /// The rates of a round's windows, in bytes per second.
+    fn round(&self) -> Result<Vec<f64>> {
+        self.copy()?;
+        let (start, mut rates) = (Instant::now(), Vec::new());
+        while start.elapsed() < COPY_TIME {
+            let (window, mut copied) = (Instant::now(), 0);
+            while window.elapsed() < COPY_WINDOW {
+                self.copy()?;
+                copied += COPIES * self.bytes;
+            }
+            rates.push(copied as f64 / window.elapsed().as_secs_f64());
+        }
+        Ok(rates)
+    }
+}

@@ -1,0 +1,100 @@
+//! Which stage a pass waits for, and the one thing that would change it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::{PassStats, Stage};
+
+/// What a pass waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Bound {
+    /// Reads past the page cache.
+    Disk,
+    /// Reads through the page cache, most of all that was read.
+    PageCache,
+    /// Copies from pageable to pinned RAM.
+    Pin,
+    /// Copies to the device.
+    Transfer,
+    /// The caller's work, or the device's.
+    Compute,
+}
+
+/// What bounds passes, and what would help.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Verdict {
+    /// What was at work for the largest part of a pass.
+    pub bound: Bound,
+    /// That part: 1 is all of it. Below some 0.85 the stages wait for one another in turn.
+    pub busy: f64,
+    /// Whether anything moved: nothing does where all units are on the device.
+    pub moves: bool,
+    /// Whether the device has memory of its own, behind a link.
+    pub linked: bool,
+}
+
+/// From this share of a pass on a stage is at work all the time but for what timing and hand-overs take.
+const FULL: f64 = 0.85;
+
+impl Verdict {
+    /// Judges passes by what their stages did. `linked`: the device has memory of its own.
+    ///
+    /// The caller's stage counts as at work also while the transfer waits for a slot on the device, since on a GPU the caller
+    /// only enqueues.
+    pub fn of(passes: &PassStats, linked: bool) -> Self {
+        let share = |stage: Stage, kind: usize| passes.stage_seconds[stage as usize][kind] / passes.seconds.max(1e-9);
+        let moved = passes.direct_bytes + passes.buffered_bytes + passes.pinned_bytes + passes.transferred_bytes;
+        let reads = if passes.buffered_bytes > passes.direct_bytes { Bound::PageCache } else { Bound::Disk };
+        let compute = share(Stage::Compute, BUSY).max(share(Stage::Transfer, BLOCKED));
+        let candidates = [
+            (Bound::Compute, compute),
+            (reads, share(Stage::Read, BUSY)),
+            (Bound::Pin, share(Stage::Pin, BUSY)),
+            (Bound::Transfer, share(Stage::Transfer, BUSY)),
+        ];
+        let (moves, first) = (moved > 0.0, candidates[0]);
+        let most = |most: (Bound, f64), other: (Bound, f64)| if other.1 > most.1 { other } else { most };
+        let (bound, busy) = if moves { candidates.into_iter().fold(first, most) } else { first };
+        Self { bound, busy: busy.clamp(0.0, 1.0), moves, linked }
+    }
+
+    /// What would help, and what would not.
+    pub fn advice(&self) -> &'static str {
+        match (self.bound, self.linked) {
+            _ if !self.moves => "nothing moves, so neither more memory nor deeper rings would help",
+            (Bound::Compute, _) if self.busy >= FULL => "neither more memory nor deeper rings would help",
+            _ if self.busy < FULL => "the stages wait for one another: deeper rings (n_cpu_pinned) would help",
+            (Bound::Disk | Bound::PageCache, true) => {
+                "more RAM or GPU memory for layers would help, deeper rings would not"
+            }
+            (Bound::Disk | Bound::PageCache, false) => "more RAM for layers would help, deeper rings would not",
+            (Bound::Pin, _) => {
+                "skipping this stage (n_cpu 0, layers kept in pinned RAM) would help, deeper rings would not"
+            }
+            (_, true) => "more GPU memory for layers would help, more RAM or deeper rings would not",
+            (_, false) => "more RAM would help: layers that are kept are not copied",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    /// In one line: `bound by the disk, busy 97 % of a pass: more RAM for layers would help, deeper rings would not`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match (self.bound, self.linked) {
+            (Bound::Disk, _) => "the disk",
+            (Bound::PageCache, _) => "copies from the page cache",
+            (Bound::Pin, _) => "copies to pinned RAM",
+            (Bound::Transfer, true) => "the link to the device",
+            (Bound::Transfer, false) => "copies within RAM",
+            (Bound::Compute, _) => "the computation",
+        };
+        write!(f, "bound by {what}, busy {:.0} % of a pass: {}", 100.0 * self.busy, self.advice())
+    }
+}
+
+/// Places in [`PassStats::stage_seconds`].
+const BUSY: usize = 0;
+const BLOCKED: usize = 2;
