@@ -246,7 +246,7 @@ fn a_tool_sees_each_range_of_a_known_run_with_its_end_its_bytes_and_its_thread()
     assert_eq!(categories, Stage::ALL.map(|stage| (stage as usize + 1, stage.name().to_owned())));
 
     same_as_observed(&folder, &calls, &ranges);
-    // The second streamer's are the last two threads and units of their kinds.
+    // The second streamer begins with its memory; the first has too little for such threads.
     let split = of("thread").iter().rposition(|call| call.message == "ls-fault").map(|at| of("thread")[at].nanos);
     let second = split.expect("a large home is made present by threads");
     let known: Vec<_> = ranges.iter().filter(|(begun, _)| begun.nanos < second).cloned().collect();
@@ -281,8 +281,8 @@ fn same_as_observed(folder: &tempfile::TempDir, calls: &[Call], ranges: &[Range]
 
 /// Every stage moves, pass after pass, the units that it must, with their bytes, and from the first on after a rewind.
 fn units_move_in_order(ranges: &[Range]) {
-    // Before the streamer is at rest for the first time: after that rewinds may come in between.
-    const RESTARTS: usize = 4;
+    // A rewind, one after the cancel, and one after the failed read.
+    const RESTARTS: usize = 3;
     let always =
         |homes: &[Home]| -> Vec<usize> { (0..HOMES.len()).filter(|unit| homes.contains(&HOMES[*unit])).collect() };
     for (stage, first, steady) in [
@@ -344,7 +344,7 @@ fn marks_tell_what_the_caller_did(calls: &[Call], second: u64) {
     until.extend([begins(done), rewind, begins(done), ends(done + 1)]);
     assert_eq!(by_caller[certain.len()..], until);
     let [failure] = &by_stages[..] else { panic!("{by_stages:?}") };
-    assert!(failure.message.starts_with("failed: cannot read"), "{failure:?}");
+    assert!(failure.message.contains("cannot read tensor"), "{failure:?}");
     let late: Vec<_> = calls.iter().filter(|call| call.message == "late" && call.kind == "mark").collect();
     assert!(matches!(late[..], [mark] if mark.payload == Some(0) && mark.nanos > second), "{late:?}");
 }
@@ -375,7 +375,8 @@ fn without_a_tool_or_with_one_that_cannot_be_used_a_run_goes_as_ever_and_nothing
     let [nowhere, text] = ["nowhere.so", "text.so"].map(|name| compiled.path().join(name));
     fs::write(&text, "no library").unwrap();
     let libc = Path::new("libc.so.6");
-    for variables in [&[][..], &[(tool::ATTACH, nowhere.as_path())], &[(tool::ATTACH, &text)], &[(tool::ATTACH, libc)]] {
+    for variables in [&[][..], &[(tool::ATTACH, nowhere.as_path())], &[(tool::ATTACH, &text)], &[(tool::ATTACH, libc)]]
+    {
         let folder = run_child(name, variables);
         assert!(folder.path().join("told").exists() && !folder.path().join("calls").exists(), "{variables:?}");
     }
