@@ -18,6 +18,9 @@
  * - A panic inside the library is a bug: it is returned as LS_PANICKED, and makes the handle refuse all but its close.
  *
  * With CUDA the thread's current device must be that of the handles it uses; functions that allocate or launch set it.
+ *
+ * A library built with feature nvtx (cargo cinstall --features nvtx) shows its work to tools that listen to NVTX, such as nsys;
+ * there is nothing to call.
  */
 
 

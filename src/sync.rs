@@ -22,7 +22,7 @@ use std::{
 };
 
 /// Starts a thread and returns once it has run `begin`, whose result `work` takes: what starting a thread allocates, in the
-/// thread too, is then allocated before anything streams.
+/// thread too, is then allocated before anything streams. Tools show the thread under its name (feature `nvtx`).
 pub(crate) fn spawn<B, T: Send + 'static>(
     name: &str,
     begin: impl FnOnce() -> B + Send + 'static,
@@ -30,7 +30,12 @@ pub(crate) fn spawn<B, T: Send + 'static>(
 ) -> io::Result<thread::JoinHandle<T>> {
     let begun = Arc::new(Barrier::new(2));
     let inside = begun.clone();
+    #[cfg(feature = "nvtx")]
+    let shown_as = std::ffi::CString::new(name)?;
     let body = move || {
+        #[cfg(feature = "nvtx")]
+        // SAFETY: the call takes nothing and cannot fail.
+        nvtx_sys::name_os_thread_ascii(unsafe { libc::gettid() } as u32, &shown_as);
         let state = begin();
         inside.wait();
         drop(inside);

@@ -5,6 +5,9 @@
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
 mod common;
+#[cfg(feature = "nvtx")]
+#[path = "nvtx/tool.rs"]
+mod tool;
 
 use std::{env, ffi::CStr, fs, path::Path, process::Command, slice};
 
@@ -47,8 +50,8 @@ impl Counter {
     }
 }
 
-/// Runs the test called `name` in a child process, with the counter loaded.
-fn run_counted(name: &str) {
+/// Runs the test called `name` in a child process, with the counter loaded and these variables.
+fn run_counted(name: &str, variables: &[(&str, &Path)]) {
     assert!(env::var_os("LD_PRELOAD").is_none(), "the counter was not loaded");
     let folder = tempfile::tempdir().unwrap();
     let object = folder.path().join("interpose.so");
@@ -64,6 +67,7 @@ fn run_counted(name: &str) {
         // In the main thread: one that waits for the test would say, and allocate for it, that a minute has passed.
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env("LD_PRELOAD", &object)
+        .envs(variables.iter().copied())
         .output()
         .unwrap();
     let said = [child.stdout, child.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
@@ -146,8 +150,26 @@ fn stream(streamer: &mut LayerStreamer<Cpu>, expected: &Expected) {
 #[test]
 fn nothing_is_allocated_from_the_first_pass_to_the_drop() {
     let Some(counter) = Counter::loaded() else {
-        return run_counted("nothing_is_allocated_from_the_first_pass_to_the_drop");
+        return run_counted("nothing_is_allocated_from_the_first_pass_to_the_drop", &[]);
     };
+    count_everything(&counter);
+}
+
+#[cfg(feature = "nvtx")]
+#[test]
+fn nothing_is_allocated_where_a_tool_is_attached_or_cannot_be_loaded() {
+    let name = "nothing_is_allocated_where_a_tool_is_attached_or_cannot_be_loaded";
+    if let Some(counter) = Counter::loaded() {
+        return count_everything(&counter);
+    }
+    let folder = common::folder();
+    let (tool, calls) = (tool::compile(folder.path(), &[]), folder.path().join("calls"));
+    run_counted(name, &[(tool::ATTACH, &tool), (tool::OUT, &calls)]);
+    assert!(fs::read_to_string(&calls).unwrap().matches("\tunit ").count() > 1000, "the tool saw little");
+    run_counted(name, &[(tool::ATTACH, &folder.path().join("nowhere.so"))]);
+}
+
+fn count_everything(counter: &Counter) {
     assert_eq!(counter.count(false, || drop(std::hint::black_box(vec![1u8; 3]))), 1, "the counter counts");
     assert!(counter.count(false, || drop(memmap2::MmapMut::map_anon(1 << 20).unwrap())) >= 1, "the counter counts");
 
@@ -204,7 +226,7 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
     use layer_streamer::capi::{ls_status::LS_OK, *};
 
     let Some(counter) = Counter::loaded() else {
-        return run_counted("taking_and_releasing_through_the_c_api_allocates_nothing");
+        return run_counted("taking_and_releasing_through_the_c_api_allocates_nothing", &[]);
     };
     extern "C" fn look(_: *mut libc::c_void, layer: ls_layer) -> i32 {
         let mut tensor = std::mem::MaybeUninit::uninit();

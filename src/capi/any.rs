@@ -3,7 +3,7 @@
 
 #[cfg(not(feature = "cuda"))]
 use std::convert::Infallible;
-use std::time::Duration;
+use std::{ffi::CStr, time::Duration};
 
 #[cfg(feature = "cuda")]
 use crate::device::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
@@ -147,6 +147,10 @@ impl Device for AnyDevice {
 
     fn stream(&self) -> Result<AnyStream> {
         make!(self => |device| device.stream())
+    }
+
+    fn named_stream(&self, name: &CStr) -> Result<AnyStream> {
+        make!(self => |device| device.named_stream(name))
     }
 
     fn event(&self) -> Result<AnyEvent> {

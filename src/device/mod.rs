@@ -16,7 +16,7 @@ mod cuda;
 #[path = "../../tests/cuda_emulation/streams.rs"]
 pub(crate) mod streams;
 
-use std::{marker::PhantomData, time::Duration};
+use std::{ffi::CStr, marker::PhantomData, time::Duration};
 
 pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
 pub use cuda::Cuda;
@@ -211,6 +211,11 @@ pub trait Device: Clone + Send + Sync + 'static {
 
     /// A new stream.
     fn stream(&self) -> Result<Self::Stream>;
+
+    /// A new stream of the pipeline's own, which tools show as `name` (feature `nvtx`).
+    fn named_stream(&self, _name: &CStr) -> Result<Self::Stream> {
+        self.stream()
+    }
 
     /// A new event.
     fn event(&self) -> Result<Self::Event>;

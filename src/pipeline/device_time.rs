@@ -42,7 +42,7 @@ pub(crate) struct DeviceTimer<D: Device> {
 impl<D: Device> DeviceTimer<D> {
     /// A timer for up to `most` pieces of work under way at once; `None` if the device tells no time of its own.
     pub(crate) fn new(device: &D, stage: Stage, most: usize) -> Result<Option<Self>> {
-        let stream = device.stream()?;
+        let stream = device.named_stream(c"layer-streamer clock")?;
         let mut closest: Option<(Duration, D::Event, Instant)> = None;
         for _ in 0..COMPARISONS {
             let Some(event) = device.timed_event()? else { return Ok(None) };

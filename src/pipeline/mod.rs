@@ -139,8 +139,9 @@ impl<D: Device> LayerStreamer<D> {
 
         let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
         let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
-        let control = Control::new(signals, Trace::new(observers));
-        control.trace.started(&about(device, &plan));
+        let mut trace = Trace::new(observers);
+        trace.started(&about(device, &plan));
+        let control = Control::new(signals, trace);
         let between = |stage: &StagePlan, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
             link(stage.slots, plan.residents.count, stage.batch, producer, consumer)
         };

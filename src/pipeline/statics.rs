@@ -43,7 +43,7 @@ impl<D: Device> StaticTensors<D> {
     pub(super) fn load(device: &D, sources: &Arc<[Source]>, rung: Reader, plan: UnitPlan) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
         let base = device.address(&memory);
-        let (stream, signal) = (device.stream()?, Signal::new());
+        let (stream, signal) = (device.named_stream(c"layer-streamer statics")?, Signal::new());
         let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
         // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
         // go now, for want of a descriptor.

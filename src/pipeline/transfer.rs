@@ -81,7 +81,7 @@ impl<D: Device> TransferStage<D> {
             Some(Staging {
                 memory: device.allocate("staging blocks", 2 * plan.staging_bytes)?,
                 block_bytes: plan.staging_bytes,
-                stream: device.stream()?,
+                stream: device.named_stream(c"layer-streamer convert")?,
                 staged: [device.event()?, device.event()?],
                 consumed: [device.event()?, device.event()?],
                 turn: 0,
@@ -95,7 +95,7 @@ impl<D: Device> TransferStage<D> {
             to: to.clone(),
             inlet,
             outlet,
-            stream: device.stream()?,
+            stream: device.named_stream(c"layer-streamer transfer")?,
             staging,
             transfer_done: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
             transfer_begun: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,

@@ -163,7 +163,7 @@ struct Link<'a, D: Device> {
 
 impl<'a, D: Device> Link<'a, D> {
     fn new(device: &'a D, blocks: &'a Arena) -> Result<Self> {
-        let ((from, both), stream) = (blocks.whole(), device.stream()?);
+        let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
         let bytes = both / 2;
         let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", bytes)).transpose()?;
         let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));

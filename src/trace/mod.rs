@@ -6,6 +6,8 @@
 //! and *busy* the rest of the time. A unit's way through a stage is a span of its own: reads of neighbouring units overlap,
 //! and layers that are held end in any order.
 
+#[cfg(feature = "nvtx")]
+mod nvtx;
 mod stats;
 #[cfg(not(loom))]
 pub mod timeline;
@@ -166,7 +168,12 @@ pub trait Observer: Send + Sync {
 /// A span that its stage will end, by [`Trace::end`].
 #[derive(Debug)]
 #[must_use = "a span that has begun must end"]
-pub(crate) struct Open(Begun);
+pub(crate) struct Open {
+    begun: Begun,
+    /// NVTX's number of the range, where a tool is attached.
+    #[cfg(feature = "nvtx")]
+    range: u64,
+}
 
 /// A stage that does not wait is at work, on whichever unit.
 const WORK: Activity = Activity::Unit { unit: 0, pass: 0 };
@@ -176,6 +183,9 @@ const WORK: Activity = Activity::Unit { unit: 0, pass: 0 };
 pub(crate) struct Trace {
     counters: Counters,
     observers: Vec<Arc<dyn Observer>>,
+    /// Once started, where a tool is attached.
+    #[cfg(feature = "nvtx")]
+    nvtx: Option<nvtx::Nvtx>,
 }
 
 impl Trace {
@@ -183,7 +193,11 @@ impl Trace {
         Self { observers: observers.to_vec(), ..Self::default() }
     }
 
-    pub(crate) fn started(&self, about: &About) {
+    pub(crate) fn started(&mut self, about: &About) {
+        #[cfg(feature = "nvtx")]
+        {
+            self.nvtx = nvtx::Nvtx::new(about);
+        }
         self.observers.iter().for_each(|observer| observer.started(about));
     }
 
@@ -207,7 +221,12 @@ impl Trace {
             self.counters.settle(stage, activity, start);
         }
         self.observers.iter().for_each(|observer| observer.begin(&begun));
-        Open(begun)
+        Open {
+            // After the observers, who may panic: a range that has begun is ended.
+            #[cfg(feature = "nvtx")]
+            range: self.nvtx.as_ref().map_or(0, |nvtx| nvtx.begin(&begun)),
+            begun,
+        }
     }
 
     /// Ends a span; returns when.
@@ -220,9 +239,13 @@ impl Trace {
         self.ended(open, false);
     }
 
-    fn ended(&self, Open(begun): Open, moved: bool) -> Instant {
-        let Begun { stage, activity, bytes, start } = begun;
+    fn ended(&self, open: Open, moved: bool) -> Instant {
+        let Begun { stage, activity, bytes, start } = open.begun;
         let (bytes, end) = (if moved { bytes } else { 0 }, Instant::now());
+        #[cfg(feature = "nvtx")]
+        if let Some(nvtx) = &self.nvtx {
+            nvtx.end(&open.begun, open.range);
+        }
         if !matches!(activity, Activity::Unit { .. }) {
             self.counters.settle(stage, WORK, end);
         }
@@ -241,6 +264,10 @@ impl Trace {
     }
 
     pub(crate) fn mark(&self, mark: &Mark) {
+        #[cfg(feature = "nvtx")]
+        if let Some(nvtx) = &self.nvtx {
+            nvtx.mark(mark);
+        }
         for observer in &self.observers {
             // Marks come where an error is kept and where things end: both must go on.
             let _ = panic::catch_unwind(AssertUnwindSafe(|| observer.mark(mark)));

@@ -5,7 +5,7 @@
 
 use std::{
     any::Any,
-    ffi::{c_int, c_uint, c_void},
+    ffi::{CStr, c_int, c_uint, c_void},
     ptr,
     sync::OnceLock,
 };
@@ -123,12 +123,17 @@ pub struct CudaStream {
 unsafe impl Send for CudaStream {}
 
 impl CudaStream {
-    pub(super) fn new(cuda: &Cuda) -> Result<Self> {
+    pub(super) fn new(cuda: &Cuda, _name: &CStr) -> Result<Self> {
         let end = CudaEvent::new(cuda)?;
         let mut raw = ptr::null_mut();
         // SAFETY: the result goes to a local.
         let create = || unsafe { sys::cudaStreamCreateWithFlags(&mut raw, sys::cudaStreamNonBlocking as c_uint) };
         cuda.call(|| "create a stream".into(), create)?;
+        #[cfg(feature = "nvtx")]
+        // SAFETY: a stream that was created just now; NVTX has the same type under a name of its own.
+        unsafe {
+            nvtx_sys::name_cuda_stream_ascii(raw.cast(), _name);
+        }
         Ok(Self { cuda: cuda.clone(), raw, owned: true, end, math: OnceLock::new() })
     }
 

@@ -10,7 +10,7 @@ mod handles;
 pub(crate) mod sys;
 
 use std::{
-    ffi::{c_int, c_void},
+    ffi::{CStr, c_int, c_void},
     fmt,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -242,7 +242,11 @@ impl Device for Cuda {
     }
 
     fn stream(&self) -> Result<CudaStream> {
-        CudaStream::new(self)
+        self.named_stream(c"layer-streamer compute")
+    }
+
+    fn named_stream(&self, name: &CStr) -> Result<CudaStream> {
+        CudaStream::new(self, name)
     }
 
     fn event(&self) -> Result<CudaEvent> {
