@@ -249,9 +249,7 @@ fn run<D: Kernels>(
         return Ok(());
     }
     let timeline = trace.as_ref().map(|_| Timeline::new());
-    parts.extend(
-        timeline.as_ref().map(|of| Part { what: "the trace".into(), bytes: of.bytes(), on_device: false }),
-    );
+    parts.extend(timeline.as_ref().map(|of| Part { what: "the trace".into(), bytes: of.bytes(), on_device: false }));
     if !options.quiet {
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }

@@ -89,7 +89,9 @@ impl Report {
         stages
             .map(|stage| {
                 let [busy, starved, blocked] = passes.stage_seconds[stage as usize].map(share);
-                format!("{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %")
+                format!(
+                    "{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %"
+                )
             })
             .collect()
     }
@@ -100,7 +102,8 @@ impl Report {
         let mut line = |line: String| text += &(line + "\n");
         let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, .. } = &self.run;
         let per_second = |tokens: usize, time: &Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-        let first = first_token.map_or_else(String::new, |at| format!("; the first {:.2} s after the start", at.as_secs_f64()));
+        let first =
+            first_token.map_or_else(String::new, |at| format!("; the first {:.2} s after the start", at.as_secs_f64()));
         line(format!(
             "{prompt_tokens} tokens in at {:.2} tokens/s, {} out at {:.2} tokens/s{first}",
             per_second(*prompt_tokens, prompt_time),
@@ -154,8 +157,16 @@ impl Report {
                     if moved > 0.0 { format!("{} {rate:>6.2} GB/s", bytes(moved)) } else { "nothing".into() }
                 })
             };
-            let _ = write!(text, "\n{name:14} {:>22}  {:>22}  {:>11}", cell(Some(first)), cell(stats.steady), bytes(all as f64));
-            if let Some((limit, passes)) = limit.zip(stats.steady.or(Some(first))).filter(|(_, passes)| of(passes) > 0.0) {
+            let _ = write!(
+                text,
+                "\n{name:14} {:>22}  {:>22}  {:>11}",
+                cell(Some(first)),
+                cell(stats.steady),
+                bytes(all as f64)
+            );
+            if let Some((limit, passes)) =
+                limit.zip(stats.steady.or(Some(first))).filter(|(_, passes)| of(passes) > 0.0)
+            {
                 let share = 100.0 * of(&passes) / passes.seconds.max(1e-9) / limit;
                 let age = self.probe.as_ref().map(Probe::age).unwrap_or_default();
                 let _ = write!(text, "   {share:.0} % of {:.2} GB/s, measured {age}", limit / 1e9);
@@ -190,7 +201,10 @@ impl Report {
         let verdict = self.verdict.map(|verdict| {
             json!({ "bound": verdict.bound, "busy": verdict.busy, "moves": verdict.moves, "advice": verdict.advice(), "text": verdict.to_string() })
         });
-        let memory = self.parts.iter().map(|part| json!({ "what": part.what, "bytes": part.bytes, "on_device": part.on_device }));
+        let memory = self
+            .parts
+            .iter()
+            .map(|part| json!({ "what": part.what, "bytes": part.bytes, "on_device": part.on_device }));
         json!({
             "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device,
             "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),

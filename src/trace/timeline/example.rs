@@ -4,7 +4,7 @@
 use std::{collections::VecDeque, env, path::PathBuf};
 
 use super::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring, TraceFile};
-use crate::trace::Stage;
+use crate::trace::{Activity, Stage};
 
 pub(super) const MODEL: &str = "Qwen2.5-7B, 12 of its layers";
 /// What no file may stumble over.

@@ -15,7 +15,7 @@ use serde::{
 };
 
 use super::{Event, Lane, Recording, series};
-use crate::trace::Stage;
+use crate::trace::Activity;
 
 /// The processes, by number.
 const THREADS: u32 = 1;

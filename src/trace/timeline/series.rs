@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Event, Lane, Recording, Ring};
-use crate::trace::Stage;
+use crate::trace::{Activity, Stage};
 
 /// When the last thing ended, in nanoseconds since the recording began.
 pub(super) fn end(recording: &Recording) -> u64 {
