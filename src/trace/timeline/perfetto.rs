@@ -284,6 +284,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::trace::Stage;
     use crate::trace::timeline::{RecordedUnit, example};
 
     fn events(recording: &Recording) -> Vec<Value> {
