@@ -43,10 +43,10 @@ Examples:
 A pass has a few spans for each layer and stage. With NVTX and no tool, a range must cost 20 ns at most.")]
 struct Options {
     /// How often each kind is measured
-    #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 101, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Spans each time
-    #[arg(long, value_name = "N", default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
     spans: u32,
     /// Print one JSON object in place of text
     #[arg(long)]
@@ -172,23 +172,29 @@ fn run(options: &Options) -> Result<String, String> {
     }
     let tool = std::env::var("NVTX_INJECTION64_PATH").ok();
     let built = cfg!(feature = "nvtx");
-    let spreads: Vec<_> = samples.iter_mut().map(|samples| spread(samples)).collect();
-    let clock = spreads[0][0];
-    let rows = kinds.iter().zip(&spreads).map(|((what, _), [median, min, max])| (*what, *median, *min, *max));
+    let clock = samples[0].clone();
+    let rows = kinds.iter().zip(&mut samples).map(|((what, _), samples)| {
+        let mut beyond: Vec<_> = samples.iter().zip(&clock).map(|(sample, clock)| sample - clock).collect();
+        (*what, spread(samples), spread(&mut beyond)[0])
+    });
     if options.json {
-        let row = |(what, ns, min, max)| json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max });
+        let row = |(what, [ns, min, max], beyond): (&str, [f64; 3], f64)| {
+            json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond })
+        };
         let rows: Vec<Value> = rows.map(row).collect();
         let object =
             json!({ "nvtx": built, "tool": tool, "rounds": options.rounds, "spans": options.spans, "rows": rows });
         return Ok(format!("{object}\n"));
     }
     let mut text = format!("{:<32}{:>8}{:>16}{:>18}\n", "what", "ns", "least to most", "beyond the clock");
-    for (what, median, min, max) in rows {
-        let beyond =
-            if what.contains("clock") || what.contains("bare") { "-".into() } else { format!("{:.1}", median - clock) };
+    for (what, [median, min, max], beyond) in rows {
+        // A bare range does not look at it.
+        let looks = !what.contains("clock") && !what.contains("bare");
+        let beyond = if looks { format!("{beyond:.1}") } else { "-".into() };
         text += &format!("{what:<32}{median:>8.1}{:>16}{beyond:>18}\n", format!("{min:.1} to {max:.1}"));
     }
-    text += "ns: a span begun and ended, median of the rounds; beyond the clock: less the first row\n";
+    text +=
+        "ns: a span begun and ended, median of the rounds; beyond the clock: less the first row of the same round\n";
     text += &match (built, tool) {
         (false, _) => "NVTX: not built in (feature nvtx)\n".into(),
         (true, None) => "NVTX: built in, no tool attached\n".into(),

@@ -443,7 +443,7 @@ fn streams_of_a_gpu_are_named() {
                 shape: vec![PAGE / dtype.size()],
             }
         });
-        let checkpoint = Checkpoint::from_table(stored.collect()).unwrap();
+        let checkpoint = Checkpoint::from_table(stored).unwrap();
         let mut unit = Unit::new("both");
         unit.keep("u8", "u8");
         unit.add(Arrival { output: "f16".into(), inputs: vec!["f16".into()], op: ArrivalOp::To(DType::F32) });

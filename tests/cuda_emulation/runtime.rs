@@ -399,9 +399,8 @@ unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, flags: c_uin
         EVENTS.fetch_add(1, AcqRel);
         let timed = flags & cudaEventDisableTiming as c_uint == 0;
         TIMED_EVENTS.fetch_add(usize::from(timed), AcqRel);
-        let event = streams::Event { timed, ..streams::Event::default() };
         // SAFETY: the caller's.
-        unsafe { to.write(Handle::new(device, event).raw().cast()) };
+        unsafe { to.write(Handle::new(device, streams::Event::new(timed)).raw().cast()) };
     }))
 }
 

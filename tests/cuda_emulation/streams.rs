@@ -228,6 +228,11 @@ pub(crate) struct Event {
 }
 
 impl Event {
+    #[cfg(cuda_emulated)]
+    pub(crate) fn new(timed: bool) -> Self {
+        Self { timed, newest: AtomicPtr::default() }
+    }
+
     fn set(&self, mark: Arc<Mark>) {
         let record = Box::into_raw(Box::new(Record { mark, before: ptr::null_mut() }));
         let before = self.newest.swap(record, AcqRel);
