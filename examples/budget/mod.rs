@@ -1,13 +1,16 @@
 //! `--vram` and `--ram`, as examples take them, and the table of a plan.
 #![allow(dead_code, reason = "each example uses a part")]
 
-use std::str::FromStr;
+use std::{fs, path::Path, str::FromStr};
 
 use indicatif::HumanBytes;
 use layer_streamer::{
+    Settings,
     device::Device,
-    model::{Model, Tables},
+    kernels::Kernels,
+    model::{Decoder, Model, Tables},
     plan::{Bandwidths, Budget, Home, Part, Plan},
+    tuner::CheckpointId,
 };
 
 /// An amount of memory.
@@ -64,6 +67,40 @@ pub fn budget<D: Device>(
             Budget { device_bytes: vram.or(free.device_bytes), host_bytes: ram.unwrap_or(free.host_bytes) }
         }
     })
+}
+
+/// The settings with which the model runs fastest within the budget, for which its layers get homes and its tables their place;
+/// and what the links carry, which is measured, if `probe` allows it, where it decides anything.
+pub fn fit<D: Kernels>(
+    device: &D,
+    model: &mut Model,
+    budget: Budget,
+    context: usize,
+    probe: bool,
+) -> layer_streamer::Result<(Settings, Bandwidths)> {
+    let assumed = Bandwidths::default();
+    let settings = Decoder::fit(device, model, budget, assumed, 1, context)?;
+    // What the links carry decides nothing where nothing is read from disk.
+    if !probe || Decoder::plan(device, model, &settings)?.forecast(assumed).disk_bytes == 0 {
+        return Ok((settings, assumed));
+    }
+    let bandwidths = Bandwidths::measured(device, &model.checkpoint)?;
+    Ok((Decoder::fit(device, model, budget, bandwidths, 1, context)?, bandwidths))
+}
+
+/// What a model's checkpoint is told from others by.
+pub fn id(folder: &Path, model: &Model) -> CheckpointId {
+    let name = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()).display().to_string();
+    CheckpointId::new(name, &model.checkpoint, model.config.layers)
+}
+
+/// A budget for people.
+pub fn describe(budget: Budget) -> String {
+    let host = HumanBytes(budget.host_bytes as u64);
+    match budget.device_bytes {
+        Some(device) => format!("{} of GPU memory and {host} of RAM", HumanBytes(device as u64)),
+        None => format!("{host} of RAM"),
+    }
 }
 
 /// A plan for people: what takes memory (`own`: the device has its own), where layers and output head live, what a pass moves and
