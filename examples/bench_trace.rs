@@ -178,9 +178,7 @@ fn run(options: &Options) -> Result<String, String> {
         (*what, spread(samples), spread(&mut beyond)[0])
     });
     if options.json {
-        let row = |(what, [ns, min, max], beyond): (&str, [f64; 3], f64)| {
-            json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond })
-        };
+        let row = |(what, [ns, min, max], beyond): (&str, [f64; 3], f64)| json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond });
         let rows: Vec<Value> = rows.map(row).collect();
         let object =
             json!({ "nvtx": built, "tool": tool, "rounds": options.rounds, "spans": options.spans, "rows": rows });

@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use budget::Amount;
+use budget::{Amount, Measure};
 use clap::Parser;
 use device::{Chosen, Wanted};
 use dump::Dump;
@@ -31,14 +31,14 @@ use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Decoder, Model, Sequence},
-    plan::{Bandwidths, Home, Part},
+    model::{Decoder, Model, Sequence, Tables},
+    plan::{Part, Placement},
     probe::Probe,
     trace::{
         Observer,
         timeline::{Timeline, TraceFile},
     },
-    tuner::Record,
+    tuner::{self, Record},
 };
 use report::{Report, Run};
 use tokenizers::Tokenizer;
@@ -151,13 +151,19 @@ struct Options {
     #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
     batch_cpu: Option<usize>,
 
-    /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]
+    /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
+    /// of a streamed output head are numbered after the layers
     #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
     home: Option<String>,
 
-    /// The fastest settings of this file, which `tune --json` wrote, with all layers on disk unless --home says otherwise
+    /// Where embedding table and output head live: on-device, embedding-in-file, or head-streamed, which streams the head after
+    /// the layers [default: on-device]
+    #[arg(long, value_name = "WAY", help_heading = "Pipeline, in place of a budget")]
+    tables: Option<Tables>,
+
+    /// All of these as `tune --json FILE` found them: the answer of that search
     #[arg(long, value_name = "FILE", help_heading = "Pipeline, in place of a budget",
-          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu"])]
+          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "home", "tables"])]
     config: Option<PathBuf>,
 
     /// Print nothing but the text (and errors)
@@ -170,29 +176,40 @@ struct Options {
 }
 
 impl Options {
-    /// The settings, where any of them, a file with them or a home is given.
-    fn settings(&self) -> Result<Option<Settings>, Failure> {
+    /// How the model is to run on this device, where any part of that, or a file with it, is given.
+    fn placement<D: Kernels>(&self, device: &D, model: &Model) -> Result<Option<Placement>, Failure> {
         if let Some(path) = &self.config {
-            let Record { best, device, checkpoint, .. } = Record::read(path)?;
-            let none = || format!("--config {}: the search has found no settings that work", path.display());
+            let record = Record::read(path)?;
+            let answer = record.answer_for(&budget::id(&self.model, model), path)?;
             if !self.quiet {
-                say!("settings: the fastest found for {checkpoint}, on {device}");
+                let within = record.budget.map(|budget| format!(", within {}", budget::describe(budget)));
+                let (on, from) = (&record.device, &record.machine);
+                say!("settings: found for {}, on {on} of {from}{}", record.checkpoint, within.unwrap_or_default());
+                let present = [("machine", from, tuner::machine()), ("device", on, device.describe())];
+                for (what, then, now) in present.iter().filter(|(_, then, now)| *then != now) {
+                    say!("warning: this {what} is another, {now}, not {then}: search again to find its own");
+                }
             }
-            return Ok(Some(best.ok_or_else(none)?));
+            return Ok(Some(answer.placement.clone()));
         }
         let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];
-        Ok((given.iter().any(Option::is_some) || self.home.is_some()).then(|| {
-            let usual = Settings::default();
-            Settings {
-                n_gpu: self.n_gpu.unwrap_or(usual.n_gpu),
-                n_cpu_pinned: self.n_cpu_pinned.unwrap_or(usual.n_cpu_pinned),
-                n_cpu: self.n_cpu.unwrap_or(usual.n_cpu),
-                batch_gpu: self.batch_gpu.unwrap_or(usual.batch_gpu),
-                batch_cpu_pinned: self.batch_cpu_pinned.unwrap_or(usual.batch_cpu_pinned),
-                batch_cpu: self.batch_cpu.unwrap_or(usual.batch_cpu),
-                ..usual
-            }
-        }))
+        if !given.iter().any(Option::is_some) && self.home.is_none() && self.tables.is_none() {
+            return Ok(None);
+        }
+        let usual = Settings::default();
+        let settings = Settings {
+            n_gpu: self.n_gpu.unwrap_or(usual.n_gpu),
+            n_cpu_pinned: self.n_cpu_pinned.unwrap_or(usual.n_cpu_pinned),
+            n_cpu: self.n_cpu.unwrap_or(usual.n_cpu),
+            batch_gpu: self.batch_gpu.unwrap_or(usual.batch_gpu),
+            batch_cpu_pinned: self.batch_cpu_pinned.unwrap_or(usual.batch_cpu_pinned),
+            batch_cpu: self.batch_cpu.unwrap_or(usual.batch_cpu),
+            ..usual
+        };
+        let mut model = model.clone();
+        model.tables = self.tables.unwrap_or_default();
+        let Placement { homes, statics, .. } = model.placement(&settings);
+        Ok(Some(Placement { statics, ..Placement::new(settings, homes.len(), self.home.as_deref().unwrap_or(""))? }))
     }
 }
 
@@ -228,7 +245,6 @@ fn run<D: Kernels>(
     let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", options.quiet);
     let mut model = Model::open(&options.model)?;
-    Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
     let (tokenizer, prompt) = prompt(options)?;
     let wanted = prompt.len().saturating_add(options.max_new_tokens);
     let context = options.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt.len()));
@@ -429,36 +445,36 @@ fn plan<D: Kernels>(
     options: &Options,
     context: usize,
 ) -> Result<(Settings, Option<Probe>), Failure> {
-    let settings = options.settings()?;
-    if settings.is_some() && (options.vram.is_some() || options.ram.is_some()) {
+    let placement = options.placement(device, model)?;
+    if placement.is_some() && (options.vram.is_some() || options.ram.is_some()) {
         return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
     }
-    let budget = match settings {
-        None => Some(budget::budget(device, options.vram, options.ram)?),
-        Some(_) => None,
-    };
-    let fit = |model: &mut Model, bandwidths: Bandwidths| match (&settings, budget) {
-        (None, Some(budget)) => Decoder::fit(device, model, budget, bandwidths, 1, context),
-        (settings, _) => Ok(settings.clone().unwrap_or_default()),
-    };
-    let assumed = Bandwidths::default();
-    let fitted = fit(model, assumed)?;
-    // What the links carry decides nothing where nothing is read from disk; only the table then says how long that takes.
-    let reads = || Ok::<_, Failure>(Decoder::plan(device, model, &fitted)?.forecast(assumed).disk_bytes > 0);
     let _waiting = Waiting::on("measuring disk and link", options.quiet);
-    let probe = match options.probe {
-        true => Probe::measure(device, &model.checkpoint)?,
-        false if !options.no_probe && (options.plan || (budget.is_some() && reads()?)) => {
-            Probe::recent(device, &model.checkpoint)?
-        }
-        false => None,
+    let measure = match (options.probe, options.no_probe, options.plan) {
+        (true, ..) => Measure::Anew,
+        (_, true, _) => Measure::Never,
+        (.., true) => Measure::Always,
+        _ => Measure::IfItCounts,
     };
-    let Some(probe) = probe else { return Ok((fitted, None)) };
+    let (settings, probe) = match placement {
+        None => {
+            let budget = budget::budget(device, options.vram, options.ram)?;
+            budget::fit(device, model, budget, context, measure)?
+        }
+        Some(placement) => {
+            model.place(&placement)?;
+            // What the links carry decides nothing here: it is for the table, or was asked for.
+            let measure = if measure == Measure::IfItCounts { Measure::Never } else { measure };
+            (placement.settings, budget::probe(device, model, measure)?)
+        }
+    };
     // A plan's table says what was measured and when, but not what disturbed it.
-    if !options.quiet && (probe.disturbed().is_some() || (options.probe && !options.plan)) {
-        say!("{}", budget::measured(&probe));
+    if let Some(probe) = probe.as_ref().filter(|probe| probe.disturbed().is_some() || (options.probe && !options.plan))
+        && !options.quiet
+    {
+        say!("{}", budget::measured(probe));
     }
-    Ok((fit(model, probe.bandwidths())?, Some(probe)))
+    Ok((settings, probe))
 }
 
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.

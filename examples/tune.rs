@@ -1,6 +1,6 @@
-//! Finds the fastest settings for a model by measuring them, each configuration in a process of its own.
+//! Finds the fastest way to run a model by measuring, each candidate in a process of its own.
 //!
-//! The table goes to stdout, the progress to stderr.
+//! The table and the answer go to stdout, the progress to stderr.
 
 #[path = "budget/mod.rs"]
 mod budget;
@@ -8,6 +8,8 @@ mod budget;
 mod device;
 #[path = "tune/plot.rs"]
 mod plot;
+#[path = "tune/show.rs"]
+mod show;
 
 use std::{
     env,
@@ -21,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use budget::{Amount, Measure};
 use clap::{Parser, ValueEnum};
 use device::{Chosen, Wanted};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -28,9 +31,11 @@ use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    probe::Probe,
-    tuner::{self, Ended, Event, Outcome, Ranking, Search, Trial, Tuner, Values},
+    plan::{Bandwidths, Home, Placement},
+    trace::Stage,
+    tuner::{self, Candidate, Candidates, Ended, Event, Ranking, Record, Search, Tuner, Values},
 };
+use show::{came_to, short};
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
@@ -40,20 +45,25 @@ macro_rules! say {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Find the fastest settings for decoding with a model, layer by layer from disk, by measuring them.
+/// Find the fastest way to decode with a model within an amount of memory, by measuring.
 #[derive(Parser)]
 #[command(after_help = "\
-Every combination of the values is a configuration, and runs in a process of its own: it may run out of memory, crash or hang
-without harm to the others. A run is one token, with nothing before it: a long context takes memory besides. The first is not
-measured; one that is clearly slower than the best so far ends its configuration. Ctrl-C ends the search with what was found; with
---json it goes on from there next time.
+What is tried: first the default, which is what `generate` does by itself with the same --vram and --ram, then every combination
+of the values, each with the layers kept in memory that then fit. Each runs in a process of its own: it may run out of memory,
+crash or hang without harm to the others. A run is one token, with nothing before it. The first is not measured; one that is
+clearly slower than the best so far ends its candidate.
+
+The answer: the fastest of many is often the luckiest. So what was faster than the default is measured again beside it, in turn,
+and is the answer only if it wins four of up to five rounds, by 3 % in the median. Else the default is kept. Ctrl-C ends the
+search, and the default is the answer; with --json the same command goes on from there.
 
 Examples:
   tune                                                   the speller that comes with the project, under a minute
+  tune --model DIR --ram 8GB                             the fastest within so much memory [default: within what is free]
   tune --model DIR --search plan --minutes 10            measure the promising ones alone
   tune --model DIR --n-gpu 1,2 --n-cpu-pinned 2,4,8      values of your own
   tune --model DIR --json tuned.json --plot tuned.svg    keep all times, draw them
-  generate --model DIR --config tuned.json …             and use the fastest")]
+  generate --model DIR --config tuned.json …             and use the answer")]
 struct Options {
     /// Folder with config.json and safetensors shards
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/speller"), hide_default_value = true)]
@@ -62,6 +72,22 @@ struct Options {
     /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
     #[arg(long)]
     device: Option<Wanted>,
+
+    /// GPU memory to use, such as 8GB or 7.5GiB; auto: what is free, less a sixteenth and at least 256 MiB [default: auto]
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    vram: Option<Amount>,
+
+    /// RAM to use, likewise
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    ram: Option<Amount>,
+
+    /// Tokens that the KV cache holds [default: 256, or as many as the model takes]
+    #[arg(long, value_name = "N", help_heading = "Memory")]
+    context: Option<usize>,
+
+    /// Do not measure disk and link (once per machine and file system, under a second): assume 2 and 10 GB/s
+    #[arg(long, help_heading = "Memory")]
+    no_probe: bool,
 
     /// Layers buffered ahead on the device, at least 1
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1,2,4", help_heading = "Values to try")]
@@ -87,7 +113,7 @@ struct Options {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0", help_heading = "Values to try")]
     batch_cpu: Vec<usize>,
 
-    /// Runs of each configuration; the first is not measured
+    /// Runs of each candidate; the first is not measured
     #[arg(long, value_name = "N", default_value_t = 4)]
     runs: usize,
 
@@ -95,19 +121,19 @@ struct Options {
     #[arg(long, value_name = "S", default_value = "0", value_parser = duration)]
     sleep: Duration,
 
-    /// All configurations, or those that a forecast says may be the fastest: a third of them at most (but at least three)
+    /// All candidates, or those that a forecast says may be the fastest: a third of them at most (but at least four)
     #[arg(long, value_enum, default_value = "grid")]
     search: Way,
 
-    /// End a configuration with its first measured run that is slower than the best, not only if it is so clearly
+    /// End a candidate with its first measured run that is slower than the best, not only if it is so clearly
     #[arg(long)]
     strict: bool,
 
-    /// Stop searching after so many minutes
+    /// Stop searching after so many minutes; the fastest found is then compared with the default
     #[arg(long, value_name = "M", value_parser = |text: &str| duration(text).map(|minutes| 60 * minutes))]
     minutes: Option<Duration>,
 
-    /// Keep every run in this file, and go on from what it holds; `generate --config` takes the fastest from it
+    /// Keep every run in this file, and go on from what it holds; `generate --config` takes the answer from it
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
@@ -161,90 +187,142 @@ fn main() -> ExitCode {
     }
 }
 
-/// In a worker: the decoder with these settings, and one token as a pass.
+/// The most passes that a worker waits for until its layers are all where they are kept.
+const FILLING: usize = 50;
+
+/// In a worker: the decoder with this placement, and one token as a pass. Passes until then are none that count: layers that are
+/// kept are read in the first, and some once more where their memory was not there in time.
 fn worker<D: Kernels>(
     device: &D,
     options: &Options,
-    settings: &Settings,
+    placement: &Placement,
 ) -> Result<impl FnMut() -> Result<(), Error> + use<D>, Error> {
-    let model = Model::open(&options.model)?;
-    let (mut decoder, mut token) = (Decoder::new(device, &model, settings, 1, 1)?, Vec::new());
-    Ok(move || {
+    let mut model = Model::open(&options.model)?;
+    model.place(placement)?;
+    let context = context(options, &model);
+    let (mut decoder, mut token) = (Decoder::new(device, &model, &placement.settings, 1, context)?, Vec::new());
+    let mut pass = move || {
         decoder.truncate(0, 0)?;
         decoder.forward(&[Sequence { row: 0, tokens: &[0] }])?;
         // Which waits for the device.
         token.clear();
-        decoder.greedy(&mut token)
-    })
+        decoder.greedy(&mut token)?;
+        Ok(decoder.streamer().stats().stage(Stage::Read).units)
+    };
+    let read = placement.homes.iter().filter(|home| **home == Home::Disk).count() as u64;
+    let mut before = 0;
+    for _ in 0..if placement.kept() > 0 { FILLING } else { 0 } {
+        let now = pass()?;
+        if now - before <= read {
+            break;
+        }
+        before = now;
+    }
+    Ok(move || pass().map(drop))
 }
 
-/// Searches on `device`, which the command line calls `name`.
-fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, Failure> {
-    tuner::worker(|settings| worker(device, options, &settings));
-    // SAFETY: the handler does nothing that a handler may not.
-    unsafe { libc::signal(libc::SIGINT, stop as *const () as libc::sighandler_t) };
-    let model = Model::open(&options.model)?;
-    let plan = Decoder::plan(device, &model, &Settings::default())?;
-    let search = match options.search {
-        Way::Grid => Search::Grid,
-        Way::Plan => {
-            let probe = Probe::recent(device, &model.checkpoint)?;
-            let bandwidths = probe.map_or_else(Default::default, |probe| probe.bandwidths());
-            Search::Plan { plan: Box::new(plan.clone()), bandwidths }
+/// How many tokens the KV cache holds: more than an answer of a usual length, and little beside the layers.
+fn context(options: &Options, model: &Model) -> usize {
+    options.context.unwrap_or_else(|| model.config.max_positions.min(256))
+}
+
+/// What a worker may take besides the budget, in bytes: its code's data, and the stacks of its threads, of which most is never
+/// used.
+fn slack() -> u64 {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    (256 << 20) + (4 << 20) * threads
+}
+
+/// The candidates, and all else that a search needs, on `device`, which the command line calls `name`.
+fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tuner, Candidates), Failure> {
+    let values = Values {
+        n_gpu: options.n_gpu.clone(),
+        n_cpu_pinned: options.n_cpu_pinned.clone(),
+        n_cpu: options.n_cpu.clone(),
+        batch_gpu: options.batch_gpu.clone(),
+        batch_cpu_pinned: options.batch_cpu_pinned.clone(),
+        batch_cpu: options.batch_cpu.clone(),
+    };
+    values.validate()?;
+    let mut model = Model::open(&options.model)?;
+    let context = context(options, &model);
+    // A search that goes on has the memory that it began with: what is free varies.
+    let begun = options.json.as_deref().filter(|path| path.exists()).map(Record::read).transpose()?;
+    let is_auto = |amount: Option<Amount>| amount.is_none_or(|amount| amount == Amount::Auto);
+    let known = begun.and_then(|record| record.budget.zip(record.bandwidths));
+    let known = known.filter(|_| is_auto(options.vram) && is_auto(options.ram));
+    let (budget, (settings, bandwidths)) = match known {
+        Some((budget, known)) => (budget, (Decoder::fit(device, &mut model, budget, known, 1, context)?, known)),
+        None => {
+            let budget = budget::budget(device, options.vram, options.ram)?;
+            let measure = if options.no_probe { Measure::Never } else { Measure::IfItCounts };
+            let (settings, probe) = budget::fit(device, &mut model, budget, context, measure)?;
+            (budget, (settings, probe.map_or_else(Bandwidths::default, |probe| probe.bandwidths())))
         }
     };
-    let folder = fs::canonicalize(&options.model)?;
+    let candidate = |model: &Model, settings: &Settings| {
+        Ok::<_, Error>(Candidate {
+            placement: model.placement(settings),
+            plan: Some(Decoder::plan(device, model, settings)?),
+            memory: Decoder::memory(device, model, settings, 1, context)?,
+        })
+    };
+    let candidates = Candidates::new(candidate(&model, &settings)?, &values, |settings| {
+        let mut model = model.clone();
+        Decoder::fit_with(device, &mut model, budget, bandwidths, 1, context, settings)?;
+        candidate(&model, settings)
+    })?;
     let chosen = ["--device", name].into_iter().filter(|_| options.device.is_none());
     let tuner = Tuner {
-        values: Values {
-            n_gpu: options.n_gpu.clone(),
-            n_cpu_pinned: options.n_cpu_pinned.clone(),
-            n_cpu: options.n_cpu.clone(),
-            batch_gpu: options.batch_gpu.clone(),
-            batch_cpu_pinned: options.batch_cpu_pinned.clone(),
-            batch_cpu: options.batch_cpu.clone(),
+        candidates: candidates.all.clone(),
+        search: match options.search {
+            Way::Grid => Search::Grid,
+            Way::Plan => Search::Plan { bandwidths },
         },
-        search,
         runs: options.runs,
         sleep: options.sleep,
         strict: options.strict,
         time_limit: options.minutes,
-        // Where all memory is RAM, a configuration that wants more than there is shall not drive out everything else.
-        memory_limit: match device.free_memory()? {
-            None => Some(budget::budget(device, None, None)?.host_bytes as u64),
-            Some(_) => None,
-        },
+        // Where all memory is RAM, what wants more than was allowed shall not drive out everything else.
+        memory_limit: budget.device_bytes.is_none().then(|| (budget.host_bytes as u64).saturating_add(slack())),
         record: options.json.clone(),
         device: device.describe(),
-        checkpoint: format!("{}: {} layers, {} bytes", folder.display(), plan.units(), plan.bytes_per_pass()),
+        checkpoint: budget::id(&options.model, &model),
+        budget: Some(budget),
+        bandwidths: Some(bandwidths),
         // A worker that finds no GPU shall say so, not measure the CPU.
         arguments: Some(env::args_os().skip(1).chain(chosen.map(OsString::from)).collect()),
         ..Tuner::default()
     };
+    Ok((tuner, candidates))
+}
+
+/// Searches on `device`, which the command line calls `name`.
+fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, Failure> {
+    tuner::worker(|placement| worker(device, options, &placement));
+    // SAFETY: the handler does nothing that a handler may not.
+    unsafe { libc::signal(libc::SIGINT, stop as *const () as libc::sighandler_t) };
+    let (tuner, candidates) = prepare(device, name, options)?;
     // Before the long work, so that a path that cannot be written is known at once.
     if let Some(path) = &options.plot {
         write(path, None)?;
     }
+    if let Some(budget) = tuner.budget {
+        let within = budget::describe(budget);
+        match candidates.all.len() {
+            1 => say!("within {within} nothing can differ from the default, or nothing else fits"),
+            count => say!("{count} candidates within {within}"),
+        }
+    }
     let ranking = search_with_bar(&tuner)?;
     let mut out = io::stdout().lock();
+    let default = &candidates.all[0].placement;
     // Whoever reads it may have gone away.
-    let _ = out.write_all(table(&ranking).as_bytes());
+    let _ = out.write_all(show::table(&ranking, default, &candidates.refused).as_bytes());
     if let Some(path) = &options.plot {
+        let folder = Path::new(&tuner.checkpoint.name);
         let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
         write(path, Some(&plot::draw(&title, &ranking)?))?;
-    }
-    if let Some(best) = ranking.best() {
-        let config = match &options.json {
-            Some(path) => format!("--config {}", path.display()),
-            None => flags(&best.settings),
-        };
-        let _ = writeln!(
-            out,
-            "best: {} at {} a token\nuse it: generate --device {name} --model {} {config} …",
-            short(&best.settings),
-            time(best.seconds().unwrap_or(0.0)),
-            options.model.display()
-        );
     }
     match ranking.ended {
         Ended::Complete => {}
@@ -255,7 +333,10 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
             say!("stopped{}", if options.json.is_some() { "; the same command goes on from here" } else { "" })
         }
     }
-    if ranking.best().is_none() && ranking.ended != Ended::Cancelled {
+    if let Some(answer) = &ranking.answer {
+        let _ = writeln!(out, "{}\nuse it:", show::answer(answer));
+        let _ = out.write_all(&show::command(options, name, answer));
+    } else if ranking.ended != Ended::Cancelled {
         return Err("no configuration could be measured".into());
     }
     Ok(ranking.ended)
@@ -275,17 +356,17 @@ fn write(path: &Path, text: Option<&str>) -> Result<(), Failure> {
 /// Searches, and shows how far it is: by a bar on a terminal, else by a line for each configuration.
 fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
     let (bar, start) = (ProgressBar::new(0).with_prefix("?"), Instant::now());
-    let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} configurations, {prefix} left; {msg}")?;
+    let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} candidates, {prefix} left; {msg}")?;
     bar.set_style(style.progress_chars("=> "));
     // Those on record took no time now.
     let (mut on_record, mut end) = (None, tuner.time_limit);
     let ranking = tuner.run(|event| {
         match event {
-            Event::Begun { settings, number, most } => {
+            Event::Begun { placement, number, most } => {
                 on_record.get_or_insert(number as u64 - 1);
                 bar.set_length(most as u64);
                 bar.set_position(number as u64 - 1);
-                bar.set_message(short(settings));
+                bar.set_message(short(placement));
             }
             Event::Ended { trial, best } => {
                 bar.inc(1);
@@ -294,12 +375,21 @@ fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
                 let by_number = start.elapsed().mul_f64(1.0 + all.saturating_sub(done) as f64 / since as f64);
                 end = Some(tuner.time_limit.map_or(by_number, |limit| limit.min(by_number)));
                 let new_best = if best { "new best: " } else { "" };
-                let line = format!("{new_best}{}  {}", short(&trial.settings), came_to(trial));
+                let line = format!("{new_best}{}  {}", short(&trial.placement), came_to(trial));
                 if bar.is_hidden() {
                     say!("{done}/{all}  {line}");
                 } else if best {
                     bar.suspend(|| say!("{line}"));
                 }
+            }
+            Event::Comparing { challenger, round } => {
+                end = None;
+                bar.set_prefix("?");
+                bar.set_message(format!("{} beside the default, round {round}", short(challenger)));
+            }
+            Event::Compared { round } => {
+                let line = format!("beside the default: {}  {}", short(&round.challenger), show::round(round));
+                bar.suspend(|| say!("{line}"));
             }
             _ => {}
         }
@@ -311,67 +401,4 @@ fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
     });
     bar.finish_and_clear();
     Ok(ranking?)
-}
-
-/// `n_gpu` / `n_cpu_pinned` / `n_cpu`, each with its batch if it has one.
-fn short(settings: &Settings) -> String {
-    let Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, .. } = *settings;
-    let ring = |(n, batch): (usize, usize)| if batch > 0 { format!("{n} by {batch}") } else { n.to_string() };
-    [(n_gpu, batch_gpu), (n_cpu_pinned, batch_cpu_pinned), (n_cpu, batch_cpu)].map(ring).join(" / ")
-}
-
-/// As `generate` takes them.
-fn flags(settings: &Settings) -> String {
-    let Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, .. } = *settings;
-    let batches = [("gpu", batch_gpu), ("cpu-pinned", batch_cpu_pinned), ("cpu", batch_cpu)];
-    let batches =
-        batches.map(|(name, batch)| if batch > 0 { format!(" --batch-{name} {batch}") } else { String::new() });
-    format!("--n-gpu {n_gpu} --n-cpu-pinned {n_cpu_pinned} --n-cpu {n_cpu}{}", batches.concat())
-}
-
-/// With four digits or so.
-fn time(seconds: f64) -> String {
-    match seconds {
-        0.0..0.01 => format!("{:.3} ms", 1e3 * seconds),
-        0.01..1.0 => format!("{:.1} ms", 1e3 * seconds),
-        _ => format!("{seconds:.2} s"),
-    }
-}
-
-/// What came of a trial.
-fn came_to(trial: &Trial) -> String {
-    match &trial.outcome {
-        Outcome::Done => format!("{} a token", time(trial.seconds().unwrap_or(0.0))),
-        Outcome::Stopped { limit } => format!("more than {} a token", time(*limit)),
-        // It may be anything that a worker wrote.
-        Outcome::Refused { reason } => format!("refused: {}", reason.replace(char::is_control, " ")),
-    }
-}
-
-/// All trials for people.
-fn table(ranking: &Ranking) -> String {
-    let fastest = ranking.best().and_then(Trial::seconds).unwrap_or(f64::INFINITY);
-    let width = ranking.trials.iter().map(|trial| short(&trial.settings).len()).max().unwrap_or(0).max(8);
-    let mut text = format!("{:width$}  {:>10}  {:>6}  {:>6}\n", "settings", "a token", "±", "slower");
-    for trial in &ranking.trials {
-        let row = match (&trial.outcome, trial.seconds()) {
-            (Outcome::Refused { .. }, _) => came_to(trial),
-            (Outcome::Stopped { limit }, _) => format!("{:>10}  stopped", format!("> {}", time(*limit))),
-            (Outcome::Done, seconds) => {
-                let seconds = seconds.unwrap_or(0.0);
-                let [least, most] = trial.extremes().unwrap_or_default();
-                let [around, slower] = [(most - least) / 2.0 / seconds, seconds / fastest - 1.0]
-                    .map(|share| format!("{:.0} %", 100.0 * share));
-                format!("{:>10}  {around:>6}  {slower:>6}", time(seconds))
-            }
-        };
-        text += &format!("{:width$}  {row}\n", short(&trial.settings));
-    }
-    let untried = ranking.configurations.saturating_sub(ranking.trials.len());
-    text +=
-        "settings: n_gpu / n_cpu_pinned / n_cpu, and how many layers are handed over at once where that is not one\n";
-    if untried > 0 {
-        text += &format!("{} of {} configurations were tried\n", ranking.trials.len(), ranking.configurations);
-    }
-    text
 }

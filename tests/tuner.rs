@@ -19,7 +19,9 @@ use std::{
 use common::example;
 use layer_streamer::{
     Settings,
-    tuner::{self, Ended, Event, Outcome, Ranking, Record, Trial, Tuner, Values},
+    model::Model,
+    plan::Placement,
+    tuner::{self, Candidate, Ended, Event, Outcome, Ranking, Record, Trial, Tuner, Verdict},
 };
 
 const GOOD: usize = 1;
@@ -46,6 +48,7 @@ const CLOSES_ITS_CHANNEL: usize = 21;
 const VARIES: usize = 22;
 const HANGS_IN_RUN_2: usize = 23;
 const SAYS_ITS_LIMIT: usize = 24;
+const LUCKY_ONCE: usize = 25;
 
 /// The patience of these tests' tuners, and how long a slow run takes: far longer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -102,8 +105,8 @@ fn data_limit() -> libc::rlimit {
 /// No test, but what the tests start again: a worker that behaves as `n_gpu` says. Its last argument is a mark, to find it by.
 #[test]
 fn worker() {
-    tuner::worker(|settings| {
-        let behaviour = settings.n_gpu;
+    tuner::worker(|placement| {
+        let behaviour = placement.settings.n_gpu;
         match behaviour {
             HANGS_IN_SET_UP => hang(),
             REFUSES => return Err("these settings do not suit me".to_owned()),
@@ -133,11 +136,17 @@ fn worker() {
             SAYS_ITS_LIMIT => return Err(format!("{} bytes of data", data_limit().rlim_cur)),
             _ => {}
         }
-        let mut runs = 0;
+        let (mut runs, mut lucky) = (0, false);
         Ok(move || {
             runs += 1;
             match behaviour {
                 GOOD => thread::sleep(Duration::from_millis(20)),
+                LUCKY_ONCE => {
+                    // Its first process leaves a file.
+                    let left = Path::new(&env::args().next_back().unwrap()).join("lucky");
+                    lucky |= runs == 1 && File::create_new(left).is_ok();
+                    thread::sleep(Duration::from_millis(if lucky { 20 } else { 70 }));
+                }
                 GOOD_SLOWER => thread::sleep(Duration::from_millis(60)),
                 // Not in the first run, which is not measured.
                 SLOW => thread::sleep(if runs == 1 { Duration::from_millis(20) } else { SLOWLY }),
@@ -174,11 +183,16 @@ fn worker() {
     });
 }
 
+/// One whose worker behaves so.
+fn candidate(behaviour: usize) -> Candidate {
+    Placement::new(Settings { n_gpu: behaviour, ..Settings::default() }, 1, "").unwrap().into()
+}
+
 /// A tuner whose workers bear `mark`.
 fn tuner(mark: &Path, n_gpu: &[usize]) -> Tuner {
     let arguments = ["--exact", "worker"].map(OsString::from).into_iter().chain([mark.into()]);
     Tuner {
-        values: Values { n_gpu: n_gpu.to_vec(), ..Values::default() },
+        candidates: n_gpu.iter().map(|behaviour| candidate(*behaviour)).collect(),
         patience: PATIENCE,
         memory_limit: Some(1 << 30),
         arguments: Some(arguments.collect()),
@@ -206,7 +220,7 @@ fn run_with(tuner: &Tuner, wait: impl Fn()) -> Ranking {
 }
 
 fn trial(ranking: &Ranking, n_gpu: usize) -> &Trial {
-    ranking.trials.iter().find(|trial| trial.settings.n_gpu == n_gpu).unwrap()
+    ranking.trials.iter().find(|trial| trial.placement.settings.n_gpu == n_gpu).unwrap()
 }
 
 /// Processes with `mark` in their command line or environment, but this one.
@@ -258,8 +272,11 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
     let ranking = run(&tuner(folder.path(), &all));
     nothing_is_left(folder.path());
     assert_eq!((ranking.ended, ranking.trials.len()), (Ended::Complete, all.len()));
-    assert_eq!(ranking.best().unwrap().settings.n_gpu, GOOD, "{ranking:?}");
+    assert_eq!(ranking.fastest().unwrap().placement.settings.n_gpu, GOOD, "{ranking:?}");
     assert_eq!(trial(&ranking, GOOD_SLOWER).outcome, Outcome::Done);
+    let answer = ranking.answer.as_ref().unwrap();
+    assert_eq!(answer.placement.settings.n_gpu, GOOD);
+    assert_eq!(answer.verdict, Verdict::Faster { ratio: ratio(&answer.verdict), won: 4, rounds: 4 });
     let reasons = [
         (ABORTS, "ended before it was done (signal: 6 (SIGABRT)"),
         (IS_KILLED, "ended before it was done (signal: 9 (SIGKILL)"),
@@ -273,6 +290,58 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
         (LEAVES, "ended before it was done (exit status: 0)"),
     ];
     were_refused(&ranking, &reasons);
+}
+
+fn ratio(verdict: &Verdict) -> f64 {
+    let Verdict::Faster { ratio, .. } = *verdict else { panic!("{verdict:?}") };
+    assert!((0.2..0.7).contains(&ratio), "20 ms of 60 are {ratio}");
+    ratio
+}
+
+#[test]
+fn the_answer_is_the_default_unless_another_wins_beside_it_and_a_comparison_goes_on_where_it_was_stopped() {
+    let folder = common::folder();
+    for (behaviours, answer, verdict) in [
+        (&[GOOD][..], GOOD, Verdict::Kept),
+        (&[GOOD, GOOD_SLOWER], GOOD, Verdict::Kept),
+        (&[GOOD, REFUSES], GOOD, Verdict::Kept),
+        (&[REFUSES, GOOD_SLOWER], GOOD_SLOWER, Verdict::NoDefault),
+        // Faster in the search alone.
+        (&[GOOD_SLOWER, LUCKY_ONCE], GOOD_SLOWER, Verdict::Kept),
+    ] {
+        let ranking = run(&tuner(folder.path(), behaviours));
+        let found = ranking.answer.unwrap();
+        assert_eq!((found.placement.settings.n_gpu, &found.verdict), (answer, &verdict), "{behaviours:?}");
+    }
+    assert!(run(&tuner(folder.path(), &[REFUSES])).answer.is_none());
+
+    let record = folder.path().join("record");
+    let recorded = Tuner { record: Some(record.clone()), ..tuner(folder.path(), &[GOOD_SLOWER, GOOD]) };
+    let mut begun = Vec::new();
+    let stopped = recorded.run(|event| match event {
+        Event::Comparing { round, .. } => {
+            begun.push(round);
+            if begun.len() == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+        _ => ControlFlow::Continue(()),
+    });
+    let stopped = stopped.unwrap();
+    assert_eq!((stopped.ended, Record::read(&record).unwrap().rounds.len()), (Ended::Cancelled, 2));
+    for answer in [stopped.answer.unwrap(), Record::read(&record).unwrap().answer.unwrap()] {
+        assert_eq!((answer.placement.settings.n_gpu, answer.verdict), (GOOD_SLOWER, Verdict::Unfinished));
+    }
+    let done = recorded.run(|event| {
+        match event {
+            Event::Begun { placement, .. } => panic!("{placement:?} is tried again"),
+            Event::Comparing { round, .. } => begun.push(round),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    });
+    let answer = done.unwrap().answer.unwrap();
+    assert_eq!((answer.placement.settings.n_gpu, begun), (GOOD, vec![1, 2, 3, 3, 4]));
+    assert_eq!(Record::read(&record).unwrap().answer, Some(answer));
+    nothing_is_left(folder.path());
 }
 
 #[test]
@@ -428,7 +497,7 @@ fn options_that_make_no_sense_are_refused_before_anything_is_started() {
     let usual = tuner(folder.path(), &[GOOD]);
     for (tuner, cause) in [
         (Tuner { runs: 1, ..usual.clone() }, "the first is not measured"),
-        (Tuner { values: Values { n_cpu: vec![], ..Values::default() }, ..usual.clone() }, "at least one"),
+        (Tuner { candidates: vec![], ..usual.clone() }, "at least one"),
         (Tuner { record: Some(folder.path().join("no/where")), ..usual }, "no/where"),
     ] {
         let said = tuner.run(|_| panic!("something happened")).unwrap_err().to_string();
@@ -436,11 +505,26 @@ fn options_that_make_no_sense_are_refused_before_anything_is_started() {
     }
 }
 
+/// Enough for about half of the speller's layers with the longest rings of the grid.
+const RAM: &str = "22.4MB";
+
+/// The example on the CPU, whose kernels take memory by the thread.
+fn tune_alone() -> Command {
+    let mut command = example("tune");
+    command.env("RAYON_NUM_THREADS", "2").args(["--device", "cpu"]);
+    command
+}
+
 /// The example on the speller, with a small grid whose workers bear the record's path. Pauses make it last.
 fn tune(record: &Path, sleep: &str) -> Child {
-    let mut command = example("tune");
-    command.args(["--device", "cpu", "--n-gpu", "1,2", "--n-cpu-pinned", "0,1,2", "--n-cpu", "0", "--runs", "3"]);
-    command.args(["--sleep", sleep, "--json"]).arg(record).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut command = tune_alone();
+    command.args(["--n-gpu", "1,2", "--n-cpu-pinned", "0,1,2", "--n-cpu", "0", "--runs", "3"]);
+    // Less than all, so that what is read in every pass differs.
+    command
+        .args(["--no-probe", "--ram", RAM, "--sleep", sleep, "--json"])
+        .arg(record)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     command.process_group(0).spawn().unwrap()
 }
 
@@ -474,32 +558,134 @@ fn a_search_stopped_by_ctrl_c_or_killed_leaves_no_process_and_goes_on_without_re
         assert_eq!(status.code(), if signal == libc::SIGINT { Some(130) } else { None }, "{status}");
         nothing_is_left(&record);
         before = Record::read(&record).unwrap().trials;
-        assert!(before.len() < 6, "the search was over before it was ended");
+        assert!(before.len() < 5, "the search was over before it was ended");
     }
     let done = tune(&record, "0.3").wait_with_output().unwrap();
     assert!(done.status.success());
     let found = Record::read(&record).unwrap();
     assert_eq!(found.trials[..before.len()], before, "what was on record is done again");
-    let distinct = |trial: &Trial| found.trials.iter().filter(|other| other.settings == trial.settings).count() == 1;
-    assert!(found.trials.len() == 6 && found.trials.iter().all(distinct), "{found:?}");
+    let distinct = |trial: &Trial| found.trials.iter().filter(|other| other.placement == trial.placement).count() == 1;
+    assert!(found.trials.len() == 5 && found.trials.iter().all(distinct), "{found:?}");
     let said = String::from_utf8(done.stdout).unwrap();
     assert!(said.contains("best: ") && said.contains("--config"), "{said}");
     nothing_is_left(&record);
+    // Candidates with shorter rings keep more.
+    let kept: Vec<_> = found.trials.iter().map(|trial| trial.placement.kept()).collect();
+    assert!(kept.iter().min() < kept.iter().max(), "{kept:?}");
+}
 
-    // Its answer is what `generate` then uses.
-    let best: Settings = found.best.unwrap();
-    let mut command = example("generate");
-    command.args(["--device", "cpu", "4096=", "--config"]).arg(&record);
-    let generated = command.output().unwrap();
-    let said = String::from_utf8_lossy(&generated.stderr).into_owned();
-    assert_eq!(String::from_utf8_lossy(&generated.stdout), " four thousand ninety-six\n", "{said}");
-    assert!(said.contains(&format!("{} GPU slots", best.n_gpu + 1)), "{said} for {best:?}");
-    for (text, cause) in [("{}", "is no record of a search"), ("", "is no record of a search")] {
-        fs::write(&record, text).unwrap();
+/// The record that `tune` left at `path`, with another answer.
+fn with_answer(path: &Path, placement: &Placement) {
+    let mut record = Record::read(path).unwrap();
+    record.answer.as_mut().unwrap().placement = placement.clone();
+    fs::write(path, serde_json::to_string(&record).unwrap()).unwrap();
+}
+
+#[test]
+fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
+    let folder = common::folder();
+    let path = folder.path().join("record.json");
+    assert!(tune(&path, "0").wait_with_output().unwrap().status.success());
+    let generate = |arguments: &[&str]| {
         let mut command = example("generate");
-        let refused = command.args(["--device", "cpu", "4096=", "--config"]).arg(&record).output().unwrap();
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(!refused.status.success() && said.starts_with("error: ") && said.contains(cause), "{said}");
+        let done = command.args(["--device", "cpu", "--config"]).arg(&path).args(arguments).output().unwrap();
+        (done.status.success(), String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
+    };
+    let record = Record::read(&path).unwrap();
+    let answer = record.answer.as_ref().unwrap();
+    assert_eq!(record.budget.unwrap().host_bytes, 22_400_000);
+    assert!(answer.device_bytes > 0 && answer.device_bytes + answer.host_bytes <= 22_400_000, "{answer:?}");
+    let (_, text, said) = generate(&["4096="]);
+    assert_eq!(text, " four thousand ninety-six\n", "{said}");
+    let slots = format!("{} GPU slots", answer.placement.settings.n_gpu + 1);
+    assert!(said.contains(&slots) && said.contains("settings: found for ") && !said.contains("warning"), "{said}");
+
+    // Rings, homes and tables, whichever they are.
+    let mut model = Model::open(common::speller()).unwrap();
+    for (words, homes, lines) in [
+        ("head-streamed", "1-2=gpu,5=pinned", &["2 units living on the GPU", "1 unit living in pinned RAM"][..]),
+        ("embedding-in-file", "0=ram,7=gpu", &["1 unit living in RAM", "embedding rows on their way"]),
+        ("on-device", "", &["4 GPU slots", "3 pinned slots"]),
+    ] {
+        model.tables = words.parse().unwrap();
+        let settings = Settings { n_gpu: 3, n_cpu_pinned: 2, ..Settings::default() };
+        let units = model.placement(&settings).homes.len();
+        let placement = Placement { statics: words.into(), ..Placement::new(settings, units, homes).unwrap() };
+        with_answer(&path, &placement);
+        let (_, text, said) = generate(&["4096="]);
+        assert_eq!(text, " four thousand ninety-six\n", "{said}");
+        lines.iter().for_each(|line| assert!(said.contains(line), "{words}: {line} in {said}"));
+        let flags = ["--tables", words, "--home", homes, "--n-gpu", "3", "--n-cpu-pinned", "2", "4096="];
+        let by_flags = example("generate").args(["--device", "cpu"]).args(flags).output().unwrap();
+        assert_eq!(text, String::from_utf8_lossy(&by_flags.stdout), "{by_flags:?}");
+    }
+
+    // What was found elsewhere is used, with a warning.
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"machine\":\"", "\"machine\":\"far from ")).unwrap();
+    let (done, _, said) = generate(&["4096="]);
+    assert!(done && said.contains("warning: this machine is another"), "{said}");
+    // What cannot be used is refused by name.
+    let tiny = common::data("qwen3");
+    for (text, model, cause) in [
+        (text.as_str(), Some(&tiny), "record.json: was found for "),
+        (r#"{"machine":"m","trials":[],"best":{"n_gpu":1}}"#, None, "another version"),
+        ("{}", None, "is no record of a search"),
+        ("", None, "is no record of a search"),
+        (&text.replace("\"head-streamed\"", "").replace("\"on-device\"", "\"in-the-attic\""), None, "in-the-attic"),
+        (&text.replace("\"units\":8", "\"units\":9"), None, "is for 9 units, there are 8"),
+    ] {
+        fs::write(&path, text).unwrap();
+        let model: Vec<_> = model.iter().flat_map(|model| ["--model", model.to_str().unwrap()]).collect();
+        let (done, _, said) = generate(&[&model[..], &["--prompt-ids", "1", "--print-ids"]].concat());
+        assert!(!done && said.contains("error: ") && said.contains(cause), "{cause:?} in {said}");
+    }
+}
+
+#[test]
+fn the_last_line_can_be_pasted_into_a_shell() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = common::folder();
+    // Stands for cargo, which would compile: what comes after the first words goes to the example that is built.
+    let cargo = folder.path().join("cargo");
+    let generate = example("generate").get_program().to_owned();
+    let words = "run --release --example generate --";
+    let words = if cfg!(feature = "cuda") { words.replace("--ex", "--features cuda --ex") } else { words.to_owned() };
+    let count = words.split(' ').count();
+    let script = format!(
+        "#!/bin/sh\nseen=; for i in $(seq {count}); do seen=\"$seen $1\"; shift; done\n\
+         [ \"$seen\" = \" {words}\" ] && exec '{}' \"$@\"\n",
+        generate.display()
+    );
+    fs::write(&cargo, script).unwrap();
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+    let search_path = format!("{}:{}", folder.path().display(), env::var("PATH").unwrap());
+    // Names that a shell would take apart; one model has no tokenizer.
+    let odd = folder.path().join("it's an odd $name");
+    fs::create_dir(&odd).unwrap();
+    for entry in fs::read_dir(common::speller()).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != "tokenizer.json" {
+            fs::copy(entry.path(), odd.join(entry.file_name())).unwrap();
+        }
+    }
+    let (odd, record) = (odd.to_str().unwrap(), folder.path().join("a record"));
+    for arguments in [&[][..], &["--model", odd, "--context", "64"], &["--json", record.to_str().unwrap()]] {
+        let mut command = tune_alone();
+        command.args(["--no-probe", "--ram", RAM, "--n-gpu", "1", "--n-cpu-pinned", "1"]);
+        let tuned = command.args(["--n-cpu", "0", "--runs", "2"]).args(arguments).output().unwrap();
+        let said = String::from_utf8(tuned.stdout).unwrap();
+        let line = said.lines().last().unwrap();
+        let ran = Command::new("sh").args(["-c", line]).env("PATH", &search_path).output().unwrap();
+        let text = String::from_utf8_lossy(&ran.stdout).into_owned();
+        assert!(ran.status.success() && !line.contains('…'), "{line}: {ran:?}");
+        match line.contains("--prompt-ids") {
+            true => assert!(text.trim().split(',').all(|id| id.parse::<u32>().is_ok()), "{line}: {text}"),
+            false => assert_eq!(text, " four thousand ninety-six\n", "{line}"),
+        }
+        assert_eq!(line.contains("--config"), arguments.contains(&"--json"), "{line}");
+        assert_eq!(line.contains("--home"), !line.contains("--config"), "{line}");
     }
 }
 
@@ -511,15 +697,20 @@ fn what_the_command_line_cannot_mean_is_refused_at_once_and_a_search_that_finds_
     let mut first = tune(Path::new(&record), "0.3");
     recorded(Path::new(&record), 1);
     for (arguments, code, cause) in [
-        (&["--json", &record, "--sleep", "0.3", "--runs", "3"][..], 1, "another search is writing to it"),
+        (&["--json", &record, "--ram", RAM, "--sleep", "0.3", "--runs", "3"][..], 1, "another search is writing to it"),
         (&["--plot", &path("picture.png")], 2, "ends in .svg"),
         (&["--plot", &path("no/picture.svg")], 1, "cannot write "),
         (&["--minutes", "0"], 1, "no configuration could be measured"),
-        (&["--n-gpu", "0", "--n-cpu-pinned", "0", "--n-cpu", "0"], 1, "no configuration could be measured"),
+        (&["--n-gpu", "0"], 1, "error: n_gpu: must be at least 1"),
+        (&["--n-cpu", "0,70000"], 1, "error: n_cpu: is 70000"),
+        (&["--ram", "1MB"], 1, "less than the least that will do"),
+        (&["--vram", "1MB"], 1, "--vram: "),
     ] {
         let ended = example("tune").args(["--device", "cpu"]).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&ended.stderr);
         assert!(ended.status.code() == Some(code) && said.contains(cause), "{arguments:?}: {said}");
+        // One error, and no table of what could not be tried.
+        assert!(ended.stdout.is_empty() || arguments[0] == "--minutes", "{arguments:?}: {ended:?}");
     }
     first.kill().unwrap();
     first.wait().unwrap();

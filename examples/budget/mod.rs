@@ -1,14 +1,17 @@
 //! `--vram` and `--ram`, as examples take them, and the table of a plan.
 #![allow(dead_code, reason = "each example uses a part")]
 
-use std::str::FromStr;
+use std::{fs, path::Path, str::FromStr};
 
-use indicatif::HumanBytes;
+use indicatif::DecimalBytes;
 use layer_streamer::{
+    Settings,
     device::Device,
-    model::{Model, Tables},
+    kernels::Kernels,
+    model::{Decoder, Model, Tables},
     plan::{Bandwidths, Budget, Home, Part, Plan},
     probe::Probe,
+    tuner::CheckpointId,
 };
 
 /// An amount of memory.
@@ -67,12 +70,70 @@ pub fn budget<D: Device>(
     })
 }
 
+/// Whether what the links carry is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// It is assumed.
+    Never,
+    /// Where it decides anything, and not lately: where nothing is read from disk it does not.
+    IfItCounts,
+    /// Where not lately.
+    Always,
+    /// Whatever is kept.
+    Anew,
+}
+
+/// What the links carry, if it is asked for.
+pub fn probe<D: Device>(device: &D, model: &Model, measure: Measure) -> layer_streamer::Result<Option<Probe>> {
+    match measure {
+        Measure::Never => Ok(None),
+        Measure::IfItCounts | Measure::Always => Probe::recent(device, &model.checkpoint),
+        Measure::Anew => Probe::measure(device, &model.checkpoint),
+    }
+}
+
+/// The settings with which the model runs fastest within the budget, for which its layers get homes and its tables their place;
+/// and what the links carry, where that was measured.
+pub fn fit<D: Kernels>(
+    device: &D,
+    model: &mut Model,
+    budget: Budget,
+    context: usize,
+    measure: Measure,
+) -> layer_streamer::Result<(Settings, Option<Probe>)> {
+    let assumed = Bandwidths::default();
+    let settings = Decoder::fit(device, model, budget, assumed, 1, context)?;
+    let reads = Decoder::plan(device, model, &settings)?.forecast(assumed).disk_bytes > 0;
+    if measure == Measure::IfItCounts && !reads {
+        return Ok((settings, None));
+    }
+    match probe(device, model, measure)? {
+        Some(probe) => Ok((Decoder::fit(device, model, budget, probe.bandwidths(), 1, context)?, Some(probe))),
+        None => Ok((settings, None)),
+    }
+}
+
+/// What a model's checkpoint is told from others by.
+pub fn id(folder: &Path, model: &Model) -> CheckpointId {
+    let name = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()).display().to_string();
+    CheckpointId::new(name, &model.checkpoint, model.config.layers)
+}
+
+/// A budget for people.
+pub fn describe(budget: Budget) -> String {
+    let host = DecimalBytes(budget.host_bytes as u64);
+    match budget.device_bytes {
+        Some(device) => format!("{} of GPU memory and {host} of RAM", DecimalBytes(device as u64)),
+        None => format!("{host} of RAM"),
+    }
+}
+
 /// A plan for people: what takes memory (`own`: the device has its own), where layers and output head live, what a pass moves and
 /// how long that takes, by a probe or by assumed figures.
 pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan, probe: Option<&Probe>) -> String {
     let bandwidths = probe.map_or_else(Bandwidths::default, Probe::bandwidths);
     let forecast = plan.forecast(bandwidths);
-    let bytes = |bytes: usize| HumanBytes(bytes as u64).to_string();
+    let bytes = |bytes: usize| DecimalBytes(bytes as u64).to_string();
     let mut text = format!("device: {device}\n");
     let width = parts.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
     let total = |of: &[bool]| parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum();

@@ -1,4 +1,4 @@
-//! The times as a picture: the fastest configurations as bars, and below, for each setting that varied, every configuration
+//! The times as a picture: the fastest candidates as bars, and below, for each setting that varied, every candidate
 //! as a dot over its value, or a triangle where it was stopped, and the best of each value as a line.
 
 use layer_streamer::{
@@ -11,7 +11,10 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{Failure, short, time};
+use super::{
+    Failure,
+    show::{short, time},
+};
 
 const WIDTH: u32 = 1000;
 const MARGIN: i32 = 24;
@@ -61,9 +64,9 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
         let stopped = count(|outcome| matches!(outcome, Outcome::Stopped { .. }));
         let refused = count(|outcome| matches!(outcome, Outcome::Refused { .. }));
         let about = format!(
-            "{} of {} configurations measured, {stopped} stopped as clearly slower, {refused} refused.{}",
+            "{} of {} candidates measured, {stopped} stopped as clearly slower, {refused} refused.{}",
             timed.len(),
-            ranking.configurations,
+            ranking.candidates,
             if bars > 0 { format!(" The fastest {bars}, by n_gpu / n_cpu_pinned / n_cpu:") } else { String::new() }
         );
         say(&about, (MARGIN, MARGIN + 26), 15, &INK, HPos::Left)?;
@@ -74,7 +77,7 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
             let (left, y) = (MARGIN + LABELS, top + row as i32 * ROW + ROW / 2);
             let color = if row == 0 { BEST } else { OTHER };
             let x = |seconds: f64| left + (seconds * across) as i32;
-            say(&short(&trial.settings), (left - 10, y), 16, if row == 0 { &BEST } else { &INK }, HPos::Right)?;
+            say(&short(&trial.placement), (left - 10, y), 16, if row == 0 { &BEST } else { &INK }, HPos::Right)?;
             root.draw(&Rectangle::new([(left, y - 9), (x(*seconds), y + 9)], color.filled()))?;
             let [least, most] = trial.extremes().unwrap_or_default();
             root.draw(&PathElement::new([(x(least), y), (x(most), y)], INK.stroke_width(1)))?;
@@ -85,7 +88,7 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
 
         let below = top + bars as i32 * ROW + MARGIN;
         if rows > 0 {
-            let key = "Setting by setting: a dot is a configuration, a triangle one that was stopped at that time and takes \
+            let key = "Setting by setting: a dot is a candidate, a triangle one that was stopped at that time and takes \
                        longer; the line joins the best of each value.";
             say(key, (MARGIN, below), 15, &INK, HPos::Left)?;
         }
@@ -100,7 +103,7 @@ pub fn draw(title: &str, ranking: &Ranking) -> Result<String, Failure> {
     Ok(svg)
 }
 
-/// A configuration in the panels, fastest first.
+/// A candidate in the panels, fastest first.
 struct Point<'a> {
     settings: &'a Settings,
     seconds: f64,
@@ -115,7 +118,7 @@ impl<'a> Point<'a> {
             Outcome::Stopped { limit } => (limit, true),
             Outcome::Refused { .. } => return None,
         };
-        Some(Self { settings: &trial.settings, seconds, stopped })
+        Some(Self { settings: &trial.placement.settings, seconds, stopped })
     }
 }
 

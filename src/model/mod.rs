@@ -109,8 +109,13 @@ impl Model {
     /// The units, with weights of the type that the device wants: the layers, then the output head if that is streamed. Their
     /// tensors are those of [`source`](Self::source).
     pub(crate) fn units_for(&self, precision: Precision) -> Vec<Unit> {
+        self.streamed().map(|unit| converted(unit.clone(), precision)).collect()
+    }
+
+    /// The units as they are in the checkpoint, likewise.
+    fn streamed(&self) -> impl Iterator<Item = &Unit> {
         let head = if self.tables.streams_head() { self.head.1.as_slice() } else { &[] };
-        self.units.iter().chain(head).map(|unit| converted(unit.clone(), precision)).collect()
+        self.units.iter().chain(head)
     }
 
     /// The checkpoint, in which parts of the output head are tensors too.

@@ -1,6 +1,6 @@
 //! The embedding table and the output head, which of small models are most of the bytes, and of large ones gigabytes.
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, os::unix::fs::FileExt, str::FromStr, sync::Arc};
 
 use super::{
     Decoder, Model,
@@ -14,7 +14,7 @@ use crate::{
     dtype::{self, DType},
     error::{Error, Result},
     kernels::Kernels,
-    plan::{Bandwidths, Besides, Budget, Forecast, Settings, Unit},
+    plan::{Bandwidths, Besides, Budget, Forecast, Placement, Settings, Unit},
 };
 
 /// Where the embedding table and the output head live.
@@ -35,12 +35,55 @@ impl Tables {
     /// Of equally fast ones the first is taken.
     const ALL: [Self; 3] = [Self::OnDevice, Self::EmbeddingInFile, Self::HeadStreamed];
 
+    /// `on-device`, `embedding-in-file` or `head-streamed`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::OnDevice => "on-device",
+            Self::EmbeddingInFile => "embedding-in-file",
+            Self::HeadStreamed => "head-streamed",
+        }
+    }
+
     pub(super) fn reads_rows(self) -> bool {
         self != Self::OnDevice
     }
 
     pub(super) fn streams_head(self) -> bool {
         self == Self::HeadStreamed
+    }
+}
+
+impl FromStr for Tables {
+    type Err = Error;
+
+    /// From its [`word`](Self::word).
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for any other.
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|tables| tables.word() == text);
+        let known = Self::ALL.map(Self::word).join(", ");
+        found.ok_or_else(|| Error::setting("tables", format!("there is no way called {text:?}, but {known}")))
+    }
+}
+
+impl Model {
+    /// How a decoder runs with these settings, and with the homes and tables that the model has now.
+    pub fn placement(&self, settings: &Settings) -> Placement {
+        let homes = self.streamed().map(|unit| unit.home).collect();
+        Placement { settings: settings.clone(), homes, statics: self.tables.word().into() }
+    }
+
+    /// Gives the layers, and the parts of the output head where that is streamed, their homes, and the tables their place.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the placement was made for another number of units, or no decoder.
+    pub fn place(&mut self, placement: &Placement) -> Result<()> {
+        let model = Self { tables: placement.statics.parse()?, ..self.clone() };
+        placement.check_count(model.streamed().count())?;
+        self.tables = model.tables;
+        self.settle(placement.homes.iter().copied());
+        Ok(())
     }
 }
 
@@ -58,40 +101,89 @@ impl<D: Kernels> Decoder<D> {
         batch: usize,
         context: usize,
     ) -> Result<Settings> {
-        let precision = device.precision();
-        let with = |tables: Tables| -> Result<(Model, Besides)> {
-            let model = Model { tables, ..model.clone() };
-            let mut besides = Besides::default();
-            for part in Self::besides(device, &model, batch, context)? {
-                let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
-                *bytes = bytes.saturating_add(part.bytes);
+        let fit = Fit { device, budget, bandwidths, batch, context, settings: None };
+        fit.fastest(model)
+    }
+
+    /// As [`fit`](Self::fit) where the settings are given: what they leave of the budget decides on homes and tables.
+    ///
+    /// # Errors
+    /// As there; the minimum is that with these settings.
+    pub fn fit_with(
+        device: &D,
+        model: &mut Model,
+        budget: Budget,
+        bandwidths: Bandwidths,
+        batch: usize,
+        context: usize,
+        settings: &Settings,
+    ) -> Result<()> {
+        let fit = Fit { device, budget, bandwidths, batch, context, settings: Some(settings) };
+        fit.fastest(model).map(drop)
+    }
+}
+
+/// What a decoder is to fit into.
+struct Fit<'a, D> {
+    device: &'a D,
+    budget: Budget,
+    bandwidths: Bandwidths,
+    batch: usize,
+    context: usize,
+    /// Where they are given.
+    settings: Option<&'a Settings>,
+}
+
+impl<D: Kernels> Fit<'_, D> {
+    /// The model with these tables, and what it takes whatever its homes.
+    fn with(&self, model: &Model, tables: Tables) -> Result<(Model, Besides)> {
+        let model = Model { tables, ..model.clone() };
+        let mut besides = Besides::default();
+        for part in Decoder::besides(self.device, &model, self.batch, self.context)? {
+            let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
+            *bytes = bytes.saturating_add(part.bytes);
+        }
+        Ok((model, besides))
+    }
+
+    /// The fastest with these tables.
+    fn plan(&self, model: &Model, tables: Tables) -> Result<(Model, Settings, Forecast)> {
+        let (mut model, besides) = self.with(model, tables)?;
+        let (source, units) = (model.source(), model.units_for(self.device.precision()));
+        let (homes, settings) = match self.settings {
+            None => self.budget.plan(source, &units, besides, self.bandwidths)?,
+            Some(settings) => {
+                (self.budget.plan_with(source, &units, besides, self.bandwidths, settings)?, settings.clone())
             }
-            Ok((model, besides))
         };
-        let plan = |tables: Tables| -> Result<(Model, Settings, Forecast)> {
-            let (mut model, besides) = with(tables)?;
-            let (homes, settings) = budget.plan(model.source(), &model.units_for(precision), besides, bandwidths)?;
-            model.settle(homes);
-            let forecast = Self::plan(device, &model, &settings)?.forecast(bandwidths);
-            Ok((model, settings, forecast))
-        };
+        model.settle(homes);
+        let forecast = Decoder::plan(self.device, &model, &settings)?.forecast(self.bandwidths);
+        Ok((model, settings, forecast))
+    }
+
+    /// How much of the device's memory is missing with these tables, and how much RAM it takes at least.
+    fn lacking(&self, model: &Model, tables: Tables) -> Result<(usize, usize)> {
+        let (model, besides) = self.with(model, tables)?;
+        let units = model.units_for(self.device.precision());
+        let least = self.budget.least_with(model.source(), &units, besides, self.settings)?;
+        let device = least.device_bytes.zip(self.budget.device_bytes);
+        let device = device.map(|(least, given)| least.saturating_sub(given));
+        Ok((device.unwrap_or(0), least.host_bytes))
+    }
+
+    /// The fastest of all tables: their place and the homes go to the model.
+    fn fastest(&self, model: &mut Model) -> Result<Settings> {
         let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
         let mut best: Option<(Model, Settings, Forecast)> = None;
-        for found in Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok()) {
+        for found in Tables::ALL.into_iter().filter_map(|tables| self.plan(model, tables).ok()) {
             if best.as_ref().is_none_or(|(.., best)| time(&found.2) < time(best)) {
                 best = Some(found);
             }
         }
         // Where none fits, the error of that which lacks least of the device's memory, then of RAM.
-        let lacking = |tables: Tables| -> Result<(usize, usize)> {
-            let (model, besides) = with(tables)?;
-            let least = budget.least(model.source(), &model.units_for(precision), besides)?;
-            let device = least.device_bytes.zip(budget.device_bytes).map(|(least, given)| least.saturating_sub(given));
-            Ok((device.unwrap_or(0), least.host_bytes))
-        };
-        let nearest =
-            || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables).unwrap_or((usize::MAX, usize::MAX)));
-        let (fitted, settings, _) = best.map_or_else(|| plan(nearest().unwrap_or_default()), Ok)?;
+        let lacking = |tables: Tables| self.lacking(model, tables).unwrap_or((usize::MAX, usize::MAX));
+        let nearest = || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables)).unwrap_or_default();
+        let (fitted, settings, _) = best.map_or_else(|| self.plan(model, nearest()), Ok)?;
         *model = fitted;
         Ok(settings)
     }

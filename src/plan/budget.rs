@@ -8,7 +8,9 @@
 //! memory is never slower, and no plan is slower than the rings alone, which are one of the family: but for the sixty-fourth
 //! in which units that count as alike may differ.
 
-use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, Settings, Unit, UnitPlan, staging_bytes};
+use serde::{Deserialize, Serialize};
+
+use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, Settings, Unit, UnitPlan, host_stages, staging_bytes};
 use crate::{
     arena::PAGE,
     checkpoint::Checkpoint,
@@ -18,7 +20,8 @@ use crate::{
 };
 
 /// How much memory may be used, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Budget {
     /// Of the device's own memory; `None` for a device that computes in the host's, whose budget is then for both. A plan keeps
     /// to it on a device of that kind.
@@ -104,8 +107,27 @@ impl Budget {
         bandwidths: Bandwidths,
     ) -> Result<(Vec<Home>, Settings)> {
         let (sizes, besides) = survey(checkpoint, units, besides)?;
-        let (homes, [n_gpu, n_cpu_pinned]) = choose(&sizes, besides, self, bandwidths)?;
-        Ok((homes, Settings { n_gpu, n_cpu_pinned, ..Settings::default() }))
+        let (homes, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, besides, self, bandwidths, &RINGS)?;
+        Ok((homes, Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }))
+    }
+
+    /// The homes of `units`, in their order, with which a pass is fastest where the settings are given: what their slots leave
+    /// of the budget keeps units.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the budget is less than the least that will do with these settings, which it names, or for settings
+    /// that cannot work; else as [`Plan::new`](super::Plan::new).
+    pub fn plan_with(
+        self,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        besides: Besides,
+        bandwidths: Bandwidths,
+        settings: &Settings,
+    ) -> Result<Vec<Home>> {
+        settings.validate()?;
+        let (sizes, besides) = survey(checkpoint, units, besides)?;
+        Ok(choose(&sizes, besides, self, bandwidths, &[rings_of(settings)])?.0)
     }
 
     /// The least budget that will do where this one is wanted: of one memory or of two, as that is.
@@ -113,9 +135,21 @@ impl Budget {
     /// # Errors
     /// As [`Plan::new`](super::Plan::new).
     pub fn least(self, checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<Self> {
+        self.least_with(checkpoint, units, besides, None)
+    }
+
+    /// The same where the settings may be given.
+    pub(crate) fn least_with(
+        self,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        besides: Besides,
+        settings: Option<&Settings>,
+    ) -> Result<Self> {
         let (sizes, besides) = survey(checkpoint, units, besides)?;
         let shared = self.device_bytes.is_none();
-        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), shared))
+        let rings = settings.map_or(SHORTEST, rings_of);
+        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), shared, rings))
     }
 }
 
@@ -129,9 +163,19 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(
     Ok((planned.iter().map(Sizes::of).collect(), Besides { device_bytes, ..besides }))
 }
 
-/// `n_gpu` and `n_cpu_pinned`; the first of equally fast ones is taken, with which the first pass is fastest. The last takes
-/// least. Deeper rings than these win nothing that a unit kept in their place does not.
-const RINGS: [[usize; 2]; 3] = [[1, 2], [1, 1], [1, 0]];
+/// `n_gpu`, `n_cpu_pinned` and `n_cpu`.
+type Rings = [usize; 3];
+
+/// Those that a plan chooses from; the first of equally fast ones is taken, with which the first pass is fastest. Deeper rings
+/// than these win nothing that a unit kept in their place does not, on a machine that is as even as the forecast takes it to be.
+const RINGS: [Rings; 3] = [[1, 2, 0], [1, 1, 0], SHORTEST];
+
+/// Those that take least.
+const SHORTEST: Rings = [1, 0, 0];
+
+fn rings_of(settings: &Settings) -> Rings {
+    [settings.n_gpu, settings.n_cpu_pinned, settings.n_cpu]
+}
 
 /// Units in an order in which they are given homes: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
@@ -149,7 +193,7 @@ struct Family {
 /// One plan of a family.
 #[derive(Clone, Copy)]
 struct Member {
-    rings: [usize; 2],
+    rings: Rings,
     gpu: usize,
     kept: usize,
 }
@@ -173,26 +217,30 @@ impl Family {
     }
 
     /// What it takes on the device and in RAM.
-    fn memory(&self, Member { rings: [n_gpu, n_cpu_pinned], gpu, kept }: Member) -> [usize; 2] {
+    fn memory(&self, Member { rings, gpu, kept }: Member) -> [usize; 2] {
         let slots = |n: usize, bytes: usize| (n + 1).saturating_mul(bytes.next_multiple_of(PAGE).max(PAGE));
+        let [n_gpu, n_cpu_pinned, n_cpu] = rings;
+        let [ram, pinned] = host_stages(rings, false);
         // What lives on the device came through the host's slots.
         let through = self.largest[gpu][0].host.max(self.largest[kept][1].host);
         // Where the two are one, units may have to wait for their homes, and pass through slots until then.
         let passing = if self.shared { 0 } else { gpu };
         let device = self.first[gpu].device.saturating_add(slots(n_gpu, self.largest[passing][1].device));
         let homes = self.first[kept].host - self.first[gpu].host;
-        let host = homes.saturating_add(slots(n_cpu_pinned, through));
+        let stages = [(ram, n_cpu), (pinned, n_cpu_pinned)].into_iter().filter(|(there, _)| *there);
+        let host = stages.fold(homes, |sum, (_, n)| sum.saturating_add(slots(n, through)));
         [device.saturating_add(self.besides.device_bytes), host.saturating_add(self.besides.host_bytes)]
     }
 
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
         let all = self.first[self.len()];
         let (read, copied) = (all.read - self.first[member.kept].read, all.copied - self.first[member.gpu].copied);
-        Forecast::new(read, copied, member.rings[1], bandwidths)
+        let [_, n_cpu_pinned, n_cpu] = member.rings;
+        Forecast::new(read, copied, n_cpu_pinned + n_cpu, bandwidths)
     }
 
     /// The most that can be kept in RAM beside so many units on the device.
-    fn most_kept(&self, rings: [usize; 2], gpu: usize, budget: Budget) -> Option<Member> {
+    fn most_kept(&self, rings: Rings, gpu: usize, budget: Budget) -> Option<Member> {
         // The homes alone must fit, which cuts the search short: slots ask for a few units less.
         let homes = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
         let [device, _] = self.memory(Member { rings, gpu, kept: gpu });
@@ -215,19 +263,20 @@ impl Budget {
     }
 }
 
-/// The homes and the rings of the fastest plan that fits.
-pub(crate) fn choose(
+/// The homes and the rings of the fastest plan that fits, with some of these rings.
+fn choose(
     sizes: &[Sizes],
     besides: Besides,
     budget: Budget,
     bandwidths: Bandwidths,
-) -> Result<(Vec<Home>, [usize; 2])> {
+    among: &[Rings],
+) -> Result<(Vec<Home>, Rings)> {
     let classes = classes(sizes);
     let shared = budget.device_bytes.is_none();
     let families = families(sizes, &classes, besides, shared);
     let mut best: Option<((f64, f64), &Family, Member)> = None;
     for family in &families {
-        for rings in RINGS {
+        for &rings in among {
             for gpu in 0..=family.len() {
                 let Some(member) = family.most_kept(rings, gpu, budget) else { continue };
                 let forecast = family.forecast(member, bandwidths);
@@ -240,7 +289,9 @@ pub(crate) fn choose(
         }
     }
     let Some((_, family, member)) = best else {
-        return Err(too_small(budget, least(&families, shared)));
+        let shortest = *among.last().expect("there are rings");
+        let remedy = if among == RINGS { "a shorter context" } else { "shorter rings or a shorter context" };
+        return Err(too_small(budget, least(&families, shared, shortest), remedy));
     };
     let mut homes = vec![Home::Disk; sizes.len()];
     for class in &classes {
@@ -286,9 +337,8 @@ fn spread(units: &[usize], count: usize) -> impl Iterator<Item = usize> {
     units.iter().enumerate().filter(move |(i, _)| before(i + 1) > before(*i)).map(|(_, &unit)| unit)
 }
 
-/// The least that any of the plans takes, of one memory or of two.
-fn least(families: &[Family], shared: bool) -> Budget {
-    let rings = RINGS[RINGS.len() - 1];
+/// The least that any of the plans takes with these rings, of one memory or of two.
+fn least(families: &[Family], shared: bool, rings: Rings) -> Budget {
     let least = |of: fn([usize; 2]) -> usize| {
         let members = families
             .iter()
@@ -302,11 +352,9 @@ fn least(families: &[Family], shared: bool) -> Budget {
     }
 }
 
-fn too_small(given: Budget, least: Budget) -> Error {
+fn too_small(given: Budget, least: Budget, remedy: &str) -> Error {
     let cause = |given: usize, least: usize, what: &str| {
-        format!(
-            "{given} bytes of {what} are less than the least that will do, {least}; allow that much, or a shorter context"
-        )
+        format!("{given} bytes of {what} are less than the least that will do, {least}; allow that much, or {remedy}")
     };
     match (given.device_bytes, least.device_bytes) {
         (Some(given), Some(least)) if given < least => Error::setting("vram", cause(given, least, "device memory")),

@@ -1,9 +1,12 @@
 //! What a plan takes and moves, known before anything is reserved.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Home, Plan, Residents};
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Bandwidths {
     /// Disk to RAM.
     pub disk: f64,

@@ -6,10 +6,12 @@
 
 mod budget;
 mod forecast;
+mod placement;
 mod settings;
 
 pub use budget::{Besides, Budget};
 pub use forecast::{Bandwidths, Forecast, Part};
+pub use placement::Placement;
 pub use settings::{CachePolicy, Home, Reader, Settings};
 
 use crate::{
@@ -55,7 +57,7 @@ pub struct Arrival {
 pub struct Unit {
     name: String,
     arrivals: Vec<Arrival>,
-    home: Home,
+    pub(crate) home: Home,
 }
 
 impl Unit {
@@ -320,8 +322,6 @@ pub struct Plan {
     pub(crate) residents: Residents,
     /// Bytes of one staging block for transforms; 0 if no unit has any.
     pub(crate) staging_bytes: usize,
-    /// The device's memory is RAM: units that live there may have to wait for it, and need slots until then.
-    in_ram: bool,
 }
 
 /// Bytes of the units that live in each of these homes, and how many units these are.
@@ -335,6 +335,13 @@ pub(crate) struct Residents {
 
 /// Largest piece of a tensor that is converted at once (bytes, before conversion).
 const STAGING: usize = 8 << 20;
+
+/// Which of the two host stages there are, the RAM slots and the pinned slots, with rings of `n_gpu`, `n_cpu_pinned` and `n_cpu`.
+/// Units that live in RAM need the pin stage, and that a RAM slot for the others. Where both stages are skipped a hidden pinned
+/// slot remains.
+fn host_stages([_, n_cpu_pinned, n_cpu]: [usize; 3], some_live_in_ram: bool) -> [bool; 2] {
+    [n_cpu > 0 || (some_live_in_ram && n_cpu_pinned > 0), n_cpu_pinned > 0 || n_cpu == 0]
+}
 
 /// Bytes of one of the two staging blocks that these units need.
 fn staging_bytes(units: &[UnitPlan]) -> usize {
@@ -384,11 +391,6 @@ impl Plan {
         Ok(Self::staged(units, residents, staging_bytes, in_ram, settings))
     }
 
-    /// The same units with other settings.
-    pub(crate) fn with(&self, settings: &Settings) -> Self {
-        Self::staged(self.units.clone(), self.residents, self.staging_bytes, self.in_ram, settings)
-    }
-
     /// Adds the stages.
     fn staged(
         units: Vec<UnitPlan>,
@@ -410,17 +412,13 @@ impl Plan {
         let pinned_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu, Home::Ram]);
         let passing = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
         let device_bytes = most(|unit| unit.device_bytes, if in_ram { &passing } else { &passing[..3] });
-        // Units that live in RAM need the pin stage, and that a RAM slot for the others.
-        let pins = settings.n_cpu > 0 || (residents.ram > 0 && settings.n_cpu_pinned > 0);
-        let both_skipped = settings.n_cpu == 0 && settings.n_cpu_pinned == 0;
+        let [ram, pinned] = host_stages([settings.n_gpu, settings.n_cpu_pinned, settings.n_cpu], residents.ram > 0);
         Self {
-            ram: pins.then(|| stage(settings.n_cpu, settings.batch_cpu, host_bytes)),
-            pinned: (settings.n_cpu_pinned > 0 || both_skipped)
-                .then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, pinned_bytes)),
+            ram: ram.then(|| stage(settings.n_cpu, settings.batch_cpu, host_bytes)),
+            pinned: pinned.then(|| stage(settings.n_cpu_pinned, settings.batch_cpu_pinned, pinned_bytes)),
             gpu: stage(settings.n_gpu, settings.batch_gpu, device_bytes),
             residents,
             staging_bytes,
-            in_ram,
             units,
         }
     }

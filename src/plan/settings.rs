@@ -40,17 +40,16 @@ impl Home {
     /// # Errors
     /// [`Error::Setting`] for a text of another form, or a unit that there is not.
     pub fn parse(text: &str, units: &mut [Unit]) -> Result<()> {
+        Self::assign(text, units, |unit, home| _ = unit.home(home))
+    }
+
+    /// The same for whatever stands for the units: `give` gives one its home.
+    pub(super) fn assign<U>(text: &str, units: &mut [U], give: impl Fn(&mut U, Self)) -> Result<()> {
         let wrong = |part: &str, cause: String| Error::setting("home", format!("{part:?}: {cause}"));
         for part in text.split(',').filter(|part| !part.is_empty()) {
             let parsed = part.split_once('=').and_then(|(range, home)| {
                 let (first, last) = range.split_once('-').unwrap_or((range, range));
-                let home = match home {
-                    "disk" => Self::Disk,
-                    "ram" => Self::Ram,
-                    "pinned" => Self::Pinned,
-                    "gpu" => Self::Gpu,
-                    _ => return None,
-                };
+                let home = Self::ALL.into_iter().find(|known| known.word() == home)?;
                 Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?, home))
             });
             let Some((first, last, home)) = parsed else {
@@ -63,9 +62,21 @@ impl Home {
             let Some(named) = units.get_mut(first..last.saturating_add(1)).filter(|named| !named.is_empty()) else {
                 return Err(wrong(part, format!("there are {count} units, 0 to {}", count.saturating_sub(1))));
             };
-            named.iter_mut().for_each(|unit| _ = unit.home(home));
+            named.iter_mut().for_each(|unit| give(unit, home));
         }
         Ok(())
+    }
+
+    pub(super) const ALL: [Self; 4] = [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu];
+
+    /// As [`parse`](Self::parse) takes it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Ram => "ram",
+            Self::Pinned => "pinned",
+            Self::Gpu => "gpu",
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! From lists of values to the configurations that can differ.
 
-use crate::plan::Settings;
+use crate::{
+    error::{Error, Result},
+    plan::Settings,
+};
 
 /// The values to try, setting by setting; every combination is a configuration. They mean what they mean in [`Settings`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +38,34 @@ impl Default for Values {
 }
 
 impl Values {
+    /// Checks that there are values for each setting, and that each may work with some of the others.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] that names the setting and the value.
+    pub fn validate(&self) -> Result<()> {
+        let usual = Settings::default();
+        let lists: [(&'static str, &[usize], fn(&mut Settings, usize)); 6] = [
+            ("n_gpu", &self.n_gpu, |settings, n| settings.n_gpu = n),
+            ("n_cpu_pinned", &self.n_cpu_pinned, |settings, n| settings.n_cpu_pinned = n),
+            ("n_cpu", &self.n_cpu, |settings, n| settings.n_cpu = n),
+            // A batch above its ring is a full ring.
+            ("batch_gpu", &self.batch_gpu, |_, _| ()),
+            ("batch_cpu_pinned", &self.batch_cpu_pinned, |_, _| ()),
+            ("batch_cpu", &self.batch_cpu, |_, _| ()),
+        ];
+        for (name, values, set) in lists {
+            if values.is_empty() {
+                return Err(Error::setting(name, "has no value to try; give at least one"));
+            }
+            for &value in values {
+                let mut settings = usual.clone();
+                set(&mut settings, value);
+                settings.validate()?;
+            }
+        }
+        Ok(())
+    }
+
     /// The configurations that can differ, in the order of the lists, the last of which varies fastest. A batch of a stage that
     /// is skipped is none, a batch of one is handing over one by one, and a batch above its ring is a full ring.
     pub fn configurations(&self, common: &Settings) -> Vec<Settings> {

@@ -1,47 +1,108 @@
-//! What was measured, as JSON: it can be gone on with, and its best settings used.
+//! What was measured, as JSON: it can be gone on with, and its answer used.
 
 use std::{
+    fmt,
     fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 
-use crate::{
-    error::{Error, Result},
-    plan::Settings,
+use super::{
+    Candidate,
+    verdict::{Round, Verdict, WORTH, median},
 };
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    plan::{Bandwidths, Budget, Placement},
+};
+
+/// The number of the format that records have now.
+const FORMAT: u32 = 2;
 
 /// What a search has found out so far, and on what.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
+    /// The number of the file's format.
+    pub(super) format: u32,
     /// The machine: its name, processor and kernel.
     pub machine: String,
     /// The device, as the host describes it.
     pub device: String,
-    /// The checkpoint, as the host describes it.
-    pub checkpoint: String,
-    /// Runs of each configuration, the first of which is not measured.
+    /// The checkpoint.
+    pub checkpoint: CheckpointId,
+    /// The memory that the candidates were planned for.
+    pub budget: Option<Budget>,
+    /// What the planner took the links to carry.
+    pub bandwidths: Option<Bandwidths>,
+    /// Runs of each candidate, the first of which is not measured.
     pub runs: usize,
     /// Seconds between runs.
     pub sleep: f64,
-    /// Whether configurations were stopped strictly.
-    #[serde(default)]
+    /// Whether candidates were stopped strictly.
     pub strict: bool,
-    /// The fastest settings so far.
-    pub best: Option<Settings>,
-    /// The configurations in the order in which they were tried.
+    /// What the planner chooses by itself.
+    pub default: Placement,
+    /// What to use, as far as is known; `None` until something was measured.
+    pub answer: Option<Answer>,
+    /// The candidates in the order in which they were tried.
     pub trials: Vec<Trial>,
+    /// How the fastest of them did against the default.
+    pub rounds: Vec<Round>,
 }
 
-/// A configuration that was tried.
+/// What a checkpoint is told from others by.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointId {
+    /// For people, such as its folder.
+    pub name: String,
+    /// How many layers it has.
+    pub layers: usize,
+    /// Bytes of all its tensors.
+    pub bytes: u64,
+}
+
+impl CheckpointId {
+    /// Of a checkpoint with so many layers.
+    pub fn new(name: impl Into<String>, checkpoint: &Checkpoint, layers: usize) -> Self {
+        let tensors = checkpoint.names().filter_map(|name| checkpoint.describe(name));
+        let bytes = tensors.filter_map(|(dtype, shape)| dtype.bytes_of(shape)).map(|bytes| bytes as u64).sum();
+        Self { name: name.into(), layers, bytes }
+    }
+}
+
+impl fmt::Display for CheckpointId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} layers, {} bytes)", self.name, self.layers, self.bytes)
+    }
+}
+
+/// What to use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answer {
+    /// The rings, and where units are kept.
+    pub placement: Placement,
+    /// Why this and no other.
+    pub verdict: Verdict,
+    /// Mean seconds of a pass, as the search measured it.
+    pub seconds: f64,
+    /// What it takes of the device's memory, in bytes; of a device that computes in RAM, of that.
+    pub device_bytes: usize,
+    /// What it takes of RAM besides.
+    pub host_bytes: usize,
+}
+
+/// A candidate that was tried.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trial {
-    /// The settings.
-    pub settings: Settings,
+    /// The rings, and where units are kept.
+    pub placement: Placement,
     /// Seconds of every run that ended, the first of which does not count.
     pub runs: Vec<f64>,
     /// How it ended.
@@ -59,7 +120,7 @@ pub enum Outcome {
         /// The limit.
         limit: f64,
     },
-    /// There is no time for these settings.
+    /// There is no time for this placement.
     Refused {
         /// Why: the host's error, or how the process ended.
         reason: String,
@@ -85,6 +146,12 @@ impl Trial {
         Some([f64::min, f64::max].map(|of| self.measured().iter().copied().reduce(of).expect("there is one")))
     }
 
+    /// Median seconds of the measured runs, if all were.
+    pub(super) fn typical(&self) -> Option<f64> {
+        self.seconds()?;
+        Some(median(&mut self.measured().to_vec()))
+    }
+
     /// How far its runs differ: their standard deviation, relative to their mean. 0 for fewer than two.
     fn spread(&self) -> f64 {
         let (measured, mean) = (self.measured(), self.seconds().unwrap_or(f64::INFINITY));
@@ -103,31 +170,68 @@ impl Trial {
 }
 
 impl Record {
+    /// An empty one.
+    pub(super) fn new(machine: String) -> Self {
+        Self { format: FORMAT, machine, ..Self::default() }
+    }
+
     /// Reads a record that a search left.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::Setting`] for a file that is no record.
+    /// [`Error::Io`], or [`Error::Setting`] for a file that is no record, or one of another version of this crate.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        /// What records of all versions have.
+        #[derive(Deserialize)]
+        struct Head {
+            /// The first had none.
+            #[serde(default = "first")]
+            format: u32,
+            #[serde(rename = "machine")]
+            _machine: String,
+            #[serde(rename = "trials")]
+            _trials: Vec<IgnoredAny>,
+        }
+        fn first() -> u32 {
+            1
+        }
         let path = path.as_ref();
         let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
         let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
-        let record: Self =
-            serde_json::from_str(&text).map_err(|error| wrong(format!("is no record of a search: {error}")))?;
-        record.best.iter().try_for_each(Settings::validate)?;
-        let sensible = |seconds: &f64| *seconds >= 0.0;
-        if !record.trials.iter().all(|trial| trial.runs.iter().all(sensible)) {
+        let none = |error: serde_json::Error| wrong(format!("is no record of a search: {error}"));
+        let format = serde_json::from_str::<Head>(&text).map_err(none)?.format;
+        if format != FORMAT {
+            let cause = format!("was written by another version (format {format}, not {FORMAT})");
+            return Err(wrong(format!("{cause}; remove it and search again")));
+        }
+        let record: Self = serde_json::from_str(&text).map_err(none)?;
+        let runs = record.trials.iter().flat_map(|trial| &trial.runs);
+        if !runs.chain(record.rounds.iter().flat_map(|round| round.seconds.iter().flatten())).all(|run| *run >= 0.0) {
             return Err(wrong("has a run of less than no time".into()));
         }
         Ok(record)
     }
 
+    /// The answer, if it is for this checkpoint; `path` is where the record was read from, for messages.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for another checkpoint, or where the search has found nothing that works.
+    pub fn answer_for(&self, checkpoint: &CheckpointId, path: &Path) -> Result<&Answer> {
+        let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
+        let Self { checkpoint: known, .. } = self;
+        if (known.layers, known.bytes) != (checkpoint.layers, checkpoint.bytes) {
+            let cause = format!("was found for {known}, and this is {checkpoint}");
+            return Err(wrong(format!("{cause}; name the record of this checkpoint, or search with it")));
+        }
+        self.answer.as_ref().ok_or_else(|| wrong("the search has found no settings that work; go on with it".into()))
+    }
+
     /// What was found, if it was the same that is wanted now; nothing if there is no such file yet.
-    pub(super) fn resume(&self, path: &Path) -> Result<Vec<Trial>> {
+    pub(super) fn resume(&self, path: &Path) -> Result<(Vec<Trial>, Vec<Round>)> {
         if !path.try_exists().map_err(Error::io("look for", path))? {
-            return Ok(Vec::new());
+            return Ok(Default::default());
         }
         let found = Self::read(path)?;
-        let same = |what: &str, then: &dyn std::fmt::Debug, now: &dyn std::fmt::Debug| {
+        let same = |what: &str, then: &dyn fmt::Debug, now: &dyn fmt::Debug| {
             let (then, now) = (format!("{then:?}"), format!("{now:?}"));
             (then == now).then_some(()).ok_or_else(|| {
                 let cause = format!("holds another search, whose {what} was {then}, not {now}");
@@ -136,11 +240,49 @@ impl Record {
         };
         same("machine", &found.machine, &self.machine)?;
         same("device", &found.device, &self.device)?;
-        same("checkpoint", &found.checkpoint, &self.checkpoint)?;
+        same("checkpoint", &found.checkpoint.to_string(), &self.checkpoint.to_string())?;
+        same("budget", &found.budget, &self.budget)?;
         same("number of runs", &found.runs, &self.runs)?;
         same("pause between runs", &found.sleep, &self.sleep)?;
         same("strictness", &found.strict, &self.strict)?;
-        Ok(found.trials)
+        same("default", &found.default, &self.default)?;
+        Ok((found.trials, found.rounds))
+    }
+
+    /// The trial of this placement.
+    pub(super) fn trial_of(&self, placement: &Placement) -> Option<&Trial> {
+        self.trials.iter().find(|trial| trial.placement == *placement)
+    }
+
+    /// The rounds in which this one was compared with the default, by their seconds.
+    pub(super) fn rounds_of(&self, challenger: &Placement) -> Vec<Option<[f64; 2]>> {
+        self.rounds.iter().filter(|round| round.challenger == *challenger).map(|round| round.seconds).collect()
+    }
+
+    /// Mean seconds of the default, if it was measured.
+    pub(super) fn default_seconds(&self) -> Option<f64> {
+        self.trial_of(&self.default)?.seconds()
+    }
+
+    /// The trials that were so much faster than the default that it is worth finding out whether they are always, the fastest
+    /// first.
+    pub(super) fn faster(&self) -> Vec<&Trial> {
+        let Some(limit) = self.default_seconds() else { return Vec::new() };
+        let seconds = |trial: &Trial| trial.seconds().unwrap_or(f64::INFINITY);
+        let mut faster: Vec<_> = self.trials.iter().filter(|trial| seconds(trial) < limit * (1.0 - WORTH)).collect();
+        faster.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        faster
+    }
+
+    /// Sets the answer to this candidate's placement, which was measured.
+    pub(super) fn set_answer(&mut self, candidate: &Candidate, verdict: Verdict) {
+        let Some(seconds) = self.trial_of(&candidate.placement).and_then(Trial::seconds) else { return };
+        let bytes = |on_device: bool| {
+            let parts = candidate.memory.iter().filter(|part| part.on_device == on_device);
+            parts.map(|part| part.bytes).fold(0, usize::saturating_add)
+        };
+        let placement = candidate.placement.clone();
+        self.answer = Some(Answer { placement, verdict, seconds, device_bytes: bytes(true), host_bytes: bytes(false) });
     }
 
     /// The fastest trial.
@@ -219,8 +361,8 @@ fn lock(file: &File, path: &Path) -> Result<()> {
     }
 }
 
-/// This machine, for people and to tell it from others.
-pub(super) fn machine() -> String {
+/// This machine, for people and to tell it from others: its name, processor and kernel.
+pub fn machine() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let processors = read("/proc/cpuinfo");
     let model = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -238,11 +380,12 @@ mod tests {
     use super::*;
 
     fn trial(n_gpu: usize, runs: &[f64], outcome: Outcome) -> Trial {
-        Trial { settings: Settings { n_gpu, ..Settings::default() }, runs: runs.to_vec(), outcome }
+        let settings = crate::plan::Settings { n_gpu, ..Default::default() };
+        Trial { placement: Placement { settings, ..Placement::default() }, runs: runs.to_vec(), outcome }
     }
 
     fn record(trials: &[Trial]) -> Record {
-        Record { runs: 3, trials: trials.to_vec(), ..Record::default() }
+        Record { runs: 3, trials: trials.to_vec(), ..Record::new(machine()) }
     }
 
     #[test]
@@ -265,20 +408,45 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_is_for_its_checkpoint_wherever_that_lies() {
+        let id = CheckpointId { name: "/a/model".into(), layers: 8, bytes: 1000 };
+        let mut found = Record { checkpoint: id.clone(), ..record(&[trial(1, &[1.0, 2.0], Outcome::Done)]) };
+        let said = found.answer_for(&id, Path::new("r")).unwrap_err().to_string();
+        assert!(said.contains("r: the search has found no settings"), "{said}");
+        let candidate = Candidate::from(found.trials[0].placement.clone());
+        found.set_answer(&candidate, Verdict::Kept);
+        let moved = CheckpointId { name: "/b".into(), ..id.clone() };
+        assert_eq!(found.answer_for(&moved, Path::new("r")).unwrap().placement, candidate.placement);
+        for other in [CheckpointId { layers: 9, ..id.clone() }, CheckpointId { bytes: 1001, ..id }] {
+            let said = found.answer_for(&other, Path::new("r")).unwrap_err().to_string();
+            assert!(said.contains("r: was found for /a/model (8 layers, 1000 bytes)"), "{said}");
+            assert!(said.contains(&other.to_string()) && said.contains("search with it"), "{said}");
+        }
+    }
+
+    #[test]
     fn a_record_comes_back_as_it_was_written_and_only_for_the_same_search() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("record");
         let refused = trial(7, &[], Outcome::Refused { reason: "\"too\nmuch\"".into() });
-        let found = Record {
-            machine: machine(),
-            best: Some(Settings::default()),
+        let rounds = vec![
+            Round { challenger: Placement::default(), seconds: Some([0.5, 0.25]) },
+            Round { challenger: Placement::default(), seconds: None },
+        ];
+        let mut found = Record {
+            budget: Some(Budget { device_bytes: None, host_bytes: 7 }),
+            bandwidths: Some(Bandwidths::default()),
+            rounds,
             ..record(&[
                 trial(1, &[0.1, 0.2, 0.3], Outcome::Done),
                 refused,
                 trial(3, &[1.0], Outcome::Stopped { limit: 0.3 }),
             ])
         };
-        assert_eq!(found.resume(&path).unwrap(), []);
+        let candidate = Candidate::from(found.trials[0].placement.clone());
+        found.set_answer(&candidate, Verdict::Faster { ratio: 0.5, won: 4, rounds: 5 });
+        assert!(found.answer.is_some());
+        assert_eq!(found.resume(&path).unwrap(), Default::default());
         let mut place = Place::take(&path).unwrap();
         for _ in 0..2 {
             place.write(&found).unwrap();
@@ -293,15 +461,24 @@ mod tests {
             Place::take(&path).is_ok()
         });
         assert!(free, "it is taken for ever");
-        assert_eq!(found.resume(&path).unwrap(), found.trials);
+        assert_eq!(found.resume(&path).unwrap(), (found.trials.clone(), found.rounds.clone()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let other = Record { device: "another".into(), ..found.clone() };
         let said = other.resume(&path).unwrap_err().to_string();
         assert!(said.contains("device was \"\", not \"another\"") && said.contains("remove it"), "{said}");
-        for text in ["", "{}", "[1]", &serde_json::to_string(&found).unwrap().replace("0.2", "-0.2")] {
+        let text = serde_json::to_string(&found).unwrap();
+        for text in ["", "{}", "[1]", &text.replace("0.2", "-0.2"), &text.replace("\"units\"", "\"unit\"")] {
             fs::write(&path, text).unwrap();
             let said = Record::read(&path).unwrap_err().to_string();
             assert!(said.starts_with("record: /"), "{said}");
+        }
+        // As the first version wrote it, and as a later one may.
+        let first =
+            r#"{"machine":"m","device":"d","checkpoint":"c","runs":3,"sleep":0.0,"best":{"n_gpu":1},"trials":[]}"#;
+        for text in [first, &text.replace("\"format\":2", "\"format\":3,\"more\":4")] {
+            fs::write(&path, text).unwrap();
+            let said = Record::read(&path).unwrap_err().to_string();
+            assert!(said.contains("another version") && said.contains("remove it and search again"), "{said}");
         }
         assert!(Record::read(folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
         let nowhere = Place::take(&folder.path().join("no/where")).unwrap().write(&found);

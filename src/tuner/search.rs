@@ -1,15 +1,17 @@
-//! Which configuration comes next.
+//! Which candidate comes next.
 
 use super::{
+    Candidate,
     record::{Outcome, Record, Trial},
     simulation::{Forecaster, Line},
+    verdict::WORTH,
 };
-use crate::plan::{Bandwidths, Plan, Settings};
+use crate::{
+    error::{Error, Result},
+    plan::{Bandwidths, Placement},
+};
 
-/// What is gained by less than this share is not searched for.
-const WORTH: f64 = 0.03;
-
-/// Of configurations forecast to be equally fast but for this share, that which takes the least memory is tried first.
+/// Of candidates forecast to be equally fast but for this share, that which takes the least memory is tried first.
 const ALIKE: f64 = 0.01;
 
 /// How far off forecasts are taken to be at first; half of that after one that was seen to be right, a third after two, …
@@ -29,84 +31,81 @@ pub(super) enum Order {
 pub(super) struct Planned {
     lines: Vec<Line>,
     forecaster: Forecaster,
-    /// The configuration that was forecast last, and its seconds.
+    /// The candidate that was forecast last, and its seconds.
     asked: Option<(usize, f64)>,
     /// How far off forecasts were, relatively.
     errors: Vec<f64>,
 }
 
 impl Order {
-    pub(super) fn planned(
-        plan: &Plan,
-        bandwidths: Bandwidths,
-        configurations: &[Settings],
-        runs: usize,
-        sleep: f64,
-    ) -> Self {
-        let lines = configurations.iter().map(|settings| Line::new(&plan.with(settings), runs, sleep)).collect();
+    pub(super) fn planned(candidates: &[Candidate], bandwidths: Bandwidths, runs: usize, sleep: f64) -> Result<Self> {
+        let line = |candidate: &Candidate| Some(Line::new(candidate.plan.as_ref()?, runs, sleep));
+        let lines = candidates.iter().map(line).collect::<Option<_>>();
+        let cause = "a search by plan needs the plan of each";
+        let lines = lines.ok_or_else(|| Error::setting("candidates", cause))?;
         let forecaster = Forecaster::new(bandwidths);
-        Self::Plan(Box::new(Planned { lines, forecaster, asked: None, errors: Vec::new() }))
+        Ok(Self::Plan(Box::new(Planned { lines, forecaster, asked: None, errors: Vec::new() })))
     }
 
-    /// How many of so many configurations are tried at most: a third by plan, but at least three.
-    pub(super) fn most(&self, configurations: usize) -> usize {
+    /// How many of so many candidates are tried at most: a third by plan, but at least four.
+    pub(super) fn most(&self, candidates: usize) -> usize {
         match self {
-            Self::Grid => configurations,
-            Self::Plan(_) => (configurations / 3).max(3).min(configurations),
+            Self::Grid => candidates,
+            Self::Plan(_) => (candidates / 3).max(4).min(candidates),
         }
     }
 
-    /// The number of the next configuration, if there is one that is worth trying. `goes_on` is asked a few times a second
+    /// The number of the next candidate, if there is one that is worth trying. `goes_on` is asked a few times a second
     /// where finding it takes long; after a no it may be any.
     pub(super) fn next(
         &mut self,
-        configurations: &[Settings],
+        candidates: &[Candidate],
         record: &Record,
         goes_on: impl FnMut() -> bool,
     ) -> Option<usize> {
-        let tried = |number: &usize| trial_of(&configurations[*number], record).is_some();
-        let left: Vec<_> = (0..configurations.len()).filter(|number| !tried(number)).collect();
-        let most = self.most(configurations.len());
+        let tried = |number: &usize| record.trial_of(&candidates[*number].placement).is_some();
+        let left: Vec<_> = (0..candidates.len()).filter(|number| !tried(number)).collect();
+        let most = self.most(candidates.len());
         match self {
             Self::Grid => left.first().copied(),
+            // The default, which the others are compared with, is measured whatever may be forecast.
+            Self::Plan(_) if left.first() == Some(&0) => Some(0),
             Self::Plan(planned) => {
                 // What is refused does not count: most of it takes no time.
-                let ran = |settings: &&Settings| trial_of(settings, record).is_some_and(|trial| !trial.runs.is_empty());
-                if configurations.iter().filter(ran).count() >= most {
+                let ran = |candidate: &&Candidate| {
+                    record.trial_of(&candidate.placement).is_some_and(|trial| !trial.runs.is_empty())
+                };
+                if candidates.iter().filter(ran).count() >= most {
                     return None;
                 }
-                planned.next(configurations, &left, record, goes_on)
+                planned.next(candidates, &left, record, goes_on)
             }
         }
     }
 }
 
-fn trial_of<'r>(settings: &Settings, record: &'r Record) -> Option<&'r Trial> {
-    record.trials.iter().find(|trial| trial.settings == *settings)
-}
-
 impl Planned {
     fn next(
         &mut self,
-        configurations: &[Settings],
+        candidates: &[Candidate],
         left: &[usize],
         record: &Record,
         goes_on: impl FnMut() -> bool,
     ) -> Option<usize> {
         // In the order in which they were tried.
-        let line_of = |trial: &Trial| configurations.iter().position(|settings| trial.settings == *settings);
+        let line_of = |trial: &Trial| candidates.iter().position(|candidate| trial.placement == candidate.placement);
         let mut trials: Vec<_> =
             record.trials.iter().filter_map(|trial| Some((&self.lines[line_of(trial)?], trial))).collect();
         let bytes = |number: &usize| self.lines[*number].bytes;
         match trials.len() {
             // With the shortest rings the stages wait for each other, with the longest for the slowest: the two tell most
-            // about each. The slow one first, which is then not stopped.
-            0 => return left.iter().copied().min_by_key(bytes),
-            1 => return left.iter().copied().max_by_key(bytes),
+            // about each. The slow one first, which is then less likely to be stopped.
+            0 | 1 => return left.iter().copied().min_by_key(bytes),
+            2 => return left.iter().copied().max_by_key(bytes),
             _ => {}
         }
         if let Some((number, forecast)) = self.asked.take()
-            && let Some(trial) = trial_of(&configurations[number], record)
+            && let Some(trial) = record.trial_of(&candidates[number].placement)
         {
             match (trial.seconds(), &trial.outcome) {
                 (Some(seconds), _) => self.errors.push((forecast / seconds - 1.0).abs()),
@@ -116,10 +115,10 @@ impl Planned {
         }
         let best = record.best_trial();
         if trials.len() > LEARN {
-            // The two extremes, the best, and the newest.
-            let rest = trials.split_off(2);
-            let newest = rest.len() - (LEARN - 3);
-            let is_best = |trial: &Trial| best.is_some_and(|best| best.settings == trial.settings);
+            // The default, the two extremes, the best, and the newest.
+            let rest = trials.split_off(3);
+            let newest = rest.len() - (LEARN - 4);
+            let is_best = |trial: &Trial| best.is_some_and(|best| best.placement == trial.placement);
             let (old, new) = rest.split_at(newest);
             trials.extend(old.iter().filter(|(_, trial)| is_best(trial)).chain(new));
         }
@@ -132,8 +131,8 @@ impl Planned {
         let worth = best.and_then(Trial::seconds).unwrap_or(f64::INFINITY) * (1.0 - WORTH);
         let number = self.most_hopeful(&hopes, |_, hope| hope * (1.0 - error) < worth).or_else(|| {
             // A machine is more than the forecast knows of it: what is next to the best may be better, until nothing is.
-            let best = &best?.settings;
-            self.most_hopeful(&hopes, |number, _| are_neighbours(&configurations[number], best))
+            let best = &best?.placement;
+            self.most_hopeful(&hopes, |number, _| are_neighbours(&candidates[number].placement, best))
         })?;
         self.asked = Some((number, self.forecaster.forecast(&self.lines[number])));
         Some(number)
@@ -149,8 +148,9 @@ impl Planned {
 }
 
 /// Whether they differ in one stage: its ring, its batch or both.
-fn are_neighbours(a: &Settings, b: &Settings) -> bool {
-    let stages =
-        |of: &Settings| [(of.n_gpu, of.batch_gpu), (of.n_cpu_pinned, of.batch_cpu_pinned), (of.n_cpu, of.batch_cpu)];
+fn are_neighbours(a: &Placement, b: &Placement) -> bool {
+    let stages = |Placement { settings: of, .. }: &Placement| {
+        [(of.n_gpu, of.batch_gpu), (of.n_cpu_pinned, of.batch_cpu_pinned), (of.n_cpu, of.batch_cpu)]
+    };
     stages(a).iter().zip(stages(b)).filter(|(a, b)| **a != *b).count() == 1
 }

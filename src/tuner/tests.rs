@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod machines;
+
 use super::{
     simulation::{Costs, Forecaster, Line},
     *,
@@ -20,7 +22,7 @@ use crate::{
     dtype::DType,
     io::faults::{Attempt, Faults},
     pipeline::LayerStreamer,
-    plan::{CachePolicy, Reader, Unit},
+    plan::{CachePolicy, Home, Plan, Reader, Settings, Unit},
 };
 
 /// Held by tests that measure time or take all processors for long.
@@ -52,7 +54,7 @@ fn units(file: &Path, sizes: &[usize]) -> (Checkpoint, Vec<Unit>) {
 /// No test, but what the tests start again: a worker, whose last argument is the file to read.
 #[test]
 fn worker_on_a_slow_disk() {
-    worker(|settings| {
+    worker(|Placement { settings, .. }| {
         let (checkpoint, units) = units(Path::new(&env::args().next_back().unwrap()), &SIZES);
         // Answers are given one at a time, each as late as its size demands.
         let mut due = Instant::now();
@@ -74,11 +76,21 @@ fn worker_on_a_slow_disk() {
     });
 }
 
-fn tuner(file: &Path, values: Values) -> Tuner {
+/// Each combination of the values with all units on disk.
+fn on_disk(checkpoint: &Checkpoint, units: &[Unit], values: &Values, common: &Settings) -> Vec<Candidate> {
+    let candidate = |settings: &Settings| Candidate {
+        plan: Some(Plan::new(checkpoint, units, settings).unwrap()),
+        ..Placement { settings: settings.clone(), homes: vec![Home::Disk; units.len()], ..Placement::default() }.into()
+    };
+    values.configurations(common).iter().map(candidate).collect()
+}
+
+fn tuner(file: &Path, values: &Values) -> Tuner {
     let arguments = ["--exact", "tuner::tests::worker_on_a_slow_disk"].map(OsString::from);
+    let common = Settings { reader: Reader::Pread, cache: CachePolicy::Direct, ..Settings::default() };
+    let (checkpoint, units) = units(file, &SIZES);
     Tuner {
-        values,
-        common: Settings { reader: Reader::Pread, cache: CachePolicy::Direct, ..Settings::default() },
+        candidates: on_disk(&checkpoint, &units, values, &common),
         arguments: Some(arguments.into_iter().chain([file.into()]).collect()),
         patience: Duration::from_secs(60),
         ..Tuner::default()
@@ -106,7 +118,7 @@ fn compared(file: &Path, pair: [&Settings; 2]) -> f64 {
             batch_cpu_pinned: vec![settings.batch_cpu_pinned],
             batch_cpu: vec![settings.batch_cpu],
         };
-        runs[turn % 2].extend_from_slice(ranking(&tuner(file, values)).trials[0].measured());
+        runs[turn % 2].extend_from_slice(ranking(&tuner(file, &values)).trials[0].measured());
     }
     let [a, b] = runs.map(|mut runs| {
         runs.sort_by(f64::total_cmp);
@@ -119,7 +131,6 @@ fn compared(file: &Path, pair: [&Settings; 2]) -> f64 {
 fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
     let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().unwrap();
-    let (checkpoint, units) = units(file.path(), &SIZES);
     let values = Values {
         n_gpu: vec![1, 2, 4],
         n_cpu_pinned: vec![0, 1, 2, 4],
@@ -127,34 +138,37 @@ fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
         batch_cpu_pinned: vec![0, 2],
         ..Values::default()
     };
-    let grid = tuner(file.path(), values);
-    let plan = Box::new(Plan::new(&checkpoint, &units, &grid.common).unwrap());
+    let grid = tuner(file.path(), &values);
     // Another program's load can spoil a comparison, but hardly three.
     let found = (0..3).any(|_| {
         let all = ranking(&grid);
         // The disk is known to be faster than it is, and what is computed is not known at all.
         let bandwidths = Bandwidths { disk: 1.5 * PART as f64 / READ.as_secs_f64(), copy: 5e9 };
-        let planned = ranking(&Tuner { search: Search::Plan { plan: plan.clone(), bandwidths }, ..grid.clone() });
+        let planned = ranking(&Tuner { search: Search::Plan { bandwidths }, ..grid.clone() });
         let runs = |ranking: &Ranking| ranking.trials.iter().map(|trial| trial.runs.len()).sum::<usize>();
-        let (best, slowest) = (all.best().unwrap(), all.trials.iter().filter_map(Trial::seconds).fold(0.0, f64::max));
-        let pick = planned.best().unwrap();
+        let (best, slowest) =
+            (all.fastest().unwrap(), all.trials.iter().filter_map(Trial::seconds).fold(0.0, f64::max));
+        let pick = planned.fastest().unwrap();
         assert!(slowest > 1.2 * best.seconds().unwrap(), "the settings do not matter: {all:?}");
-        let ratio = compared(file.path(), [&best.settings, &pick.settings]);
+        let ratio = compared(file.path(), [&best.placement.settings, &pick.placement.settings]);
         println!(
             "grid: {} configurations, {} runs, {:?} at {:.4} s, the slowest that was not stopped {slowest:.4} s\n\
              plan: {} configurations, {} runs, {:?} at {:.4} s; {:.3} of the grid's when run in turn",
             all.trials.len(),
             runs(&all),
-            best.settings,
+            best.placement.settings,
             best.seconds().unwrap(),
             planned.trials.len(),
             runs(&planned),
-            pick.settings,
+            pick.placement.settings,
             pick.seconds().unwrap(),
             ratio,
         );
         // What it has learned holds for all the others too.
-        let line = |trial: &Trial| Line::new(&plan.with(&trial.settings), grid.runs, 0.0);
+        let line = |trial: &Trial| {
+            let of = |candidate: &&Candidate| candidate.placement == trial.placement;
+            Line::new(grid.candidates.iter().find(of).unwrap().plan.as_ref().unwrap(), grid.runs, 0.0)
+        };
         let known: Vec<_> = planned.trials.iter().map(|trial| (line(trial), trial)).collect();
         let mut forecaster = Forecaster::new(bandwidths);
         forecaster.learn(&known.iter().map(|(line, trial)| (line, *trial)).collect::<Vec<_>>(), || true);
@@ -163,25 +177,45 @@ fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
         off.sort_by(f64::total_cmp);
         let median = off[off.len() / 2];
         println!("forecasts of {}: {median:.3} off in the median, {:.3} at most", off.len(), off.last().unwrap());
-        all.trials.len() == all.configurations && 3 * runs(&planned) <= runs(&all) && ratio < 1.03 && median < 0.03
+        all.trials.len() == all.candidates && 3 * runs(&planned) <= runs(&all) && ratio < 1.03 && median < 0.03
     });
     assert!(found);
 }
 
 #[test]
-fn what_cannot_work_is_refused_without_a_process_and_what_is_on_record_counts() {
+fn what_cannot_work_is_one_error_before_anything_starts_and_what_is_on_record_counts() {
     let (file, folder) = (tempfile::NamedTempFile::new().unwrap(), tempfile::tempdir().unwrap());
-    let (checkpoint, units) = units(file.path(), &SIZES);
-    let plan = Box::new(Plan::new(&checkpoint, &units, &Settings::default()).unwrap());
-    let by_plan = |disk: f64, copy: f64| Search::Plan { plan: plan.clone(), bandwidths: Bandwidths { disk, copy } };
-    let of = |n_gpu: &[usize]| tuner(file.path(), Values { n_gpu: n_gpu.to_vec(), ..Values::default() });
+    for (wrong, cause) in [
+        (Values { n_gpu: vec![1, 0], ..Values::default() }, "n_gpu: must be at least 1"),
+        (Values { n_cpu: vec![70_000], ..Values::default() }, "n_cpu: is 70000, more than the 65536"),
+        (Values { batch_cpu: vec![], ..Values::default() }, "batch_cpu: has no value to try"),
+    ] {
+        let never = |_: &Settings| panic!("it was tried");
+        let said = Candidates::new(Candidate::default(), &wrong, never).unwrap_err().to_string();
+        assert!(said.starts_with(cause), "{said}");
+    }
+    let by_plan = |disk: f64, copy: f64| Search::Plan { bandwidths: Bandwidths { disk, copy } };
+    let of = |n_gpu: &[usize]| tuner(file.path(), &Values { n_gpu: n_gpu.to_vec(), ..Values::default() });
+    let mut twice = of(&[1]);
+    twice.candidates.push(twice.candidates[0].clone());
+    let mut without_plan = Tuner { search: by_plan(1e9, 1e9), ..of(&[1, 2]) };
+    without_plan.candidates[1].plan = None;
+    let mut wrong = vec![
+        (Tuner { candidates: vec![], ..of(&[1]) }, "candidates: there must be at least one"),
+        (twice, "candidates: number 1 is there twice"),
+        (without_plan, "candidates: a search by plan needs the plan of each"),
+    ];
     for (disk, copy) in [(0.0, 1e9), (1e9, f64::INFINITY), (f64::NAN, 1e9), (1e9, -1.0)] {
-        let said = Tuner { search: by_plan(disk, copy), ..of(&[1, 2]) }.run(|_| panic!("something happened"));
-        assert!(said.unwrap_err().to_string().starts_with("bandwidths: "), "{disk} {copy}");
+        wrong.push((Tuner { search: by_plan(disk, copy), ..of(&[1, 2]) }, "bandwidths: "));
+    }
+    for (tuner, cause) in wrong {
+        let said = tuner.run(|_| panic!("something happened")).unwrap_err().to_string();
+        assert!(said.starts_with(cause), "{said}");
     }
     let record = folder.path().join("record");
     let mut counts = Vec::new();
-    for n_gpu in [&[1, usize::MAX, 70_000][..], &[2]] {
+    // The default is the same in both.
+    for n_gpu in [&[1][..], &[1, 2]] {
         let tuner = Tuner { search: by_plan(1e9, 1e9), record: Some(record.clone()), ..of(n_gpu) };
         let ranking = tuner.run(|event| {
             if let Event::Begun { number, most, .. } = event {
@@ -190,14 +224,18 @@ fn what_cannot_work_is_refused_without_a_process_and_what_is_on_record_counts() 
             ControlFlow::Continue(())
         });
         let ranking = ranking.unwrap();
-        assert_eq!((ranking.ended, ranking.configurations), (Ended::Complete, ranking.trials.len()), "{ranking:?}");
-        for trial in ranking.trials.iter().filter(|trial| trial.settings.n_gpu > 2) {
-            assert!(matches!(&trial.outcome, Outcome::Refused { reason } if reason.contains("65536")), "{trial:?}");
-        }
+        assert_eq!((ranking.ended, ranking.candidates), (Ended::Complete, ranking.trials.len()), "{ranking:?}");
     }
-    assert_eq!(counts, [(3, 3), (4, 4)]);
-    let strict = Tuner { strict: true, record: Some(record), ..of(&[1]) };
-    assert!(strict.run(|_| ControlFlow::Continue(())).unwrap_err().to_string().contains("strictness was false"));
+    assert_eq!(counts, [(1, 1), (2, 2)]);
+    for (other, cause) in [
+        (Tuner { strict: true, ..of(&[1]) }, "strictness was false"),
+        (of(&[2]), "default was Placement"),
+        (Tuner { budget: Some(Budget { device_bytes: None, host_bytes: 1 }), ..of(&[1]) }, "budget was None"),
+    ] {
+        let said = Tuner { record: Some(record.clone()), ..other }.run(|_| panic!("something happened"));
+        let said = said.unwrap_err().to_string();
+        assert!(said.contains(cause) && said.contains("remove it, or name another file"), "{said}");
+    }
 }
 
 #[test]
@@ -226,20 +264,21 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
             batch_cpu_pinned: vec![0, 4],
             ..Values::default()
         };
-        let configurations = values.configurations(&Settings::default());
-        let seconds = |settings: &Settings| Line::new(&plan.with(settings), 4, 0.0).pass(costs);
-        let all: Vec<_> = configurations.iter().map(seconds).collect();
-        let mut order = Order::planned(&plan, bandwidths, &configurations, 4, 0.0);
+        let candidates = on_disk(&checkpoint, &units, &values, &Settings::default());
+        let seconds = |candidate: &Candidate| Line::new(candidate.plan.as_ref().unwrap(), 4, 0.0).pass(costs);
+        let all: Vec<_> = candidates.iter().map(seconds).collect();
+        let mut order = Order::planned(&candidates, bandwidths, 4, 0.0).unwrap();
         let mut record = Record { runs: 4, ..Record::default() };
-        while let Some(next) = order.next(&configurations, &record, || true) {
+        while let Some(next) = order.next(&candidates, &record, || true) {
             // Runs differ by a hundredth or two, and slow ones are stopped.
             let mut runs: Vec<_> = (0..4).map(|_| all[next] * (0.99 + 0.02 * rng.f64())).collect();
             let limit = record.limit(false).filter(|limit| runs[1] > *limit);
             runs.truncate(if limit.is_some() { 1 } else { 4 });
             let outcome = limit.map_or(Outcome::Done, |limit| Outcome::Stopped { limit });
-            record.trials.push(Trial { settings: configurations[next].clone(), runs, outcome });
+            record.trials.push(Trial { placement: candidates[next].placement.clone(), runs, outcome });
         }
-        let pick = seconds(&record.best_trial().unwrap().settings);
+        let best = &record.best_trial().unwrap().placement;
+        let pick = seconds(candidates.iter().find(|candidate| candidate.placement == *best).unwrap());
         let [least, most] = [f64::min, f64::max].map(|of| all.iter().copied().reduce(of).unwrap());
         println!(
             "{case}: {} of {}, {:.3} of the best, the worst {:.3}",
@@ -260,13 +299,13 @@ fn learning_from_many_trials_of_many_units_can_be_interrupted() {
     let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().unwrap();
     let (checkpoint, units) = units(file.path(), &[8; 2000]);
-    let plan = Plan::new(&checkpoint, &units, &Settings::default()).unwrap();
     let trials: Vec<_> = (1..40)
         .map(|n_gpu| {
             let settings = Settings { n_gpu, ..Settings::default() };
-            let line = Line::new(&plan.with(&settings), 4, 0.0);
+            let line = Line::new(&Plan::new(&checkpoint, &units, &settings).unwrap(), 4, 0.0);
             // Times that nothing explains.
-            (line, Trial { settings, runs: vec![1.0 + n_gpu as f64; 4], outcome: Outcome::Done })
+            let placement = Placement { settings, ..Placement::default() };
+            (line, Trial { placement, runs: vec![1.0 + n_gpu as f64; 4], outcome: Outcome::Done })
         })
         .collect();
     let mut forecaster = Forecaster::new(Bandwidths::default());

@@ -18,7 +18,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::Settings;
+use crate::plan::Placement;
 
 /// Set for a worker: the number of the descriptor of its end of the socket, a comma, and the process that started it.
 pub(super) const VARIABLE: &str = "LAYER_STREAMER_TUNER_WORKER";
@@ -26,7 +26,7 @@ pub(super) const VARIABLE: &str = "LAYER_STREAMER_TUNER_WORKER";
 /// What a worker is to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Task {
-    pub(super) settings: Settings,
+    pub(super) placement: Placement,
     pub(super) runs: usize,
     /// Seconds between runs.
     pub(super) sleep: f64,
@@ -45,12 +45,12 @@ pub(super) enum Message {
 }
 
 /// Call it first of all in `main`. In a process that a [`Tuner`](super::Tuner) started it never returns: it has `setup` make
-/// the streamer, or whatever the host has on top of one, with the settings given, runs the closure that this returns once per
+/// the streamer, or whatever the host has on top of one, with the placement given, runs the closure that this returns once per
 /// run, and ends the process. In any other process it returns at once.
 ///
 /// The closure runs one pass and returns when the device is done with it: on a GPU it [drains](crate::device::Device::drain) the stream. An error of
 /// either is reported as the reason why there is no time for these settings, and so is whatever else ends the process.
-pub fn worker<P, E>(setup: impl FnOnce(Settings) -> Result<P, E>)
+pub fn worker<P, E>(setup: impl FnOnce(Placement) -> Result<P, E>)
 where
     P: FnMut() -> Result<(), E>,
     E: Display,
@@ -89,7 +89,7 @@ fn channel() -> Option<UnixStream> {
     Some(unsafe { UnixStream::from_raw_fd(descriptor) })
 }
 
-fn serve<P, E>(channel: &UnixStream, setup: impl FnOnce(Settings) -> Result<P, E>) -> std::io::Result<()>
+fn serve<P, E>(channel: &UnixStream, setup: impl FnOnce(Placement) -> Result<P, E>) -> std::io::Result<()>
 where
     P: FnMut() -> Result<(), E>,
     E: Display,
@@ -101,7 +101,7 @@ where
     let mut line = String::new();
     BufReader::new(channel).read_line(&mut line)?;
     let task: Task = serde_json::from_str(&line).map_err(std::io::Error::other)?;
-    let mut pass = match setup(task.settings) {
+    let mut pass = match setup(task.placement) {
         Ok(pass) => pass,
         Err(error) => return say(&Message::Refused(error.to_string())),
     };

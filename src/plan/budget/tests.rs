@@ -35,7 +35,7 @@ const FAST_LINK: Bandwidths = Bandwidths { disk: 2e9, copy: 50e9 };
 fn taken(
     sizes: &[Sizes],
     homes: &[Home],
-    [n_gpu, n_cpu_pinned]: [usize; 2],
+    [n_gpu, n_cpu_pinned, n_cpu]: Rings,
     besides: Besides,
     shared: bool,
 ) -> [usize; 2] {
@@ -49,11 +49,14 @@ fn taken(
     let host_slot = slot(of(&[Home::Disk, Home::Gpu]).iter().map(|size| size.host).max());
     let device: usize = of(&[Home::Gpu]).iter().map(|size| size.device).sum();
     let host: usize = of(&[Home::Pinned]).iter().map(|size| size.host).sum();
-    [besides.device_bytes + (n_gpu + 1) * gpu_slot + device, besides.host_bytes + (n_cpu_pinned + 1) * host_slot + host]
+    let ram_slots = if n_cpu > 0 { n_cpu + 1 } else { 0 };
+    let pinned_slots = if n_cpu > 0 && n_cpu_pinned == 0 { 0 } else { n_cpu_pinned + 1 };
+    let host = besides.host_bytes + (ram_slots + pinned_slots) * host_slot + host;
+    [besides.device_bytes + (n_gpu + 1) * gpu_slot + device, host]
 }
 
 /// Seconds of a pass, unit by unit.
-fn seconds(sizes: &[Sizes], homes: &[Home], rings: [usize; 2], by: Bandwidths) -> f64 {
+fn seconds(sizes: &[Sizes], homes: &[Home], rings: Rings, by: Bandwidths) -> f64 {
     let sum = |of: fn(&Sizes) -> usize, homes_of: &[Home]| {
         let pairs = sizes.iter().zip(homes).filter(|(_, home)| homes_of.contains(home));
         pairs.map(|(size, _)| of(size)).sum::<usize>() as f64
@@ -61,13 +64,13 @@ fn seconds(sizes: &[Sizes], homes: &[Home], rings: [usize; 2], by: Bandwidths) -
     let disk = sum(|size| size.read, &[Home::Disk]) / by.disk;
     let copy = sum(|size| size.copied, &[Home::Disk, Home::Pinned]) / by.copy;
     let (slower, faster) = (disk.max(copy), disk.min(copy));
-    [1.1 * (slower + faster), slower + 0.25 * faster, slower][rings[1]]
+    [1.1 * (slower + faster), slower + 0.25 * faster, slower][(rings[1] + rings[2]).min(2)]
 }
 
 /// The least budget, by the error that names it.
 fn minimum(sizes: &[Sizes], besides: Besides, shared: bool) -> Budget {
     let named = |budget: Budget| {
-        let error = choose(sizes, besides, budget, Bandwidths::default()).unwrap_err().to_string();
+        let error = choose(sizes, besides, budget, Bandwidths::default(), &RINGS).unwrap_err().to_string();
         let number = error.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
         (error.starts_with("vram"), number.unwrap_or_else(|| panic!("{error}")).parse().unwrap())
     };
@@ -95,14 +98,14 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             Budget { host_bytes: least.host_bytes - 1, ..least },
             Budget { device_bytes: least.device_bytes.map(|bytes| bytes - 1), ..least },
         ] {
-            assert_eq!(choose(&sizes, besides, below, by).is_ok(), below == least, "seed {seed}: {below:?}");
+            assert_eq!(choose(&sizes, besides, below, by, &RINGS).is_ok(), below == least, "seed {seed}: {below:?}");
         }
         let all: usize = sizes.iter().map(|size| size.host.max(size.device)).sum();
         let mut budget = least;
         let mut before = f64::INFINITY;
         let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
         for round in 0..24 {
-            let (homes, rings) = choose(&sizes, besides, budget, by).unwrap();
+            let (homes, rings) = choose(&sizes, besides, budget, by, &RINGS).unwrap();
             let memory = taken(&sizes, &homes, rings, besides, shared);
             assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
             let now = seconds(&sizes, &homes, rings, by);
@@ -116,8 +119,21 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             budget.host_bytes += step(&mut rng);
             budget.device_bytes = budget.device_bytes.map(|bytes| bytes + step(&mut rng));
         }
+        let given = [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)];
+        match choose(&sizes, besides, budget, by, &[given]) {
+            Ok((homes, rings)) => {
+                let memory = taken(&sizes, &homes, rings, besides, shared);
+                assert!(rings == given && budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
+                let plain = seconds(&sizes, &vec![Home::Disk; sizes.len()], given, by);
+                assert!(seconds(&sizes, &homes, given, by) <= plain * 1.000_001, "seed {seed}: {given:?}");
+            }
+            Err(error) => {
+                let all_on_disk = taken(&sizes, &vec![Home::Disk; sizes.len()], given, besides, shared);
+                assert!(!budget.holds(all_on_disk), "seed {seed}: {error} with {given:?}");
+            }
+        }
         budget.host_bytes += 12 * all + (16 << 20);
-        let (homes, rings) = choose(&sizes, besides, budget, by).unwrap();
+        let (homes, rings) = choose(&sizes, besides, budget, by, &RINGS).unwrap();
         assert!(!homes.contains(&Home::Disk), "seed {seed}: {homes:?} with room for all, {rings:?}");
     }
 }
@@ -132,7 +148,7 @@ fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
         // One slot more lets the disk read while the device copies.
         let host_bytes = least + size + quarters * sizes.len() / 4 * size;
         let budget = Budget { device_bytes: None, host_bytes };
-        let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK).unwrap();
+        let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK, &RINGS).unwrap();
         let kept: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Gpu).collect();
         let on_disk: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Disk).collect();
         assert_eq!(kept.len() + on_disk.len(), 28);
@@ -151,8 +167,8 @@ fn each_tier_keeps_its_share_at_even_distances() {
     let size = 1 << 20;
     let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 40];
     let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
-    let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK).unwrap();
-    assert_eq!(rings, [1, 1]);
+    let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK, &RINGS).unwrap();
+    assert_eq!(rings, [1, 1, 0]);
     let places = |home: Home| (0..40).filter(|&unit| homes[unit] == home).collect::<Vec<_>>();
     assert_eq!([Home::Disk, Home::Pinned, Home::Gpu].map(|home| places(home).len()), [10, 20, 10]);
     for home in [Home::Disk, Home::Gpu] {
@@ -180,7 +196,15 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let device_bytes = (!shared).then(|| rng.usize(300_000..4_000_000));
         let budget = Budget { device_bytes, host_bytes: rng.usize(300_000..4_000_000) };
         let by = bandwidths(&mut rng);
-        let Ok((homes, settings)) = budget.plan(&fixture.checkpoint, &units, Besides::default(), by) else { continue };
+        let besides = Besides::default();
+        let planned = if rng.bool() {
+            budget.plan(&fixture.checkpoint, &units, besides, by)
+        } else {
+            let settings = common::settings(1 + rng.usize(..3), rng.usize(..3), rng.usize(..3));
+            let homes = budget.plan_with(&fixture.checkpoint, &units, besides, by, &settings);
+            homes.map(|homes| (homes, settings))
+        };
+        let Ok((homes, settings)) = planned else { continue };
         units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
         let plan = match shared {
             true => Plan::on(&crate::device::Cpu, &fixture.checkpoint, &units, &settings),
