@@ -2,31 +2,52 @@
 //!
 //! The units live on the device and are there when a burst begins, so that what is timed is the calls alone.
 
-use std::{ffi::CString, fs, mem::MaybeUninit, process::ExitCode, thread, time::Duration};
+#[path = "bench/report/mod.rs"]
+mod report;
+
+use std::{
+    ffi::CString,
+    fs,
+    mem::MaybeUninit,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
 
 use clap::Parser;
 use layer_streamer::{
-    Checkpoint, DType, LayerStreamer, Result, Settings, StoredTensor, Unit,
+    Checkpoint, DType, LayerStreamer, Settings, StoredTensor, Unit,
     capi::{ls_status::LS_OK, *},
     device::{Cpu, Device},
     plan::Home,
 };
+use report::{Column, Common, Failure, Figure, Report, Show, Spread, by_default, column, quantile};
+use serde_json::json;
 
 /// Time ls_next_layer + ls_release_layer beside the Rust pull loop.
+///
+/// Checks first that both hand over the same layers. A figure is what nine of ten bursts of 256 layers do not beat: the time that
+/// nothing else on the machine disturbs.
 #[derive(Parser)]
+#[command(mut_arg("window", by_default("0.15")), mut_arg("rounds", by_default("10")))]
+#[command(after_help = "\
+Examples:
+  bench_border                          what the C API adds to taking a layer and giving it back
+  bench_border --rounds 40              a quieter figure on a busy machine
+  bench_border --most 50                fail where it adds more than 50 ns
+  bench_border --json | jq .border_ns   one figure, for a script")]
 struct Options {
-    /// Bursts on each side
-    #[arg(long, value_name = "N", default_value_t = 300)]
-    bursts: usize,
-
+    #[command(flatten)]
+    common: Common,
     /// Fail if the C API costs more nanoseconds a layer beyond Rust's own
     #[arg(long, value_name = "NS", default_value_t = 100.0)]
     most: f64,
-
-    /// Print one line of JSON
-    #[arg(long)]
-    json: bool,
 }
+
+const COLUMNS: [Column; 2] = [
+    column("through", "through", Show::Text, ""),
+    column("ns", "ns a layer", Show::Spread(1), "taking it and giving it back, ± half of the range over the rounds"),
+];
 
 /// Layers of a pass, and of a burst.
 const UNITS: usize = 256;
@@ -42,19 +63,17 @@ fn made<T>(call: impl FnOnce(*mut T) -> ls_status) -> T {
 fn time(work: impl FnOnce()) -> f64 {
     // Long enough for the pipeline to have the next pass ready.
     thread::sleep(Duration::from_millis(2));
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     work();
     start.elapsed().as_nanos() as f64 / UNITS as f64
 }
 
-/// What a burst takes that nothing else on the machine disturbs: a tenth are faster.
-fn undisturbed(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 10]
+fn main() -> ExitCode {
+    let options = Options::parse();
+    report::run(&options.common, None, || run(&options))
 }
 
-fn main() -> Result<ExitCode> {
-    let options = Options::parse();
+fn run(options: &Options) -> Result<Report, Failure> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("weights");
     fs::write(&file, vec![7; UNITS * 64]).expect("a file in a temporary folder");
@@ -88,21 +107,39 @@ fn main() -> Result<ExitCode> {
     rust();
     in_c();
     check(&streamer, &stream, c_streamer, c_stream);
-    let [mut with_rust, mut with_c] = [(); 2].map(|()| Vec::with_capacity(options.bursts));
-    for _ in 0..options.bursts.max(1) {
-        with_rust.push(time(rust));
-        with_c.push(time(in_c));
+    let bar = report::progress(options.common.rounds.into(), &options.common)?;
+    let [mut rust_ns, mut c_ns] = [(); 2].map(|()| Vec::new());
+    for _ in 0..options.common.rounds {
+        let [mut with_rust, mut with_c] = [(); 2].map(|()| Vec::new());
+        let start = Instant::now();
+        while start.elapsed() < options.common.window || with_c.len() < 10 {
+            with_rust.push(time(rust));
+            with_c.push(time(in_c));
+        }
+        rust_ns.push(quantile(&mut with_rust, 0.1));
+        c_ns.push(quantile(&mut with_c, 0.1));
+        bar.inc(1);
     }
-    let (rust_ns, c_ns) = (undisturbed(&mut with_rust), undisturbed(&mut with_c));
-    let border = c_ns - rust_ns;
-    if options.json {
-        println!("{{\"rust_ns\":{rust_ns:.1},\"c_ns\":{c_ns:.1},\"border_ns\":{border:.1}}}");
-    } else {
-        println!("taking a layer and giving it back, first decile of {} bursts of {UNITS}:", options.bursts);
-        println!("  Rust   {rust_ns:6.1} ns\n  C      {c_ns:6.1} ns\n  border {border:6.1} ns");
-    }
+    bar.finish_and_clear();
     assert_eq!((ls_streamer_close(c_streamer), ls_stream_close(c_stream)), (LS_OK, LS_OK));
-    Ok(ExitCode::from(u8::from(border > options.most)))
+    let pairs = || c_ns.iter().zip(&rust_ns);
+    let border = Spread::of(&pairs().map(|(c, rust)| c - rust).collect::<Vec<_>>());
+    let mut report = Report::new("bench_border", Cpu.describe(), &COLUMNS);
+    report.row([json!("C"), json!(Spread::of(&c_ns))]);
+    report.row([json!("Rust"), json!(Spread::of(&rust_ns))]);
+    report.line("border", border.text(|ns| format!("{ns:.1}")) + " ns a layer: what the C API adds");
+    report.field("border_ns", border.median);
+    let ratios: Vec<_> = pairs().map(|(c, rust)| c / rust).collect();
+    report.compare(
+        Figure::new("a layer through the C API", "ns", &c_ns),
+        Figure::new("a layer through Rust", "ns", &rust_ns),
+        "time through C / time through Rust",
+        &ratios,
+    );
+    let most = options.most;
+    report.failed =
+        (border.median > most).then(|| format!("the C API adds {:.1} ns, more than {most} (--most)", border.median));
+    Ok(report)
 }
 
 /// The same streamer through the C API.

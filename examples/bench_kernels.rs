@@ -6,46 +6,128 @@
 
 #[path = "device/mod.rs"]
 mod device;
+#[path = "bench/report/mod.rs"]
+mod report;
 #[path = "bench/twin.rs"]
 mod twin;
 
-use std::time::Instant;
+use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
 use device::{Chosen, Wanted};
+use indicatif::ProgressBar;
 use layer_streamer::{
     DType, Result,
     kernels::{AttentionMask, Kernels, RopeLayout},
 };
+use report::{Column, Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Show, Spread, by_default, column};
+use serde_json::{Value, json};
 use twin::{Batch, On, Tensor, off, random};
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Check each kernel against its twin on the CPU, then measure it.
 #[derive(Parser)]
+#[command(mut_arg("window", by_default("0.05")), mut_arg("rounds", by_default("3")))]
+#[command(after_help = "\
+Examples:
+  bench_kernels                                   every kernel, beside a copy within the device
+  bench_kernels --plot attention.svg              decoding and prompts over the length of the context
+  bench_kernels --small --window 0.01             that they run and are right, not how fast; for sanitizers
+  bench_kernels --json | jq '.rows[] | select(.tflop_s) | {kernel, tflop_s}'")]
 struct Options {
     /// cpu, cuda or cuda:N [default: cuda if there is one]
     #[arg(long)]
     device: Option<Wanted>,
-    /// Small tensors and short times: that it runs, not how fast
+    /// Tensors 64 times smaller, as on the CPU: that it runs, not how fast
     #[arg(long)]
-    quick: bool,
-    /// Print one JSON object in place of text
-    #[arg(long)]
-    json: bool,
+    small: bool,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    plot: PlotTo,
 }
+
+/// Rows of the table, for the progress bar.
+const ROWS: u64 = 31;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
 const OFF: f64 = 1e-2;
 
+const COLUMNS: [Column; 8] = [
+    column("kernel", "kernel", Show::Text, ""),
+    column("shape", "shape", Show::Text, ""),
+    column(
+        "off",
+        "off",
+        Show::Power,
+        "‖kernel - twin‖ / ‖twin‖ where this row was checked; the twin is the same kernel on the CPU",
+    ),
+    column("seconds", "time", Show::SpreadOfSeconds, "of one launch, ± half of the range over the rounds"),
+    column("bytes", "bytes", Show::Bytes, "that must move, each read or written once"),
+    column("gb_s", "GB/s", Show::Significant, "those bytes over the time"),
+    column("of_copy", "of copy", Show::Spread(2), "GB/s over those of a copy within the device, round by round"),
+    column(
+        "tflop_s",
+        "TFLOP/s",
+        Show::Significant,
+        "a multiplication and an addition each, of pairs that the causal mask lets through",
+    ),
+];
+
 /// One line of the table.
 struct Row {
-    name: String,
+    kernel: &'static str,
+    shape: String,
     /// From the twin, where this line was checked.
     off: Option<f64>,
-    seconds: f64,
+    /// Round by round.
+    seconds: Vec<f64>,
+    /// GB/s of a copy in the same round.
+    copies: Vec<f64>,
     bytes: usize,
     operations: f64,
+    /// Of attention: tokens that are there already, and new ones.
+    tokens: Option<(usize, usize)>,
+}
+
+impl Row {
+    /// A kernel that only moves so many bytes, or hardly more.
+    fn new(kernel: &'static str, shape: String, off: Option<f64>, bytes: usize) -> Self {
+        Self { kernel, shape, off, seconds: Vec::new(), copies: Vec::new(), bytes, operations: 0.0, tokens: None }
+    }
+
+    /// A copy is its limit.
+    fn moves(&self) -> bool {
+        self.operations == 0.0 && self.kernel != "argmax"
+    }
+
+    fn time(&self) -> f64 {
+        Spread::of(&self.seconds).median
+    }
+
+    fn rates(&self) -> Vec<f64> {
+        self.seconds.iter().map(|seconds| self.bytes as f64 / seconds / 1e9).collect()
+    }
+
+    fn of_copy(&self) -> Vec<f64> {
+        self.rates().iter().zip(&self.copies).map(|(rate, copy)| rate / copy).collect()
+    }
+
+    fn tera(&self) -> Vec<f64> {
+        self.seconds.iter().map(|seconds| self.operations / seconds / 1e12).collect()
+    }
+
+    fn cells(&self) -> [Value; 8] {
+        [
+            json!(self.kernel),
+            json!(self.shape),
+            json!(self.off),
+            json!(Spread::of(&self.seconds)),
+            json!(self.bytes),
+            json!(self.bytes as f64 / self.time() / 1e9),
+            json!(Spread::of(&self.of_copy())),
+            json!((self.operations > 0.0).then(|| self.operations / self.time() / 1e12)),
+        ]
+    }
 }
 
 struct Bench<'a, D: Kernels> {
@@ -53,102 +135,108 @@ struct Bench<'a, D: Kernels> {
     rng: fastrand::Rng,
     /// How long one figure takes, in seconds.
     time: f64,
+    rounds: u32,
     /// Tensors are this many times smaller than on a GPU.
     divisor: usize,
+    /// What is copied to compare with.
+    copied: [Tensor<D>; 2],
     rows: Vec<Row>,
+    bar: ProgressBar,
 }
 
-fn main() {
+fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
+    report::run(&options.common, Some(&options.plot), || match device::choose(options.device)? {
         Chosen::Cpu(device) => run(&device, &options, 64),
         #[cfg(feature = "cuda")]
-        Chosen::Cuda(device) => run(&device, &options, 1),
-    });
-    if let Err(error) = outcome {
-        eprintln!("error: {error}");
-        std::process::exit(1);
-    }
+        Chosen::Cuda(device) => run(&device, &options, if options.small { 64 } else { 1 }),
+    })
 }
 
-fn run<D: Kernels>(device: &D, options: &Options, divisor: usize) -> Result<(), Failure> {
+fn run<D: Kernels>(device: &D, options: &Options, divisor: usize) -> Result<Report, Failure> {
     let on = On::new(device)?;
-    let (time, divisor) = if options.quick { (0.01, divisor.max(64)) } else { (0.1, divisor) };
-    let mut bench = Bench { on: &on, rng: fastrand::Rng::new(), time, divisor, rows: Vec::new() };
-    if !options.json {
-        println!("{}", device.describe());
-        println!("{:50} {:>9} {:>11} {:>9} {:>8} {:>9}", "kernel", "off", "time", "GB/s", "of copy", "TFLOP/s");
-    }
-    let copy = bench.copy()?;
-    bench.print(copy, options.json);
+    let count = (128 << 20) / divisor;
+    let mut rng = fastrand::Rng::new();
+    let copied = [on.repeated(DType::F32, &[count], &random(&mut rng, 1 << 18))?, on.empty(DType::F32, &[count])?];
+    let (time, rounds) = (options.common.window.as_secs_f64(), options.common.rounds);
+    let bar = report::progress(ROWS * u64::from(rounds), &options.common)?;
+    let mut bench = Bench { on: &on, rng, time, rounds, divisor, copied, rows: Vec::new(), bar };
     for part in [Bench::casts, Bench::rows_of_the_residual, Bench::activations, Bench::products, Bench::attention] {
-        let first = bench.rows.len();
         part(&mut bench)?;
-        (!options.json).then(|| bench.rows[first..].iter().for_each(|row| row.print(copy)));
     }
-    if options.json {
-        let rows: Vec<_> = bench.rows.iter().map(|row| row.json(copy)).collect();
-        println!("{}", serde_json::json!({ "device": device.describe(), "copy_gb_s": copy, "kernels": rows }));
-    }
-    let wrong: Vec<_> =
-        bench.rows.iter().filter(|row| row.off.is_some_and(|off| off > OFF)).map(|row| &row.name).collect();
-    if wrong.is_empty() { Ok(()) } else { Err(format!("further than {OFF} from the twin: {wrong:?}").into()) }
+    bench.bar.finish_and_clear();
+    let rows = bench.rows;
+
+    let mut report = Report::new("bench_kernels", device.describe(), &COLUMNS);
+    rows.iter().for_each(|row| report.row(row.cells()));
+    let moving = || rows.iter().filter(|row| row.moves());
+    let copies: Vec<_> = rows.iter().flat_map(|row| row.copies.iter().copied()).collect();
+    let ratios: Vec<_> = moving().map(|row| Spread::of(&row.of_copy()).median).collect();
+    report.compare(
+        Figure::new(
+            "casts, norms, rope and swiglu, which only move memory",
+            "GB/s",
+            &moving().flat_map(Row::rates).collect::<Vec<_>>(),
+        ),
+        Figure::new("a copy within the device, read and written bytes together", "GB/s", &copies),
+        "kernels that only move memory / a copy, kernel by kernel",
+        &ratios,
+    );
+    report.plot = Some(plot(&rows, Spread::of(&copies).median));
+    let wrong: Vec<_> = rows.iter().filter(|row| row.off.is_some_and(|off| off > OFF)).collect();
+    let wrong: Vec<_> = wrong.iter().map(|row| format!("{} {}", row.kernel, row.shape)).collect();
+    report.failed = (!wrong.is_empty()).then(|| format!("further than {OFF} from the twin: {}", wrong.join(", ")));
+    Ok(report)
 }
 
-impl Row {
-    fn rate(&self) -> f64 {
-        self.bytes as f64 / self.seconds / 1e9
-    }
+/// Attention over the length of the context.
+fn plot(rows: &[Row], copy: f64) -> Plot {
+    let points = |prefill: bool, values: fn(&Row) -> Vec<f64>| -> Vec<_> {
+        let found = rows.iter().filter_map(|row| Some((row, row.tokens?)));
+        let found = found.filter(|(_, (_, new))| (*new > 1) == prefill);
+        found.map(|(row, (before, new))| ((before + new) as f64, Spread::of(&values(row)))).collect()
+    };
+    let panel = |y, name: &str, points, limit| Panel {
+        x: "tokens of context",
+        y,
+        format: |tokens| format!("{tokens}"),
+        lines: vec![Line { name: name.to_owned(), points }],
+        limit,
+    };
+    let decoding =
+        panel("GB/s of KV cache", "decoding", points(false, Row::rates), Some(("limit: a copy".to_owned(), copy)));
+    let prompts = panel("TFLOP/s", "prompts", points(true, Row::tera), None);
+    Plot { title: "Attention over the length of the context".to_owned(), panels: vec![decoding, prompts] }
+}
 
-    fn print(&self, copy: f64) {
-        let off = self.off.map_or("".into(), |off| format!("{off:.1e}"));
-        let tera = self.operations / self.seconds / 1e12;
-        let tera = if self.operations > 0.0 { format!("{tera:.2}") } else { String::new() };
-        let (rate, micros) = (self.rate(), self.seconds * 1e6);
-        println!("{:50} {off:>9} {micros:>8.1} µs {rate:>9.1} {:>8.2} {tera:>9}", self.name, rate / copy);
-    }
-
-    fn json(&self, copy: f64) -> serde_json::Value {
-        serde_json::json!({
-            "kernel": self.name, "off": self.off, "seconds": self.seconds, "bytes": self.bytes, "gb_s": self.rate(),
-            "of_copy": self.rate() / copy, "tflop_s": self.operations / self.seconds / 1e12,
-        })
-    }
+/// Seconds of one launch, of as many as take about `time`. `launch` is given its number, so that it may use other memory each time.
+fn seconds<D: Kernels>(on: &On<D>, time: f64, mut launch: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+    let On { device, stream } = on;
+    // Warm, and long enough for a guess at how many to enqueue.
+    let mut of_some = |count: usize| -> Result<f64> {
+        device.drain(stream)?;
+        let start = Instant::now();
+        (0..count).try_for_each(&mut launch)?;
+        device.drain(stream)?;
+        Ok(start.elapsed().as_secs_f64() / count as f64)
+    };
+    of_some(1)?;
+    let guess = of_some(2)?;
+    of_some(((time / guess) as usize).clamp(2, 10_000))
 }
 
 impl<D: Kernels> Bench<'_, D> {
-    fn print(&self, copy: f64, json: bool) {
-        if !json {
-            println!("{:50} {:>9} {:>11} {copy:>9.1} {:>8.2}", "copy on the device", "", "", 1.0);
+    /// Measures a kernel and a copy in turn.
+    fn record(&mut self, mut row: Row, mut launch: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        let [from, to] = &mut self.copied;
+        self.bar.set_message(row.kernel);
+        for _ in 0..self.rounds {
+            row.seconds.push(seconds(self.on, self.time, &mut launch)?);
+            let copy = |_| self.on.device.cast(&self.on.stream, from.get(), to.out());
+            row.copies.push(2.0 * from.bytes() as f64 / seconds(self.on, self.time, copy)? / 1e9);
+            self.bar.inc(1);
         }
-    }
-
-    /// Seconds of one launch. `launch` is given its number, so that it may use other memory each time.
-    fn seconds(&self, mut launch: impl FnMut(usize) -> Result<()>) -> Result<f64> {
-        let On { device, stream } = self.on;
-        // Warm, and long enough for a guess at how many to enqueue.
-        let mut of_some = |count: usize| -> Result<f64> {
-            device.drain(stream)?;
-            let start = Instant::now();
-            (0..count).try_for_each(&mut launch)?;
-            device.drain(stream)?;
-            Ok(start.elapsed().as_secs_f64() / count as f64)
-        };
-        of_some(1)?;
-        let guess = of_some(2)?;
-        of_some(((self.time / guess) as usize).clamp(2, 10_000))
-    }
-
-    fn record(
-        &mut self,
-        name: String,
-        off: Option<f64>,
-        bytes: usize,
-        operations: f64,
-        launch: impl FnMut(usize) -> Result<()>,
-    ) -> Result<()> {
-        let seconds = self.seconds(launch)?;
-        self.rows.push(Row { name, off, seconds, bytes, operations });
+        self.rows.push(row);
         Ok(())
     }
 
@@ -161,14 +249,6 @@ impl<D: Kernels> Bench<'_, D> {
     fn fill(&mut self, dtype: DType, shape: &[usize]) -> Result<Tensor<D>> {
         let some = random(&mut self.rng, shape.iter().product::<usize>().clamp(1, 1 << 18));
         self.on.repeated(dtype, shape, &some)
-    }
-
-    /// GB/s of a copy within the device, read and written bytes together.
-    fn copy(&mut self) -> Result<f64> {
-        let count = self.many(128 << 20);
-        let (from, mut to) = (self.fill(DType::F32, &[count])?, self.on.empty(DType::F32, &[count])?);
-        let seconds = self.seconds(|_| self.on.device.cast(&self.on.stream, from.get(), to.out()))?;
-        Ok(2.0 * from.bytes() as f64 / seconds / 1e9)
     }
 
     fn casts(&mut self) -> Result<()> {
@@ -190,7 +270,8 @@ impl<D: Kernels> Bench<'_, D> {
             });
             let (x, mut out) = (here.empty(from, &[count])?, here.empty(to, &[count])?);
             let moved = x.bytes() + out.bytes();
-            self.record(format!("cast {from} to {to}, {count}"), Some(off(&both.0, &both.1)), moved, 0.0, |_| {
+            let shape = format!("{from} to {to}, [{count}]");
+            self.record(Row::new("cast", shape, Some(off(&both.0, &both.1)), moved), |_| {
                 here.device.cast(&here.stream, x.get(), out.out())
             })?;
         }
@@ -223,15 +304,15 @@ impl<D: Kernels> Bench<'_, D> {
             let (mut x, y) = (self.fill(DType::F32, &shape)?, self.fill(activation, &shape)?);
             let (weight, mut out) = (here.weight(&[hidden], &weights)?, here.empty(activation, &shape)?);
             let moved = x.bytes() + out.bytes();
-            self.record(format!("rms_norm [{rows}, {hidden}]"), checked, moved, 0.0, |_| {
+            self.record(Row::new("rms_norm", format!("[{rows}, {hidden}]"), checked, moved), |_| {
                 here.device.rms_norm(&here.stream, x.get(), weight.get(), 1e-6, out.out())
             })?;
             let moved = 2 * x.bytes() + y.bytes() + out.bytes();
-            self.record(format!("add_rms_norm [{rows}, {hidden}]"), checked, moved, 0.0, |_| {
+            self.record(Row::new("add_rms_norm", format!("[{rows}, {hidden}]"), checked, moved), |_| {
                 here.device.add_rms_norm(&here.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())
             })?;
             let moved = 2 * x.bytes() + y.bytes();
-            self.record(format!("add [{rows}, {hidden}]"), None, moved, 0.0, |_| {
+            self.record(Row::new("add", format!("[{rows}, {hidden}]"), None, moved), |_| {
                 here.device.add(&here.stream, x.out(), y.get())
             })?;
         }
@@ -259,17 +340,16 @@ impl<D: Kernels> Bench<'_, D> {
             let (at, frequencies) =
                 (here.tensor(&[tokens], &positions[..tokens])?, here.tensor(&[size / 2], &inv_freq)?);
             let moved = x.bytes() + out.bytes();
-            let name = format!("rope [{tokens}, {heads}, {size}], {layout:?}");
-            self.record(name, Some(off(&both.0, &both.1)), moved, 0.0, |_| {
+            let shape = format!("[{tokens}, {heads}, {size}], {layout:?}");
+            self.record(Row::new("rope", shape, Some(off(&both.0, &both.1)), moved), |_| {
                 here.device.rope(&here.stream, x.get(), at.get(), frequencies.get(), layout, out.out())
             })?;
         }
         let rows = tokens * 28;
         let weight = self.fill(DType::BF16, &[size])?;
         let mut x = self.fill(DType::F32, &[rows, size])?;
-        self.record(format!("rms_norm_in_place [{rows}, {size}]"), None, 2 * x.bytes(), 0.0, |_| {
-            here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 1e-6)
-        })?;
+        let row = Row::new("rms_norm_in_place", format!("[{rows}, {size}]"), None, 2 * x.bytes());
+        self.record(row, |_| here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 1e-6))?;
 
         let (rows, ffn) = (self.many(8192), 18_944);
         let (gates, ups) = (random(&mut self.rng, few * ffn), random(&mut self.rng, few * ffn));
@@ -280,13 +360,12 @@ impl<D: Kernels> Bench<'_, D> {
         });
         let (mut gate, up) = (self.fill(activation, &[rows, ffn])?, self.fill(activation, &[rows, ffn])?);
         let moved = 3 * gate.bytes();
-        self.record(format!("swiglu [{rows}, {ffn}]"), Some(off(&both.0, &both.1)), moved, 0.0, |_| {
-            here.device.swiglu(&here.stream, gate.out(), up.get())
-        })?;
+        let row = Row::new("swiglu", format!("[{rows}, {ffn}]"), Some(off(&both.0, &both.1)), moved);
+        self.record(row, |_| here.device.swiglu(&here.stream, gate.out(), up.get()))?;
 
         let vocab = 152_064;
         let (x, mut best) = (self.fill(DType::F32, &[16, vocab])?, here.empty(DType::U32, &[16])?);
-        self.record(format!("argmax [16, {vocab}]"), None, x.bytes(), 0.0, |_| {
+        self.record(Row::new("argmax", format!("[16, {vocab}]"), None, x.bytes()), |_| {
             here.device.argmax(&here.stream, x.get(), best.out())
         })
     }
@@ -311,13 +390,10 @@ impl<D: Kernels> Bench<'_, D> {
             let (x, weight) = (self.fill(activation, &[tokens, k])?, self.fill(DType::BF16, &[n, k])?);
             let mut out = here.empty(to, &[tokens, n])?;
             let (moved, operations) = (x.bytes() + weight.bytes() + out.bytes(), 2.0 * (tokens * k * n) as f64);
-            self.record(
-                format!("linear [{tokens}, {k}] · [{n}, {k}]ᵀ to {to}"),
-                checked,
-                moved,
-                operations,
-                |_| here.device.linear(&here.stream, x.get(), weight.get(), None, out.out()),
-            )?;
+            let row = Row::new("linear", format!("[{tokens}, {k}] · [{n}, {k}]ᵀ to {to}"), checked, moved);
+            self.record(Row { operations, ..row }, |_| {
+                here.device.linear(&here.stream, x.get(), weight.get(), None, out.out())
+            })?;
         }
         Ok(())
     }
@@ -331,8 +407,8 @@ impl<D: Kernels> Bench<'_, D> {
         let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None };
         // A cache that no other memory of the device is large enough to keep, used row by row.
         let pool = self.many(1 << 29);
-        let contexts = [1 << 10, 4 << 10, 8 << 10].map(|context| (0, context));
-        let decodes = [4 << 10, 32 << 10, 128 << 10].map(|context| (context - 1, 1));
+        let contexts = [1 << 10, 2 << 10, 4 << 10, 8 << 10].map(|context| (0, context));
+        let decodes = [4 << 10, 8 << 10, 32 << 10, 128 << 10].map(|context| (context - 1, 1));
         for (before, new) in contexts.into_iter().chain(decodes) {
             let (before, new) = (before / self.divisor.min(64), (new / self.divisor.min(64)).max(1));
             let capacity = before + new;
@@ -361,9 +437,10 @@ impl<D: Kernels> Bench<'_, D> {
             let cached = 2 * GROUPS * capacity * SIZE * cache_type.size();
             let pairs = new * before + new * (new + 1) / 2;
             let (moved, operations) = (cached + q.bytes() + out.bytes(), 4.0 * (pairs * HEADS * SIZE) as f64);
-            let what = if new == 1 { format!("decode, context {capacity}") } else { format!("prefill, {new} tokens") };
-            let name = format!("attention {HEADS}/{GROUPS} heads of {SIZE}, {what}");
-            self.record(name, Some(off(&both.0, &both.1)), moved, operations, |number| {
+            let what = if new == 1 { format!("decoding at {capacity}") } else { format!("a prompt of {new}") };
+            let shape = format!("{HEADS}/{GROUPS} heads of {SIZE}, {what}");
+            let row = Row::new("attention", shape, Some(off(&both.0, &both.1)), moved);
+            self.record(Row { operations, tokens: Some((before, new)), ..row }, |number| {
                 let of = batches[number % rows].get();
                 here.device.attention(&here.stream, q.get(), keys.get(), values.get(), of, mask, out.out())
             })?;

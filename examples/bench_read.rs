@@ -6,6 +6,8 @@
 //! came from it.
 
 mod bench;
+#[path = "bench/report/mod.rs"]
+mod report;
 
 use std::{
     collections::BTreeSet,
@@ -14,44 +16,63 @@ use std::{
     time::Duration,
 };
 
-use bench::{CachedFiles, Disk, Failure, Moved, Pipeline, Used, Way, finish, progress, seconds};
+use bench::{CachedFiles, Disk, Moved, Pipeline, Way};
 use clap::Parser;
 use layer_streamer::{
     Checkpoint, DType, Settings, StoredTensor, Unit,
-    device::Cpu,
+    device::{Cpu, Device},
     plan::{CachePolicy, Plan},
 };
+use report::{
+    Column, Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Show, Spread, by_default, column, seconds,
+    units,
+};
+use serde_json::{Value, json};
 
 /// Measure the disk that files lie on, and how close this crate's reader comes to it.
 ///
 /// Checks samples first, reads for a while, tries every way of reading, then measures the best one and the crate's
-/// reader in turn. Prints GB/s (10⁹ bytes) and CPU seconds per GB.
+/// reader in turn.
 #[derive(Parser)]
+#[command(mut_arg("window", by_default("0.5")), mut_arg("rounds", by_default("8")))]
 #[command(after_help = "\
 Examples:
   bench_read /mnt/nvme/7b/*.safetensors         the disk under a model; as large as you have, gigabytes at least
   bench_read --window 2 FILE                    a quieter table, in four times the time
+  bench_read FILE --plot disk.svg               GB/s over depth, a line for each way and chunk size
   bench_read FILE --json | jq .best             the way of reading to use
+  bench_read FILE --json | jq .ratio.median     the crate's reader beside it
 
-A row is one short window: on a disk that several programs share, compare rows only roughly. The two lines below
-the table were measured in turn, and compare well.")]
+A row is one short window: on a disk that several programs share, compare rows only roughly. The figures below the table
+were measured in turn, and compare well.")]
 struct Options {
     /// Files to read, all on the disk to measure; they are only read
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Length of a window: one for each row, and each of the pairs
-    #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = seconds)]
-    window: Duration,
     /// How long to read before the first window, which uses up what the disk had saved up
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     warm_up: Duration,
-    /// Pairs of windows: the best row, and the crate's reader
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    pairs: u32,
-    /// Print one JSON object in place of text
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    plot: PlotTo,
 }
+
+const COLUMNS: [Column; 8] = [
+    column("cache", "reads", Show::Text, "O_DIRECT: past the page cache; buffered: through it"),
+    column("engine", "by", Show::Text, "io_uring: one thread; pread: as many threads as reads at once"),
+    column("depth", "depth", Show::Count, "reads at once"),
+    column("chunk_bytes", "chunk", Show::Bytes, "bytes of a read"),
+    column("gb_s", "GB/s", Show::Fixed(2), ""),
+    column("cpu_s_per_gb", "CPU s/GB", Show::Fixed(3), "of all threads, the kernel's work for them included"),
+    column(
+        "page_cache_share",
+        "cached",
+        Show::Percent,
+        "share of the bytes that the page cache held when they were asked for",
+    ),
+    column("best", "", Show::Mark("best of the disk"), ""),
+];
 
 /// What the table tries.
 const DEPTHS: [usize; 4] = [1, 4, 16, 32];
@@ -68,10 +89,12 @@ struct Row {
 }
 
 fn main() -> ExitCode {
-    finish(run(&Options::parse()))
+    let options = Options::parse();
+    report::run(&options.common, Some(&options.plot), || run(&options))
 }
 
-fn run(options: &Options) -> Result<String, Failure> {
+fn run(options: &Options) -> Result<Report, Failure> {
+    let Common { window, rounds, .. } = options.common;
     // A file named twice is one file.
     let files: Vec<PathBuf> = options.files.iter().cloned().collect::<BTreeSet<_>>().into_iter().collect();
     let disk = Disk::open(&files)?;
@@ -82,12 +105,12 @@ fn run(options: &Options) -> Result<String, Failure> {
     let direct = disk.without_direct().is_none();
     let mut ways = if direct { disk.ways(true, &DEPTHS, &CHUNKS) } else { Vec::new() };
     ways.extend(disk.ways(false, &DEPTHS, &CHUNKS));
-    let bar = progress(ways.len() as u64 + 2 * u64::from(options.pairs), options.json)?;
+    let bar = report::progress(ways.len() as u64 + 2 * u64::from(rounds), &options.common)?;
     bar.set_message("warming up");
     disk.window(ways[ways.len() / 4], options.warm_up)?;
     bar.set_message("trying");
     let row = |way: Way| -> Result<Row, Failure> {
-        let (moved, cached) = disk.window(way, options.window)?;
+        let (moved, cached) = disk.window(way, window)?;
         bar.inc(1);
         Ok(Row { way, moved, cached })
     };
@@ -105,32 +128,92 @@ fn run(options: &Options) -> Result<String, Failure> {
     let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings)?;
     // A sample: about sixteen units.
     pipeline.check(&checkpoint, &units, units.len().div_ceil(16))?;
-    let (mut raw, mut ours) = (Moved::default(), Used::default());
-    for _ in 0..options.pairs {
+    let (mut raw, mut ours, mut allocations) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..rounds {
         let settle = || {
             pipeline.settle();
             Ok(())
         };
-        raw.add(disk.window_between(best, options.window, settle, || pipeline.empty())?.0);
-        ours.add(pipeline.window(options.window)?);
+        raw.push(disk.window_between(best, window, settle, || pipeline.empty())?.0.rate());
+        let used = pipeline.window(window)?;
+        ours.push(used.moved.rate());
+        allocations += used.allocations;
         bar.inc(2);
     }
     bar.finish_and_clear();
     if let Some(cached) = cached {
         cached.restore();
     }
-    let figures = Figures {
-        rows,
-        best,
-        ours,
-        raw,
-        bytes: disk.bytes(),
-        slots,
-        cached: cached_bytes,
-        reader: pipeline.stats().reader.to_string(),
-        notes: [disk.without_direct(), disk.without_uring.clone()].into_iter().flatten().collect(),
+
+    let mut report = Report::new("bench_read", Cpu.describe(), &COLUMNS);
+    report.line("files", about(files.len(), disk.bytes(), cached_bytes));
+    rows.iter().for_each(|row| report.row(row.cells(best, cached_bytes.is_some())));
+    let reader = pipeline.stats().reader.to_string();
+    let ratios: Vec<_> = ours.iter().zip(&raw).map(|(ours, raw)| ours / raw).collect();
+    report.compare(
+        Figure::new(format!("layer-streamer, which reads by {reader}, and copies once"), "GB/s", &ours),
+        Figure::new(best.to_string(), "GB/s", &raw),
+        "layer-streamer / the best raw reads",
+        &ratios,
+    );
+    report.field("file_bytes", disk.bytes());
+    report.field("page_cache_bytes", cached_bytes);
+    let Way { uring: _, direct, depth, chunk } = best;
+    report.field("best", json!({"engine": best.engine(), "direct": direct, "depth": depth, "chunk_bytes": chunk}));
+    report.field("reader", reader);
+    report.field("slot_bytes", slots);
+    report.field("allocations", allocations);
+    [disk.without_direct(), disk.without_uring.clone()].into_iter().flatten().for_each(|note| report.note(note));
+    if 4 * slots as u64 > disk.bytes() {
+        let [files, slots] = [disk.bytes(), slots as u64].map(units::bytes);
+        report.note(format!("{files} of files are less than four times the {slots} of slots; use larger ones"));
+    }
+    report.plot = Some(plot(&rows, direct));
+    Ok(report)
+}
+
+fn about(files: usize, bytes: u64, cached: Option<u64>) -> String {
+    let cached = match cached {
+        Some(cached) => format!("the page cache held {} of it at the start", units::bytes(cached)),
+        None => "what the page cache holds cannot be told (Linux 6.5 can)".into(),
     };
-    Ok(if options.json { figures.json() } else { figures.text(files.len()) })
+    format!("{files} with {}; {cached}", units::bytes(bytes))
+}
+
+/// GB/s of the disk's own rows over depth.
+fn plot(rows: &[Row], direct: bool) -> Plot {
+    let line = |uring: bool, chunk: usize| {
+        let of_line =
+            rows.iter().filter(|Row { way, .. }| (way.uring, way.direct, way.chunk) == (uring, direct, chunk));
+        let points: Vec<_> =
+            of_line.clone().map(|row| (row.way.depth as f64, Spread::of(&[row.moved.rate()]))).collect();
+        let way = of_line.map(|row| row.way).next()?;
+        Some(Line { name: format!("{}, {}", way.engine(), units::bytes(chunk as u64)), points })
+    };
+    let lines =
+        [true, false].into_iter().flat_map(|uring| CHUNKS.into_iter().filter_map(move |chunk| line(uring, chunk)));
+    let panel =
+        Panel { x: "reads at once", y: "GB/s", format: |x| format!("{x}"), lines: lines.collect(), limit: None };
+    let cache = if direct { "past" } else { "through" };
+    Plot { title: format!("Reads {cache} the page cache, by depth and chunk"), panels: vec![panel] }
+}
+
+impl Row {
+    /// `known`: the system tells what the page cache holds.
+    fn cells(&self, best: Way, known: bool) -> [Value; 8] {
+        let Self { way, moved, cached } = self;
+        let share = (known && !way.direct).then(|| *cached as f64 / moved.bytes.max(1) as f64);
+        [
+            json!(way.cache()),
+            json!(way.engine()),
+            json!(way.depth),
+            json!(way.chunk),
+            json!(moved.rate()),
+            json!(moved.cpu_per_gb()),
+            json!(share),
+            json!(*way == best),
+        ]
+    }
 }
 
 /// The files as a checkpoint: tensors of bytes, each a unit.
@@ -146,96 +229,4 @@ fn as_units(files: &[PathBuf]) -> Result<(Checkpoint, Vec<Unit>), Failure> {
         }
     }
     Ok((Checkpoint::from_table(tensors)?, units))
-}
-
-/// What was measured.
-struct Figures {
-    rows: Vec<Row>,
-    best: Way,
-    ours: Used,
-    raw: Moved,
-    /// Of the files.
-    bytes: u64,
-    slots: usize,
-    /// Bytes of the files that the page cache held at the start, if the system tells.
-    cached: Option<u64>,
-    reader: String,
-    notes: Vec<String>,
-}
-
-impl Figures {
-    fn ratio(&self) -> f64 {
-        self.ours.moved.rate() / self.raw.rate()
-    }
-
-    fn json(&self) -> String {
-        let way = |way: Way| {
-            serde_json::json!({
-                "engine": way.engine(), "direct": way.direct, "depth": way.depth, "chunk_bytes": way.chunk,
-            })
-        };
-        let rows = self.rows.iter().map(|row| {
-            let mut object = way(row.way);
-            object["gb_s"] = row.moved.rate().into();
-            object["cpu_seconds_per_gb"] = row.moved.cpu_per_gb().into();
-            object["bytes"] = row.moved.bytes.into();
-            object["page_cache_bytes"] = self.cached.map(|_| row.cached).into();
-            object
-        });
-        let object = serde_json::json!({
-            "file_bytes": self.bytes, "page_cache_bytes": self.cached, "rows": rows.collect::<Vec<_>>(),
-            "best": way(self.best),
-            "bytes": self.ours.moved.bytes, "seconds": self.ours.moved.seconds, "gb_s": self.ours.moved.rate(),
-            "limit_gb_s": self.raw.rate(), "ratio": self.ratio(), "reader": self.reader, "slot_bytes": self.slots,
-            "allocations": self.ours.allocations, "notes": self.notes,
-        });
-        format!("{object}\n")
-    }
-
-    fn text(&self, files: usize) -> String {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
-        let mut text = format!("{files} file{}, {:.3} GB", if files == 1 { "" } else { "s" }, gb(self.bytes));
-        text += &match self.cached {
-            Some(cached) => format!("; the page cache held {:.3} GB of it at the start\n", gb(cached)),
-            None => "; what the page cache holds cannot be told (Linux 6.5 can)\n".into(),
-        };
-        text += "reads     by        depth  chunk, KiB   GB/s  CPU, s/GB  from the page cache\n";
-        for row in &self.rows {
-            let Way { depth, chunk, direct, .. } = row.way;
-            let cached = match self.cached {
-                _ if direct => "-".into(),
-                Some(_) => format!("{:.0} %", row.cached as f64 / row.moved.bytes.max(1) as f64 * 100.0),
-                None => "?".into(),
-            };
-            let line = format!(
-                "{:9} {:9} {depth:5} {:11} {:6.2} {:10.3}  {cached:>19}{}",
-                row.way.cache(),
-                row.way.engine(),
-                chunk >> 10,
-                row.moved.rate(),
-                row.moved.cpu_per_gb(),
-                if row.way == self.best { "  ← best of the disk" } else { "" }
-            );
-            text += &(line + "\n");
-        }
-        text += &format!(
-            "\nlayer-streamer  {:.2} GB/s  ({:.1} GB in {:.1} s, read by {}, and copied once)\n",
-            self.ours.moved.rate(),
-            self.ours.moved.gb(),
-            self.ours.moved.seconds,
-            self.reader
-        );
-        text += &format!("limit           {:.2} GB/s  ({}, in the same run)\n", self.raw.rate(), self.best);
-        text += &format!("ratio           {:.3}\n", self.ratio());
-        for note in &self.notes {
-            text += &format!("note: {note}\n");
-        }
-        if 4 * self.slots as u64 > self.bytes {
-            let (files, slots) = (gb(self.bytes), gb(self.slots as u64));
-            text += &format!(
-                "note: {files:.3} GB of files are less than four times the {slots:.3} GB of slots; use larger ones\n"
-            );
-        }
-        text
-    }
 }

@@ -5,7 +5,8 @@
 //! entry for a thread that has been asleep for a while, beside a bare `park` and `unpark`, which is as fast as the
 //! system wakes a thread. All kinds take turns, so that whatever else the machine does meets all of them.
 
-mod bench;
+#[path = "bench/report/mod.rs"]
+mod report;
 // The crate keeps its ring to itself; these are the crate's own files.
 #[path = "../src/ring.rs"]
 #[allow(dead_code, reason = "stages use more of it")]
@@ -26,37 +27,37 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bench::{Failure, finish, progress, quantile, seconds};
 use clap::Parser;
 use crossbeam_utils::Backoff;
+use report::{
+    Column, Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Show, Spread, by_default, column, quantile,
+};
 use ring::{Consumer, Producer, ring};
+use serde_json::{Value, json};
 use sync::Signal;
 
 /// Measure how fast the rings between the pipeline's stages hand entries over, and how soon a sleeping stage wakes.
 ///
-/// Checks first that every entry arrives once and in order. Prints millions of entries per second, and microseconds.
+/// Checks that every entry arrives once and in order.
 #[derive(Parser)]
+#[command(mut_arg("window", by_default("0.1")), mut_arg("rounds", by_default("5")))]
 #[command(after_help = "\
 Examples:
-  bench_ring                              as the pipeline uses it: rings of 4 and of 64 entries
-  bench_ring --rounds 20                  a quieter figure on a busy machine
-  bench_ring --json | jq .wake_up_us_median
+  bench_ring                                        rings of 1 to 64 entries, and how long a wake-up takes
+  bench_ring --rounds 20                            a quieter figure on a busy machine
+  bench_ring --plot ring.svg                        entries a second over the size of the ring
+  bench_ring --json | jq .wake_up.median_seconds    one figure, for a script
 
 The pipeline hands over one entry per layer and stage, so thousands a second are plenty; what the wake-up takes is time
 that a disk or a bus may stand still.")]
 struct Options {
-    /// Windows of each kind
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
-    /// Length of a window
-    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = seconds)]
-    window: Duration,
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    plot: PlotTo,
     /// Wake-ups of each kind
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     wake_ups: u32,
-    /// Print one JSON object in place of text
-    #[arg(long)]
-    json: bool,
 }
 
 /// As large as what the pipeline's rings carry.
@@ -164,6 +165,10 @@ enum Kind {
 
 impl Kind {
     const ALL: [Self; 3] = [Self::Sleeping, Self::Spinning, Self::Channel];
+
+    fn name(self) -> &'static str {
+        ["ring and signal", "limit: ring without sleeping", "std::sync::mpsc::sync_channel"][self as usize]
+    }
 
     /// Hands entries over until the window ends; returns how many, and the seconds it took.
     fn window(self, capacity: usize, window: Duration) -> Result<(u64, f64), Failure> {
@@ -327,57 +332,115 @@ fn wake_ups(count: u32, mut woken: impl FnMut()) -> [WakeUps; 2] {
     })
 }
 
-/// Entries that the pipeline's rings hold: a few slots, and a model with many layers at home.
-const CAPACITIES: [usize; 2] = [4, 64];
+/// Entries that the rings hold: the pipeline's hold as many as it has slots (a few), or units at home (many).
+const CAPACITIES: [usize; 5] = [1, 2, 4, 16, 64];
+
+const COLUMNS: [Column; 8] = [
+    column("what", "what", Show::Text, ""),
+    column("way", "way", Show::Text, ""),
+    column("capacity", "ring of", Show::Count, "how many entries the ring, or channel, holds"),
+    column("seconds", "median", Show::SpreadOfSeconds, "time of one, ± half of the range over the rounds"),
+    column("p99_seconds", "p99", Show::Seconds, "99 of 100 take less"),
+    column("m_entries_s", "M/s", Show::Spread(2), "million entries a second"),
+    column("ratio", "of limit", Show::Spread(2), "rate over that of the row marked as the limit, round by round"),
+    column("asleep", "asleep", Show::Text, "how often the thread had really given up its core when its entry came"),
+];
 
 fn main() -> ExitCode {
-    finish(run(&Options::parse()))
+    let options = Options::parse();
+    report::run(&options.common, Some(&options.plot), || run(&options))
 }
 
-fn run(options: &Options) -> Result<String, Failure> {
-    let windows = u64::from(options.rounds) * (CAPACITIES.len() * Kind::ALL.len()) as u64;
-    let bar = progress(windows, options.json)?;
+fn run(options: &Options) -> Result<Report, Failure> {
+    let common = &options.common;
+    let bar = report::progress(u64::from(common.rounds) * (CAPACITIES.len() * Kind::ALL.len()) as u64, common)?;
     bar.set_message("handing over");
-    let mut totals = [[(0, 0.0); 3]; 2];
-    for _ in 0..options.rounds {
-        for (totals, capacity) in totals.iter_mut().zip(CAPACITIES) {
-            for (total, kind) in totals.iter_mut().zip(Kind::ALL) {
-                let (entries, seconds) = kind.window(capacity, options.window)?;
-                *total = (total.0 + entries, total.1 + seconds);
+    // Million entries a second, by capacity, kind and round.
+    let mut rates = [[(); 3]; CAPACITIES.len()].map(|kinds| kinds.map(|()| Vec::new()));
+    for _ in 0..common.rounds {
+        for (rates, capacity) in rates.iter_mut().zip(CAPACITIES) {
+            for (rates, kind) in rates.iter_mut().zip(Kind::ALL) {
+                let (entries, seconds) = kind.window(capacity, common.window)?;
+                rates.push(entries as f64 / 1e6 / seconds);
                 bar.inc(1);
             }
         }
     }
     bar.set_message("waking");
-    let [mut ours, mut bare] = wake_ups(options.wake_ups, || bar.tick());
+    let woken = wake_ups(options.wake_ups, || bar.tick());
     bar.finish_and_clear();
-    let rates = totals.map(|totals| totals.map(|(entries, seconds): (u64, f64)| entries as f64 / 1e6 / seconds));
-    let [ours_at, bare_at] =
-        [&mut ours, &mut bare].map(|samples| [0.5, 0.99].map(|share| quantile(&mut samples.micros, share)));
 
-    if options.json {
-        let hand_overs = CAPACITIES.iter().zip(rates).map(|(capacity, [sleeping, spinning, channel])| {
-            serde_json::json!({
-                "capacity": capacity, "m_entries_s": sleeping, "limit_m_entries_s": spinning,
-                "ratio": sleeping / spinning, "sync_channel_m_entries_s": channel,
-            })
-        });
-        let object = serde_json::json!({
-            "hand_overs": hand_overs.collect::<Vec<_>>(), "wake_ups": options.wake_ups,
-            "wake_ups_asleep": ours.parked, "wake_up_us_median": ours_at[0], "wake_up_us_p99": ours_at[1],
-            "limit_wake_ups_asleep": bare.parked, "limit_wake_up_us_median": bare_at[0],
-            "limit_wake_up_us_p99": bare_at[1],
-        });
-        return Ok(format!("{object}\n"));
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut report = Report::new("bench_ring", format!("cpu ({threads} threads)"), &COLUMNS);
+    for (capacity, rates) in CAPACITIES.iter().zip(&rates) {
+        for (kind, of_kind) in Kind::ALL.into_iter().zip(rates) {
+            let seconds: Vec<_> = of_kind.iter().map(|rate| 1e-6 / rate).collect();
+            let ratio = (kind != Kind::Spinning).then(|| Spread::of(&ratios(of_kind, &rates[1])));
+            let [seconds, rates] = [Spread::of(&seconds), Spread::of(of_kind)].map(|spread| json!(spread));
+            report.row([
+                json!("hand-over"),
+                json!(kind.name()),
+                json!(capacity),
+                seconds,
+                Value::Null,
+                rates,
+                json!(ratio),
+                Value::Null,
+            ]);
+        }
     }
-    let mut text = String::from("hand-overs, million entries/s     ring   limit: without sleep   sync_channel\n");
-    for (capacity, [sleeping, spinning, channel]) in CAPACITIES.iter().zip(rates) {
-        text += &format!("  a ring of {capacity:<4} {sleeping:>22.2} {spinning:>22.2} {channel:>14.2}\n");
-    }
-    text += "wake-up of a sleeping thread, µs  median      p99   asleep\n";
-    for (name, [median, p99], samples) in [("ring and signal", ours_at, &ours), ("limit: park, unpark", bare_at, &bare)]
+    wake_up_rows(&mut report, woken, options.wake_ups);
+    let [sleeping, spinning, _] = &rates[CAPACITIES.iter().position(|capacity| *capacity == 4).expect("it is there")];
+    report.compare(
+        Figure::new("hand-overs through a ring of 4 whose ends sleep, as the pipeline's do", "M/s", sleeping),
+        Figure::new("the same ring without sleeping", "M/s", spinning),
+        "a ring of 4, sleeping / not sleeping",
+        &ratios(sleeping, spinning),
+    );
+    report.plot = Some(plot(&rates));
+    Ok(report)
+}
+
+fn wake_up_rows(report: &mut Report, woken: [WakeUps; 2], count: u32) {
+    let [ours, bare] = woken.map(|mut samples| {
+        let [median, p99] = [0.5, 0.99].map(|share| quantile(&mut samples.micros, share) / 1e6);
+        (median, p99, samples.parked)
+    });
+    for (way, (median, p99, asleep), ratio) in
+        [("ring and signal", ours, Some(bare.0 / ours.0)), ("limit: park and unpark", bare, None)]
     {
-        text += &format!("  {name:<30} {median:>7.1} {p99:>8.1}   {} of {}\n", samples.parked, options.wake_ups);
+        report.row([
+            json!("wake-up"),
+            json!(way),
+            Value::Null,
+            json!(Spread::of(&[median])),
+            json!(p99),
+            Value::Null,
+            json!(ratio.filter(|ratio| ratio.is_finite()).map(|ratio| Spread::of(&[ratio]))),
+            json!(format!("{asleep} of {count}")),
+        ]);
     }
-    Ok(text)
+    for (key, (median, p99, asleep)) in [("wake_up", ours), ("limit_wake_up", bare)] {
+        let object = json!({"median_seconds": median, "p99_seconds": p99, "asleep": asleep, "of": count});
+        report.field(key, object);
+    }
+}
+
+fn ratios(ours: &[f64], limit: &[f64]) -> Vec<f64> {
+    ours.iter().zip(limit).map(|(ours, limit)| ours / limit).collect()
+}
+
+fn plot(rates: &[[Vec<f64>; 3]]) -> Plot {
+    let line = |kind: Kind| Line {
+        name: kind.name().to_owned(),
+        points: CAPACITIES.iter().zip(rates).map(|(&x, rates)| (x as f64, Spread::of(&rates[kind as usize]))).collect(),
+    };
+    let panel = Panel {
+        x: "entries that the ring holds",
+        y: "million entries a second",
+        format: |x| format!("{x}"),
+        lines: Kind::ALL.map(line).into(),
+        limit: None,
+    };
+    Plot { title: "Hand-overs between two threads".to_owned(), panels: vec![panel] }
 }

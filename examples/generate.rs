@@ -6,29 +6,43 @@
 mod budget;
 #[path = "device/mod.rs"]
 mod device;
+#[path = "generate/dump.rs"]
+mod dump;
+#[path = "generate/report.rs"]
+mod report;
+#[path = "generate/waiting.rs"]
+mod waiting;
 
 use std::{
     fs,
-    io::{self, BufWriter, IsTerminal, Write},
+    io::{self, IsTerminal, Read, Write},
     ops::ControlFlow,
     path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use budget::Amount;
 use clap::Parser;
 use device::{Chosen, Wanted};
-use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use dump::Dump;
+use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
-    Settings,
+    Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
     plan::{Bandwidths, Home, Part},
     probe::Probe,
-    trace::Stage,
+    trace::{
+        Observer,
+        timeline::{Timeline, TraceFile},
+    },
     tuner::Record,
 };
+use report::{Report, Run};
 use tokenizers::Tokenizer;
+use waiting::{Interrupts, Waiting, is_interrupted};
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
@@ -45,6 +59,9 @@ Examples:
   generate '4096='                                     the speller that comes with the project
   generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
   generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
+  generate --model DIR --prompt-file story.txt         a long prompt; - is standard input
+  generate --model DIR --trace run.html 'Once upon a'  a picture of what every stage did and waited for
+  generate --model DIR --json 'Once upon a' | jq .verdict
   generate --vram 8GB --ram 32GB --model DIR …         the best plan for so much memory [default: for what is free]
   generate --ram 4GB --model DIR --plan                what that plan is, and no more
   generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own
@@ -70,6 +87,10 @@ struct Options {
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
     prompt_ids: Option<Vec<u32>>,
 
+    /// Read the prompt from a file (UTF-8, up to 64 MB); - is standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_ids"])]
+    prompt_file: Option<PathBuf>,
+
     /// Print token ids, comma separated, in place of text
     #[arg(long)]
     print_ids: bool,
@@ -77,6 +98,14 @@ struct Options {
     /// Write the prompt's logits to a safetensors file: `logits`, F32 [tokens, vocabulary]
     #[arg(long, value_name = "FILE")]
     dump_logits: Option<PathBuf>,
+
+    /// Write what every stage did and waited for: FILE.html opens in any browser, FILE.json in Perfetto
+    #[arg(long, value_name = "FILE", help_heading = "Figures")]
+    trace: Option<PathBuf>,
+
+    /// Print one JSON object in place of the text: tokens, times, bytes by link, placement, verdict
+    #[arg(long, help_heading = "Figures")]
+    json: bool,
 
     /// GPU memory to use, such as 8GB or 7.5GiB; auto: what is free, less a sixteenth and at least 256 MiB [default: auto]
     #[arg(long, value_name = "SIZE", help_heading = "Memory")]
@@ -136,7 +165,7 @@ struct Options {
     quiet: bool,
 
     /// The text to continue (after --, if it begins with a dash)
-    #[arg(required_unless_present_any = ["prompt_ids", "plan"])]
+    #[arg(required_unless_present_any = ["prompt_ids", "prompt_file", "plan"])]
     prompt: Option<String>,
 }
 
@@ -167,7 +196,7 @@ impl Options {
     }
 }
 
-fn main() {
+fn main() -> ExitCode {
     // Not the process's start as the kernel notes it, which under `cargo run` is that of a compilation.
     let begun = Instant::now();
     let options = Options::parse();
@@ -176,9 +205,13 @@ fn main() {
         #[cfg(feature = "cuda")]
         Chosen::Cuda(device) => run(&device, &options, begun, &|| device.memory().ok()),
     });
-    if let Err(error) = outcome {
-        say!("error: {error}");
-        std::process::exit(1);
+    match outcome {
+        Ok(()) if is_interrupted() => ExitCode::from(130),
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say!("error: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -190,18 +223,13 @@ fn run<D: Kernels>(
     memory: &dyn Fn() -> Option<(usize, usize)>,
 ) -> Result<(), Failure> {
     let before = memory();
+    // Opened before the long work, so that paths that cannot be written are known at once.
+    let trace = options.trace.as_deref().filter(|_| !options.plan).map(TraceFile::create).transpose()?;
+    let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
+    let waiting = Waiting::on("reading the checkpoint's headers and the prompt", options.quiet);
     let mut model = Model::open(&options.model)?;
     Home::parse(options.home.as_deref().unwrap_or(""), &mut model.units)?;
-    let needs_tokenizer = options.prompt.is_some() || !(options.plan || options.print_ids);
-    let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
-    let prompt = match (&options.prompt_ids, &options.prompt, &tokenizer) {
-        (Some(ids), _, _) => ids.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
-        _ => Vec::new(),
-    };
-    if prompt.is_empty() && !options.plan {
-        return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
-    }
+    let (tokenizer, prompt) = prompt(options)?;
     let wanted = prompt.len().saturating_add(options.max_new_tokens);
     let context = options.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt.len()));
     if prompt.len() > context {
@@ -209,10 +237,9 @@ fn run<D: Kernels>(
             format!("the prompt is {} tokens long, the context {context}; raise --context", prompt.len()).into()
         );
     }
-    // Opened before the long work, so that a path that cannot be written is known at once.
-    let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
+    drop(waiting);
     let (settings, probe) = plan(device, &mut model, options, context)?;
-    let parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
     if options.plan {
         let plan = Decoder::plan(device, &model, &settings)?;
         // Whoever reads it may have gone away.
@@ -221,10 +248,95 @@ fn run<D: Kernels>(
         let _ = io::stdout().write_all(table.as_bytes());
         return Ok(());
     }
+    let timeline = trace.as_ref().map(|_| Timeline::new());
+    parts.extend(timeline.as_ref().map(|of| Part { what: "the trace".into(), bytes: of.bytes(), on_device: false }));
     if !options.quiet {
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }
-    let mut decoder = Decoder::new(device, &model, &settings, 1, context)?;
+    let waiting = Waiting::on("reserving memory and loading what stays", options.quiet);
+    let observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
+    drop(waiting);
+    let mut run = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), begun, dump)?;
+    run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
+    let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+    drop(decoder);
+    if options.json {
+        // Whoever reads it may have gone away.
+        let _ = io::stdout().write_all(format!("{}\n", report.json(run.text.as_deref())).as_bytes());
+    }
+    if !options.quiet {
+        say!("{}", report.text());
+    }
+    // Last, so that a disk that is full costs the trace alone.
+    if let Some((file, timeline)) = trace.zip(timeline) {
+        let mut recording = timeline.recording(probe.map(|probe| probe.bandwidths()));
+        recording.facts.insert(0, ("model".into(), options.model.display().to_string()));
+        recording.verdict.extend(report.verdict().into_iter().chain(report.waits()));
+        file.write(&recording)?;
+    }
+    Ok(())
+}
+
+/// The tokenizer, where one is needed, and the prompt's tokens.
+fn prompt(options: &Options) -> Result<(Option<Tokenizer>, Vec<u32>), Failure> {
+    let text = match &options.prompt_file {
+        Some(path) => Some(read_prompt(path)?),
+        None => options.prompt.clone(),
+    };
+    let needs_tokenizer = text.is_some() || !(options.plan || options.print_ids);
+    let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
+    let prompt = match (&options.prompt_ids, &text, &tokenizer) {
+        (Some(ids), _, _) => ids.clone(),
+        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
+        _ => Vec::new(),
+    };
+    if prompt.is_empty() && !options.plan {
+        return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
+    }
+    Ok((tokenizer, prompt))
+}
+
+/// The longest prompt that is read from a file, in bytes.
+const LONGEST_PROMPT: u64 = 64_000_000;
+
+/// Reads a prompt from a file, or from standard input.
+fn read_prompt(path: &Path) -> Result<String, Failure> {
+    let failed = |error: io::Error| Failure::from(format!("cannot read --prompt-file {}: {error}", path.display()));
+    let mut bytes = Vec::new();
+    if path == Path::new("-") {
+        io::stdin().take(LONGEST_PROMPT + 1).read_to_end(&mut bytes).map_err(failed)?;
+    } else {
+        let file = fs::File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.is_dir() {
+            return Err(failed(io::ErrorKind::IsADirectory.into()));
+        }
+        file.take(LONGEST_PROMPT + 1).read_to_end(&mut bytes).map_err(failed)?;
+    }
+    if bytes.len() as u64 > LONGEST_PROMPT {
+        return Err(format!("--prompt-file {}: is longer than {LONGEST_PROMPT} bytes", path.display()).into());
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        format!("--prompt-file {}: is not UTF-8 from byte {at} on", path.display()).into()
+    })
+}
+
+/// A run, and the text it gave, where text is kept.
+struct Generated {
+    done: Run,
+    text: Option<String>,
+}
+
+/// Reads the prompt and continues it, token by token, to stdout; with `--json` the text is kept.
+fn generate<D: Kernels>(
+    decoder: &mut Decoder<D>,
+    options: &Options,
+    prompt: &[u32],
+    tokenizer: Option<&Tokenizer>,
+    begun: Instant,
+    dump: Option<Dump<'_>>,
+) -> Result<Generated, Failure> {
     let bar = progress_bar(options.quiet, decoder.streamer().plan().units());
     let hook = bar.clone();
     decoder.streamer().track_progress(move |progress| {
@@ -233,57 +345,80 @@ fn run<D: Kernels>(
         }
         hook.set_position(progress.done as u64);
     });
+    let interrupts = Interrupts::cancel(decoder.streamer().canceller());
     let start = Instant::now();
-    decoder.forward(&[Sequence { row: 0, tokens: &prompt }])?;
+    // On a terminal the bar shows it.
+    let waiting = Waiting::on("reading the prompt", options.quiet || io::stderr().is_terminal());
+    let forward = decoder.forward(&[Sequence { row: 0, tokens: prompt }]);
+    drop(waiting);
     let prompt_time = start.elapsed();
-    if let Some(dump) = dump {
-        dump.write(&mut decoder, prompt.len())?;
+    let mut done = Run {
+        prompt_tokens: prompt.len(),
+        prompt_time,
+        tokens: Vec::new(),
+        decode_time: Duration::ZERO,
+        first_token: None,
+        interrupted: false,
+        device_memory: None,
+    };
+    if let Some(dump) = dump.filter(|_| forward.is_ok()) {
+        dump.write(decoder, prompt.len())?;
     }
-
     let decoding = Instant::now();
-    let (mut count, mut first_token) = (0usize, None);
-    let mut text = tokenizer.as_ref().filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
+    let mut text = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
+    let mut kept = (options.json && text.is_some()).then(String::new);
     let mut out = io::stdout().lock();
     let shared_line = out.is_terminal();
-    decoder.decode(&[0], options.max_new_tokens, &model.config.stop, |_, token| {
-        count += 1;
-        if count == 1 {
-            first_token = Some(begun.elapsed().as_secs_f64());
-        }
-        let piece = match &mut text {
-            Some(text) => text.step(token)?.unwrap_or_default(),
-            None => format!("{}{token}", if count > 1 { "," } else { "" }),
-        };
-        if shared_line {
-            // The bar would be drawn over the text.
-            bar.finish_and_clear();
-        }
-        // A reader that went away (`| head`) wants no more text: that is no error.
-        match write!(out, "{piece}").and_then(|()| out.flush()) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
-            Err(error) => Err(format!("cannot write to stdout: {error}").into()),
-            Ok(()) => Ok::<_, Failure>(ControlFlow::Continue(())),
-        }
-    })?;
-    match writeln!(out) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            return Err(format!("cannot write to stdout: {error}").into());
-        }
-        _ => drop(out),
-    }
+    let stop = decoder.model().config.stop.clone();
+    let decoded = forward.map_err(Failure::from).and_then(|()| {
+        decoder.decode(&[0], options.max_new_tokens, &stop, |_, token| {
+            done.first_token.get_or_insert_with(|| begun.elapsed());
+            done.tokens.push(token);
+            let piece = match &mut text {
+                Some(text) => text.step(token)?.unwrap_or_default(),
+                None => format!("{}{token}", if done.tokens.len() > 1 { "," } else { "" }),
+            };
+            if is_interrupted() {
+                done.interrupted = true;
+                return Ok(ControlFlow::Break(()));
+            }
+            if let Some(kept) = &mut kept {
+                kept.push_str(&piece);
+            }
+            if options.json {
+                return Ok(ControlFlow::Continue(()));
+            }
+            if shared_line {
+                // The bar would be drawn over the text.
+                bar.finish_and_clear();
+            }
+            // A reader that went away (`| head`) wants no more text: that is no error.
+            match write!(out, "{piece}").and_then(|()| out.flush()) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+                Err(error) => Err(format!("cannot write to stdout: {error}").into()),
+                Ok(()) => Ok::<_, Failure>(ControlFlow::Continue(())),
+            }
+        })
+    });
+    done.decode_time = decoding.elapsed();
     bar.finish_and_clear();
-    if !options.quiet {
-        report(&mut decoder, begun, (prompt.len(), prompt_time), (count, decoding.elapsed()));
-        if let Some(seconds) = first_token {
-            say!("first token {seconds:.2} s after the start");
+    match decoded {
+        // By Ctrl-C: what came is the answer.
+        Err(error) if is_interrupted() && matches!(error.downcast_ref(), Some(Error::Cancelled)) => {
+            done.interrupted = true;
         }
-        if let Some((before, (free, total))) = before.zip(memory()) {
-            let bytes = |bytes: usize| HumanBytes(bytes as u64);
-            let (used, idle) = (bytes(total - free), bytes(total.saturating_sub(before.0)));
-            say!("device memory in use: {used} of {}, {idle} of it before the model was loaded", bytes(total));
+        other => other?,
+    }
+    drop(interrupts);
+    if !options.json {
+        match writeln!(out) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                return Err(format!("cannot write to stdout: {error}").into());
+            }
+            _ => {}
         }
     }
-    Ok(())
+    Ok(Generated { done, text: kept })
 }
 
 /// The settings that were given, else the fastest for the memory there is, for which layers get homes; and what the links
@@ -310,6 +445,7 @@ fn plan<D: Kernels>(
     let fitted = fit(model, assumed)?;
     // What the links carry decides nothing where nothing is read from disk; only the table then says how long that takes.
     let reads = || Ok::<_, Failure>(Decoder::plan(device, model, &fitted)?.forecast(assumed).disk_bytes > 0);
+    let _waiting = Waiting::on("measuring disk and link", options.quiet);
     let probe = match options.probe {
         true => Probe::measure(device, &model.checkpoint)?,
         false if !options.no_probe && (options.plan || (budget.is_some() && reads()?)) => {
@@ -318,7 +454,7 @@ fn plan<D: Kernels>(
         false => None,
     };
     let Some(probe) = probe else { return Ok((fitted, None)) };
-    // A plan's table says what was measured, but not what disturbed it.
+    // A plan's table says what was measured and when, but not what disturbed it.
     if !options.quiet && (probe.disturbed().is_some() || (options.probe && !options.plan)) {
         say!("{}", budget::measured(&probe));
     }
@@ -342,57 +478,6 @@ fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
     Tokenizer::from_file(&path).map(Some).map_err(|e| format!("{}: {e}", path.display()).into())
 }
 
-/// The file for the logits, under another name until it is whole.
-struct Dump<'a> {
-    path: &'a Path,
-    partial: PathBuf,
-    file: fs::File,
-}
-
-impl<'a> Dump<'a> {
-    /// Makes sure, before the long work, that the file can be written.
-    fn create(path: &'a Path) -> Result<Self, Failure> {
-        if path.symlink_metadata().is_ok_and(|metadata| !metadata.is_file()) {
-            return Err(failed(path, &io::Error::other("there is something that is no regular file")));
-        }
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(format!(".partial-{}", std::process::id()));
-        let partial = PathBuf::from(partial);
-        let file =
-            fs::File::options().write(true).create_new(true).open(&partial).map_err(|error| failed(path, &error))?;
-        Ok(Self { path, partial, file })
-    }
-
-    /// Writes a safetensors file: the length of the header, the header, the rows.
-    fn write<D: Kernels>(self, decoder: &mut Decoder<D>, tokens: usize) -> Result<(), Failure> {
-        let vocab = decoder.model().config.vocab;
-        let tensor =
-            serde_json::json!({ "dtype": "F32", "shape": [tokens, vocab], "data_offsets": [0, 4 * tokens * vocab] });
-        let mut header = serde_json::json!({ "logits": tensor }).to_string();
-        header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-        let mut out = BufWriter::new(&self.file);
-        let failed = |error: io::Error| failed(self.path, &error);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-        out.write_all(header.as_bytes()).map_err(failed)?;
-        decoder
-            .all_logits(|rows| rows.iter().try_for_each(|value| out.write_all(&value.to_le_bytes())).map_err(failed))?;
-        out.flush().map_err(failed)?;
-        drop(out);
-        fs::rename(&self.partial, self.path).map_err(failed)
-    }
-}
-
-impl Drop for Dump<'_> {
-    fn drop(&mut self) {
-        // Gone already if all went well.
-        let _ = fs::remove_file(&self.partial);
-    }
-}
-
-fn failed(path: &Path, error: &io::Error) -> Failure {
-    format!("cannot write --dump-logits {}: {error}", path.display()).into()
-}
-
 fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
     say!("device: {device}");
     if hidden_slot {
@@ -401,7 +486,7 @@ fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
     let total = rows.iter().map(|part| part.bytes).sum::<usize>();
     let width = rows.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
     for (what, bytes) in rows.iter().map(|part| (part.what.as_str(), part.bytes)).chain([("total", total)]) {
-        say!("  {what:width$}  {:>10}", HumanBytes(bytes as u64).to_string());
+        say!("  {what:width$}  {:>10}", DecimalBytes(bytes as u64).to_string());
     }
 }
 
@@ -409,39 +494,4 @@ fn progress_bar(quiet: bool, layers: usize) -> ProgressBar {
     let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template");
     ProgressBar::with_draw_target(Some(layers as u64), target).with_style(style.progress_chars("=> "))
-}
-
-fn report<D: Kernels>(decoder: &mut Decoder<D>, begun: Instant, prompt: (usize, Duration), new: (usize, Duration)) {
-    let streamer = decoder.streamer();
-    let (stats, units) = (streamer.stats(), streamer.plan().units() as u64);
-    let compute = stats.stage(Stage::Compute);
-    let (gigabytes, passes) = (compute.bytes as f64 / 1e9, compute.units / units);
-    let per_second = |(tokens, time): (usize, Duration)| tokens as f64 / time.as_secs_f64().max(1e-9);
-    let (seconds, running) = ((prompt.1 + new.1).as_secs_f64(), begun.elapsed().as_secs_f64());
-    say!(
-        "{} tokens in at {:.2} tokens/s, {} out at {:.2} tokens/s",
-        prompt.0,
-        per_second(prompt),
-        new.0,
-        per_second(new)
-    );
-    say!(
-        "{passes} passes of {:.3} s streamed {gigabytes:.3} GB at {:.2} GB/s; {} was busiest",
-        seconds / passes.max(1) as f64,
-        gigabytes / seconds,
-        stats.bottleneck(),
-    );
-    let share = |stage| format!("{stage} {:.0} %", 100.0 * stats.stage(stage).busy.as_secs_f64() / running);
-    let first = (begun.elapsed() - new.1).as_secs_f64();
-    say!("prompt read {first:.2} s after the start; at work: {}", Stage::ALL.map(share).join(", "));
-    say!(
-        "read by {}{}: {:.3} GB past the page cache, {:.3} GB from it",
-        stats.reader,
-        if stats.reader_reason.is_empty() { String::new() } else { format!(" ({})", stats.reader_reason) },
-        stats.direct_bytes as f64 / 1e9,
-        stats.buffered_bytes as f64 / 1e9,
-    );
-    for (path, reason) in &stats.buffered_files {
-        say!("{} was read through the page cache: {reason}", path.display());
-    }
 }

@@ -191,7 +191,7 @@ fn a_disturbed_probe_is_told_of_in_one_line_and_kept_for_minutes() {
     let (cache, file) = probed();
     falsify(&file, 5 * MINUTE + MINUTE / 2, Some("other processes kept 2.0 of 2 processors busy"));
     let done = plan_with(&cache, &[]);
-    assert_says(&text(&done.stdout), &["123.00", "measured 5 minutes ago"]);
+    assert_says(&text(&done.stdout), &["(123.00 and ", " GB/s, measured 5 minutes ago while disturbed)"]);
     let said = text(&done.stderr);
     assert_eq!(said.lines().count(), 1, "{said}");
     assert_says(&said, &["123.00", "disturbed", "2.0 of 2 processors", "--probe measures anew"]);

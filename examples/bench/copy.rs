@@ -8,7 +8,7 @@ use std::{
 use layer_streamer::plan::DEVICE_ALIGN;
 use memmap2::MmapRaw;
 
-use super::{Failure, Moved, clock, memory};
+use super::{Failure, Moved, clock, memory, units};
 
 /// One tensor of a layer.
 #[derive(Clone, Copy)]
@@ -47,7 +47,8 @@ impl PlainCopy {
     }
 
     pub fn name(&self) -> String {
-        format!("plain copy by one thread, from {:.2} GB to {:.2} GB", gb(self.from.len()), gb(self.to.len()))
+        let [from, to] = [&self.from, &self.to].map(|memory| units::bytes(memory.len() as u64));
+        format!("plain copy by one thread, from {from} to {to}")
     }
 
     /// Copies for this long, and no less than one layer.
@@ -75,12 +76,8 @@ impl PlainCopy {
     }
 }
 
-fn gb(bytes: usize) -> f64 {
-    bytes as f64 / 1e9
-}
-
 /// Bytes of memory that can be had without swapping; 0 if that cannot be told.
-fn available() -> usize {
+pub fn available() -> usize {
     let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = table.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<usize>().ok()).unwrap_or(0) << 10

@@ -20,7 +20,7 @@ use std::{
 use io_uring::{IoUring, opcode, squeue, types};
 use memmap2::MmapRaw;
 
-use super::{Failure, Moved, clock, memory};
+use super::{Failure, Moved, clock, memory, units};
 
 /// The most reads at once, and the most bytes of each.
 const MAX_DEPTH: usize = 32;
@@ -59,7 +59,7 @@ impl Way {
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { depth, chunk, .. } = self;
-        write!(f, "raw {} reads, {}, {depth} × {} KiB", self.cache(), self.engine(), chunk >> 10)
+        write!(f, "raw {} reads, {}, {depth} × {}", self.cache(), self.engine(), units::bytes(*chunk as u64))
     }
 }
 

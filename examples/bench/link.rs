@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use layer_streamer::device::Device;
 use memmap2::MmapRaw;
 
-use super::{Failure, Moved, clock, memory};
+use super::{Failure, Moved, clock, memory, units};
 
 pub struct Link<D: Device> {
     device: D,
@@ -38,7 +38,7 @@ impl<D: Device> Link<D> {
     }
 
     pub fn name(&self) -> String {
-        format!("plain copies to the device, {:.3} GB at once, from pinned memory", self.layer as f64 / 1e9)
+        format!("plain copies to the device, {} at once, from pinned memory", units::bytes(self.layer as u64))
     }
 
     /// Copies for this long, and no less than one layer.

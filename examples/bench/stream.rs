@@ -45,6 +45,8 @@ static ALLOCATOR: Counting = Counting;
 pub struct Used {
     /// Bytes read, or where nothing is read brought to the device, and the CPU time of the whole process.
     pub moved: Moved,
+    /// Bytes of each link.
+    pub links: PerPass,
     pub allocations: u64,
     pub clocks: Clocks,
     /// Bytes moved and time at work, by stage.
@@ -81,6 +83,33 @@ impl Used {
     }
 }
 
+/// Bytes that a pass moves, link by link.
+#[derive(Clone, Copy, Default)]
+pub struct PerPass {
+    /// Read past the page cache, and through it.
+    pub direct: u64,
+    pub buffered: u64,
+    /// Copied to pinned RAM, and to the device.
+    pub pin: u64,
+    pub transfer: u64,
+}
+
+impl PerPass {
+    pub fn read(&self) -> u64 {
+        self.direct + self.buffered
+    }
+
+    fn between(before: &Stats, after: &Stats) -> Self {
+        let stage = |stage| after.stage(stage).bytes - before.stage(stage).bytes;
+        Self {
+            direct: after.direct_bytes - before.direct_bytes,
+            buffered: after.buffered_bytes - before.buffered_bytes,
+            pin: stage(Stage::Pin),
+            transfer: stage(Stage::Transfer),
+        }
+    }
+}
+
 /// A streamer, and someone who takes its layers.
 pub struct Pipeline<D: Device> {
     streamer: LayerStreamer<D>,
@@ -89,8 +118,10 @@ pub struct Pipeline<D: Device> {
     slots: usize,
     /// By unit: it moves in every pass.
     moves: Vec<bool>,
-    /// Bytes read in a pass.
-    pub read_per_pass: u64,
+    /// What a steady pass moves.
+    pub per_pass: PerPass,
+    /// Layers of a pass where some move and others do not, or not as far: windows are whole passes then.
+    whole: Option<usize>,
     longest_copy: Duration,
     /// Whether it reads in every pass. If not, it copies.
     pub reads: bool,
@@ -103,7 +134,16 @@ impl<D: Device> Pipeline<D> {
         let largest = units.iter().map(|unit| bytes(checkpoint, unit)).max().unwrap_or(0);
         let longest_copy = Duration::from_nanos(largest as u64);
         let (moves, stream) = (vec![true; units.len()], device.stream()?);
-        Ok(Self { streamer, stream, slots, moves, read_per_pass: 0, longest_copy, reads: true })
+        Ok(Self {
+            streamer,
+            stream,
+            slots,
+            moves,
+            per_pass: PerPass::default(),
+            whole: None,
+            longest_copy,
+            reads: true,
+        })
     }
 
     pub fn stats(&self) -> Stats {
@@ -146,17 +186,20 @@ impl<D: Device> Pipeline<D> {
             self.pass()?;
             self.settle_for_good();
             after = self.stats();
+            let plan = self.streamer.plan();
             let units = after.stage(Stage::Read).units - before.stage(Stage::Read).units;
-            if units == self.streamer.plan().units() as u64 || tries.next().is_none() {
+            // Units that are handed on without being read count as read, or do not.
+            if [plan.units(), plan.count(Home::Disk)].contains(&(units as usize)) || tries.next().is_none() {
                 break;
             }
         }
-        self.read_per_pass = read_bytes(&after) - read_bytes(&before);
-        self.reads = self.read_per_pass > 0;
-        let reads = self.reads;
-        self.moves =
-            self.streamer.plan().homes().map(|home| home == Home::Disk || (!reads && home != Home::Gpu)).collect();
-        Ok(self.reads || after.stage(Stage::Transfer).bytes > before.stage(Stage::Transfer).bytes)
+        self.per_pass = PerPass::between(&before, &after);
+        self.reads = self.per_pass.read() > 0;
+        let (reads, plan) = (self.reads, self.streamer.plan());
+        self.moves = plan.homes().map(|home| home == Home::Disk || (!reads && home != Home::Gpu)).collect();
+        let first = plan.homes().next();
+        self.whole = plan.homes().any(|home| Some(home) != first).then_some(plan.units());
+        Ok(self.reads || self.per_pass.transfer > 0)
     }
 
     /// Takes the layers of one pass, and waits until the last is on the device.
@@ -215,12 +258,13 @@ impl<D: Device> Pipeline<D> {
         Ok(())
     }
 
-    /// Takes layers as fast as they come until the window is over. Empty it first.
+    /// Takes layers as fast as they come until the window is over, and the pass with it where layers differ. Empty it first.
     pub fn window(&mut self, window: Duration) -> Result<Used, Failure> {
         self.measure(|pipeline| {
-            let start = Instant::now();
-            while start.elapsed() < window {
+            let (start, mut taken) = (Instant::now(), 0);
+            while start.elapsed() < window || pipeline.whole.is_some_and(|units| taken % units != 0) {
                 pipeline.take()?;
+                taken += 1;
             }
             Ok(())
         })
@@ -242,7 +286,8 @@ impl<D: Device> Pipeline<D> {
             (after.bytes - before.bytes, after.busy - before.busy)
         });
         let moved = Moved { bytes, seconds, cpu_seconds: clocks.process };
-        Ok(Used { moved, allocations, clocks, stages })
+        let links = PerPass::between(&before, &after);
+        Ok(Used { moved, links, allocations, clocks, stages })
     }
 
     /// The CPU time of all the pipeline's threads, as a share of one core, while the caller holds a layer and takes no

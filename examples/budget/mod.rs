@@ -117,7 +117,7 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
         forecast.copy_seconds,
         bandwidths.disk / 1e9,
         bandwidths.copy / 1e9,
-        probe.map_or_else(|| "assumed".into(), |probe| format!("measured {}", probe.age())),
+        probe.map_or_else(|| "assumed".into(), when),
     );
     text += &match forecast.binds() {
         "nothing" => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
@@ -126,12 +126,17 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
     text
 }
 
+/// How old a probe is, and whether it was disturbed.
+fn when(probe: &Probe) -> String {
+    format!("measured {}{}", probe.age(), if probe.disturbed().is_some() { " while disturbed" } else { "" })
+}
+
 /// What a probe found and how far to trust it, in one line.
 pub fn measured(probe: &Probe) -> String {
-    let (Bandwidths { disk, copy }, age) = (probe.bandwidths(), probe.age());
-    let found = format!("disk and link: {:.2} and {:.2} GB/s, measured {age}", disk / 1e9, copy / 1e9);
+    let Bandwidths { disk, copy } = probe.bandwidths();
+    let found = format!("disk and link: {:.2} and {:.2} GB/s, {}", disk / 1e9, copy / 1e9, when(probe));
     match probe.disturbed() {
-        Some(cause) => format!("{found} while disturbed ({cause}); --probe measures anew"),
+        Some(cause) => format!("{found}: {cause}; --probe measures anew"),
         None => found,
     }
 }

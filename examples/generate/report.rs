@@ -1,0 +1,244 @@
+//! What a run did: the closing lines, and the same as JSON.
+
+use std::{fmt::Write, time::Duration};
+
+use indicatif::DecimalBytes;
+use layer_streamer::{
+    kernels::Kernels,
+    model::Decoder,
+    plan::{Bandwidths, Home, Part, Settings},
+    probe::{Disagreement, Probe, Seen},
+    trace::{Bound, PassStats, Stage, Stats, Verdict},
+};
+use serde_json::{Value, json};
+
+/// What was generated, and how long that took.
+pub struct Run {
+    pub prompt_tokens: usize,
+    pub prompt_time: Duration,
+    pub tokens: Vec<u32>,
+    pub decode_time: Duration,
+    /// From the start of the program to the first token.
+    pub first_token: Option<Duration>,
+    pub interrupted: bool,
+    /// Of a device that has its own memory: bytes free before the model was loaded, free now, and in all.
+    pub device_memory: Option<[usize; 3]>,
+}
+
+/// A run, and what the streamer counted meanwhile.
+pub struct Report {
+    run: Run,
+    stats: Stats,
+    verdict: Option<Verdict>,
+    /// By unit: where it is kept.
+    homes: Vec<Home>,
+    settings: Settings,
+    parts: Vec<Part>,
+    device: String,
+    probe: Option<Probe>,
+    /// Steady passes show that the probe is wrong.
+    disagreement: Option<Disagreement>,
+}
+
+impl Report {
+    pub fn new<D: Kernels>(
+        decoder: &mut Decoder<D>,
+        settings: &Settings,
+        parts: &[Part],
+        probe: Option<Probe>,
+        run: Run,
+    ) -> Self {
+        let streamer = decoder.streamer();
+        let (stats, verdict) = (streamer.stats(), streamer.verdict());
+        let disagreement = probe.as_ref().zip(stats.steady.zip(verdict)).and_then(|(probe, (passes, verdict))| {
+            let seen = |bytes: f64, stage: Stage, bound: Bound| Seen {
+                bytes: (bytes * passes.passes as f64) as u64,
+                seconds: passes.stage_seconds[stage as usize][0] * passes.passes as f64,
+                bound: verdict.bound == bound && verdict.busy > 0.85,
+            };
+            // Reads through the page cache tell nothing of the disk.
+            let disk = (passes.buffered_bytes == 0.0).then(|| seen(passes.direct_bytes, Stage::Read, Bound::Disk));
+            // The host's own time of copies: a device that copies by itself is asked by its probe alone.
+            let copy = seen(passes.transferred_bytes, Stage::Transfer, Bound::Transfer);
+            probe.observe(disk, (!verdict.linked).then_some(copy))
+        });
+        Self {
+            homes: streamer.plan().homes().collect(),
+            device: streamer.device().describe(),
+            settings: settings.clone(),
+            parts: parts.to_vec(),
+            run,
+            stats,
+            verdict,
+            probe,
+            disagreement,
+        }
+    }
+
+    /// What passes wait for, in one line.
+    pub fn verdict(&self) -> Option<String> {
+        self.verdict.map(|verdict| verdict.to_string())
+    }
+
+    /// What each stage did with its time, a line each.
+    pub fn waits(&self) -> Vec<String> {
+        let Some(passes) = self.stats.steady.or(self.stats.first) else { return Vec::new() };
+        let share = |seconds: f64| 100.0 * seconds / passes.seconds.max(1e-9);
+        let skipped = |stage: Stage| stage == Stage::Pin && self.stats.stage(stage).units == 0;
+        let stages = Stage::ALL.into_iter().filter(|stage| !skipped(*stage));
+        stages
+            .map(|stage| {
+                let [busy, starved, blocked] = passes.stage_seconds[stage as usize].map(share);
+                format!(
+                    "{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %"
+                )
+            })
+            .collect()
+    }
+
+    /// The closing lines.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        let mut line = |line: String| text += &(line + "\n");
+        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, .. } = &self.run;
+        let per_second = |tokens: usize, time: &Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let first =
+            first_token.map_or_else(String::new, |at| format!("; the first {:.2} s after the start", at.as_secs_f64()));
+        line(format!(
+            "{prompt_tokens} tokens in at {:.2} tokens/s, {} out at {:.2} tokens/s{first}",
+            per_second(*prompt_tokens, prompt_time),
+            tokens.len(),
+            per_second(tokens.len(), decode_time),
+        ));
+        if let Some(table) = self.passes() {
+            line(table);
+        }
+        if let Some(verdict) = self.verdict {
+            line(verdict.to_string());
+        }
+        let Stats { reader, reader_reason, buffered_files, .. } = &self.stats;
+        let reason = if reader_reason.is_empty() { String::new() } else { format!(" ({reader_reason})") };
+        line(format!("read by {reader}{reason}"));
+        for (path, reason) in buffered_files {
+            line(format!("{} was read through the page cache: {reason}", path.display()));
+        }
+        if let Some(disagreement) = &self.disagreement {
+            line(disagreement.to_string());
+        }
+        if let Some([before, free, all]) = self.run.device_memory {
+            line(format!(
+                "device memory in use: {} of {}, {} of it before the model was loaded",
+                bytes((all - free) as f64),
+                bytes(all as f64),
+                bytes(all.saturating_sub(before) as f64),
+            ));
+        }
+        text.truncate(text.trim_end().len());
+        text
+    }
+
+    /// A table of what moved over each link, in the first pass and in steady ones.
+    fn passes(&self) -> Option<String> {
+        let (stats, first) = (&self.stats, self.stats.first?);
+        let limits = self.probe.as_ref().map(Probe::bandwidths);
+        let kept = self.homes.iter().filter(|home| **home != Home::Disk).count();
+        let mut text = format!("{:14} {:>22}  {:>22}", "", "first pass", "steady pass");
+        let _ = write!(text, "  {:>11}   kept: {kept} of {} units", format!("all {}", stats.passes), self.homes.len());
+        let time = |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| seconds(passes.seconds));
+        let _ = write!(text, "\n{:14} {:>22}  {:>22}", "time", time(Some(first)), time(stats.steady));
+        for (name, all, of, limit) in self.links(limits) {
+            if all == 0 {
+                continue;
+            }
+            let cell = |passes: Option<PassStats>| {
+                passes.map_or_else(String::new, |passes| {
+                    let moved = of(&passes);
+                    let rate = moved / 1e9 / passes.seconds.max(1e-9);
+                    if moved > 0.0 { format!("{} {rate:>6.2} GB/s", bytes(moved)) } else { "nothing".into() }
+                })
+            };
+            let _ = write!(
+                text,
+                "\n{name:14} {:>22}  {:>22}  {:>11}",
+                cell(Some(first)),
+                cell(stats.steady),
+                bytes(all as f64)
+            );
+            if let Some((limit, passes)) =
+                limit.zip(stats.steady.or(Some(first))).filter(|(_, passes)| of(passes) > 0.0)
+            {
+                let share = 100.0 * of(&passes) / passes.seconds.max(1e-9) / limit;
+                let age = self.probe.as_ref().map(Probe::age).unwrap_or_default();
+                let _ = write!(text, "   {share:.0} % of {:.2} GB/s, measured {age}", limit / 1e9);
+            }
+        }
+        Some(text)
+    }
+
+    /// Each link: its name, all bytes, those of a pass, and what it was measured to carry.
+    fn links(&self, limits: Option<Bandwidths>) -> [Link; 4] {
+        let stats = &self.stats;
+        let device = if self.verdict.is_some_and(|verdict| verdict.linked) { "to the GPU" } else { "to slots" };
+        [
+            ("disk", stats.direct_bytes, |passes| passes.direct_bytes, limits.map(|of| of.disk)),
+            ("page cache", stats.buffered_bytes, |passes| passes.buffered_bytes, None),
+            ("to pinned RAM", stats.stage(Stage::Pin).bytes, |passes| passes.pinned_bytes, None),
+            (device, stats.stage(Stage::Transfer).bytes, |passes| passes.transferred_bytes, limits.map(|of| of.copy)),
+        ]
+    }
+
+    /// The same for programs.
+    pub fn json(&self, text: Option<&str>) -> Value {
+        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, interrupted, .. } = &self.run;
+        let limits = self.probe.as_ref().map(Probe::bandwidths);
+        let links = self.links(limits).map(|(name, all, of, limit)| {
+            let pass = |passes: &PassStats| json!({ "bytes": of(passes), "gb_s": of(passes) / 1e9 / passes.seconds.max(1e-9) });
+            json!({
+                "link": name, "bytes": all, "first_pass": self.stats.first.as_ref().map(pass),
+                "steady_pass": self.stats.steady.as_ref().map(pass), "limit_gb_s": limit.map(|limit| limit / 1e9),
+            })
+        });
+        let verdict = self.verdict.map(|verdict| {
+            json!({ "bound": verdict.bound, "busy": verdict.busy, "moves": verdict.moves, "advice": verdict.advice(), "text": verdict.to_string() })
+        });
+        let memory = self
+            .parts
+            .iter()
+            .map(|part| json!({ "what": part.what, "bytes": part.bytes, "on_device": part.on_device }));
+        json!({
+            "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device,
+            "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),
+            "decode_seconds": decode_time.as_secs_f64(), "first_token_seconds": first_token.map(|at| at.as_secs_f64()),
+            "tokens_per_second": tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9),
+            "passes": self.stats.passes, "first_pass": self.stats.first, "steady_pass": self.stats.steady,
+            "links": links, "stages": Stage::ALL.map(|stage| json!({ "stage": stage.name(), "totals": self.stats.stage(stage) })),
+            "placement": {
+                "settings": self.settings,
+                "tiers": self.homes.iter().map(Home::to_string).collect::<Vec<_>>(),
+                "memory": memory.collect::<Vec<_>>(),
+            },
+            "verdict": verdict, "reader": self.stats.reader.to_string(), "reader_reason": self.stats.reader_reason,
+            "probe": self.probe.as_ref().map(|probe| json!({
+                "disk_gb_s": probe.bandwidths().disk / 1e9, "copy_gb_s": probe.bandwidths().copy / 1e9,
+                "age": probe.age(), "disturbed": probe.disturbed(),
+                "disagreement": self.disagreement.as_ref().map(ToString::to_string),
+            })),
+        })
+    }
+}
+
+type Link = (&'static str, u64, fn(&PassStats) -> f64, Option<f64>);
+
+/// An amount in SI units, such as 3.73 GB.
+pub fn bytes(bytes: f64) -> String {
+    DecimalBytes(bytes.round() as u64).to_string()
+}
+
+/// A time with three digits or so.
+fn seconds(seconds: f64) -> String {
+    match seconds {
+        0.0..1e-3 => format!("{:.1} µs", 1e6 * seconds),
+        1e-3..1.0 => format!("{:.1} ms", 1e3 * seconds),
+        _ => format!("{seconds:.2} s"),
+    }
+}

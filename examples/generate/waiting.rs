@@ -1,0 +1,96 @@
+//! What people see while nothing else is to be seen, and what Ctrl-C does.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use indicatif::ProgressBar;
+use layer_streamer::Canceller;
+
+/// Whatever takes longer than this is told.
+const SOON: Duration = Duration::from_millis(700);
+
+/// Says on stderr what takes so long, once it does, until it is dropped.
+pub struct Waiting(Option<mpsc::Sender<()>>, Option<thread::JoinHandle<()>>);
+
+impl Waiting {
+    pub fn on(what: &'static str, quiet: bool) -> Self {
+        if quiet {
+            return Self(None, None);
+        }
+        let (done, ends) = mpsc::channel::<()>();
+        let tell = move || {
+            if ends.recv_timeout(SOON) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return;
+            }
+            if io::stderr().is_terminal() {
+                let spinner = ProgressBar::new_spinner().with_message(format!("{what} …"));
+                spinner.enable_steady_tick(Duration::from_millis(100));
+                let _ = ends.recv();
+                spinner.finish_and_clear();
+            } else {
+                // In one piece; stderr may be closed, which is no reason to stop.
+                let _ = io::stderr().write_all(format!("{what} …\n").as_bytes());
+            }
+        };
+        Self(Some(done), thread::Builder::new().spawn(tell).ok())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.take();
+        // The spinner is gone before anything else is said.
+        let _ = self.1.take().map(thread::JoinHandle::join);
+    }
+}
+
+/// Set by Ctrl-C.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn interrupt(_: libc::c_int) {
+    INTERRUPTED.store(true, Relaxed);
+    // SAFETY: no memory is involved. The next one ends the process.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.load(Relaxed)
+}
+
+/// From now on Ctrl-C ends the pass under way, until this is dropped: what was generated, the figures and the trace remain.
+pub struct Interrupts(Arc<AtomicBool>);
+
+impl Interrupts {
+    pub fn cancel(canceller: Canceller) -> Self {
+        // SAFETY: the handler does nothing that a handler may not.
+        unsafe { libc::signal(libc::SIGINT, interrupt as *const () as libc::sighandler_t) };
+        let over = Arc::new(AtomicBool::new(false));
+        let ended = over.clone();
+        let watch = move || {
+            while !ended.load(Relaxed) {
+                if is_interrupted() {
+                    return canceller.cancel();
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+        };
+        // Without the thread, Ctrl-C ends the run with the token under way.
+        let _ = thread::Builder::new().spawn(watch);
+        Self(over)
+    }
+}
+
+impl Drop for Interrupts {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
