@@ -142,7 +142,7 @@ fn kinds(spans: u32) -> Vec<Kind> {
 /// Every span must reach the observer, begun and then ended.
 fn check() -> Result<(), String> {
     let counts = Arc::new(Counts::default());
-    let trace = started(&[counts.clone()]);
+    let trace = started(&[counts.clone() as Arc<dyn Observer>]);
     for activity in [UNIT, Activity::Starved, Activity::Blocked] {
         Stage::ALL.into_iter().for_each(|stage| span(&trace, stage, activity));
     }
@@ -154,6 +154,10 @@ fn check() -> Result<(), String> {
 fn spread(samples: &mut [f64]) -> [f64; 3] {
     samples.sort_unstable_by(f64::total_cmp);
     [samples[samples.len() / 2], samples[0], samples[samples.len() - 1]]
+}
+
+fn row(what: &str, [ns, min, max]: [f64; 3], beyond: f64) -> Value {
+    json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond })
 }
 
 fn run(options: &Options) -> Result<String, String> {
@@ -178,8 +182,7 @@ fn run(options: &Options) -> Result<String, String> {
         (*what, spread(samples), spread(&mut beyond)[0])
     });
     if options.json {
-        let row = |(what, [ns, min, max], beyond): (&str, [f64; 3], f64)| json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond });
-        let rows: Vec<Value> = rows.map(row).collect();
+        let rows: Vec<Value> = rows.map(|(what, ns, beyond)| row(what, ns, beyond)).collect();
         let object =
             json!({ "nvtx": built, "tool": tool, "rounds": options.rounds, "spans": options.spans, "rows": rows });
         return Ok(format!("{object}\n"));

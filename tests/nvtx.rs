@@ -275,7 +275,8 @@ fn same_as_observed(folder: &tempfile::TempDir, calls: &[Call], ranges: &[Range]
     });
     let mut marks: Vec<_> = marks.collect();
     // Two threads may tell the two in different orders.
-    (told.sort(), marks.sort());
+    told.sort();
+    marks.sort();
     assert_eq!(marks, told);
 }
 
