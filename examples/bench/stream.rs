@@ -274,19 +274,19 @@ impl<D: Device> Pipeline<D> {
     pub fn measure(&mut self, work: impl FnOnce(&mut Self) -> Result<(), Failure>) -> Result<Used, Failure> {
         // What a device was asked for counts when it is done, at both ends alike.
         self.drain()?;
-        let (before, clocks) = (self.stats(), Clocks::now()?);
-        let (start, from, allocations) = (Instant::now(), self.moved_bytes(), ALLOCATIONS.load(Relaxed));
+        let clocks = Clocks::now()?;
+        let (start, before, allocations) = (Instant::now(), self.stats(), ALLOCATIONS.load(Relaxed));
         work(self)?;
         self.drain()?;
         let (seconds, allocations) = (start.elapsed().as_secs_f64(), ALLOCATIONS.load(Relaxed) - allocations);
-        let bytes = self.moved_bytes() - from;
         let (after, clocks) = (self.stats(), Clocks::now()?.since(clocks));
+        let links = PerPass::between(&before, &after);
+        let bytes = if self.reads { links.read() } else { links.transfer };
         let stages = Stage::ALL.map(|stage| {
             let (before, after) = (before.stage(stage), after.stage(stage));
             (after.bytes - before.bytes, after.busy - before.busy)
         });
         let moved = Moved { bytes, seconds, cpu_seconds: clocks.process };
-        let links = PerPass::between(&before, &after);
         Ok(Used { moved, links, allocations, clocks, stages })
     }
 
@@ -302,11 +302,6 @@ impl<D: Device> Pipeline<D> {
         let share = (cpu / start.elapsed().as_secs_f64()).max(0.0);
         layer.release()?;
         Ok(share)
-    }
-
-    fn moved_bytes(&self) -> u64 {
-        let stats = self.stats();
-        if self.reads { read_bytes(&stats) } else { stats.stage(Stage::Transfer).bytes }
     }
 }
 
