@@ -44,7 +44,8 @@ impl Values {
     /// [`Error::Setting`] that names the setting and the value.
     pub fn validate(&self) -> Result<()> {
         let usual = Settings::default();
-        let lists: [(&'static str, &[usize], fn(&mut Settings, usize)); 6] = [
+        type Set = fn(&mut Settings, usize);
+        let lists: [(&'static str, &[usize], Set); 6] = [
             ("n_gpu", &self.n_gpu, |settings, n| settings.n_gpu = n),
             ("n_cpu_pinned", &self.n_cpu_pinned, |settings, n| settings.n_cpu_pinned = n),
             ("n_cpu", &self.n_cpu, |settings, n| settings.n_cpu = n),

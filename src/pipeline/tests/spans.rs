@@ -49,7 +49,8 @@ impl Case {
     fn observed(&self, seen: &Arc<Seen>) -> LayerStreamer<AsyncCpu> {
         let Case { fixture: Fixture { checkpoint, .. }, units, settings, device, .. } = self;
         let settings = Settings { reader: self.streamer().stats().reader, ..settings.clone() };
-        LayerStreamer::with_observers(device, checkpoint, units, &settings, &[seen.clone()]).unwrap()
+        let observer: Arc<dyn Observer> = seen.clone();
+        LayerStreamer::with_observers(device, checkpoint, units, &settings, &[observer]).unwrap()
     }
 }
 

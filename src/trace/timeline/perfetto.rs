@@ -268,12 +268,6 @@ fn thousandths(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// What a stage is called in a name that people read.
-#[cfg(test)]
-fn stage_of(name: &str) -> Option<Stage> {
-    Stage::ALL.into_iter().find(|stage| name.split(',').next() == Some(stage.name()))
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
@@ -284,8 +278,15 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::trace::Stage;
-    use crate::trace::timeline::{RecordedUnit, example};
+    use crate::trace::{
+        Stage,
+        timeline::{RecordedUnit, example},
+    };
+
+    /// What a stage is called in a name that people read.
+    fn stage_of(name: &str) -> Option<Stage> {
+        Stage::ALL.into_iter().find(|stage| name.split(',').next() == Some(stage.name()))
+    }
 
     fn events(recording: &Recording) -> Vec<Value> {
         let mut text = Vec::new();
