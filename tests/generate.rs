@@ -45,8 +45,8 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
         "total",
         "tokens/s",
         "GB/s",
-        "busiest",
-        "first token",
+        "bound by",
+        "the first ",
     ] {
         assert!(said.contains(part), "{said} lacks {part}");
     }

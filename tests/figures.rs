@@ -1,0 +1,117 @@
+//! What `generate` tells programs and people of a run: JSON, a trace, prompts from files, and what remains after Ctrl-C.
+
+mod common;
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::process::ExitStatusExt,
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::example;
+use serde_json::Value;
+
+fn generate() -> Command {
+    let mut command = example("generate");
+    command.args(["--device", "cpu", "--no-probe"]).stdin(Stdio::null());
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    generate().args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn json_has_the_tokens_what_moved_and_what_binds() {
+    let done = run(&["--json", "--quiet", "--n-cpu-pinned", "2", "4096="]);
+    assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
+    let found: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(found["text"], " four thousand ninety-six");
+    assert_eq!((found["passes"].as_u64(), found["tokens"].as_array().unwrap().len()), (Some(6), 5));
+    // All on disk: a steady pass moves what the first one did.
+    let moved =
+        |pass: &str| found[pass]["direct_bytes"].as_f64().unwrap() + found[pass]["buffered_bytes"].as_f64().unwrap();
+    assert!(moved("first_pass") > 1e6);
+    assert_eq!(moved("first_pass"), moved("steady_pass"));
+    assert_eq!(found["steady_pass"]["passes"], 5);
+    assert!(found["verdict"]["text"].as_str().unwrap().starts_with("bound by "), "{found}");
+    assert_eq!(found["placement"]["settings"]["n_cpu_pinned"], 2);
+    assert_eq!(found["links"].as_array().unwrap().len(), 4);
+}
+
+#[test]
+fn a_prompt_comes_from_a_file_or_from_standard_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt");
+    fs::write(&file, "4096=").unwrap();
+    let path = file.to_str().unwrap();
+    assert_eq!(text(&run(&["--quiet", "--prompt-file", path]).stdout), " four thousand ninety-six\n");
+    let mut child = generate()
+        .args(["--quiet", "--prompt-file", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"4096=").unwrap();
+    assert_eq!(text(&child.wait_with_output().unwrap().stdout), " four thousand ninety-six\n");
+    fs::write(&file, b"40\xff").unwrap();
+    let refused = run(&["--prompt-file", path]);
+    assert!(text(&refused.stderr).contains("is not UTF-8 from byte 2 on") && !refused.status.success());
+    let nowhere = run(&["--prompt-file", "/nowhere"]);
+    assert!(text(&nowhere.stderr).contains("cannot read --prompt-file /nowhere"), "{}", text(&nowhere.stderr));
+}
+
+#[test]
+fn a_trace_is_written_whole_or_refused_before_anything_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, part) in [("run.html", "bound by "), ("run.json", "\"traceEvents\"")] {
+        let path = folder.path().join(name);
+        let done = run(&["--quiet", "--trace", path.to_str().unwrap(), "4096="]);
+        assert_eq!(text(&done.stdout), " four thousand ninety-six\n", "{}", text(&done.stderr));
+        let written = fs::read_to_string(&path).unwrap();
+        assert!(written.contains(part) && written.contains("layer 7"), "{name}");
+    }
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 2, "nothing else is left");
+    // The model is not even looked for.
+    let refused = run(&["--model", "/nowhere", "--trace", "/nowhere/run.html", "4096="]);
+    assert!(text(&refused.stderr).starts_with("error: cannot create the trace /nowhere/run.html"));
+    let refused = run(&["--model", "/nowhere", "--trace", "run.txt", "4096="]);
+    assert!(text(&refused.stderr).contains(".html (a page) or .json"), "{}", text(&refused.stderr));
+}
+
+#[test]
+fn after_ctrl_c_the_figures_and_the_trace_are_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("run.json");
+    // More tokens than the model gives before it stops, again and again, until the signal comes.
+    for pause in [30, 60, 120, 240] {
+        let child = generate()
+            .args(["--trace", trace.to_str().unwrap(), "--prompt-ids", "1,2,3,4", "--print-ids"])
+            .args(["--max-new-tokens", "100"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        thread::sleep(Duration::from_millis(pause));
+        // SAFETY: the process is this test's own child, and not waited for yet.
+        unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+        let start = Instant::now();
+        let output = child.wait_with_output().unwrap();
+        let status = output.status;
+        assert!(start.elapsed() < Duration::from_secs(20));
+        // Before the model streams the signal ends the process, as anywhere.
+        if status.signal() == Some(libc::SIGINT) {
+            continue;
+        }
+        let said = text(&output.stderr);
+        assert!(matches!(status.code(), Some(0 | 130)), "{said}");
+        assert!(said.contains("tokens in at") && fs::read_to_string(&trace).unwrap().contains("traceEvents"), "{said}");
+    }
+}
