@@ -128,6 +128,7 @@ fn compared(file: &Path, pair: [&Settings; 2]) -> f64 {
 }
 
 #[test]
+#[ignore = "compares times to 3 %, which takes a machine with nothing else to do: ci/full"]
 fn a_search_by_plan_finds_what_the_grid_finds_in_a_third_of_its_runs() {
     let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let file = tempfile::NamedTempFile::new().unwrap();
