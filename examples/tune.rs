@@ -54,7 +54,7 @@ crash or hang without harm to the others. A run is one token, with nothing befor
 clearly slower than the best so far ends its candidate.
 
 The answer: the fastest of many is often the luckiest. So what was faster than the default is measured again beside it, in turn,
-and is the answer only if it wins four of up to five rounds, by 3 % in the median. Else the default is kept. Ctrl-C ends the
+and is the answer only if it is faster by 3 % in four of up to five rounds. Else the default is kept. Ctrl-C ends the
 search, and the default is the answer; with --json the same command goes on from there.
 
 Examples:

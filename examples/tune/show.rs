@@ -87,8 +87,7 @@ pub fn answer(answer: &Answer) -> String {
     let why = match &answer.verdict {
         Verdict::Kept => "the default was kept: nothing tried was clearly faster".to_owned(),
         Verdict::Faster { ratio, won, rounds } => format!(
-            "faster than the default: {:.2} of its time in the median of {rounds} rounds in turn, of which it won {won}",
-            ratio
+            "clearly faster than the default: {ratio:.2} of its time in the median of {rounds} rounds in turn, by 3 % or more in {won}"
         ),
         Verdict::NoDefault => "the fastest; the default could not be measured".to_owned(),
         _ => "the default, as the search ended before anything was found to be clearly faster".to_owned(),

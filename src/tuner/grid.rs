@@ -5,6 +5,9 @@ use crate::{
     plan::Settings,
 };
 
+/// Gives a setting a value.
+type Set = fn(&mut Settings, usize);
+
 /// The values to try, setting by setting; every combination is a configuration. They mean what they mean in [`Settings`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Values {
@@ -44,7 +47,6 @@ impl Values {
     /// [`Error::Setting`] that names the setting and the value.
     pub fn validate(&self) -> Result<()> {
         let usual = Settings::default();
-        type Set = fn(&mut Settings, usize);
         let lists: [(&'static str, &[usize], Set); 6] = [
             ("n_gpu", &self.n_gpu, |settings, n| settings.n_gpu = n),
             ("n_cpu_pinned", &self.n_cpu_pinned, |settings, n| settings.n_cpu_pinned = n),

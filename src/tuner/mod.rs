@@ -5,9 +5,9 @@
 //! The candidates are [`Placement`]s within one budget: first the default, which is what the planner chooses by itself, then the
 //! best placement with each combination of the [`Values`]. So a candidate with shorter rings keeps more units, as it would in
 //! use. The fastest of many is often the luckiest, so it is no answer yet: it is measured again beside the default, the two
-//! started anew in turn. It becomes the answer if it wins four of up to five rounds and is ahead by 3 % in the median of them;
-//! else the next fastest has its turn, up to three of them. If none is clearly faster, the answer is the default. So it is also
-//! where the search is stopped before that is known.
+//! started anew in turn. It becomes the answer if it is faster by 3 % in four of up to five rounds; else the next fastest has its
+//! turn, up to three of them. If none is clearly faster, the answer is the default. So it is also where the search is stopped
+//! before that is known.
 //!
 //! # Example
 //! The program starts itself again to measure. The call of [`worker()`] at the top of its `main` takes over in those processes:
