@@ -177,7 +177,10 @@ fn a_search_by_plan_finds_what_the_grid_finds_with_a_third_of_its_candidates() {
         off.sort_by(f64::total_cmp);
         let median = off[off.len() / 2];
         println!("forecasts of {}: {median:.3} off in the median, {:.3} at most", off.len(), off.last().unwrap());
-        all.trials.len() == all.candidates && 3 * planned.trials.len() <= all.trials.len() && ratio < 1.03 && median < 0.03
+        all.trials.len() == all.candidates
+            && 3 * planned.trials.len() <= all.trials.len()
+            && ratio < 1.03
+            && median < 0.03
     });
     assert!(found);
 }
