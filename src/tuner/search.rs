@@ -68,8 +68,6 @@ impl Order {
         let most = self.most(candidates.len());
         match self {
             Self::Grid => left.first().copied(),
-            // The default, which the others are compared with, is measured whatever may be forecast.
-            Self::Plan(_) if left.first() == Some(&0) => Some(0),
             Self::Plan(planned) => {
                 // What is refused does not count: most of it takes no time.
                 let ran = |candidate: &&Candidate| {
@@ -96,13 +94,9 @@ impl Planned {
         let line_of = |trial: &Trial| candidates.iter().position(|candidate| trial.placement == candidate.placement);
         let mut trials: Vec<_> =
             record.trials.iter().filter_map(|trial| Some((&self.lines[line_of(trial)?], trial))).collect();
-        let bytes = |number: &usize| self.lines[*number].bytes;
-        match trials.len() {
-            // With the shortest rings the stages wait for each other, with the longest for the slowest: the two tell most
-            // about each. The slow one first, which is then less likely to be stopped.
-            0 | 1 => return left.iter().copied().min_by_key(bytes),
-            2 => return left.iter().copied().max_by_key(bytes),
-            _ => {}
+        let anchors = self.anchors();
+        if let Some(anchor) = anchors.iter().find(|number| left.contains(number)) {
+            return Some(*anchor);
         }
         if let Some((number, forecast)) = self.asked.take()
             && let Some(trial) = record.trial_of(&candidates[number].placement)
@@ -115,9 +109,9 @@ impl Planned {
         }
         let best = record.best_trial();
         if trials.len() > LEARN {
-            // The default, the two extremes, the best, and the newest.
-            let rest = trials.split_off(3);
-            let newest = rest.len() - (LEARN - 4);
+            // Those that come first, the best, and the newest.
+            let rest = trials.split_off(anchors.len());
+            let newest = rest.len() - (LEARN - anchors.len() - 1);
             let is_best = |trial: &Trial| best.is_some_and(|best| best.placement == trial.placement);
             let (old, new) = rest.split_at(newest);
             trials.extend(old.iter().filter(|(_, trial)| is_best(trial)).chain(new));
@@ -136,6 +130,21 @@ impl Planned {
         })?;
         self.asked = Some((number, self.forecaster.forecast(&self.lines[number])));
         Some(number)
+    }
+
+    /// What is tried first, whatever may be forecast: the default, which the others are compared with; then the shortest rings,
+    /// with which the stages wait for each other, and the longest, with which they wait for the slowest: the two tell most about
+    /// each stage. The slow one before the fast one, so that it is less likely to be stopped. Each once.
+    fn anchors(&self) -> Vec<usize> {
+        let bytes = |number: &usize| self.lines[*number].bytes;
+        let all = 0..self.lines.len();
+        let mut anchors = vec![0];
+        for extreme in [all.clone().min_by_key(bytes), all.max_by_key(bytes)].into_iter().flatten() {
+            if !anchors.contains(&extreme) {
+                anchors.push(extreme);
+            }
+        }
+        anchors
     }
 
     /// Among those that may be tried that with the best hope; of several that are alike in that, that which takes least.
