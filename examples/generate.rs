@@ -8,16 +8,20 @@ mod budget;
 mod device;
 #[path = "generate/dump.rs"]
 mod dump;
+#[path = "interrupt/mod.rs"]
+mod interrupt;
 #[path = "generate/report.rs"]
 mod report;
+#[path = "bench/report/units.rs"]
+#[allow(dead_code, reason = "benchmarks use the rest")]
+mod units;
 #[path = "generate/waiting.rs"]
 mod waiting;
 
 use std::{
-    fs,
-    io::{self, IsTerminal, Read, Write},
+    io::{self, IsTerminal, Write},
     ops::ControlFlow,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -42,13 +46,17 @@ use layer_streamer::{
 };
 use report::{Report, Run};
 use tokenizers::Tokenizer;
-use waiting::{Interrupts, Waiting, is_interrupted};
+use waiting::{Interrupts, Waiting};
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
     // In one piece, since stderr passes on each part of a table as it comes.
     ($($text:tt)*) => { let _ = io::stderr().write_all((format!($($text)*) + "\n").as_bytes()); };
 }
+
+// After the macro, which it uses.
+#[path = "generate/prompt.rs"]
+mod prompt;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -223,7 +231,7 @@ fn main() -> ExitCode {
         Chosen::Cuda(device) => run(&device, &options, begun, &|| device.memory().ok()),
     });
     match outcome {
-        Ok(()) if is_interrupted() => ExitCode::from(130),
+        Ok(()) if interrupt::is_noted() => ExitCode::from(130),
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say!("error: {error}");
@@ -245,7 +253,7 @@ fn run<D: Kernels>(
     let dump = options.dump_logits.as_deref().filter(|_| !options.plan).map(Dump::create).transpose()?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", options.quiet);
     let mut model = Model::open(&options.model)?;
-    let (tokenizer, prompt) = prompt(options)?;
+    let (tokenizer, prompt) = prompt::prompt(options)?;
     let wanted = prompt.len().saturating_add(options.max_new_tokens);
     let context = options.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt.len()));
     if prompt.len() > context {
@@ -292,50 +300,6 @@ fn run<D: Kernels>(
         file.write(&recording)?;
     }
     Ok(())
-}
-
-/// The tokenizer, where one is needed, and the prompt's tokens.
-fn prompt(options: &Options) -> Result<(Option<Tokenizer>, Vec<u32>), Failure> {
-    let text = match &options.prompt_file {
-        Some(path) => Some(read_prompt(path)?),
-        None => options.prompt.clone(),
-    };
-    let needs_tokenizer = text.is_some() || !(options.plan || options.print_ids);
-    let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
-    let prompt = match (&options.prompt_ids, &text, &tokenizer) {
-        (Some(ids), _, _) => ids.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
-        _ => Vec::new(),
-    };
-    if prompt.is_empty() && !options.plan {
-        return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
-    }
-    Ok((tokenizer, prompt))
-}
-
-/// The longest prompt that is read from a file, in bytes.
-const LONGEST_PROMPT: u64 = 64_000_000;
-
-/// Reads a prompt from a file, or from standard input.
-fn read_prompt(path: &Path) -> Result<String, Failure> {
-    let failed = |error: io::Error| Failure::from(format!("cannot read --prompt-file {}: {error}", path.display()));
-    let mut bytes = Vec::new();
-    if path == Path::new("-") {
-        io::stdin().take(LONGEST_PROMPT + 1).read_to_end(&mut bytes).map_err(failed)?;
-    } else {
-        let file = fs::File::open(path).map_err(failed)?;
-        if file.metadata().map_err(failed)?.is_dir() {
-            return Err(failed(io::ErrorKind::IsADirectory.into()));
-        }
-        file.take(LONGEST_PROMPT + 1).read_to_end(&mut bytes).map_err(failed)?;
-    }
-    if bytes.len() as u64 > LONGEST_PROMPT {
-        return Err(format!("--prompt-file {}: is longer than {LONGEST_PROMPT} bytes", path.display()).into());
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        format!("--prompt-file {}: is not UTF-8 from byte {at} on", path.display()).into()
-    })
 }
 
 /// A run, and the text it gave, where text is kept.
@@ -394,7 +358,7 @@ fn generate<D: Kernels>(
                 Some(text) => text.step(token)?.unwrap_or_default(),
                 None => format!("{}{token}", if done.tokens.len() > 1 { "," } else { "" }),
             };
-            if is_interrupted() {
+            if interrupt::is_noted() {
                 done.interrupted = true;
                 return Ok(ControlFlow::Break(()));
             }
@@ -420,7 +384,7 @@ fn generate<D: Kernels>(
     bar.finish_and_clear();
     match decoded {
         // By Ctrl-C: what came is the answer.
-        Err(error) if is_interrupted() && matches!(error.downcast_ref(), Some(Error::Cancelled)) => {
+        Err(error) if interrupt::is_noted() && matches!(error.downcast_ref(), Some(Error::Cancelled)) => {
             done.interrupted = true;
         }
         other => other?,
@@ -475,23 +439,6 @@ fn plan<D: Kernels>(
         say!("{}", budget::measured(probe));
     }
     Ok((settings, probe))
-}
-
-/// Reads `tokenizer.json`. Without one, ids can still go in and out.
-fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
-    let path = options.model.join("tokenizer.json");
-    if !path.exists() {
-        if options.prompt_ids.is_none() {
-            let message =
-                format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
-            return Err(message.into());
-        }
-        if !options.quiet {
-            say!("no tokenizer.json in {}: printing token ids", options.model.display());
-        }
-        return Ok(None);
-    }
-    Tokenizer::from_file(&path).map(Some).map_err(|e| format!("{}: {e}", path.display()).into())
 }
 
 fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {

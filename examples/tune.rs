@@ -6,6 +6,8 @@
 mod budget;
 #[path = "device/mod.rs"]
 mod device;
+#[path = "interrupt/mod.rs"]
+mod interrupt;
 #[path = "tune/plot.rs"]
 mod plot;
 #[path = "tune/show.rs"]
@@ -19,7 +21,6 @@ use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -161,15 +162,6 @@ fn picture(text: &str) -> Result<PathBuf, &'static str> {
     if is_svg { Ok(path) } else { Err("give a name that ends in .svg") }
 }
 
-/// Set by Ctrl-C.
-static STOPPED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn stop(_: libc::c_int) {
-    STOPPED.store(true, Relaxed);
-    // SAFETY: no memory is involved. The next one ends the process, and the worker with it.
-    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
-}
-
 fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
@@ -300,8 +292,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
 /// Searches on `device`, which the command line calls `name`.
 fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, Failure> {
     tuner::worker(|placement| worker(device, options, &placement));
-    // SAFETY: the handler does nothing that a handler may not.
-    unsafe { libc::signal(libc::SIGINT, stop as *const () as libc::sighandler_t) };
+    interrupt::listen();
     let (tuner, candidates) = prepare(device, name, options)?;
     // Before the long work, so that a path that cannot be written is known at once.
     if let Some(path) = &options.plot {
@@ -397,7 +388,7 @@ fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
             bar.set_prefix(HumanDuration(end.saturating_sub(start.elapsed())).to_string());
         }
         bar.tick();
-        if STOPPED.load(Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if interrupt::is_noted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
     Ok(ranking?)

@@ -46,7 +46,7 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
         "tokens/s",
         "GB/s",
         "bound by",
-        "the first ",
+        " s after the start",
     ] {
         assert!(said.contains(part), "{said} lacks {part}");
     }

@@ -2,7 +2,6 @@
 
 use std::{fmt::Write, time::Duration};
 
-use indicatif::DecimalBytes;
 use layer_streamer::{
     kernels::Kernels,
     model::Decoder,
@@ -11,6 +10,8 @@ use layer_streamer::{
     trace::{Bound, PassStats, Stage, Stats, Verdict},
 };
 use serde_json::{Value, json};
+
+use crate::units;
 
 /// What was generated, and how long that took.
 pub struct Run {
@@ -128,9 +129,9 @@ impl Report {
         if let Some([before, free, all]) = self.run.device_memory {
             line(format!(
                 "device memory in use: {} of {}, {} of it before the model was loaded",
-                bytes((all - free) as f64),
-                bytes(all as f64),
-                bytes(all.saturating_sub(before) as f64),
+                units::bytes((all - free) as u64),
+                units::bytes(all as u64),
+                units::bytes(all.saturating_sub(before) as u64),
             ));
         }
         text.truncate(text.trim_end().len());
@@ -144,7 +145,8 @@ impl Report {
         let kept = self.homes.iter().filter(|home| **home != Home::Disk).count();
         let mut text = format!("{:14} {:>22}  {:>22}", "", "first pass", "steady pass");
         let _ = write!(text, "  {:>11}   kept: {kept} of {} units", format!("all {}", stats.passes), self.homes.len());
-        let time = |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| seconds(passes.seconds));
+        let time =
+            |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| units::seconds(passes.seconds));
         let _ = write!(text, "\n{:14} {:>22}  {:>22}", "time", time(Some(first)), time(stats.steady));
         for (name, all, of, limit) in self.links(limits) {
             if all == 0 {
@@ -154,7 +156,11 @@ impl Report {
                 passes.map_or_else(String::new, |passes| {
                     let moved = of(&passes);
                     let rate = moved / 1e9 / passes.seconds.max(1e-9);
-                    if moved > 0.0 { format!("{} {rate:>6.2} GB/s", bytes(moved)) } else { "nothing".into() }
+                    if moved > 0.0 {
+                        format!("{} {rate:>6.2} GB/s", units::bytes(moved as u64))
+                    } else {
+                        "nothing".into()
+                    }
                 })
             };
             let _ = write!(
@@ -162,7 +168,7 @@ impl Report {
                 "\n{name:14} {:>22}  {:>22}  {:>11}",
                 cell(Some(first)),
                 cell(stats.steady),
-                bytes(all as f64)
+                units::bytes(all)
             );
             if let Some((limit, passes)) =
                 limit.zip(stats.steady.or(Some(first))).filter(|(_, passes)| of(passes) > 0.0)
@@ -228,17 +234,3 @@ impl Report {
 }
 
 type Link = (&'static str, u64, fn(&PassStats) -> f64, Option<f64>);
-
-/// An amount in SI units, such as 3.73 GB.
-pub fn bytes(bytes: f64) -> String {
-    DecimalBytes(bytes.round() as u64).to_string()
-}
-
-/// A time with three digits or so.
-fn seconds(seconds: f64) -> String {
-    match seconds {
-        0.0..1e-3 => format!("{:.1} µs", 1e6 * seconds),
-        1e-3..1.0 => format!("{:.1} ms", 1e3 * seconds),
-        _ => format!("{seconds:.2} s"),
-    }
-}

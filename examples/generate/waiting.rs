@@ -14,6 +14,8 @@ use std::{
 use indicatif::ProgressBar;
 use layer_streamer::Canceller;
 
+use crate::interrupt;
+
 /// Whatever takes longer than this is told.
 const SOON: Duration = Duration::from_millis(700);
 
@@ -52,32 +54,17 @@ impl Drop for Waiting {
     }
 }
 
-/// Set by Ctrl-C.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn interrupt(_: libc::c_int) {
-    INTERRUPTED.store(true, Relaxed);
-    // SAFETY: no memory is involved. The next one ends the process.
-    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
-}
-
-/// Whether Ctrl-C was pressed.
-pub fn is_interrupted() -> bool {
-    INTERRUPTED.load(Relaxed)
-}
-
 /// From now on Ctrl-C ends the pass under way, until this is dropped: what was generated, the figures and the trace remain.
 pub struct Interrupts(Arc<AtomicBool>);
 
 impl Interrupts {
     pub fn cancel(canceller: Canceller) -> Self {
-        // SAFETY: the handler does nothing that a handler may not.
-        unsafe { libc::signal(libc::SIGINT, interrupt as *const () as libc::sighandler_t) };
+        interrupt::listen();
         let over = Arc::new(AtomicBool::new(false));
         let ended = over.clone();
         let watch = move || {
             while !ended.load(Relaxed) {
-                if is_interrupted() {
+                if interrupt::is_noted() {
                     return canceller.cancel();
                 }
                 thread::sleep(Duration::from_millis(50));

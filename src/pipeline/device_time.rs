@@ -92,9 +92,10 @@ impl<D: Device> DeviceTimer<D> {
             if !self.device.query(end)? {
                 break;
             }
-            // Before the base where that was recorded on another stream in the meantime: then it began with the base.
-            let start = self.reached + self.device.elapsed(&self.base, begin)?;
-            let end = start + self.device.elapsed(begin, end)?;
+            // From the end back: the work may have begun before the base was reached, on another stream.
+            let took = self.device.elapsed(begin, end)?;
+            let end = self.reached + self.device.elapsed(&self.base, end)?;
+            let start = end.checked_sub(took).unwrap_or(end);
             let UnderWay { mut events, activity, bytes } = self.under_way.pop_front().expect("it is there");
             trace.on_device(&Span { stage: self.stage, activity, bytes, start, end });
             if end.saturating_duration_since(self.reached) > NEW_BASE {
