@@ -55,7 +55,7 @@ impl Report {
             let seen = |bytes: f64, stage: Stage, bound: Bound| Seen {
                 bytes: (bytes * passes.passes as f64) as u64,
                 seconds: passes.stage_seconds[stage as usize][0] * passes.passes as f64,
-                bound: verdict.bound == bound && verdict.busy > 0.85,
+                bound: verdict.bound == bound && verdict.is_full(),
             };
             // Reads through the page cache tell nothing of the disk.
             let disk = (passes.buffered_bytes == 0.0).then(|| seen(passes.direct_bytes, Stage::Read, Bound::Disk));

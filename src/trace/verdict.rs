@@ -28,7 +28,7 @@ pub enum Bound {
 pub struct Verdict {
     /// What was at work for the largest part of a pass.
     pub bound: Bound,
-    /// That part: 1 is all of it. Below some 0.85 the stages wait for one another in turn.
+    /// That part: 1 is all of it.
     pub busy: f64,
     /// Whether anything moved: nothing does where all units are on the device.
     pub moves: bool,
@@ -36,7 +36,7 @@ pub struct Verdict {
     pub linked: bool,
 }
 
-/// From this share of a pass on a stage is at work all the time but for what timing and hand-overs take.
+/// From this share of a pass on.
 const FULL: f64 = 0.85;
 
 impl Verdict {
@@ -61,12 +61,17 @@ impl Verdict {
         Self { bound, busy: busy.clamp(0.0, 1.0), moves, linked }
     }
 
+    /// Whether it was at work all the time, but for what timing and hand-overs take. Else the stages wait for one another in turn.
+    pub fn is_full(&self) -> bool {
+        self.busy >= FULL
+    }
+
     /// What would help, and what would not.
     pub fn advice(&self) -> &'static str {
         match (self.bound, self.linked) {
             _ if !self.moves => "nothing moves, so neither more memory nor deeper rings would help",
-            (Bound::Compute, _) if self.busy >= FULL => "neither more memory nor deeper rings would help",
-            _ if self.busy < FULL => "the stages wait for one another: deeper rings (n_cpu_pinned) would help",
+            (Bound::Compute, _) if self.is_full() => "neither more memory nor deeper rings would help",
+            _ if !self.is_full() => "the stages wait for one another: deeper rings (n_cpu_pinned) would help",
             (Bound::Disk | Bound::PageCache, true) => {
                 "more RAM or GPU memory for layers would help, deeper rings would not"
             }
