@@ -9,13 +9,14 @@ mod common;
 #[path = "nvtx/tool.rs"]
 mod tool;
 
-use std::{env, ffi::CStr, fs, path::Path, process::Command, slice};
+use std::{env, ffi::CStr, fs, path::Path, process::Command, slice, sync::Arc};
 
 use common::{Fixture, fixture};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
     plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader},
+    trace::{Observer, timeline::Timeline},
 };
 
 /// The shared object's counter.
@@ -190,7 +191,12 @@ fn count_everything(counter: &Counter) {
                     reader,
                     cache,
                 };
-                let mut streamer = match LayerStreamer::new(&Cpu, &fixture.checkpoint, &units, &settings) {
+                // So few events that new ones overwrite old ones. Without it a streamer does the same, and less.
+                let timeline = Timeline::with_events(16);
+                let observers = [timeline.clone() as Arc<dyn Observer>];
+                let checkpoint = &fixture.checkpoint;
+                let mut streamer = match LayerStreamer::with_observers(&Cpu, checkpoint, &units, &settings, &observers)
+                {
                     Err(Error::Unsupported { what, .. }) => {
                         println!("left out: {what}");
                         break;

@@ -37,16 +37,17 @@ const SAME_WAIT: u64 = 20_000;
 /// The newest events of a kind, and how many older ones they have overwritten.
 struct Newest<T> {
     events: VecDeque<T>,
+    most: usize,
     dropped: u64,
 }
 
 impl<T> Newest<T> {
     fn new(most: usize) -> Self {
-        Self { events: VecDeque::with_capacity(most), dropped: 0 }
+        Self { events: VecDeque::with_capacity(most), most, dropped: 0 }
     }
 
     fn push(&mut self, event: T) {
-        if self.events.len() == self.events.capacity() {
+        if self.events.len() == self.most {
             self.events.pop_front();
             self.dropped += 1;
         }
@@ -220,5 +221,74 @@ impl Observer for Timeline {
 
     fn times_device(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn span(timeline: &Timeline, activity: Activity, micros: [u64; 2]) -> Span {
+        let [start, end] = micros.map(|micros| timeline.start + Duration::from_micros(micros));
+        Span { stage: Stage::Read, activity, bytes: 7, start, end }
+    }
+
+    #[test]
+    fn the_oldest_events_make_way_and_are_counted() {
+        let timeline = Timeline::with_events(3);
+        let bytes = timeline.bytes();
+        for unit in 0..5 {
+            timeline.end(&span(&timeline, Activity::Unit { unit, pass: 0 }, [10 * unit as u64, 10 * unit as u64 + 9]));
+        }
+        timeline.mark(&Mark::Rewind);
+        let recording = timeline.recording(None);
+        assert_eq!((recording.dropped, recording.lanes.len(), recording.moments.len()), (2, 1, 1));
+        let kept: Vec<_> =
+            recording.lanes[0].events.iter().map(|event| (event.start, event.end, event.bytes)).collect();
+        assert_eq!(kept, [(20_000, 29_000, 7), (30_000, 39_000, 7), (40_000, 49_000, 7)]);
+        assert_eq!(timeline.bytes(), bytes, "no more memory than was reserved");
+    }
+
+    #[test]
+    fn waits_of_one_kind_that_follow_each_other_at_once_are_one() {
+        let timeline = Timeline::with_events(9);
+        for (activity, micros) in [
+            (Activity::Starved, [0, 100]),
+            (Activity::Starved, [110, 200]),
+            // Of another kind, after a while, and behind a unit.
+            (Activity::Blocked, [201, 300]),
+            (Activity::Blocked, [400, 500]),
+            (Activity::Unit { unit: 0, pass: 0 }, [500, 510]),
+            (Activity::Blocked, [511, 600]),
+        ] {
+            timeline.end(&span(&timeline, activity, micros));
+        }
+        let found = timeline.recording(None).lanes.remove(0).events;
+        let times: Vec<_> = found.iter().map(|event| [event.start / 1000, event.end / 1000]).collect();
+        assert_eq!(times, [[0, 200], [201, 300], [400, 500], [500, 510], [511, 600]]);
+    }
+
+    #[test]
+    fn what_the_device_timed_has_lanes_of_its_own_and_links_their_limits() {
+        let timeline = Timeline::with_events(9);
+        let about = About { device: "a device".into(), slots: [2, 3, 4], ..About::default() };
+        timeline.started(&about);
+        let unit = Activity::Unit { unit: 0, pass: 0 };
+        for stage in [Stage::Compute, Stage::Transfer] {
+            timeline.on_device(&Span { stage, ..span(&timeline, unit, [5, 6]) });
+            timeline.end(&Span { stage, ..span(&timeline, unit, [1, 2]) });
+        }
+        timeline.untimed(Stage::Compute);
+        let recording = timeline.recording(Some(Bandwidths { disk: 2e9, copy: 5e9 }));
+        let lanes: Vec<_> = recording.lanes.iter().map(|lane| (lane.stage, lane.on_device)).collect();
+        let expected =
+            [(Stage::Transfer, false), (Stage::Transfer, true), (Stage::Compute, false), (Stage::Compute, true)];
+        assert_eq!((lanes.as_slice(), recording.untimed), (&expected[..], 1));
+        let rings: Vec<_> = recording.rings.iter().map(|ring| (ring.slots, ring.filled_by, ring.emptied_by)).collect();
+        let [read, pin, transfer, compute] = Stage::ALL;
+        assert_eq!(rings, [(2, read, pin), (3, pin, transfer), (4, transfer, compute)]);
+        assert_eq!(recording.links.iter().map(|link| link.limit).collect::<Vec<_>>(), [Some(2e9), Some(5e9)]);
     }
 }
