@@ -95,6 +95,8 @@ impl Signal {
         // A fence on both sides: either this load sees the sleeper, or the sleeper's load of `count` sees the line above.
         fence(Ordering::SeqCst);
         if self.asleep.load(Ordering::Relaxed) {
+            // It is being woken: until it sleeps again nobody else has to, each for the price of a system call.
+            self.asleep.store(false, Ordering::Relaxed);
             // Taking the lock puts this after the sleeper's last look at `count`, so that the wake-up cannot come too early.
             drop(self.lock.lock());
             self.woken.notify_one();
@@ -114,9 +116,13 @@ impl Signal {
             }
         }
         let mut guard = self.lock.lock().expect("nothing panics under this lock");
-        self.asleep.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        while self.ticket() == ticket {
+        loop {
+            // Anew each time: a late wake-up may be for the sleep before, and has taken the flag with it.
+            self.asleep.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            if self.ticket() != ticket {
+                break;
+            }
             guard = self.woken.wait(guard).expect("nothing panics under this lock");
         }
         self.asleep.store(false, Ordering::Relaxed);

@@ -1,7 +1,6 @@
 //! Sums of spans: since the start, of the first pass, and of steady passes.
 
 use std::{
-    mem,
     path::PathBuf,
     sync::{
         Mutex,
@@ -123,13 +122,14 @@ struct StageCounters {
     /// Which of these the present time is, and up to when it is counted: nanoseconds since the start, 0 before it has begun.
     kind: AtomicUsize,
     settled: AtomicU64,
+    /// What was moved on the trip under way. Bytes belong to the trip of their unit, however far ahead the stage is.
+    trip: [AtomicU64; 3],
     trips: Mutex<Trips>,
 }
 
-/// What a stage moved by trip: bytes belong to the trip of their unit, however far ahead the stage is.
+/// What a stage moved on the trips that are complete: how many these are, and all of it.
 #[derive(Default)]
 struct Trips {
-    under_way: Carried,
     complete: [(u64, Carried); PHASES],
     count: usize,
 }
@@ -199,7 +199,8 @@ impl Counters {
         let counters = &self.stages[stage as usize];
         counters.units.fetch_add(1, Relaxed);
         counters.bytes.fetch_add(carried.bytes, Relaxed);
-        counters.trips.lock().expect(UNPOISONED).under_way.add(carried);
+        let Carried { bytes, direct, buffered } = carried;
+        counters.trip.iter().zip([bytes, direct, buffered]).for_each(|(sum, more)| _ = sum.fetch_add(more, Relaxed));
     }
 
     pub(super) fn count_read(&self, bytes: usize, direct: bool) {
@@ -208,15 +209,17 @@ impl Counters {
     }
 
     pub(super) fn trip_ended(&self, stage: Stage) {
-        let mut trips = self.stages[stage as usize].trips.lock().expect(UNPOISONED);
-        let (carried, phase) = (mem::take(&mut trips.under_way), trips.count.min(PHASES - 1));
+        let counters = &self.stages[stage as usize];
+        let [bytes, direct, buffered] = counters.trip.each_ref().map(|sum| sum.swap(0, Relaxed));
+        let mut trips = counters.trips.lock().expect(UNPOISONED);
+        let phase = trips.count.min(PHASES - 1);
         trips.complete[phase].0 += 1;
-        trips.complete[phase].1.add(carried);
+        trips.complete[phase].1.add(Carried { bytes, direct, buffered });
         trips.count += 1;
     }
 
     pub(super) fn trip_left(&self, stage: Stage) {
-        self.stages[stage as usize].trips.lock().expect(UNPOISONED).under_way = Carried::default();
+        self.stages[stage as usize].trip.iter().for_each(|sum| sum.store(0, Relaxed));
     }
 
     pub(super) fn pass_begun(&self) {
