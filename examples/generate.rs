@@ -284,6 +284,7 @@ fn run<D: Kernels>(
     let mut run = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), begun, dump)?;
     run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
     let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+    let findings = decoder.streamer().findings();
     drop(decoder);
     if options.json {
         // Whoever reads it may have gone away.
@@ -296,7 +297,7 @@ fn run<D: Kernels>(
     if let Some((file, timeline)) = trace.zip(timeline) {
         let mut recording = timeline.recording(probe.map(|probe| probe.bandwidths()));
         recording.facts.insert(0, ("model".into(), options.model.display().to_string()));
-        recording.verdict.extend(report.verdict().into_iter().chain(report.waits()));
+        recording.verdict = findings;
         file.write(&recording)?;
     }
     Ok(())

@@ -387,6 +387,11 @@ typedef struct ls_streamer_options {
     size_t host_budget;
     // The same of a GPU's own memory; 0 or SIZE_MAX: what is free there, less a reserve. Of a device that computes in RAM: 0.
     size_t device_budget;
+    // A file for a picture of what every stage did and waited for: FILE.html opens in any browser, FILE.json in Perfetto. NULL:
+    // none. The open fails with LS_INVALID or LS_IO where the file cannot be written; the close writes it, in one piece, and
+    // returns LS_IO if that fails, with everything closed all the same. What is recorded takes some 9 MB of RAM, beside the
+    // budget; where a run is so long that this is full, the oldest events make way.
+    const char *trace;
 } ls_streamer_options;
 
 // What a streamer takes. Set `size` before the call.
@@ -646,7 +651,7 @@ ls_status ls_streamer_open(struct ls_device device,
 
 // Stops the threads, waits until the device is done with the layers that were released, frees everything. LS_LAYERS_HELD,
 // and nothing happens, while layers are held. LS_LEAKED where the device does not answer: the handle is closed, but memory that
-// was lent must stay.
+// was lent must stay. LS_IO where only the trace could not be written.
 ls_status ls_streamer_close(struct ls_streamer streamer);
 
 // Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for
@@ -818,7 +823,7 @@ ls_status ls_model_open(struct ls_device device,
                         struct ls_model *model);
 
 // Closes a model: stops its threads and frees its memory. LS_LEAKED where the device does not answer: the handle is closed, but
-// what the device may still use stays reserved.
+// what the device may still use stays reserved. LS_IO where only the trace could not be written.
 ls_status ls_model_close(struct ls_model model);
 
 // What is known of the model. Set `info->size` to sizeof(ls_model_info) before.

@@ -1,7 +1,7 @@
 //! Runs transformers whose weights do not fit on the GPU. Weights flow, unit after unit, pass after pass,
 //!
 //! ```text
-//! disk ──read──► RAM slots ──pin──► pinned slots ──transfer──► GPU slots ──compute──► the caller's layer function
+//! disk ──read──► RAM slots ──pin──► pinned slots ──transfer──► device slots ──compute──► the caller's layer function
 //! ```
 //!
 //! each arrow a stage with its own thread (compute: the caller's), each pair of stages joined by a lock-free ring. The modules

@@ -120,7 +120,7 @@ fn memory_that_cannot_be_locked_or_had_is_an_error_with_a_remedy_and_leaves_noth
     assert_eq!(emulation::live(), Live::default());
     emulation::device_memory(1 << 20);
     let refused = message(start(&settings(1, 2, 0)));
-    for part in ["cudaErrorMemoryAllocation", "GPU slots", "1048576 of the GPU's 1048576 bytes are free"] {
+    for part in ["cudaErrorMemoryAllocation", "device slots", "1048576 of the GPU's 1048576 bytes are free"] {
         assert!(refused.contains(part), "{refused}");
     }
     assert_eq!(emulation::live(), Live::default());

@@ -38,8 +38,8 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
     let said = text(&done.stderr);
     for part in [
         "pinned slots",
-        "GPU slots",
-        "8 units living on the GPU",
+        "device slots",
+        "8 units living on the device",
         "static tensors",
         "KV cache of 37 tokens",
         "total",
@@ -88,8 +88,8 @@ fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
             let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {home}: ")));
             row.map_or(0, |(count, _)| count.trim().parse().unwrap())
         };
-        kept.push(layers("on the GPU"));
-        assert_eq!(layers("on the GPU") + layers("on disk"), 8, "{plan}");
+        kept.push(layers("on the device"));
+        assert_eq!(layers("on the device") + layers("on disk"), 8, "{plan}");
     }
     assert!(kept[0] == 0 && kept.is_sorted() && kept[3] == 8 && (1..8).contains(&kept[2]), "{kept:?}");
 }
@@ -101,7 +101,7 @@ fn the_plan_is_printed_alone_and_names_homes_and_the_link_that_binds() {
     assert_says(
         &text(&done.stdout),
         &[
-            "3 on the GPU: 0-2",
+            "3 on the device: 0-2",
             "1 in pinned RAM: 5",
             "4 on disk: 3-4,6-7",
             "bound by disk",
@@ -109,7 +109,7 @@ fn the_plan_is_printed_alone_and_names_homes_and_the_link_that_binds() {
         ],
     );
     let all = generate(&["--plan", "4096="]);
-    assert_says(&text(&all.stdout), &["8 on the GPU: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);
+    assert_says(&text(&all.stdout), &["8 on the device: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);
 }
 
 #[test]

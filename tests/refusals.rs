@@ -290,7 +290,7 @@ fn without_memory_the_error_says_how_much_for_what_and_nothing_is_left_behind() 
         assert!(message.contains("free memory") || message.contains("ulimit -v"), "{message}");
         before.assert_back(&message);
     }
-    assert_eq!(seen, BTreeSet::from(["GPU slots", "RAM slots", "pinned slots"]));
+    assert_eq!(seen, BTreeSet::from(["device slots", "RAM slots", "pinned slots"]));
     works(&fixture, &settings);
 }
 
@@ -318,9 +318,11 @@ fn a_home_that_does_not_fit_is_refused_with_both_sizes() {
         shape: vec![UNIT],
     };
     let checkpoint = Checkpoint::from_table((0..count).map(stored)).unwrap();
-    for (home, what) in
-        [("ram", "units living in RAM"), ("pinned", "units living in pinned RAM"), ("gpu", "units living on the GPU")]
-    {
+    for (home, what) in [
+        ("ram", "units living in RAM"),
+        ("pinned", "units living in pinned RAM"),
+        ("gpu", "units living on the device"),
+    ] {
         let mut units: Vec<_> = (0..count).map(|number| Unit::new(format!("unit {number}"))).collect();
         for (number, unit) in units.iter_mut().enumerate() {
             unit.keep("weight", number.to_string());

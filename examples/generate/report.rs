@@ -76,27 +76,6 @@ impl Report {
         }
     }
 
-    /// What passes wait for, in one line.
-    pub fn verdict(&self) -> Option<String> {
-        self.verdict.map(|verdict| verdict.to_string())
-    }
-
-    /// What each stage did with its time, a line each.
-    pub fn waits(&self) -> Vec<String> {
-        let Some(passes) = self.stats.steady.or(self.stats.first) else { return Vec::new() };
-        let share = |seconds: f64| 100.0 * seconds / passes.seconds.max(1e-9);
-        let skipped = |stage: Stage| stage == Stage::Pin && self.stats.stage(stage).units == 0;
-        let stages = Stage::ALL.into_iter().filter(|stage| !skipped(*stage));
-        stages
-            .map(|stage| {
-                let [busy, starved, blocked] = passes.stage_seconds[stage as usize].map(share);
-                format!(
-                    "{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %"
-                )
-            })
-            .collect()
-    }
-
     /// The closing lines.
     pub fn text(&self) -> String {
         let mut text = String::new();

@@ -269,8 +269,9 @@ const LONGEST: usize = 4096;
 /// # Errors
 /// [`LS_INVALID`] for a length that no version had.
 fn known<T: Grows>(size: usize, name: &str) -> Result<usize> {
-    if size < T::FIRST || size > LONGEST {
-        let cause = format!("its size is {size}, expected {} or more: set it to sizeof", T::FIRST);
+    // Versions differ by whole fields.
+    if size < T::FIRST || size > LONGEST || !size.is_multiple_of(size_of::<usize>()) {
+        let cause = format!("its size is {size}, which that of no version is; {} or more: set it to sizeof", T::FIRST);
         return Err(Failure::invalid(name, cause));
     }
     Ok(size.min(size_of::<T>()))

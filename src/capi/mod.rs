@@ -20,6 +20,7 @@ mod layers;
 mod model;
 mod options;
 mod streamer;
+mod traced;
 
 pub use border::*;
 pub use callbacks::*;

@@ -17,6 +17,7 @@ use super::{
     device::{DEVICES, ls_device},
     handles::{Kind, Table},
     options::{self, Chosen, ls_stats, ls_streamer_options},
+    traced::{self, Traced},
 };
 use crate::model::{Decoder, Model, Sequence};
 
@@ -94,6 +95,7 @@ pub const LS_END: i32 = 1;
 struct Opened {
     decoder: RefCell<Decoder<AnyDevice>>,
     batch: usize,
+    trace: Option<Traced>,
 }
 
 static MODELS: Table<Opened> = Table::new(Kind::Model);
@@ -145,7 +147,7 @@ pub unsafe extern "C" fn ls_model_open(
             log.opened(&memory, &decoder.streamer().stats());
         }
         let canceller = decoder.streamer().canceller();
-        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch };
+        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch, trace: chosen.trace };
         let made = MODELS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_model { id: made }) };
@@ -154,10 +156,13 @@ pub unsafe extern "C" fn ls_model_open(
 }
 
 /// Closes a model: stops its threads and frees its memory. LS_LEAKED where the device does not answer: the handle is closed, but
-/// what the device may still use stays reserved.
+/// what the device may still use stays reserved. LS_IO where only the trace could not be written.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
-    border(|| Ok(MODELS.close(model.id, |_| Ok(()))?.decoder.get_mut().streamer().end()?))
+    border(|| {
+        let mut closed = MODELS.close(model.id, |_| Ok(()))?;
+        traced::end(closed.decoder.get_mut().streamer(), closed.trace)
+    })
 }
 
 /// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.

@@ -8,9 +8,12 @@ use std::{
 };
 
 use super::{
-    border::{Failure, Grows, Result, border, list, ls_status, place, read_options, text, write_options, write_sized},
+    border::{
+        Failure, Grows, Result, border, list, ls_status, path, place, read_options, text, write_options, write_sized,
+    },
     callbacks::{Callback, Log, Reporter, ls_log_fn, ls_progress_fn},
     checkpoint::{CHECKPOINTS, dtype_of, ls_checkpoint},
+    traced::Traced,
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -146,6 +149,11 @@ pub struct ls_streamer_options {
     pub host_budget: usize,
     /// The same of a GPU's own memory; 0 or SIZE_MAX: what is free there, less a reserve. Of a device that computes in RAM: 0.
     pub device_budget: usize,
+    /// A file for a picture of what every stage did and waited for: FILE.html opens in any browser, FILE.json in Perfetto. NULL:
+    /// none. The open fails with LS_INVALID or LS_IO where the file cannot be written; the close writes it, in one piece, and
+    /// returns LS_IO if that fails, with everything closed all the same. What is recorded takes some 9 MB of RAM, beside the
+    /// budget; where a run is so long that this is full, the oldest events make way.
+    pub trace: *const c_char,
 }
 
 // SAFETY: as asked; two i32 are as long as a word.
@@ -277,6 +285,7 @@ fn defaults() -> ls_streamer_options {
         gpu_bytes: 0,
         host_budget: 0,
         device_budget: 0,
+        trace: ptr::null(),
     }
 }
 
@@ -290,6 +299,7 @@ pub(super) struct Chosen {
     pub(super) budgets: [usize; 2],
     pub(super) progress: Option<Reporter>,
     pub(super) log: Option<Arc<Log>>,
+    pub(super) trace: Option<Traced>,
     pub(super) lent: Lent,
 }
 
@@ -331,7 +341,10 @@ impl Chosen {
             gpu: range(options.gpu_memory, options.gpu_bytes),
         };
         let budgets = [options.host_budget, options.device_budget];
-        Ok(Self { settings, units, homes, budgets, progress, log, lent })
+        // SAFETY: the caller's.
+        let trace = if options.trace.is_null() { None } else { Some(unsafe { path(options.trace, "trace")? }) };
+        let trace = trace.map(Traced::create).transpose()?;
+        Ok(Self { settings, units, homes, budgets, progress, log, trace, lent })
     }
 
     /// The options of a call that was given none.
@@ -343,6 +356,7 @@ impl Chosen {
             budgets: [0; 2],
             progress: None,
             log: None,
+            trace: None,
             lent: Lent::default(),
         }
     }
@@ -375,7 +389,9 @@ impl Chosen {
     }
 
     pub(super) fn observers(&self) -> Vec<Arc<dyn Observer>> {
-        self.log.clone().map(|log| log as Arc<dyn Observer>).into_iter().collect()
+        let log = self.log.clone().map(|log| log as Arc<dyn Observer>);
+        let trace = self.trace.as_ref().map(|trace| trace.timeline.clone() as Arc<dyn Observer>);
+        log.into_iter().chain(trace).collect()
     }
 }
 

@@ -15,6 +15,7 @@ use super::{
     handles::{Kind, Table},
     layers::ls_tensor,
     options::{self, Chosen, ls_stats, ls_streamer_options, ls_unit_tensor},
+    traced::{self, Traced},
 };
 use crate::{
     device::TensorRef,
@@ -70,6 +71,7 @@ pub(super) struct Streamer {
     number: Cell<u64>,
     named: Vec<Named>,
     progress: Option<Reporter>,
+    trace: Option<Traced>,
 }
 
 pub(super) static STREAMERS: Table<Streamer> = Table::new(Kind::Streamer);
@@ -172,7 +174,8 @@ pub unsafe extern "C" fn ls_streamer_open(
         }
         let canceller = streamer.canceller();
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
-        let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress };
+        let (progress, trace) = (chosen.progress, chosen.trace);
+        let made = Streamer { streamer, held, number: Cell::new(0), named, progress, trace };
         let made = STREAMERS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_streamer { id: made }) };
@@ -182,10 +185,13 @@ pub unsafe extern "C" fn ls_streamer_open(
 
 /// Stops the threads, waits until the device is done with the layers that were released, frees everything. LS_LAYERS_HELD,
 /// and nothing happens, while layers are held. LS_LEAKED where the device does not answer: the handle is closed, but memory that
-/// was lent must stay.
+/// was lent must stay. LS_IO where only the trace could not be written.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
-    border(|| Ok(STREAMERS.close(streamer.id, Streamer::check_none_held)?.streamer.close()?))
+    border(|| {
+        let mut closed = STREAMERS.close(streamer.id, Streamer::check_none_held)?;
+        traced::end(&mut closed.streamer, closed.trace)
+    })
 }
 
 /// Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for

@@ -325,6 +325,12 @@ impl<D: Device> LayerStreamer<D> {
         stats.steady.or(stats.first).map(|passes| Verdict::of(&passes, linked))
     }
 
+    /// The verdict and what each stage waited for, in words, as a [`Recording`](crate::trace::timeline::Recording) takes them;
+    /// nothing before a pass is complete.
+    pub fn findings(&self) -> Vec<String> {
+        self.verdict().map(|verdict| verdict.to_string()).into_iter().chain(self.stats().waits()).collect()
+    }
+
     /// The plan that is being followed.
     pub fn plan(&self) -> &Plan {
         &self.plan

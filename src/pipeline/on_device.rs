@@ -53,12 +53,12 @@ impl<D: Device> DeviceMemory<D> {
             |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
             Some(start) => Ok(Space::Lent(start)),
-            None => device.allocate("GPU slots", stage.bytes()).map(Space::Own),
+            None => device.allocate("device slots", stage.bytes()).map(Space::Own),
         };
         // Behind the slots.
         let homes_at = || match lent {
             Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
-            None => device.allocate_filled_once("units living on the GPU", homes).map(Space::Own),
+            None => device.allocate_filled_once("units living on the device", homes).map(Space::Own),
         };
         let none = || plan.units.iter().map(|_| AtomicBool::new(false)).collect();
         Ok(Self {

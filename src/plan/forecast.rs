@@ -84,7 +84,7 @@ impl Plan {
         let stages = [
             ("RAM slots", self.ram.as_ref(), false),
             ("pinned slots", self.pinned.as_ref(), false),
-            ("GPU slots", Some(&self.gpu), true),
+            ("device slots", Some(&self.gpu), true),
         ];
         let mut parts: Vec<_> = (stages.into_iter())
             .filter_map(|(what, stage, on_device)| {

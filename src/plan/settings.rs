@@ -23,13 +23,13 @@ pub enum Home {
 }
 
 impl fmt::Display for Home {
-    /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the GPU`.
+    /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the device`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Disk => "on disk",
             Self::Ram => "in RAM",
             Self::Pinned => "in pinned RAM",
-            Self::Gpu => "on the GPU",
+            Self::Gpu => "on the device",
         })
     }
 }

@@ -84,6 +84,23 @@ impl Stats {
     pub fn stage(&self, stage: Stage) -> &StageStats {
         &self.stages[stage as usize]
     }
+
+    /// What each stage did with its time in steady passes, or before there are any in the first one: a line for each stage that is
+    /// not skipped.
+    pub fn waits(&self) -> Vec<String> {
+        let Some(passes) = self.steady.or(self.first) else { return Vec::new() };
+        let share = |seconds: f64| 100.0 * seconds / passes.seconds.max(1e-9);
+        let skipped = |stage: Stage| stage == Stage::Pin && self.stage(stage).units == 0;
+        let stages = Stage::ALL.into_iter().filter(|stage| !skipped(*stage));
+        stages
+            .map(|stage| {
+                let [busy, starved, blocked] = passes.stage_seconds[stage as usize].map(share);
+                format!(
+                    "{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %"
+                )
+            })
+            .collect()
+    }
 }
 
 /// What a stage moved with one unit, or with several.

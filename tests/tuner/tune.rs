@@ -98,15 +98,15 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     assert!(answer.device_bytes > 0 && answer.device_bytes + answer.host_bytes <= 22_400_000, "{answer:?}");
     let (_, text, said) = generate(&["4096="]);
     assert_eq!(text, " four thousand ninety-six\n", "{said}");
-    let slots = format!("{} GPU slots", answer.placement.settings.n_gpu + 1);
+    let slots = format!("{} device slots", answer.placement.settings.n_gpu + 1);
     assert!(said.contains(&slots) && said.contains("settings: found for ") && !said.contains("warning"), "{said}");
 
     // Rings, homes and tables, whichever they are.
     let mut model = Model::open(common::speller()).unwrap();
     for (words, homes, lines) in [
-        ("head-streamed", "1-2=gpu,5=pinned", &["2 units living on the GPU", "1 unit living in pinned RAM"][..]),
+        ("head-streamed", "1-2=gpu,5=pinned", &["2 units living on the device", "1 unit living in pinned RAM"][..]),
         ("embedding-in-file", "0=ram,7=gpu", &["1 unit living in RAM", "embedding rows on their way"]),
-        ("on-device", "", &["4 GPU slots", "3 pinned slots"]),
+        ("on-device", "", &["4 device slots", "3 pinned slots"]),
     ] {
         model.tables = words.parse().unwrap();
         let settings = Settings { n_gpu: 3, n_cpu_pinned: 2, ..Settings::default() };

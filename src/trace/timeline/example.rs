@@ -132,7 +132,7 @@ pub(super) fn example() -> Recording {
         moments: run.moments,
         rings: vec![
             ring("pinned slots", PINNED_SLOTS, Stage::Read, Stage::Transfer),
-            ring("GPU slots", GPU_SLOTS, Stage::Transfer, Stage::Compute),
+            ring("device slots", GPU_SLOTS, Stage::Transfer, Stage::Compute),
         ],
         links: vec![
             Link { name: "disk".into(), stage: Stage::Read, limit: Some(2.52e9) },

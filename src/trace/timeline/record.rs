@@ -74,7 +74,7 @@ impl<T> Newest<T> {
 ///     let stream = Cpu.stream()?;
 ///     streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(()))?;
 ///     let mut recording = timeline.recording(None);
-///     recording.verdict.extend(streamer.verdict().map(|verdict| verdict.to_string()));
+///     recording.verdict = streamer.findings();
 ///     file.write(&recording)
 /// }
 /// ```
@@ -157,7 +157,7 @@ impl Timeline {
         let rings = [
             ("RAM slots", ram, Stage::Read, after_ram),
             ("pinned slots", pinned, if pins { Stage::Pin } else { Stage::Read }, Stage::Transfer),
-            ("slots on the device", gpu, Stage::Transfer, Stage::Compute),
+            ("device slots", gpu, Stage::Transfer, Stage::Compute),
         ];
         let rings = rings.into_iter().filter(|(_, slots, ..)| *slots > 0);
         Recording {

@@ -32,7 +32,7 @@ pub struct RecordedUnit {
     pub name: String,
     /// What it has in its files, in bytes.
     pub bytes: usize,
-    /// Where it is kept between passes: `on disk`, `in RAM`, `in pinned RAM` or `on the GPU`.
+    /// Where it is kept between passes: `on disk`, `in RAM`, `in pinned RAM` or `on the device`.
     pub tier: String,
 }
 

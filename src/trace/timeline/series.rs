@@ -97,7 +97,7 @@ fn passes_by(recording: &Recording, ring: &Ring, unit: usize) -> bool {
     match ring.filled_by {
         Stage::Read => ["in RAM", "in pinned RAM"].contains(&tier),
         Stage::Pin => tier == "in pinned RAM",
-        Stage::Transfer | Stage::Compute => tier == "on the GPU",
+        Stage::Transfer | Stage::Compute => tier == "on the device",
     }
 }
 
