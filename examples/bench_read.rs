@@ -125,7 +125,7 @@ fn run(options: &Options) -> Result<Report, Failure> {
     let settings = Settings { cache, ..Settings::default() };
     let plan = Plan::new(&checkpoint, &units, &settings)?;
     let slots: usize = plan.memory().iter().map(|part| part.bytes).sum();
-    let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings)?;
+    let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings, &[])?;
     // A sample: about sixteen units.
     pipeline.check(&checkpoint, &units, units.len().div_ceil(16))?;
     let (mut raw, mut ours, mut allocations) = (Vec::new(), Vec::new(), 0);

@@ -13,12 +13,21 @@ mod bench;
 mod budget;
 #[path = "device/mod.rs"]
 mod device;
+#[path = "interrupt/mod.rs"]
+mod interrupt;
 #[path = "bench/report/mod.rs"]
 mod report;
 #[path = "bench/stream_report.rs"]
 mod stream_report;
 
-use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use bench::{
     CachedFiles, Disk, Kind, Lane, Limits, Link, Piece, Pipeline, PlainCopy, available, take_turns, time_passes,
@@ -31,8 +40,12 @@ use layer_streamer::{
     device::Device,
     plan::{Bandwidths, Besides, CachePolicy, Home, Plan, Reader},
     probe::Probe,
+    trace::{
+        Observer, Stage,
+        timeline::{Timeline, TraceFile},
+    },
 };
-use report::{Common, Failure, PlotTo, Report, by_default, seconds, units};
+use report::{Common, Failure, PlotTo, Report, Spread, by_default, seconds, units};
 use stream_report::{one, swept};
 
 /// Measure how close streaming comes to the disk's own speed, or to a plain copy where nothing is read.
@@ -57,6 +70,7 @@ Examples:
                                                       how many layers to buffer, value beside value
   bench_stream --model /tmp/3b --sweep keep=0,25,50,75
                                                       what memory buys
+  bench_stream --model /tmp/3b --trace stream.html    a picture of what every stage did and waited for
   bench_stream --model /tmp/3b --json | jq .ratio.median
                                                       one figure, for a script
 
@@ -117,6 +131,10 @@ struct Options {
     batch_cpu: usize,
     #[command(flatten)]
     common: Common,
+    /// Write what every stage did and waited for: FILE.html opens in any browser, FILE.json in Perfetto. Ctrl-C ends the run, and
+    /// the trace is written
+    #[arg(long, value_name = "FILE", conflicts_with = "sweep")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     plot: PlotTo,
 }
@@ -216,16 +234,29 @@ impl Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    report::run(&options.common, Some(&options.plot), || match device::choose(options.device)? {
+    let code = report::run(&options.common, Some(&options.plot), || match device::choose(options.device)? {
         Chosen::Cpu(device) => run(&device, false, &options),
         #[cfg(feature = "cuda")]
         Chosen::Cuda(device) => run(&device, true, &options),
-    })
+    });
+    if interrupt::is_noted() { ExitCode::from(130) } else { code }
+}
+
+/// An error once Ctrl-C was pressed.
+fn go_on() -> Result<(), Failure> {
+    if interrupt::is_noted() { Err("stopped by Ctrl-C".into()) } else { Ok(()) }
 }
 
 /// `linked`: whether the device has memory of its own, behind a link.
 fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report, Failure> {
     options.check_sweep()?;
+    // Opened before the long work, so that a path that cannot be written is known at once.
+    let trace = options.trace.as_deref().map(TraceFile::create).transpose()?;
+    let timeline = trace.as_ref().map(|_| Timeline::new());
+    let observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    if trace.is_some() {
+        interrupt::listen();
+    }
     let checkpoint = Checkpoint::open(&options.model)?;
     let planned = match &options.sweep {
         None => vec![(0, planned(device, &checkpoint, options)?)],
@@ -246,7 +277,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
         .max_by_key(|(plan, _)| host_bytes(plan, linked))
         .ok_or("a sweep has values")?;
     for (value, (units, settings, plan)) in planned {
-        let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings)?;
+        let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings, &observers)?;
         // Check first: one pass, every tensor compared with a plain read.
         let cached = CachedFiles::note(&files)?;
         pipeline.check(&checkpoint, &units, 1)?;
@@ -259,8 +290,14 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
     let link = linked.then(|| Link::new(device, largest.bytes_per_pass() / largest.units())).transpose()?;
     let copy = plain_copy(&largest, &checkpoint, &copied_units)?;
     let window = options.common.window;
-    let mut limits = Limits { disk: &disk, ways: [None, None], link, copy, moved: Default::default(), window };
-    let found = measure(&mut lanes, &mut limits, options)?;
+    let mut limits =
+        Limits { disk: &disk, ways: [None, None], link, copy, moved: Default::default(), window, go_on: &go_on };
+    let mut found = Found::default();
+    let measured = measure(&mut lanes, &mut limits, &mut found, options);
+    if let Some((file, timeline)) = trace.zip(timeline) {
+        write_trace(file, &timeline, &lanes[0], &found, &options.model)?;
+    }
+    measured?;
     let mut report = match &options.sweep {
         None => one(device.describe(), &lanes[0], &limits, &found),
         Some(sweep) => swept(device.describe(), sweep, &lanes, &limits),
@@ -339,15 +376,19 @@ struct Found {
     stalled: f64,
 }
 
-fn measure<D: Device>(lanes: &mut [Lane<D>], limits: &mut Limits<'_, D>, options: &Options) -> Result<Found, Failure> {
+fn measure<D: Device>(
+    lanes: &mut [Lane<D>],
+    limits: &mut Limits<'_, D>,
+    found: &mut Found,
+    options: &Options,
+) -> Result<(), Failure> {
     let rounds = options.common.rounds;
     for lane in lanes.iter_mut().filter(|lane| lane.kind.is_none()) {
         lane.time_still_passes(rounds)?;
     }
-    let mut found = Found::default();
     let kinds: Vec<Kind> = lanes.iter().filter_map(|lane| lane.kind).collect();
     if kinds.is_empty() {
-        return Ok(found);
+        return Ok(());
     }
     let windows = options.passes.map_or(u64::from(rounds) * kinds.len() as u64, |_| 1);
     let bar = report::progress(windows, &options.common)?;
@@ -371,8 +412,31 @@ fn measure<D: Device>(lanes: &mut [Lane<D>], limits: &mut Limits<'_, D>, options
         }
         found.stalled = lane.pipeline.stalled_share(STALL)?;
     }
-    found.copy_for_a_while(limits)?;
-    Ok(found)
+    found.copy_for_a_while(limits)
+}
+
+/// What was recorded, with the limits of this run.
+fn write_trace<D: Device>(
+    file: TraceFile,
+    timeline: &Timeline,
+    lane: &Lane<D>,
+    found: &Found,
+    model: &Path,
+) -> Result<(), Failure> {
+    let mut recording = timeline.recording(None);
+    recording.facts.insert(0, ("model".into(), model.display().to_string()));
+    recording.verdict = lane.pipeline.findings();
+    let median = |rates: &[f64]| (!rates.is_empty()).then(|| Spread::of(rates).median * 1e9);
+    for link in &mut recording.links {
+        let is_read = link.stage == Stage::Read;
+        link.limit = match lane.kind {
+            Some(Kind::Copy) if is_read => None,
+            Some(Kind::Copy) => median(&lane.limits),
+            _ if is_read => median(&lane.limits),
+            _ => median(&found.copies),
+        };
+    }
+    Ok(file.write(&recording)?)
 }
 
 impl Found {

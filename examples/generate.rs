@@ -31,7 +31,8 @@ use budget::{Amount, Measure};
 use clap::Parser;
 use device::{Chosen, Wanted};
 use dump::Dump;
-use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use interrupt::Interrupts;
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
@@ -46,7 +47,7 @@ use layer_streamer::{
 };
 use report::{Report, Run};
 use tokenizers::Tokenizer;
-use waiting::{Interrupts, Waiting};
+use waiting::Waiting;
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
@@ -450,7 +451,7 @@ fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
     let total = rows.iter().map(|part| part.bytes).sum::<usize>();
     let width = rows.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
     for (what, bytes) in rows.iter().map(|part| (part.what.as_str(), part.bytes)).chain([("total", total)]) {
-        say!("  {what:width$}  {:>10}", DecimalBytes(bytes as u64).to_string());
+        say!("  {what:width$}  {:>10}", units::bytes(bytes as u64));
     }
 }
 

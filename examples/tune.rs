@@ -12,6 +12,9 @@ mod interrupt;
 mod plot;
 #[path = "tune/show.rs"]
 mod show;
+#[path = "bench/report/units.rs"]
+#[allow(dead_code, reason = "benchmarks use the rest")]
+mod units;
 
 use std::{
     env,
@@ -21,6 +24,8 @@ use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
     process::ExitCode,
+    slice,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -28,13 +33,17 @@ use budget::{Amount, Measure};
 use clap::{Parser, ValueEnum};
 use device::{Chosen, Wanted};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use interrupt::Interrupts;
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
     plan::{Bandwidths, Home, Placement},
-    trace::Stage,
-    tuner::{self, Candidate, Candidates, Ended, Event, Ranking, Record, Search, Tuner, Values},
+    trace::{
+        Observer, Stage,
+        timeline::{Timeline, TraceFile},
+    },
+    tuner::{self, Answer, Candidate, Candidates, Ended, Event, Ranking, Record, Search, Tuner, Values},
 };
 use show::{came_to, short};
 
@@ -64,6 +73,7 @@ Examples:
   tune --model DIR --search plan --minutes 10            measure the promising ones alone
   tune --model DIR --n-gpu 1,2 --n-cpu-pinned 2,4,8      values of your own
   tune --model DIR --json tuned.json --plot tuned.svg    keep all times, draw them
+  tune --model DIR --trace tuned.html                    see what the answer's passes wait for
   generate --model DIR --config tuned.json …             and use the answer")]
 struct Options {
     /// Folder with config.json and safetensors shards
@@ -141,6 +151,11 @@ struct Options {
     /// Draw the times: a picture, FILE.svg
     #[arg(long, value_name = "FILE", value_parser = picture)]
     plot: Option<PathBuf>,
+
+    /// Run the answer once more when it is found, and write what every stage did and waited for: FILE.html opens in any browser,
+    /// FILE.json in Perfetto
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -182,35 +197,86 @@ fn main() -> ExitCode {
 /// The most passes that a worker waits for until its layers are all where they are kept.
 const FILLING: usize = 50;
 
-/// In a worker: the decoder with this placement, and one token as a pass. Passes until then are none that count: layers that are
-/// kept are read in the first, and some once more where their memory was not there in time.
+/// A decoder with the placement that is tried, and a token that it computes again and again.
+struct Trial<D: Kernels> {
+    decoder: Decoder<D>,
+    token: Vec<u32>,
+}
+
+impl<D: Kernels> Trial<D> {
+    fn new(
+        device: &D,
+        options: &Options,
+        placement: &Placement,
+        observers: &[Arc<dyn Observer>],
+    ) -> Result<Self, Error> {
+        let mut model = Model::open(&options.model)?;
+        model.place(placement)?;
+        let context = context(options, &model);
+        let decoder = Decoder::with_observers(device, &model, &placement.settings, 1, context, observers)?;
+        Ok(Self { decoder, token: Vec::new() })
+    }
+
+    /// One token with nothing before it, which is one pass.
+    fn pass(&mut self) -> Result<(), Error> {
+        self.decoder.truncate(0, 0)?;
+        self.decoder.forward(&[Sequence { row: 0, tokens: &[0] }])?;
+        // Which waits for the device.
+        self.token.clear();
+        self.decoder.greedy(&mut self.token)
+    }
+
+    /// Passes until the layers that are kept are all there: they are read in the first, and some once more where their memory was
+    /// not there in time.
+    fn fill(&mut self, placement: &Placement) -> Result<(), Error> {
+        let read = placement.homes.iter().filter(|home| **home == Home::Disk).count() as u64;
+        let mut before = 0;
+        for _ in 0..if placement.kept() > 0 { FILLING } else { 0 } {
+            self.pass()?;
+            let now = self.decoder.streamer().stats().stage(Stage::Read).units;
+            if now - before <= read {
+                break;
+            }
+            before = now;
+        }
+        Ok(())
+    }
+}
+
+/// In a worker: passes with this placement, once all is where it is kept.
 fn worker<D: Kernels>(
     device: &D,
     options: &Options,
     placement: &Placement,
 ) -> Result<impl FnMut() -> Result<(), Error> + use<D>, Error> {
-    let mut model = Model::open(&options.model)?;
-    model.place(placement)?;
-    let context = context(options, &model);
-    let (mut decoder, mut token) = (Decoder::new(device, &model, &placement.settings, 1, context)?, Vec::new());
-    let mut pass = move || {
-        decoder.truncate(0, 0)?;
-        decoder.forward(&[Sequence { row: 0, tokens: &[0] }])?;
-        // Which waits for the device.
-        token.clear();
-        decoder.greedy(&mut token)?;
-        Ok(decoder.streamer().stats().stage(Stage::Read).units)
-    };
-    let read = placement.homes.iter().filter(|home| **home == Home::Disk).count() as u64;
-    let mut before = 0;
-    for _ in 0..if placement.kept() > 0 { FILLING } else { 0 } {
-        let now = pass()?;
-        if now - before <= read {
-            break;
-        }
-        before = now;
+    let mut trial = Trial::new(device, options, placement, &[])?;
+    trial.fill(placement)?;
+    Ok(move || trial.pass())
+}
+
+/// Runs the answer as its worker did, while `timeline` records, and writes the trace, also after Ctrl-C.
+fn trace<D: Kernels>(
+    device: &D,
+    options: &Options,
+    answer: &Answer,
+    known: Option<Bandwidths>,
+    file: TraceFile,
+) -> Result<(), Failure> {
+    let timeline = Timeline::new();
+    let observer: Arc<dyn Observer> = timeline.clone();
+    let mut trial = Trial::new(device, options, &answer.placement, slice::from_ref(&observer))?;
+    let interrupts = Interrupts::cancel(trial.decoder.streamer().canceller());
+    let ran = trial.fill(&answer.placement).and_then(|()| (0..options.runs).try_for_each(|_| trial.pass()));
+    drop(interrupts);
+    let mut recording = timeline.recording(known);
+    recording.facts.push(("model".into(), options.model.display().to_string()));
+    recording.facts.push(("settings".into(), short(&answer.placement)));
+    recording.verdict = trial.decoder.streamer().findings();
+    file.write(&recording)?;
+    match ran {
+        Err(Error::Cancelled) if interrupt::is_noted() => Ok(()),
+        ran => Ok(ran?),
     }
-    Ok(move || pass().map(drop))
 }
 
 /// How many tokens the KV cache holds: more than an answer of a usual length, and little beside the layers.
@@ -298,6 +364,7 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
     if let Some(path) = &options.plot {
         write(path, None)?;
     }
+    let file = options.trace.as_deref().map(TraceFile::create).transpose()?;
     if let Some(budget) = tuner.budget {
         let within = budget::describe(budget);
         match candidates.all.len() {
@@ -329,6 +396,14 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
         let _ = out.write_all(&show::command(options, name, answer));
     } else if ranking.ended != Ended::Cancelled {
         return Err("no configuration could be measured".into());
+    }
+    match (file, &ranking.answer) {
+        (Some(file), Some(answer)) if ranking.ended != Ended::Cancelled => {
+            say!("running the answer for the trace");
+            trace(device, options, answer, tuner.bandwidths, file)?;
+        }
+        (Some(file), _) => say!("{} was not written: the search was stopped before its answer", file.path().display()),
+        _ => {}
     }
     Ok(ranking.ended)
 }

@@ -5,7 +5,9 @@ mod common;
 use std::{
     fs,
     os::unix::fs::symlink,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    thread,
+    time::Duration,
 };
 
 use common::{copy_of, example, speller};
@@ -219,6 +221,34 @@ fn bench_stream_times_each_of_the_passes_asked_for() {
     assert_spread(&passes["pass_seconds"]);
     let read = number(&passes, "read_bytes_per_pass");
     assert_near(median(&passes, "measured"), read / 1e9 / median(&passes, "pass_seconds"));
+}
+
+#[test]
+fn bench_stream_traces_what_it_measures_also_where_it_is_interrupted() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), model());
+    let path = folder.path().join("stream.json");
+    let trace = || -> Value { serde_json::from_slice(&fs::read(&path).unwrap()).unwrap() };
+    let options = format!("{SHORT} --device cpu --trace {}", path.display());
+    let found = object("bench_stream", &["--model", &model], &options);
+    assert_eq!(number(&found, "allocations"), 0.0, "recording takes no memory");
+    let whole = trace()["traceEvents"].as_array().unwrap().len();
+    assert!(whole > 100, "{whole} events");
+    fs::remove_file(&path).unwrap();
+
+    let mut stopped = example("bench_stream");
+    stopped.args(["--model", &model, "--device", "cpu", "--warm-up", "30", "--trace"]).arg(&path);
+    let child = stopped.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // The place of the trace is taken first, and Ctrl-C is listened for by then.
+    let taken = || fs::read_dir(&folder).unwrap().count() == 1;
+    while !taken() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    thread::sleep(Duration::from_millis(300));
+    // SAFETY: the process is this test's own child, and not waited for yet.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr).trim()), (Some(130), "error: stopped by Ctrl-C"));
+    assert!(!trace()["traceEvents"].as_array().unwrap().is_empty());
 }
 
 #[test]

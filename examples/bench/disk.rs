@@ -170,12 +170,23 @@ impl Disk {
 
     /// The fastest way, past the page cache or through it. The first third of the time uses up what the disk had saved
     /// up while idle, and counts for nothing; the second goes to all ways, and the last to the four best again, since the pick of
-    /// many short windows is often a lucky one.
-    pub fn fastest(&self, direct: bool, time: Duration) -> Result<Way, Failure> {
+    /// many short windows is often a lucky one. An error of `go_on`, which is asked before each window, ends it.
+    pub fn fastest(
+        &self,
+        direct: bool,
+        time: Duration,
+        go_on: &dyn Fn() -> Result<(), Failure>,
+    ) -> Result<Way, Failure> {
         let ways = self.ways(direct, &[4, 8, 16, MAX_DEPTH], &[1 << 20, MAX_CHUNK]);
-        self.window(ways[2], time / 3)?;
+        for _ in 0..10 {
+            go_on()?;
+            self.window(ways[2], time / 30)?;
+        }
         let best_first = |ways: &[Way]| -> Result<Vec<Way>, Failure> {
-            let rate = |way: &Way| Ok((self.window(*way, time / 3 / ways.len() as u32)?.0.rate(), *way));
+            let rate = |way: &Way| {
+                go_on()?;
+                Ok((self.window(*way, time / 3 / ways.len() as u32)?.0.rate(), *way))
+            };
             let mut rated = ways.iter().map(rate).collect::<Result<Vec<_>, Failure>>()?;
             rated.sort_by(|a, b| b.0.total_cmp(&a.0));
             Ok(rated.into_iter().map(|(_, way)| way).collect())

@@ -124,6 +124,8 @@ pub struct Limits<'a, D: Device> {
     /// CPU time of the windows of each.
     pub moved: [Moved; 3],
     pub window: Duration,
+    /// Asked before each window: an error ends the run.
+    pub go_on: &'a dyn Fn() -> Result<(), Failure>,
 }
 
 impl<D: Device> Limits<'_, D> {
@@ -138,7 +140,7 @@ impl<D: Device> Limits<'_, D> {
     /// Finds the fastest way of reading, if it is not known.
     pub fn warm_up(&mut self, kind: Kind, time: Duration) -> Result<(), Failure> {
         if kind != Kind::Copy && self.ways[kind as usize].is_none() {
-            self.ways[kind as usize] = Some(self.disk.fastest(kind == Kind::Direct, time)?);
+            self.ways[kind as usize] = Some(self.disk.fastest(kind == Kind::Direct, time, self.go_on)?);
         }
         Ok(())
     }
@@ -160,6 +162,7 @@ impl<D: Device> Limits<'_, D> {
         settle: Option<&Pipeline<D>>,
         empty: Option<&Pipeline<D>>,
     ) -> Result<f64, Failure> {
+        (self.go_on)()?;
         let settle = || {
             settle.into_iter().for_each(Pipeline::settle);
             Ok(())

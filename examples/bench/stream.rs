@@ -4,7 +4,10 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     fs::File,
     os::unix::fs::FileExt,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -13,7 +16,7 @@ use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::Device,
     plan::Home,
-    trace::{Stage, Stats},
+    trace::{Observer, Stage, Stats},
 };
 
 use super::{Clocks, Failure, Moved, clock};
@@ -128,8 +131,14 @@ pub struct Pipeline<D: Device> {
 }
 
 impl<D: Device> Pipeline<D> {
-    pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self, Failure> {
-        let streamer = LayerStreamer::new(device, checkpoint, units, settings)?;
+    pub fn new(
+        device: &D,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        settings: &Settings,
+        observers: &[Arc<dyn Observer>],
+    ) -> Result<Self, Failure> {
+        let streamer = LayerStreamer::with_observers(device, checkpoint, units, settings, observers)?;
         let slots = settings.n_gpu + settings.n_cpu_pinned + settings.n_cpu + 3;
         let largest = units.iter().map(|unit| bytes(checkpoint, unit)).max().unwrap_or(0);
         let longest_copy = Duration::from_nanos(largest as u64);
@@ -148,6 +157,11 @@ impl<D: Device> Pipeline<D> {
 
     pub fn stats(&self) -> Stats {
         self.streamer.stats()
+    }
+
+    /// What a trace says in words.
+    pub fn findings(&self) -> Vec<String> {
+        self.streamer.findings()
     }
 
     /// Runs one pass and compares every tensor of one unit in `every` with a plain read.

@@ -3,7 +3,6 @@
 
 use std::{fs, path::Path, str::FromStr};
 
-use indicatif::DecimalBytes;
 use layer_streamer::{
     Settings,
     device::Device,
@@ -13,6 +12,8 @@ use layer_streamer::{
     probe::Probe,
     tuner::CheckpointId,
 };
+
+use crate::units;
 
 /// An amount of memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -121,9 +122,9 @@ pub fn id(folder: &Path, model: &Model) -> CheckpointId {
 
 /// A budget for people.
 pub fn describe(budget: Budget) -> String {
-    let host = DecimalBytes(budget.host_bytes as u64);
+    let host = units::bytes(budget.host_bytes as u64);
     match budget.device_bytes {
-        Some(device) => format!("{} of GPU memory and {host} of RAM", DecimalBytes(device as u64)),
+        Some(device) => format!("{} of GPU memory and {host} of RAM", units::bytes(device as u64)),
         None => format!("{host} of RAM"),
     }
 }
@@ -133,7 +134,7 @@ pub fn describe(budget: Budget) -> String {
 pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan, probe: Option<&Probe>) -> String {
     let bandwidths = probe.map_or_else(Bandwidths::default, Probe::bandwidths);
     let forecast = plan.forecast(bandwidths);
-    let bytes = |bytes: usize| DecimalBytes(bytes as u64).to_string();
+    let bytes = |bytes: usize| units::bytes(bytes as u64);
     let mut text = format!("device: {device}\n");
     let width = parts.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
     let total = |of: &[bool]| parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum();

@@ -1,20 +1,13 @@
-//! What people see while nothing else is to be seen, and what Ctrl-C does.
+//! What people see while nothing else is to be seen.
 
 use std::{
     io::{self, IsTerminal, Write},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-        mpsc,
-    },
+    sync::mpsc,
     thread,
     time::Duration,
 };
 
 use indicatif::ProgressBar;
-use layer_streamer::Canceller;
-
-use crate::interrupt;
 
 /// Whatever takes longer than this is told.
 const SOON: Duration = Duration::from_millis(700);
@@ -51,33 +44,5 @@ impl Drop for Waiting {
         self.0.take();
         // The spinner is gone before anything else is said.
         let _ = self.1.take().map(thread::JoinHandle::join);
-    }
-}
-
-/// From now on Ctrl-C ends the pass under way, until this is dropped: what was generated, the figures and the trace remain.
-pub struct Interrupts(Arc<AtomicBool>);
-
-impl Interrupts {
-    pub fn cancel(canceller: Canceller) -> Self {
-        interrupt::listen();
-        let over = Arc::new(AtomicBool::new(false));
-        let ended = over.clone();
-        let watch = move || {
-            while !ended.load(Relaxed) {
-                if interrupt::is_noted() {
-                    return canceller.cancel();
-                }
-                thread::sleep(Duration::from_millis(50));
-            }
-        };
-        // Without the thread, Ctrl-C ends the run with the token under way.
-        let _ = thread::Builder::new().spawn(watch);
-        Self(over)
-    }
-}
-
-impl Drop for Interrupts {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
     }
 }

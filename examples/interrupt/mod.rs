@@ -1,6 +1,16 @@
 //! Ctrl-C in programs that have something to keep: the first is noted, the next ends the process.
+#![allow(dead_code, reason = "each example uses a part")]
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
+
+use layer_streamer::Canceller;
 
 static NOTED: AtomicBool = AtomicBool::new(false);
 
@@ -19,4 +29,32 @@ pub fn listen() {
 /// Whether there was one.
 pub fn is_noted() -> bool {
     NOTED.load(Relaxed)
+}
+
+/// From now on Ctrl-C ends the pass under way, until this is dropped: what was generated, the figures and the trace remain.
+pub struct Interrupts(Arc<AtomicBool>);
+
+impl Interrupts {
+    pub fn cancel(canceller: Canceller) -> Self {
+        listen();
+        let over = Arc::new(AtomicBool::new(false));
+        let ended = over.clone();
+        let watch = move || {
+            while !ended.load(Relaxed) {
+                if is_noted() {
+                    return canceller.cancel();
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+        };
+        // Without the thread, Ctrl-C ends the run with the token under way.
+        let _ = thread::Builder::new().spawn(watch);
+        Self(over)
+    }
+}
+
+impl Drop for Interrupts {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }

@@ -144,6 +144,22 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
 }
 
 #[test]
+fn the_answer_is_run_once_more_for_a_trace() {
+    let folder = common::folder();
+    let path = folder.path().join("answer.json");
+    let mut command = tune_alone();
+    command.args(["--no-probe", "--n-gpu", "1", "--n-cpu-pinned", "2", "--n-cpu", "0", "--runs", "2", "--trace"]);
+    let done = command.arg(&path).output().unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success() && said.contains("running the answer for the trace"), "{said}");
+    let trace: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().len() > 20 && trace.to_string().contains("bound by"));
+    let refused = tune_alone().args(["--model", "/nowhere", "--trace", "/nowhere/trace.json"]).output().unwrap();
+    assert!(!refused.status.success());
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "nothing else is left");
+}
+
+#[test]
 fn the_last_line_can_be_pasted_into_a_shell() {
     let folder = common::folder();
     // Stands for cargo, which would compile: what comes after the first words goes to the example that is built.
