@@ -70,6 +70,8 @@ Examples:
                                                       how many layers to buffer, value beside value
   bench_stream --model /tmp/3b --sweep keep=0,25,50,75
                                                       what memory buys
+  bench_stream --model /tmp/3b --home 0-35=pinned --sweep trace=0,1
+                                                      what a trace costs
   bench_stream --model /tmp/3b --trace stream.html    a picture of what every stage did and waited for
   bench_stream --model /tmp/3b --json | jq .ratio.median
                                                       one figure, for a script
@@ -86,8 +88,8 @@ struct Options {
     /// Time whole passes in place of windows, back to back, with a window of the limit before and after
     #[arg(long, value_name = "N", conflicts_with_all = ["rounds", "sweep"], value_parser = clap::value_parser!(u32).range(1..))]
     passes: Option<u32>,
-    /// Try each of these values of a setting, in turn: n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, or
-    /// keep (percent)
+    /// Try each of these values of a setting, in turn: n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu,
+    /// keep (percent), or trace (0 or 1: whether a trace is recorded, which is not written)
     #[arg(long, value_name = "SETTING=A,B,C")]
     sweep: Option<Sweep>,
     /// How long to read before the first window, which uses up what the disk had saved up and finds the best raw reader
@@ -140,7 +142,8 @@ struct Options {
 }
 
 /// The settings that a sweep can try.
-const SWEPT: [&str; 7] = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "keep"];
+const SWEPT: [&str; 8] =
+    ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "keep", "trace"];
 
 #[derive(Clone)]
 struct Sweep {
@@ -157,6 +160,9 @@ impl FromStr for Sweep {
         let setting = SWEPT.into_iter().find(|setting| *setting == name.replace('-', "_")).ok_or_else(form)?;
         let values: BTreeSet<usize> =
             values.split(',').map(|value| value.trim().parse().map_err(|_| form())).collect::<Result<_, _>>()?;
+        if setting == "trace" && values.iter().any(|value| *value > 1) {
+            return Err("trace is 0, without, or 1, with one".into());
+        }
         Ok(Self { setting, values: values.into_iter().collect() })
     }
 }
@@ -191,6 +197,7 @@ impl Options {
             "batch_gpu" => options.batch_gpu = value,
             "batch_cpu_pinned" => options.batch_cpu_pinned = value,
             "batch_cpu" => options.batch_cpu = value,
+            "trace" => {}
             _ => options.keep = Some(value as f64),
         }
         options
@@ -253,7 +260,7 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
     // Opened before the long work, so that a path that cannot be written is known at once.
     let trace = options.trace.as_deref().map(TraceFile::create).transpose()?;
     let timeline = trace.as_ref().map(|_| Timeline::new());
-    let observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    let observed = |timeline: &Arc<Timeline>| timeline.clone() as Arc<dyn Observer>;
     if trace.is_some() {
         interrupt::listen();
     }
@@ -277,7 +284,9 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
         .max_by_key(|(plan, _)| host_bytes(plan, linked))
         .ok_or("a sweep has values")?;
     for (value, (units, settings, plan)) in planned {
-        let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings, &observers)?;
+        let is_swept = options.sweep.as_ref().is_some_and(|sweep| sweep.setting == "trace" && value == 1);
+        let observer = timeline.as_ref().map(observed).or_else(|| is_swept.then(|| observed(&Timeline::new())));
+        let mut pipeline = Pipeline::new(device, &checkpoint, &units, &settings, observer.as_slice())?;
         // Check first: one pass, every tensor compared with a plain read.
         let cached = CachedFiles::note(&files)?;
         pipeline.check(&checkpoint, &units, 1)?;

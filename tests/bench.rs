@@ -354,6 +354,8 @@ fn what_cannot_be_measured_is_refused_by_name() {
         ("bench_stream", &["--model", &model, "--sweep", "homes=1,2"], &["--sweep", "n_cpu_pinned", "keep"]),
         ("bench_stream", &["--model", &model, "--sweep", "n_gpu=0,1"], &["n_gpu", "at least 1"]),
         ("bench_stream", &["--model", &model, "--sweep", "n_gpu=1,2", "--ram", "1GB"], &["--sweep n_gpu", "--ram"]),
+        ("bench_stream", &["--model", &model, "--sweep", "trace=0,2"], &["--sweep", "trace is 0, without, or 1"]),
+        ("bench_stream", &["--model", &model, "--trace", "/nowhere/t.json"], &["/nowhere/t.json", "No such file"]),
         ("bench_stream", &["--model", &model, "--plot", "/tmp/x.svg"], &["--sweep"]),
         ("bench_stream", &["--model", &model, "--rounds", "0"], &["--rounds"]),
         ("bench_transfer", &["--size", "1kB"], &["--size", "64KiB"]),
