@@ -5,6 +5,8 @@
 #[path = "../src/error.rs"]
 #[allow(dead_code, reason = "the pipeline uses more of it")]
 mod error;
+#[path = "bench/report/mod.rs"]
+mod report;
 #[path = "../src/trace/mod.rs"]
 #[allow(dead_code, unused_imports, reason = "the pipeline uses more of it")]
 mod trace;
@@ -25,33 +27,41 @@ use std::{
 };
 
 use clap::Parser;
+use layer_streamer::device::{Cpu, Device};
 use plan::Home;
-use serde_json::{Value, json};
-use trace::{About, Activity, Begun, Observer, Span, Stage, Trace};
+use report::{Column, Common, Failure, Figure, Report, Show, Spread, by_default, column};
+use serde_json::json;
+use trace::{About, Activity, Begun, Observer, Span, Stage, Trace, timeline::Timeline};
 
 /// Measure what it costs to tell of a span: begin it, end it.
 ///
-/// Checks first that every span reaches an observer whole and in order. Prints nanoseconds, beside two looks at the clock.
+/// Checks first that every span reaches an observer whole and in order.
 #[derive(Parser)]
+#[command(mut_arg("window", by_default("0.002")), mut_arg("rounds", by_default("101")))]
 #[command(after_help = "\
 Examples:
   bench_trace                                           without NVTX
   cargo run --release --features nvtx --example bench_trace     with NVTX, and no tool attached
   NVTX_INJECTION64_PATH=tool.so bench_trace             with a tool, if built with feature nvtx
-  bench_trace --json | jq '.rows[] | {what, ns}'
+  bench_trace --json | jq '.rows[] | {what, ns: .ns.median}'
 
 A pass has a few spans for each layer and stage. With NVTX and no tool, a range must cost 20 ns at most.")]
 struct Options {
-    /// How often each kind is measured
-    #[arg(long, value_name = "N", default_value_t = 101, value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: u32,
-    /// Spans each time
-    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
-    spans: u32,
-    /// Print one JSON object in place of text
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
 }
+
+const COLUMNS: [Column; 3] = [
+    column("what", "what", Show::Text, ""),
+    column("ns", "ns", Show::Spread(1), "a span begun and ended, ± half of the range over the rounds"),
+    column("ns_beyond_clock", "beyond the clock", Show::Spread(1), "less the first row of the same round"),
+];
+
+const CLOCK: &str = "two looks at the clock";
+const READ: &str = "a unit read";
+
+/// Spans between two looks at the window's end.
+const SPANS: u32 = 1000;
 
 /// An observer that does as little as one can.
 #[derive(Default)]
@@ -125,11 +135,12 @@ fn kinds(spans: u32) -> Vec<Kind> {
     };
     #[allow(unused_mut, reason = "one more with NVTX")]
     let mut kinds: Vec<Kind> = vec![
-        ("two looks at the clock", repeat(Box::new(looks))),
-        ("a unit read", of(started(&[]), Stage::Read, UNIT)),
+        (CLOCK, repeat(Box::new(looks))),
+        (READ, of(started(&[]), Stage::Read, UNIT)),
         ("a unit copied", of(started(&[]), Stage::Transfer, UNIT)),
         ("a wait", of(started(&[]), Stage::Read, Activity::Blocked)),
         ("a unit read, with an observer", of(counted(), Stage::Read, UNIT)),
+        ("a unit read, with a timeline", of(started(&[Timeline::new()]), Stage::Read, UNIT)),
     ];
     #[cfg(feature = "nvtx")]
     {
@@ -140,81 +151,67 @@ fn kinds(spans: u32) -> Vec<Kind> {
 }
 
 /// Every span must reach the observer, begun and then ended.
-fn check() -> Result<(), String> {
+fn check() -> Result<(), Failure> {
     let counts = Arc::new(Counts::default());
     let trace = started(&[counts.clone() as Arc<dyn Observer>]);
     for activity in [UNIT, Activity::Starved, Activity::Blocked] {
         Stage::ALL.into_iter().for_each(|stage| span(&trace, stage, activity));
     }
     let told = [&counts.begun, &counts.ended, &counts.wrong].map(|count| count.load(Relaxed));
-    if told == [12, 12, 0] { Ok(()) } else { Err(format!("12 spans became {told:?} (begun, ended, wrong)")) }
-}
-
-/// Median, least and most of the samples.
-fn spread(samples: &mut [f64]) -> [f64; 3] {
-    samples.sort_unstable_by(f64::total_cmp);
-    [samples[samples.len() / 2], samples[0], samples[samples.len() - 1]]
-}
-
-fn row(what: &str, [ns, min, max]: [f64; 3], beyond: f64) -> Value {
-    json!({ "what": what, "ns": ns, "ns_min": min, "ns_max": max, "ns_beyond_clock": beyond })
-}
-
-fn run(options: &Options) -> Result<String, String> {
-    check()?;
-    let kinds = kinds(options.spans);
-    let mut samples = vec![Vec::new(); kinds.len()];
-    // The first round warms up.
-    for round in 0..=options.rounds {
-        for ((_, work), samples) in kinds.iter().zip(&mut samples) {
-            let start = Instant::now();
-            work();
-            if round > 0 {
-                samples.push(start.elapsed().as_secs_f64() * 1e9 / f64::from(options.spans));
-            }
-        }
-    }
-    let tool = std::env::var("NVTX_INJECTION64_PATH").ok();
-    let built = cfg!(feature = "nvtx");
-    let clock = samples[0].clone();
-    let rows = kinds.iter().zip(&mut samples).map(|((what, _), samples)| {
-        let mut beyond: Vec<_> = samples.iter().zip(&clock).map(|(sample, clock)| sample - clock).collect();
-        (*what, spread(samples), spread(&mut beyond)[0])
-    });
-    if options.json {
-        let rows: Vec<Value> = rows.map(|(what, ns, beyond)| row(what, ns, beyond)).collect();
-        let object =
-            json!({ "nvtx": built, "tool": tool, "rounds": options.rounds, "spans": options.spans, "rows": rows });
-        return Ok(format!("{object}\n"));
-    }
-    let mut text = format!("{:<32}{:>8}{:>16}{:>18}\n", "what", "ns", "least to most", "beyond the clock");
-    for (what, [median, min, max], beyond) in rows {
-        // A bare range does not look at it.
-        let looks = !what.contains("clock") && !what.contains("bare");
-        let beyond = if looks { format!("{beyond:.1}") } else { "-".into() };
-        text += &format!("{what:<32}{median:>8.1}{:>16}{beyond:>18}\n", format!("{min:.1} to {max:.1}"));
-    }
-    text +=
-        "ns: a span begun and ended, median of the rounds; beyond the clock: less the first row of the same round\n";
-    text += &match (built, tool) {
-        (false, _) => "NVTX: not built in (feature nvtx)\n".into(),
-        (true, None) => "NVTX: built in, no tool attached\n".into(),
-        (true, Some(path)) => format!("NVTX: built in, NVTX_INJECTION64_PATH={path}\n"),
-    };
-    Ok(text)
+    if told == [12, 12, 0] { Ok(()) } else { Err(format!("12 spans became {told:?} (begun, ended, wrong)").into()) }
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(text) => {
-            use std::io::Write;
-            // Whoever reads it may have gone away.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
+    let options = Options::parse();
+    report::run(&options.common, None, || run(&options))
+}
+
+fn run(options: &Options) -> Result<Report, Failure> {
+    check()?;
+    let kinds = kinds(SPANS);
+    let mut samples = vec![Vec::new(); kinds.len()];
+    let bar = report::progress(options.common.rounds.into(), &options.common)?;
+    // The first round warms up.
+    for round in 0..=options.common.rounds {
+        for ((_, work), samples) in kinds.iter().zip(&mut samples) {
+            let (start, mut spans) = (Instant::now(), 0);
+            while spans == 0 || start.elapsed() < options.common.window {
+                work();
+                spans += SPANS;
+            }
+            if round > 0 {
+                samples.push(start.elapsed().as_secs_f64() * 1e9 / f64::from(spans));
+            }
         }
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+        bar.inc(u64::from(round > 0));
     }
+    bar.finish_and_clear();
+    let mut report = Report::new("bench_trace", Cpu.describe(), &COLUMNS);
+    let clock = &samples[0];
+    for ((what, _), samples) in kinds.iter().zip(&samples) {
+        let beyond: Vec<_> = samples.iter().zip(clock).map(|(sample, clock)| sample - clock).collect();
+        // A bare range does not look at it.
+        let looks = *what != CLOCK && !what.contains("bare");
+        report.row([json!(what), json!(Spread::of(samples)), json!(looks.then(|| Spread::of(&beyond)))]);
+    }
+    let tool = std::env::var("NVTX_INJECTION64_PATH").ok();
+    report.line(
+        "NVTX",
+        match (cfg!(feature = "nvtx"), &tool) {
+            (false, _) => "not built in (feature nvtx)".into(),
+            (true, None) => "built in, no tool attached".into(),
+            (true, Some(path)) => format!("built in, NVTX_INJECTION64_PATH={path}"),
+        },
+    );
+    report.field("nvtx", cfg!(feature = "nvtx"));
+    report.field("tool", json!(tool));
+    let read = &samples[1];
+    let ratios: Vec<_> = read.iter().zip(clock).map(|(read, clock)| read / clock).collect();
+    report.compare(
+        Figure::new(READ, "ns", read),
+        Figure::new(CLOCK, "ns", clock),
+        "a span / the clock alone, in turn",
+        &ratios,
+    );
+    Ok(report)
 }

@@ -26,6 +26,7 @@ fn benches() -> Vec<(&'static str, Vec<String>)> {
         ("bench_ring", words("--rounds 2 --window 0.01 --wake-ups 40")),
         ("bench_transfer", words("--device cpu --size 1MiB --rounds 2 --window 0.001")),
         ("bench_kernels", words("--device cpu --rounds 1 --window 0.001")),
+        ("bench_trace", words("--rounds 2 --window 0.001")),
     ];
     #[cfg(feature = "capi")]
     let benches = benches.into_iter().chain([("bench_border", words("--rounds 1 --window 0.01 --most 1e9"))]).collect();
@@ -394,14 +395,12 @@ fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
 
 #[test]
 fn bench_trace_times_spans_beside_the_clock_that_they_look_at() {
-    let trace = object("bench_trace", &[], "--rounds 7 --spans 20000");
+    let trace = object("bench_trace", &[], "--rounds 7");
     let rows = trace["rows"].as_array().unwrap();
-    let ns = |what: &str| number(rows.iter().find(|row| row["what"] == what).unwrap_or_else(|| panic!("{what}")), "ns");
+    let ns = |what: &str| median(rows.iter().find(|row| row["what"] == what).unwrap_or_else(|| panic!("{what}")), "ns");
     let clock = ns("two looks at the clock");
     for what in ["a unit read", "a unit copied"] {
         assert!(ns(what) > 0.0 && ns(what) < 3.0 * clock, "{what}: {trace}");
     }
     assert!(ns("a wait") > 0.0 && ns("a unit read, with an observer") > 0.0 && trace["nvtx"] == cfg!(feature = "nvtx"));
-    let done = run("bench_trace", &[], "--rounds 1 --spans 100");
-    assert!(done.status.success() && text(&done.stdout).contains("beyond the clock"), "{}", text(&done.stdout));
 }

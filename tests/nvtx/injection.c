@@ -1,10 +1,15 @@
 // A tool for NVTX, loaded through NVTX_INJECTION64_PATH: keeps every call in memory that it has from the start, and writes a
 // line for each to the file named by LAYER_STREAMER_NVTX_OUT when the process ends. It never allocates.
 //
-// With -DREFUSES it finds that it cannot work here, as a tool of another version may.
+// With -DREFUSES it finds that it cannot work here, as a tool of another version may. With -DCUDA_CALLS it also keeps the copies
+// and launches that the process asks the CUDA runtime for, which it learns from CUPTI.
 #define _GNU_SOURCE
 #define NVTX_NO_IMPL
 #include <nvtx3/nvToolsExt.h>
+#ifdef CUDA_CALLS
+#include <cuda_runtime_api.h>
+#include <cupti.h>
+#endif
 
 #include <fcntl.h>
 #include <inttypes.h>
@@ -127,6 +132,27 @@ static int pop(nvtxDomainHandle_t domain) {
     return 0;
 }
 
+#ifdef CUDA_CALLS
+static void CUPTIAPI on_cuda_call(void *user, CUpti_CallbackDomain domain, CUpti_CallbackId id, const void *what) {
+    (void)user, (void)domain;
+    const CUpti_CallbackData *data = what;
+    if (data->callbackSite != CUPTI_API_ENTER) return;
+    if (!strstr(data->functionName, "Memcpy") && !strstr(data->functionName, "LaunchKernel")) return;
+    Call *call = note("cuda", NULL);
+    copy(&call->message, data->functionName);
+    if (id == CUPTI_RUNTIME_TRACE_CBID_cudaMemcpyAsync_v3020) {
+        call->has_payload = 1;
+        call->payload = ((const cudaMemcpyAsync_v3020_params *)data->functionParams)->count;
+    }
+}
+
+static int watch_cuda(void) {
+    CUpti_SubscriberHandle subscriber;
+    return cuptiSubscribe(&subscriber, on_cuda_call, NULL) == CUPTI_SUCCESS &&
+           cuptiEnableDomain(1, subscriber, CUPTI_CB_DOMAIN_RUNTIME_API) == CUPTI_SUCCESS;
+}
+#endif
+
 static void put(NvtxFunctionTable table, unsigned size, unsigned index, void (*function)(void)) {
     if (index < size) *table[index] = function;
 }
@@ -136,6 +162,9 @@ __attribute__((visibility("default"))) int InitializeInjectionNvtx2(NvtxGetExpor
 #ifdef REFUSES
     (void)get_table;
     return 0;
+#endif
+#ifdef CUDA_CALLS
+    if (!watch_cuda()) return 0;
 #endif
     const NvtxExportTableCallbacks *callbacks = get_table(NVTX_ETID_CALLBACKS);
     NvtxFunctionTable table;
