@@ -416,10 +416,11 @@ fn plan<D: Kernels>(
         return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
     }
     let _waiting = Waiting::on("measuring disk and link", options.quiet);
-    let measure = match (options.probe, options.no_probe, options.plan) {
-        (true, ..) => Measure::Anew,
-        (_, true, _) => Measure::Never,
-        (.., true) => Measure::Always,
+    let measure = match (options.probe, options.no_probe) {
+        (true, _) => Measure::Anew,
+        (_, true) => Measure::Never,
+        // Beside the forecast, or in the picture.
+        _ if options.plan || options.trace.is_some() => Measure::Always,
         _ => Measure::IfItCounts,
     };
     let (settings, probe) = match placement {

@@ -254,21 +254,17 @@ fn worker<D: Kernels>(
     Ok(move || trial.pass())
 }
 
-/// Runs the answer as its worker did, while `timeline` records, and writes the trace, also after Ctrl-C.
-fn trace<D: Kernels>(
-    device: &D,
-    options: &Options,
-    answer: &Answer,
-    known: Option<Bandwidths>,
-    file: TraceFile,
-) -> Result<(), Failure> {
+/// Runs the answer as its worker did, while a timeline records, and writes the trace, also after Ctrl-C.
+fn trace<D: Kernels>(device: &D, options: &Options, answer: &Answer, file: TraceFile) -> Result<(), Failure> {
+    let measure = if options.no_probe { Measure::Never } else { Measure::Always };
+    let probe = budget::probe(device, &Model::open(&options.model)?, measure)?;
     let timeline = Timeline::new();
     let observer: Arc<dyn Observer> = timeline.clone();
     let mut trial = Trial::new(device, options, &answer.placement, slice::from_ref(&observer))?;
     let interrupts = Interrupts::cancel(trial.decoder.streamer().canceller());
     let ran = trial.fill(&answer.placement).and_then(|()| (0..options.runs).try_for_each(|_| trial.pass()));
     drop(interrupts);
-    let mut recording = timeline.recording(known);
+    let mut recording = timeline.recording(probe.map(|probe| probe.bandwidths()));
     recording.facts.push(("model".into(), options.model.display().to_string()));
     recording.facts.push(("settings".into(), short(&answer.placement)));
     recording.verdict = trial.decoder.streamer().findings();
@@ -400,7 +396,7 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
     match (file, &ranking.answer) {
         (Some(file), Some(answer)) if ranking.ended != Ended::Cancelled => {
             say!("running the answer for the trace");
-            trace(device, options, answer, tuner.bandwidths, file)?;
+            trace(device, options, answer, file)?;
         }
         (Some(file), _) => say!("{} was not written: the search was stopped before its answer", file.path().display()),
         _ => {}

@@ -76,7 +76,7 @@ pub fn budget<D: Device>(
 pub enum Measure {
     /// It is assumed.
     Never,
-    /// Where it decides anything, and not lately: where nothing is read from disk it does not.
+    /// Where a pass waits for disk or link, and not lately.
     IfItCounts,
     /// Where not lately.
     Always,
@@ -104,8 +104,10 @@ pub fn fit<D: Kernels>(
 ) -> layer_streamer::Result<(Settings, Option<Probe>)> {
     let assumed = Bandwidths::default();
     let settings = Decoder::fit(device, model, budget, assumed, 1, context)?;
-    let reads = Decoder::plan(device, model, &settings)?.forecast(assumed).disk_bytes > 0;
-    if measure == Measure::IfItCounts && !reads {
+    let forecast = Decoder::plan(device, model, &settings)?.forecast(assumed);
+    let is_linked = device.free_memory()?.is_some();
+    let counts = forecast.disk_bytes > 0 || is_linked && forecast.copy_bytes > 0;
+    if measure == Measure::IfItCounts && !counts {
         return Ok((settings, None));
     }
     match probe(device, model, measure)? {

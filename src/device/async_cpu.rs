@@ -5,7 +5,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -37,6 +37,8 @@ struct Shared {
     timed_events: AtomicU64,
     /// How long a copy to the device takes, in microseconds; or [`AS_IT_COMES`].
     copy_micros: AtomicU64,
+    /// Whether it says that it has memory of its own.
+    is_linked: AtomicBool,
 }
 
 /// Copies bring their bytes, and are delayed at random.
@@ -58,6 +60,7 @@ impl AsyncCpu {
             copies_left: AtomicU64::new(u64::MAX),
             timed_events: AtomicU64::new(0),
             copy_micros: AtomicU64::new(AS_IT_COMES),
+            is_linked: AtomicBool::new(false),
         }))
     }
 
@@ -69,6 +72,11 @@ impl AsyncCpu {
     /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random, and no home late.
     pub(crate) fn pace_copies(&self, time: Duration) {
         self.0.copy_micros.store(time.as_micros() as u64, SeqCst);
+    }
+
+    /// From now on says that its memory is its own, behind a link.
+    pub(crate) fn link(&self) {
+        self.0.is_linked.store(true, SeqCst);
     }
 
     fn is_paced(&self) -> bool {
@@ -102,6 +110,10 @@ impl Device for AsyncCpu {
 
     fn bind_thread(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(self.0.is_linked.load(SeqCst).then_some(1 << 30))
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {

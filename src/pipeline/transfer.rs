@@ -4,13 +4,13 @@
 //! For a unit that goes from source slot `s` to device slot `d`, it enqueues
 //!
 //! ```text
-//! copy stream       wait(compute_done[d], arrived[d]) → record(transfer_begun[s]) → copies → record(transfer_done[s])
+//! copy stream       wait(compute_done[d], arrived[d]) → record(begun) → copies → record(done)
 //! transform stream  for each piece: wait(staged) → transform → record(consumed)        only if tensors change on arrival
 //! either            record(arrived[d])
 //! ```
 //!
-//! **Invariant**: a source slot is released upstream only after its `transfer_done` was seen complete; a device slot comes
-//! back from the compute side only after its `compute_done` was recorded.
+//! **Invariant**: a source slot is released upstream only after `done` was seen complete; a device slot comes back from the
+//! compute side only after its `compute_done` was recorded.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -25,6 +25,7 @@ use crate::{
         stage::{Advance, Control, Progress, Safeguard},
     },
     plan::{Home, Plan},
+    sync::Signal,
     trace::{Activity, Carried, Stage},
 };
 
@@ -37,6 +38,15 @@ struct Staging<D: Device> {
     staged: [D::Event; 2],
     consumed: [D::Event; 2],
     turn: usize,
+}
+
+/// A unit's copies that may still be running.
+struct Flight<D: Device> {
+    /// Where they come from, unless that is the unit's home.
+    source: Option<Slot>,
+    /// Reached when they begin, after whatever the device made them wait for.
+    begun: D::Event,
+    done: D::Event,
 }
 
 pub(crate) struct TransferStage<D: Device> {
@@ -52,11 +62,11 @@ pub(crate) struct TransferStage<D: Device> {
     outlet: Outlet,
     stream: D::Stream,
     staging: Option<Staging<D>>,
-    transfer_done: Vec<D::Event>,
-    /// By source slot as well: its copies have begun, after whatever the device made them wait for.
-    transfer_begun: Vec<D::Event>,
-    /// Source slots whose copies may still be running, oldest first.
-    in_flight: VecDeque<Slot>,
+    /// Oldest first: all that come from source slots, and of those from homes a pass.
+    in_flight: VecDeque<Flight<D>>,
+    /// Events for more of these; at least so many stay for source slots.
+    idle: Vec<[D::Event; 2]>,
+    sources: usize,
     /// Where observers want the device's own time.
     timer: Option<DeviceTimer<D>>,
 }
@@ -97,30 +107,33 @@ impl<D: Device> TransferStage<D> {
             outlet,
             stream: device.named_stream(c"layer-streamer transfer")?,
             staging,
-            transfer_done: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
-            transfer_begun: (0..sources).map(|_| device.event()).collect::<Result<_>>()?,
-            in_flight: VecDeque::with_capacity(sources),
+            in_flight: VecDeque::with_capacity(most),
+            idle: (0..most).map(|_| Ok([device.event()?, device.event()?])).collect::<Result<_>>()?,
+            sources,
             timer: if timed { DeviceTimer::new(device, Stage::Transfer, most)? } else { None },
             device: device.clone(),
         })
     }
 
-    /// Releases source slots whose copies are done; with `block` waits for the oldest. Returns whether it released any.
+    /// Takes note of copies that are done, whose source slots are released; with `block` waits for the oldest. Returns whether there
+    /// were any.
     fn retire(&mut self, mut block: bool) -> Result<bool> {
-        let mut released = false;
-        while let Some(&slot) = self.in_flight.front() {
-            let done = &self.transfer_done[slot.0];
+        let mut retired = false;
+        while let Some(Flight { done, .. }) = self.in_flight.front() {
             if self.control.keeps(Safeguard::TransferDone) && !self.device.query(done)? {
                 if !block {
                     break;
                 }
                 self.device.synchronize(done)?;
             }
-            self.in_flight.pop_front();
-            self.inlet.release(slot);
-            (block, released) = (false, true);
+            let Flight { source, begun, done } = self.in_flight.pop_front().expect("it is there");
+            self.idle.push([begun, done]);
+            if let Some(slot) = source {
+                self.inlet.release(slot);
+            }
+            (block, retired) = (false, true);
         }
-        Ok(released)
+        Ok(retired)
     }
 
     /// Enqueues all of a unit's work: from a slot or home in host memory to a slot or home on the device.
@@ -142,13 +155,16 @@ impl<D: Device> TransferStage<D> {
         }
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
         self.device.wait(&self.stream, arrived)?;
-        if let Place::Slot(slot) = from {
-            self.device.record(&self.transfer_begun[slot.0], &self.stream)?;
+        let source_slot = if let Place::Slot(slot) = from { Some(slot) } else { None };
+        let is_followed = source_slot.is_some() || self.idle.len() > self.sources;
+        let flight = if is_followed { self.idle.pop() } else { None };
+        let flight = flight.map(|[begun, done]| Flight { source: source_slot, begun, done });
+        if let Some(Flight { begun, .. }) = &flight {
+            self.device.record(begun, &self.stream)?;
         }
         let timing = self.timer.as_mut().map(|timer| timer.begin(&self.stream, &self.control.trace)).transpose()?;
         for copy in &unit.copies {
-            // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until transfer_done;
-            // the device slot was handed back, and the wait above orders the copy after its last use.
+            // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until `done`; the device slot was handed back, and the wait above orders the copy after its last use.
             unsafe {
                 let from = source.add(copy.from);
                 self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
@@ -186,9 +202,9 @@ impl<D: Device> TransferStage<D> {
         if let Some((timer, timing)) = self.timer.as_mut().zip(timing.flatten()) {
             timer.end(timing, &self.stream, Activity::Unit { unit: index, pass }, unit.disk_bytes)?;
         }
-        if let Place::Slot(slot) = from {
-            self.device.record(&self.transfer_done[slot.0], &self.stream)?;
-            self.in_flight.push_back(slot);
+        if let Some(flight) = flight {
+            self.device.record(&flight.done, &self.stream)?;
+            self.in_flight.push_back(flight);
         }
         Ok(())
     }
@@ -243,26 +259,29 @@ impl<D: Device> TransferStage<D> {
             Some(_) => Activity::Blocked,
             None => Activity::Starved,
         };
-        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. Until the
-        // copy has begun it is compute that keeps it waiting.
-        if let Some(oldest) = self.in_flight.front().filter(|_| !retired) {
-            let begun = &self.transfer_begun[oldest.0];
-            if !self.device.query(begun)? {
-                let wait = self.control.trace.begin(Stage::Transfer, Activity::Blocked, 0);
-                let begun = self.device.synchronize(begun);
-                self.control.trace.end(wait);
-                begun?;
+        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. From a home it
+        // is followed to know what the device does, and not where none is enqueued behind it: what comes next would be late.
+        let is_blocking = |oldest: &&Flight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
+        let Some(Flight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
+            if retired {
                 return Ok(Progress::Moved);
             }
-        }
-        if retired || self.retire(true)? {
+            match waiting {
+                Activity::Blocked => self.outlet.flush_if_starving(),
+                _ => self.inlet.nudge(),
+            }
+            return Ok(Progress::Waiting(waiting));
+        };
+        // Until the copy has begun it is compute that keeps it waiting.
+        if !self.device.query(begun)? {
+            let wait = self.control.trace.begin(Stage::Transfer, Activity::Blocked, 0);
+            let begun = self.device.synchronize(begun);
+            self.control.trace.end(wait);
+            begun?;
             return Ok(Progress::Moved);
         }
-        match waiting {
-            Activity::Blocked => self.outlet.flush_if_starving(),
-            _ => self.inlet.nudge(),
-        }
-        Ok(Progress::Waiting(waiting))
+        self.retire(true)?;
+        Ok(Progress::Moved)
     }
 }
 
@@ -279,6 +298,19 @@ impl<D: Device> Advance for TransferStage<D> {
             self.control.fail_for_good(error.clone());
             (0, error)
         })
+    }
+
+    fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
+        signal.wait(ticket);
+        // It is the link that kept the stage waiting if that copies now.
+        let copies = |flight: &Flight<D>| -> Result<bool> {
+            Ok(self.device.query(&flight.begun)? && !self.device.query(&flight.done)?)
+        };
+        // An error is met by the next attempt too.
+        if self.in_flight.front().is_some_and(|flight| copies(flight).unwrap_or(false)) {
+            self.control.trace.waited_for_work(Stage::Transfer);
+        }
+        Ok(())
     }
 
     fn outlet(&mut self) -> &mut Outlet {

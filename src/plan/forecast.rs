@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Home, Plan, Residents};
+use super::{Home, Plan, Residents, StagePlan};
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -82,13 +82,17 @@ impl Plan {
     /// What the streamer will reserve.
     pub fn memory(&self) -> Vec<Part> {
         let stages = [
-            ("RAM slots", self.ram.as_ref(), false),
-            ("pinned slots", self.pinned.as_ref(), false),
-            ("device slots", Some(&self.gpu), true),
+            ("RAM slot", self.ram.as_ref(), false),
+            ("pinned slot", self.pinned.as_ref(), false),
+            ("device slot", Some(&self.gpu), true),
         ];
         let mut parts: Vec<_> = (stages.into_iter())
             .filter_map(|(what, stage, on_device)| {
-                stage.map(|stage| Part::new(format!("{} {what}", stage.slots), stage.bytes(), on_device))
+                let of = |stage: &StagePlan| match stage.slots {
+                    1 => format!("1 {what}"),
+                    slots => format!("{slots} {what}s"),
+                };
+                stage.map(|stage| Part::new(of(stage), stage.bytes(), on_device))
             })
             .collect();
         let Residents { ram, pinned, gpu, .. } = self.residents;

@@ -38,7 +38,7 @@ const LAST_START: Duration = Duration::from_millis(850);
 /// allowed beside its budget.
 const BLOCKS: usize = 8;
 
-/// Copies of half of them that are enqueued at once, so that one wait for them costs next to nothing.
+/// Copies that are enqueued at once, so that one wait for them costs next to nothing.
 const COPIES: usize = 8;
 
 /// Reads from file number `file` and copies to the device until one round is calm, or time is up.
@@ -149,7 +149,7 @@ struct Window {
     reads: usize,
 }
 
-/// Copies half of the blocks to the device; for one that computes in RAM, to the other half.
+/// Copies the blocks to the device in one piece; for one that computes in RAM, half of them to the other half.
 struct Link<'a, D: Device> {
     // First, so that it is dropped before the memory it is about.
     _registered: D::Registration,
@@ -164,8 +164,8 @@ struct Link<'a, D: Device> {
 impl<'a, D: Device> Link<'a, D> {
     fn new(device: &'a D, blocks: &'a Arena) -> Result<Self> {
         let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
-        let bytes = both / 2;
-        let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", bytes)).transpose()?;
+        let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", both)).transpose()?;
+        let bytes = if own.is_some() { both } else { both / 2 };
         let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
         // SAFETY: the struct borrows the blocks, so they outlive the registration.
         let registered = unsafe { device.register(from.as_ptr(), bytes)? };

@@ -274,6 +274,11 @@ impl Trace {
         }
     }
 
+    /// What the stage waited for is its own work after all, which went on elsewhere: its wait under way counts as such in the sums.
+    pub(crate) fn waited_for_work(&self, stage: Stage) {
+        self.counters.relabel(stage, WORK);
+    }
+
     /// Bytes that a read brought.
     pub(crate) fn count_read(&self, bytes: usize, direct: bool) {
         self.counters.count_read(bytes, direct);

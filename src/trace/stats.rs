@@ -203,12 +203,17 @@ impl Counters {
             counters.nanos[counters.kind.load(Relaxed)].fetch_add(now.saturating_sub(since), Relaxed);
         }
         counters.settled.store(now.max(since), Relaxed);
-        let kind = match next {
+        self.relabel(stage, next);
+    }
+
+    /// The stage has been doing this since it last did something else.
+    pub(super) fn relabel(&self, stage: Stage, activity: Activity) {
+        let kind = match activity {
             Activity::Unit { .. } => 0,
             Activity::Starved => 1,
             Activity::Blocked => 2,
         };
-        counters.kind.store(kind, Relaxed);
+        self.stages[stage as usize].kind.store(kind, Relaxed);
     }
 
     /// Counts a unit that was moved to the end. A stage does so in the order in which it hands units on.

@@ -42,13 +42,14 @@ const FULL: f64 = 0.85;
 impl Verdict {
     /// Judges passes by what their stages did. `linked`: the device has memory of its own.
     ///
-    /// The caller's stage counts as at work also while the transfer waits for a slot on the device, since on a GPU the caller
-    /// only enqueues.
+    /// The caller's stage counts as at work also while the transfer waits for a slot on the device. Behind a link that alone
+    /// counts, since there the caller only enqueues, and waits for all of it in the end.
     pub fn of(passes: &PassStats, linked: bool) -> Self {
         let share = |stage: Stage, kind: usize| passes.stage_seconds[stage as usize][kind] / passes.seconds.max(1e-9);
         let moved = passes.direct_bytes + passes.buffered_bytes + passes.pinned_bytes + passes.transferred_bytes;
         let reads = if passes.buffered_bytes > passes.direct_bytes { Bound::PageCache } else { Bound::Disk };
-        let compute = share(Stage::Compute, BUSY).max(share(Stage::Transfer, BLOCKED));
+        let (called, blocked) = (share(Stage::Compute, BUSY), share(Stage::Transfer, BLOCKED));
+        let compute = if linked && passes.transferred_bytes > 0.0 { blocked } else { called.max(blocked) };
         let candidates = [
             (Bound::Compute, compute),
             (reads, share(Stage::Read, BUSY)),

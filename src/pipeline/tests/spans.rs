@@ -266,3 +266,41 @@ fn the_verdict_names_the_stage_that_is_slow() {
         }
     }
 }
+
+/// When a caller waits for what it has enqueued.
+#[derive(Clone, Copy, Debug)]
+enum Waits {
+    AfterEachLayer,
+    AfterEachPass,
+}
+
+#[test]
+fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues() {
+    let [long, short] = [4, 1].map(Duration::from_millis);
+    for (n_gpu, waits) in [(1, Waits::AfterEachLayer), (2, Waits::AfterEachLayer), (2, Waits::AfterEachPass)] {
+        for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
+            let mut fixture = common::fixture(8, &[4_000], 5);
+            fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));
+            let device = AsyncCpu::new(1);
+            device.pace_copies(copy);
+            device.link();
+            let settings = Settings { n_gpu, n_cpu_pinned: 2, ..Settings::default() };
+            let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+            let stream = device.stream().unwrap();
+            for _ in 0..8 {
+                let pass = streamer.run_pass(&stream, (), |(), _| {
+                    device.enqueue(&stream, move || thread::sleep(compute));
+                    match waits {
+                        Waits::AfterEachLayer => device.drain(&stream),
+                        Waits::AfterEachPass => Ok(()),
+                    }
+                });
+                pass.unwrap();
+                device.drain(&stream).unwrap();
+            }
+            let verdict = streamer.verdict().unwrap();
+            let stats = streamer.stats().steady.unwrap();
+            assert_eq!(verdict.bound, bound, "n_gpu {n_gpu}, waits {waits:?}: {verdict}, {stats:?}");
+        }
+    }
+}
