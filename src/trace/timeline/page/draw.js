@@ -322,7 +322,7 @@ function paintSlots(ink, ring, frame) {
     const mean = (bin) => ring.mean(view.from + bin * each, view.from + (bin + 1) * each);
     area(ink, Float64Array.from({ length: Math.ceil(width / BIN) }, (_, bin) => mean(bin)), (bin) => bin * BIN, y, SLOTS_HEIGHT, color, width);
   }
-  limitLine(ink, y(ring.slots), `${ring.slots} slots`, width, palette);
+  limitLine(ink, y(ring.slots), ring.slots === 1 ? "1 slot" : `${ring.slots} slots`, width, palette);
 }
 
 const STRIPE = 5;
