@@ -86,7 +86,7 @@ enum ls_status
     LS_CUDA = 16,
     // This build or machine cannot do it.
     LS_UNSUPPORTED = 17,
-    // The device did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
+    // Device or disk did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
     // that was lent must not be freed or used before the process ends.
     LS_LEAKED = 18,
 };

@@ -99,9 +99,9 @@ pub enum Error {
         /// The layer's name.
         layer: String,
     },
-    /// The device did not answer when a streamer was closed, and may use its memory still.
+    /// Device or disk did not answer when a streamer was closed, and may use its memory still.
     #[error(
-        "the device did not answer when the streamer was closed: {bytes} bytes stay reserved, and what was lent must stay as it is; \
+        "device or disk did not answer when the streamer was closed: {bytes} bytes stay reserved, and what was lent must stay as it is; \
          end the process to have them back"
     )]
     Leaked {

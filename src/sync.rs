@@ -19,6 +19,7 @@ use std::{
     io,
     sync::{Arc, Barrier},
     thread,
+    time::{Duration, Instant},
 };
 
 /// Starts a thread and returns once it has run `begin`, whose result `work` takes: what starting a thread allocates, in the
@@ -105,6 +106,15 @@ impl Signal {
 
     /// Returns once there has been a notification since `ticket`: spins briefly, then sleeps. One thread at a time.
     pub(crate) fn wait(&self, ticket: u32) {
+        self.sleep(ticket, None);
+    }
+
+    /// The same, for so long at most.
+    pub(crate) fn wait_for(&self, ticket: u32, time: Duration) {
+        self.sleep(ticket, Some(Instant::now() + time));
+    }
+
+    fn sleep(&self, ticket: u32, until: Option<Instant>) {
         #[cfg(not(loom))]
         {
             let backoff = crossbeam_utils::Backoff::new();
@@ -123,7 +133,11 @@ impl Signal {
             if self.ticket() != ticket {
                 break;
             }
-            guard = self.woken.wait(guard).expect("nothing panics under this lock");
+            guard = match until.map(|until| until.saturating_duration_since(Instant::now())) {
+                None => self.woken.wait(guard).expect("nothing panics under this lock"),
+                Some(Duration::ZERO) => break,
+                Some(left) => self.woken.wait_timeout(guard, left).expect("nothing panics under this lock").0,
+            };
         }
         self.asleep.store(false, Ordering::Relaxed);
     }

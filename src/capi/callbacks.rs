@@ -112,6 +112,11 @@ impl Observer for Log {
             // Everyday matters, asked for by callers who may not want memory allocated for them.
             Mark::Rewind => self.say(LS_LOG_INFO, c"rewound: the next unit is the first"),
             Mark::Cancelled => self.say(LS_LOG_INFO, c"the pass was cancelled"),
+            Mark::Silent { file, since } => {
+                let message =
+                    format!("{}: no read has ended for {} s; the pass waits", file.display(), since.as_secs());
+                self.say(LS_LOG_WARNING, &c_line(message));
+            }
             Mark::Failed(error) => self.say(LS_LOG_ERROR, &c_line(error.to_string())),
             Mark::Leaked { bytes } => {
                 self.say(LS_LOG_ERROR, &c_line(Error::Leaked { bytes: *bytes }.to_string()));

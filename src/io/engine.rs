@@ -1,6 +1,11 @@
 //! The ladder: the best engine that the system allows, or the one that was asked for.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use super::{Chunk, Done, Source, pread::PreadThreads, uring::Uring};
 use crate::{
@@ -63,7 +68,7 @@ impl Engine {
     /// Takes a read; it starts by the next [`flush`](Self::flush) or [`wait`](Self::wait) at the latest.
     ///
     /// # Safety
-    /// The chunk's memory is writable, and nobody else's until its `Done` comes back or the engine is dropped.
+    /// The chunk's memory is writable, and nobody else's until its `Done` comes back or [`quiesce`](Self::quiesce) returns true.
     pub(crate) unsafe fn submit(&mut self, chunk: Chunk) {
         // SAFETY: the caller's.
         unsafe {
@@ -90,15 +95,44 @@ impl Engine {
         }
     }
 
-    /// Blocks until there may be a finished read, or `signal` was notified since `ticket`. While a ring has reads in flight,
-    /// only they end the wait: the next one is never far.
+    /// Blocks until there may be a finished read, or `signal` was notified since `ticket`. While reads are in flight, a ring is
+    /// woken by them alone, and nobody sleeps for longer than [`LOOK_UP`].
     pub(crate) fn wait(&mut self, signal: &Signal, ticket: u32) -> io::Result<()> {
         match self {
-            Self::Uring(engine) if engine.in_flight() > 0 => engine.wait(),
-            _ => {
-                signal.wait(ticket);
-                Ok(())
-            }
+            Self::Uring(engine) if engine.in_flight() > 0 => return engine.wait(LOOK_UP),
+            Self::Pread(engine) if engine.in_flight() > 0 => signal.wait_for(ticket, LOOK_UP),
+            _ => signal.wait(ticket),
+        }
+        Ok(())
+    }
+
+    /// The last call: starts no more reads, and waits for those under way as long as they end one after the other. False if for
+    /// [`STILL`] none did: then the kernel may write to the memory of one whenever it likes, and it must stay as it is for good.
+    pub(crate) fn quiesce(&mut self) -> bool {
+        match self {
+            Self::Uring(engine) => engine.quiesce(),
+            Self::Pread(engine) => engine.quiesce(),
         }
     }
 }
+
+/// Waits until `left` counts nothing; false if for [`STILL`] it counted nothing less.
+pub(super) fn until_none(mut left: impl FnMut() -> usize) -> bool {
+    let (mut since, mut pause, mut least) = (Instant::now(), Duration::from_micros(50), usize::MAX);
+    loop {
+        match left() {
+            0 => return true,
+            left if left < least => (since, least) = (Instant::now(), left),
+            _ if since.elapsed() > STILL => return false,
+            _ => {}
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(1));
+    }
+}
+
+/// How often who waits for reads looks whether there is something else to do.
+const LOOK_UP: Duration = Duration::from_millis(100);
+
+/// Reads of which none ends for so long are taken for such that never do.
+const STILL: Duration = Duration::from_millis(500);

@@ -25,9 +25,15 @@ pub(crate) struct Attempt<'a> {
 /// Turns answers into others: an error, or a count that is no larger.
 type Plan = Box<dyn FnMut(Attempt<'_>) -> io::Result<usize> + Send>;
 
+/// Turns calls of io_uring_enter into errors.
+type Enters = Box<dyn FnMut() -> Option<i32> + Send>;
+
+/// Tells which reads never end: the engine does not learn of their end.
+type Never = Box<dyn FnMut(&Path, u64) -> bool + Send>;
+
 /// The plan that all files of one streamer share.
 #[derive(Clone, Default)]
-pub(crate) struct Faults(Arc<Mutex<Option<Plan>>>);
+pub(crate) struct Faults(Arc<Mutex<Option<Plan>>>, Arc<Mutex<Option<Enters>>>, Arc<Mutex<Option<Never>>>);
 
 thread_local! {
     static NEXT: RefCell<Faults> = RefCell::default();
@@ -36,9 +42,27 @@ thread_local! {
 impl Faults {
     /// For the files that this thread opens from now on.
     pub(crate) fn plan(plan: impl FnMut(Attempt<'_>) -> io::Result<usize> + Send + 'static) -> Self {
-        let faults = Self(Arc::new(Mutex::new(Some(Box::new(plan)))));
+        let faults = Self(Arc::new(Mutex::new(Some(Box::new(plan)))), Arc::default(), Arc::default());
         NEXT.set(faults.clone());
         faults
+    }
+
+    /// Also for rings over these files: an error in place of a call, where `plan` has one.
+    pub(crate) fn plan_enters(&self, plan: impl FnMut() -> Option<i32> + Send + 'static) {
+        *self.1.lock().unwrap() = Some(Box::new(plan));
+    }
+
+    /// Also for reads of these files: those of which `plan` says so never end.
+    pub(crate) fn plan_never(&self, plan: impl FnMut(&Path, u64) -> bool + Send + 'static) {
+        *self.2.lock().unwrap() = Some(Box::new(plan));
+    }
+
+    pub(crate) fn enter(&self) -> Option<i32> {
+        self.1.lock().unwrap().as_mut().and_then(|plan| plan())
+    }
+
+    pub(crate) fn never_ends(&self, path: &Path, offset: u64) -> bool {
+        self.2.lock().unwrap().as_mut().is_some_and(|plan| plan(path, offset))
     }
 
     /// Those planned for the files that this thread opens.
@@ -49,6 +73,8 @@ impl Faults {
     /// Heals the disk.
     pub(crate) fn end(&self) {
         *self.0.lock().unwrap() = None;
+        *self.1.lock().unwrap() = None;
+        *self.2.lock().unwrap() = None;
     }
 
     /// The answer to use; what it takes away of what was read to `to` is gone.

@@ -21,6 +21,8 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
+    time::{Duration, Instant},
 };
 
 pub(crate) use engine::Engine;
@@ -93,6 +95,7 @@ impl Source {
 
 fn try_direct(path: &Path, trial: &Arena) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
+    let start = Instant::now();
     loop {
         let to = trial.slot(0).as_ptr();
         // SAFETY: the slot is a page long and nobody else's.
@@ -104,7 +107,7 @@ fn try_direct(path: &Path, trial: &Arena) -> io::Result<File> {
             faults::Faults::of_this_thread().apply(attempt, to)
         };
         match result {
-            Err(error) if is_passing(&error) => {}
+            Err(error) if is_passing(&error) && start.elapsed() < PATIENCE => thread::yield_now(),
             other => return other.map(|_| file),
         }
     }
@@ -183,11 +186,16 @@ struct Flight {
     done: usize,
     /// As the chunk says, until that does not get on.
     direct: bool,
+    /// Since when the system has had no room for it.
+    refused: Option<Instant>,
 }
+
+/// How long a read may be refused for the moment, again and again, before that is an error.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Flight {
     fn new(chunk: Chunk) -> Self {
-        Self { chunk, done: 0, direct: chunk.direct }
+        Self { chunk, done: 0, direct: chunk.direct, refused: None }
     }
 
     /// Where the next read starts, from the start of the chunk: at a page boundary, as O_DIRECT demands.
@@ -221,12 +229,16 @@ impl Flight {
         // Only what this read vouches for counts: it may have spoiled the bytes of the one before it that share its first page.
         let before = std::mem::replace(&mut self.done, start + *result.as_ref().unwrap_or(&0));
         match result {
-            Ok(_) if self.done > before => {}
+            Ok(_) if self.done > before => self.refused = None,
             // The file ended inside a page, or the read was cut short there: a buffered read goes on from the very byte,
             // and tells.
             Ok(_) if self.direct => self.direct = false,
             Ok(_) => return Some(Err(Failure { offset: chunk.offset + self.done as u64, errno: None })),
-            Err(error) if is_passing(&error) => {}
+            // Whoever made the read looks up between two of them.
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            Err(error) if is_passing(&error) && self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE => {
+                thread::sleep(Duration::from_micros(200));
+            }
             Err(error) => {
                 return Some(Err(Failure { offset: chunk.offset + start as u64, errno: error.raw_os_error() }));
             }

@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, thread};
 
-use super::{Chunk, Done, Failure, Flight, Source};
+use super::{Chunk, Done, Failure, Flight, Source, engine::until_none};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
@@ -17,8 +17,8 @@ const QUEUED: usize = 2;
 
 /// The engine. Requests come back in any order.
 ///
-/// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back or the engine
-/// is dropped, which waits for every read to end.
+/// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back, or every thread
+/// has ended.
 pub(crate) struct PreadThreads {
     workers: Vec<Worker>,
     stop: Arc<AtomicBool>,
@@ -54,7 +54,7 @@ impl PreadThreads {
                         continue;
                     };
                     // SAFETY: the chunk's memory is this engine's until the result is pushed.
-                    let result = unsafe { read(&sources[chunk.file], chunk) };
+                    let Some(result) = (unsafe { read(&sources[chunk.file], chunk, &stop) }) else { return };
                     outbox.push(Done { tag: chunk.tag, file: chunk.file, direct: chunk.direct, result });
                     finished.notify();
                 }
@@ -88,6 +88,14 @@ impl PreadThreads {
         self.in_flight += 1;
     }
 
+    /// See [`Engine::quiesce`](super::Engine::quiesce): each thread ends after the read that it is in.
+    pub(super) fn quiesce(&mut self) -> bool {
+        self.stop.store(true, Ordering::SeqCst);
+        self.workers.iter().for_each(|worker| worker.wake.notify());
+        let runs = |worker: &&Worker| worker.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        until_none(|| self.workers.iter().filter(runs).count())
+    }
+
     /// A finished read, if there is one.
     pub(crate) fn completion(&mut self) -> Option<Done> {
         let (worker, done) =
@@ -98,25 +106,35 @@ impl PreadThreads {
     }
 }
 
+/// Reads until the chunk is there, or has failed; `None` if the thread is to stop before.
+///
 /// # Safety
 /// The chunk's memory is writable, and nobody else's until this returns.
-unsafe fn read(source: &Source, chunk: Chunk) -> Result<usize, Failure> {
+unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<Result<usize, Failure>> {
     let mut flight = Flight::new(chunk);
     loop {
         // SAFETY: the caller's.
         let result = unsafe { flight.read(source) };
+        #[cfg(test)]
+        while source.faults.never_ends(&source.path, chunk.offset) {
+            thread::sleep(std::time::Duration::from_millis(1));
+        }
         if let Some(result) = flight.advance(source, result) {
-            return result;
+            return Some(result);
+        }
+        if stop.load(Ordering::SeqCst) {
+            return None;
         }
     }
 }
 
 impl Drop for PreadThreads {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.workers.iter().for_each(|worker| worker.wake.notify());
-        for worker in &mut self.workers {
-            let _ = worker.thread.take().map(thread::JoinHandle::join);
+        self.quiesce();
+        // One that is still in its read is left there.
+        for thread in self.workers.iter_mut().filter_map(|worker| worker.thread.take_if(|thread| thread.is_finished()))
+        {
+            let _ = thread.join();
         }
     }
 }

@@ -3,11 +3,17 @@
 //! With registered ("fixed") buffers the kernel pins the slots once; without them it pins each read's pages anew. Registration
 //! counts against RLIMIT_MEMLOCK, which an ordinary user's default exhausts: then the rung below does as well.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    mem::ManuallyDrop,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use io_uring::{IoUring, opcode, types};
 
-use super::{CHUNK, Chunk, Done, Flight, Source};
+use super::{CHUNK, Chunk, Done, Flight, Source, engine::until_none};
 
 /// Reads in flight: enough to keep a fast disk's queues full with chunks of [`CHUNK`].
 const DEPTH: usize = 32;
@@ -17,19 +23,23 @@ const MAX_REGISTRATION: usize = 1 << 30;
 
 /// The engine. Requests come back in any order.
 ///
-/// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back or the engine
-/// is dropped, which waits for every read to end.
+/// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back, or
+/// [`started`](Self::started) is 0 and the kernel is told of no more.
 pub(crate) struct Uring {
-    ring: IoUring,
+    /// Left to the kernel if that still reads.
+    ring: ManuallyDrop<IoUring>,
     sources: Arc<[Source]>,
     /// Start and length of each registered buffer, by its index; empty without registration.
     registered: Vec<(usize, usize)>,
     /// By the number that the kernel hands back; `None` is free.
     flights: Vec<Option<Flight>>,
     in_flight: usize,
-    /// Entries that the kernel has not been told of.
-    unsubmitted: bool,
+    /// Since when the kernel has had no room, and how long to leave it alone.
+    refused: Option<(Instant, Duration)>,
 }
+
+/// How long a kernel may have no room before that is an error.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Uring {
     /// Sets up a ring, and registers `buffers` (start and length) if there are any.
@@ -64,7 +74,8 @@ impl Uring {
             })?;
         }
         let flights = (0..DEPTH).map(|_| None).collect();
-        Ok(Self { ring, sources: sources.clone(), registered, flights, in_flight: 0, unsubmitted: false })
+        let ring = ManuallyDrop::new(ring);
+        Ok(Self { ring, sources: sources.clone(), registered, flights, in_flight: 0, refused: None })
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -104,33 +115,91 @@ impl Uring {
         let entry = entry.user_data(number as u64).flags(flags);
         // SAFETY: the range is the chunk's, valid by the invariant; the descriptor is open for the life of `sources`.
         unsafe { self.ring.submission().push(&entry) }.expect("the queue has a place for every flight");
-        self.unsubmitted = true;
     }
 
-    /// Tells the kernel of the reads prepared.
+    /// Reads that the kernel was told of and that have not ended.
+    fn started(&mut self) -> usize {
+        self.in_flight - self.ring.submission().len()
+    }
+
+    /// See [`Engine::quiesce`](super::Engine::quiesce). The kernel is not called for it: that may be what failed.
+    pub(super) fn quiesce(&mut self) -> bool {
+        until_none(|| {
+            while self.completion().is_some() {}
+            self.started()
+        })
+    }
+
+    /// Tells the kernel of the reads prepared; of those that it has no room for, the next time.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
-        if self.unsubmitted {
-            retried(|| self.ring.submit())?;
-            self.unsubmitted = false;
+        if self.ring.submission().is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let entered = self.enter(|ring| ring.submit());
+        self.entered(entered)
     }
 
-    /// Blocks until a read has ended, if any is in flight.
-    pub(crate) fn wait(&mut self) -> io::Result<()> {
-        if self.in_flight > 0 {
-            retried(|| self.ring.submit_and_wait(1))?;
-            self.unsubmitted = false;
+    /// Blocks until a read has ended, if any is in flight, or something else happened, but not for longer than `time`.
+    pub(crate) fn wait(&mut self, time: Duration) -> io::Result<()> {
+        if self.in_flight == 0 {
+            return Ok(());
         }
-        Ok(())
+        let entered = self.enter(|ring| {
+            // Linux before 5.11 waits without a limit.
+            if !ring.params().is_feature_ext_arg() {
+                return ring.submit_and_wait(1);
+            }
+            let time = types::Timespec::from(time);
+            ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
+        });
+        self.entered(entered)
+    }
+
+    fn enter(&self, call: impl FnOnce(&IoUring) -> io::Result<usize>) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(errno) = self.sources[0].faults.enter() {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        call(&self.ring)
+    }
+
+    /// What a call of the kernel means. A signal or the end of the time is a chance to look at other things.
+    fn entered(&mut self, result: io::Result<usize>) -> io::Result<()> {
+        match result {
+            Ok(_) => {
+                self.refused = None;
+                Ok(())
+            }
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR | libc::ETIME) => Ok(()),
+                Some(libc::EAGAIN | libc::EBUSY) => {
+                    let (since, pause) = self.refused.unwrap_or((Instant::now(), Duration::from_micros(50)));
+                    if since.elapsed() > PATIENCE {
+                        return Err(error);
+                    }
+                    thread::sleep(pause);
+                    self.refused = Some((since, (2 * pause).min(Duration::from_millis(50))));
+                    Ok(())
+                }
+                _ => Err(error),
+            },
+        }
     }
 
     /// A finished read, if there is one.
     pub(crate) fn completion(&mut self) -> Option<Done> {
         loop {
             let entry = self.ring.completion().next()?;
+            self.refused = None;
             let (number, result) = (entry.user_data() as usize, entry.result());
             let flight = self.flights[number].as_mut().expect("a flight has its number until it is done");
+            #[cfg(test)]
+            {
+                let source = &self.sources[flight.chunk.file];
+                if source.faults.never_ends(&source.path, flight.chunk.offset) {
+                    continue;
+                }
+            }
             let mut result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
             if result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ECANCELED)) {
                 // The kernel could not start a thread of its own for it (a limit on threads): this one reads.
@@ -150,25 +219,11 @@ impl Uring {
     }
 }
 
-/// Repeats a call that a signal interrupted, or that found the kernel out of memory for a moment.
-fn retried(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => std::thread::yield_now(),
-            other => return other,
-        }
-    }
-}
-
 impl Drop for Uring {
     fn drop(&mut self) {
-        while self.in_flight > 0 {
-            if self.wait().is_err() {
-                // The kernel may still write: better to leave it the memory than to let it write into someone else's.
-                std::process::abort();
-            }
-            while self.completion().is_some() {}
+        if self.quiesce() {
+            // SAFETY: this is done once, and nothing uses the ring after it.
+            unsafe { ManuallyDrop::drop(&mut self.ring) };
         }
     }
 }

@@ -5,7 +5,12 @@
 //! touched more slowly than the disk reads, the first pass need not wait for that: units whose homes are not there yet pass
 //! through slots that can take them as if they lived on disk, and are read once more in the second.
 
-use std::{collections::VecDeque, io as std_io, sync::Arc};
+use std::{
+    collections::VecDeque,
+    io as std_io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     device::Device,
@@ -62,7 +67,15 @@ pub(crate) struct ReadStage<D: Device> {
     /// In order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,
     first: usize,
+    /// Why nothing can be read any more, and what the loads have stays theirs.
+    broken: Option<Error>,
+    /// When a read last ended or the disk had nothing to do, and whether it was told that none has since.
+    last: Instant,
+    told: bool,
 }
+
+/// Reads of which none ends for so long are told of.
+const SLOW: Duration = Duration::from_secs(10);
 
 impl<D: Device> ReadStage<D> {
     #[allow(clippy::too_many_arguments, reason = "a stage is put together once")]
@@ -92,6 +105,9 @@ impl<D: Device> ReadStage<D> {
             pass: 0,
             first_pass: true,
             first: 0,
+            broken: None,
+            last: Instant::now(),
+            told: false,
         }
     }
 
@@ -102,6 +118,7 @@ impl<D: Device> ReadStage<D> {
             let load = &mut self.loads[done.tag - self.first];
             load.outstanding -= 1;
             any = true;
+            (self.last, self.told) = (Instant::now(), false);
             match done.result {
                 Ok(count) => {
                     load.moved.count_read(count, done.direct);
@@ -197,9 +214,25 @@ impl<D: Device> ReadStage<D> {
         Ok(moved)
     }
 
-    /// The engine itself failed, not a read: nothing can be read any more.
-    fn engine_failed(&self, error: std_io::Error) -> (usize, Error) {
-        (self.cursor, Error::io("read with io_uring from", &self.sources[0].path)(error))
+    /// The engine itself failed, not a read: nothing can be read any more, and what is under way may end or not.
+    fn engine_failed(&mut self, error: std_io::Error) -> (usize, Error) {
+        let error = Error::io("read with io_uring from", &self.sources[0].path)(error);
+        self.control.fail_for_good(error.clone());
+        self.broken = Some(error.clone());
+        (self.cursor, error)
+    }
+
+    /// Tells, once, of a disk that does not answer.
+    fn tell_of_silence(&mut self) {
+        if self.told || self.last.elapsed() < SLOW {
+            return;
+        }
+        let waiting = self.loads.iter().find(|load| load.outstanding > 0);
+        if let Some(extent) = waiting.and_then(|load| self.plan.units[load.unit].extents.first()) {
+            self.told = true;
+            let (file, since) = (self.sources[extent.file].path.clone(), self.last.elapsed());
+            self.control.trace.mark(&Mark::Silent { file, since });
+        }
     }
 }
 
@@ -207,6 +240,12 @@ impl<D: Device> Advance for ReadStage<D> {
     const STAGE: Stage = Stage::Read;
 
     fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+        if let Some(error) = &self.broken {
+            return Err((self.cursor, error.clone()));
+        }
+        if self.engine.in_flight() == 0 {
+            (self.last, self.told) = (Instant::now(), false);
+        }
         let reaped = self.reap();
         let moved = self.submit()?;
         if let Some(load) = self.loads.front()
@@ -242,16 +281,21 @@ impl<D: Device> Advance for ReadStage<D> {
     }
 
     fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
-        self.engine.wait(signal, ticket).map_err(|error| self.engine_failed(error))
+        let waited = self.engine.wait(signal, ticket);
+        self.tell_of_silence();
+        waited.map_err(|error| self.engine_failed(error))
     }
 
+    /// Where a read does not end, its slot is not put back: the streamer is at its end then, or beyond use.
     fn rewind(&mut self) {
         while self.engine.in_flight() > 0 {
             let ticket = self.signal.ticket();
             self.reap();
-            if self.engine.in_flight() > 0 && self.engine.wait(&self.signal, ticket).is_err() {
-                // Said again, and kept as the epoch's error, by the next read.
-                break;
+            if self.engine.in_flight() > 0 {
+                let signal = self.signal.clone();
+                if self.broken.is_some() || self.control.stopped() || self.wait(&signal, ticket).is_err() {
+                    return;
+                }
             }
         }
         self.first += self.loads.len();
@@ -284,7 +328,8 @@ impl<D: Device> Advance for ReadStage<D> {
         for span in self.loads.iter_mut().filter_map(|load| load.span.take()) {
             self.control.trace.give_up(span);
         }
-        Ok(())
+        // Memory that a read may still write to is nobody else's, for good.
+        if self.engine.quiesce() { Ok(()) } else { Err(Error::Leaked { bytes: self.memory.bytes() }) }
     }
 }
 

@@ -109,7 +109,7 @@ impl Control {
         self.signals.iter().for_each(|signal| signal.notify());
     }
 
-    fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
 

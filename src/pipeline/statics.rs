@@ -56,8 +56,11 @@ impl<D: Device> StaticTensors<D> {
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
         let staged = staging.as_ref().map(|memory| device.address(memory));
         let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal);
-        // The reads end here. After an error a copy may still be under way.
-        drop(engine);
+        // The reads end here, or the memory that they go to is left to them. After an error a copy may still be under way.
+        if !engine.quiesce() {
+            std::mem::forget(blocks);
+            return loaded.map(|()| unreachable!("its reads have not ended"));
+        }
         if loaded.is_err() && device.drain(&stream).is_err() {
             std::mem::forget((memory, staging, blocks));
             return loaded.map(|()| unreachable!("it failed"));

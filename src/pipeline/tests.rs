@@ -22,6 +22,7 @@ use crate::{
 
 mod faults;
 mod pace;
+mod silence;
 mod spans;
 
 /// What each tensor of each unit must be on the device.

@@ -1,6 +1,7 @@
 //! Measuring: windows of reads and of copies, in rounds.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -47,13 +48,23 @@ pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usiz
     let blocks = Arena::new("a probe of disk and link", BLOCKS, CHUNK)?;
     let sources = io::open_all(checkpoint, CachePolicy::Direct)?;
     let mut disk = Disk::new(&sources, file, checkpoint.length(file), &blocks)?;
-    let link = Link::new(device, &blocks)?;
+    let verdict = rounds(device, &sources[file].path, &mut disk, &blocks);
+    if !disk.engine.quiesce() {
+        // The memory is left to the reads that have not ended.
+        drop(disk);
+        std::mem::forget(blocks);
+    }
+    verdict
+}
+
+fn rounds<D: Device>(device: &D, path: &Path, disk: &mut Disk<'_>, blocks: &Arena) -> Result<Verdict> {
+    let link = Link::new(device, blocks)?;
     let (start, mut rounds) = (Instant::now(), Vec::new());
     loop {
-        let before = Counters::now(&sources[file].path);
+        let before = Counters::now(path);
         let (reads, bytes) = disk.round()?;
         let copies = link.round()?;
-        let load = Load::between(&before, &Counters::now(&sources[file].path), bytes);
+        let load = Load::between(&before, &Counters::now(path), bytes);
         rounds.push(Round { disk: reads, copy: copies, disturbed: load.disturbance() });
         let verdict = judge(&rounds);
         if verdict.disturbed.is_none() || rounds.len() == ROUNDS || start.elapsed() > LAST_START {

@@ -16,8 +16,9 @@ mod verdict;
 use std::{
     fmt,
     panic::{self, AssertUnwindSafe},
+    path::PathBuf,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::error::Error;
@@ -122,10 +123,17 @@ pub enum Mark {
         /// Its number in the pass.
         unit: usize,
     },
+    /// Reads are under way, and for ten seconds none has ended. The pass waits on; a cancel ends the wait.
+    Silent {
+        /// The file that the oldest of them reads.
+        file: PathBuf,
+        /// How long none has.
+        since: Duration,
+    },
     /// A pass, or the streamer for good, has failed: the first error of either, in the thread where it happened. The caller
     /// gets it in the place of the unit at fault.
     Failed(Error),
-    /// The device did not answer at teardown: this many bytes are left reserved, since it might still touch them.
+    /// Device or disk did not answer at teardown: this many bytes are left reserved, since it might still touch them.
     Leaked {
         /// Host and device bytes together.
         bytes: usize,

@@ -39,13 +39,14 @@ enum Word {
     Rewind,
     Cancelled,
     Late,
+    Silent,
     Leaked,
 }
 
 impl Word {
     /// In the order of the variants.
-    const ALL: [&CStr; 8] =
-        [c"starved", c"blocked", c"pass begins", c"pass ends", c"rewind", c"cancelled", c"late", c"leaked"];
+    const ALL: [&CStr; 9] =
+        [c"starved", c"blocked", c"pass begins", c"pass ends", c"rewind", c"cancelled", c"late", c"silent", c"leaked"];
 }
 
 /// What all streamers of a process share.
@@ -126,6 +127,7 @@ impl Nvtx {
             Mark::Rewind => (Word::Rewind, None),
             Mark::Cancelled => (Word::Cancelled, None),
             Mark::Late { unit } => (Word::Late, Some(unit as u64)),
+            Mark::Silent { since, .. } => (Word::Silent, Some(since.as_nanos() as u64)),
             Mark::Leaked { bytes } => (Word::Leaked, Some(bytes as u64)),
             Mark::Failed(ref error) => {
                 // An error has allocated already.

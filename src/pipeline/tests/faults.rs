@@ -17,7 +17,7 @@ use crate::{
 const RUNGS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread];
 
 /// A drawn case, read by `rung` where the system has it.
-fn case(seed: u64, rung: Reader) -> Case {
+pub(super) fn case(seed: u64, rung: Reader) -> Case {
     let mut case = Case::new(seed);
     case.settings.reader = rung;
     case

@@ -189,6 +189,7 @@ fn moment(at: u64, mark: &Mark, about: &About) -> Moment {
         Mark::Rewind => ("rewind", String::new()),
         Mark::Cancelled => ("cancelled", String::new()),
         Mark::Late { unit } => ("late", about.units.get(*unit).map(|unit| unit.0.clone()).unwrap_or_default()),
+        Mark::Silent { file, .. } => ("silent", file.display().to_string()),
         Mark::Failed(error) => ("failed", error.to_string()),
         Mark::Leaked { bytes } => ("leaked", format!("{bytes} bytes")),
     };

@@ -65,7 +65,7 @@ pub struct Event {
 pub struct Moment {
     /// When.
     pub at: u64,
-    /// What kind: `pass begun`, `pass ended`, `rewind`, `cancelled`, `late`, `failed` or `leaked`.
+    /// What kind: `pass begun`, `pass ended`, `rewind`, `cancelled`, `late`, `silent`, `failed` or `leaked`.
     pub kind: &'static str,
     /// The rest in words, such as the error; may be empty.
     pub text: String,

@@ -4,7 +4,7 @@ const NARROW = 1;
 const ROOM_FOR_NAME = 10;
 const FONT = "11px Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
 const SMALL = "10.5px Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
-const ODD_MOMENTS = ["rewind", "cancelled", "late"];
+const ODD_MOMENTS = ["rewind", "cancelled", "late", "silent"];
 const BAD_MOMENTS = ["failed", "leaked"];
 
 /** The style sheet's colours, and the patterns that are made of them. */

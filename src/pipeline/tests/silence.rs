@@ -1,0 +1,201 @@
+//! Rings that the kernel refuses to enter, reads that are put off again and again, and reads that never end: what is delivered
+//! is exact, what cannot be is an error, and whatever a read may still write to is nobody else's.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{faults::case, *};
+use crate::trace::{Mark, Observer};
+
+const RINGS: [Reader; 2] = [Reader::UringFixed, Reader::Uring];
+
+/// What a cancel, a rewind or a close may take on a machine that is busy with other things; alone it is less than a second.
+const SOON: Duration = Duration::from_secs(3);
+
+/// Which calls of io_uring_enter fail: from which on, how many, and with what.
+#[derive(Clone, Copy, Debug)]
+struct Refusals {
+    from: usize,
+    count: usize,
+    errno: i32,
+}
+
+impl Case {
+    /// Passes with rewinds between, over a ring that fails. Returns the error that the streamer came to, if it did.
+    fn under(&mut self, refusals: Refusals) -> Option<String> {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let Refusals { from, count, errno } = refusals;
+        let faults = Faults::plan(|attempt| attempt.result);
+        faults.plan_enters(move || {
+            let call = calls.fetch_add(1, SeqCst);
+            (from..from.saturating_add(count)).contains(&call).then_some(errno)
+        });
+        let (mut streamer, stream) = (self.streamer(), self.device.stream().unwrap());
+        let mut error: Option<String> = None;
+        for round in 0..6 {
+            for _ in 0..self.rng.usize(..=self.units.len()) {
+                match (streamer.next(&stream), &error) {
+                    (Ok(layer), None) => self.verify(&layer, &stream),
+                    (Ok(layer), Some(error)) => {
+                        panic!("{refusals:?}, round {round}: layer {} after {error}", layer.index())
+                    }
+                    (Err(found), None) => error = Some(found.to_string()),
+                    (Err(found), Some(first)) => assert_eq!(&found.to_string(), first, "{refusals:?}, round {round}"),
+                }
+            }
+            if let Err(found) = streamer.rewind() {
+                let first = error.get_or_insert_with(|| found.to_string());
+                assert_eq!(&found.to_string(), first, "{refusals:?}, round {round}");
+            }
+        }
+        self.device.drain(&stream).unwrap();
+        assert_eq!(self.wrong.load(SeqCst), 0, "{refusals:?}: wrong bytes");
+        let start = Instant::now();
+        streamer.close().unwrap();
+        assert!(start.elapsed() < SOON, "{refusals:?}: {:?} to close", start.elapsed());
+        error
+    }
+}
+
+#[test]
+fn a_ring_that_fails_at_any_call_ends_the_streamer_with_an_error_and_no_byte_is_wrong() {
+    let mut failed = 0;
+    for rung in RINGS {
+        for from in 0..30 {
+            for (count, errno) in [(1, libc::EIO), (2, libc::ENOMEM), (usize::MAX, libc::EBADF)] {
+                let error = case(4 + from as u64 % 5, rung).under(Refusals { from, count, errno });
+                if let Some(error) = error {
+                    assert!(error.contains("io_uring") && error.contains("os error"), "{error}");
+                    failed += 1;
+                }
+            }
+        }
+    }
+    assert!(failed > 20, "only {failed} of 180 rings failed");
+}
+
+#[test]
+fn a_ring_that_a_signal_interrupts_or_that_has_no_room_for_a_moment_is_no_error() {
+    for rung in RINGS {
+        for (from, errno) in [(0, libc::EINTR), (1, libc::EAGAIN), (2, libc::EBUSY)] {
+            assert_eq!(case(6, rung).under(Refusals { from, count: 12, errno }), None);
+        }
+    }
+}
+
+#[test]
+fn a_ring_that_never_has_room_is_an_error_after_five_seconds_and_one_that_is_always_interrupted_can_be_closed() {
+    let check = |errno: i32| {
+        let case = case(4, Reader::Uring);
+        let faults = Faults::plan(|attempt| attempt.result);
+        faults.plan_enters(move || Some(errno));
+        let (streamer, stream) = (case.streamer(), case.device.stream().unwrap());
+        let start = Instant::now();
+        if errno == libc::EINTR {
+            thread::sleep(Duration::from_millis(300));
+        } else {
+            let error = streamer.next(&stream).err().map(|error| error.to_string()).unwrap_or_default();
+            let took = start.elapsed();
+            assert!(error.contains("os error 11") || error.contains("os error 16"), "{error}");
+            assert!((4..20).contains(&took.as_secs()), "{took:?}");
+        }
+        let start = Instant::now();
+        streamer.close().unwrap();
+        assert!(start.elapsed() < SOON, "{:?} to close after {errno}", start.elapsed());
+    };
+    thread::scope(|scope| {
+        [libc::EAGAIN, libc::EBUSY, libc::EINTR].into_iter().for_each(|errno| _ = scope.spawn(move || check(errno)));
+    });
+}
+
+#[test]
+fn a_read_that_is_put_off_without_end_fails_after_five_seconds_and_one_that_is_interrupted_can_be_closed() {
+    let check = |rung: Reader, errno: i32| {
+        let case = case(4, rung);
+        Faults::plan(move |attempt| match attempt.trial {
+            true => attempt.result,
+            false => Err(io::Error::from_raw_os_error(errno)),
+        });
+        let (streamer, stream) = (case.streamer(), case.device.stream().unwrap());
+        let start = Instant::now();
+        if errno == libc::EINTR {
+            thread::sleep(Duration::from_millis(300));
+        } else {
+            let error = streamer.next(&stream).err();
+            assert!(matches!(&error, Some(Error::Read { .. })), "{error:?}");
+            assert!((4..20).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        }
+        let start = Instant::now();
+        streamer.close().unwrap();
+        assert!(start.elapsed() < SOON, "{rung}: {:?} to close after {errno}", start.elapsed());
+    };
+    thread::scope(|scope| {
+        for rung in [Reader::Uring, Reader::Pread] {
+            for errno in [libc::EAGAIN, libc::EINTR] {
+                scope.spawn(move || check(rung, errno));
+            }
+        }
+    });
+}
+
+/// Notes the file that is silent.
+#[derive(Default)]
+struct Listener(Mutex<Vec<PathBuf>>);
+
+impl Observer for Listener {
+    fn mark(&self, mark: &Mark) {
+        if let Mark::Silent { file, .. } = mark {
+            self.0.lock().unwrap().push(file.clone());
+        }
+    }
+}
+
+#[test]
+fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wait_for_it() {
+    let check = |rung: Reader| {
+        let case = case(4, rung);
+        let stuck = Arc::new(AtomicBool::new(true));
+        let faults = Faults::plan(|attempt| attempt.result);
+        let holds = stuck.clone();
+        faults.plan_never(move |_, _| holds.load(SeqCst));
+        let listener = Arc::new(Listener::default());
+        let Case { fixture, units, settings, device, .. } = &case;
+        let observers = [listener.clone() as Arc<dyn Observer>];
+        let streamer = LayerStreamer::with_observers(device, &fixture.checkpoint, units, settings, &observers);
+        let (mut streamer, stream) = (streamer.unwrap(), device.stream().unwrap());
+        let start = Instant::now();
+        for wait in [Duration::from_secs(12), Duration::from_millis(50)] {
+            let (canceller, cancelled) = (streamer.canceller(), Arc::new(Mutex::new(None)));
+            let at = cancelled.clone();
+            let cancel = thread::spawn(move || {
+                thread::sleep(wait);
+                *at.lock().unwrap() = Some(Instant::now());
+                canceller.cancel();
+            });
+            let error = streamer.next(&stream).err();
+            assert!(matches!(error, Some(Error::Cancelled)), "{rung}: {error:?}");
+            cancel.join().unwrap();
+            streamer.rewind().unwrap();
+            let took = cancelled.lock().unwrap().expect("it was cancelled").elapsed();
+            assert!(took < SOON, "{rung}: {took:?} to cancel and rewind");
+        }
+        let told = listener.0.lock().unwrap().clone();
+        assert!(matches!(&told[..], [file] if fixture.checkpoint.files().contains(file)), "{rung}: {told:?}");
+        let closing = Instant::now();
+        assert!(matches!(streamer.close(), Err(Error::Leaked { bytes }) if bytes > 0));
+        assert!(closing.elapsed() < SOON, "{rung}: {:?} to close", closing.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(30));
+        // Threads that were left in their reads may go.
+        stuck.store(false, SeqCst);
+    };
+    thread::scope(|scope| {
+        [Reader::Uring, Reader::Pread].into_iter().for_each(|rung| _ = scope.spawn(move || check(rung)));
+    });
+}
