@@ -303,9 +303,9 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
         Limits { disk: &disk, ways: [None, None], link, copy, moved: Default::default(), window, go_on: &go_on };
     let mut found = Found::default();
     let measured = measure(&mut lanes, &mut limits, &mut found, options);
-    if let Some((file, timeline)) = trace.zip(timeline) {
-        write_trace(file, &timeline, &lanes[0], &found, &options.model)?;
-    }
+    let written = trace
+        .zip(timeline)
+        .map_or(Ok(()), |(file, timeline)| write_trace(file, &timeline, &lanes[0], &found, &options.model));
     measured?;
     let mut report = match &options.sweep {
         None => one(device.describe(), &lanes[0], &limits, &found),
@@ -316,6 +316,8 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
         let [pass, slots] = [pass, slots].map(|bytes| units::bytes(bytes as u64));
         report.note(format!("a pass of {pass} is less than four times the {slots} of slots; use a larger model"));
     }
+    // A disk that is full costs the trace alone.
+    report.failed = written.err().map(|error| error.to_string());
     Ok(report)
 }
 
@@ -434,7 +436,7 @@ fn write_trace<D: Device>(
 ) -> Result<(), Failure> {
     let mut recording = timeline.recording(None);
     recording.facts.insert(0, ("model".into(), model.display().to_string()));
-    recording.verdict = lane.pipeline.findings();
+    recording.verdict = lane.pipeline.findings(&lane.used());
     let median = |rates: &[f64]| (!rates.is_empty()).then(|| Spread::of(rates).median * 1e9);
     for link in &mut recording.links {
         let is_read = link.stage == Stage::Read;

@@ -11,7 +11,10 @@ mod report;
 #[allow(dead_code, unused_imports, reason = "the pipeline uses more of it")]
 mod trace;
 
-/// What the files above take of the plan.
+/// What the files above take of the rest.
+mod files {
+    pub use layer_streamer::files::NewFile;
+}
 mod plan {
     pub use layer_streamer::plan::{Bandwidths, Home, Reader};
 }

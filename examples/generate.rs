@@ -226,7 +226,10 @@ fn main() -> ExitCode {
     // Not the process's start as the kernel notes it, which under `cargo run` is that of a compilation.
     let begun = Instant::now();
     let options = Options::parse();
-    let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
+    let waiting = Waiting::on("looking for a device", options.quiet);
+    let chosen = device::choose(options.device);
+    drop(waiting);
+    let outcome = chosen.map_err(Failure::from).and_then(|chosen| match chosen {
         Chosen::Cpu(device) => run(&device, &options, begun, &|| None),
         #[cfg(feature = "cuda")]
         Chosen::Cuda(device) => run(&device, &options, begun, &|| device.memory().ok()),
@@ -282,26 +285,27 @@ fn run<D: Kernels>(
     let observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
     let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
     drop(waiting);
-    let mut run = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), begun, dump)?;
-    run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
-    let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+    let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), begun, dump).map(|mut run| {
+        run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
+        let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+        if options.json {
+            // Whoever reads it may have gone away.
+            let _ = io::stdout().write_all(format!("{}\n", report.json(run.text.as_deref())).as_bytes());
+        }
+        if !options.quiet {
+            say!("{}", report.text());
+        }
+    });
     let findings = decoder.streamer().findings();
     drop(decoder);
-    if options.json {
-        // Whoever reads it may have gone away.
-        let _ = io::stdout().write_all(format!("{}\n", report.json(run.text.as_deref())).as_bytes());
-    }
-    if !options.quiet {
-        say!("{}", report.text());
-    }
-    // Last, so that a disk that is full costs the trace alone.
-    if let Some((file, timeline)) = trace.zip(timeline) {
+    // After the figures, so that a disk that is full costs the trace alone; also of a run that failed, which is the error then.
+    let written = trace.zip(timeline).map_or(Ok(()), |(file, timeline)| {
         let mut recording = timeline.recording(probe.map(|probe| probe.bandwidths()));
         recording.facts.insert(0, ("model".into(), options.model.display().to_string()));
         recording.verdict = findings;
-        file.write(&recording)?;
-    }
-    Ok(())
+        file.write(&recording)
+    });
+    ran.and(written.map_err(Failure::from))
 }
 
 /// A run, and the text it gave, where text is kept.
@@ -317,7 +321,7 @@ fn generate<D: Kernels>(
     prompt: &[u32],
     tokenizer: Option<&Tokenizer>,
     begun: Instant,
-    dump: Option<Dump<'_>>,
+    dump: Option<Dump>,
 ) -> Result<Generated, Failure> {
     let bar = progress_bar(options.quiet, decoder.streamer().plan().units());
     let hook = bar.clone();
@@ -343,32 +347,31 @@ fn generate<D: Kernels>(
         interrupted: false,
         device_memory: None,
     };
+    let mut forward = forward.map_err(Failure::from);
     if let Some(dump) = dump.filter(|_| forward.is_ok()) {
-        dump.write(decoder, prompt.len())?;
+        forward = dump.write(decoder, prompt.len());
     }
     let decoding = Instant::now();
     let mut text = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
     let mut kept = (options.json && text.is_some()).then(String::new);
     let mut out = io::stdout().lock();
     let shared_line = out.is_terminal();
-    let stop = decoder.model().config.stop.clone();
-    let decoded = forward.map_err(Failure::from).and_then(|()| {
+    let (stop, tokenizer_file) = (decoder.model().config.stop.clone(), options.model.join("tokenizer.json"));
+    let decoded = forward.and_then(|()| {
         decoder.decode(&[0], options.max_new_tokens, &stop, |_, token| {
             done.first_token.get_or_insert_with(|| begun.elapsed());
             done.tokens.push(token);
             let piece = match &mut text {
-                Some(text) => text.step(token)?.unwrap_or_default(),
+                Some(text) => prompt::guarded(&tokenizer_file, || text.step(token))?.unwrap_or_default(),
                 None => format!("{}{token}", if done.tokens.len() > 1 { "," } else { "" }),
             };
-            if interrupt::is_noted() {
-                done.interrupted = true;
-                return Ok(ControlFlow::Break(()));
-            }
+            done.interrupted = interrupt::is_noted();
+            let next = if done.interrupted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             if let Some(kept) = &mut kept {
                 kept.push_str(&piece);
             }
             if options.json {
-                return Ok(ControlFlow::Continue(()));
+                return Ok(next);
             }
             if shared_line {
                 // The bar would be drawn over the text.
@@ -378,7 +381,7 @@ fn generate<D: Kernels>(
             match write!(out, "{piece}").and_then(|()| out.flush()) {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
                 Err(error) => Err(format!("cannot write to stdout: {error}").into()),
-                Ok(()) => Ok::<_, Failure>(ControlFlow::Continue(())),
+                Ok(()) => Ok::<_, Failure>(next),
             }
         })
     });

@@ -19,7 +19,6 @@ mod units;
 use std::{
     env,
     ffi::OsString,
-    fs,
     io::{self, Write},
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -36,6 +35,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use interrupt::Interrupts;
 use layer_streamer::{
     Error, Settings,
+    files::NewFile,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
     plan::{Bandwidths, Home, Placement},
@@ -185,7 +185,7 @@ fn main() -> ExitCode {
         Chosen::Cuda(device) => run(&device, &format!("cuda:{}", device.ordinal()), &options),
     });
     match outcome {
-        Ok(Ended::Cancelled) => ExitCode::from(130),
+        Ok(_) if interrupt::is_noted() => ExitCode::from(130),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             say!("error: {error}");
@@ -357,9 +357,8 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
     interrupt::listen();
     let (tuner, candidates) = prepare(device, name, options)?;
     // Before the long work, so that a path that cannot be written is known at once.
-    if let Some(path) = &options.plot {
-        write(path, None)?;
-    }
+    let place = |path: &Path| NewFile::create(path).map_err(|error| cannot_write(path, &error));
+    let plot = options.plot.as_deref().map(place).transpose()?;
     let file = options.trace.as_deref().map(TraceFile::create).transpose()?;
     if let Some(budget) = tuner.budget {
         let within = budget::describe(budget);
@@ -369,15 +368,22 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
         }
     }
     let ranking = search_with_bar(&tuner)?;
+    // Before the answer is said, so that the last line is what can be pasted.
+    let traced = match (file, &ranking.answer) {
+        (Some(file), Some(answer)) if ranking.ended != Ended::Cancelled => {
+            say!("running the answer for the trace");
+            trace(device, options, answer, file)
+        }
+        (Some(file), _) => {
+            say!("{} was not written: the search was stopped before its answer", file.path().display());
+            Ok(())
+        }
+        _ => Ok(()),
+    };
     let mut out = io::stdout().lock();
     let default = &candidates.all[0].placement;
     // Whoever reads it may have gone away.
     let _ = out.write_all(show::table(&ranking, default, &candidates.refused).as_bytes());
-    if let Some(path) = &options.plot {
-        let folder = Path::new(&tuner.checkpoint.name);
-        let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
-        write(path, Some(&plot::draw(&title, &ranking)?))?;
-    }
     match ranking.ended {
         Ended::Complete => {}
         Ended::TimeUp => {
@@ -393,26 +399,25 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
     } else if ranking.ended != Ended::Cancelled {
         return Err("no configuration could be measured".into());
     }
-    match (file, &ranking.answer) {
-        (Some(file), Some(answer)) if ranking.ended != Ended::Cancelled => {
-            say!("running the answer for the trace");
-            trace(device, options, answer, file)?;
-        }
-        (Some(file), _) => say!("{} was not written: the search was stopped before its answer", file.path().display()),
-        _ => {}
+    // After the answer, which a disk that is full does not cost.
+    if let Some(file) = plot {
+        let folder = Path::new(&tuner.checkpoint.name);
+        let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
+        write(file, &plot::draw(&title, &ranking)?)?;
     }
+    traced?;
     Ok(ranking.ended)
 }
 
-/// Writes the file, whole or not at all; or only finds out whether that can be done.
-fn write(path: &Path, text: Option<&str>) -> Result<(), Failure> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let written = fs::write(&partial, text.unwrap_or("")).and_then(|()| match text {
-        Some(_) => fs::rename(&partial, path),
-        None => fs::remove_file(&partial),
-    });
-    Ok(written.map_err(|error| format!("cannot write {}: {error}", path.display()))?)
+/// Writes a picture.
+fn write(file: NewFile, text: &str) -> Result<(), Failure> {
+    let path = file.path().to_owned();
+    let written = file.file().write_all(text.as_bytes()).and_then(|()| file.keep());
+    Ok(written.map_err(|error| cannot_write(&path, &error))?)
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> String {
+    format!("cannot write {}: {error}", path.display())
 }
 
 /// Searches, and shows how far it is: by a bar on a terminal, else by a line for each configuration.

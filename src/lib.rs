@@ -24,6 +24,7 @@
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod device;
+pub mod files;
 #[cfg(feature = "model")]
 pub mod kernels;
 #[cfg(feature = "model")]

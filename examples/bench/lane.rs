@@ -226,6 +226,7 @@ pub fn time_passes<D: Device>(lane: &mut Lane<D>, limits: &mut Limits<'_, D>, co
     passes.reserve(count as usize);
     let used = lane.pipeline.measure(|pipeline| {
         (0..count).try_for_each(|_| {
+            (limits.go_on)()?;
             let start = Instant::now();
             pipeline.pass()?;
             passes.push(start.elapsed().as_secs_f64());

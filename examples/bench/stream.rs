@@ -16,7 +16,7 @@ use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::Device,
     plan::Home,
-    trace::{Observer, Stage, Stats},
+    trace::{Observer, PassStats, Stage, Stats, Verdict},
 };
 
 use super::{Clocks, Failure, Moved, clock};
@@ -54,6 +54,8 @@ pub struct Used {
     pub clocks: Clocks,
     /// Bytes moved and time at work, by stage.
     pub stages: [(u64, Duration); 4],
+    /// All of it, as if it was one pass.
+    pub passes: PassStats,
 }
 
 impl Used {
@@ -64,6 +66,19 @@ impl Used {
         for (sum, stage) in self.stages.iter_mut().zip(other.stages) {
             *sum = (sum.0 + stage.0, sum.1 + stage.1);
         }
+        let (sum, more) = (&mut self.passes, other.passes);
+        sum.passes = 1;
+        for (sum, more) in [
+            (&mut sum.seconds, more.seconds),
+            (&mut sum.direct_bytes, more.direct_bytes),
+            (&mut sum.buffered_bytes, more.buffered_bytes),
+            (&mut sum.pinned_bytes, more.pinned_bytes),
+            (&mut sum.transferred_bytes, more.transferred_bytes),
+        ] {
+            *sum += more;
+        }
+        let times = sum.stage_seconds.iter_mut().flatten().zip(more.stage_seconds.into_iter().flatten());
+        times.for_each(|(sum, more)| *sum += more);
     }
 
     /// The stage that was at work most. Taking layers and nothing else, the compute side has no work to be bound by.
@@ -159,9 +174,14 @@ impl<D: Device> Pipeline<D> {
         self.streamer.stats()
     }
 
-    /// What a trace says in words.
-    pub fn findings(&self) -> Vec<String> {
-        self.streamer.findings()
+    /// What a trace says in words, of what was measured: between the windows the pipeline waits for the limit.
+    pub fn findings(&self, used: &Used) -> Vec<String> {
+        if used.passes.seconds == 0.0 {
+            return self.streamer.findings();
+        }
+        let linked = self.streamer.device().free_memory().map_or(true, |free| free.is_some());
+        let verdict = Verdict::of(&used.passes, linked).to_string();
+        std::iter::once(verdict).chain(used.passes.waits()).collect()
     }
 
     /// Runs one pass and compares every tensor of one unit in `every` with a plain read.
@@ -300,7 +320,8 @@ impl<D: Device> Pipeline<D> {
             (after.bytes - before.bytes, after.busy - before.busy)
         });
         let moved = Moved { bytes, seconds, cpu_seconds: clocks.process };
-        Ok(Used { moved, links, allocations, clocks, stages })
+        let passes = after.since(&before, seconds);
+        Ok(Used { moved, links, allocations, clocks, stages, passes })
     }
 
     /// The CPU time of all the pipeline's threads, as a share of one core, while the caller holds a layer and takes no

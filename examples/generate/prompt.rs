@@ -3,9 +3,11 @@
 use std::{
     fs,
     io::{self, Read, Write},
+    panic::{self, AssertUnwindSafe},
     path::Path,
 };
 
+use layer_streamer::files;
 use tokenizers::Tokenizer;
 
 use crate::{Failure, Options};
@@ -20,7 +22,10 @@ pub fn prompt(options: &Options) -> Result<(Option<Tokenizer>, Vec<u32>), Failur
     let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
     let prompt = match (&options.prompt_ids, &text, &tokenizer) {
         (Some(ids), _, _) => ids.clone(),
-        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text.as_str(), true)?.get_ids().to_vec(),
+        (None, Some(text), Some(tokenizer)) => {
+            let path = options.model.join("tokenizer.json");
+            guarded(&path, || tokenizer.encode(text.as_str(), true))?.get_ids().to_vec()
+        }
         _ => Vec::new(),
     };
     if prompt.is_empty() && !options.plan {
@@ -28,6 +33,9 @@ pub fn prompt(options: &Options) -> Result<(Option<Tokenizer>, Vec<u32>), Failur
     }
     Ok((tokenizer, prompt))
 }
+
+/// The largest tokenizer.json that is read, in bytes; those of vocabularies of 262,144 tokens have 33 million.
+const LARGEST_TOKENIZER: u64 = 256 << 20;
 
 /// The longest prompt that is read from a file, in bytes.
 const LONGEST_PROMPT: u64 = 64_000_000;
@@ -57,7 +65,7 @@ fn read_prompt(path: &Path) -> Result<String, Failure> {
 /// Reads `tokenizer.json`. Without one, ids can still go in and out.
 fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
     let path = options.model.join("tokenizer.json");
-    if !path.exists() {
+    let Some(text) = files::read_small(&path, LARGEST_TOKENIZER)? else {
         if options.prompt_ids.is_none() {
             let message =
                 format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
@@ -67,6 +75,20 @@ fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
             say!("no tokenizer.json in {}: printing token ids", options.model.display());
         }
         return Ok(None);
+    };
+    guarded(&path, || Tokenizer::from_bytes(text)).map(Some)
+}
+
+/// What the tokenizer is asked. A file that it does not understand can make it panic: that is the file's fault, which is named.
+pub fn guarded<T>(path: &Path, ask: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, Failure> {
+    // One thread asks, and the message of its panic would say nothing to people.
+    let told = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let answer = panic::catch_unwind(AssertUnwindSafe(ask));
+    panic::set_hook(told);
+    match answer {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) => Err(format!("{}: {error}", path.display()).into()),
+        Err(_) => Err(format!("{}: is malformed: the tokenizer cannot work with it", path.display()).into()),
     }
-    Tokenizer::from_file(&path).map(Some).map_err(|e| format!("{}: {e}", path.display()).into())
 }

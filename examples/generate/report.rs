@@ -123,7 +123,15 @@ impl Report {
         let limits = self.probe.as_ref().map(Probe::bandwidths);
         let kept = self.homes.iter().filter(|home| **home != Home::Disk).count();
         let mut text = format!("{:14} {:>22}  {:>22}", "", "first pass", "steady pass");
-        let _ = write!(text, "  {:>11}   kept: {kept} of {} units", format!("all {}", stats.passes), self.homes.len());
+        let _ = write!(
+            text,
+            "  {:>11}   kept: {kept} of {} units",
+            match stats.passes {
+                1 => "1 pass".into(),
+                passes => format!("{passes} passes"),
+            },
+            self.homes.len()
+        );
         let time =
             |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| units::seconds(passes.seconds));
         let _ = write!(text, "\n{:14} {:>22}  {:>22}", "time", time(Some(first)), time(stats.steady));
@@ -163,12 +171,16 @@ impl Report {
     /// Each link: its name, all bytes, those of a pass, and what it was measured to carry.
     fn links(&self, limits: Option<Bandwidths>) -> [Link; 4] {
         let stats = &self.stats;
-        let device = if self.verdict.is_some_and(|verdict| verdict.linked) { "to the GPU" } else { "to slots" };
         [
             ("disk", stats.direct_bytes, |passes| passes.direct_bytes, limits.map(|of| of.disk)),
             ("page cache", stats.buffered_bytes, |passes| passes.buffered_bytes, None),
             ("to pinned RAM", stats.stage(Stage::Pin).bytes, |passes| passes.pinned_bytes, None),
-            (device, stats.stage(Stage::Transfer).bytes, |passes| passes.transferred_bytes, limits.map(|of| of.copy)),
+            (
+                "to the device",
+                stats.stage(Stage::Transfer).bytes,
+                |passes| passes.transferred_bytes,
+                limits.map(|of| of.copy),
+            ),
         ]
     }
 
@@ -184,7 +196,10 @@ impl Report {
             })
         });
         let verdict = self.verdict.map(|verdict| {
-            json!({ "bound": verdict.bound, "busy": verdict.busy, "moves": verdict.moves, "advice": verdict.advice(), "text": verdict.to_string() })
+            json!({
+                "bound": verdict.bound, "busy": verdict.busy, "moves": verdict.moves, "linked": verdict.linked,
+                "fills": verdict.fills, "advice": verdict.advice(), "text": verdict.to_string(), "waits": self.stats.waits(),
+            })
         });
         let memory = self
             .parts
@@ -202,6 +217,11 @@ impl Report {
                 "tiers": self.homes.iter().map(Home::to_string).collect::<Vec<_>>(),
                 "memory": memory.collect::<Vec<_>>(),
             },
+            "device_memory": self.run.device_memory.map(|[before, free, all]| json!({
+                "free_before_bytes": before, "free_bytes": free, "bytes": all,
+            })),
+            "buffered_files": self.stats.buffered_files.iter()
+                .map(|(path, reason)| json!({ "file": path, "reason": reason })).collect::<Vec<_>>(),
             "verdict": verdict, "reader": self.stats.reader.to_string(), "reader_reason": self.stats.reader_reason,
             "probe": self.probe.as_ref().map(|probe| json!({
                 "disk_gb_s": probe.bandwidths().disk / 1e9, "copy_gb_s": probe.bandwidths().copy / 1e9,

@@ -133,11 +133,11 @@ pub unsafe extern "C" fn ls_model_open(
             (folder, options, if streamer.is_null() { Chosen::default() } else { Chosen::read(streamer)? })
         };
         let device = DEVICES.enter(device.id)?.device.clone();
+        let (observers, trace) = chosen.observers()?;
         let mut model = Model::open(folder)?;
         chosen.place_model(&mut model.units)?;
         let context = if options.context > 0 { options.context } else { model.config.max_positions.min(512) };
         let settings = &chosen.fit_model(&device, &mut model, options.batch, context)?;
-        let observers = chosen.observers();
         let mut decoder = Decoder::with_observers(&device, &model, settings, options.batch, context, &observers)?;
         if let Some(progress) = chosen.progress {
             decoder.streamer().track_progress(move |now| progress.report(now));
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn ls_model_open(
             log.opened(&memory, &decoder.streamer().stats());
         }
         let canceller = decoder.streamer().canceller();
-        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch, trace: chosen.trace };
+        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch, trace };
         let made = MODELS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_model { id: made }) };

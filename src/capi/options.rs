@@ -3,6 +3,7 @@
 use std::{
     ffi::{c_char, c_void},
     mem,
+    path::{Path, PathBuf},
     ptr::{self, NonNull},
     sync::Arc,
 };
@@ -299,7 +300,8 @@ pub(super) struct Chosen {
     pub(super) budgets: [usize; 2],
     pub(super) progress: Option<Reporter>,
     pub(super) log: Option<Arc<Log>>,
-    pub(super) trace: Option<Traced>,
+    /// Where a trace is to be.
+    trace: Option<PathBuf>,
     pub(super) lent: Lent,
 }
 
@@ -343,7 +345,7 @@ impl Chosen {
         let budgets = [options.host_budget, options.device_budget];
         // SAFETY: the caller's.
         let trace = if options.trace.is_null() { None } else { Some(unsafe { path(options.trace, "trace")? }) };
-        let trace = trace.map(Traced::create).transpose()?;
+        let trace = trace.map(Path::to_owned);
         Ok(Self { settings, units, homes, budgets, progress, log, trace, lent })
     }
 
@@ -388,10 +390,13 @@ impl Chosen {
         Ok(Home::parse(self.homes.as_deref().unwrap_or(""), units)?)
     }
 
-    pub(super) fn observers(&self) -> Vec<Arc<dyn Observer>> {
+    /// Who is to see what the streamer does, and the trace among them: to be asked before the long work, since a trace that cannot
+    /// be written is refused here.
+    pub(super) fn observers(&self) -> Result<(Vec<Arc<dyn Observer>>, Option<Traced>)> {
+        let trace = self.trace.as_deref().map(Traced::create).transpose()?;
         let log = self.log.clone().map(|log| log as Arc<dyn Observer>);
-        let trace = self.trace.as_ref().map(|trace| trace.timeline.clone() as Arc<dyn Observer>);
-        log.into_iter().chain(trace).collect()
+        let timeline = trace.as_ref().map(|trace| trace.timeline.clone() as Arc<dyn Observer>);
+        Ok((log.into_iter().chain(timeline).collect(), trace))
     }
 }
 

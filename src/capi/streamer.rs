@@ -159,7 +159,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         let device = DEVICES.enter(device.id)?.device.clone();
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let mut units = chosen.units(&checkpoint)?;
-        let observers = chosen.observers();
+        let (observers, trace) = chosen.observers()?;
         let settings = &chosen.fit(&device, &checkpoint, &mut units)?;
         // SAFETY: as above.
         let streamer =
@@ -174,8 +174,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         }
         let canceller = streamer.canceller();
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
-        let (progress, trace) = (chosen.progress, chosen.trace);
-        let made = Streamer { streamer, held, number: Cell::new(0), named, progress, trace };
+        let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress, trace };
         let made = STREAMERS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_streamer { id: made }) };

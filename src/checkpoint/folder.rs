@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsStr,
-    fs, io,
+    fs,
     path::Path,
 };
 
@@ -12,10 +12,14 @@ use serde::Deserialize;
 use crate::{
     checkpoint::{StoredTensor, header},
     error::{Error, Result},
+    files,
 };
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
+
+/// Bytes of an index, which has a line for each tensor: those of the largest models have some ten million.
+const LONGEST_INDEX: u64 = 100 << 20;
 
 #[derive(Deserialize)]
 struct Index {
@@ -28,17 +32,13 @@ pub(super) fn read(folder: &Path) -> Result<Vec<StoredTensor>> {
         return Err(Error::checkpoint(folder, "is no folder; name the folder that a model was saved to"));
     }
     let path = folder.join(INDEX);
-    let json = match fs::read(&path) {
-        Ok(json) => json,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let single = folder.join(SINGLE);
-            if !single.exists() {
-                let cause = format!("holds neither {INDEX} nor {SINGLE}; name the folder that a model was saved to");
-                return Err(Error::checkpoint(folder, cause));
-            }
-            return header::read(&single);
+    let Some(json) = files::read_small(&path, LONGEST_INDEX)? else {
+        let single = folder.join(SINGLE);
+        if !single.exists() {
+            let cause = format!("holds neither {INDEX} nor {SINGLE}; name the folder that a model was saved to");
+            return Err(Error::checkpoint(folder, cause));
         }
-        Err(error) => return Err(Error::io("read", &path)(error)),
+        return header::read(&single);
     };
     let Index { weight_map } =
         serde_json::from_slice(&json).map_err(|e| Error::checkpoint(&path, format!("is no valid index: {e}")))?;

@@ -3,12 +3,15 @@
 //! A model family is a row of [`FAMILIES`]: it states where the family differs, and the decoder does the rest. Both spellings
 //! of the rope and type keys are read: `rope_theta` + `rope_scaling`, and `rope_parameters` (transformers 5).
 
-use std::{fs, io, path::Path};
+use std::{io, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    files,
+};
 
 /// Where a model family differs from the common decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +40,9 @@ const FAMILIES: [Family; 4] = [
     Family { model_type: "qwen3", qkv_bias: false, qk_norm: true, window: WindowRule::IfEnabled },
 ];
 
+/// Far more than any configuration has.
+const MOST_BYTES: u64 = 4 << 20;
+
 /// What transformers assumes where `max_window_layers` is left out.
 const MAX_WINDOW_LAYERS: usize = 28;
 
@@ -64,8 +70,7 @@ pub struct ModelConfig {
     pub inv_freq: Vec<f32>,
     /// The output head is the embedding table.
     pub tied: bool,
-    /// By layer: how many tokens it sees, itself included; `None`: all before it.
-    pub windows: Vec<Option<usize>>,
+    windows: Windows,
     /// The longest context the model was made for.
     pub max_positions: usize,
     /// Tokens that end a text.
@@ -73,6 +78,15 @@ pub struct ModelConfig {
     pub(crate) qkv_bias: bool,
     pub(crate) o_bias: bool,
     pub(crate) mlp_bias: bool,
+}
+
+/// How many tokens each layer sees. No longer than what says so, however many layers there are said to be.
+#[derive(Clone, Debug, PartialEq)]
+enum Windows {
+    /// Layers from this one on see so many, those before it all.
+    From(usize, Option<usize>),
+    /// By layer.
+    Each(Vec<Option<usize>>),
 }
 
 #[derive(Deserialize)]
@@ -135,10 +149,8 @@ impl ModelConfig {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let path = folder.as_ref().join("config.json");
         let wrong = |cause: String| Error::checkpoint(&path, cause);
-        if !fs::metadata(&path).map_err(Error::io("read", &path))?.is_file() {
-            return Err(wrong("is no regular file".into()));
-        }
-        let text = fs::read(&path).map_err(Error::io("read", &path))?;
+        let text = files::read_small(&path, MOST_BYTES)?;
+        let text = text.ok_or_else(|| Error::io("read", &path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
         let value: Value = serde_json::from_slice(&text).map_err(|e| wrong(format!("is no valid JSON: {e}")))?;
         let model_type = value.get("model_type").and_then(Value::as_str).unwrap_or("(none)").to_owned();
         let Some(family) = FAMILIES.into_iter().find(|family| family.model_type == model_type) else {
@@ -212,13 +224,10 @@ impl ModelConfig {
                     "sliding_attention" => Ok(window),
                     other => Err(unsupported(format!("layer type {other:?}"))),
                 };
-                types.iter().map(of_type).collect::<Result<_>>()?
+                Windows::Each(types.iter().map(of_type).collect::<Result<_>>()?)
             }
-            (_, WindowRule::IfEnabled) => {
-                let first = raw.max_window_layers.unwrap_or(MAX_WINDOW_LAYERS);
-                (0..layers).map(|layer| window.filter(|_| layer >= first)).collect()
-            }
-            _ => vec![window; layers],
+            (_, WindowRule::IfEnabled) => Windows::From(raw.max_window_layers.unwrap_or(MAX_WINDOW_LAYERS), window),
+            _ => Windows::From(0, window),
         };
         Ok(Self {
             hidden: raw.hidden_size,
@@ -239,6 +248,14 @@ impl ModelConfig {
             mlp_bias: raw.mlp_bias.unwrap_or(false),
             family,
         })
+    }
+
+    /// How many tokens a layer sees, itself included; `None`: all before it.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        match &self.windows {
+            Windows::From(first, window) => window.filter(|_| layer >= *first),
+            Windows::Each(windows) => windows.get(layer).copied().flatten(),
+        }
     }
 
     /// A layer's tensors with their shapes, named by what follows `model.layers.N.`.
@@ -299,14 +316,13 @@ fn llama3(rope: &RawRope, inv_freq: &mut [f64]) -> Result<(), String> {
 /// `eos_token_id` of `generation_config.json`, else of `config.json`.
 fn stop_tokens(folder: &Path, of_config: Option<OneOrMany>) -> Result<Vec<u32>> {
     let path = folder.join("generation_config.json");
-    let of_generation = match fs::read(&path) {
-        Ok(text) => {
+    let of_generation = match files::read_small(&path, MOST_BYTES)? {
+        Some(text) => {
             let raw: RawGeneration = serde_json::from_slice(&text)
                 .map_err(|e| Error::checkpoint(&path, format!("is no valid generation configuration: {e}")))?;
             raw.eos_token_id
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(Error::io("read", &path)(error)),
+        None => None,
     };
     Ok(match of_generation.or(of_config) {
         Some(OneOrMany::One(id)) => vec![id],
@@ -317,6 +333,8 @@ fn stop_tokens(folder: &Path, of_config: Option<OneOrMany>) -> Result<Vec<u32>> 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     /// Reads the speller's configuration with some keys changed; `null` removes one.
@@ -359,7 +377,21 @@ mod tests {
         ] {
             let mut changes = changes;
             changes["sliding_window"] = 5.into();
-            assert_eq!(read(changes.clone()).unwrap().windows, some(windows), "{changes}");
+            let config = read(changes.clone()).unwrap();
+            let found: Vec<_> = (0..config.layers).map(|layer| config.window(layer)).collect();
+            assert_eq!(found, some(windows), "{changes}");
+        }
+    }
+
+    #[test]
+    fn what_a_file_says_of_its_layers_takes_no_memory() {
+        for family in FAMILIES {
+            let changes = serde_json::json!({ "model_type": family.model_type, "num_hidden_layers": u32::MAX,
+                "layer_types": null, "sliding_window": 5, "use_sliding_window": true });
+            let config = read(changes).unwrap();
+            assert_eq!(config.layers, u32::MAX as usize);
+            assert_eq!(config.window(u32::MAX as usize - 1).is_some(), family.window != WindowRule::Never);
+            assert!(matches!(config.windows, Windows::From(..)));
         }
     }
 

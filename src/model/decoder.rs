@@ -506,7 +506,7 @@ impl<D: Kernels> LayerMath<'_, D> {
             let block = work.read(region, 0, &[tokens, groups, size])?;
             device.append_kv(stream, block, batch, cache.write(to, 0, &cache_shape)?)?;
         }
-        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.windows[layer.index()] };
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.window(layer.index()) };
         device.attention(
             stream,
             work.read(at.query, 0, &[tokens, heads, size])?,

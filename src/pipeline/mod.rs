@@ -322,7 +322,8 @@ impl<D: Device> LayerStreamer<D> {
         let stats = self.stats();
         // A device that cannot be asked has memory of its own.
         let linked = self.device.free_memory().map_or(true, |free| free.is_some());
-        stats.steady.or(stats.first).map(|passes| Verdict::of(&passes, linked))
+        let fills = stats.steady.is_none() && self.plan.residents.count > 0;
+        stats.steady.or(stats.first).map(|passes| Verdict { fills, ..Verdict::of(&passes, linked) })
     }
 
     /// The verdict and what each stage waited for, in words, as a [`Recording`](crate::trace::timeline::Recording) takes them;

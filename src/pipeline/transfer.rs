@@ -259,18 +259,17 @@ impl<D: Device> TransferStage<D> {
             Some(_) => Activity::Blocked,
             None => Activity::Starved,
         };
-        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. From a home it
-        // is followed to know what the device does, and not where none is enqueued behind it: what comes next would be late.
-        let is_blocking = |oldest: &&Flight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
-        let Some(Flight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
-            if retired {
-                return Ok(Progress::Moved);
-            }
+        if !retired {
             match waiting {
                 Activity::Blocked => self.outlet.flush_if_starving(),
                 _ => self.inlet.nudge(),
             }
-            return Ok(Progress::Waiting(waiting));
+        }
+        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. From a home it
+        // is followed to know what the device does, and not where none is enqueued behind it: what comes next would be late.
+        let is_blocking = |oldest: &&Flight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
+        let Some(Flight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
+            return Ok(if retired { Progress::Moved } else { Progress::Waiting(waiting) });
         };
         // Until the copy has begun it is compute that keeps it waiting.
         if !self.device.query(begun)? {

@@ -85,21 +85,48 @@ impl Stats {
         &self.stages[stage as usize]
     }
 
-    /// What each stage did with its time in steady passes, or before there are any in the first one: a line for each stage that is
-    /// not skipped.
+    /// What each stage did with its time in steady passes, or before there are any in the first one.
     pub fn waits(&self) -> Vec<String> {
-        let Some(passes) = self.steady.or(self.first) else { return Vec::new() };
-        let share = |seconds: f64| 100.0 * seconds / passes.seconds.max(1e-9);
-        let skipped = |stage: Stage| stage == Stage::Pin && self.stage(stage).units == 0;
+        self.steady.or(self.first).map_or_else(Vec::new, |passes| passes.waits())
+    }
+
+    /// What happened since `before`, `seconds` ago, as if it was one pass.
+    pub fn since(&self, before: &Self, seconds: f64) -> PassStats {
+        let bytes = |stage: Stage| (self.stage(stage).bytes - before.stage(stage).bytes) as f64;
+        PassStats {
+            passes: 1,
+            seconds,
+            direct_bytes: (self.direct_bytes - before.direct_bytes) as f64,
+            buffered_bytes: (self.buffered_bytes - before.buffered_bytes) as f64,
+            pinned_bytes: bytes(Stage::Pin),
+            transferred_bytes: bytes(Stage::Transfer),
+            stage_seconds: Stage::ALL.map(|stage| {
+                let [now, then] = [self, before].map(|stats| *stats.stage(stage));
+                let times = [(now.busy, then.busy), (now.starved, then.starved), (now.blocked, then.blocked)];
+                times.map(|(now, then)| now.saturating_sub(then).as_secs_f64())
+            }),
+        }
+    }
+}
+
+impl PassStats {
+    /// What each stage did with its time: a line for each that did anything.
+    pub fn waits(&self) -> Vec<String> {
+        let share = |seconds: f64| 100.0 * seconds / self.seconds.max(1e-9);
+        let skipped = |stage: Stage| stage == Stage::Pin && self.pinned_bytes == 0.0;
         let stages = Stage::ALL.into_iter().filter(|stage| !skipped(*stage));
-        stages
-            .map(|stage| {
-                let [busy, starved, blocked] = passes.stage_seconds[stage as usize].map(share);
-                format!(
-                    "{stage}: busy {busy:.0} %, waits for the stage before {starved:.0} %, for a slot {blocked:.0} %"
-                )
-            })
-            .collect()
+        let line = |stage: Stage| {
+            let [busy, starved, blocked] = self.stage_seconds[stage as usize].map(share);
+            let mut line = format!("{stage}: busy {busy:.0} %");
+            if stage > Stage::Read {
+                line += &format!(", waits for the stage before {starved:.0} %");
+            }
+            if stage < Stage::Compute {
+                line += &format!(", for a slot {blocked:.0} %");
+            }
+            line
+        };
+        stages.map(line).collect()
     }
 }
 

@@ -34,22 +34,34 @@ pub struct Verdict {
     pub moves: bool,
     /// Whether the device has memory of its own, behind a link.
     pub linked: bool,
+    /// Whether anything was read.
+    pub reads: bool,
+    /// Whether these passes fill what is kept: those after them move less.
+    pub fills: bool,
 }
 
 /// From this share of a pass on.
 const FULL: f64 = 0.85;
 
+/// Copies that wait for computation for this share of a pass are held up by it. Where they are not, it hides behind them.
+const HELD_UP: f64 = 0.1;
+
 impl Verdict {
     /// Judges passes by what their stages did. `linked`: the device has memory of its own.
     ///
-    /// The caller's stage counts as at work also while the transfer waits for a slot on the device. Behind a link that alone
-    /// counts, since there the caller only enqueues, and waits for all of it in the end.
+    /// The caller's stage counts as at work also while the transfer waits for a slot on the device. Behind a link the caller only
+    /// enqueues, and waits for all of it in the end: what tells there is whether copies wait for the computation. Where they do,
+    /// it is at work all the time that there are layers.
     pub fn of(passes: &PassStats, linked: bool) -> Self {
         let share = |stage: Stage, kind: usize| passes.stage_seconds[stage as usize][kind] / passes.seconds.max(1e-9);
         let moved = passes.direct_bytes + passes.buffered_bytes + passes.pinned_bytes + passes.transferred_bytes;
         let reads = if passes.buffered_bytes > passes.direct_bytes { Bound::PageCache } else { Bound::Disk };
         let (called, blocked) = (share(Stage::Compute, BUSY), share(Stage::Transfer, BLOCKED));
-        let compute = if linked && passes.transferred_bytes > 0.0 { blocked } else { called.max(blocked) };
+        let compute = match linked && passes.transferred_bytes > 0.0 {
+            true if blocked >= HELD_UP => share(Stage::Transfer, BUSY) + blocked,
+            true => blocked,
+            false => called.max(blocked),
+        };
         let candidates = [
             (Bound::Compute, compute),
             (reads, share(Stage::Read, BUSY)),
@@ -59,7 +71,8 @@ impl Verdict {
         let (moves, first) = (moved > 0.0, candidates[0]);
         let most = |most: (Bound, f64), other: (Bound, f64)| if other.1 > most.1 { other } else { most };
         let (bound, busy) = if moves { candidates.into_iter().fold(first, most) } else { first };
-        Self { bound, busy: busy.clamp(0.0, 1.0), moves, linked }
+        let reads = passes.direct_bytes + passes.buffered_bytes > 0.0;
+        Self { bound, busy: busy.clamp(0.0, 1.0), moves, linked, reads, fills: false }
     }
 
     /// Whether it was at work all the time, but for what timing and hand-overs take. Else the stages wait for one another in turn.
@@ -72,7 +85,12 @@ impl Verdict {
         match (self.bound, self.linked) {
             _ if !self.moves => "nothing moves, so neither more memory nor deeper rings would help",
             (Bound::Compute, _) if self.is_full() => "neither more memory nor deeper rings would help",
-            _ if !self.is_full() => "the stages wait for one another: deeper rings (n_cpu_pinned) would help",
+            _ if !self.is_full() && self.reads => {
+                "in the rest of it the stages wait for one another, and deeper rings (n_cpu_pinned) would help"
+            }
+            _ if !self.is_full() => {
+                "in the rest of it the stages wait for one another, and a deeper ring (n_gpu) would help"
+            }
             (Bound::Disk | Bound::PageCache, true) => {
                 "more RAM or GPU memory for layers would help, deeper rings would not"
             }
@@ -81,7 +99,7 @@ impl Verdict {
                 "skipping this stage (n_cpu 0, layers kept in pinned RAM) would help, deeper rings would not"
             }
             (_, true) => "more GPU memory for layers would help, more RAM or deeper rings would not",
-            (_, false) => "more RAM would help: layers that are kept are not copied",
+            (_, false) => "keeping layers on the device (home gpu, here RAM too) would help, deeper rings would not",
         }
     }
 }
@@ -97,7 +115,11 @@ impl fmt::Display for Verdict {
             (Bound::Transfer, false) => "copies within RAM",
             (Bound::Compute, _) => "the computation",
         };
-        write!(f, "bound by {what}, busy {:.0} % of a pass: {}", 100.0 * self.busy, self.advice())
+        let busy = 100.0 * self.busy;
+        if self.fills {
+            return write!(f, "the first pass, which fills what is kept, was bound by {what}, busy {busy:.0} % of it");
+        }
+        write!(f, "bound by {what}, busy {busy:.0} % of a pass: {}", self.advice())
     }
 }
 

@@ -16,11 +16,15 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
+    files,
     plan::{Bandwidths, Budget, Placement},
 };
 
 /// The number of the format that records have now.
 const FORMAT: u32 = 2;
+
+/// Bytes of a record, at most: every run of thousands of candidates.
+const LONGEST: u64 = 64 << 20;
 
 /// What a search has found out so far, and on what.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -195,15 +199,16 @@ impl Record {
             1
         }
         let path = path.as_ref();
-        let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = files::read_small(path, LONGEST)?
+            .ok_or_else(|| Error::io("read", path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
         let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
         let none = |error: serde_json::Error| wrong(format!("is no record of a search: {error}"));
-        let format = serde_json::from_str::<Head>(&text).map_err(none)?.format;
+        let format = serde_json::from_slice::<Head>(&text).map_err(none)?.format;
         if format != FORMAT {
             let cause = format!("was written by another version (format {format}, not {FORMAT})");
             return Err(wrong(format!("{cause}; remove it and search again")));
         }
-        let record: Self = serde_json::from_str(&text).map_err(none)?;
+        let record: Self = serde_json::from_slice(&text).map_err(none)?;
         let runs = record.trials.iter().flat_map(|trial| &trial.runs);
         if !runs.chain(record.rounds.iter().flat_map(|round| round.seconds.iter().flatten())).all(|run| *run >= 0.0) {
             return Err(wrong("has a run of less than no time".into()));

@@ -19,10 +19,12 @@ pub mod units;
 use std::{
     fmt,
     io::{self, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
+use layer_streamer::files::NewFile;
 pub use options::{Common, PlotTo, by_default, seconds};
 pub use plot::{Line, Panel, Plot};
 use serde::{Deserialize, Serialize};
@@ -319,17 +321,23 @@ impl Report {
 /// Runs a benchmark and prints what it found. A plot that cannot be written is refused before.
 pub fn run(common: &Common, plot: Option<&PlotTo>, bench: impl FnOnce() -> Result<Report, Failure>) -> ExitCode {
     let outcome = || -> Result<Option<String>, Failure> {
-        let file = plot.and_then(|to| to.plot.as_deref()).map(options::PlotFile::open).transpose()?;
+        let unwritable = |path: &Path, error: io::Error| format!("--plot: cannot write {}: {error}", path.display());
+        let place = |path: &PathBuf| NewFile::create(path).map_err(|error| unwritable(path, error));
+        let file = plot.and_then(|to| to.plot.as_ref()).map(place).transpose()?;
         let report = bench()?;
-        if let (Some(file), Some(plot)) = (file, &report.plot) {
-            file.write(&plot.draw(&report.device)?)?;
-        }
         let text = if common.json { format!("{}\n", report.json()) } else { report.to_string() };
         match io::stdout().write_all(text.as_bytes()) {
             // Whoever reads it may have gone away.
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(report.failed),
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error.into()),
+            _ => {}
         }
+        // After the figures, so that a disk that is full costs the picture alone.
+        if let (Some(file), Some(plot)) = (file, &report.plot) {
+            let (path, svg) = (file.path().to_owned(), plot.draw(&report.device)?);
+            let written = file.file().write_all(svg.as_bytes()).and_then(|()| file.keep());
+            written.map_err(|error| unwritable(&path, error))?;
+        }
+        Ok(report.failed)
     };
     let error = match outcome() {
         Ok(None) => return ExitCode::SUCCESS,

@@ -1,15 +1,8 @@
 //! The options that all benchmarks share: one name for one thing.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::Write,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Arg, Args};
-
-use super::Failure;
 
 /// What every benchmark takes. Each gives its own defaults: `#[command(mut_arg("window", by_default("0.5")))]`.
 #[derive(Clone, Args)]
@@ -43,37 +36,4 @@ pub fn seconds(text: &str) -> Result<Duration, &'static str> {
     let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     time.filter(|time| (Duration::from_millis(1)..=Duration::from_secs(3600)).contains(time))
         .ok_or("give seconds from 0.001 to 3600, such as 0.5")
-}
-
-/// The file of a plot, open before anything is measured, and taken away again if nothing was drawn.
-pub(super) struct PlotFile {
-    path: PathBuf,
-    file: File,
-    /// It was not there before, and is still empty.
-    empty: bool,
-}
-
-impl PlotFile {
-    pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        let empty = !path.exists();
-        let file = OpenOptions::new().create(true).write(true).truncate(false).open(path);
-        let file = file.map_err(|error| format!("--plot: cannot write {}: {error}", path.display()))?;
-        Ok(Self { path: path.to_owned(), file, empty })
-    }
-
-    pub(super) fn write(mut self, svg: &str) -> Result<(), Failure> {
-        self.empty = false;
-        // A device or a pipe has no length to cut.
-        let _ = self.file.set_len(0);
-        let written = self.file.write_all(svg.as_bytes());
-        Ok(written.map_err(|error| format!("--plot: cannot write {}: {error}", self.path.display()))?)
-    }
-}
-
-impl Drop for PlotFile {
-    fn drop(&mut self) {
-        if self.empty {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }

@@ -276,8 +276,11 @@ enum Waits {
 
 #[test]
 fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues() {
-    let [long, short] = [4, 1].map(Duration::from_millis);
-    for (n_gpu, waits) in [(1, Waits::AfterEachLayer), (2, Waits::AfterEachLayer), (2, Waits::AfterEachPass)] {
+    let cases = [(1, Waits::AfterEachLayer, [1, 4]), (2, Waits::AfterEachLayer, [1, 4])];
+    // Also where the one takes nearly as long as the other.
+    let close = [[1, 4], [4, 6]].map(|times| (2, Waits::AfterEachPass, times));
+    for (n_gpu, waits, times) in cases.into_iter().chain(close) {
+        let [short, long] = times.map(Duration::from_millis);
         for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
             let mut fixture = common::fixture(8, &[4_000], 5);
             fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));

@@ -1,18 +1,17 @@
 //! The file that a recording becomes: its name is checked, and its place reserved, before the long work begins.
 
 use std::{
-    ffi::OsString,
-    fs::{self, File},
-    io::{self, BufWriter, ErrorKind, Write},
+    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
-    process,
 };
 
 use super::{Recording, page, perfetto};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    files::NewFile,
+};
 
-/// A file for a [`Recording`], under another name until it is whole: `NAME.partial-PID` in the same folder, which is removed
-/// if the file is dropped unwritten. What had the name before is replaced.
+/// A file for a [`Recording`], which appears when it is whole ([`NewFile`]), in place of what had its name.
 ///
 /// ```
 /// use layer_streamer::trace::timeline::{Recording, TraceFile};
@@ -29,9 +28,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug)]
 pub struct TraceFile {
-    path: PathBuf,
-    partial: PathBuf,
-    file: File,
+    file: NewFile,
     format: Format,
 }
 
@@ -52,29 +49,13 @@ impl TraceFile {
     pub fn create(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let format = Format::of(&path)?;
-        if let Ok(metadata) = path.symlink_metadata()
-            && !metadata.is_file()
-        {
-            let (kind, what) = if metadata.is_dir() {
-                (ErrorKind::IsADirectory, "it is a folder; name a file")
-            } else {
-                (ErrorKind::InvalidInput, "it is no regular file; name one that can be replaced")
-            };
-            return Err(Error::io("write the trace", path)(io::Error::new(kind, what)));
-        }
-        let mut partial = OsString::from(&path);
-        partial.push(format!(".partial-{}", process::id()));
-        let partial = PathBuf::from(partial);
-        let file = File::options().write(true).create_new(true).open(&partial).map_err(|error| {
-            let in_the_way = error.kind() == ErrorKind::AlreadyExists;
-            Error::io("create the trace", if in_the_way { &partial } else { &path })(error)
-        })?;
-        Ok(Self { path, partial, file, format })
+        let file = NewFile::create(&path).map_err(Error::io("create the trace", path))?;
+        Ok(Self { file, format })
     }
 
     /// Where the trace will be.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// Writes the recording, and gives the file its name when it is whole.
@@ -82,17 +63,9 @@ impl TraceFile {
     /// # Errors
     /// [`Error::Io`]: the disk is full, or failed. Nothing is left of the new file then, and an older one is as it was.
     pub fn write(self, recording: &Recording) -> Result<()> {
-        self.format
-            .write(&self.file, recording)
-            .and_then(|()| fs::rename(&self.partial, &self.path))
-            .map_err(Error::io("write the trace", &self.path))
-    }
-}
-
-impl Drop for TraceFile {
-    fn drop(&mut self) {
-        // Gone already if all went well.
-        let _ = fs::remove_file(&self.partial);
+        let Self { file, format } = self;
+        let failed = Error::io("write the trace", file.path().to_owned());
+        format.write(file.file(), recording).and_then(|()| file.keep()).map_err(failed)
     }
 }
 
@@ -120,7 +93,7 @@ impl Format {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
     use crate::trace::timeline::example::example;
@@ -139,7 +112,6 @@ mod tests {
         fs::write(&path, "older").unwrap();
         let file = TraceFile::create(&path).unwrap();
         assert_eq!(file.path(), path);
-        assert_eq!(names(folder.path()).len(), 2);
         assert_eq!(fs::read(&path).unwrap(), b"older");
         file.write(&example()).unwrap();
         assert_eq!(names(folder.path()), ["trace.json"]);
@@ -174,15 +146,6 @@ mod tests {
             assert!(error.contains(said), "{name}: {error}");
         }
         assert_eq!(names(folder.path()), ["device.json", "file", "folder.json"]);
-    }
-
-    #[test]
-    fn a_partial_file_that_is_in_the_way_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let first = TraceFile::create(folder.path().join("trace.json")).unwrap();
-        let error = TraceFile::create(folder.path().join("trace.json")).unwrap_err().to_string();
-        assert!(error.contains(".partial-"), "{error}");
-        first.write(&Recording::default()).unwrap();
     }
 
     /// A disk that is full after so many bytes.

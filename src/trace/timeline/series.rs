@@ -48,6 +48,11 @@ pub(super) fn slots_in_use(recording: &Recording, ring: &Ring) -> Vec<(u64, usiz
     let emptying = measured_lane(recording, ring.emptied_by).map(|lane| recording.lanes[lane].events.as_slice());
     let emptied: HashMap<(u64, usize), u64> =
         emptying.unwrap_or_default().iter().filter_map(|event| Some((of_pass(event)?, event.end))).collect();
+    // What was begun before the emptying lane remembers anything was emptied before, too: those events have made way.
+    let remembers = match recording.dropped + recording.untimed {
+        0 => 0,
+        _ => emptied.values().copied().min().unwrap_or(0),
+    };
     let given_up: Vec<u64> = recording.moments.iter().filter(|m| gives_up(m.kind)).map(|m| m.at).collect();
     let until = end(recording);
 
@@ -55,6 +60,9 @@ pub(super) fn slots_in_use(recording: &Recording, ring: &Ring) -> Vec<(u64, usiz
     for event in &filling.events {
         let Some((pass, unit)) = of_pass(event) else { continue };
         if event.bytes == 0 || passes_by(recording, ring, unit) {
+            continue;
+        }
+        if event.start < remembers && !emptied.contains_key(&(pass, unit)) {
             continue;
         }
         let released = emptied.get(&(pass, unit)).copied().or_else(|| {
