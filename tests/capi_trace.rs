@@ -96,3 +96,19 @@ fn where_the_trace_is_lost_the_model_is_closed_all_the_same() {
     assert!(message().contains("trace.json"), "{}", message());
     assert_eq!(ls_model_close(model), LS_CLOSED);
 }
+
+#[test]
+fn a_question_about_memory_takes_no_place_for_a_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = CString::new(folder.path().join("missing/trace.json").as_os_str().as_bytes()).unwrap();
+    // SAFETY: as above.
+    unsafe {
+        let (mut options, mut checkpoint, mut memory): (_, _, ls_memory) =
+            (mem::zeroed(), mem::zeroed(), mem::zeroed());
+        assert_eq!(ls_streamer_options_init(&mut options, size_of::<ls_streamer_options>()), LS_OK);
+        assert_eq!(ls_checkpoint_open(speller().as_ptr(), &mut checkpoint), LS_OK);
+        (options.trace, memory.size) = (path.as_ptr(), size_of::<ls_memory>());
+        assert_eq!(ls_streamer_memory(checkpoint, &options, &mut memory), LS_OK, "{}", message());
+        assert_eq!(ls_checkpoint_close(checkpoint), LS_OK);
+    }
+}

@@ -290,6 +290,8 @@ fn defaults() -> ls_streamer_options {
     }
 }
 
+type Observers = Vec<Arc<dyn Observer>>;
+
 /// What the options say, in Rust's terms.
 pub(super) struct Chosen {
     pub(super) settings: Settings,
@@ -392,7 +394,7 @@ impl Chosen {
 
     /// Who is to see what the streamer does, and the trace among them: to be asked before the long work, since a trace that cannot
     /// be written is refused here.
-    pub(super) fn observers(&self) -> Result<(Vec<Arc<dyn Observer>>, Option<Traced>)> {
+    pub(super) fn observers(&self) -> Result<(Observers, Option<Traced>)> {
         let trace = self.trace.as_deref().map(Traced::create).transpose()?;
         let log = self.log.clone().map(|log| log as Arc<dyn Observer>);
         let timeline = trace.as_ref().map(|trace| trace.timeline.clone() as Arc<dyn Observer>);
