@@ -434,7 +434,7 @@ fn plan<D: Kernels>(
         Some(placement) => {
             model.place(&placement)?;
             // What the links carry decides nothing here: it is for the table, or was asked for.
-            let measure = if measure == Measure::IfItCounts { Measure::Never } else { measure };
+            let measure = if measure == Measure::IfItCounts { Measure::Before } else { measure };
             (placement.settings, budget::probe(device, model, measure)?)
         }
     };

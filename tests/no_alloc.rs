@@ -11,7 +11,7 @@ mod tool;
 
 use std::{env, ffi::CStr, fs, path::Path, process::Command, slice, sync::Arc};
 
-use common::{Fixture, fixture};
+use common::{Fixture, fixture, healed, whole};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
@@ -209,12 +209,12 @@ fn count_everything(counter: &Counter) {
 
                 // A shard that is cut while it is read, and made whole again.
                 let path = fixture.file("a.bin");
-                let whole = fs::read(&path).unwrap();
+                let before = whole(&path);
                 fs::write(&path, "gone").unwrap();
                 let cpu = Cpu.stream().unwrap();
                 let failed = (0..9).find_map(|_| streamer.run_pass(&cpu, (), |(), _| Ok::<_, Error>(())).err());
                 assert!(matches!(failed, Some(Error::Read { .. })), "{failed:?}");
-                fs::write(&path, whole).unwrap();
+                healed(&path, &before);
                 fixture.checkpoint = fixture.opened_again();
                 let count = counter.count(true, || stream(&mut streamer, &expected));
                 assert_eq!(count, 0, "after a failed read: {settings:?}");

@@ -15,7 +15,8 @@ use std::{
 use common::{Fixture, SIZES, bytes_of, checked_pass, fixture, settings};
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
-    device::Cpu,
+    device::{Cpu, Device, DevicePtr, Shape, TensorMut, TensorRef},
+    kernels::Kernels,
     plan::{CachePolicy, Home, Reader},
     trace::Stats,
 };
@@ -261,6 +262,46 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
         };
         scope.spawn(body).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
+}
+
+#[test]
+fn kernels_whose_threads_cannot_be_started_say_so_and_work_once_they_can() {
+    if !in_child("kernels_whose_threads_cannot_be_started_say_so_and_work_once_they_can") {
+        return;
+    }
+    if let Err(error) = become_unique_user() {
+        eprintln!("skipped: cannot become another user: {error}");
+        return;
+    }
+    let (rows, width) = (64, 4096);
+    let stream = Cpu.stream().unwrap();
+    let [x, weight, out] = [rows * width, width, rows * width].map(|elements| (vec![1f32; elements], elements));
+    let shape = |elements| Shape::new(&[elements / width, width][usize::from(elements == width)..]).unwrap();
+    // SAFETY: the vectors hold so many elements, and live to the end.
+    let tensor = |(values, elements): &(Vec<f32>, usize)| unsafe {
+        TensorRef::from_raw(DevicePtr::new(values.as_ptr().cast_mut().cast()), DType::F32, shape(*elements))
+    };
+    let norm = || {
+        // SAFETY: as above, and the kernel alone has it.
+        let out = unsafe { TensorMut::from_raw(tensor(&out).ptr(), DType::F32, shape(out.1)) };
+        Cpu.rms_norm(&stream, tensor(&x), tensor(&weight), 0.0, out)
+    };
+    std::thread::scope(|scope| {
+        let body = || {
+            give_up(&[CAP_SYS_ADMIN, CAP_SYS_RESOURCE]);
+            let before = Holdings::at_rest();
+            // From none of its threads to all but one.
+            for more in 0..std::thread::available_parallelism().unwrap().get() {
+                let limit = (before.threads + more) as u64;
+                let error = limited(libc::RLIMIT_NPROC, limit, &norm).expect_err("there are no threads").to_string();
+                assert!(error.contains("cannot start the kernels thread") && error.contains("ulimit -u"), "{error}");
+                before.assert_back(&error);
+            }
+        };
+        scope.spawn(body).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    norm().unwrap();
+    assert!(out.0.iter().all(|value| (value - 1.0).abs() < 1e-6));
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::{
     },
 };
 
-use common::{SIZES, bytes_of, check, checked_pass, fixture, settings};
+use common::{SIZES, bytes_of, check, checked_pass, fixture, healed, settings, whole};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
@@ -178,7 +178,7 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
                 .unwrap();
         checked_pass(&fixture, &mut streamer);
         let path = fixture.file("a.bin");
-        let whole = fs::read(&path).unwrap();
+        let before = whole(&path);
         let cut = fixture.table.values().filter(|t| t.file == path).map(|t| t.offset).max().unwrap();
         // In the middle of a pass. It may have been read before the cut; a later one was not.
         let _ = streamer.run_pass(&stream, (), |(), layer| {
@@ -195,8 +195,44 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
         }
         let still = streamer.next(&stream).err().expect("the error stays until a rewind").to_string();
         assert_eq!(still, message);
-        fs::write(&path, whole).unwrap();
+        healed(&path, &before);
         checked_pass(&fixture, &mut streamer);
+    }
+}
+
+#[test]
+fn a_shard_that_is_rewritten_in_place_fails_the_pass_that_read_it_and_every_later_one() {
+    for (home, at) in
+        [(Home::Disk, 0), (Home::Disk, 2), (Home::Disk, 4), (Home::Pinned, 0), (Home::Ram, 1), (Home::Gpu, 4)]
+    {
+        let mut fixture = fixture(5, &SIZES, 20);
+        fixture.units.iter_mut().for_each(|unit| _ = unit.home(home));
+        // The clock of file systems is a coarse one.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let stream = Cpu.stream().unwrap();
+        let mut streamer =
+            LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings(2, 1, 1)).unwrap();
+        let path = fixture.file("a.bin");
+        let other: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| !byte).collect();
+        let pass = |streamer: &mut LayerStreamer<Cpu>, rewrites: bool| {
+            streamer.run_pass(&stream, (), |(), layer| {
+                if rewrites && layer.index() == at {
+                    fs::write(&path, &other).unwrap();
+                }
+                Ok::<_, Error>(())
+            })
+        };
+        // What is kept is filled in the first passes, and read no more in the next.
+        let first = pass(&mut streamer, true);
+        let failed = first.err().or_else(|| (0..2).find_map(|_| pass(&mut streamer, false).err()));
+        match (home, failed) {
+            (_, Some(Error::Checkpoint { path: named, .. })) => assert_eq!(named, path),
+            // All of it was read, and looked at, before it was rewritten.
+            (Home::Pinned | Home::Ram | Home::Gpu, None) => continue,
+            (_, other) => panic!("{home} at {at}: {other:?}"),
+        }
+        let again = pass(&mut streamer, false).err();
+        assert!(home != Home::Disk || matches!(again, Some(Error::Checkpoint { .. })), "{home} at {at}: {again:?}");
     }
 }
 
@@ -249,14 +285,14 @@ fn rewinding_again_and_again_over_a_broken_file_loses_nothing() {
         let settings = Settings { batch_gpu: n_gpu, ..settings(n_gpu, 1, 1) };
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings).unwrap();
         checked_pass(&fixture, &mut streamer);
-        let whole = ["a.bin", "b.bin"].map(|name| (fixture.file(name), fs::read(fixture.file(name)).unwrap()));
+        let whole = ["a.bin", "b.bin"].map(|name| (fixture.file(name), whole(&fixture.file(name))));
         whole.iter().for_each(|(path, _)| fs::write(path, "gone").unwrap());
         for pause in 0..12 {
             streamer.rewind().unwrap();
             std::thread::sleep(std::time::Duration::from_millis(pause));
         }
         assert!(matches!(streamer.next(&stream).err(), Some(Error::Read { .. })));
-        whole.iter().for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
+        whole.iter().for_each(|(path, whole)| healed(path, whole));
         checked_pass(&fixture, &mut streamer);
     }
 }

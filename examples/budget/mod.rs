@@ -76,6 +76,8 @@ pub fn budget<D: Device>(
 pub enum Measure {
     /// It is assumed.
     Never,
+    /// Not now: what is kept will do, or be assumed.
+    Before,
     /// Where a pass waits for disk or link, and not lately.
     IfItCounts,
     /// Where not lately.
@@ -88,6 +90,7 @@ pub enum Measure {
 pub fn probe<D: Device>(device: &D, model: &Model, measure: Measure) -> layer_streamer::Result<Option<Probe>> {
     match measure {
         Measure::Never => Ok(None),
+        Measure::Before => Ok(Probe::kept(device, &model.checkpoint)),
         Measure::IfItCounts | Measure::Always => Probe::recent(device, &model.checkpoint),
         Measure::Anew => Probe::measure(device, &model.checkpoint),
     }

@@ -40,6 +40,8 @@ pub(crate) const CHUNK: usize = 4 << 20;
 /// A file of a checkpoint, opened for reading.
 pub(crate) struct Source {
     pub(crate) path: PathBuf,
+    /// What the file was when the checkpoint was opened.
+    state: FileState,
     /// For reads past the page cache, or why there can be none.
     direct: Result<File, String>,
     buffered: File,
@@ -70,12 +72,27 @@ impl Source {
         }
         Ok(Self {
             path: path.to_owned(),
+            state,
             direct,
             buffered,
             policy,
             #[cfg(test)]
             faults: faults::Faults::of_this_thread(),
         })
+    }
+
+    /// Whether the file is still the one that the checkpoint was opened with, as far as its length and the time of its last
+    /// change tell. Who writes through a shared mapping, or sets the time back, is not found out.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is another now; [`Error::Io`] if it cannot be examined.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let now = self.buffered.metadata().map_err(Error::io("examine", &self.path))?;
+        if FileState::of(&now) == self.state {
+            return Ok(());
+        }
+        let cause = "was changed while it was read, so that layers of both would be mixed; open the checkpoint again";
+        Err(Error::checkpoint(&self.path, cause))
     }
 
     /// Why every read goes through the page cache, if it does.

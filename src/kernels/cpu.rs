@@ -1,14 +1,19 @@
 //! The kernels on the CPU: plain loops that a compiler vectorises, spread over threads by rayon, and matrix products by
-//! `gemm`, which picks the widest instructions that the machine has (AVX-512, AVX2, …) at run time.
+//! `gemm`, which picks the widest instructions that the machine has (AVX-512, AVX2, …) at run time. The threads are the kernels'
+//! own: one that cannot be started is an error of the call that wants it, and the next call tries again.
 //!
 //! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
 //! constructor demanded; inputs are not written and outputs are no one else's while the kernel runs, in the caller's thread.
 
-use std::{cell::RefCell, slice};
+use std::{
+    cell::RefCell,
+    io, slice,
+    sync::{Arc, OnceLock},
+};
 
 use gemm::Parallelism;
 use half::{bf16, f16};
-use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
 use super::{
     AttentionMask, Kernels, Precision, Ragged, RopeLayout,
@@ -88,21 +93,34 @@ impl<'a> Weight<'a> {
     }
 }
 
+/// The threads of all CPU kernels of the process: as many as there are processors, or as RAYON_NUM_THREADS says.
+///
+/// # Errors
+/// [`Error::Thread`] where they cannot be started.
+fn pool() -> Result<&'static ThreadPool> {
+    static POOL: OnceLock<ThreadPool> = OnceLock::new();
+    if let Some(pool) = POOL.get() {
+        return Ok(pool);
+    }
+    let failed = |error| Error::Thread { stage: "kernels", source: Arc::new(io::Error::other(error)) };
+    let pool = ThreadPoolBuilder::new().thread_name(|number| format!("ls-kernels-{number}")).build().map_err(failed)?;
+    // Of two that are made at once, one is kept.
+    Ok(POOL.get_or_init(|| pool))
+}
+
 /// Whether to spread `work` multiplications over threads.
 fn parallel(work: usize) -> bool {
     work >= 2 * PER_THREAD
 }
 
 /// Calls `f` with the number and the content of each row of `out`, in parallel if that pays.
-fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
-    if width == 0 {
-        return;
-    }
-    if parallel(work) {
-        out.par_chunks_mut(width).enumerate().for_each(|(index, row)| f(index, row));
-    } else {
+fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Result<()> {
+    if width > 0 && parallel(work) {
+        pool()?.install(|| out.par_chunks_mut(width).enumerate().for_each(|(index, row)| f(index, row)));
+    } else if width > 0 {
         out.chunks_mut(width).enumerate().for_each(|(index, row)| f(index, row));
     }
+    Ok(())
 }
 
 /// Sums `f` over the indices in sixteen lanes, which vectorises and loses less than one running sum.
@@ -164,7 +182,7 @@ impl Kernels for Cpu {
             let x = &x[index * width..][..width];
             let factor = norm_factor(x, eps);
             row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
-        });
+        })?;
         Ok(())
     }
 
@@ -174,7 +192,7 @@ impl Kernels for Cpu {
         for_rows(write("rms_norm", &mut x)?, width, work, |_, row| {
             let factor = norm_factor(row, eps);
             row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
-        });
+        })?;
         Ok(())
     }
 
@@ -196,7 +214,7 @@ impl Kernels for Cpu {
         let row_bytes = k * dtype.size();
         let panel = PANEL[usize::from(tokens >= 16)];
         // A product over panels of weight rows: each is widened where it is needed, then multiplied, by one thread.
-        let threads = rayon::current_num_threads();
+        let threads = pool()?.current_num_threads();
         let rows = (panel / k.max(1)).clamp(1, n.div_ceil(threads).next_multiple_of(8));
         let one = |first: usize| {
             let rows = rows.min(n - first);
@@ -249,7 +267,7 @@ impl Kernels for Cpu {
         };
         let panels = n.div_ceil(rows);
         if parallel(tokens * n * k) {
-            (0..panels).into_par_iter().for_each(|index| one(index * rows));
+            pool()?.install(|| (0..panels).into_par_iter().for_each(|index| one(index * rows)));
         } else {
             (0..panels).for_each(|index| one(index * rows));
         }
@@ -284,7 +302,7 @@ impl Kernels for Cpu {
                     head[second] = b * cos + a * sin;
                 }
             }
-        });
+        })?;
         Ok(())
     }
 
@@ -294,7 +312,7 @@ impl Kernels for Cpu {
         for_rows(write("swiglu", &mut gate)?, width, up.len() * 8, |index, row| {
             let up = &up[index * width..][..width];
             row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
-        });
+        })?;
         Ok(())
     }
 
@@ -368,7 +386,7 @@ impl Kernels for Cpu {
                         out.iter_mut().zip(&values[row(values, place)]).for_each(|(out, value)| *out += weight * value);
                     }
                 });
-            });
+            })?;
         }
         Ok(())
     }
@@ -384,7 +402,8 @@ impl Kernels for Cpu {
 
     fn scratch_bytes(&self) -> usize {
         // The widened panel, and as much again for what `gemm` packs.
-        rayon::current_num_threads() * 2 * PANEL[1] * size_of::<f32>()
+        // Without threads nothing is computed at all, which the first kernel says.
+        pool().map_or(1, ThreadPool::current_num_threads) * 2 * PANEL[1] * size_of::<f32>()
     }
 }
 

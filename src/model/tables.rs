@@ -220,6 +220,8 @@ pub(super) const PART: &str = "weight";
 /// An embedding table in its file, whose rows are read as they are needed: a few kilobytes a token.
 pub(super) struct EmbeddingRows<D: Device> {
     file: File,
+    /// What it was when the checkpoint was opened.
+    state: FileState,
     /// For messages.
     name: &'static str,
     path: std::path::PathBuf,
@@ -249,11 +251,9 @@ impl<D: Device> EmbeddingRows<D> {
         let weight = weight.unwrap_or(entry.dtype);
         let (path, state) = checkpoint.file_states().nth(entry.file).expect("an entry's file is in the table");
         let file = File::open(path).map_err(Error::io("open", path))?;
-        if FileState::of(&file.metadata().map_err(Error::io("examine", path))?) != state {
-            return Err(Error::checkpoint(path, "has changed since the checkpoint was opened; open it again"));
-        }
-        Ok(Self {
+        let reader = Self {
             file,
+            state,
             name,
             path: path.clone(),
             offset: entry.offset,
@@ -261,7 +261,17 @@ impl<D: Device> EmbeddingRows<D> {
             row: vec![0; width * entry.dtype.size()],
             rounded: (weight, vec![0; width * weight.size()]),
             exchange: Exchange::new(device, "embedding rows on their way", tokens.min(BLOCK) * width)?,
-        })
+        };
+        reader.check_unchanged()?;
+        Ok(reader)
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let now = self.file.metadata().map_err(Error::io("examine", &self.path))?;
+        if FileState::of(&now) == self.state {
+            return Ok(());
+        }
+        Err(Error::checkpoint(&self.path, "has changed since the checkpoint was opened; open it again"))
     }
 
     /// Reads the rows of `ids`, and enqueues their copies, as F32, to the rows of `to`.
@@ -274,7 +284,7 @@ impl<D: Device> EmbeddingRows<D> {
     ) -> Result<()> {
         let (width, mut ids, mut first) = (self.row.len() / self.dtype.size(), ids.peekable(), 0);
         while ids.peek().is_some() {
-            let Self { file, name, path, offset, dtype, row, rounded: (weight, rounded), exchange } = self;
+            let Self { file, name, path, offset, dtype, row, rounded: (weight, rounded), exchange, .. } = self;
             let words = exchange.words()?;
             let mut count = 0;
             for (id, words) in ids.by_ref().take(words.len() / width).zip(words.chunks_exact_mut(width)) {
@@ -293,7 +303,8 @@ impl<D: Device> EmbeddingRows<D> {
             exchange.send(work.write(to, first * width, &[count, width])?, stream)?;
             first += count;
         }
-        Ok(())
+        // Rows of another file beside layers of this one would be a wrong answer.
+        self.check_unchanged()
     }
 }
 

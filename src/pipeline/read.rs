@@ -67,6 +67,8 @@ pub(crate) struct ReadStage<D: Device> {
     /// In order; a chunk's tag is the number of its load, counted from the start.
     loads: VecDeque<Load>,
     first: usize,
+    /// By file: something was read from it in this pass.
+    unchecked: Vec<bool>,
     /// Why nothing can be read any more, and what the loads have stays theirs.
     broken: Option<Error>,
     /// When a read last ended or the disk had nothing to do, and whether it was told that none has since.
@@ -105,6 +107,7 @@ impl<D: Device> ReadStage<D> {
             pass: 0,
             first_pass: true,
             first: 0,
+            unchecked: vec![false; sources.len()],
             broken: None,
             last: Instant::now(),
             told: false,
@@ -137,6 +140,24 @@ impl<D: Device> ReadStage<D> {
             }
         }
         any
+    }
+
+    /// Before the last unit of a pass is handed on, none of the files that were read for it may have become another; nor one of
+    /// those of a unit that is kept from now on.
+    fn check_files(&mut self, index: usize, was_read: bool) -> Result<()> {
+        let unit = &self.plan.units[index];
+        if was_read {
+            unit.extents.iter().for_each(|extent| self.unchecked[extent.file] = true);
+        }
+        let is_last = index + 1 == self.plan.units();
+        let of_unit = |file: usize| unit.home != Home::Disk && unit.extents.iter().any(|extent| extent.file == file);
+        for (file, source) in self.sources.iter().enumerate() {
+            if self.unchecked[file] && (is_last || of_unit(file)) {
+                source.check_unchanged()?;
+                self.unchecked[file] &= !is_last;
+            }
+        }
+        Ok(())
     }
 
     /// Whether the unit goes to its home and stays there.
@@ -263,9 +284,13 @@ impl<D: Device> Advance for ReadStage<D> {
                 };
                 return Err((index, error));
             }
-            let place = load.slot.map_or(Place::Home, Place::Slot);
-            let entry = Entry { epoch, unit: index, pass: load.pass, place };
+            let (place, pass) = (load.slot.map_or(Place::Home, Place::Slot), load.pass);
             let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
+            if let Err(error) = self.check_files(index, moved.is_some()) {
+                self.read[index] = false;
+                return Err((index, error));
+            }
+            let entry = Entry { epoch, unit: index, pass, place };
             self.loads.pop_front();
             self.first += 1;
             return Ok(Progress::Ready { entry, ends_pass: index + 1 == self.plan.units(), moved });

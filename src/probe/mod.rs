@@ -47,14 +47,18 @@ pub struct Probe {
 
 impl Probe {
     /// The probe that is kept for this machine, the checkpoint's file system and this device in the user's cache folder
-    /// (`$XDG_CACHE_HOME` or `~/.cache`), if it is at most thirty days old (ten minutes, if it was disturbed); else a
-    /// [new one](Self::measure).
+    /// (`$XDG_CACHE_HOME` or `~/.cache`), if it is at most thirty days old (ten minutes, if it was disturbed).
+    pub fn kept<D: Device>(device: &D, checkpoint: &Checkpoint) -> Option<Self> {
+        let (_, kept) = subject(device, checkpoint);
+        kept.as_deref().and_then(kept::recall)
+    }
+
+    /// The probe that is [kept](Self::kept), or else a [new one](Self::measure).
     ///
     /// # Errors
     /// As [`Probe::measure`].
     pub fn recent<D: Device>(device: &D, checkpoint: &Checkpoint) -> Result<Option<Self>> {
-        let (_, kept) = subject(device, checkpoint);
-        match kept.as_deref().and_then(kept::recall) {
+        match Self::kept(device, checkpoint) {
             Some(probe) => Ok(Some(probe)),
             None => Self::measure(device, checkpoint),
         }

@@ -6,7 +6,7 @@ use std::{
     fs,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use layer_streamer::{
@@ -35,6 +35,17 @@ pub fn cases(usual: u32) -> u32 {
 }
 
 /// A folder on a real file system where there is one: a temporary folder may lie in memory.
+/// The whole file and when it was last changed, to be [`healed`] with.
+pub fn whole(path: &Path) -> (Vec<u8>, SystemTime) {
+    (fs::read(path).unwrap(), fs::metadata(path).unwrap().modified().unwrap())
+}
+
+/// A disk that had failed works again: the file is what it was, so that it is not taken for another one.
+pub fn healed(path: &Path, (bytes, modified): &(Vec<u8>, SystemTime)) {
+    fs::write(path, bytes).unwrap();
+    fs::File::options().write(true).open(path).unwrap().set_modified(*modified).unwrap();
+}
+
 pub fn folder() -> tempfile::TempDir {
     let built = option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from).filter(|folder| folder.exists());
     let parent = built.unwrap_or_else(std::env::temp_dir);
