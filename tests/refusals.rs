@@ -293,7 +293,7 @@ fn kernels_whose_threads_cannot_be_started_say_so_and_work_once_they_can() {
             // From none of its threads to all but one.
             for more in 0..std::thread::available_parallelism().unwrap().get() {
                 let limit = (before.threads + more) as u64;
-                let error = limited(libc::RLIMIT_NPROC, limit, &norm).expect_err("there are no threads").to_string();
+                let error = limited(libc::RLIMIT_NPROC, limit, norm).expect_err("there are no threads").to_string();
                 assert!(error.contains("cannot start the kernels thread") && error.contains("ulimit -u"), "{error}");
                 before.assert_back(&error);
             }
