@@ -87,7 +87,8 @@ impl Source {
     /// # Errors
     /// [`Error::Checkpoint`] if it is another now; [`Error::Io`] if it cannot be examined.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
-        let now = self.buffered.metadata().map_err(Error::io("examine", &self.path))?;
+        // A closure, since an error takes memory.
+        let now = self.buffered.metadata().map_err(|error| Error::io("examine", &self.path)(error))?;
         if FileState::of(&now) == self.state {
             return Ok(());
         }

@@ -267,7 +267,7 @@ impl<D: Device> EmbeddingRows<D> {
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let now = self.file.metadata().map_err(Error::io("examine", &self.path))?;
+        let now = self.file.metadata().map_err(|error| Error::io("examine", &self.path)(error))?;
         if FileState::of(&now) == self.state {
             return Ok(());
         }
