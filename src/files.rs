@@ -28,17 +28,13 @@ use crate::error::{Error, Result};
 /// [`Error::Io`] where it cannot be read; [`Error::Checkpoint`] for what is no regular file (a pipe, a device, a folder), which is
 /// not waited for, and for one of more than `most` bytes, which is not read.
 pub fn read_small(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
-    let failed = Error::io("read", path);
     // Without O_NONBLOCK a pipe would be waited for until someone writes to it.
     let file = match OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
+        Err(error) => return Err(Error::io("read", path)(error)),
     };
-    let metadata = match file.metadata() {
-        Ok(metadata) => metadata,
-        Err(error) => return Err(failed(error)),
-    };
+    let metadata = file.metadata().map_err(Error::io("read", path))?;
     if !metadata.is_file() {
         return Err(Error::checkpoint(path, "is no regular file"));
     }
@@ -49,9 +45,7 @@ pub fn read_small(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
     }
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
     // It may grow meanwhile.
-    if let Err(error) = file.take(most + 1).read_to_end(&mut bytes) {
-        return Err(failed(error));
-    }
+    file.take(most + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 > most { Err(too_long(bytes.len() as u64)) } else { Ok(Some(bytes)) }
 }
 

@@ -271,7 +271,7 @@ const LONGEST: usize = 4096;
 fn known<T: Grows>(size: usize, name: &str) -> Result<usize> {
     // Versions differ by whole fields.
     if size < T::FIRST || size > LONGEST || !size.is_multiple_of(size_of::<usize>()) {
-        let cause = format!("its size is {size}, which that of no version is; {} or more: set it to sizeof", T::FIRST);
+        let cause = format!("its size is {size}, which no version has; the first has {}: set it to sizeof", T::FIRST);
         return Err(Failure::invalid(name, cause));
     }
     Ok(size.min(size_of::<T>()))

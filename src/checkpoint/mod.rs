@@ -8,7 +8,7 @@ mod header;
 
 use std::{
     collections::HashMap,
-    fs::Metadata,
+    fs::{File, Metadata},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -59,6 +59,20 @@ pub(crate) struct FileState(u64, i64, i64);
 impl FileState {
     pub(crate) fn of(metadata: &Metadata) -> Self {
         Self(metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+    }
+
+    /// Whether `file` is still the one that had this state. Who writes through a shared mapping, or sets the time back, is not
+    /// found out.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it is another now; [`Error::Io`] if it cannot be examined.
+    pub(crate) fn check(self, file: &File, path: &Path) -> Result<()> {
+        // A closure, since an error takes memory, and this is asked in every pass.
+        let now = file.metadata().map_err(|error| Error::io("examine", path)(error))?;
+        if Self::of(&now) == self {
+            return Ok(());
+        }
+        Err(Error::checkpoint(path, "has changed since the checkpoint was opened; open it again"))
     }
 }
 

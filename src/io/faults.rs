@@ -33,7 +33,11 @@ type Never = Box<dyn FnMut(&Path, u64) -> bool + Send>;
 
 /// The plan that all files of one streamer share.
 #[derive(Clone, Default)]
-pub(crate) struct Faults(Arc<Mutex<Option<Plan>>>, Arc<Mutex<Option<Enters>>>, Arc<Mutex<Option<Never>>>);
+pub(crate) struct Faults {
+    answers: Arc<Mutex<Option<Plan>>>,
+    enters: Arc<Mutex<Option<Enters>>>,
+    never: Arc<Mutex<Option<Never>>>,
+}
 
 thread_local! {
     static NEXT: RefCell<Faults> = RefCell::default();
@@ -42,27 +46,27 @@ thread_local! {
 impl Faults {
     /// For the files that this thread opens from now on.
     pub(crate) fn plan(plan: impl FnMut(Attempt<'_>) -> io::Result<usize> + Send + 'static) -> Self {
-        let faults = Self(Arc::new(Mutex::new(Some(Box::new(plan)))), Arc::default(), Arc::default());
+        let faults = Self { answers: Arc::new(Mutex::new(Some(Box::new(plan)))), ..Self::default() };
         NEXT.set(faults.clone());
         faults
     }
 
     /// Also for rings over these files: an error in place of a call, where `plan` has one.
     pub(crate) fn plan_enters(&self, plan: impl FnMut() -> Option<i32> + Send + 'static) {
-        *self.1.lock().unwrap() = Some(Box::new(plan));
+        *self.enters.lock().unwrap() = Some(Box::new(plan));
     }
 
     /// Also for reads of these files: those of which `plan` says so never end.
     pub(crate) fn plan_never(&self, plan: impl FnMut(&Path, u64) -> bool + Send + 'static) {
-        *self.2.lock().unwrap() = Some(Box::new(plan));
+        *self.never.lock().unwrap() = Some(Box::new(plan));
     }
 
     pub(crate) fn enter(&self) -> Option<i32> {
-        self.1.lock().unwrap().as_mut().and_then(|plan| plan())
+        self.enters.lock().unwrap().as_mut().and_then(|plan| plan())
     }
 
     pub(crate) fn never_ends(&self, path: &Path, offset: u64) -> bool {
-        self.2.lock().unwrap().as_mut().is_some_and(|plan| plan(path, offset))
+        self.never.lock().unwrap().as_mut().is_some_and(|plan| plan(path, offset))
     }
 
     /// Those planned for the files that this thread opens.
@@ -72,9 +76,9 @@ impl Faults {
 
     /// Heals the disk.
     pub(crate) fn end(&self) {
-        *self.0.lock().unwrap() = None;
-        *self.1.lock().unwrap() = None;
-        *self.2.lock().unwrap() = None;
+        *self.answers.lock().unwrap() = None;
+        *self.enters.lock().unwrap() = None;
+        *self.never.lock().unwrap() = None;
     }
 
     /// The answer to use; what it takes away of what was read to `to` is gone.
@@ -83,7 +87,7 @@ impl Faults {
     /// `to` points to as many writable bytes as the system's answer counts.
     pub(crate) unsafe fn apply(&self, attempt: Attempt<'_>, to: *mut u8) -> io::Result<usize> {
         let read = *attempt.result.as_ref().unwrap_or(&0);
-        let result = match &mut *self.0.lock().unwrap() {
+        let result = match &mut *self.answers.lock().unwrap() {
             Some(plan) => plan(attempt),
             None => return attempt.result,
         };

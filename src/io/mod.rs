@@ -65,11 +65,7 @@ impl Source {
             },
         };
         // Another file by that name has its tensors elsewhere.
-        for file in std::iter::once(&buffered).chain(&direct) {
-            if FileState::of(&file.metadata().map_err(Error::io("examine", path))?) != state {
-                return Err(Error::checkpoint(path, "has changed since the checkpoint was opened; open it again"));
-            }
-        }
+        std::iter::once(&buffered).chain(&direct).try_for_each(|file| state.check(file, path))?;
         Ok(Self {
             path: path.to_owned(),
             state,
@@ -81,19 +77,9 @@ impl Source {
         })
     }
 
-    /// Whether the file is still the one that the checkpoint was opened with, as far as its length and the time of its last
-    /// change tell. Who writes through a shared mapping, or sets the time back, is not found out.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if it is another now; [`Error::Io`] if it cannot be examined.
+    /// Whether the file is still the one that the checkpoint was opened with: see [`FileState::check`].
     pub(crate) fn check_unchanged(&self) -> Result<()> {
-        // A closure, since an error takes memory.
-        let now = self.buffered.metadata().map_err(|error| Error::io("examine", &self.path)(error))?;
-        if FileState::of(&now) == self.state {
-            return Ok(());
-        }
-        let cause = "was changed while it was read, so that layers of both would be mixed; open the checkpoint again";
-        Err(Error::checkpoint(&self.path, cause))
+        self.state.check(&self.buffered, &self.path)
     }
 
     /// Why every read goes through the page cache, if it does.
@@ -208,7 +194,7 @@ struct Flight {
     refused: Option<Instant>,
 }
 
-/// How long a read may be refused for the moment, again and again, before that is an error.
+/// How long the system may have no room for a read, or for a call of io_uring, before that is an error.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Flight {

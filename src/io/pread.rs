@@ -33,6 +33,13 @@ struct Worker {
     thread: Option<thread::JoinHandle<()>>,
 }
 
+impl Worker {
+    /// Whether it may be in a read: it has something to read, and has not ended.
+    fn may_read(&self) -> bool {
+        self.pending > 0 && self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
 impl PreadThreads {
     /// Starts the threads. They notify `finished` after each read.
     pub(crate) fn new(sources: &Arc<[Source]>, finished: &Arc<Signal>) -> Result<Self> {
@@ -92,8 +99,10 @@ impl PreadThreads {
     pub(super) fn quiesce(&mut self) -> bool {
         self.stop.store(true, Ordering::SeqCst);
         self.workers.iter().for_each(|worker| worker.wake.notify());
-        let runs = |worker: &&Worker| worker.thread.as_ref().is_some_and(|thread| !thread.is_finished());
-        until_none(|| self.workers.iter().filter(runs).count())
+        until_none(|| {
+            while self.completion().is_some() {}
+            self.workers.iter().filter(|worker| worker.may_read()).count()
+        })
     }
 
     /// A finished read, if there is one.
@@ -131,10 +140,9 @@ unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<Resul
 impl Drop for PreadThreads {
     fn drop(&mut self) {
         self.quiesce();
-        // One that is still in its read is left there.
-        for thread in self.workers.iter_mut().filter_map(|worker| worker.thread.take_if(|thread| thread.is_finished()))
-        {
-            let _ = thread.join();
+        // One that is still in its read is left there; the others have nothing to do but to end.
+        for worker in self.workers.iter_mut().filter(|worker| !worker.may_read()) {
+            let _ = worker.thread.take().map(thread::JoinHandle::join);
         }
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use io_uring::{IoUring, opcode, types};
 
-use super::{CHUNK, Chunk, Done, Flight, Source, engine::until_none};
+use super::{CHUNK, Chunk, Done, Flight, PATIENCE, Source, engine::until_none};
 
 /// Reads in flight: enough to keep a fast disk's queues full with chunks of [`CHUNK`].
 const DEPTH: usize = 32;
@@ -37,9 +37,6 @@ pub(crate) struct Uring {
     /// Since when the kernel has had no room, and how long to leave it alone.
     refused: Option<(Instant, Duration)>,
 }
-
-/// How long a kernel may have no room before that is an error.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Uring {
     /// Sets up a ring, and registers `buffers` (start and length) if there are any.

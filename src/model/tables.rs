@@ -262,16 +262,8 @@ impl<D: Device> EmbeddingRows<D> {
             rounded: (weight, vec![0; width * weight.size()]),
             exchange: Exchange::new(device, "embedding rows on their way", tokens.min(BLOCK) * width)?,
         };
-        reader.check_unchanged()?;
+        reader.state.check(&reader.file, &reader.path)?;
         Ok(reader)
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        let now = self.file.metadata().map_err(|error| Error::io("examine", &self.path)(error))?;
-        if FileState::of(&now) == self.state {
-            return Ok(());
-        }
-        Err(Error::checkpoint(&self.path, "has changed since the checkpoint was opened; open it again"))
     }
 
     /// Reads the rows of `ids`, and enqueues their copies, as F32, to the rows of `to`.
@@ -304,7 +296,7 @@ impl<D: Device> EmbeddingRows<D> {
             first += count;
         }
         // Rows of another file beside layers of this one would be a wrong answer.
-        self.check_unchanged()
+        self.state.check(&self.file, &self.path)
     }
 }
 

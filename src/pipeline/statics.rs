@@ -59,7 +59,7 @@ impl<D: Device> StaticTensors<D> {
         // The reads end here, or the memory that they go to is left to them. After an error a copy may still be under way.
         if !engine.quiesce() {
             std::mem::forget(blocks);
-            return loaded.map(|()| unreachable!("its reads have not ended"));
+            return Err(loaded.err().unwrap_or(Error::Leaked { bytes: BLOCKS * CHUNK }));
         }
         if loaded.is_err() && device.drain(&stream).is_err() {
             std::mem::forget((memory, staging, blocks));

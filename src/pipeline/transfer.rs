@@ -164,7 +164,8 @@ impl<D: Device> TransferStage<D> {
         }
         let timing = self.timer.as_mut().map(|timer| timer.begin(&self.stream, &self.control.trace)).transpose()?;
         for copy in &unit.copies {
-            // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until `done`; the device slot was handed back, and the wait above orders the copy after its last use.
+            // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until `done`; the device
+            // slot was handed back, and the wait above orders the copy after its last use.
             unsafe {
                 let from = source.add(copy.from);
                 self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;

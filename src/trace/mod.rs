@@ -125,7 +125,7 @@ pub enum Mark {
     },
     /// Reads are under way, and for ten seconds none has ended. The pass waits on; a cancel ends the wait.
     Silent {
-        /// The file that the oldest of them reads.
+        /// The first file of the unit that has waited longest.
         file: PathBuf,
         /// How long none has.
         since: Duration,
