@@ -62,6 +62,10 @@ extern crate self as layer_streamer;
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+#[cfg(doctest)]
+#[path = "../tests/rules.rs"]
+mod rules;
+
 /// The README's Rust code runs as a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

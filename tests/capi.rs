@@ -141,7 +141,7 @@ fn mlp() -> Vec<f64> {
         })
         .collect();
     let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &units, &Settings::default()).unwrap();
-    let floats = |tensor: TensorRef<'_>| -> Vec<f64> {
+    let floats = |tensor: TensorRef<'_, Cpu>| -> Vec<f64> {
         let bytes = bytes_of(&Cpu, tensor);
         bytes.as_chunks().0.iter().map(|bytes| f64::from(f32::from_le_bytes(*bytes))).collect()
     };

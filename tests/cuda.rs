@@ -11,7 +11,7 @@ use layer_streamer::{
     plan::{Arrival, ArrivalOp, Home},
 };
 
-fn bytes_of(device: &Cuda, tensor: TensorRef<'_>) -> Vec<u8> {
+fn bytes_of(device: &Cuda, tensor: TensorRef<'_, Cuda>) -> Vec<u8> {
     let (mut bytes, stream) = (vec![0; tensor.bytes()], device.stream().unwrap());
     // SAFETY: the vector has the tensor's length, and the copy is waited for.
     unsafe { device.copy_to_host(bytes.as_mut_ptr(), tensor.ptr(), bytes.len(), &stream).unwrap() };

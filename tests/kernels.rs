@@ -30,12 +30,12 @@ impl Tensor {
         Self::new(shape, &vec![f32::NAN; shape.iter().product()])
     }
 
-    fn get(&self) -> TensorRef<'_> {
+    fn get(&self) -> TensorRef<'_, Cpu> {
         // SAFETY: the memory holds the tensor and lives as long as self.
         unsafe { TensorRef::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).unwrap()) }
     }
 
-    fn out(&mut self) -> TensorMut<'_> {
+    fn out(&mut self) -> TensorMut<'_, Cpu> {
         // SAFETY: as above, and self is borrowed mutably.
         unsafe { TensorMut::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).unwrap()) }
     }

@@ -195,7 +195,7 @@ impl Disk {
         Ok(best_first(&ways[..4])?[0])
     }
 
-    /// Reads for this long, from when it is at full depth. Returns with what it moved how much of it the page cache held when
+    /// Reads for this long, from when it is at full depth, and until a read has ended. Returns with what it moved how much of it the page cache held when
     /// it was asked for.
     pub fn window(&self, way: Way, window: Duration) -> Result<(Moved, u64), Failure> {
         self.window_between(way, window, || Ok(()), || Ok(()))
@@ -239,6 +239,10 @@ impl Disk {
                 let totals = || (shared.read.load(Relaxed), shared.cached.load(Relaxed));
                 let ((bytes, cached), start, cpu) = (totals(), Instant::now(), clock::process());
                 thread::sleep(window);
+                // On a machine that is busy otherwise a short window may see no read end.
+                while shared.read.load(Relaxed) == bytes && !failed() {
+                    thread::sleep(Duration::from_millis(1));
+                }
                 let (now, seconds, cpu_seconds) = (totals(), start.elapsed().as_secs_f64(), clock::process() - cpu);
                 after()?;
                 Ok((Moved { bytes: now.0 - bytes, seconds, cpu_seconds }, now.1 - cached))

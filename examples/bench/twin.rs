@@ -16,18 +16,18 @@ pub struct Tensor<D: Device> {
 }
 
 impl<D: Device> Tensor<D> {
-    pub fn get(&self) -> TensorRef<'_> {
+    pub fn get(&self) -> TensorRef<'_, D> {
         // SAFETY: the memory holds the tensor and lives as long as self.
         unsafe { TensorRef::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).expect("few dimensions")) }
     }
 
-    pub fn out(&mut self) -> TensorMut<'_> {
+    pub fn out(&mut self) -> TensorMut<'_, D> {
         // SAFETY: as above, and self is borrowed mutably.
         unsafe { TensorMut::from_raw(self.ptr, self.dtype, Shape::new(&self.shape).expect("few dimensions")) }
     }
 
     /// The same bytes as elements of another type.
-    pub fn cast(&self, dtype: DType, shape: &[usize]) -> TensorRef<'_> {
+    pub fn cast(&self, dtype: DType, shape: &[usize]) -> TensorRef<'_, D> {
         assert!(dtype.bytes_of(shape).is_some_and(|bytes| bytes <= self.bytes()));
         // SAFETY: as above, for as many bytes or fewer; device memory is aligned for any type.
         unsafe { TensorRef::from_raw(self.ptr, dtype, Shape::new(shape).expect("few dimensions")) }
@@ -153,7 +153,7 @@ impl Batch {
 }
 
 impl<D: Device> BatchOn<D> {
-    pub fn get(&self) -> Ragged<'_> {
+    pub fn get(&self) -> Ragged<'_, D> {
         let [q_offsets, kv_lens, rows] = self.0.each_ref().map(Tensor::get);
         Ragged { q_offsets, kv_lens, rows }
     }

@@ -8,7 +8,7 @@ use std::{ffi::CStr, time::Duration};
 #[cfg(feature = "cuda")]
 use crate::device::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 use crate::{
-    device::{Cpu, CpuEvent, CpuMemory, CpuStream, Cuda, Device, DevicePtr, TensorMut, TensorRef},
+    device::{Cpu, CpuEvent, CpuMemory, CpuStream, Cuda, Device, DevicePtr, StreamId, TensorMut, TensorRef},
     dtype::DType,
     error::{Error, Result},
     kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
@@ -82,7 +82,8 @@ impl AnyDevice {
     }
 }
 
-impl Device for AnyDevice {
+// SAFETY: each part is a device's, and is used with that device alone.
+unsafe impl Device for AnyDevice {
     type Stream = AnyStream;
     type Event = AnyEvent;
     type Memory = AnyMemory;
@@ -153,6 +154,16 @@ impl Device for AnyDevice {
         make!(self => |device| device.named_stream(name))
     }
 
+    fn stream_id(&self, stream: &AnyStream) -> StreamId {
+        match (self, stream) {
+            (Any::Cpu(device), Any::Cpu(stream)) => device.stream_id(stream),
+            #[cfg(feature = "cuda")]
+            (Any::Cuda(device), Any::Cuda(stream)) => device.stream_id(stream),
+            // Which every use of it refuses.
+            _ => StreamId::CALLER,
+        }
+    }
+
     fn event(&self) -> Result<AnyEvent> {
         make!(self => |device| device.event())
     }
@@ -217,6 +228,39 @@ impl Device for AnyDevice {
     }
 }
 
+/// What a kernel is given, as a part of the device that it runs on.
+trait Part {
+    type On<E: Device>;
+
+    fn of<E: Device>(self) -> Self::On<E>;
+}
+
+impl<'a> Part for TensorRef<'a, AnyDevice> {
+    type On<E: Device> = TensorRef<'a, E>;
+
+    fn of<E: Device>(self) -> TensorRef<'a, E> {
+        // SAFETY: the border, and the models that it makes, give a device tensors of its own memory alone.
+        unsafe { self.of_device() }
+    }
+}
+
+impl<'a> Part for TensorMut<'a, AnyDevice> {
+    type On<E: Device> = TensorMut<'a, E>;
+
+    fn of<E: Device>(self) -> TensorMut<'a, E> {
+        // SAFETY: as above.
+        unsafe { self.of_device() }
+    }
+}
+
+impl<'a> Part for Ragged<'a, AnyDevice> {
+    type On<E: Device> = Ragged<'a, E>;
+
+    fn of<E: Device>(self) -> Ragged<'a, E> {
+        Ragged { q_offsets: self.q_offsets.of(), kv_lens: self.kv_lens.of(), rows: self.rows.of() }
+    }
+}
+
 impl Kernels for AnyDevice {
     fn precision(&self) -> Precision {
         match self {
@@ -235,101 +279,119 @@ impl Kernels for AnyDevice {
         on!(self => |device| device.check_head_size(size))
     }
 
-    fn cast(&self, stream: &AnyStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        on!(self, stream => |device| device.cast(stream, x, out))
+    fn cast(&self, stream: &AnyStream, x: TensorRef<'_, AnyDevice>, out: TensorMut<'_, AnyDevice>) -> Result<()> {
+        on!(self, stream => |device| device.cast(stream, x.of(), out.of()))
     }
 
-    fn embed(&self, stream: &AnyStream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        on!(self, stream => |device| device.embed(stream, table, ids, out))
+    fn embed(
+        &self,
+        stream: &AnyStream,
+        table: TensorRef<'_, AnyDevice>,
+        ids: TensorRef<'_, AnyDevice>,
+        out: TensorMut<'_, AnyDevice>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.embed(stream, table.of(), ids.of(), out.of()))
     }
 
     fn rms_norm(
         &self,
         stream: &AnyStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        x: TensorRef<'_, AnyDevice>,
+        weight: TensorRef<'_, AnyDevice>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.rms_norm(stream, x, weight, eps, out))
+        on!(self, stream => |device| device.rms_norm(stream, x.of(), weight.of(), eps, out.of()))
     }
 
     fn add_rms_norm(
         &self,
         stream: &AnyStream,
-        residual: TensorMut<'_>,
-        y: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        residual: TensorMut<'_, AnyDevice>,
+        y: TensorRef<'_, AnyDevice>,
+        weight: TensorRef<'_, AnyDevice>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.add_rms_norm(stream, residual, y, weight, eps, out))
+        on!(self, stream => |device| device.add_rms_norm(stream, residual.of(), y.of(), weight.of(), eps, out.of()))
     }
 
-    fn rms_norm_in_place(&self, stream: &AnyStream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
-        on!(self, stream => |device| device.rms_norm_in_place(stream, x, weight, eps))
+    fn rms_norm_in_place(
+        &self,
+        stream: &AnyStream,
+        x: TensorMut<'_, AnyDevice>,
+        weight: TensorRef<'_, AnyDevice>,
+        eps: f32,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.rms_norm_in_place(stream, x.of(), weight.of(), eps))
     }
 
     fn linear(
         &self,
         stream: &AnyStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
-        bias: Option<TensorRef<'_>>,
-        out: TensorMut<'_>,
+        x: TensorRef<'_, AnyDevice>,
+        weight: TensorRef<'_, AnyDevice>,
+        bias: Option<TensorRef<'_, AnyDevice>>,
+        out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.linear(stream, x, weight, bias, out))
+        on!(self, stream => |device| device.linear(stream, x.of(), weight.of(), bias.map(Part::of), out.of()))
     }
 
     fn rope(
         &self,
         stream: &AnyStream,
-        x: TensorRef<'_>,
-        positions: TensorRef<'_>,
-        inv_freq: TensorRef<'_>,
+        x: TensorRef<'_, AnyDevice>,
+        positions: TensorRef<'_, AnyDevice>,
+        inv_freq: TensorRef<'_, AnyDevice>,
         layout: RopeLayout,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.rope(stream, x, positions, inv_freq, layout, out))
+        on!(self, stream => |device| device.rope(stream, x.of(), positions.of(), inv_freq.of(), layout, out.of()))
     }
 
-    fn swiglu(&self, stream: &AnyStream, gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
-        on!(self, stream => |device| device.swiglu(stream, gate, up))
+    fn swiglu(&self, stream: &AnyStream, gate: TensorMut<'_, AnyDevice>, up: TensorRef<'_, AnyDevice>) -> Result<()> {
+        on!(self, stream => |device| device.swiglu(stream, gate.of(), up.of()))
     }
 
-    fn add(&self, stream: &AnyStream, x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
-        on!(self, stream => |device| device.add(stream, x, y))
+    fn add(&self, stream: &AnyStream, x: TensorMut<'_, AnyDevice>, y: TensorRef<'_, AnyDevice>) -> Result<()> {
+        on!(self, stream => |device| device.add(stream, x.of(), y.of()))
     }
 
     fn append_kv(
         &self,
         stream: &AnyStream,
-        block: TensorRef<'_>,
-        batch: Ragged<'_>,
-        cache: TensorMut<'_>,
+        block: TensorRef<'_, AnyDevice>,
+        batch: Ragged<'_, AnyDevice>,
+        cache: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.append_kv(stream, block, batch, cache))
+        on!(self, stream => |device| device.append_kv(stream, block.of(), batch.of(), cache.of()))
     }
 
     fn attention(
         &self,
         stream: &AnyStream,
-        q: TensorRef<'_>,
-        keys: TensorRef<'_>,
-        values: TensorRef<'_>,
-        batch: Ragged<'_>,
+        q: TensorRef<'_, AnyDevice>,
+        keys: TensorRef<'_, AnyDevice>,
+        values: TensorRef<'_, AnyDevice>,
+        batch: Ragged<'_, AnyDevice>,
         mask: AttentionMask,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.attention(stream, q, keys, values, batch, mask, out))
+        on!(self, stream => |device| device.attention(stream, q.of(), keys.of(), values.of(), batch.of(), mask, out.of()))
     }
 
-    fn gather(&self, stream: &AnyStream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        on!(self, stream => |device| device.gather(stream, x, indices, out))
+    fn gather(
+        &self,
+        stream: &AnyStream,
+        x: TensorRef<'_, AnyDevice>,
+        indices: TensorRef<'_, AnyDevice>,
+        out: TensorMut<'_, AnyDevice>,
+    ) -> Result<()> {
+        on!(self, stream => |device| device.gather(stream, x.of(), indices.of(), out.of()))
     }
 
-    fn argmax(&self, stream: &AnyStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        on!(self, stream => |device| device.argmax(stream, x, out))
+    fn argmax(&self, stream: &AnyStream, x: TensorRef<'_, AnyDevice>, out: TensorMut<'_, AnyDevice>) -> Result<()> {
+        on!(self, stream => |device| device.argmax(stream, x.of(), out.of()))
     }
 
     fn scratch_bytes(&self) -> usize {

@@ -2,6 +2,7 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "brackets are shapes in C's comments, not links")]
 
 use super::{
+    any::AnyDevice,
     border::{Failure, Result, border, ls_status, place},
     device::{Queue, STREAMS, ls_stream},
     handles::Entered,
@@ -40,7 +41,7 @@ pub struct ls_ragged {
 impl ls_ragged {
     /// # Safety
     /// As [`ls_tensor::read`].
-    unsafe fn read<'a>(&self) -> Result<Ragged<'a>> {
+    unsafe fn read<'a>(&self) -> Result<Ragged<'a, AnyDevice>> {
         // SAFETY: the caller's.
         let read = |tensor: &ls_tensor, name| unsafe { tensor.read(name) };
         Ok(Ragged {
@@ -64,8 +65,8 @@ unsafe fn given<const N: usize>(tensors: [(*const ls_tensor, &str); N]) -> Resul
 }
 
 /// What a kernel writes must not be what it reads.
-fn apart(out: &TensorMut<'_>, inputs: &[TensorRef<'_>]) -> Result<()> {
-    let range = |tensor: TensorRef<'_>| {
+fn apart(out: &TensorMut<'_, AnyDevice>, inputs: &[TensorRef<'_, AnyDevice>]) -> Result<()> {
+    let range = |tensor: TensorRef<'_, AnyDevice>| {
         let start = tensor.ptr().as_ptr().addr();
         start..start.saturating_add(tensor.bytes())
     };

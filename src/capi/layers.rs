@@ -3,6 +3,7 @@
 use std::ffi::{c_char, c_void};
 
 use super::{
+    any::AnyDevice,
     border::{Failure, Result, border, callback, ls_status, place, text},
     checkpoint::{code_of, dtype_of},
     device::{STREAMS, ls_stream},
@@ -38,7 +39,7 @@ pub struct ls_tensor {
 }
 
 impl ls_tensor {
-    pub(super) fn view(tensor: TensorRef<'_>) -> Self {
+    pub(super) fn view(tensor: TensorRef<'_, AnyDevice>) -> Self {
         let mut shape = [1; 8];
         shape[..tensor.shape().len()].copy_from_slice(tensor.shape());
         let (dtype, rank) = (code_of(tensor.dtype()), tensor.shape().len() as u32);
@@ -49,7 +50,7 @@ impl ls_tensor {
     ///
     /// # Safety
     /// The memory is there, and nothing that is not ordered against the kernel's stream writes it meanwhile.
-    pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a>> {
+    pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a, AnyDevice>> {
         let dtype = dtype_of(self.dtype, name)?;
         let shape = self.shape.get(..self.rank as usize);
         let shape = shape.ok_or_else(|| Failure::invalid(name, format!("its rank is {}, at most 8", self.rank)))?;
@@ -68,7 +69,7 @@ impl ls_tensor {
     ///
     /// # Safety
     /// As [`write`](Self::write).
-    pub(super) unsafe fn read<'a>(&self, name: &str) -> Result<TensorRef<'a>> {
+    pub(super) unsafe fn read<'a>(&self, name: &str) -> Result<TensorRef<'a, AnyDevice>> {
         // SAFETY: the caller's.
         let tensor = unsafe { self.write(name)? };
         // SAFETY: the same memory, and the view for writing is gone.

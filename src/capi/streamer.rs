@@ -325,7 +325,7 @@ pub unsafe extern "C" fn ls_statics_tensor(
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };
         let statics = STATICS.enter(statics.id)?;
-        let found: TensorRef<'_> = statics.tensor(name)?;
+        let found: TensorRef<'_, AnyDevice> = statics.tensor(name)?;
         // SAFETY: as above.
         unsafe { to.write(ls_tensor::view(found)) };
         Ok(())

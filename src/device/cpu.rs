@@ -5,7 +5,7 @@ use std::{ptr, slice};
 
 use crate::{
     arena::Arena,
-    device::{Device, DevicePtr},
+    device::{Device, DevicePtr, StreamId},
     dtype::{self, DType},
     error::Result,
 };
@@ -25,7 +25,8 @@ pub struct CpuEvent(());
 /// Memory of the CPU device.
 pub struct CpuMemory(Arena);
 
-impl Device for Cpu {
+// SAFETY: memory is an arena's, which is as long as was asked for; work is done when its call returns.
+unsafe impl Device for Cpu {
     type Stream = CpuStream;
     type Event = CpuEvent;
     type Memory = CpuMemory;
@@ -66,6 +67,10 @@ impl Device for Cpu {
 
     fn stream(&self) -> Result<CpuStream> {
         Ok(CpuStream(()))
+    }
+
+    fn stream_id(&self, _: &CpuStream) -> StreamId {
+        StreamId::CALLER
     }
 
     fn event(&self) -> Result<CpuEvent> {

@@ -15,153 +15,28 @@ mod cuda;
 #[cfg(any(test, cuda_emulated))]
 #[path = "../../tests/cuda_emulation/streams.rs"]
 pub(crate) mod streams;
+mod tensor;
 
-use std::{ffi::CStr, marker::PhantomData, time::Duration};
+use std::{ffi::CStr, time::Duration};
 
 pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
 pub use cuda::Cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
+pub use tensor::{DevicePtr, Shape, StreamId, TensorMut, TensorRef, download, upload};
 
-use crate::{
-    dtype::{DType, Element},
-    error::{Error, Result},
-};
-
-/// An address in a device's memory. Only the device may follow it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DevicePtr(*mut u8);
-
-// SAFETY: an address is plain data; whoever follows it answers for the access.
-unsafe impl Send for DevicePtr {}
-// SAFETY: as above.
-unsafe impl Sync for DevicePtr {}
-
-impl DevicePtr {
-    /// Wraps an address of the device's.
-    pub fn new(address: *mut u8) -> Self {
-        Self(address)
-    }
-
-    /// The address, for the device's own calls.
-    pub fn as_ptr(self) -> *mut u8 {
-        self.0
-    }
-
-    /// The address `bytes` further on.
-    #[must_use]
-    pub fn offset(self, bytes: usize) -> Self {
-        Self(self.0.wrapping_add(bytes))
-    }
-}
-
-/// Dimensions of a tensor in device memory: up to eight, slowest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    dims: [usize; 8],
-    rank: usize,
-}
-
-impl Shape {
-    /// At most eight dimensions.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for more.
-    pub fn new(shape: &[usize]) -> Result<Self> {
-        let mut dims = [1; 8];
-        let Some(used) = dims.get_mut(..shape.len()) else {
-            let what = format!("a tensor of {} dimensions", shape.len());
-            return Err(Error::Unsupported { what, remedy: "eight is the most".into() });
-        };
-        used.copy_from_slice(shape);
-        Ok(Self { dims, rank: shape.len() })
-    }
-
-    /// The dimensions.
-    pub fn dims(&self) -> &[usize] {
-        &self.dims[..self.rank]
-    }
-
-    /// The product of the dimensions.
-    pub fn elements(&self) -> usize {
-        self.dims().iter().product()
-    }
-}
-
-/// A tensor in device memory, row-major and without gaps, borrowed for `'a` from what keeps the memory alive.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorRef<'a> {
-    ptr: DevicePtr,
-    dtype: DType,
-    shape: Shape,
-    lives: PhantomData<&'a [u8]>,
-}
-
-/// The same, to be written to.
-#[derive(Debug)]
-pub struct TensorMut<'a> {
-    ptr: DevicePtr,
-    dtype: DType,
-    shape: Shape,
-    lives: PhantomData<&'a mut [u8]>,
-}
-
-macro_rules! tensor_methods {
-    ($name:ident) => {
-        impl $name<'_> {
-            /// # Safety
-            /// `ptr` is aligned for `dtype`, the tensor's bytes from there on are allocated for `'a`, and no other view of
-            /// them is written meanwhile by work that is not ordered against the work that uses this one.
-            pub unsafe fn from_raw(ptr: DevicePtr, dtype: DType, shape: Shape) -> Self {
-                Self { ptr, dtype, shape, lives: PhantomData }
-            }
-
-            /// Where it starts.
-            pub fn ptr(&self) -> DevicePtr {
-                self.ptr
-            }
-
-            /// Element type.
-            pub fn dtype(&self) -> DType {
-                self.dtype
-            }
-
-            /// Dimensions, slowest first.
-            pub fn shape(&self) -> &[usize] {
-                self.shape.dims()
-            }
-
-            /// Number of elements.
-            pub fn elements(&self) -> usize {
-                self.shape.elements()
-            }
-
-            /// Length in bytes.
-            pub fn bytes(&self) -> usize {
-                self.elements() * self.dtype.size()
-            }
-        }
-    };
-}
-tensor_methods!(TensorRef);
-tensor_methods!(TensorMut);
-
-impl TensorMut<'_> {
-    /// A shorter borrow of the same tensor.
-    pub fn borrow(&mut self) -> TensorMut<'_> {
-        TensorMut { ptr: self.ptr, dtype: self.dtype, shape: self.shape, lives: PhantomData }
-    }
-
-    /// The tensor for reading, while nothing writes it.
-    pub fn as_ref(&self) -> TensorRef<'_> {
-        TensorRef { ptr: self.ptr, dtype: self.dtype, shape: self.shape, lives: PhantomData }
-    }
-}
+use crate::{dtype::DType, error::Result};
 
 /// What the pipeline needs of a device, and no more. Cloning gives another handle of the same device.
 ///
 /// Errors are the device's own: an operation that fails has not happened, and the caller does not count on what follows it.
-pub trait Device: Clone + Send + Sync + 'static {
+///
+/// # Safety
+/// Safe code reads and writes what an implementation hands out. So [`address`](Device::address) is where at least as many bytes
+/// lie as were asked for, aligned, until the memory is dropped and work that was enqueued before is done; streams run in order,
+/// waits and records order them as the module says, and [`synchronize`](Device::synchronize) returns no sooner than the record
+/// is reached; no two living streams have one [`stream_id`](Device::stream_id), unless all work is done when its call returns.
+pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// A queue of work that runs in order.
     type Stream: Send;
     /// A marker in a stream that other streams and threads can wait for.
@@ -216,6 +91,9 @@ pub trait Device: Clone + Send + Sync + 'static {
     fn named_stream(&self, _name: &CStr) -> Result<Self::Stream> {
         self.stream()
     }
+
+    /// Which stream it is.
+    fn stream_id(&self, stream: &Self::Stream) -> StreamId;
 
     /// A new event.
     fn event(&self) -> Result<Self::Event>;
@@ -280,38 +158,4 @@ pub trait Device: Clone + Send + Sync + 'static {
         self.record(&event, stream)?;
         self.synchronize(&event)
     }
-}
-
-/// Copies `data` into `to` and waits until it is there.
-///
-/// # Errors
-/// [`Error::Kernel`] if type or length differ, or the device's own.
-pub fn upload<D: Device, T: Element>(device: &D, stream: &D::Stream, data: &[T], to: &mut TensorMut<'_>) -> Result<()> {
-    fits::<T>("upload", data.len(), to.dtype(), to.elements())?;
-    // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
-    unsafe { device.copy_to_device(to.ptr(), data.as_ptr().cast(), size_of_val(data), stream)? };
-    device.drain(stream)
-}
-
-/// Copies `from` into `data` and waits until it is there.
-///
-/// # Errors
-/// As [`upload`].
-pub fn download<D: Device, T: Element>(
-    device: &D,
-    stream: &D::Stream,
-    from: TensorRef<'_>,
-    data: &mut [T],
-) -> Result<()> {
-    fits::<T>("download", data.len(), from.dtype(), from.elements())?;
-    // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
-    unsafe { device.copy_to_host(data.as_mut_ptr().cast(), from.ptr(), size_of_val(data), stream)? };
-    device.drain(stream)
-}
-
-fn fits<T: Element>(kernel: &'static str, len: usize, dtype: DType, elements: usize) -> Result<()> {
-    if dtype == T::DTYPE && elements == len {
-        return Ok(());
-    }
-    Err(Error::Kernel { kernel, cause: format!("{len} × {} do not fit a tensor of {elements} × {dtype}", T::DTYPE) })
 }

@@ -1,5 +1,5 @@
 //! The kernels on the CPU: plain loops that a compiler vectorises, spread over threads by rayon, and matrix products by
-//! `gemm`, which picks the widest instructions that the machine has (AVX-512, AVX2, …) at run time. The threads are the kernels'
+//! the `gemm` crates, which picks the widest instructions that the machine has (AVX-512, AVX2, …) at run time. The threads are the kernels'
 //! own: one that cannot be started is an error of the call that wants it, and the next call tries again.
 //!
 //! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
@@ -11,13 +11,14 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use gemm::Parallelism;
+use gemm_common::Parallelism;
+use gemm_f32::gemm::f32::get_gemm_fn;
 use half::{bf16, f16};
 use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
 use super::{
     AttentionMask, Kernels, Precision, Ragged, RopeLayout,
-    shapes::{self, Cached, check},
+    shapes::{self, Cached, Call, check},
 };
 use crate::{
     device::{Cpu, CpuStream, TensorMut, TensorRef},
@@ -40,7 +41,7 @@ thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a>) -> Result<&'a [T]> {
+fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a, Cpu>) -> Result<&'a [T]> {
     check(kernel, tensor.dtype() == T::DTYPE, || {
         format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
     })?;
@@ -48,7 +49,7 @@ fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a>) -> Result<&
     Ok(unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
-fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_>) -> Result<&'a mut [T]> {
+fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_, Cpu>) -> Result<&'a mut [T]> {
     check(kernel, tensor.dtype() == T::DTYPE, || {
         format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
     })?;
@@ -56,7 +57,7 @@ fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_>) ->
     Ok(unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
-fn raw(tensor: TensorRef<'_>) -> &[u8] {
+fn raw(tensor: TensorRef<'_, Cpu>) -> &[u8] {
     // SAFETY: the module's invariant; bytes have no alignment.
     unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) }
 }
@@ -70,7 +71,7 @@ enum Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    fn new(kernel: &'static str, tensor: TensorRef<'a>) -> Result<Self> {
+    fn new(kernel: &'static str, tensor: TensorRef<'a, Cpu>) -> Result<Self> {
         Ok(match tensor.dtype() {
             DType::F32 => Self::F32(read(kernel, tensor)?),
             DType::F16 => Self::F16(read(kernel, tensor)?),
@@ -144,38 +145,77 @@ fn norm_factor(x: &[f32], eps: f32) -> f32 {
     1.0 / (lanes(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
 }
 
+/// `out[t, n] = Σ x[t, k] · weight[n, k]` for dense `x [T, K]` and `weight [N, K]`, in this thread; rows of `out` are `stride`
+/// elements apart. With `adds` it is added to what is there.
+///
+/// # Safety
+/// The matrices are what their sizes say, and nothing else uses `out`.
+#[rustfmt::skip]
+pub(crate) unsafe fn product(
+    [tokens, k, n]: [usize; 3],
+    x: *const f32,
+    weight: *const f32,
+    (out, stride): (*mut f32, usize),
+    adds: bool,
+) {
+    let (k_step, stride, none) = (k as isize, stride as isize, Parallelism::None);
+    // The transpose, `weight · xᵀ`, since the crate's kernels write columns: each matrix with its steps to the next column and row.
+    // SAFETY: the caller's.
+    unsafe {
+        get_gemm_fn()(
+            n, tokens, k,
+            out, stride, 1, adds,
+            weight, 1, k_step,
+            x, k_step, 1,
+            1.0, 1.0, false, false, false, none,
+        );
+    }
+}
+
 impl Kernels for Cpu {
     fn precision(&self) -> Precision {
         PRECISION
     }
 
-    fn cast(&self, _: &CpuStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        shapes::cast(x, out.as_ref())?;
+    fn cast(&self, stream: &CpuStream, x: TensorRef<'_, Cpu>, out: TensorMut<'_, Cpu>) -> Result<()> {
+        shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
         // SAFETY: the module's invariant; bytes have no alignment.
         let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
         dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
         Ok(())
     }
 
-    fn embed(&self, _: &CpuStream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        let shape = shapes::embed(PRECISION, table, ids, out.as_ref())?;
+    fn embed(
+        &self,
+        stream: &CpuStream,
+        table: TensorRef<'_, Cpu>,
+        ids: TensorRef<'_, Cpu>,
+        out: TensorMut<'_, Cpu>,
+    ) -> Result<()> {
+        let shape = shapes::embed(Call::new("embed", self, stream), table, ids, out.as_ref())?;
         copy_rows("embed", table, shape, ids, out)
     }
 
-    fn gather(&self, _: &CpuStream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        let shape = shapes::gather(x, indices, out.as_ref())?;
+    fn gather(
+        &self,
+        stream: &CpuStream,
+        x: TensorRef<'_, Cpu>,
+        indices: TensorRef<'_, Cpu>,
+        out: TensorMut<'_, Cpu>,
+    ) -> Result<()> {
+        let shape = shapes::gather(Call::new("gather", self, stream), x, indices, out.as_ref())?;
         copy_rows("gather", x, shape, indices, out)
     }
 
     fn rms_norm(
         &self,
-        _: &CpuStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        stream: &CpuStream,
+        x: TensorRef<'_, Cpu>,
+        weight: TensorRef<'_, Cpu>,
         eps: f32,
-        mut out: TensorMut<'_>,
+        mut out: TensorMut<'_, Cpu>,
     ) -> Result<()> {
-        let [_, width] = shapes::rms_norm(PRECISION, x, weight, out.as_ref())?;
+        let [_, width] = shapes::rms_norm(Call::new("rms_norm", self, stream), x, weight, out.as_ref())?;
         let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
         let x = read::<f32>("rms_norm", x)?;
         for_rows(write("rms_norm", &mut out)?, width, work, |index, row| {
@@ -186,8 +226,14 @@ impl Kernels for Cpu {
         Ok(())
     }
 
-    fn rms_norm_in_place(&self, _: &CpuStream, mut x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
-        let [_, width] = shapes::rms_norm_in_place(PRECISION, x.as_ref(), weight)?;
+    fn rms_norm_in_place(
+        &self,
+        stream: &CpuStream,
+        mut x: TensorMut<'_, Cpu>,
+        weight: TensorRef<'_, Cpu>,
+        eps: f32,
+    ) -> Result<()> {
+        let [_, width] = shapes::rms_norm_in_place(Call::new("rms_norm", self, stream), x.as_ref(), weight)?;
         let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
         for_rows(write("rms_norm", &mut x)?, width, work, |_, row| {
             let factor = norm_factor(row, eps);
@@ -198,13 +244,13 @@ impl Kernels for Cpu {
 
     fn linear(
         &self,
-        _: &CpuStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
-        bias: Option<TensorRef<'_>>,
-        mut out: TensorMut<'_>,
+        stream: &CpuStream,
+        x: TensorRef<'_, Cpu>,
+        weight: TensorRef<'_, Cpu>,
+        bias: Option<TensorRef<'_, Cpu>>,
+        mut out: TensorMut<'_, Cpu>,
     ) -> Result<()> {
-        let [tokens, k, n] = shapes::linear(PRECISION, x, weight, bias, out.as_ref())?;
+        let [tokens, k, n] = shapes::linear(Call::new("linear", self, stream), x, weight, bias, out.as_ref())?;
         let bias = bias.map(|bias| Weight::new("linear", bias)).transpose()?;
         if tokens * n == 0 {
             return Ok(());
@@ -218,7 +264,7 @@ impl Kernels for Cpu {
         let rows = (panel / k.max(1)).clamp(1, n.div_ceil(threads).next_multiple_of(8));
         let one = |first: usize| {
             let rows = rows.min(n - first);
-            let product = |panel: *const f32| {
+            let multiply = |panel: *const f32| {
                 if let Some(bias) = bias {
                     for token in 0..tokens {
                         for row in first..first + rows {
@@ -228,33 +274,11 @@ impl Kernels for Cpu {
                     }
                 }
                 // SAFETY: `out` holds tokens × rows from `first` on at stride n, `x` tokens × k, `panel` rows × k.
-                unsafe {
-                    gemm::gemm(
-                        tokens,
-                        rows,
-                        k,
-                        out.at(first),
-                        1,
-                        n as isize,
-                        bias.is_some(),
-                        x.as_ptr(),
-                        1,
-                        k as isize,
-                        panel,
-                        k as isize,
-                        1,
-                        1.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        Parallelism::None,
-                    );
-                }
+                unsafe { product([tokens, k, rows], x.as_ptr(), panel, (out.at(first), n), bias.is_some()) };
             };
             let source = &bytes[first * row_bytes..][..rows * row_bytes];
             if dtype == DType::F32 {
-                return product(source.as_ptr().cast());
+                return multiply(source.as_ptr().cast());
             }
             WIDENED.with_borrow_mut(|widened| {
                 // As large as it may ever be at once, so that it is allocated once a thread.
@@ -262,7 +286,7 @@ impl Kernels for Cpu {
                 // SAFETY: the vector holds rows × k elements of F32.
                 let dst = unsafe { slice::from_raw_parts_mut(widened.as_mut_ptr().cast::<u8>(), rows * k * 4) };
                 dtype::convert(dtype, source, DType::F32, dst);
-                product(widened.as_ptr());
+                multiply(widened.as_ptr());
             });
         };
         let panels = n.div_ceil(rows);
@@ -276,14 +300,15 @@ impl Kernels for Cpu {
 
     fn rope(
         &self,
-        _: &CpuStream,
-        x: TensorRef<'_>,
-        positions: TensorRef<'_>,
-        inv_freq: TensorRef<'_>,
+        stream: &CpuStream,
+        x: TensorRef<'_, Cpu>,
+        positions: TensorRef<'_, Cpu>,
+        inv_freq: TensorRef<'_, Cpu>,
         layout: RopeLayout,
-        mut out: TensorMut<'_>,
+        mut out: TensorMut<'_, Cpu>,
     ) -> Result<()> {
-        let [tokens, heads, size] = shapes::rope(PRECISION, x, positions, inv_freq, out.as_ref())?;
+        let [tokens, heads, size] =
+            shapes::rope(Call::new("rope", self, stream), x, positions, inv_freq, out.as_ref())?;
         // Pair `i` is made of elements `i · step` and `i · step + apart`.
         let (step, apart) = match layout {
             RopeLayout::Halves => (1, size / 2),
@@ -306,8 +331,8 @@ impl Kernels for Cpu {
         Ok(())
     }
 
-    fn swiglu(&self, _: &CpuStream, mut gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
-        shapes::swiglu(PRECISION, gate.as_ref(), up)?;
+    fn swiglu(&self, stream: &CpuStream, mut gate: TensorMut<'_, Cpu>, up: TensorRef<'_, Cpu>) -> Result<()> {
+        shapes::swiglu(Call::new("swiglu", self, stream), gate.as_ref(), up)?;
         let (up, width) = (read::<f32>("swiglu", up)?, up.shape().last().copied().unwrap_or(1));
         for_rows(write("swiglu", &mut gate)?, width, up.len() * 8, |index, row| {
             let up = &up[index * width..][..width];
@@ -316,21 +341,21 @@ impl Kernels for Cpu {
         Ok(())
     }
 
-    fn add(&self, _: &CpuStream, mut x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
-        shapes::add(PRECISION, x.as_ref(), y)?;
+    fn add(&self, stream: &CpuStream, mut x: TensorMut<'_, Cpu>, y: TensorRef<'_, Cpu>) -> Result<()> {
+        shapes::add(Call::new("add", self, stream), x.as_ref(), y)?;
         write::<f32>("add", &mut x)?.iter_mut().zip(read::<f32>("add", y)?).for_each(|(x, y)| *x += y);
         Ok(())
     }
 
     fn append_kv(
         &self,
-        _: &CpuStream,
-        block: TensorRef<'_>,
-        batch: Ragged<'_>,
-        mut cache: TensorMut<'_>,
+        stream: &CpuStream,
+        block: TensorRef<'_, Cpu>,
+        batch: Ragged<'_, Cpu>,
+        mut cache: TensorMut<'_, Cpu>,
     ) -> Result<()> {
         let cached @ Cached { groups, capacity, size, .. } =
-            shapes::append_kv(PRECISION, block, batch, cache.as_ref())?;
+            shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
         let (block, cache) = (read::<f32>("append_kv", block)?, write::<f32>("append_kv", &mut cache)?);
         for sequence in sequences("append_kv", batch, cached)? {
             let first = sequence.kv_len - sequence.tokens.len();
@@ -347,16 +372,16 @@ impl Kernels for Cpu {
 
     fn attention(
         &self,
-        _: &CpuStream,
-        q: TensorRef<'_>,
-        keys: TensorRef<'_>,
-        values: TensorRef<'_>,
-        batch: Ragged<'_>,
+        stream: &CpuStream,
+        q: TensorRef<'_, Cpu>,
+        keys: TensorRef<'_, Cpu>,
+        values: TensorRef<'_, Cpu>,
+        batch: Ragged<'_, Cpu>,
         mask: AttentionMask,
-        mut out: TensorMut<'_>,
+        mut out: TensorMut<'_, Cpu>,
     ) -> Result<()> {
         let cached @ Cached { heads, groups, capacity, size, .. } =
-            shapes::attention(PRECISION, q, keys, values, batch, mask, out.as_ref())?;
+            shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
         let (q, keys, values) =
             (read::<f32>("attention", q)?, read::<f32>("attention", keys)?, read::<f32>("attention", values)?);
         let mut rest = write::<f32>("attention", &mut out)?;
@@ -391,8 +416,8 @@ impl Kernels for Cpu {
         Ok(())
     }
 
-    fn argmax(&self, _: &CpuStream, x: TensorRef<'_>, mut out: TensorMut<'_>) -> Result<()> {
-        let [_, width] = shapes::argmax(x, out.as_ref())?;
+    fn argmax(&self, stream: &CpuStream, x: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
+        let [_, width] = shapes::argmax(Call::new("argmax", self, stream), x, out.as_ref())?;
         for (row, out) in read::<f32>("argmax", x)?.chunks(width.max(1)).zip(write::<u32>("argmax", &mut out)?) {
             let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
             *out = (0..width).reduce(better).unwrap_or(0) as u32;
@@ -410,10 +435,10 @@ impl Kernels for Cpu {
 /// Rows of `table`, of a type that widens to F32.
 fn copy_rows(
     kernel: &'static str,
-    table: TensorRef<'_>,
+    table: TensorRef<'_, Cpu>,
     [rows, width]: [usize; 2],
-    indices: TensorRef<'_>,
-    mut out: TensorMut<'_>,
+    indices: TensorRef<'_, Cpu>,
+    mut out: TensorMut<'_, Cpu>,
 ) -> Result<()> {
     let (row_bytes, bytes, indices) = (width * table.dtype().size(), raw(table), read::<u32>(kernel, indices)?);
     for (row, &index) in write::<f32>(kernel, &mut out)?.chunks_mut(width.max(1)).zip(indices) {
@@ -452,7 +477,7 @@ struct Sequence {
 
 fn sequences<'a>(
     kernel: &'static str,
-    batch: Ragged<'a>,
+    batch: Ragged<'a, Cpu>,
     Cached { sequences, tokens, rows, capacity, .. }: Cached,
 ) -> Result<impl Iterator<Item = Sequence> + 'a> {
     let (offsets, lens, places) =

@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use super::{
     AttentionMask, Kernels, Precision, Ragged, RopeLayout,
     cublas::{Cublas, WORKSPACE},
-    shapes::{self, Cached, check},
+    shapes::{self, Cached, Call, check},
 };
 use crate::{
     device::{
@@ -35,12 +35,12 @@ struct Math {
 }
 
 /// The address of a tensor, for a launcher.
-fn at<T>(tensor: TensorRef<'_>) -> *mut T {
+fn at<T>(tensor: TensorRef<'_, Cuda>) -> *mut T {
     tensor.ptr().as_ptr().cast()
 }
 
 /// The same of a tensor that is written.
-fn to<T>(tensor: &TensorMut<'_>) -> *mut T {
+fn to<T>(tensor: &TensorMut<'_, Cuda>) -> *mut T {
     tensor.ptr().as_ptr().cast()
 }
 
@@ -92,8 +92,8 @@ impl Kernels for Cuda {
         })
     }
 
-    fn cast(&self, stream: &CudaStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        shapes::cast(x, out.as_ref())?;
+    fn cast(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
+        shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
         // SAFETY: the module's invariant.
         unsafe {
             if x.dtype() == out.dtype() {
@@ -104,8 +104,15 @@ impl Kernels for Cuda {
         }
     }
 
-    fn embed(&self, stream: &CudaStream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        let [vocab, hidden] = shapes::embed(PRECISION, table, ids, out.as_ref())?.map(|n| n as i64);
+    fn embed(
+        &self,
+        stream: &CudaStream,
+        table: TensorRef<'_, Cuda>,
+        ids: TensorRef<'_, Cuda>,
+        out: TensorMut<'_, Cuda>,
+    ) -> Result<()> {
+        let [vocab, hidden] =
+            shapes::embed(Call::new("embed", self, stream), table, ids, out.as_ref())?.map(|n| n as i64);
         let tokens = ids.elements() as i64;
         // SAFETY: the module's invariant.
         self.launch("embed", || unsafe {
@@ -113,8 +120,14 @@ impl Kernels for Cuda {
         })
     }
 
-    fn gather(&self, stream: &CudaStream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        let [_, hidden] = shapes::gather(x, indices, out.as_ref())?;
+    fn gather(
+        &self,
+        stream: &CudaStream,
+        x: TensorRef<'_, Cuda>,
+        indices: TensorRef<'_, Cuda>,
+        out: TensorMut<'_, Cuda>,
+    ) -> Result<()> {
+        let [_, hidden] = shapes::gather(Call::new("gather", self, stream), x, indices, out.as_ref())?;
         let rows = indices.elements() as i64;
         // SAFETY: the module's invariant.
         self.launch("gather", || unsafe {
@@ -125,12 +138,13 @@ impl Kernels for Cuda {
     fn rms_norm(
         &self,
         stream: &CudaStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        x: TensorRef<'_, Cuda>,
+        weight: TensorRef<'_, Cuda>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        let [rows, hidden] = shapes::rms_norm(PRECISION, x, weight, out.as_ref())?.map(|n| n as i64);
+        let [rows, hidden] =
+            shapes::rms_norm(Call::new("rms_norm", self, stream), x, weight, out.as_ref())?.map(|n| n as i64);
         // SAFETY: the module's invariant.
         self.launch("rms_norm", || unsafe {
             sys::lsk_rms_norm(to(&out), at(x), at(weight), eps, rows, hidden, stream.raw())
@@ -140,22 +154,31 @@ impl Kernels for Cuda {
     fn add_rms_norm(
         &self,
         stream: &CudaStream,
-        residual: TensorMut<'_>,
-        y: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        residual: TensorMut<'_, Cuda>,
+        y: TensorRef<'_, Cuda>,
+        weight: TensorRef<'_, Cuda>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        shapes::add(PRECISION, residual.as_ref(), y)?;
-        let [rows, hidden] = shapes::rms_norm(PRECISION, residual.as_ref(), weight, out.as_ref())?.map(|n| n as i64);
+        shapes::add(Call::new("add", self, stream), residual.as_ref(), y)?;
+        let [rows, hidden] =
+            shapes::rms_norm(Call::new("rms_norm", self, stream), residual.as_ref(), weight, out.as_ref())?
+                .map(|n| n as i64);
         // SAFETY: the module's invariant.
         self.launch("add_rms_norm", || unsafe {
             sys::lsk_add_rms_norm(to(&out), to(&residual), at(y), at(weight), eps, rows, hidden, stream.raw())
         })
     }
 
-    fn rms_norm_in_place(&self, stream: &CudaStream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32) -> Result<()> {
-        let [rows, size] = shapes::rms_norm_in_place(PRECISION, x.as_ref(), weight)?.map(|n| n as i64);
+    fn rms_norm_in_place(
+        &self,
+        stream: &CudaStream,
+        x: TensorMut<'_, Cuda>,
+        weight: TensorRef<'_, Cuda>,
+        eps: f32,
+    ) -> Result<()> {
+        let [rows, size] =
+            shapes::rms_norm_in_place(Call::new("rms_norm", self, stream), x.as_ref(), weight)?.map(|n| n as i64);
         // SAFETY: the module's invariant.
         self.launch("rms_norm_in_place", || unsafe {
             sys::lsk_rms_norm_heads(to(&x), at(weight), eps, rows, size, stream.raw())
@@ -165,12 +188,12 @@ impl Kernels for Cuda {
     fn linear(
         &self,
         stream: &CudaStream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
-        bias: Option<TensorRef<'_>>,
-        out: TensorMut<'_>,
+        x: TensorRef<'_, Cuda>,
+        weight: TensorRef<'_, Cuda>,
+        bias: Option<TensorRef<'_, Cuda>>,
+        out: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        let [tokens, k, n] = shapes::linear(PRECISION, x, weight, bias, out.as_ref())?;
+        let [tokens, k, n] = shapes::linear(Call::new("linear", self, stream), x, weight, bias, out.as_ref())?;
         let math = math("linear", stream)?;
         if tokens * n == 0 {
             return Ok(());
@@ -189,13 +212,14 @@ impl Kernels for Cuda {
     fn rope(
         &self,
         stream: &CudaStream,
-        x: TensorRef<'_>,
-        positions: TensorRef<'_>,
-        inv_freq: TensorRef<'_>,
+        x: TensorRef<'_, Cuda>,
+        positions: TensorRef<'_, Cuda>,
+        inv_freq: TensorRef<'_, Cuda>,
         layout: RopeLayout,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        let [tokens, heads, size] = shapes::rope(PRECISION, x, positions, inv_freq, out.as_ref())?;
+        let [tokens, heads, size] =
+            shapes::rope(Call::new("rope", self, stream), x, positions, inv_freq, out.as_ref())?;
         let (heads, size) = (int("rope", heads)?, int("rope", size)?);
         let interleaved = c_int::from(layout == RopeLayout::Interleaved);
         // SAFETY: the module's invariant.
@@ -214,14 +238,14 @@ impl Kernels for Cuda {
         })
     }
 
-    fn swiglu(&self, stream: &CudaStream, gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()> {
-        shapes::swiglu(PRECISION, gate.as_ref(), up)?;
+    fn swiglu(&self, stream: &CudaStream, gate: TensorMut<'_, Cuda>, up: TensorRef<'_, Cuda>) -> Result<()> {
+        shapes::swiglu(Call::new("swiglu", self, stream), gate.as_ref(), up)?;
         // SAFETY: the module's invariant.
         self.launch("swiglu", || unsafe { sys::lsk_swiglu(to(&gate), at(up), up.elements(), stream.raw()) })
     }
 
-    fn add(&self, stream: &CudaStream, x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()> {
-        shapes::add(PRECISION, x.as_ref(), y)?;
+    fn add(&self, stream: &CudaStream, x: TensorMut<'_, Cuda>, y: TensorRef<'_, Cuda>) -> Result<()> {
+        shapes::add(Call::new("add", self, stream), x.as_ref(), y)?;
         // SAFETY: the module's invariant.
         self.launch("add", || unsafe { sys::lsk_add(to(&x), at(y), y.elements(), stream.raw()) })
     }
@@ -229,11 +253,11 @@ impl Kernels for Cuda {
     fn append_kv(
         &self,
         stream: &CudaStream,
-        block: TensorRef<'_>,
-        batch: Ragged<'_>,
-        cache: TensorMut<'_>,
+        block: TensorRef<'_, Cuda>,
+        batch: Ragged<'_, Cuda>,
+        cache: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        let of = shapes::append_kv(PRECISION, block, batch, cache.as_ref())?;
+        let of = shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
         let [sequences, tokens, groups, size] = dimensions("append_kv", &of)?;
         // SAFETY: the module's invariant.
         self.launch("append_kv", || unsafe {
@@ -256,14 +280,14 @@ impl Kernels for Cuda {
     fn attention(
         &self,
         stream: &CudaStream,
-        q: TensorRef<'_>,
-        keys: TensorRef<'_>,
-        values: TensorRef<'_>,
-        batch: Ragged<'_>,
+        q: TensorRef<'_, Cuda>,
+        keys: TensorRef<'_, Cuda>,
+        values: TensorRef<'_, Cuda>,
+        batch: Ragged<'_, Cuda>,
         mask: AttentionMask,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Cuda>,
     ) -> Result<()> {
-        let of = shapes::attention(PRECISION, q, keys, values, batch, mask, out.as_ref())?;
+        let of = shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
         self.check_head_size(of.size)?;
         let [sequences, tokens, groups, size] = dimensions("attention", &of)?;
         let (heads, window) = (int("attention", of.heads)?, mask.window.map_or(0, |window| window as i64));
@@ -293,8 +317,8 @@ impl Kernels for Cuda {
         })
     }
 
-    fn argmax(&self, stream: &CudaStream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()> {
-        let [rows, columns] = shapes::argmax(x, out.as_ref())?.map(|n| n as i64);
+    fn argmax(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
+        let [rows, columns] = shapes::argmax(Call::new("argmax", self, stream), x, out.as_ref())?.map(|n| n as i64);
         // SAFETY: the module's invariant.
         self.launch("argmax", || unsafe { sys::lsk_argmax(to(&out), at(x), rows, columns, stream.raw()) })
     }

@@ -12,6 +12,9 @@ mod cublas;
 mod cuda;
 mod shapes;
 
+#[cfg(cuda_emulated)]
+pub(crate) use cpu::product;
+
 use crate::{
     device::{Device, TensorMut, TensorRef},
     dtype::DType,
@@ -43,15 +46,22 @@ pub enum RopeLayout {
 ///
 /// Sequence `i` of the batch owns tokens `q_offsets[i]..q_offsets[i + 1]` of the block, the last of the `kv_lens[i]` tokens
 /// that it has in the cache by then, and row `rows[i]` of the cache. All three are U32, in device memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Ragged<'a> {
+pub struct Ragged<'a, D> {
     /// `[S + 1]`: where each sequence's tokens begin; the last is `T`.
-    pub q_offsets: TensorRef<'a>,
+    pub q_offsets: TensorRef<'a, D>,
     /// `[S]`: tokens in the cache, those of this block included.
-    pub kv_lens: TensorRef<'a>,
+    pub kv_lens: TensorRef<'a, D>,
     /// `[S]`: which row of the cache.
-    pub rows: TensorRef<'a>,
+    pub rows: TensorRef<'a, D>,
 }
+
+// Not derived, which would demand it of the device.
+impl<D> Clone for Ragged<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D> Copy for Ragged<'_, D> {}
 
 /// How attention is masked and scaled.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,11 +89,17 @@ pub trait Kernels: Device {
     }
 
     /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8E4M3 → F32 or BF16.
-    fn cast(&self, stream: &Self::Stream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
+    fn cast(&self, stream: &Self::Stream, x: TensorRef<'_, Self>, out: TensorMut<'_, Self>) -> Result<()>;
 
     /// Looks up rows: `out[t] = table[ids[t]]`, with `table [V, H]` a weight, `ids [T]` U32, `out [T, H]` F32. Ids from `V` on
     /// are the caller's error: what they give is unspecified.
-    fn embed(&self, stream: &Self::Stream, table: TensorRef<'_>, ids: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
+    fn embed(
+        &self,
+        stream: &Self::Stream,
+        table: TensorRef<'_, Self>,
+        ids: TensorRef<'_, Self>,
+        out: TensorMut<'_, Self>,
+    ) -> Result<()>;
 
     /// Root mean square norm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467):
     /// `out = x / sqrt(mean(x²) + eps) · weight`, with `x [.., H]` F32 (the residual stream), `weight [H]` and `out [.., H]` an
@@ -91,10 +107,10 @@ pub trait Kernels: Device {
     fn rms_norm(
         &self,
         stream: &Self::Stream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        x: TensorRef<'_, Self>,
+        weight: TensorRef<'_, Self>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Self>,
     ) -> Result<()>;
 
     /// `residual += y`, then the norm of it: [`add`](Self::add) and [`rms_norm`](Self::rms_norm), which a device may do in one
@@ -102,29 +118,34 @@ pub trait Kernels: Device {
     fn add_rms_norm(
         &self,
         stream: &Self::Stream,
-        mut residual: TensorMut<'_>,
-        y: TensorRef<'_>,
-        weight: TensorRef<'_>,
+        mut residual: TensorMut<'_, Self>,
+        y: TensorRef<'_, Self>,
+        weight: TensorRef<'_, Self>,
         eps: f32,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Self>,
     ) -> Result<()> {
         self.add(stream, residual.borrow(), y)?;
         self.rms_norm(stream, residual.as_ref(), weight, eps, out)
     }
 
     /// The norm of `x [.., H]`, F32, in place, for each head of a query or key.
-    fn rms_norm_in_place(&self, stream: &Self::Stream, x: TensorMut<'_>, weight: TensorRef<'_>, eps: f32)
-    -> Result<()>;
+    fn rms_norm_in_place(
+        &self,
+        stream: &Self::Stream,
+        x: TensorMut<'_, Self>,
+        weight: TensorRef<'_, Self>,
+        eps: f32,
+    ) -> Result<()>;
 
     /// `out = x · weightᵀ + bias`, with activations `x [T, K]` and `out [T, N]`, `weight [N, K]`, `bias [N]`. `out` may be F32
     /// instead, for logits and for what [`rope`](Self::rope) takes.
     fn linear(
         &self,
         stream: &Self::Stream,
-        x: TensorRef<'_>,
-        weight: TensorRef<'_>,
-        bias: Option<TensorRef<'_>>,
-        out: TensorMut<'_>,
+        x: TensorRef<'_, Self>,
+        weight: TensorRef<'_, Self>,
+        bias: Option<TensorRef<'_, Self>>,
+        out: TensorMut<'_, Self>,
     ) -> Result<()>;
 
     /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
@@ -133,26 +154,26 @@ pub trait Kernels: Device {
     fn rope(
         &self,
         stream: &Self::Stream,
-        x: TensorRef<'_>,
-        positions: TensorRef<'_>,
-        inv_freq: TensorRef<'_>,
+        x: TensorRef<'_, Self>,
+        positions: TensorRef<'_, Self>,
+        inv_freq: TensorRef<'_, Self>,
         layout: RopeLayout,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Self>,
     ) -> Result<()>;
 
     /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.
-    fn swiglu(&self, stream: &Self::Stream, gate: TensorMut<'_>, up: TensorRef<'_>) -> Result<()>;
+    fn swiglu(&self, stream: &Self::Stream, gate: TensorMut<'_, Self>, up: TensorRef<'_, Self>) -> Result<()>;
 
     /// `x += y`, of one shape: `x` F32 (the residual stream), `y` an activation.
-    fn add(&self, stream: &Self::Stream, x: TensorMut<'_>, y: TensorRef<'_>) -> Result<()>;
+    fn add(&self, stream: &Self::Stream, x: TensorMut<'_, Self>, y: TensorRef<'_, Self>) -> Result<()>;
 
     /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [rows, G, capacity, D]`.
     fn append_kv(
         &self,
         stream: &Self::Stream,
-        block: TensorRef<'_>,
-        batch: Ragged<'_>,
-        cache: TensorMut<'_>,
+        block: TensorRef<'_, Self>,
+        batch: Ragged<'_, Self>,
+        cache: TensorMut<'_, Self>,
     ) -> Result<()>;
 
     /// Causal attention of the block's queries over the cache, grouped heads (Ainslie et al. 2023, arXiv:2305.13245): query
@@ -161,20 +182,25 @@ pub trait Kernels: Device {
     fn attention(
         &self,
         stream: &Self::Stream,
-        q: TensorRef<'_>,
-        keys: TensorRef<'_>,
-        values: TensorRef<'_>,
-        batch: Ragged<'_>,
+        q: TensorRef<'_, Self>,
+        keys: TensorRef<'_, Self>,
+        values: TensorRef<'_, Self>,
+        batch: Ragged<'_, Self>,
         mask: AttentionMask,
-        out: TensorMut<'_>,
+        out: TensorMut<'_, Self>,
     ) -> Result<()>;
 
     /// Copies rows of the residual stream: `out[i] = x[indices[i]]`, with `x [T, H]` F32, `indices [R]` U32, `out [R, H]` F32.
-    fn gather(&self, stream: &Self::Stream, x: TensorRef<'_>, indices: TensorRef<'_>, out: TensorMut<'_>)
-    -> Result<()>;
+    fn gather(
+        &self,
+        stream: &Self::Stream,
+        x: TensorRef<'_, Self>,
+        indices: TensorRef<'_, Self>,
+        out: TensorMut<'_, Self>,
+    ) -> Result<()>;
 
     /// The index of each row's greatest element, the first if there are several: `x [R, V]` F32, `out [R]` U32.
-    fn argmax(&self, stream: &Self::Stream, x: TensorRef<'_>, out: TensorMut<'_>) -> Result<()>;
+    fn argmax(&self, stream: &Self::Stream, x: TensorRef<'_, Self>, out: TensorMut<'_, Self>) -> Result<()>;
 
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;

@@ -274,7 +274,7 @@ impl<D: Kernels> Decoder<D> {
     pub fn forward_observed(
         &mut self,
         batch: &[Sequence<'_>],
-        mut observe: impl FnMut(usize, TensorRef<'_>, &D::Stream) -> Result<()>,
+        mut observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
         self.check_batch(batch)?;
         self.device.bind_thread()?;
@@ -469,7 +469,7 @@ impl<D: Kernels> LayerMath<'_, D> {
         let (hidden, heads, groups, size, ffn) =
             (config.hidden, config.heads, config.kv_heads, config.head_dim, config.ffn);
         let (q, kv) = (heads * size, groups * size);
-        let linear = |x: TensorRef<'_>, name: &str, bias: &str, out| {
+        let linear = |x: TensorRef<'_, D>, name: &str, bias: &str, out| {
             device.linear(stream, x, layer.tensor(name)?, layer.get(bias), out)
         };
         let residual = || work.write(at.residual, start * hidden, &[tokens, hidden]);

@@ -44,7 +44,7 @@ impl<D: Device> Exchange<D> {
     }
 
     /// Enqueues the copy of as many words as `to` has, from the first on.
-    pub(super) fn send(&mut self, to: TensorMut<'_>, stream: &D::Stream) -> Result<()> {
+    pub(super) fn send(&mut self, to: TensorMut<'_, D>, stream: &D::Stream) -> Result<()> {
         assert!(to.dtype().size() == 4 && to.elements() <= self.words, "{to:?} for {} words", self.words);
         // SAFETY: both sides are that long, and the host's is not touched before `done`.
         unsafe { self.device.copy_to_device(to.ptr(), self.host.slot(0).as_ptr(), to.bytes(), stream)? };
@@ -52,7 +52,7 @@ impl<D: Device> Exchange<D> {
     }
 
     /// The words of `from`, once all work of `stream` before this is done.
-    pub(super) fn receive(&mut self, from: TensorRef<'_>, stream: &D::Stream) -> Result<&[u32]> {
+    pub(super) fn receive(&mut self, from: TensorRef<'_, D>, stream: &D::Stream) -> Result<&[u32]> {
         assert!(from.dtype() == DType::U32 && from.elements() <= self.words, "{from:?} for {} words", self.words);
         self.device.synchronize(&self.done)?;
         // SAFETY: as above.

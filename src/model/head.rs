@@ -20,12 +20,12 @@ pub(super) struct Head<'a, D: Kernels> {
     pub(super) model: &'a Model,
     pub(super) work: &'a Workspace<D>,
     pub(super) regions: &'a Regions,
-    pub(super) norm: TensorRef<'a>,
+    pub(super) norm: TensorRef<'a, D>,
 }
 
 impl<D: Kernels> Head<'_, D> {
     /// Norms rows of the residual stream; they become the head's rows from `first` on.
-    fn norm(&self, residual: TensorRef<'_>, first: usize) -> Result<()> {
+    fn norm(&self, residual: TensorRef<'_, D>, first: usize) -> Result<()> {
         let config = &self.model.config;
         let out = self.work.write(self.regions.head_normed, first * config.hidden, residual.shape())?;
         self.device.rms_norm(self.stream, residual, self.norm, config.rms_eps, out)
@@ -57,7 +57,7 @@ impl<D: Kernels> Head<'_, D> {
         Ok(column + weight.shape()[0])
     }
 
-    fn project(&self, weight: TensorRef<'_>, rows: usize, column: usize) -> Result<()> {
+    fn project(&self, weight: TensorRef<'_, D>, rows: usize, column: usize) -> Result<()> {
         let (device, stream, work, at, config) =
             (self.device, self.stream, self.work, self.regions, &self.model.config);
         let (width, hidden, vocab) = (weight.shape()[0], config.hidden, config.vocab);

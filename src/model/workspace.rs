@@ -56,7 +56,7 @@ impl<D: Device> Workspace<D> {
     }
 
     /// The region for writing, from element `skip` on, with this shape.
-    pub(super) fn write(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorMut<'_>> {
+    pub(super) fn write(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorMut<'_, D>> {
         let shape = Shape::new(shape)?;
         assert!(skip + shape.elements() <= region.elements, "{shape:?} from {skip} on in {region:?}");
         let ptr = self.device.address(&self.memory).offset(region.at + skip * region.dtype.size());
@@ -65,7 +65,7 @@ impl<D: Device> Workspace<D> {
     }
 
     /// The same for reading.
-    pub(super) fn read(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorRef<'_>> {
+    pub(super) fn read(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorRef<'_, D>> {
         let view = self.write(region, skip, shape)?;
         // SAFETY: as above, with the view just made gone.
         Ok(unsafe { TensorRef::from_raw(view.ptr(), view.dtype(), Shape::new(shape)?) })

@@ -148,6 +148,17 @@ impl<D: Device> ComputeSide<D> {
         Ok((unit, place, progress))
     }
 
+    /// Makes the work of `stream` from now on follow what was enqueued on `with`, with which the layer was taken.
+    pub(super) fn join(&mut self, unit: usize, place: Place, with: &D::Stream, stream: &D::Stream) -> Result<()> {
+        // Recorded once more at the end of the use: only then may anyone else look at it.
+        let [_, compute_done] = self.memory.events(unit, place);
+        let joined = self.device.record(compute_done, with).and_then(|()| self.device.wait(stream, compute_done));
+        joined.inspect_err(|error| {
+            self.control.fail_for_good(error.clone());
+            self.failed = Some(error.clone());
+        })
+    }
+
     /// Ends the use of a layer; its slot is handed back, to be filled once the work now on `stream` is done.
     pub(super) fn release(&mut self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
         let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) else {
@@ -238,6 +249,9 @@ impl<D: Device> ComputeSide<D> {
 }
 
 /// A unit on the device, ready for work on the stream it was taken with. Its slot goes back when it is released or dropped.
+///
+/// Its tensors may be used on that stream alone, where work comes after the arrival and before the release; on another they are
+/// refused. Who orders streams by events of their own makes views with [`TensorRef::from_raw`], and answers for them.
 pub struct Layer<'s, D: Device> {
     streamer: &'s LayerStreamer<D>,
     stream: &'s D::Stream,
@@ -265,19 +279,19 @@ impl<'s, D: Device> Layer<'s, D> {
     ///
     /// # Errors
     /// [`Error::NoTensor`] if there is none, listing those there are.
-    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_, D>> {
         let index = self.streamer.plan().units[self.unit].find(name)?;
         self.tensor_at(index)
     }
 
     /// The tensor that the unit calls `name`, or `None`.
-    pub fn get(&self, name: &str) -> Option<TensorRef<'_>> {
+    pub fn get(&self, name: &str) -> Option<TensorRef<'_, D>> {
         let index = self.streamer.plan().units[self.unit].position(name)?;
         self.tensor_at(index).ok()
     }
 
     /// The unit's tensors by name, in alphabetical order.
-    pub fn tensors(&self) -> impl Iterator<Item = (&str, TensorRef<'_>)> {
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, TensorRef<'_, D>)> {
         let tensors = &self.streamer.plan().units[self.unit].tensors;
         tensors
             .iter()
@@ -285,17 +299,22 @@ impl<'s, D: Device> Layer<'s, D> {
             .filter_map(|(index, placed)| Some((placed.name.as_str(), self.tensor_at(index).ok()?)))
     }
 
-    fn tensor_at(&self, index: usize) -> Result<TensorRef<'_>> {
-        self.streamer.tensor_at(self.unit, self.place, index)
+    fn tensor_at(&self, index: usize) -> Result<TensorRef<'_, D>> {
+        let tensor = self.streamer.tensor_at(self.unit, self.place, index)?;
+        Ok(tensor.only_on(self.streamer.device.stream_id(self.stream)))
     }
 
-    /// Gives the slot back, to be filled again once the work now on `stream` is done. Use this in place of dropping where
-    /// the layer's work ends on another stream than it was taken with, or to see an error of the device.
+    /// Gives the slot back, to be filled again once the work now on `stream`, and on the stream that the layer was taken with, is
+    /// done. Use this in place of dropping where the layer's work ends on another stream, or to see an error of the device.
     ///
     /// # Errors
     /// The device's own, if it could not mark the end of the work; the streamer is then beyond use.
     pub fn release_on(mut self, stream: &D::Stream) -> Result<()> {
+        let device = &self.streamer.device;
         self.released = true;
+        if device.stream_id(stream) != device.stream_id(self.stream) {
+            self.streamer.compute.borrow_mut().join(self.unit, self.place, self.stream, stream)?;
+        }
         self.streamer.release(self.unit, self.place, stream)
     }
 
@@ -320,7 +339,7 @@ impl<D: Device> Drop for Layer<'_, D> {
 
 /// # Safety
 /// `placed` lies, aligned, in memory that starts at `base` and lives for `'a`.
-pub(super) unsafe fn view<'a>(base: crate::device::DevicePtr, placed: &Placed) -> Result<TensorRef<'a>> {
+pub(super) unsafe fn view<'a, D: Device>(base: crate::device::DevicePtr, placed: &Placed) -> Result<TensorRef<'a, D>> {
     let shape = Shape::new(&placed.shape)?;
     // SAFETY: the caller's.
     Ok(unsafe { TensorRef::from_raw(base.offset(placed.at), placed.dtype, shape) })

@@ -268,7 +268,7 @@ impl<D: Device> LayerStreamer<D> {
     }
 
     /// Tensor number `index` of a unit that was taken and not given back.
-    pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_>> {
+    pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_, D>> {
         let base = self.memory.address(&self.plan, unit, place);
         // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is the caller's until it gives it back.
         unsafe { compute::view(base, &self.plan.units[unit].tensors[index]) }

@@ -73,7 +73,7 @@ impl<D: Device> StaticTensors<D> {
     ///
     /// # Errors
     /// [`Error::NoTensor`] if there is none.
-    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_>> {
+    pub fn tensor(&self, name: &str) -> Result<TensorRef<'_, D>> {
         let index = self.plan.find(name)?;
         // SAFETY: the plan placed the tensor, aligned, inside the memory, which lives as long as this.
         unsafe { view(self.device.address(&self.memory), &self.plan.tensors[index]) }

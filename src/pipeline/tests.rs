@@ -21,6 +21,7 @@ use crate::{
 };
 
 mod faults;
+mod order;
 mod pace;
 mod silence;
 mod spans;
@@ -144,7 +145,11 @@ impl Case {
         for _ in 0..count {
             if held.len() == self.settings.n_gpu || (!held.is_empty() && self.rng.bool()) {
                 let layer: Layer<'_, AsyncCpu> = held.swap_remove(self.rng.usize(..held.len()));
-                drop(layer);
+                match self.rng.bool() {
+                    true => drop(layer),
+                    // Its work is on the stream that it was taken with, which this one then follows.
+                    false => layer.release_on(&streams[self.rng.usize(..streams.len())]).unwrap(),
+                }
             }
             let stream = &streams[self.rng.usize(..streams.len())];
             let layer = streamer.next(stream).unwrap();

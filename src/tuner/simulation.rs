@@ -49,10 +49,28 @@ struct Stage {
     batch: usize,
 }
 
-/// The pipeline with one configuration.
+/// A unit's work at a stage: what it waits for, as numbers of steps, 0 for nothing, and what it costs.
+struct Step {
+    /// The stage's own, before.
+    before: u32,
+    arrived: u32,
+    /// After which a slot was free.
+    free: u32,
+    kind: u8,
+    /// The caller sleeps before it.
+    sleeps: bool,
+    work: f64,
+    /// What pinning carries of the unit, while it is computed.
+    pinned: f64,
+    /// How unevenly it takes its time.
+    uneven: f64,
+}
+
+/// The pipeline with one configuration: the steps of all runs, each after those that it waits for.
 pub(super) struct Line {
-    stages: Vec<Stage>,
-    units: usize,
+    steps: Vec<Step>,
+    /// The last step of the first run, and of all; `None` if the pipeline stands still before.
+    ends: Option<[usize; 2]>,
     runs: usize,
     sleep: f64,
     /// What its slots take, in bytes.
@@ -94,59 +112,79 @@ impl Line {
         });
         let rings = [&plan.ram, &plan.pinned].into_iter().flatten().chain([&plan.gpu]);
         let bytes = rings.map(StagePlan::bytes).fold(0, usize::saturating_add);
-        Self { stages, units: units.len(), runs, sleep, bytes }
+        let (steps, ends) = steps(&stages, units.len(), runs);
+        Self { steps, ends, runs, sleep, bytes }
     }
 
     /// Mean seconds of the measured runs.
     pub(super) fn pass(&self, costs: Costs) -> f64 {
-        let (last, end) = (self.stages.len() - 1, self.runs * self.units);
         let [.., uneven, in_the_way, latency] = costs.0;
         let uneven = uneven.min(1.0);
-        let pin = self.stages.iter().find(|stage| stage.kind == 1);
-        // By stage: when it was done with each unit that it has had, and which of them took slots.
-        let mut done: Vec<Vec<f64>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
-        let mut taken: Vec<Vec<usize>> = self.stages.iter().map(|_| Vec::with_capacity(end)).collect();
-        let mut advanced = true;
-        while advanced && done[last].len() < end {
-            advanced = false;
-            for (number, stage) in self.stages.iter().enumerate() {
-                while done[number].len() < end {
-                    let at = done[number].len();
-                    let unit = at % self.units;
-                    let mut start = done[number].last().copied().unwrap_or(0.0);
-                    if number == last && unit == 0 && at > 0 {
-                        start += self.sleep;
-                    }
-                    if number > 0 {
-                        let batch = self.stages[number - 1].batch;
-                        let complete = at - unit + ((unit / batch + 1) * batch).min(self.units) - 1;
-                        let Some(&arrived) = done[number - 1].get(complete) else { break };
-                        start = start.max(arrived);
-                    }
-                    if stage.takes[unit] {
-                        if let Some(before) = taken[number].len().checked_sub(stage.slots) {
-                            let Some(&free) = done[number + 1].get(taken[number][before]) else { break };
-                            start = start.max(if stage.kind == 0 { free + latency } else { free });
-                        }
-                        taken[number].push(at);
-                    }
-                    let mut seconds = stage.work[unit] * costs.0[stage.kind];
-                    if number == last
-                        && let Some(pin) = pin
-                    {
-                        seconds += in_the_way * pin.work[unit] * costs.0[1];
-                    }
-                    done[number].push(start + seconds * (1.0 + uneven * pseudo_random(4 * at + stage.kind)));
-                    advanced = true;
+        let mut done = Vec::with_capacity(self.steps.len() + 1);
+        done.push(0.0f64);
+        for step in &self.steps {
+            let of = |number: u32| done[number as usize];
+            let mut start = of(step.before) + if step.sleeps { self.sleep } else { 0.0 };
+            start = start.max(of(step.arrived));
+            if step.free > 0 {
+                start = start.max(of(step.free) + if step.kind == 0 { latency } else { 0.0 });
+            }
+            let seconds = step.work * costs.0[usize::from(step.kind)] + in_the_way * step.pinned * costs.0[1];
+            done.push(start + seconds * (1.0 + uneven * step.uneven));
+        }
+        let Some([first, all]) = self.ends else { return f64::INFINITY };
+        // Sleep is not measured, but the stages before go on meanwhile.
+        (done[all] - done[first]) / (self.runs - 1) as f64 - self.sleep
+    }
+}
+
+/// The steps of all stages in an order in which they can be gone through, and the last of the first run and of all.
+fn steps(stages: &[Stage], units: usize, runs: usize) -> (Vec<Step>, Option<[usize; 2]>) {
+    let (last, end) = (stages.len() - 1, runs * units);
+    let pin = stages.iter().find(|stage| stage.kind == 1);
+    let mut steps = Vec::with_capacity(stages.len() * end);
+    // By stage: the steps of the units that it has had, and which units took slots.
+    let mut had: Vec<Vec<u32>> = stages.iter().map(|_| Vec::with_capacity(end)).collect();
+    let mut taken: Vec<Vec<usize>> = stages.iter().map(|_| Vec::with_capacity(end)).collect();
+    let mut advanced = true;
+    while advanced && had[last].len() < end {
+        advanced = false;
+        for (number, stage) in stages.iter().enumerate() {
+            while had[number].len() < end {
+                let at = had[number].len();
+                let unit = at % units;
+                let mut arrived = 0;
+                if number > 0 {
+                    let batch = stages[number - 1].batch;
+                    let complete = at - unit + ((unit / batch + 1) * batch).min(units) - 1;
+                    let Some(&step) = had[number - 1].get(complete) else { break };
+                    arrived = step;
                 }
+                let mut free = 0;
+                if stage.takes[unit] {
+                    if let Some(before) = taken[number].len().checked_sub(stage.slots) {
+                        let Some(&step) = had[number + 1].get(taken[number][before]) else { break };
+                        free = step;
+                    }
+                    taken[number].push(at);
+                }
+                steps.push(Step {
+                    before: had[number].last().copied().unwrap_or(0),
+                    arrived,
+                    free,
+                    kind: stage.kind as u8,
+                    sleeps: number == last && unit == 0 && at > 0,
+                    work: stage.work[unit],
+                    pinned: pin.filter(|_| number == last).map_or(0.0, |pin| pin.work[unit]),
+                    uneven: pseudo_random(4 * at + stage.kind),
+                });
+                had[number].push(steps.len() as u32);
+                advanced = true;
             }
         }
-        let (Some(first), Some(all)) = (done[last].get(self.units - 1), done[last].last()) else {
-            return f64::INFINITY;
-        };
-        // Sleep is not measured, but the stages before go on meanwhile.
-        (all - first) / (self.runs - 1) as f64 - self.sleep
     }
+    let ends = had[last].get(units - 1).zip(had[last].get(end - 1));
+    (steps, ends.map(|(first, all)| [*first as usize, *all as usize]))
 }
 
 /// From −1 to 1, the same for the same `number`.
@@ -180,19 +218,23 @@ impl Forecaster {
         }
         let Costs(given) = self.given;
         let known = (0..COSTS).filter(|&cost| PRIOR[cost].is_finite());
-        let off = |costs: Costs| Off {
-            given: known.clone().map(|cost| ((costs.0[cost] / given[cost]).ln() / PRIOR[cost].ln()).powi(2)).sum(),
-            trials: (trials.iter())
-                .map(|(line, trial)| {
-                    let ratio = match (trial.seconds(), &trial.outcome) {
-                        (Some(seconds), _) => line.pass(costs) / seconds,
-                        // It took longer, nobody knows how much.
-                        (None, Outcome::Stopped { limit }) => (line.pass(costs) / limit).min(1.0),
-                        _ => 1.0,
-                    };
-                    (ratio.max(1e-9).ln() / NOISE).powi(2)
-                })
-                .sum(),
+        let off = |costs: Costs, most: f64| {
+            let given = known.clone().map(|cost| ((costs.0[cost] / given[cost]).ln() / PRIOR[cost].ln()).powi(2)).sum();
+            let mut off = Off { given, trials: 0.0 };
+            for (line, trial) in trials {
+                let ratio = match (trial.seconds(), &trial.outcome) {
+                    (Some(seconds), _) => line.pass(costs) / seconds,
+                    // It took longer, nobody knows how much.
+                    (None, Outcome::Stopped { limit }) => (line.pass(costs) / limit).min(1.0),
+                    _ => 1.0,
+                };
+                off.trials += (ratio.max(1e-9).ln() / NOISE).powi(2);
+                // The rest would only add to it.
+                if off.sum() >= most {
+                    break;
+                }
+            }
+            off
         };
         let start_from = |start: usize| {
             let around = |cost: usize, factor: f64| factor.powf(pseudo_random(COSTS * start + cost));
@@ -267,9 +309,14 @@ impl Off {
 }
 
 /// Goes down from `start`, one cost at a time, in steps that become smaller, until the trials are `explained`: the costs, and
-/// how far off they are. `None` if it was given up.
-fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off, given_up: &AtomicBool) -> Option<(Costs, f64)> {
-    let (mut here, mut step) = ((start, off(start)), 1.5f64);
+/// how far off they are. `None` if it was given up. `off` may stop counting at its second argument.
+fn descend(
+    start: Costs,
+    explained: f64,
+    off: &impl Fn(Costs, f64) -> Off,
+    given_up: &AtomicBool,
+) -> Option<(Costs, f64)> {
+    let (mut here, mut step) = ((start, off(start, f64::INFINITY)), 1.5f64);
     while step > 1.01 && here.1.trials > explained {
         if given_up.load(Relaxed) {
             return None;
@@ -279,7 +326,7 @@ fn descend(start: Costs, explained: f64, off: &impl Fn(Costs) -> Off, given_up: 
             for factor in [step, 1.0 / step] {
                 let Costs(mut costs) = here.0;
                 costs[cost] *= factor;
-                let found = off(Costs(costs));
+                let found = off(Costs(costs), here.1.sum());
                 if found.sum() < here.1.sum() {
                     here = (Costs(costs), found);
                 }

@@ -55,10 +55,21 @@ where
     P: FnMut() -> Result<(), E>,
     E: Display,
 {
+    worker_by(setup, |pass| {
+        let start = Instant::now();
+        pass().map(|()| start.elapsed().as_secs_f64())
+    });
+}
+
+/// The same, where `time` runs a pass and says how many seconds that took.
+pub(super) fn worker_by<P, E: Display>(
+    setup: impl FnOnce(Placement) -> Result<P, E>,
+    time: impl Fn(&mut P) -> Result<f64, E>,
+) {
     let Some(channel) = channel() else { return };
     // Should memory run out, it is not the tuner that is killed. A system that does not know of this loses nothing.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
-    let code = match serve(&channel, setup) {
+    let code = match serve(&channel, setup, time) {
         Ok(()) => 0,
         // The tuner is gone, and with it whoever wants to know.
         Err(_) => 1,
@@ -89,11 +100,11 @@ fn channel() -> Option<UnixStream> {
     Some(unsafe { UnixStream::from_raw_fd(descriptor) })
 }
 
-fn serve<P, E>(channel: &UnixStream, setup: impl FnOnce(Placement) -> Result<P, E>) -> std::io::Result<()>
-where
-    P: FnMut() -> Result<(), E>,
-    E: Display,
-{
+fn serve<P, E: Display>(
+    channel: &UnixStream,
+    setup: impl FnOnce(Placement) -> Result<P, E>,
+    time: impl Fn(&mut P) -> Result<f64, E>,
+) -> std::io::Result<()> {
     let say = |message: &Message| {
         let line = serde_json::to_string(message).map_err(std::io::Error::other)? + "\n";
         (&mut &*channel).write_all(line.as_bytes())
@@ -110,11 +121,8 @@ where
             thread::sleep(Duration::try_from_secs_f64(task.sleep).unwrap_or_default());
         }
         say(&Message::Begun)?;
-        let start = Instant::now();
-        let outcome = pass();
-        let took = start.elapsed().as_secs_f64();
-        match outcome {
-            Ok(()) => say(&Message::Took(took))?,
+        match time(&mut pass) {
+            Ok(took) => say(&Message::Took(took))?,
             Err(error) => return say(&Message::Refused(error.to_string())),
         }
     }

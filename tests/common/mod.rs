@@ -131,7 +131,7 @@ impl Fixture {
 }
 
 /// A copy of a tensor's bytes.
-pub fn bytes_of(device: &Cpu, tensor: TensorRef<'_>) -> Vec<u8> {
+pub fn bytes_of(device: &Cpu, tensor: TensorRef<'_, Cpu>) -> Vec<u8> {
     let mut bytes = vec![0; tensor.bytes()];
     let stream = device.stream().unwrap();
     // SAFETY: the vector has the tensor's length, and the copy is done when the call returns.

@@ -148,27 +148,8 @@ unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32) {
     let mut sums = vec![0f32; c.rows * c.columns];
     // SAFETY: the vectors have `a.rows` elements for each of the product's rows and columns, and one for each of its elements.
     unsafe {
-        gemm::gemm(
-            c.columns,
-            c.rows,
-            a.rows,
-            sums.as_mut_ptr(),
-            1,
-            c.rows as isize,
-            false,
-            right.as_ptr(),
-            1,
-            a.rows as isize,
-            left.as_ptr(),
-            a.rows as isize,
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+        let sums = (sums.as_mut_ptr(), c.rows);
+        crate::kernels::product([c.columns, a.rows, c.rows], right.as_ptr(), left.as_ptr(), sums, false);
     }
     for (column, sums) in sums.chunks(c.rows).enumerate() {
         for (row, sum) in sums.iter().enumerate() {

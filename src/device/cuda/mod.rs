@@ -20,7 +20,7 @@ pub use handles::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 use sys::{cudaDeviceAttr as Attribute, cudaError as Code};
 
 use crate::{
-    device::{Device, DevicePtr},
+    device::{Device, DevicePtr, StreamId},
     dtype::DType,
     error::{Error, Result},
 };
@@ -206,7 +206,8 @@ pub(crate) fn code_of(dtype: DType) -> c_int {
     }
 }
 
-impl Device for Cuda {
+// SAFETY: CUDA's own rules; its memory is freed once the work before is done, and handles tell streams apart.
+unsafe impl Device for Cuda {
     type Stream = CudaStream;
     type Event = CudaEvent;
     type Memory = CudaMemory;
@@ -247,6 +248,10 @@ impl Device for Cuda {
 
     fn named_stream(&self, name: &CStr) -> Result<CudaStream> {
         CudaStream::new(self, name)
+    }
+
+    fn stream_id(&self, stream: &CudaStream) -> StreamId {
+        StreamId::of_handle(stream.raw().addr())
     }
 
     fn event(&self) -> Result<CudaEvent> {
