@@ -1,0 +1,156 @@
+//! File systems that are not the usual one: tmpfs, overlay and read-only, from which the bytes are right; and one that is full,
+//! which costs what was to be written there, and nothing else. They are mounted in a namespace of the test's own; where that is not
+//! allowed the tests say so.
+
+mod common;
+#[path = "common/limits.rs"]
+mod limits;
+
+use std::{
+    ffi::CString,
+    fs, io,
+    path::Path,
+    process::{Command, Output},
+    ptr,
+};
+
+use common::{checked_pass, example, fixture, settings, speller};
+use layer_streamer::{LayerStreamer, Settings, StoredTensor, device::Cpu, plan::Reader};
+use limits::in_child;
+
+/// Gives this thread, and what it starts, mounts that nobody else sees. Whether that is allowed.
+fn own_mounts() -> bool {
+    // SAFETY: no memory is involved.
+    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
+    let private = unshared.then(|| mount("none", Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE, ""));
+    let error = match private {
+        Some(Ok(())) => return true,
+        Some(Err(error)) => error,
+        None => io::Error::last_os_error(),
+    };
+    eprintln!("skipped: nothing can be mounted: {error}");
+    false
+}
+
+fn mount(source: &str, at: &Path, kind: Option<&str>, flags: u64, options: &str) -> io::Result<()> {
+    let text = |text: &str| CString::new(text).unwrap();
+    let (source, at, options) = (text(source), text(at.to_str().unwrap()), text(options));
+    let kind = kind.map(text);
+    let kind = kind.as_ref().map_or(ptr::null(), |kind| kind.as_ptr());
+    // SAFETY: strings that end in zero and live through the call.
+    match unsafe { libc::mount(source.as_ptr(), at.as_ptr(), kind, flags, options.as_ptr().cast()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[test]
+fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
+    if !in_child("from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right") || !own_mounts() {
+        return;
+    }
+    let (mut fixture, folder) = (fixture(5, &common::SIZES, 31), common::folder());
+    let place = |name: &str| {
+        let place = folder.path().join(name);
+        fs::create_dir_all(&place).unwrap();
+        place
+    };
+    let original = fixture.table.clone();
+    for kind in ["tmpfs", "overlay", "read-only"] {
+        let at = place(kind);
+        let copy_to = |to: &Path| {
+            for entry in fs::read_dir(fixture.folder.path()).unwrap() {
+                let path = entry.unwrap().path();
+                fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+            }
+        };
+        let mounted = match kind {
+            "tmpfs" => mount("none", &at, Some("tmpfs"), 0, ""),
+            "overlay" => {
+                // The upper layer may not lie on an overlay itself.
+                let layers = place("layers");
+                mount("none", &layers, Some("tmpfs"), 0, "").unwrap();
+                let [lower, upper, work] = ["lower", "upper", "work"].map(|name| layers.join(name));
+                [&lower, &upper, &work].map(|path| fs::create_dir(path).unwrap());
+                copy_to(&lower);
+                let of = |path: &Path| path.to_str().unwrap().to_owned();
+                let options = format!("lowerdir={},upperdir={},workdir={}", of(&lower), of(&upper), of(&work));
+                mount("none", &at, Some("overlay"), 0, &options)
+            }
+            _ => {
+                copy_to(&at);
+                let here = at.to_str().unwrap();
+                let bound = mount(here, &at, None, libc::MS_BIND, "");
+                bound.and_then(|()| mount(here, &at, None, libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY, ""))
+            }
+        };
+        if let Err(error) = mounted {
+            eprintln!("skipped: {kind} cannot be mounted: {error}");
+            continue;
+        }
+        if kind == "tmpfs" {
+            copy_to(&at);
+        }
+        assert_eq!(fs::write(at.join("new"), "").is_err(), kind == "read-only");
+        let moved =
+            |tensor: &StoredTensor| StoredTensor { file: at.join(tensor.file.file_name().unwrap()), ..tensor.clone() };
+        fixture.table = original.iter().map(|(name, tensor)| (name.clone(), moved(tensor))).collect();
+        fixture.checkpoint = fixture.opened_again();
+        for reader in [Reader::Auto, Reader::Pread] {
+            let settings = Settings { reader, ..settings(2, 2, 1) };
+            let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+            (0..2).for_each(|_| checked_pass(&fixture, &mut streamer));
+            eprintln!("counted: {kind}, {reader}: right; {:?}", streamer.stats().reader_reason);
+        }
+    }
+}
+
+/// A run of a program that writes to a full disk, and what it said.
+fn said(command: &mut Command) -> (Output, String) {
+    let done = command.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(!said.contains("panicked"), "{command:?}: {said}");
+    (done, said)
+}
+
+#[test]
+fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
+    if !in_child("a_full_disk_costs_what_was_to_be_written_there_and_nothing_else") || !own_mounts() {
+        return;
+    }
+    let full = common::folder();
+    mount("none", full.path(), Some("tmpfs"), 0, "size=64k").unwrap();
+    // All but one page, so that a file can be begun.
+    fs::write(full.path().join("filler"), vec![0; 60 << 10]).unwrap();
+    let file = |name: &str| full.path().join(name).to_str().unwrap().to_owned();
+    let model = speller().to_str().unwrap().to_owned();
+    let generate = ["--device", "cpu", "--quiet", "4096="];
+    let bench = ["--model", &model, "--device", "cpu", "--rounds", "1", "--window", "0.02", "--warm-up", "0.05"];
+    let shard = format!("{model}/model-00001-of-00002.safetensors");
+    let read = [&shard, "--rounds", "1", "--window", "0.005", "--warm-up", "0.05"];
+    for (program, arguments, option, name, answer) in [
+        ("generate", &generate[..], "--dump-logits", "logits.safetensors", ""),
+        ("generate", &generate, "--trace", "trace.json", " four thousand ninety-six"),
+        ("generate", &generate, "--trace", "trace.html", " four thousand ninety-six"),
+        ("bench_stream", &bench, "--trace", "trace.html", "GB/s"),
+        ("bench_read", &read, "--plot", "plot.svg", "GB/s"),
+    ] {
+        let (done, said) = said(example(program).args(arguments).args([option, &file(name)]));
+        let printed = String::from_utf8_lossy(&done.stdout);
+        assert!(!done.status.success() && printed.contains(answer), "{program} {option}: {printed}{said}");
+        assert!(said.contains("No space left on device") && said.contains(&file(name)), "{program} {option}: {said}");
+        let left: Vec<_> = fs::read_dir(full.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["filler"], "{program} {option}");
+    }
+    // What is known before the work is refused before it.
+    fs::write(full.path().join("filler"), vec![0; 64 << 10]).unwrap();
+    let record = file("record");
+    for (program, arguments, cause) in [
+        ("make_checkpoint", &["--shape", "tiny", &file("model")][..], "free, the checkpoint takes"),
+        ("tune", &["--device", "cpu", "--json", &record], "No space left on device"),
+    ] {
+        let (done, said) = said(example(program).args(arguments));
+        assert!(!done.status.success() && done.stdout.is_empty() && said.contains(cause), "{program}: {said}");
+        assert!(!full.path().join("record").exists(), "{program}: {said}");
+    }
+}
