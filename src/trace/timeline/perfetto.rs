@@ -235,7 +235,7 @@ impl Events<'_> {
             {
                 let gb_per_s = thousandths(rate);
                 if last.replace(gb_per_s) != Some(gb_per_s) {
-                    counter(&link.name, bin as u64 * width, Args::Throughput { gb_per_s })?;
+                    counter(&link.name, (bin as u64).saturating_mul(width), Args::Throughput { gb_per_s })?;
                 }
             }
         }

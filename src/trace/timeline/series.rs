@@ -49,8 +49,8 @@ pub(super) fn slots_in_use(recording: &Recording, ring: &Ring) -> Vec<(u64, usiz
     let emptied: HashMap<(u64, usize), u64> =
         emptying.unwrap_or_default().iter().filter_map(|event| Some((of_pass(event)?, event.end))).collect();
     // What was begun before the emptying lane remembers anything was emptied before, too: those events have made way.
-    let remembers = match recording.dropped + recording.untimed {
-        0 => 0,
+    let remembers = match (recording.dropped, recording.untimed) {
+        (0, 0) => 0,
         _ => emptied.values().copied().min().unwrap_or(0),
     };
     let given_up: Vec<u64> = recording.moments.iter().filter(|m| gives_up(m.kind)).map(|m| m.at).collect();
@@ -78,7 +78,7 @@ pub(super) fn slots_in_use(recording: &Recording, ring: &Ring) -> Vec<(u64, usiz
     let mut in_use = 0isize;
     for (at, change) in changes {
         in_use += change;
-        let shown = in_use.clamp(0, ring.slots as isize) as usize;
+        let shown = (in_use.max(0) as usize).min(ring.slots);
         match steps.last_mut() {
             Some(last) if last.0 == at => last.1 = shown,
             _ => steps.push((at, shown)),
@@ -114,14 +114,14 @@ pub(super) fn throughput(lane: &Lane, width: u64, bins: usize) -> Vec<f64> {
     let mut bytes = vec![0.0; bins];
     let width = width.max(1);
     for event in lane.events.iter().filter(|event| event.bytes > 0) {
-        let (start, end) = (event.start, event.end.max(event.start + 1));
-        let rate = event.bytes as f64 / (end - start) as f64;
+        let (start, end) = (event.start, event.end.max(event.start.saturating_add(1)));
+        let rate = event.bytes as f64 / (end - start).max(1) as f64;
         for (bin, sum) in bytes.iter_mut().enumerate().skip((start / width) as usize) {
-            let begins = bin as u64 * width;
+            let begins = (bin as u64).saturating_mul(width);
             if begins >= end {
                 break;
             }
-            *sum += rate * (end.min(begins + width) - start.max(begins)) as f64;
+            *sum += rate * (end.min(begins.saturating_add(width)) - start.max(begins)) as f64;
         }
     }
     bytes.into_iter().map(|sum| sum / width as f64).collect()
@@ -182,5 +182,17 @@ mod tests {
     fn throughput_is_spread_over_a_spans_time() {
         let (recording, _) = recording(vec![unit(0, 50, 250)], vec![]);
         assert_eq!(throughput(&recording.lanes[0], 100, 4), [2.5, 5.0, 2.5, 0.0]);
+    }
+
+    #[test]
+    fn numbers_at_the_end_of_what_there_is_are_no_bugs() {
+        let last = u64::MAX;
+        let (mut recording, mut ring) = recording(vec![unit(0, 5, last), unit(1, last, last)], vec![]);
+        ring.slots = usize::MAX;
+        (recording.dropped, recording.untimed) = (last, last);
+        assert_eq!(slots_in_use(&recording, &ring), [(5, 1), (last, 0)]);
+        let width = last / 2000;
+        let found = throughput(&recording.lanes[0], width, last.div_ceil(width) as usize);
+        assert!(found.iter().all(|rate| rate.is_finite()) && found[1000] > 0.0);
     }
 }
