@@ -214,6 +214,8 @@ fn rows_of_a_matrix_are_tensors_of_their_own_where_that_is_asked_for() {
     assert_eq!(found.collect::<Vec<_>>(), [(vec![3, 3], 0), (vec![3, 3], 9), (vec![1, 3], 18)]);
     assert!(cut.describe("m").is_some() && checkpoint.describe(&parts[0]).is_none());
     assert_eq!(checkpoint.with_rows("m", 100).unwrap().1.len(), 1);
+    let none = open_single(file_of(&[record("m", "F32", &[0, 1 << 62], 0, 0)], 0)).unwrap();
+    assert_eq!(none.with_rows("m", 1).unwrap().1.len(), 0, "of rows that could not be addressed");
     assert_refused(checkpoint.with_rows("v", 1), &["v", "no rows"]);
     assert_refused(checkpoint.with_rows("w", 1), &["w", "is not in the checkpoint"]);
 }
