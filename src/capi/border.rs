@@ -247,9 +247,9 @@ pub(super) fn c_text(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| Failure::new(LS_UNSUPPORTED, format!("{text:?} contains a zero: C cannot name it")))
 }
 
-/// A text for people to read, without its zeros if it has any.
+/// A text for people to read, in one line and without zeros, whatever the names in it have.
 pub(super) fn c_line(text: String) -> CString {
-    CString::new(text.replace('\0', "?")).expect("the zeros are replaced")
+    CString::new(text.replace('\0', "?").replace(['\n', '\r'], " ")).expect("the zeros are replaced")
 }
 
 /// A structure that may grow at its end, and whose first field says how long the caller's is.
@@ -326,6 +326,11 @@ pub(super) unsafe fn write_sized<T: Grows>(pointer: NonNull<T>, name: &str, valu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_is_one_whatever_is_in_it() {
+        assert_eq!(c_line("unit a\nb\0c\r: cannot".into()).as_c_str(), c"unit a b?c : cannot");
+    }
 
     #[test]
     fn names_and_versions_are_those_they_stand_for() {
