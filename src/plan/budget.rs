@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, Settings, Unit, UnitPlan, host_stages, staging_bytes};
+use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, MOST, Settings, Unit, UnitPlan, host_stages, staging_bytes};
 use crate::{
     arena::PAGE,
     checkpoint::Checkpoint,
@@ -159,8 +159,14 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(
         return Err(Error::setting("units", "there must be at least one"));
     }
     let planned = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+    let sizes: Vec<_> = planned.iter().map(Sizes::of).collect();
+    let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
+    // Sums of them would mean nothing.
+    if all.host.max(all.device) > MOST {
+        return Err(Error::setting("units", "are larger together than can be addressed"));
+    }
     let device_bytes = besides.device_bytes.saturating_add(2 * staging_bytes(&planned));
-    Ok((planned.iter().map(Sizes::of).collect(), Besides { device_bytes, ..besides }))
+    Ok((sizes, Besides { device_bytes, ..besides }))
 }
 
 /// `n_gpu`, `n_cpu_pinned` and `n_cpu`.

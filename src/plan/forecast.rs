@@ -122,7 +122,8 @@ impl Plan {
     /// What a pass moves, and how long that takes.
     pub fn forecast(&self, bandwidths: Bandwidths) -> Forecast {
         let sum = |homes: &[Home], bytes: fn(&super::UnitPlan) -> usize| -> usize {
-            self.units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).sum()
+            let units = self.units.iter().filter(|unit| homes.contains(&unit.home));
+            units.map(bytes).fold(0, usize::saturating_add)
         };
         let read = sum(&[Home::Disk], |unit| unit.read_bytes);
         let copied = sum(&[Home::Disk, Home::Ram, Home::Pinned], |unit| unit.disk_bytes);

@@ -186,8 +186,8 @@ impl UnitPlan {
             inputs.push((arrival, input, entry));
         }
         // In file order, so that what lies side by side on disk does so in every slot and moves in one piece.
-        // By size too: a tensor without elements must not come between two uses of the one that starts where it does.
-        inputs.sort_by_key(|(_, _, entry)| (entry.file, entry.offset, entry.bytes));
+        // By size and name too: no other tensor must come between two uses of the one that starts where it does.
+        inputs.sort_by_key(|&(_, input, entry)| (entry.file, entry.offset, entry.bytes, input));
         let extents = lay_out_extents(inputs.iter().map(|(_, _, entry)| *entry));
         let too_large = || Error::setting("unit", format!("{} is larger than can be addressed", unit.name));
         let host_bytes = extents.last().map_or(0, |extent| extent.at.saturating_add(extent.len));
@@ -430,7 +430,7 @@ impl Plan {
 
     /// Bytes of tensors that one pass brings to the device, as stored.
     pub fn bytes_per_pass(&self) -> usize {
-        self.units.iter().map(|unit| unit.disk_bytes).sum()
+        self.units.iter().map(|unit| unit.disk_bytes).fold(0, usize::saturating_add)
     }
 
     /// Bytes of slots and homes in RAM, in pinned RAM and on the device.
@@ -447,8 +447,51 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        fs::File,
+        os::fd::{AsRawFd, FromRawFd},
+        path::PathBuf,
+    };
+
     use super::*;
     use crate::checkpoint::StoredTensor;
+
+    /// A file in memory that takes no room whatever its length, and its path.
+    pub(in crate::plan) fn hole() -> (File, PathBuf) {
+        // SAFETY: a name that ends with its zero; the descriptor is nobody else's.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"hole".as_ptr(), libc::MFD_CLOEXEC)) };
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        (file, path)
+    }
+
+    #[test]
+    fn sums_that_no_number_holds_are_the_largest_there_is() {
+        let (hole, file) = hole();
+        hole.set_len(1 << 62).unwrap();
+        let tensor = StoredTensor { name: "t".into(), file, offset: 0, dtype: DType::U8, shape: vec![1 << 62] };
+        let checkpoint = Checkpoint::from_table([tensor]).unwrap();
+        let mut unit = Unit::new("unit");
+        unit.keep("t", "t");
+        let units = vec![unit; 5];
+        let plan = Plan::new(&checkpoint, &units, &Settings::default()).unwrap();
+        let forecast = plan.forecast(Bandwidths::default());
+        assert_eq!([plan.bytes_per_pass(), forecast.disk_bytes, forecast.copy_bytes], [usize::MAX; 3]);
+        let budget = Budget { device_bytes: None, host_bytes: usize::MAX };
+        let refused = budget.plan(&checkpoint, &units, Besides::default(), Bandwidths::default()).unwrap_err();
+        assert!(refused.to_string().contains("larger together than can be addressed"), "{refused}");
+    }
+
+    #[test]
+    fn a_tensor_counts_once_also_where_another_has_its_bytes() {
+        let (hole, file) = hole();
+        hole.set_len(4000).unwrap();
+        let tensor = StoredTensor { name: "w".into(), file, offset: 0, dtype: DType::U8, shape: vec![4, 1000] };
+        let (checkpoint, rows) = Checkpoint::from_table([tensor]).unwrap().with_rows("w", 4).unwrap();
+        let mut unit = Unit::new("unit");
+        unit.keep("a", "w").keep("b", &rows[0]).keep("c", "w");
+        let plan = UnitPlan::new(&checkpoint, &unit).unwrap();
+        assert_eq!((plan.disk_bytes, plan.read_bytes), (8000, 4000));
+    }
 
     #[test]
     fn a_read_that_begins_before_its_tensor_is_still_called_by_it() {
