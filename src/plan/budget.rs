@@ -149,7 +149,7 @@ impl Budget {
         let (sizes, besides) = survey(checkpoint, units, besides)?;
         let shared = self.device_bytes.is_none();
         let rings = settings.map_or(SHORTEST, rings_of);
-        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), shared, rings))
+        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), self, rings))
     }
 }
 
@@ -297,7 +297,7 @@ fn choose(
     let Some((_, family, member)) = best else {
         let shortest = *among.last().expect("there are rings");
         let remedy = if among == RINGS { "a shorter context" } else { "shorter rings or a shorter context" };
-        return Err(too_small(budget, least(&families, shared, shortest), remedy));
+        return Err(too_small(budget, least(&families, budget, shortest), remedy));
     };
     let mut homes = vec![Home::Disk; sizes.len()];
     for class in &classes {
@@ -343,19 +343,22 @@ fn spread(units: &[usize], count: usize) -> impl Iterator<Item = usize> {
     units.iter().enumerate().filter(move |(i, _)| before(i + 1) > before(*i)).map(|(_, &unit)| unit)
 }
 
-/// The least that any of the plans takes with these rings, of one memory or of two.
-fn least(families: &[Family], shared: bool, rings: Rings) -> Budget {
-    let least = |of: fn([usize; 2]) -> usize| {
-        let members = families
-            .iter()
-            .flat_map(|family| (0..=family.len()).map(move |gpu| of(family.memory(Member { rings, gpu, kept: gpu }))));
-        members.min().unwrap_or(0)
+/// The least that any of the plans takes with these rings where `given` is: of one memory; or of two, the device's first, then RAM
+/// beside as much of that as is given, or at least needed. Units kept in RAM may take less there than slots for them.
+fn least(families: &[Family], given: Budget, rings: Rings) -> Budget {
+    let members = || {
+        families.iter().flat_map(move |family| {
+            let pairs = (0..=family.len()).flat_map(move |gpu| (gpu..=family.len()).map(move |kept| (gpu, kept)));
+            pairs.map(move |(gpu, kept)| family.memory(Member { rings, gpu, kept }))
+        })
     };
-    if shared {
-        Budget { device_bytes: None, host_bytes: least(|[device, host]| device.saturating_add(host)) }
-    } else {
-        Budget { device_bytes: Some(least(|[device, _]| device)), host_bytes: least(|[_, host]| host) }
-    }
+    let Some(given) = given.device_bytes else {
+        let host_bytes = members().map(|[device, host]| device.saturating_add(host)).min().unwrap_or(0);
+        return Budget { device_bytes: None, host_bytes };
+    };
+    let least = members().map(|[device, _]| device).min().unwrap_or(0);
+    let beside = members().filter(|[device, _]| *device <= given.max(least));
+    Budget { device_bytes: Some(least), host_bytes: beside.map(|[_, host]| host).min().unwrap_or(0) }
 }
 
 fn too_small(given: Budget, least: Budget, remedy: &str) -> Error {

@@ -139,6 +139,23 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
 }
 
 #[test]
+fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
+    let of =
+        |pages: usize| Sizes { read: pages * PAGE, copied: pages * PAGE, host: pages * PAGE, device: pages * PAGE };
+    // With slots for the large unit it would be three times 100 pages.
+    let (sizes, rings) = ([of(100), of(1), of(2)], [[1, 2, 0]]);
+    let by = Bandwidths::default();
+    let chosen = |budget: Budget| choose(&sizes, Besides::default(), budget, by, &rings);
+    let needed = Budget { device_bytes: Some(200 * PAGE), host_bytes: 105 * PAGE };
+    assert_eq!(chosen(needed).unwrap().0[0], Home::Pinned);
+    let said = chosen(Budget { host_bytes: needed.host_bytes - 1, ..needed }).unwrap_err().to_string();
+    assert!(said.starts_with("ram: ") && said.contains(&format!("will do, {};", needed.host_bytes)), "{said}");
+    // On the device it takes more there, and slots of its size on its way.
+    let said = chosen(Budget { device_bytes: Some(0), ..needed }).unwrap_err().to_string();
+    assert!(said.starts_with("vram: ") && said.contains(&format!("will do, {};", 104 * PAGE)), "{said}");
+}
+
+#[test]
 fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
     let size = 64 * PAGE;
     let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 28];
