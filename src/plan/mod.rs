@@ -6,6 +6,8 @@
 
 mod budget;
 mod forecast;
+#[cfg(test)]
+mod fuzz;
 mod placement;
 mod settings;
 

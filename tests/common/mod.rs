@@ -14,6 +14,7 @@ use layer_streamer::{
     device::{Cpu, Device, TensorRef},
 };
 
+pub mod fuzz;
 #[cfg(feature = "model")]
 mod model;
 #[cfg(feature = "model")]

@@ -1,0 +1,383 @@
+//! The planner, asked for anything: tables that nobody has, numbers at the edge of what there is. It refuses with an error, or
+//! its plan reads what is needed once, puts it where nothing else lies, and keeps to the budget; and where a budget is too
+//! small, the least that it names is the least. How long, and from which seed: see `tests/common/fuzz.rs`.
+
+use std::{fs::File, path::PathBuf};
+
+use super::{tests::hole, *};
+use crate::{
+    checkpoint::StoredTensor,
+    common::fuzz::{number, rounds},
+    device::Cpu,
+};
+
+const TYPES: [DType; 9] =
+    [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::Bool, DType::I64, DType::F64, DType::F8E5M2];
+
+/// Files of any length.
+struct Holes(Vec<(File, PathBuf)>);
+
+impl Holes {
+    fn new() -> Self {
+        Self((0..3).map(|_| hole()).collect())
+    }
+}
+
+/// What is to be planned.
+struct Asked {
+    checkpoint: Checkpoint,
+    units: Vec<Unit>,
+}
+
+/// Dimensions of a tensor of up to `most` elements; where the caller is careless, also others.
+fn shape(rng: &mut fastrand::Rng, most: usize, careless: bool) -> Vec<usize> {
+    let rank = if careless && rng.u8(..20) == 0 { rng.usize(..12) } else { rng.usize(..5) };
+    let (mut shape, mut left) = (Vec::new(), most);
+    for _ in 0..rank {
+        let dim = match rng.u8(..16) {
+            0 => 0,
+            1..8 => 1 + rng.usize(..9),
+            8..12 => [255, 256, 257, 2047, 4095, 4096, 4097][rng.usize(..7)],
+            12..15 => {
+                let most = left >> rng.u32(..64);
+                rng.usize(..=most)
+            }
+            _ if careless => number(rng),
+            _ => left,
+        };
+        if dim > left && !careless {
+            continue;
+        }
+        left = left.checked_div(dim).unwrap_or(left);
+        shape.push(dim);
+    }
+    rng.shuffle(&mut shape);
+    shape
+}
+
+/// Tensors side by side, or nearly so, in files that end where the last one does or later.
+fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> Vec<StoredTensor> {
+    // Sizes of everyday, of large models, and of no disk.
+    let most = 1usize << [10, 20, 26, 34, 50, 62][rng.usize(..6)];
+    let (mut table, files) = (Vec::new(), &holes.0[..1 + rng.usize(..holes.0.len())]);
+    for (file, path) in files {
+        let mut end = [0, 8, 4096, rng.u64(..100_000)][rng.usize(..4)];
+        for _ in 0..rng.usize(..9) {
+            let gap = match rng.u8(..8) {
+                0..4 => 0,
+                4 => rng.u64(..64),
+                5 => MAX_GAP + rng.u64(..9000) - 4500,
+                6 => rng.u64(..1 << 20),
+                _ => {
+                    let most = (i64::MAX as u64 - end) >> rng.u32(..63);
+                    rng.u64(..=most)
+                }
+            };
+            let offset = end.saturating_add(gap).min(i64::MAX as u64);
+            let dtype = TYPES[rng.usize(..TYPES.len())];
+            let room = (i64::MAX as u64 - offset) as usize;
+            let shape = shape(rng, most.min(room) / dtype.size(), careless);
+            let bytes = dtype.bytes_of(&shape).unwrap_or(0) as u64;
+            if bytes as usize > room && !careless {
+                continue;
+            }
+            let overlaps = careless && rng.u8(..30) == 0;
+            let name = format!("{}{}", table.len(), ["", ".weight", "\"\n\0é", "[0..1]"][rng.usize(..4)]);
+            table.push(StoredTensor { name, file: path.clone(), offset, dtype, shape });
+            end = if overlaps { offset } else { offset.saturating_add(bytes).min(i64::MAX as u64) };
+        }
+        let beyond = [0, 1, 4096, rng.u64(..1 << 20)][rng.usize(..4)];
+        let length = end.saturating_add(beyond).min(i64::MAX as u64);
+        let cut = if careless && rng.u8(..20) == 0 { rng.u64(..=length) } else { 0 };
+        file.set_len(length - cut).unwrap();
+    }
+    rng.shuffle(&mut table);
+    table
+}
+
+fn unit(rng: &mut fastrand::Rng, checkpoint: &Checkpoint, names: &[String], careless: bool) -> Unit {
+    let mut unit = Unit::new(format!("unit {}", rng.u8(..)));
+    for index in 0..rng.usize(..9) {
+        let name = &names[rng.usize(..names.len())];
+        let wrong = careless && rng.u8(..30) == 0;
+        let inputs = match rng.u8(..3) {
+            0 if wrong => vec![],
+            1 if wrong => vec![name.clone(), name.clone()],
+            _ if wrong => vec!["no such tensor".into()],
+            _ => vec![name.clone()],
+        };
+        let dtype = checkpoint.describe(name).expect("it is there").0;
+        let op = match TYPES[rng.usize(..TYPES.len())] {
+            to if rng.bool() && (careless || to == dtype || dtype.converts_to(to)) => ArrivalOp::To(to),
+            _ => ArrivalOp::Keep,
+        };
+        let twice = careless && rng.u8(..30) == 0;
+        let output = format!("{}{}", if twice { 0 } else { index }, ["", ".a", "é\0"][rng.usize(..3)]);
+        unit.add(Arrival { output, inputs, op });
+    }
+    unit.home(Home::ALL[rng.usize(..4)]);
+    unit
+}
+
+impl Asked {
+    fn new(rng: &mut fastrand::Rng, holes: &Holes) -> Option<Self> {
+        let careless = rng.u8(..4) == 0;
+        let mut checkpoint = Checkpoint::from_table(table(rng, holes, careless)).ok()?;
+        let mut names: Vec<_> = checkpoint.names().map(str::to_owned).collect();
+        if rng.u8(..4) == 0 {
+            // Rows of a matrix lie inside it. Not one tensor for each of a great many.
+            let name = names[rng.usize(..names.len())].clone();
+            let height = checkpoint.describe(&name).map_or(0, |(_, shape)| shape.first().copied().unwrap_or(0));
+            let rows = number(rng).max(height / 8);
+            let (with_rows, parts) = checkpoint.with_rows(&name, rows).ok()?;
+            checkpoint = with_rows;
+            names.extend(parts);
+        }
+        // A few units of which there may be many, so that some are alike.
+        let kinds: Vec<_> = (0..1 + rng.usize(..3)).map(|_| unit(rng, &checkpoint, &names, careless)).collect();
+        let units =
+            (0..rng.usize(..if careless { 12 } else { 11 }) + usize::from(!careless)).map(|_| match rng.u8(..4) {
+                0 => unit(rng, &checkpoint, &names, careless),
+                _ => {
+                    let mut unit = kinds[rng.usize(..kinds.len())].clone();
+                    unit.home(Home::ALL[rng.usize(..4)]);
+                    unit
+                }
+            });
+        Some(Self { units: units.collect(), checkpoint })
+    }
+}
+
+fn settings(rng: &mut fastrand::Rng) -> Settings {
+    let [n_gpu, n_cpu_pinned, n_cpu] = match rng.u8(..8) {
+        0 => [number(rng), number(rng), number(rng)],
+        _ => [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)],
+    };
+    let batch =
+        |rng: &mut fastrand::Rng, n: usize| if rng.u8(..30) == 0 { number(rng) } else { rng.usize(..=n.min(9)) };
+    let [batch_gpu, batch_cpu_pinned, batch_cpu] = [n_gpu, n_cpu_pinned, n_cpu].map(|n| batch(rng, n));
+    Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, ..Settings::default() }
+}
+
+/// Ranges of one space: none overlaps another, all end by `end`.
+fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
+    ranges.sort_unstable();
+    let last = ranges.into_iter().fold(0, |last, (start, length)| {
+        assert!(start >= last, "{what}: one at {start} where another ends at {last}");
+        start + length
+    });
+    assert!(last <= end, "{what}: to {last} of {end}");
+}
+
+/// A unit's tensors are read once, and arrive where nothing else does.
+fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
+    assert_eq!((plan.home, plan.name.as_str(), plan.tensors.len()), (unit.home, unit.name(), unit.arrivals().len()));
+    let aligned = |at: usize, to: usize| at.is_multiple_of(to);
+    let mut before: Option<&Extent> = None;
+    for extent in &plan.extents {
+        let length = checkpoint.length(extent.file);
+        assert!(extent.offset < extent.end && extent.end <= length, "{extent:?} of {length}");
+        assert!(aligned(extent.offset as usize, PAGE) && aligned(extent.len, PAGE) && aligned(extent.at, PAGE));
+        // To the page in which the last tensor ends, and no further.
+        let rounded = extent.end.next_multiple_of(PAGE as u64);
+        assert_eq!(extent.offset + extent.len as u64, rounded, "{extent:?}");
+        if let Some(before) = before {
+            assert!(extent.at >= before.at + before.len, "{before:?} and {extent:?}");
+            let after = (before.file, before.offset + before.len as u64);
+            assert!((extent.file, extent.offset) >= after, "{before:?} and {extent:?} are read twice");
+        }
+        before = Some(extent);
+    }
+    assert!(before.map_or(0, |last| last.at + last.len) <= plan.host_bytes);
+
+    let (mut places, mut needed, mut arriving) = (Vec::new(), Vec::new(), 0);
+    for arrival in unit.arrivals() {
+        let entry = checkpoint.entry(&arrival.inputs[0]).unwrap();
+        let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
+        let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
+        assert_eq!((placed.dtype, &placed.shape), (to, &entry.shape));
+        assert!(aligned(placed.at, DEVICE_ALIGN));
+        let elements = entry.bytes / entry.dtype.size();
+        places.push((placed.at, elements * to.size()));
+        if elements == 0 {
+            continue;
+        }
+        let within =
+            |extent: &&Extent| extent.file == entry.file && extent.offset <= entry.offset && entry.end() <= extent.end;
+        let found: Vec<_> = plan.extents.iter().filter(within).collect();
+        let [extent] = found[..] else { panic!("{}: {found:?}", arrival.output) };
+        let from = extent.at + (entry.offset - extent.offset) as usize;
+        needed.push((entry.file, entry.offset, entry.end(), &arrival.inputs[0]));
+        if to == entry.dtype {
+            arriving += entry.bytes;
+            let brings = |copy: &&CopyRange| {
+                let skipped = from.checked_sub(copy.from).filter(|skipped| skipped + entry.bytes <= copy.bytes);
+                skipped.is_some_and(|skipped| copy.to + skipped == placed.at)
+            };
+            assert_eq!(plan.copies.iter().filter(brings).count(), 1, "{}", arrival.output);
+        } else {
+            let (from_type, to_type) = (entry.dtype, to);
+            let wanted = Transform { from, to: placed.at, elements, from_type, to_type };
+            assert_eq!(plan.transforms.iter().filter(|found| **found == wanted).count(), 1, "{}", arrival.output);
+        }
+    }
+    apart(places.clone(), plan.device_bytes, "tensors on the device");
+    let copied: usize = plan.copies.iter().map(|copy| copy.bytes).sum();
+    let count = places.iter().filter(|(_, bytes)| *bytes > 0).count();
+    assert!(copied == arriving && plan.transforms.len() <= count, "{copied} bytes are copied of {arriving}");
+
+    // Nothing is read that is not needed, but for the rest of pages and small gaps.
+    needed.sort_unstable();
+    needed.dedup();
+    assert_eq!(plan.disk_bytes, needed.iter().map(|(_, start, end, _)| (end - start) as usize).sum::<usize>());
+    for extent in &plan.extents {
+        let mut last = extent.offset;
+        for (_, start, end, _) in needed
+            .iter()
+            .filter(|(file, start, ..)| *file == extent.file && (extent.offset..extent.end).contains(start))
+        {
+            assert!(*start <= last + MAX_GAP + 2 * PAGE as u64, "{extent:?}: nothing from {last} to {start}");
+            last = last.max(*end);
+        }
+        assert_eq!(last, extent.end, "{extent:?}");
+    }
+    let read =
+        |extent: &Extent| (extent.offset + extent.len as u64).min(checkpoint.length(extent.file)) - extent.offset;
+    assert_eq!(plan.read_bytes as u64, plan.extents.iter().map(read).sum::<u64>());
+}
+
+/// Slots take every unit that passes through, homes take those that live there.
+fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, in_ram: bool) {
+    assert_eq!(plan.units(), asked.units.len());
+    asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan));
+    let of = |homes: &[Home], bytes: fn(&UnitPlan) -> usize| -> usize {
+        plan.units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).max().unwrap_or(0)
+    };
+    let check = |stage: &StagePlan, n: usize, batch: usize, largest: usize| {
+        assert_eq!((stage.slots, stage.batch), (n + 1, batch.max(1)));
+        assert!(stage.slot_bytes.is_multiple_of(PAGE) && stage.slot_bytes >= largest.max(1), "{stage:?} for {largest}");
+        assert!(stage.slot_bytes - largest <= PAGE, "{stage:?} for {largest}");
+    };
+    let all = if in_ram { &Home::ALL[..] } else { &Home::ALL[..3] };
+    check(&plan.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
+    let (read, pinned) = ([Home::Disk, Home::Gpu], [Home::Disk, Home::Gpu, Home::Ram]);
+    if let Some(stage) = &plan.ram {
+        check(stage, settings.n_cpu, settings.batch_cpu, of(&read, |unit| unit.host_bytes));
+    }
+    if let Some(stage) = &plan.pinned {
+        check(stage, settings.n_cpu_pinned, settings.batch_cpu_pinned, of(&pinned, |unit| unit.host_bytes));
+    }
+    assert!(plan.ram.is_some() || plan.pinned.is_some());
+    let Residents { ram, pinned, gpu, count } = plan.residents;
+    for (home, end, align) in [(Home::Ram, ram, PAGE), (Home::Pinned, pinned, PAGE), (Home::Gpu, gpu, DEVICE_ALIGN)] {
+        let bytes = |unit: &UnitPlan| if home == Home::Gpu { unit.device_bytes } else { unit.host_bytes };
+        let live = || plan.units.iter().filter(|unit| unit.home == home);
+        assert!(live().all(|unit| unit.resident_at.is_multiple_of(align)));
+        apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "homes");
+    }
+    assert_eq!(count, plan.homes().filter(|home| *home != Home::Disk).count());
+    let [ram, pinned, gpu] = plan.places();
+    let [host, device] = memory(plan);
+    assert_eq!([host, device], [ram.saturating_add(pinned), gpu.saturating_add(2 * plan.staging_bytes)]);
+    let forecast = plan.forecast(Bandwidths::default());
+    assert!(forecast.copy_bytes <= plan.bytes_per_pass() && forecast.pass_seconds >= 0.0, "{forecast:?}");
+}
+
+/// What it takes in RAM and on the device.
+fn memory(plan: &Plan) -> [usize; 2] {
+    [false, true].map(|on_device| {
+        let parts = plan.memory();
+        let parts = parts.iter().filter(|part| part.on_device == on_device);
+        parts.fold(0usize, |sum, part| sum.saturating_add(part.bytes))
+    })
+}
+
+#[test]
+fn a_plan_reads_what_is_needed_once_or_there_is_an_error() {
+    let holes = Holes::new();
+    rounds("plan", |rng| {
+        let Some(asked) = Asked::new(rng, &holes) else { return false };
+        let (settings, in_ram) = (settings(rng), rng.bool());
+        let made = match in_ram {
+            true => Plan::on(&Cpu, &asked.checkpoint, &asked.units, &settings),
+            false => Plan::new(&asked.checkpoint, &asked.units, &settings),
+        };
+        if let Ok(plan) = &made {
+            check_plan(&asked, &settings, plan, in_ram);
+        }
+        made.is_ok()
+    });
+}
+
+/// The least that a refusal names: of device memory, or of RAM.
+fn named(error: &Error) -> Option<(bool, usize)> {
+    let said = error.to_string();
+    let least = said.split("the least that will do, ").nth(1)?.split(';').next()?;
+    Some((said.starts_with("vram: "), least.parse().unwrap()))
+}
+
+#[test]
+fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
+    let holes = Holes::new();
+    rounds("budget", |rng| {
+        let Some(mut asked) = Asked::new(rng, &holes) else { return false };
+        let besides = match rng.u8(..4) {
+            0 => Besides { device_bytes: number(rng), host_bytes: number(rng) },
+            1 => Besides { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) },
+            _ => Besides::default(),
+        };
+        let speed =
+            |rng: &mut fastrand::Rng| [2e9, 1e10 * rng.f64(), 0.0, f64::INFINITY][rng.usize(..4).min(rng.usize(..4))];
+        let by = Bandwidths { disk: speed(rng), copy: speed(rng) };
+        let given = rng.bool().then(|| settings(rng));
+        let Asked { checkpoint, units } = &asked;
+        let plan = |budget: Budget| match &given {
+            None => budget.plan(checkpoint, units, besides, by),
+            Some(given) => Ok((budget.plan_with(checkpoint, units, besides, by, given)?, given.clone())),
+        };
+        let shared = rng.bool();
+        let amount = |rng: &mut fastrand::Rng| rng.usize(..) >> rng.u32(..64);
+        let mut budget = Budget { device_bytes: (!shared).then(|| amount(rng)), host_bytes: amount(rng) };
+        let mut planned = plan(budget);
+        // What is refused for want of memory works with what is named, and not with a byte less.
+        for _ in 0..2 {
+            let Err(error) = planned else { break };
+            let Some((vram, least)) = named(&error) else { return false };
+            let with = |bytes: usize| match vram {
+                true => Budget { device_bytes: Some(bytes), ..budget },
+                false => Budget { host_bytes: bytes, ..budget },
+            };
+            let before = if vram { budget.device_bytes.unwrap() } else { budget.host_bytes };
+            assert!(before < least, "{error}");
+            assert_eq!(plan(with(least - 1)).err().as_ref().and_then(named), Some((vram, least)), "{error}");
+            budget = with(least);
+            planned = plan(budget);
+            if vram {
+                // There may be too little RAM still.
+                let other = planned.as_ref().err().and_then(named);
+                assert!(other.is_none_or(|(vram, _)| !vram), "{error}");
+            }
+        }
+        let (homes, settings) = planned.unwrap_or_else(|error| panic!("{error} with {budget:?}"));
+        if given.is_none() {
+            let least = budget.least(checkpoint, units, besides).unwrap();
+            assert!(least.host_bytes <= budget.host_bytes && least.device_bytes <= budget.device_bytes);
+            plan(least).unwrap_or_else(|error| panic!("{error} with {least:?}"));
+        }
+        asked.units.iter_mut().zip(&homes).for_each(|(unit, home)| _ = unit.home(*home));
+        let made = match shared {
+            true => Plan::on(&Cpu, &asked.checkpoint, &asked.units, &settings),
+            false => Plan::new(&asked.checkpoint, &asked.units, &settings),
+        };
+        let made = made.unwrap_or_else(|error| panic!("{error} with {budget:?}, {homes:?}"));
+        check_plan(&asked, &settings, &made, shared);
+        let [host, device] = memory(&made);
+        let (host, device) = (host.saturating_add(besides.host_bytes), device.saturating_add(besides.device_bytes));
+        let fits = match budget.device_bytes {
+            Some(bytes) => device <= bytes && host <= budget.host_bytes,
+            None => device.saturating_add(host) <= budget.host_bytes,
+        };
+        assert!(fits, "{host} bytes of RAM, {device} of the device for {budget:?}");
+        true
+    });
+}
