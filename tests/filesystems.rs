@@ -71,7 +71,7 @@ fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
                 let layers = place("layers");
                 mount("none", &layers, Some("tmpfs"), 0, "").unwrap();
                 let [lower, upper, work] = ["lower", "upper", "work"].map(|name| layers.join(name));
-                [&lower, &upper, &work].map(|path| fs::create_dir(path).unwrap());
+                [&lower, &upper, &work].iter().for_each(|path| fs::create_dir(path).unwrap());
                 copy_to(&lower);
                 let of = |path: &Path| path.to_str().unwrap().to_owned();
                 let options = format!("lowerdir={},upperdir={},workdir={}", of(&lower), of(&upper), of(&work));

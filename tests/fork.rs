@@ -3,7 +3,6 @@
 #![cfg(target_os = "linux")]
 
 #[path = "common/limits.rs"]
-#[allow(dead_code, reason = "other tests use more of it")]
 mod limits;
 
 use std::time::{Duration, Instant};

@@ -117,7 +117,7 @@ impl Engine {
 }
 
 /// Waits until `left` counts nothing; false if for [`STILL`] it counted nothing less.
-pub(super) fn until_none(mut left: impl FnMut() -> usize) -> bool {
+pub(crate) fn until_none(mut left: impl FnMut() -> usize) -> bool {
     let (mut since, mut pause, mut least) = (Instant::now(), Duration::from_micros(50), usize::MAX);
     loop {
         match left() {

@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use engine::Engine;
+pub(crate) use engine::{Engine, until_none};
 
 use crate::{
     arena::{Arena, PAGE},
@@ -46,6 +46,8 @@ pub(crate) struct Source {
     direct: Result<File, String>,
     buffered: File,
     policy: CachePolicy,
+    /// A ring that is told of a read may make it at once, in the thread that tells it.
+    blocks: bool,
     #[cfg(test)]
     faults: faults::Faults,
 }
@@ -70,6 +72,7 @@ impl Source {
             path: path.to_owned(),
             state,
             direct,
+            blocks: is_fuse(&buffered),
             buffered,
             policy,
             #[cfg(test)]
@@ -94,6 +97,16 @@ impl Source {
 
     fn descriptor(&self, direct: bool) -> RawFd {
         self.direct.as_ref().ok().filter(|_| direct).unwrap_or(&self.buffered).as_raw_fd()
+    }
+}
+
+/// Whether a program answers for the file system: then a read past the page cache, too, waits where it is asked for.
+fn is_fuse(file: &File) -> bool {
+    const FUSE_SUPER_MAGIC: u64 = 0x6573_5546;
+    // SAFETY: a plain structure, which the call fills in.
+    unsafe {
+        let mut about: libc::statfs = std::mem::zeroed();
+        libc::fstatfs(file.as_raw_fd(), &raw mut about) == 0 && about.f_type as u64 == FUSE_SUPER_MAGIC
     }
 }
 

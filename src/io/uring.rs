@@ -108,7 +108,11 @@ impl Uring {
             None => opcode::Read::new(file, address, len).offset(offset).build(),
         };
         // A read from the page cache copies while it is submitted: the kernel's own threads do that side by side.
-        let flags = if flight.direct { io_uring::squeue::Flags::empty() } else { io_uring::squeue::Flags::ASYNC };
+        let flags = if flight.direct && !self.sources[chunk.file].blocks {
+            io_uring::squeue::Flags::empty()
+        } else {
+            io_uring::squeue::Flags::ASYNC
+        };
         let entry = entry.user_data(number as u64).flags(flags);
         // SAFETY: the range is the chunk's, valid by the invariant; the descriptor is open for the life of `sources`.
         unsafe { self.ring.submission().push(&entry) }.expect("the queue has a place for every flight");

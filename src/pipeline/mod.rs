@@ -18,7 +18,6 @@ use std::{
     cell::{Cell, RefCell},
     mem::ManuallyDrop,
     sync::Arc,
-    thread::JoinHandle,
 };
 
 pub use compute::{Layer, Progress};
@@ -38,7 +37,7 @@ use crate::{
         on_device::DeviceMemory,
         pin::PinStage,
         read::ReadStage,
-        stage::Control,
+        stage::{Control, Running},
         transfer::TransferStage,
     },
     plan::{Plan, Reader, Settings, StagePlan, Unit, UnitPlan},
@@ -64,7 +63,7 @@ pub struct LayerStreamer<D: Device> {
     registration: ManuallyDrop<Option<D::Registration>>,
     host: ManuallyDrop<Arc<HostMemory>>,
     memory: ManuallyDrop<Arc<DeviceMemory<D>>>,
-    threads: Vec<JoinHandle<bool>>,
+    threads: Vec<Running>,
     /// Whether all that was given back already.
     ended: bool,
 }
@@ -360,7 +359,7 @@ impl<D: Device> LayerStreamer<D> {
         self.control.stop();
         let mut idle = self.device.bind_thread().is_ok();
         for thread in self.threads.drain(..) {
-            idle &= thread.join().unwrap_or(false);
+            idle &= thread.join();
         }
         // The device may still compute on slots that were released: wait for our own events, never for the caller's stream.
         idle &= self.memory.all_events().all(|event| self.device.synchronize(event).is_ok());

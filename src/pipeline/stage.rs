@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     error::{Error, Result},
+    io,
     pipeline::link::{Entry, Inlet, Outlet, Place},
     sync::{self, AtomicBool, AtomicU64, Mutex, Ordering, Signal},
     trace::{Activity, Carried, Mark, Stage, Trace},
@@ -221,12 +222,10 @@ pub(crate) trait Advance: Send {
 }
 
 /// Runs `stage` in a thread of its own until [`Control::stop`]. The thread returns whether the stage's memory is idle.
-pub(crate) fn spawn<S: Advance + 'static>(
-    mut stage: S,
-    control: Arc<Control>,
-    signal: Arc<Signal>,
-) -> Result<thread::JoinHandle<bool>> {
+pub(crate) fn spawn<S: Advance + 'static>(mut stage: S, control: Arc<Control>, signal: Arc<Signal>) -> Result<Running> {
     let name = S::STAGE.name();
+    let ending = Arc::new(AtomicBool::new(false));
+    let ends = ending.clone();
     let begin = move || {
         let begun = panic::catch_unwind(AssertUnwindSafe(|| stage.begin()));
         (stage, begun)
@@ -242,6 +241,7 @@ pub(crate) fn spawn<S: Advance + 'static>(
         if let Err(payload) = outcome {
             control.fail_for_good(Error::Panicked { stage: name, message: panic_message(&*payload) });
         }
+        ends.store(true, Ordering::Release);
         let idle = panic::catch_unwind(AssertUnwindSafe(|| stage.end().is_ok())).unwrap_or(false);
         if !idle {
             // The device may still use the stage's own memory.
@@ -250,7 +250,25 @@ pub(crate) fn spawn<S: Advance + 'static>(
         idle
     };
     let failed = |source: std::io::Error| Error::Thread { stage: name, source: source.into() };
-    sync::spawn(&format!("ls-{name}"), begin, work).map_err(failed)
+    let thread = sync::spawn(&format!("ls-{name}"), begin, work).map_err(failed)?;
+    Ok(Running { thread, ending, reads: S::STAGE == Stage::Read })
+}
+
+/// A stage's thread.
+pub(crate) struct Running {
+    thread: thread::JoinHandle<bool>,
+    /// It has left its loop.
+    ending: Arc<AtomicBool>,
+    reads: bool,
+}
+
+impl Running {
+    /// Waits for its end, after it was told to stop. False if it, or what it enqueued, may still use memory: a thread that reads
+    /// may be in a call that never returns, where a file system's server is gone, and is left to itself then.
+    pub(crate) fn join(self) -> bool {
+        let left = || usize::from(!self.ending.load(Ordering::Acquire));
+        (!self.reads || io::until_none(left)) && self.thread.join().unwrap_or(false)
+    }
 }
 
 /// The loop itself.

@@ -13,7 +13,7 @@ pub fn in_child(name: &str) -> bool {
         unsafe { libc::alarm(60) };
         return true;
     }
-    let arguments = ["--exact", name, "--nocapture", "--test-threads=1"];
+    let arguments = ["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"];
     let output = Command::new(std::env::current_exe().unwrap()).args(arguments).env(CHILD, "1").output().unwrap();
     let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.contains("1 passed"), "{}\n{said}\n{errors}", output.status);

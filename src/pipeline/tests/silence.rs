@@ -199,3 +199,24 @@ fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wai
         [Reader::Uring, Reader::Pread].into_iter().for_each(|rung| _ = scope.spawn(move || check(rung)));
     });
 }
+
+#[test]
+fn a_thread_that_is_held_in_a_system_call_holds_nobody_up() {
+    let case = case(4, Reader::Uring);
+    let held = Arc::new(AtomicBool::new(true));
+    let holds = held.clone();
+    Faults::plan(|attempt| attempt.result).plan_enters(move || {
+        while holds.load(SeqCst) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        None
+    });
+    let (mut streamer, stream) = (case.streamer(), case.device.stream().unwrap());
+    streamer.canceller().cancel();
+    assert!(matches!(streamer.next(&stream).err(), Some(Error::Cancelled)));
+    let start = Instant::now();
+    streamer.rewind().unwrap();
+    assert!(matches!(streamer.close(), Err(Error::Leaked { bytes }) if bytes > 0));
+    assert!(start.elapsed() < SOON, "{:?} to close", start.elapsed());
+    held.store(false, SeqCst);
+}
