@@ -47,6 +47,24 @@ pub(crate) fn spawn<B, T: Send + 'static>(
     Ok(thread)
 }
 
+/// What comes to an end makes progress within this time; what makes none is taken for something that never does.
+pub(crate) const STILL: Duration = Duration::from_millis(500);
+
+/// Waits until `left` counts nothing; false if for [`STILL`] it counted nothing less.
+pub(crate) fn until_none(mut left: impl FnMut() -> usize) -> bool {
+    let (mut since, mut pause, mut least) = (Instant::now(), Duration::from_micros(50), usize::MAX);
+    loop {
+        match left() {
+            0 => return true,
+            left if left < least => (since, least) = (Instant::now(), left),
+            _ if since.elapsed() > STILL => return false,
+            _ => {}
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(1));
+    }
+}
+
 /// `std::cell::UnsafeCell` with the interface of loom's.
 #[cfg(not(loom))]
 pub(crate) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);

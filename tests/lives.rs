@@ -203,7 +203,7 @@ impl Life<'_> {
         let stream = Cpu.stream().unwrap();
         for _ in 0..self.rng.usize(..8) {
             let canceller = streamer.canceller();
-            let (cancels, after) = (self.rng.u8(..3) == 0, Duration::from_micros(self.rng.u64(..3000)));
+            let (cancels, after) = (self.rng.u8(..3) == 0, Duration::from_micros(self.rng.u64(..400)));
             let cancel = move || {
                 thread::sleep(after);
                 canceller.cancel();
@@ -233,7 +233,7 @@ impl Life<'_> {
                 }
                 10 if self.rng.u8(..4) == 0 => {
                     self.part(&streamer, &stream, cancels, true);
-                    cancel.map(|cancel| cancel.join().unwrap());
+                    cancel.into_iter().for_each(|cancel| cancel.join().unwrap());
                     let leaked = matches!(streamer.rewind(), Err(Error::LayerLeaked { .. }));
                     let closed = streamer.close();
                     assert_eq!(leaked, matches!(closed, Err(Error::Leaked { .. })), "{closed:?}");
@@ -243,7 +243,7 @@ impl Life<'_> {
                 _ => {}
             }
             // Then the next pass is not the one that was cancelled.
-            cancel.map(|cancel| cancel.join().unwrap());
+            cancel.into_iter().for_each(|cancel| cancel.join().unwrap());
             streamer.rewind().unwrap();
         }
         if self.rng.bool() {

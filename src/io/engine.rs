@@ -1,11 +1,6 @@
 //! The ladder: the best engine that the system allows, or the one that was asked for.
 
-use std::{
-    io,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, sync::Arc, time::Duration};
 
 use super::{Chunk, Done, Source, pread::PreadThreads, uring::Uring};
 use crate::{
@@ -107,7 +102,7 @@ impl Engine {
     }
 
     /// The last call: starts no more reads, and waits for those under way as long as they end one after the other. False if for
-    /// [`STILL`] none did: then the kernel may write to the memory of one whenever it likes, and it must stay as it is for good.
+    /// [`STILL`](crate::sync::STILL) none did: then the kernel may write to the memory of one whenever it likes, and it must stay as it is for good.
     pub(crate) fn quiesce(&mut self) -> bool {
         match self {
             Self::Uring(engine) => engine.quiesce(),
@@ -116,23 +111,5 @@ impl Engine {
     }
 }
 
-/// Waits until `left` counts nothing; false if for [`STILL`] it counted nothing less.
-pub(crate) fn until_none(mut left: impl FnMut() -> usize) -> bool {
-    let (mut since, mut pause, mut least) = (Instant::now(), Duration::from_micros(50), usize::MAX);
-    loop {
-        match left() {
-            0 => return true,
-            left if left < least => (since, least) = (Instant::now(), left),
-            _ if since.elapsed() > STILL => return false,
-            _ => {}
-        }
-        thread::sleep(pause);
-        pause = (2 * pause).min(Duration::from_millis(1));
-    }
-}
-
 /// How often who waits for reads looks whether there is something else to do.
 const LOOK_UP: Duration = Duration::from_millis(100);
-
-/// Reads of which none ends for so long are taken for such that never do.
-const STILL: Duration = Duration::from_millis(500);

@@ -25,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(crate) use engine::{Engine, until_none};
+pub(crate) use engine::Engine;
 
 use crate::{
     arena::{Arena, PAGE},

@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc, thread};
 
-use super::{Chunk, Done, Failure, Flight, Source, engine::until_none};
+use super::{Chunk, Done, Failure, Flight, Source};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
@@ -99,7 +99,7 @@ impl PreadThreads {
     pub(super) fn quiesce(&mut self) -> bool {
         self.stop.store(true, Ordering::SeqCst);
         self.workers.iter().for_each(|worker| worker.wake.notify());
-        until_none(|| {
+        sync::until_none(|| {
             while self.completion().is_some() {}
             self.workers.iter().filter(|worker| worker.may_read()).count()
         })

@@ -13,7 +13,8 @@ use std::{
 
 use io_uring::{IoUring, opcode, types};
 
-use super::{CHUNK, Chunk, Done, Flight, PATIENCE, Source, engine::until_none};
+use super::{CHUNK, Chunk, Done, Flight, PATIENCE, Source};
+use crate::sync::until_none;
 
 /// Reads in flight: enough to keep a fast disk's queues full with chunks of [`CHUNK`].
 const DEPTH: usize = 32;

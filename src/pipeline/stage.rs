@@ -10,7 +10,6 @@ use std::{
 
 use crate::{
     error::{Error, Result},
-    io,
     pipeline::link::{Entry, Inlet, Outlet, Place},
     sync::{self, AtomicBool, AtomicU64, Mutex, Ordering, Signal},
     trace::{Activity, Carried, Mark, Stage, Trace},
@@ -267,7 +266,7 @@ impl Running {
     /// may be in a call that never returns, where a file system's server is gone, and is left to itself then.
     pub(crate) fn join(self) -> bool {
         let left = || usize::from(!self.ending.load(Ordering::Acquire));
-        (!self.reads || io::until_none(left)) && self.thread.join().unwrap_or(false)
+        (!self.reads || sync::until_none(left)) && self.thread.join().unwrap_or(false)
     }
 }
 
