@@ -4,7 +4,7 @@
 use std::{
     any::Any,
     panic::{self, AssertUnwindSafe},
-    sync::Arc,
+    sync::{Arc, mpsc},
     thread,
 };
 
@@ -220,11 +220,11 @@ pub(crate) trait Advance: Send {
     }
 }
 
-/// Runs `stage` in a thread of its own until [`Control::stop`]. The thread returns whether the stage's memory is idle.
+/// Runs `stage` in a thread of its own until [`Control::stop`].
 pub(crate) fn spawn<S: Advance + 'static>(mut stage: S, control: Arc<Control>, signal: Arc<Signal>) -> Result<Running> {
     let name = S::STAGE.name();
     let ending = Arc::new(AtomicBool::new(false));
-    let ends = ending.clone();
+    let (ends, (ended, outcome)) = (ending.clone(), mpsc::sync_channel(1));
     let begin = move || {
         let begun = panic::catch_unwind(AssertUnwindSafe(|| stage.begin()));
         (stage, begun)
@@ -246,27 +246,34 @@ pub(crate) fn spawn<S: Advance + 'static>(mut stage: S, control: Arc<Control>, s
             // The device may still use the stage's own memory.
             std::mem::forget(stage);
         }
-        idle
+        let _ = ended.send(idle);
     };
     let failed = |source: std::io::Error| Error::Thread { stage: name, source: source.into() };
     let thread = sync::spawn(&format!("ls-{name}"), begin, work).map_err(failed)?;
-    Ok(Running { thread, ending, reads: S::STAGE == Stage::Read })
+    Ok(Running { thread, ending, outcome, reads: S::STAGE == Stage::Read })
 }
 
 /// A stage's thread.
 pub(crate) struct Running {
-    thread: thread::JoinHandle<bool>,
+    thread: thread::JoinHandle<()>,
     /// It has left its loop.
     ending: Arc<AtomicBool>,
+    /// What it says last: whether the stage's memory is idle.
+    outcome: mpsc::Receiver<bool>,
     reads: bool,
 }
 
 impl Running {
-    /// Waits for its end, after it was told to stop. False if it, or what it enqueued, may still use memory: a thread that reads
-    /// may be in a call that never returns, where a file system's server is gone, and is left to itself then.
+    /// Waits for its end, after it was told to stop. False if it, or what it enqueued, may still use memory. A thread that reads
+    /// is left to itself then: where a file system's server is gone it may be in a call that never returns, and the kernel lets
+    /// no thread go that has a read under way in a ring.
     pub(crate) fn join(self) -> bool {
         let left = || usize::from(!self.ending.load(Ordering::Acquire));
-        (!self.reads || sync::until_none(left)) && self.thread.join().unwrap_or(false)
+        if self.reads && !sync::until_none(left) {
+            return false;
+        }
+        let idle = self.outcome.recv().unwrap_or(false);
+        (idle || !self.reads) && self.thread.join().is_ok() && idle
     }
 }
 

@@ -203,15 +203,20 @@ fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wai
 #[test]
 fn a_thread_that_is_held_in_a_system_call_holds_nobody_up() {
     let case = case(4, Reader::Uring);
-    let held = Arc::new(AtomicBool::new(true));
-    let holds = held.clone();
+    let (held, reached) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let (holds, reaches) = (held.clone(), reached.clone());
     Faults::plan(|attempt| attempt.result).plan_enters(move || {
+        reaches.store(true, SeqCst);
         while holds.load(SeqCst) {
             thread::sleep(Duration::from_millis(5));
         }
         None
     });
     let (mut streamer, stream) = (case.streamer(), case.device.stream().unwrap());
+    // On a busy machine the reader's thread may come to its first call late.
+    while !reached.load(SeqCst) {
+        thread::sleep(Duration::from_millis(1));
+    }
     streamer.canceller().cancel();
     assert!(matches!(streamer.next(&stream).err(), Some(Error::Cancelled)));
     let start = Instant::now();
