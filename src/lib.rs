@@ -61,6 +61,9 @@ extern crate self as layer_streamer;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[cfg(test)]
+#[path = "../tests/common/limits.rs"]
+mod limits;
 
 #[cfg(doctest)]
 #[path = "../tests/rules.rs"]

@@ -1,6 +1,6 @@
-//! A system that refuses: io_uring, registered buffers, O_DIRECT, descriptors, threads, memory. Each time the right bytes come
-//! another way and the reason is kept, or there is one clear error at once, nothing is left behind, and the next start works.
-//! Each test limits a process of its own.
+//! A system that refuses: io_uring, registered buffers, O_DIRECT, descriptors, threads, memory, more than a memory cgroup allows.
+//! Each time the right bytes come another way and the reason is kept, or there is one clear error at once, nothing is left behind,
+//! and the next start works. Each test limits a process of its own.
 
 mod common;
 #[path = "common/limits.rs"]
@@ -8,7 +8,8 @@ mod limits;
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -333,6 +334,70 @@ fn without_memory_the_error_says_how_much_for_what_and_nothing_is_left_behind() 
     }
     assert_eq!(seen, BTreeSet::from(["device slots", "RAM slots", "pinned slots"]));
     works(&fixture, &settings);
+}
+
+/// A memory cgroup of this process's own, below the one that it is in; gone when this is dropped.
+struct Group {
+    at: PathBuf,
+    parent: PathBuf,
+}
+
+impl Group {
+    /// Limits this process to so many bytes of memory.
+    fn of(bytes: usize) -> io::Result<Self> {
+        let groups = fs::read_to_string("/proc/self/cgroup")?;
+        let (root, group, file) = groups
+            .lines()
+            .find_map(|line| match line.split(':').collect::<Vec<_>>()[..] {
+                [_, "memory", group] => Some(("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes")),
+                ["0", "", group] if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() => {
+                    Some(("/sys/fs/cgroup", group, "memory.max"))
+                }
+                _ => None,
+            })
+            .ok_or(io::ErrorKind::NotFound)?;
+        let parent = Path::new(root).join(group.trim_start_matches('/'));
+        let at = parent.join(format!("layer-streamer-{}", std::process::id()));
+        fs::create_dir(&at)?;
+        let group = Self { at, parent };
+        fs::write(group.at.join(file), bytes.to_string())?;
+        fs::write(group.at.join("cgroup.procs"), "0")?;
+        Ok(group)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Once nobody is in it.
+        let _ = fs::write(self.parent.join("cgroup.procs"), "0");
+        let _ = fs::remove_dir(&self.at);
+    }
+}
+
+#[test]
+fn in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed() {
+    if !in_child("in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed") {
+        return;
+    }
+    let (fixture, before) = (fixture(5, &SIZES, 38), Holdings::at_rest());
+    let group = match Group::of(64 << 20) {
+        Ok(group) => group,
+        Err(error) => {
+            eprintln!("skipped: no memory cgroup of its own: {error}");
+            return;
+        }
+    };
+    // The machine has room for these, the group has not; a process that took them would be killed.
+    let message = refused(|| start(&fixture, &settings(40, 40, 40))).to_string();
+    assert!(message.contains("bytes are available") && message.contains("free memory"), "{message}");
+    let few: usize = message.split("only ").nth(1).and_then(|text| text.split(' ').next()?.parse().ok()).unwrap();
+    assert!(few < 64 << 20, "{message}");
+    before.assert_back(&message);
+    // A ring whose buffers cannot be registered within the group reads without.
+    works(&fixture, &settings(2, 2, 1));
+    before.assert_back("after passes");
+    drop(group);
+    works(&fixture, &settings(40, 40, 40));
 }
 
 #[test]

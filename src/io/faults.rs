@@ -56,6 +56,21 @@ impl Faults {
         *self.enters.lock().unwrap() = Some(Box::new(plan));
     }
 
+    /// A ring that takes reads once and then fails, while none of them ends; `None` on a system without rings.
+    pub(crate) fn of_a_ring_that_fails_with_reads_that_never_end() -> Option<Self> {
+        if let Err(error) = io_uring::IoUring::new(1).and_then(|ring| ring.submit()) {
+            eprintln!("skipped: there is no ring to fail: {error}");
+            return None;
+        }
+        let (faults, mut calls) = (Self::plan(|attempt| attempt.result), 0);
+        faults.plan_never(|_, _| true);
+        faults.plan_enters(move || {
+            calls += 1;
+            (calls > 1).then_some(libc::EIO)
+        });
+        Some(faults)
+    }
+
     /// Also for reads of these files: those of which `plan` says so never end.
     pub(crate) fn plan_never(&self, plan: impl FnMut(&Path, u64) -> bool + Send + 'static) {
         *self.never.lock().unwrap() = Some(Box::new(plan));

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Blocks through which static tensors pass on their way to the device.
-const BLOCKS: usize = 8;
+pub(super) const BLOCKS: usize = 8;
 
 /// How far apart chunks begin. They overlap by a page, so that every element lies whole in the chunk in which it begins,
 /// wherever its tensor starts.
@@ -56,16 +56,17 @@ impl<D: Device> StaticTensors<D> {
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
         let staged = staging.as_ref().map(|memory| device.address(memory));
         let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal);
-        // The reads end here, or the memory that they go to is left to them. After an error a copy may still be under way.
-        if !engine.quiesce() {
-            std::mem::forget(blocks);
-            return Err(loaded.err().unwrap_or(Error::Leaked { bytes: BLOCKS * CHUNK }));
+        if let Err(error) = loaded {
+            // Reads and copies that are under way end here, or what they use is left to them.
+            let (reads_end, copies_end) = (engine.quiesce(), device.drain(&stream).is_ok());
+            if !(reads_end && copies_end) {
+                std::mem::forget(blocks);
+            }
+            if !copies_end {
+                std::mem::forget((memory, staging));
+            }
+            return Err(error);
         }
-        if loaded.is_err() && device.drain(&stream).is_err() {
-            std::mem::forget((memory, staging, blocks));
-            return loaded.map(|()| unreachable!("it failed"));
-        }
-        loaded?;
         Ok(Self { device: device.clone(), memory, plan })
     }
 

@@ -37,7 +37,7 @@ const LAST_START: Duration = Duration::from_millis(850);
 
 /// Chunks of memory to read to and copy from. They keep a disk busy, are prefaulted quickly, and take less than what a process is
 /// allowed beside its budget.
-const BLOCKS: usize = 8;
+pub(super) const BLOCKS: usize = 8;
 
 /// Copies that are enqueued at once, so that one wait for them costs next to nothing.
 const COPIES: usize = 8;

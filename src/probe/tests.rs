@@ -8,7 +8,12 @@ use super::{
     kept::{VALID, VALID_DISTURBED},
     *,
 };
-use crate::{common, device::Cpu};
+use crate::{
+    common,
+    device::Cpu,
+    io::{CHUNK, faults::Faults},
+    limits::{Holdings, in_child},
+};
 
 /// A probe of 2 and 10 GB/s, taken so long ago.
 fn probe(age: Duration, disturbed: Option<&str>, kept: Option<&Path>) -> Probe {
@@ -20,13 +25,36 @@ fn probe(age: Duration, disturbed: Option<&str>, kept: Option<&Path>) -> Probe {
     Probe { verdict, taken: SystemTime::now() - age, kept: kept.map(Path::to_owned) }
 }
 
+/// One file of a few chunks, in the folder.
+fn checkpoint(folder: &Path) -> Checkpoint {
+    let file = folder.join("weights");
+    fs::write(&file, vec![7; (5 << 20) + 100]).unwrap();
+    let tensor = crate::StoredTensor { name: "w".into(), file, offset: 0, dtype: crate::DType::U8, shape: vec![100] };
+    Checkpoint::from_table([tensor]).unwrap()
+}
+
+#[test]
+fn a_probe_whose_reads_may_still_come_leaves_them_the_memory_and_the_next_one_works() {
+    const THIS: &str = "probe::tests::a_probe_whose_reads_may_still_come_leaves_them_the_memory_and_the_next_one_works";
+    if !in_child(THIS) {
+        return;
+    }
+    let folder = common::folder();
+    let checkpoint = checkpoint(folder.path());
+    let before = Holdings::at_rest();
+    let Some(faults) = Faults::of_a_ring_that_fails_with_reads_that_never_end() else { return };
+    let error = measure::measure(&Cpu, &checkpoint, 0).err().expect("the ring fails").to_string();
+    assert!(error.contains("io_uring") && error.contains("os error 5"), "{error}");
+    assert_eq!(Holdings::at_rest().arenas - before.arenas, measure::BLOCKS * CHUNK, "what the reads go to");
+    faults.end();
+    measure::measure(&Cpu, &checkpoint, 0).unwrap();
+    assert_eq!(Holdings::at_rest().arenas - before.arenas, measure::BLOCKS * CHUNK);
+}
+
 #[test]
 fn a_probe_ends_in_time_and_finds_rates() {
     let folder = common::folder();
-    let file = folder.path().join("weights");
-    fs::write(&file, vec![7; (5 << 20) + 100]).unwrap();
-    let tensor = crate::StoredTensor { name: "w".into(), file, offset: 0, dtype: crate::DType::U8, shape: vec![100] };
-    let checkpoint = Checkpoint::from_table([tensor]).unwrap();
+    let checkpoint = checkpoint(folder.path());
     // About a second at most by itself; beside other tests the memory alone may take longer.
     let start = Instant::now();
     let Verdict { bandwidths, spread, .. } = measure::measure(&Cpu, &checkpoint, 0).unwrap();

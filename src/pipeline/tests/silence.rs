@@ -12,7 +12,11 @@ use std::{
 };
 
 use super::{faults::case, *};
-use crate::trace::{Mark, Observer};
+use crate::{
+    StaticTensors,
+    limits::{Holdings, in_child},
+    trace::{Mark, Observer},
+};
 
 const RINGS: [Reader; 2] = [Reader::UringFixed, Reader::Uring];
 
@@ -224,4 +228,28 @@ fn a_thread_that_is_held_in_a_system_call_holds_nobody_up() {
     assert!(matches!(streamer.close(), Err(Error::Leaked { bytes }) if bytes > 0));
     assert!(start.elapsed() < SOON, "{:?} to close", start.elapsed());
     held.store(false, SeqCst);
+}
+
+#[test]
+fn static_tensors_whose_reads_may_still_come_leave_them_the_memory_and_the_next_load_is_exact() {
+    const THIS: &str = "pipeline::tests::silence::\
+                        static_tensors_whose_reads_may_still_come_leave_them_the_memory_and_the_next_load_is_exact";
+    if !in_child(THIS) {
+        return;
+    }
+    let case = case(4, Reader::Auto);
+    let Case { fixture, settings, units, .. } = &case;
+    let before = Holdings::at_rest();
+    let Some(faults) = Faults::of_a_ring_that_fails_with_reads_that_never_end() else { return };
+    let load = || StaticTensors::new(&Cpu, &fixture.checkpoint, &units[0], settings);
+    let error = load().err().expect("the ring fails").to_string();
+    assert!(error.contains("io_uring") && error.contains("os error 5"), "{error}");
+    let left = Holdings::at_rest().arenas - before.arenas;
+    assert_eq!(left, crate::pipeline::statics::BLOCKS * crate::io::CHUNK, "what the reads go to, and nothing else");
+    faults.end();
+    let (loaded, name) = (load().unwrap(), &units[0].arrivals()[0].output);
+    let expected = &case.expected[0].iter().find(|(of, _)| of == name).unwrap().1;
+    assert!(common::bytes_of(&Cpu, loaded.tensor(name).unwrap()) == **expected);
+    drop(loaded);
+    assert_eq!(Holdings::at_rest().arenas - before.arenas, left);
 }
