@@ -47,20 +47,23 @@ pub(crate) fn spawn<B, T: Send + 'static>(
     Ok(thread)
 }
 
-/// What comes to an end makes progress within this time; what makes none is taken for something that never does.
+/// What comes to an end makes progress within so long a wait; what makes none is taken for something that never does.
 pub(crate) const STILL: Duration = Duration::from_millis(500);
 
-/// Waits until `left` counts nothing; false if for [`STILL`] it counted nothing less.
-pub(crate) fn until_none(mut left: impl FnMut() -> usize) -> bool {
-    let (mut since, mut pause, mut least) = (Instant::now(), Duration::from_micros(50), usize::MAX);
+/// Waits until `left` counts nothing; false if in a wait of `still` it counted nothing less. While the process was stopped it did
+/// not wait.
+pub(crate) fn until_none(still: Duration, mut left: impl FnMut() -> usize) -> bool {
+    let (mut waited, mut pause, mut least) = (Duration::ZERO, Duration::from_micros(50), usize::MAX);
     loop {
         match left() {
             0 => return true,
-            left if left < least => (since, least) = (Instant::now(), left),
-            _ if since.elapsed() > STILL => return false,
+            left if left < least => (waited, least) = (Duration::ZERO, left),
+            _ if waited > still => return false,
             _ => {}
         }
+        let begun = Instant::now();
         thread::sleep(pause);
+        waited += begun.elapsed().min(4 * pause);
         pause = (2 * pause).min(Duration::from_millis(1));
     }
 }
@@ -158,5 +161,25 @@ impl Signal {
             };
         }
         self.asleep.store(false, Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_stopped_while_he_waited_looks_again() {
+        let mut looks = 0;
+        let left = || {
+            looks += 1;
+            // As a process that is stopped and goes on.
+            thread::sleep(if looks == 2 { 2 * STILL } else { Duration::ZERO });
+            usize::from(looks < 5)
+        };
+        assert!(until_none(STILL, left));
+        let begun = Instant::now();
+        assert!(!until_none(Duration::from_millis(20), || 1));
+        assert!(begun.elapsed() >= Duration::from_millis(20));
     }
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     device::TensorRef,
-    pipeline::{LayerStreamer, Place, StaticTensors},
+    pipeline::{LayerStreamer, Place, StaticTensors, Taken},
 };
 
 /// Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
@@ -53,8 +53,7 @@ pub struct ls_unit_info {
 /// A layer that is held.
 pub(super) struct Held {
     pub(super) number: u64,
-    pub(super) unit: usize,
-    place: Place,
+    pub(super) taken: Taken,
 }
 
 /// The names of a unit and of its tensors, as C sees them.
@@ -94,13 +93,13 @@ impl Streamer {
     #[inline]
     pub(super) fn take(&self, queue: &Queue) -> Result<u64> {
         self.check_stream(queue)?;
-        let (unit, place, progress) = self.streamer.take(&queue.stream)?;
+        let (taken, progress) = self.streamer.take(&queue.stream)?;
         let mut number = self.number.get();
         if number.is_multiple_of(BATCH) {
             number = NUMBERS.fetch_add(BATCH, Ordering::Relaxed);
         }
         self.number.set(number + 1);
-        self.held.borrow_mut().push(Held { number, unit, place });
+        self.held.borrow_mut().push(Held { number, taken });
         if let Some(hook) = &self.progress {
             hook.report(progress);
         }
@@ -113,15 +112,15 @@ impl Streamer {
         self.check_stream(queue)?;
         let mut held = self.held.borrow_mut();
         let index = held.iter().position(|held| held.number == number).ok_or_else(|| Kind::Layer.closed())?;
-        let Held { unit, place, .. } = held.remove(index);
-        Ok(self.streamer.release(unit, place, &queue.stream)?)
+        let Held { taken, .. } = held.remove(index);
+        Ok(self.streamer.release(taken, &queue.stream)?)
     }
 
     /// Unit and place of the layer of this number, for as long as it is not given back.
     pub(super) fn find(&self, number: u64) -> Result<(usize, Place)> {
         let held = self.held.borrow();
         let found = held.iter().find(|held| held.number == number).ok_or_else(|| Kind::Layer.closed())?;
-        Ok((found.unit, found.place))
+        Ok((found.taken.unit, found.taken.place))
     }
 
     fn check_none_held(&self) -> Result<()> {

@@ -102,8 +102,8 @@ impl Engine {
     }
 
     /// The last call: starts no more reads, and waits for those under way as long as they end one after the other. False if for
-    /// [`STILL`](crate::sync::STILL) none did: then the kernel may write to the memory of one whenever it likes, and it must stay
-    /// as it is for good.
+    /// [`STILL`](crate::sync::STILL), or four times as long as the slowest read took, none did: then the kernel may write to the
+    /// memory of one whenever it likes, and it must stay as it is for good.
     pub(crate) fn quiesce(&mut self) -> bool {
         match self {
             Self::Uring(engine) => engine.quiesce(),

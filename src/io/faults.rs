@@ -39,6 +39,15 @@ pub(crate) struct Faults {
     never: Arc<Mutex<Option<Never>>>,
 }
 
+/// Whether this system has no ring to fail, which is said.
+pub(crate) fn no_rings() -> bool {
+    let refused = io_uring::IoUring::new(1).and_then(|ring| ring.submit()).err();
+    if let Some(error) = &refused {
+        eprintln!("skipped: there is no io_uring to fail: {error}");
+    }
+    refused.is_some()
+}
+
 thread_local! {
     static NEXT: RefCell<Faults> = RefCell::default();
 }
@@ -56,19 +65,15 @@ impl Faults {
         *self.enters.lock().unwrap() = Some(Box::new(plan));
     }
 
-    /// A ring that takes reads once and then fails, while none of them ends; `None` on a system without rings.
-    pub(crate) fn of_a_ring_that_fails_with_reads_that_never_end() -> Option<Self> {
-        if let Err(error) = io_uring::IoUring::new(1).and_then(|ring| ring.submit()) {
-            eprintln!("skipped: there is no ring to fail: {error}");
-            return None;
-        }
+    /// A ring that takes reads once and then fails, while none of them ends.
+    pub(crate) fn of_a_ring_that_fails_with_reads_that_never_end() -> Self {
         let (faults, mut calls) = (Self::plan(|attempt| attempt.result), 0);
         faults.plan_never(|_, _| true);
         faults.plan_enters(move || {
             calls += 1;
             (calls > 1).then_some(libc::EIO)
         });
-        Some(faults)
+        faults
     }
 
     /// Also for reads of these files: those of which `plan` says so never end.

@@ -32,6 +32,7 @@ use crate::{
     checkpoint::{Checkpoint, FileState},
     error::{Error, Result},
     plan::{CachePolicy, Extent},
+    sync::STILL,
 };
 
 /// Bytes of one read request. Large enough that its fixed cost vanishes, small enough that many fill a queue.
@@ -203,6 +204,8 @@ struct Flight {
     done: usize,
     /// As the chunk says, until that does not get on.
     direct: bool,
+    /// Since when it is on its way.
+    since: Instant,
     /// Since when the system has had no room for it.
     refused: Option<Instant>,
 }
@@ -212,7 +215,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Flight {
     fn new(chunk: Chunk) -> Self {
-        Self { chunk, done: 0, direct: chunk.direct, refused: None }
+        Self { chunk, done: 0, direct: chunk.direct, since: Instant::now(), refused: None }
     }
 
     /// Where the next read starts, from the start of the chunk: at a page boundary, as O_DIRECT demands.
@@ -287,6 +290,14 @@ pub(crate) struct Done {
     pub(crate) file: usize,
     pub(crate) direct: bool,
     pub(crate) result: Result<usize, Failure>,
+    /// How long it took.
+    took: Duration,
+}
+
+/// How long to wait for one of the reads under way to end, by the longest that any took: of many that a slow disk serves side by
+/// side the first may come when all are nearly there.
+fn patience(slowest: Duration) -> Duration {
+    STILL.max(4 * slowest)
 }
 
 /// Cuts an extent whose slot starts at `slot` into chunks: the one at `position`.

@@ -1,8 +1,8 @@
 //! The rung that works everywhere: a few threads, each in `pread`, each fed by a ring of its own.
 
-use std::{io, sync::Arc, thread};
+use std::{io, sync::Arc, thread, time::Duration};
 
-use super::{Chunk, Done, Failure, Flight, Source};
+use super::{Chunk, Done, Failure, Flight, Source, patience};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
@@ -23,6 +23,8 @@ pub(crate) struct PreadThreads {
     workers: Vec<Worker>,
     stop: Arc<AtomicBool>,
     in_flight: usize,
+    /// The longest that a read took.
+    slowest: Duration,
 }
 
 struct Worker {
@@ -44,7 +46,8 @@ impl PreadThreads {
     /// Starts the threads. They notify `finished` after each read.
     pub(crate) fn new(sources: &Arc<[Source]>, finished: &Arc<Signal>) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let mut engine = Self { workers: Vec::with_capacity(THREADS), stop: stop.clone(), in_flight: 0 };
+        let mut engine =
+            Self { workers: Vec::with_capacity(THREADS), stop: stop.clone(), in_flight: 0, slowest: Duration::ZERO };
         for _ in 0..THREADS {
             let (requests, mut inbox) = ring::<Chunk>(QUEUED);
             let (mut outbox, results) = ring::<Done>(QUEUED);
@@ -61,8 +64,8 @@ impl PreadThreads {
                         continue;
                     };
                     // SAFETY: the chunk's memory is this engine's until the result is pushed.
-                    let Some(result) = (unsafe { read(&sources[chunk.file], chunk, &stop) }) else { return };
-                    outbox.push(Done { tag: chunk.tag, file: chunk.file, direct: chunk.direct, result });
+                    let Some((result, took)) = (unsafe { read(&sources[chunk.file], chunk, &stop) }) else { return };
+                    outbox.push(Done { tag: chunk.tag, file: chunk.file, direct: chunk.direct, result, took });
                     finished.notify();
                 }
             };
@@ -99,7 +102,7 @@ impl PreadThreads {
     pub(super) fn quiesce(&mut self) -> bool {
         self.stop.store(true, Ordering::SeqCst);
         self.workers.iter().for_each(|worker| worker.wake.notify());
-        sync::until_none(|| {
+        sync::until_none(patience(self.slowest), || {
             while self.completion().is_some() {}
             self.workers.iter().filter(|worker| worker.may_read()).count()
         })
@@ -111,15 +114,16 @@ impl PreadThreads {
             self.workers.iter_mut().find_map(|worker| worker.results.pop().map(|done| (worker, done)))?;
         worker.pending -= 1;
         self.in_flight -= 1;
+        self.slowest = self.slowest.max(done.took);
         Some(done)
     }
 }
 
-/// Reads until the chunk is there, or has failed; `None` if the thread is to stop before.
+/// Reads until the chunk is there, or has failed, and says how long that took; `None` if the thread is to stop before.
 ///
 /// # Safety
 /// The chunk's memory is writable, and nobody else's until this returns.
-unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<Result<usize, Failure>> {
+unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<(Result<usize, Failure>, Duration)> {
     let mut flight = Flight::new(chunk);
     loop {
         // SAFETY: the caller's.
@@ -129,7 +133,7 @@ unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<Resul
             thread::sleep(std::time::Duration::from_millis(1));
         }
         if let Some(result) = flight.advance(source, result) {
-            return Some(result);
+            return Some((result, flight.since.elapsed()));
         }
         if stop.load(Ordering::SeqCst) {
             return None;

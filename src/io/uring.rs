@@ -13,7 +13,7 @@ use std::{
 
 use io_uring::{IoUring, opcode, types};
 
-use super::{CHUNK, Chunk, Done, Flight, PATIENCE, Source};
+use super::{CHUNK, Chunk, Done, Flight, PATIENCE, Source, patience};
 use crate::sync::until_none;
 
 /// Reads in flight: enough to keep a fast disk's queues full with chunks of [`CHUNK`].
@@ -35,6 +35,10 @@ pub(crate) struct Uring {
     /// By the number that the kernel hands back; `None` is free.
     flights: Vec<Option<Flight>>,
     in_flight: usize,
+    /// The longest that a read took.
+    slowest: Duration,
+    /// No more reads are started.
+    ends: bool,
     /// Since when the kernel has had no room, and how long to leave it alone.
     refused: Option<(Instant, Duration)>,
 }
@@ -73,7 +77,16 @@ impl Uring {
         }
         let flights = (0..DEPTH).map(|_| None).collect();
         let ring = ManuallyDrop::new(ring);
-        Ok(Self { ring, sources: sources.clone(), registered, flights, in_flight: 0, refused: None })
+        Ok(Self {
+            ring,
+            sources: sources.clone(),
+            registered,
+            flights,
+            in_flight: 0,
+            slowest: Duration::ZERO,
+            ends: false,
+            refused: None,
+        })
     }
 
     pub(crate) fn in_flight(&self) -> usize {
@@ -126,7 +139,8 @@ impl Uring {
 
     /// See [`Engine::quiesce`](super::Engine::quiesce). The kernel is not called for it: that may be what failed.
     pub(super) fn quiesce(&mut self) -> bool {
-        until_none(|| {
+        self.ends = true;
+        until_none(patience(self.slowest), || {
             while self.completion().is_some() {}
             self.started()
         })
@@ -203,7 +217,7 @@ impl Uring {
                 }
             }
             let mut result = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
-            if result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ECANCELED)) {
+            if !self.ends && result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ECANCELED)) {
                 // The kernel could not start a thread of its own for it (a limit on threads): this one reads.
                 // SAFETY: the rest of the chunk's memory is the engine's, and no read into it is under way.
                 result = unsafe { flight.read(&self.sources[flight.chunk.file]) };
@@ -211,9 +225,11 @@ impl Uring {
             match flight.advance(&self.sources[flight.chunk.file], result) {
                 Some(result) => {
                     let Chunk { tag, file, direct, .. } = flight.chunk;
+                    let took = flight.since.elapsed();
                     self.flights[number] = None;
                     self.in_flight -= 1;
-                    return Some(Done { tag, file, direct, result });
+                    self.slowest = self.slowest.max(took);
+                    return Some(Done { tag, file, direct, result, took });
                 }
                 None => self.push(number),
             }

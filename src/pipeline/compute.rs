@@ -34,10 +34,20 @@ pub struct Progress {
 /// A hook that is called for every unit handed over.
 pub(super) type ProgressHook = Box<dyn FnMut(Progress) + Send>;
 
+/// A unit that the caller has, and where. One that stays on the device may be held twice, in two passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Taken {
+    pub(crate) unit: usize,
+    pub(crate) place: Place,
+    /// How many were taken before it.
+    number: u64,
+}
+
 /// A layer that the caller has.
 struct Held<D: Device> {
-    place: Place,
-    unit: usize,
+    taken: Taken,
+    /// The same unit was held beside it: the event that ends its use may end the other's.
+    beside: bool,
     activity: Activity,
     span: Open,
     timing: Option<Timing<D>>,
@@ -54,6 +64,7 @@ pub(super) struct ComputeSide<D: Device> {
     epoch: u64,
     position: usize,
     passes: u64,
+    taken: u64,
     held: Vec<Held<D>>,
     failed: Option<Error>,
     /// Where observers want the device's own time.
@@ -81,6 +92,7 @@ impl<D: Device> ComputeSide<D> {
             epoch: control.epoch(),
             position: 0,
             passes: 0,
+            taken: 0,
             held: Vec::with_capacity(plan.gpu.slots),
             failed: None,
             timer: if timed { DeviceTimer::new(device, Stage::Compute, most)? } else { None },
@@ -88,14 +100,14 @@ impl<D: Device> ComputeSide<D> {
     }
 
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
-    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
+    pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(Taken, Progress)> {
         if let Some(error) = &self.failed {
             // A pass that was cancelled, say, cannot be followed by another once the streamer is beyond use.
             return Err(self.control.fatal().unwrap_or_else(|| error.clone()));
         }
         let may_hold = self.plan.gpu.slots - 1;
         if self.held.len() >= may_hold {
-            let oldest = self.plan.units[self.held[0].unit].name.clone();
+            let oldest = self.plan.units[self.held[0].taken.unit].name.clone();
             return Err(Error::LayersHeld { held: self.held.len(), oldest });
         }
         let trace = &self.control.trace;
@@ -112,7 +124,7 @@ impl<D: Device> ComputeSide<D> {
                 waited = self.device.wait(stream, arrived);
             }
             if place == Place::Home {
-                // So that the newest record of the end of its use stands for all before it, on whichever streams.
+                // So that the newest record of the end of its use stands for those before it, on whichever streams.
                 waited = waited.and_then(|()| self.device.wait(stream, compute_done));
             }
             let timing = waited.and_then(|()| match &mut self.timer {
@@ -133,7 +145,13 @@ impl<D: Device> ComputeSide<D> {
         debug_assert_eq!(unit, self.position, "units arrive in order");
         let activity = Activity::Unit { unit, pass };
         let span = trace.begin_at(Stage::Compute, activity, self.plan.units[unit].disk_bytes, arrived_at);
-        self.held.push(Held { place, unit, activity, span, timing });
+        let taken = Taken { unit, place, number: self.taken };
+        self.taken += 1;
+        let mut beside = false;
+        for other in self.held.iter_mut().filter(|other| other.taken.unit == unit) {
+            (other.beside, beside) = (true, true);
+        }
+        self.held.push(Held { taken, beside, activity, span, timing });
         self.position += 1;
         let progress = Progress {
             passes: self.passes,
@@ -145,14 +163,17 @@ impl<D: Device> ComputeSide<D> {
             self.position = 0;
             self.passes += 1;
         }
-        Ok((unit, place, progress))
+        Ok((taken, progress))
     }
 
     /// Makes the work of `stream` from now on follow what was enqueued on `with`, with which the layer was taken.
-    pub(super) fn join(&mut self, unit: usize, place: Place, with: &D::Stream, stream: &D::Stream) -> Result<()> {
+    pub(super) fn join(&mut self, taken: Taken, with: &D::Stream, stream: &D::Stream) -> Result<()> {
         // Recorded once more at the end of the use: only then may anyone else look at it.
-        let [_, compute_done] = self.memory.events(unit, place);
-        let joined = self.device.record(compute_done, with).and_then(|()| self.device.wait(stream, compute_done));
+        let [_, compute_done] = self.memory.events(taken.unit, taken.place);
+        let beside = self.held.iter().any(|held| held.taken == taken && held.beside);
+        let follows = if beside { self.device.wait(with, compute_done) } else { Ok(()) };
+        let joined = (follows.and_then(|()| self.device.record(compute_done, with)))
+            .and_then(|()| self.device.wait(stream, compute_done));
         joined.inspect_err(|error| {
             self.control.fail_for_good(error.clone());
             self.failed = Some(error.clone());
@@ -160,10 +181,11 @@ impl<D: Device> ComputeSide<D> {
     }
 
     /// Ends the use of a layer; its slot is handed back, to be filled once the work now on `stream` is done.
-    pub(super) fn release(&mut self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
-        let Some(index) = self.held.iter().position(|held| held.unit == unit && held.place == place) else {
+    pub(super) fn release(&mut self, taken: Taken, stream: &D::Stream) -> Result<()> {
+        let Some(index) = self.held.iter().position(|held| held.taken == taken) else {
             return Ok(());
         };
+        let Taken { unit, place, .. } = taken;
         let [_, compute_done] = self.memory.events(unit, place);
         // The mistake that tests make on purpose: handed back first, and refilled before the record.
         #[cfg(test)]
@@ -183,8 +205,10 @@ impl<D: Device> ComputeSide<D> {
             }
             _ => Ok(()),
         };
+        // The record stands for the use of whoever held the unit beside it too, on whichever stream.
+        let follows = if self.held[index].beside { self.device.wait(stream, compute_done) } else { Ok(()) };
         // Without the record the slot must never be filled again: its event still shows the lap before.
-        timed.and_then(|()| self.device.record(compute_done, stream)).inspect_err(|e| {
+        timed.and(follows).and_then(|()| self.device.record(compute_done, stream)).inspect_err(|e| {
             self.control.fail_for_good(e.clone());
             self.failed = Some(e.clone());
         })?;
@@ -198,7 +222,7 @@ impl<D: Device> ComputeSide<D> {
 
     /// Forgets a layer that is held, and counts it.
     fn give_back(&mut self, index: usize) {
-        let Held { unit, span, .. } = self.held.remove(index);
+        let Held { taken: Taken { unit, .. }, span, .. } = self.held.remove(index);
         let trace = &self.control.trace;
         trace.end(span);
         trace.count(Stage::Compute, Carried { bytes: self.plan.units[unit].disk_bytes as u64, ..Carried::default() });
@@ -244,7 +268,7 @@ impl<D: Device> ComputeSide<D> {
             return Err(error);
         }
         let Some(held) = self.held.first() else { return Ok(()) };
-        Err(Error::LayerLeaked { layer: self.plan.units[held.unit].name.clone() })
+        Err(Error::LayerLeaked { layer: self.plan.units[held.taken.unit].name.clone() })
     }
 }
 
@@ -255,24 +279,23 @@ impl<D: Device> ComputeSide<D> {
 pub struct Layer<'s, D: Device> {
     streamer: &'s LayerStreamer<D>,
     stream: &'s D::Stream,
-    unit: usize,
-    place: Place,
+    taken: Taken,
     released: bool,
 }
 
 impl<'s, D: Device> Layer<'s, D> {
-    pub(super) fn new(streamer: &'s LayerStreamer<D>, stream: &'s D::Stream, unit: usize, place: Place) -> Self {
-        Self { streamer, stream, unit, place, released: false }
+    pub(super) fn new(streamer: &'s LayerStreamer<D>, stream: &'s D::Stream, taken: Taken) -> Self {
+        Self { streamer, stream, taken, released: false }
     }
 
     /// Its number in the pass, from 0.
     pub fn index(&self) -> usize {
-        self.unit
+        self.taken.unit
     }
 
     /// The unit's name.
     pub fn name(&self) -> &str {
-        &self.streamer.plan().units[self.unit].name
+        &self.streamer.plan().units[self.taken.unit].name
     }
 
     /// The tensor that the unit calls `name`, in device memory; nothing is copied or allocated.
@@ -280,19 +303,19 @@ impl<'s, D: Device> Layer<'s, D> {
     /// # Errors
     /// [`Error::NoTensor`] if there is none, listing those there are.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_, D>> {
-        let index = self.streamer.plan().units[self.unit].find(name)?;
+        let index = self.streamer.plan().units[self.taken.unit].find(name)?;
         self.tensor_at(index)
     }
 
     /// The tensor that the unit calls `name`, or `None`.
     pub fn get(&self, name: &str) -> Option<TensorRef<'_, D>> {
-        let index = self.streamer.plan().units[self.unit].position(name)?;
+        let index = self.streamer.plan().units[self.taken.unit].position(name)?;
         self.tensor_at(index).ok()
     }
 
     /// The unit's tensors by name, in alphabetical order.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, TensorRef<'_, D>)> {
-        let tensors = &self.streamer.plan().units[self.unit].tensors;
+        let tensors = &self.streamer.plan().units[self.taken.unit].tensors;
         tensors
             .iter()
             .enumerate()
@@ -300,7 +323,7 @@ impl<'s, D: Device> Layer<'s, D> {
     }
 
     fn tensor_at(&self, index: usize) -> Result<TensorRef<'_, D>> {
-        let tensor = self.streamer.tensor_at(self.unit, self.place, index)?;
+        let tensor = self.streamer.tensor_at(self.taken.unit, self.taken.place, index)?;
         Ok(tensor.only_on(self.streamer.device.stream_id(self.stream)))
     }
 
@@ -313,9 +336,9 @@ impl<'s, D: Device> Layer<'s, D> {
         let device = &self.streamer.device;
         self.released = true;
         if device.stream_id(stream) != device.stream_id(self.stream) {
-            self.streamer.compute.borrow_mut().join(self.unit, self.place, self.stream, stream)?;
+            self.streamer.compute.borrow_mut().join(self.taken, self.stream, stream)?;
         }
-        self.streamer.release(self.unit, self.place, stream)
+        self.streamer.release(self.taken, stream)
     }
 
     /// As [`release_on`](Self::release_on), with the stream that the layer was taken with.
@@ -332,7 +355,7 @@ impl<D: Device> Drop for Layer<'_, D> {
     fn drop(&mut self) {
         if !self.released {
             // An error is kept by the streamer, and the next call returns it.
-            let _ = self.streamer.release(self.unit, self.place, self.stream);
+            let _ = self.streamer.release(self.taken, self.stream);
         }
     }
 }

@@ -20,6 +20,7 @@ use std::{
     sync::Arc,
 };
 
+pub(crate) use compute::Taken;
 pub use compute::{Layer, Progress};
 pub(crate) use host::Lent;
 pub(crate) use link::Place;
@@ -74,7 +75,8 @@ pub struct Canceller(Arc<Control>);
 
 impl Canceller {
     /// Makes the pass under way (or, between passes, the next one) fail with [`Error::Cancelled`] when it next asks for a layer,
-    /// or at once if it waits for one. Layers that are held stay usable, and the pass after starts afresh.
+    /// or at once if it waits for one; so also [`load_static`](LayerStreamer::load_static) while it waits for the disk. Layers that
+    /// are held stay usable, and the pass after starts afresh.
     pub fn cancel(&self) {
         self.0.cancel();
     }
@@ -190,8 +192,8 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
     /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
     pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
-        let (unit, place, progress) = self.take(stream)?;
-        let layer = Layer::new(self, stream, unit, place);
+        let (taken, progress) = self.take(stream)?;
+        let layer = Layer::new(self, stream, taken);
         // With the layer made and nothing borrowed: a hook that panics leaves a layer that is released.
         let hook = self.progress.take();
         if let Some(mut hook) = hook {
@@ -244,14 +246,14 @@ impl<D: Device> LayerStreamer<D> {
 
     /// The next unit, without a [`Layer`] that gives it back: whoever takes it answers for its [`release`](Self::release).
     #[inline]
-    pub(crate) fn take(&self, stream: &D::Stream) -> Result<(usize, Place, Progress)> {
+    pub(crate) fn take(&self, stream: &D::Stream) -> Result<(Taken, Progress)> {
         self.compute.borrow_mut().next(stream)
     }
 
     /// Gives back what was taken, once.
     #[inline]
-    pub(crate) fn release(&self, unit: usize, place: Place, stream: &D::Stream) -> Result<()> {
-        self.compute.borrow_mut().release(unit, place, stream)
+    pub(crate) fn release(&self, taken: Taken, stream: &D::Stream) -> Result<()> {
+        self.compute.borrow_mut().release(taken, stream)
     }
 
     /// Sees to it that the next unit is the first.
@@ -296,7 +298,16 @@ impl<D: Device> LayerStreamer<D> {
     /// As there, and [`Error::Setting`] for a unit that cannot be made.
     pub fn load_static_unit(&self, unit: &Unit) -> Result<StaticTensors<D>> {
         self.device.bind_thread()?;
-        StaticTensors::load(&self.device, &self.sources, self.reader.0, UnitPlan::new(&self.checkpoint, unit)?)
+        let (epoch, mut told) = (self.control.epoch(), false);
+        let was_cancelled = self.control.is_cancelled(epoch);
+        let mut idle = |file: usize, since| {
+            if since >= read::SLOW && !std::mem::replace(&mut told, true) {
+                self.control.trace.mark(&Mark::Silent { file: self.sources[file].path.clone(), since });
+            }
+            if self.control.is_cancelled(epoch) && !was_cancelled { Err(Error::Cancelled) } else { Ok(()) }
+        };
+        let plan = UnitPlan::new(&self.checkpoint, unit)?;
+        StaticTensors::load(&self.device, &self.sources, self.reader.0, plan, &mut idle)
     }
 
     /// Calls `hook` for every unit handed over, in the thread that takes it.
@@ -371,6 +382,8 @@ impl<D: Device> LayerStreamer<D> {
             self.memory.abandon();
             let bytes = self.host.bytes() + self.memory.bytes;
             self.control.trace.mark(&Mark::Leaked { bytes });
+            // A thread may have been left to itself.
+            self.control.trace.close();
             return Err(Error::Leaked { bytes });
         }
         // SAFETY: this is done once, nothing uses the fields after it, and the threads and the device are done with the memory.

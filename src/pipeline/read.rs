@@ -69,6 +69,8 @@ pub(crate) struct ReadStage<D: Device> {
     first: usize,
     /// By file: something was read from it in this pass.
     unchecked: Vec<bool>,
+    /// By file: reads that are under way.
+    under_way: Vec<usize>,
     /// Why nothing can be read any more, and what the loads have stays theirs.
     broken: Option<Error>,
     /// When a read last ended or the disk had nothing to do, and whether it was told that none has since.
@@ -77,7 +79,7 @@ pub(crate) struct ReadStage<D: Device> {
 }
 
 /// Reads of which none ends for so long are told of.
-const SLOW: Duration = Duration::from_secs(10);
+pub(super) const SLOW: Duration = Duration::from_secs(10);
 
 impl<D: Device> ReadStage<D> {
     #[allow(clippy::too_many_arguments, reason = "a stage is put together once")]
@@ -108,6 +110,7 @@ impl<D: Device> ReadStage<D> {
             first_pass: true,
             first: 0,
             unchecked: vec![false; sources.len()],
+            under_way: vec![0; sources.len()],
             broken: None,
             last: Instant::now(),
             told: false,
@@ -120,6 +123,7 @@ impl<D: Device> ReadStage<D> {
         while let Some(done) = self.engine.completion() {
             let load = &mut self.loads[done.tag - self.first];
             load.outstanding -= 1;
+            self.under_way[done.file] -= 1;
             any = true;
             (self.last, self.told) = (Instant::now(), false);
             match done.result {
@@ -227,6 +231,7 @@ impl<D: Device> ReadStage<D> {
             let after = position + chunk.len;
             load.next = if after < extent.len { (load.next.0, after) } else { (load.next.0 + 1, 0) };
             load.outstanding += 1;
+            self.under_way[extent.file] += 1;
             // SAFETY: the memory is this stage's until the unit is published, which waits for `outstanding`.
             unsafe { self.engine.submit(chunk) };
             moved = true;
@@ -248,10 +253,9 @@ impl<D: Device> ReadStage<D> {
         if self.told || self.last.elapsed() < SLOW {
             return;
         }
-        let waiting = self.loads.iter().find(|load| load.outstanding > 0);
-        if let Some(extent) = waiting.and_then(|load| self.plan.units[load.unit].extents.first()) {
+        if let Some(file) = self.under_way.iter().position(|count| *count > 0) {
             self.told = true;
-            let (file, since) = (self.sources[extent.file].path.clone(), self.last.elapsed());
+            let (file, since) = (self.sources[file].path.clone(), self.last.elapsed());
             self.control.trace.mark(&Mark::Silent { file, since });
         }
     }

@@ -96,7 +96,7 @@ impl Control {
         self.notify_all();
     }
 
-    fn is_cancelled(&self, epoch: u64) -> bool {
+    pub(crate) fn is_cancelled(&self, epoch: u64) -> bool {
         self.cancelled.load(Ordering::SeqCst) == epoch
     }
 
@@ -269,7 +269,7 @@ impl Running {
     /// no thread go that has a read under way in a ring.
     pub(crate) fn join(self) -> bool {
         let left = || usize::from(!self.ending.load(Ordering::Acquire));
-        if self.reads && !sync::until_none(left) {
+        if self.reads && !sync::until_none(sync::STILL, left) {
             return false;
         }
         let idle = self.outcome.recv().unwrap_or(false);

@@ -1,6 +1,10 @@
 //! Tensors that are loaded once and stay on the device: embeddings, the final norm, the output head.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     arena::{Arena, PAGE},
@@ -29,18 +33,25 @@ pub struct StaticTensors<D: Device> {
 
 impl<D: Device> StaticTensors<D> {
     /// Loads the tensors of `unit` for a streamer that is yet to be made, while nothing else reads; else as
-    /// [`load_static_unit`](super::LayerStreamer::load_static_unit).
+    /// [`load_static_unit`](super::LayerStreamer::load_static_unit). It waits for the disk as long as that takes.
     ///
     /// # Errors
     /// As there.
     pub fn new(device: &D, checkpoint: &Checkpoint, unit: &Unit, settings: &Settings) -> Result<Self> {
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
-        Self::load(device, &sources, settings.reader, UnitPlan::new(checkpoint, unit)?)
+        Self::load(device, &sources, settings.reader, UnitPlan::new(checkpoint, unit)?, &mut |_, _| Ok(()))
     }
 
-    /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are.
-    pub(super) fn load(device: &D, sources: &Arc<[Source]>, rung: Reader, plan: UnitPlan) -> Result<Self> {
+    /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
+    /// and again while it waits, with the file that it waits for and since when.
+    pub(super) fn load(
+        device: &D,
+        sources: &Arc<[Source]>,
+        rung: Reader,
+        plan: UnitPlan,
+        idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
+    ) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
         let base = device.address(&memory);
         let (stream, signal) = (device.named_stream(c"layer-streamer statics")?, Signal::new());
@@ -55,7 +66,7 @@ impl<D: Device> StaticTensors<D> {
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
         let staged = staging.as_ref().map(|memory| device.address(memory));
-        let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal);
+        let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal, idle);
         if let Err(error) = loaded {
             // Reads and copies that are under way end here, or what they use is left to them.
             let (reads_end, copies_end) = (engine.quiesce(), device.drain(&stream).is_ok());
@@ -98,13 +109,14 @@ fn fill<D: Device>(
     blocks: &Arena,
     engine: &mut Engine,
     signal: &Signal,
+    idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
 ) -> Result<()> {
     let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
     // Chunks may finish in any order; a block is not used again before it was copied.
     let mut extents = plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(STEP).map(move |at| (extent, at)));
     let mut waiting = VecDeque::with_capacity(BLOCKS);
     let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
-    let mut failure = None;
+    let (mut failure, mut last) = (None, Instant::now());
     loop {
         let ticket = signal.ticket();
         while failure.is_none() && engine.has_room() && !free.is_empty() {
@@ -118,19 +130,19 @@ fn fill<D: Device>(
                 let to = blocks.slot(block).as_ptr();
                 engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
             }
-            waiting.push_back((number, block, extent.at + at, part.len));
+            waiting.push_back((number, part.file, block, extent.at + at, part.len));
             number += 1;
         }
-        if waiting.is_empty() {
-            break;
-        }
+        let Some(&(_, first, ..)) = waiting.front() else { break };
         engine.flush().map_err(failed)?;
         let Some(done) = engine.completion() else {
             engine.wait(signal, ticket).map_err(failed)?;
+            idle(first, last.elapsed())?;
             continue;
         };
+        last = Instant::now();
         let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");
-        let (_, block, at, len) = waiting.remove(index).expect("found above");
+        let (_, _, block, at, len) = waiting.remove(index).expect("found above");
         free.push(block);
         match done.result {
             Err(error) => failure = failure.or(Some((done.file, error))),

@@ -48,17 +48,23 @@ pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usiz
     let blocks = Arena::new("a probe of disk and link", BLOCKS, CHUNK)?;
     let sources = io::open_all(checkpoint, CachePolicy::Direct)?;
     let mut disk = Disk::new(&sources, file, checkpoint.length(file), &blocks)?;
-    let verdict = rounds(device, &sources[file].path, &mut disk, &blocks);
-    if !disk.engine.quiesce() {
-        // The memory is left to the reads that have not ended.
-        drop(disk);
+    let link = Link::new(device, &blocks)?;
+    let verdict = rounds(&sources[file].path, &mut disk, &link);
+    // Reads and copies that are under way end here, or what they use is left to them.
+    let (reads_end, copies_end) = (disk.engine.quiesce(), verdict.is_ok() || device.drain(&link.stream).is_ok());
+    if copies_end {
+        drop(link);
+    } else {
+        std::mem::forget(link);
+    }
+    drop(disk);
+    if !(reads_end && copies_end) {
         std::mem::forget(blocks);
     }
     verdict
 }
 
-fn rounds<D: Device>(device: &D, path: &Path, disk: &mut Disk<'_>, blocks: &Arena) -> Result<Verdict> {
-    let link = Link::new(device, blocks)?;
+fn rounds<D: Device>(path: &Path, disk: &mut Disk<'_>, link: &Link<'_, D>) -> Result<Verdict> {
     let (start, mut rounds) = (Instant::now(), Vec::new());
     loop {
         let before = Counters::now(path);

@@ -18,10 +18,14 @@ use std::{
     panic::{self, AssertUnwindSafe},
     path::PathBuf,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    sync::{AtomicBool, AtomicUsize, Ordering},
+};
 pub(crate) use stats::Carried;
 use stats::Counters;
 pub use stats::{PassStats, StageStats, Stats};
@@ -123,9 +127,10 @@ pub enum Mark {
         /// Its number in the pass.
         unit: usize,
     },
-    /// Reads are under way, and for ten seconds none has ended. The pass waits on; a cancel ends the wait.
+    /// Reads are under way, and for ten seconds none has ended. The pass, or what loads static tensors, waits on; a cancel ends the
+    /// wait.
     Silent {
-        /// The first file of the unit that has waited longest.
+        /// One of the files that are being read.
         file: PathBuf,
         /// How long none has.
         since: Duration,
@@ -186,11 +191,48 @@ pub(crate) struct Open {
 /// A stage that does not wait is at work, on whichever unit.
 const WORK: Activity = Activity::Unit { unit: 0, pass: 0 };
 
+/// Who observes, and whether they may still be called.
+#[derive(Default)]
+struct Observers {
+    all: Vec<Arc<dyn Observer>>,
+    /// Calls under way.
+    inside: AtomicUsize,
+    closed: AtomicBool,
+}
+
+impl Observers {
+    fn tell(&self, what: impl FnMut(&Arc<dyn Observer>)) {
+        struct Inside<'a>(&'a AtomicUsize);
+        impl Drop for Inside<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        if self.all.is_empty() {
+            return;
+        }
+        // Either this sees that it is closed, or who closes it sees this call.
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let _inside = Inside(&self.inside);
+        if !self.closed.load(Ordering::SeqCst) {
+            self.all.iter().for_each(what);
+        }
+    }
+
+    /// Returns once nobody is being told anything.
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        while self.inside.load(Ordering::SeqCst) > 0 {
+            thread::sleep(Duration::from_micros(50));
+        }
+    }
+}
+
 /// The sums, and whoever observes.
 #[derive(Default)]
 pub(crate) struct Trace {
     counters: Counters,
-    observers: Vec<Arc<dyn Observer>>,
+    observers: Observers,
     /// Once started, where a tool is attached.
     #[cfg(feature = "nvtx")]
     nvtx: Option<nvtx::Nvtx>,
@@ -198,7 +240,7 @@ pub(crate) struct Trace {
 
 impl Trace {
     pub(crate) fn new(observers: &[Arc<dyn Observer>]) -> Self {
-        Self { observers: observers.to_vec(), ..Self::default() }
+        Self { observers: Observers { all: observers.to_vec(), ..Observers::default() }, ..Self::default() }
     }
 
     pub(crate) fn started(&mut self, about: &About) {
@@ -206,11 +248,11 @@ impl Trace {
         {
             self.nvtx = nvtx::Nvtx::new(about);
         }
-        self.observers.iter().for_each(|observer| observer.started(about));
+        self.observers.tell(|observer| observer.started(about));
     }
 
     pub(crate) fn times_device(&self) -> bool {
-        self.observers.iter().any(|observer| observer.times_device())
+        self.observers.all.iter().any(|observer| observer.times_device())
     }
 
     /// The stage's thread begins its work.
@@ -228,7 +270,7 @@ impl Trace {
         if !matches!(activity, Activity::Unit { .. }) {
             self.counters.settle(stage, activity, start);
         }
-        self.observers.iter().for_each(|observer| observer.begin(&begun));
+        self.observers.tell(|observer| observer.begin(&begun));
         Open {
             // After the observers, who may panic: a range that has begun is ended.
             #[cfg(feature = "nvtx")]
@@ -258,17 +300,17 @@ impl Trace {
             self.counters.settle(stage, WORK, end);
         }
         let span = Span { stage, activity, bytes, start, end };
-        self.observers.iter().for_each(|observer| observer.end(&span));
+        self.observers.tell(|observer| observer.end(&span));
         end
     }
 
     /// The device's own time of a copy or layer.
     pub(crate) fn on_device(&self, span: &Span) {
-        self.observers.iter().for_each(|observer| observer.on_device(span));
+        self.observers.tell(|observer| observer.on_device(span));
     }
 
     pub(crate) fn untimed(&self, stage: Stage) {
-        self.observers.iter().for_each(|observer| observer.untimed(stage));
+        self.observers.tell(|observer| observer.untimed(stage));
     }
 
     pub(crate) fn mark(&self, mark: &Mark) {
@@ -276,10 +318,15 @@ impl Trace {
         if let Some(nvtx) = &self.nvtx {
             nvtx.mark(mark);
         }
-        for observer in &self.observers {
+        self.observers.tell(|observer| {
             // Marks come where an error is kept and where things end: both must go on.
             let _ = panic::catch_unwind(AssertUnwindSafe(|| observer.mark(mark)));
-        }
+        });
+    }
+
+    /// From its return on nobody is told anything, whatever a thread that was left to itself may still do.
+    pub(crate) fn close(&self) {
+        self.observers.close();
     }
 
     /// What the stage waited for is its own work after all, which went on elsewhere: its wait under way counts as such in the sums.

@@ -1,5 +1,7 @@
 //! What safe code may do with a layer: read it where it has arrived and before it is gone, and nowhere else.
 
+use std::{sync::atomic::AtomicBool, thread, time::Duration};
+
 use super::*;
 use crate::device::{Shape, TensorMut, download};
 
@@ -49,5 +51,29 @@ fn a_kernel_on_the_cpu_takes_layers_on_any_stream_since_its_work_is_done_when_a_
         let to = unsafe { TensorMut::from_raw(to, DType::F32, Shape::new(tensor.shape()).unwrap()) };
         crate::kernels::Kernels::cast(&Cpu, &other, tensor, to).unwrap();
         assert!(copy.iter().zip(&got).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn a_unit_that_stays_and_is_held_twice_is_in_use_until_both_uses_have_ended() {
+    for (slow, other_stream) in [(0, false), (1, false), (0, true), (1, true)] {
+        let mut case = Case::new(5);
+        case.units.truncate(1);
+        case.units[0].home(Home::Gpu);
+        case.settings = Settings { n_gpu: 2, ..Settings::default() };
+        let streams = [(); 3].map(|()| case.device.stream().unwrap());
+        let streamer = case.streamer();
+        let held = [0, 1].map(|use_of| streamer.next(&streams[use_of]).unwrap());
+        let done = Arc::new(AtomicBool::new(false));
+        let ends = done.clone();
+        case.device.enqueue(&streams[slow], move || {
+            thread::sleep(Duration::from_millis(200));
+            ends.store(true, SeqCst);
+        });
+        for layer in held {
+            if other_stream { layer.release_on(&streams[2]).unwrap() } else { layer.release().unwrap() }
+        }
+        streamer.close().unwrap();
+        assert!(done.load(SeqCst), "closed while use {slow} went on");
     }
 }
