@@ -87,7 +87,8 @@ enum ls_status
     // This build or machine cannot do it.
     LS_UNSUPPORTED = 17,
     // Device or disk did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
-    // that was lent must not be freed or used before the process ends.
+    // that was lent must not be freed or used before the process ends, and the library must not be unloaded: a thread of it may be
+    // in a call that does not return.
     LS_LEAKED = 18,
 };
 #ifndef __cplusplus
@@ -655,7 +656,7 @@ ls_status ls_streamer_open(struct ls_device device,
 ls_status ls_streamer_close(struct ls_streamer streamer);
 
 // Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for
-// one, returns LS_CANCELLED. Layers that are held stay usable. After ls_rewind, or with the next ls_run_pass, a new pass
+// one, returns LS_CANCELLED; so does ls_statics_load while it waits for the disk. Layers that are held stay usable. After ls_rewind, or with the next ls_run_pass, a new pass
 // begins. From any thread, also while another call uses the streamer, also from a callback.
 ls_status ls_cancel(struct ls_streamer streamer);
 

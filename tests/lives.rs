@@ -71,7 +71,8 @@ impl Weather {
             let mut rng = Rng::new();
             while !OVER.load(SeqCst) {
                 let tasks = fs::read_dir("/proc/self/task").unwrap();
-                for task in tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
+                let tasks = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse::<i32>().ok());
+                for task in tasks.collect::<Vec<_>>() {
                     if rng.bool() {
                         // SAFETY: no memory is involved; a thread that has gone is an error.
                         unsafe { libc::syscall(libc::SYS_tgkill, process, task, libc::SIGUSR1) };
@@ -224,8 +225,12 @@ impl Life<'_> {
                 4..8 => self.part(&streamer, &stream, cancels, false),
                 8 => {
                     let name = &self.fixture.units[0].arrivals()[0].inputs[0];
-                    let statics = streamer.load_static(&[name]).unwrap();
-                    assert!(bytes_of(&Cpu, statics.tensor(name).unwrap()) == self.fixture.stored(name));
+                    match streamer.load_static(&[name]) {
+                        Ok(statics) => {
+                            assert!(bytes_of(&Cpu, statics.tensor(name).unwrap()) == self.fixture.stored(name));
+                        }
+                        Err(error) => _ = self.cancelled(&error, cancels),
+                    }
                 }
                 9 => {
                     fork();
@@ -319,7 +324,13 @@ fn in_a_long_life_nothing_grows() {
     };
     (0..20).for_each(|_| pass(&mut streamer));
     // The kernel's own workers come and go with the reads.
-    let held = || (common::threads(), Holdings { threads: 0, ..Holdings::now() });
+    let now = || (common::threads(), Holdings { threads: 0, ..Holdings::now() });
+    // The least of some looks: the folder that says which threads there are is open now and then.
+    let look = |_| {
+        thread::sleep(Duration::from_millis(2));
+        now()
+    };
+    let held = || (0..50).map(look).min_by_key(|(_, holdings)| holdings.descriptors).expect("there are fifty");
     let before = (resident(), held());
     while start.elapsed() < time {
         pass(&mut streamer);

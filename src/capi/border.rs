@@ -54,7 +54,8 @@ pub enum ls_status {
     /// This build or machine cannot do it.
     LS_UNSUPPORTED = 17,
     /// Device or disk did not answer when a streamer was closed, which it is nevertheless. What it may still use stays reserved: memory
-    /// that was lent must not be freed or used before the process ends.
+    /// that was lent must not be freed or used before the process ends, and the library must not be unloaded: a thread of it may be
+    /// in a call that does not return.
     LS_LEAKED = 18,
 }
 

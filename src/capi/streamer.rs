@@ -193,7 +193,7 @@ pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
 }
 
 /// Cancels the pass under way, or, between passes, the next one: the call that waits for a layer, or the next that asks for
-/// one, returns LS_CANCELLED. Layers that are held stay usable. After ls_rewind, or with the next ls_run_pass, a new pass
+/// one, returns LS_CANCELLED; so does ls_statics_load while it waits for the disk. Layers that are held stay usable. After ls_rewind, or with the next ls_run_pass, a new pass
 /// begins. From any thread, also while another call uses the streamer, also from a callback.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_cancel(streamer: ls_streamer) -> ls_status {

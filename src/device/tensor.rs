@@ -238,7 +238,8 @@ pub fn upload<D: Device, T: Element>(
     to: &mut TensorMut<'_, D>,
 ) -> Result<()> {
     fits::<T>("upload", data.len(), to.dtype(), to.elements())?;
-    // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
+    // SAFETY: the lengths agree, both borrows last to the end of this function, and when `drain` returns, also with an error,
+    // the copy touches host memory no more: the trait's promise.
     unsafe { device.copy_to_device(to.ptr(), data.as_ptr().cast(), size_of_val(data), stream)? };
     device.drain(stream)
 }
@@ -255,7 +256,7 @@ pub fn download<D: Device, T: Element>(
 ) -> Result<()> {
     fits::<T>("download", data.len(), from.dtype(), from.elements())?;
     from.check_stream("download", device.stream_id(stream))?;
-    // SAFETY: the lengths agree, both borrows last to the end of this function, and it waits for the copy.
+    // SAFETY: as in `upload`.
     unsafe { device.copy_to_host(data.as_mut_ptr().cast(), from.ptr(), size_of_val(data), stream)? };
     device.drain(stream)
 }

@@ -283,7 +283,8 @@ impl<D: Device> LayerStreamer<D> {
     /// Loads tensors that stay on the device. Call it before the first pass: it reads beside the pipeline.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for a name that the checkpoint lacks, [`Error::Read`], [`Error::Memory`] or the device's own.
+    /// [`Error::Checkpoint`] for a name that the checkpoint lacks, [`Error::Read`], [`Error::Memory`] or the device's own;
+    /// [`Error::Cancelled`] if it is cancelled while it waits for the disk.
     pub fn load_static(&self, names: &[&str]) -> Result<StaticTensors<D>> {
         let mut unit = Unit::new("the static tensors");
         for &name in names {
