@@ -273,7 +273,10 @@ impl Running {
             return false;
         }
         let idle = self.outcome.recv().unwrap_or(false);
-        (idle || !self.reads) && self.thread.join().is_ok() && idle
+        if self.reads && !idle {
+            return false;
+        }
+        self.thread.join().is_ok() && idle
     }
 }
 

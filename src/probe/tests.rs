@@ -46,7 +46,7 @@ fn a_probe_whose_reads_may_still_come_leaves_them_the_memory_and_the_next_one_wo
     let checkpoint = checkpoint(folder.path());
     let before = Holdings::at_rest();
     let faults = Faults::of_a_ring_that_fails_with_reads_that_never_end();
-    let error = measure::measure(&Cpu, &checkpoint, 0).err().expect("the ring fails").to_string();
+    let error = measure::measure(&Cpu, &checkpoint, 0).expect_err("the ring fails").to_string();
     assert!(error.contains("io_uring") && error.contains("os error 5"), "{error}");
     assert_eq!(Holdings::at_rest().arenas - before.arenas, measure::BLOCKS * CHUNK, "what the reads go to");
     faults.end();

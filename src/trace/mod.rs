@@ -17,15 +17,15 @@ use std::{
     fmt,
     panic::{self, AssertUnwindSafe},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use crate::{
-    error::Error,
-    sync::{AtomicBool, AtomicUsize, Ordering},
-};
+use crate::error::Error;
 pub(crate) use stats::Carried;
 use stats::Counters;
 pub use stats::{PassStats, StageStats, Stats};
