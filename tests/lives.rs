@@ -323,14 +323,12 @@ fn in_a_long_life_nothing_grows() {
         LIFE.store(passes, SeqCst);
     };
     (0..20).for_each(|_| pass(&mut streamer));
-    // The kernel's own workers come and go with the reads.
-    let now = || (common::threads(), Holdings { threads: 0, ..Holdings::now() });
     // The least of some looks: the folder that says which threads there are is open now and then.
     let look = |_| {
         thread::sleep(Duration::from_millis(2));
-        now()
+        Holdings::now()
     };
-    let held = || (0..50).map(look).min_by_key(|(_, holdings)| holdings.descriptors).expect("there are fifty");
+    let held = || (0..50).map(look).min_by_key(|holdings| holdings.descriptors).expect("there are fifty");
     let before = (resident(), held());
     while start.elapsed() < time {
         pass(&mut streamer);

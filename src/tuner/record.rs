@@ -314,7 +314,7 @@ impl Record {
 /// A record's file, of one search at a time: whichever file is at the path is locked by it, before it is there.
 pub(super) struct Place {
     path: PathBuf,
-    locked: Option<File>,
+    locked: Option<Locked>,
 }
 
 impl Place {
@@ -325,8 +325,8 @@ impl Place {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(Error::io("open", path)(error)),
         };
-        file.iter().try_for_each(|file| lock(file, path))?;
-        Ok(Self { path: path.to_owned(), locked: file })
+        let locked = file.map(|file| Locked::new(file, path)).transpose()?;
+        Ok(Self { path: path.to_owned(), locked })
     }
 
     /// Writes the record, whole or not at all.
@@ -338,10 +338,10 @@ impl Place {
         let partial = PathBuf::from(partial);
         let failed = |error| Error::io("write", &self.path)(error);
         let file = File::options().create(true).truncate(false).write(true).open(&partial).map_err(failed)?;
-        lock(&file, &self.path)?;
+        let locked = Locked::new(file, &self.path)?;
         let replace = || {
-            file.set_len(0)?;
-            (&file).write_all((text + "\n").as_bytes())?;
+            locked.0.set_len(0)?;
+            (&locked.0).write_all((text + "\n").as_bytes())?;
             fs::rename(&partial, &self.path)
         };
         if let Err(error) = replace() {
@@ -349,20 +349,31 @@ impl Place {
             let _ = fs::remove_file(&partial);
             return Err(failed(error));
         }
-        self.locked = Some(file);
+        self.locked = Some(locked);
         Ok(())
     }
 }
 
-/// Locks the file of the record at `path`, as long as it is open.
-fn lock(file: &File, path: &Path) -> Result<()> {
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            let cause = "another search is writing to it; wait for its end, or name another file";
-            Err(Error::setting("record", format!("{}: {cause}", path.display())))
+/// A file that is locked until this is dropped. Closing it is not enough: a child that is being started has it open too for a moment.
+struct Locked(File);
+
+impl Locked {
+    /// Locks the file of the record at `path`.
+    fn new(file: File, path: &Path) -> Result<Self> {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                let cause = "another search is writing to it; wait for its end, or name another file";
+                Err(Error::setting("record", format!("{}: {cause}", path.display())))
+            }
+            // Not every file system has locks.
+            _ => Ok(Self(file)),
         }
-        // Not every file system has locks.
-        _ => Ok(()),
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
     }
 }
 
@@ -459,13 +470,11 @@ mod tests {
             let said = Place::take(&path).err().expect("it is taken").to_string();
             assert!(said.contains("record: /") && said.contains("another search is writing to it"), "{said}");
         }
+        // A child that is being started has it open too.
+        let inherited = place.locked.as_ref().unwrap().0.try_clone().unwrap();
         drop(place);
-        // A process that another test is just starting has it for a moment.
-        let free = (0..5000).any(|_| {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-            Place::take(&path).is_ok()
-        });
-        assert!(free, "it is taken for ever");
+        drop(Place::take(&path).unwrap());
+        drop(inherited);
         assert_eq!(found.resume(&path).unwrap(), (found.trials.clone(), found.rounds.clone()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let other = Record { device: "another".into(), ..found.clone() };

@@ -100,10 +100,25 @@ pub fn limited<T>(resource: libc::__rlimit_resource_t, soft: u64, work: impl FnO
     result
 }
 
+/// Flags of a thread in `/proc`: it has ended and is not gone yet; the kernel made it for a ring (PF_EXITING, PF_IO_WORKER of
+/// `linux/sched.h`).
+const ENDED: u64 = 0x4;
+const OF_THE_KERNEL: u64 = 0x10;
+
+/// This process's threads, those with some of the flags only if `with` has them.
+fn threads(with: u64) -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+    // The flags are the seventh field after the name, which is in parentheses and may hold any of them.
+    let flags = stats.filter_map(|stat| stat.rsplit(')').next()?.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.filter(|flags| flags & (ENDED | OF_THE_KERNEL) & !with == 0).count()
+}
+
 /// What a streamer takes of a process and must give back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
     pub descriptors: usize,
+    /// Its own that have not ended.
     pub threads: usize,
     /// Bytes of memory that neither children nor core dumps get: that of arenas.
     pub arenas: usize,
@@ -125,26 +140,29 @@ impl Holdings {
             }
         }
         let rings = maps.matches("[io_uring]").count();
-        Self { descriptors: count("/proc/self/fd"), threads: count("/proc/self/task"), arenas, rings }
+        Self { descriptors: count("/proc/self/fd"), threads: threads(0), arenas, rings }
     }
 
-    /// What they are when the last threads that were joined have gone.
+    /// What they are when nothing changes, and no thread of the kernel's for a ring and none that has ended counts for a limit.
     pub fn at_rest() -> Self {
-        loop {
-            let before = Self::now();
-            if (0..10).all(|_| {
+        let mut before = Self::now();
+        for _ in 0..2000 {
+            let at_rest = (0..10).all(|_| {
                 thread::sleep(Duration::from_millis(5));
-                Self::now() == before
-            }) {
-                return before;
+                Self::now() == before && threads(ENDED | OF_THE_KERNEL) == before.threads
+            });
+            if at_rest {
+                break;
             }
+            before = Self::now();
         }
+        before
     }
 
-    /// Whether the process comes back to these; threads that were joined may take a moment to be gone.
+    /// Whether the process comes back to these; what the kernel still does for it may take a moment.
     pub fn assert_back(&self, what: &str) {
-        for _ in 0..100 {
-            if Self::now() == *self {
+        for _ in 0..1000 {
+            if Self::now() == *self && (self.rings > 0 || threads(ENDED | OF_THE_KERNEL) == self.threads) {
                 return;
             }
             thread::sleep(Duration::from_millis(10));

@@ -277,13 +277,13 @@ enum Waits {
 #[test]
 fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues() {
     // So long that what a busy machine adds to each does not count.
-    let cases = [(1, Waits::AfterEachLayer, [5, 20]), (2, Waits::AfterEachLayer, [5, 20])];
+    let cases = [(1, Waits::AfterEachLayer, 8, [5, 20]), (2, Waits::AfterEachLayer, 8, [5, 20])];
     // Also where the one takes nearly as long as the other.
-    let close = [[5, 20], [20, 30]].map(|times| (2, Waits::AfterEachPass, times));
-    for (n_gpu, waits, times) in cases.into_iter().chain(close) {
+    let close = [(2, Waits::AfterEachPass, 8, [5, 20]), (2, Waits::AfterEachPass, 5, [80, 120])];
+    for (n_gpu, waits, units, times) in cases.into_iter().chain(close) {
         let [short, long] = times.map(Duration::from_millis);
         for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
-            let mut fixture = common::fixture(8, &[4_000], 5);
+            let mut fixture = common::fixture(units, &[4_000], 5);
             fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));
             let device = AsyncCpu::new(1);
             device.pace_copies(copy);
