@@ -61,7 +61,7 @@ fn a_unit_that_stays_and_is_held_twice_is_in_use_until_both_uses_have_ended() {
         case.units.truncate(1);
         case.units[0].home(Home::Gpu);
         case.settings = Settings { n_gpu: 2, ..Settings::default() };
-        let streams = [(); 3].map(|()| case.device.stream().unwrap());
+        let streams = [(); 4].map(|()| case.device.stream().unwrap());
         let streamer = case.streamer();
         let held = [0, 1].map(|use_of| streamer.next(&streams[use_of]).unwrap());
         let done = Arc::new(AtomicBool::new(false));
@@ -70,8 +70,8 @@ fn a_unit_that_stays_and_is_held_twice_is_in_use_until_both_uses_have_ended() {
             thread::sleep(Duration::from_millis(200));
             ends.store(true, SeqCst);
         });
-        for layer in held {
-            if other_stream { layer.release_on(&streams[2]).unwrap() } else { layer.release().unwrap() }
+        for (layer, other) in held.into_iter().zip(&streams[2..]) {
+            if other_stream { layer.release_on(other).unwrap() } else { layer.release().unwrap() }
         }
         streamer.close().unwrap();
         assert!(done.load(SeqCst), "closed while use {slow} went on");
