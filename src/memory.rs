@@ -9,9 +9,12 @@ use std::{
 /// Bytes that arenas will take and the system does not know of yet.
 pub(crate) static PROMISED: AtomicUsize = AtomicUsize::new(0);
 
-/// RAM that can be had without swapping and without meeting a limit, in bytes, if the system tells. What was promised is not.
+/// RAM that can be had without swapping and without meeting a limit, in bytes, if the system tells. It excludes what was promised,
+/// and what comes with memory that is used: page tables, what the kernel notes of each page that is registered, stacks. A process
+/// that took it to the last byte would be killed in a control group.
 pub(crate) fn free() -> Option<usize> {
-    Some(free_below(Path::new("/"))?.saturating_sub(PROMISED.load(Relaxed)))
+    let free = free_below(Path::new("/"))?;
+    Some(free.saturating_sub(PROMISED.load(Relaxed)).saturating_sub(free / 128 + (8 << 20)))
 }
 
 /// The same by the files below `root`.

@@ -408,7 +408,9 @@ fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
 fn bench_trace_times_spans_beside_the_clock_that_they_look_at() {
     let trace = object("bench_trace", &[], "--rounds 7");
     let rows = trace["rows"].as_array().unwrap();
-    let ns = |what: &str| median(rows.iter().find(|row| row["what"] == what).unwrap_or_else(|| panic!("{what}")), "ns");
+    // Of a machine that is busy with other things the least tells.
+    let row = |what: &str| rows.iter().find(|row| row["what"] == what).unwrap_or_else(|| panic!("{what}"));
+    let ns = |what: &str| number(&row(what)["ns"], "min");
     let clock = ns("two looks at the clock");
     for what in ["a unit read", "a unit copied"] {
         assert!(ns(what) > 0.0 && ns(what) < 3.0 * clock, "{what}: {trace}");

@@ -357,6 +357,14 @@ impl Group {
             })
             .ok_or(io::ErrorKind::NotFound)?;
         let parent = Path::new(root).join(group.trim_start_matches('/'));
+        // Those of processes that were killed are still there.
+        for other in fs::read_dir(&parent)?.flatten() {
+            let process =
+                other.file_name().to_str().and_then(|name| name.strip_prefix("layer-streamer-")?.parse().ok());
+            if process.is_some_and(|process: u32| !Path::new("/proc").join(process.to_string()).exists()) {
+                let _ = fs::remove_dir(other.path());
+            }
+        }
         let at = parent.join(format!("layer-streamer-{}", std::process::id()));
         fs::create_dir(&at)?;
         let group = Self { at, parent };
@@ -387,7 +395,15 @@ fn in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed()
             return;
         }
     };
-    // The machine has room for these, the group has not; a process that took them would be killed.
+    // The machine has room for these, the group has not; a process that took them would be killed, also one that took all there is
+    // to the last byte, which is tried.
+    for more in 1..40 {
+        let settings = settings(more, 1, 0);
+        match start(&fixture, &settings) {
+            Ok(mut streamer) => (0..2).for_each(|_| checked_pass(&fixture, &mut streamer)),
+            Err(error) => assert!(matches!(error, Error::Memory { .. }), "{more}: {error}"),
+        }
+    }
     let message = refused(|| start(&fixture, &settings(40, 40, 40))).to_string();
     assert!(message.contains("bytes are available") && message.contains("free memory"), "{message}");
     let few: usize = message.split("only ").nth(1).and_then(|text| text.split(' ').next()?.parse().ok()).unwrap();

@@ -11,7 +11,7 @@ use crate::{
         device_time::{DeviceTimer, Timing},
         link::{Entry, Inlet, Place},
         on_device::DeviceMemory,
-        stage::{Control, Safeguard},
+        stage::Control,
     },
     plan::{Placed, Plan},
     sync::Signal,
@@ -119,10 +119,7 @@ impl<D: Device> ComputeSide<D> {
         let arrived_at = trace.end(wait);
         let ordered = arrival.and_then(|Entry { unit, place, pass, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
-            let mut waited = Ok(());
-            if self.control.keeps(Safeguard::Arrival) {
-                waited = self.device.wait(stream, arrived);
-            }
+            let mut waited = self.device.wait(stream, arrived);
             if place == Place::Home {
                 // So that the newest record of the end of its use stands for those before it, on whichever streams.
                 waited = waited.and_then(|()| self.device.wait(stream, compute_done));
@@ -187,17 +184,6 @@ impl<D: Device> ComputeSide<D> {
         };
         let Taken { unit, place, .. } = taken;
         let [_, compute_done] = self.memory.events(unit, place);
-        // The mistake that tests make on purpose: handed back first, and refilled before the record.
-        #[cfg(test)]
-        if let Place::Slot(slot) = place
-            && !self.control.keeps(Safeguard::RecordBeforeRelease)
-        {
-            self.inlet.release(slot);
-            std::thread::sleep(std::time::Duration::from_micros(300));
-            let recorded = self.device.record(compute_done, stream);
-            self.give_back(index);
-            return recorded;
-        }
         let timed = match (&mut self.timer, self.held[index].timing.take()) {
             (Some(timer), Some(timing)) => {
                 let Held { activity, .. } = self.held[index];

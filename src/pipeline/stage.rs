@@ -15,20 +15,6 @@ use crate::{
     trace::{Activity, Carried, Mark, Stage, Trace},
 };
 
-/// A step that keeps a slot from being overwritten early. Tests leave one out, to prove that they notice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Safeguard {
-    /// Compute waits for the unit's arrival.
-    Arrival,
-    /// A copy waits for the last use of the slot it fills.
-    ComputeDone,
-    /// A source slot is released when its copies are done, not before.
-    TransferDone,
-    /// A device slot is handed back after the record that its next copy waits for, not before.
-    #[cfg(test)]
-    RecordBeforeRelease,
-}
-
 /// What all threads of a streamer share.
 pub(crate) struct Control {
     epoch: AtomicU64,
@@ -40,9 +26,6 @@ pub(crate) struct Control {
     /// One for each thread that may sleep, the caller's last.
     signals: Vec<Arc<Signal>>,
     pub(crate) trace: Trace,
-    /// The safeguard that is left out, as a number; 0 if none is.
-    #[cfg(test)]
-    omitted: std::sync::atomic::AtomicU8,
 }
 
 const FATAL: u64 = u64::MAX;
@@ -56,28 +39,7 @@ impl Control {
             error: Mutex::new(None),
             signals,
             trace,
-            #[cfg(test)]
-            omitted: 0.into(),
         })
-    }
-
-    /// From now on leaves out `safeguard`.
-    #[cfg(test)]
-    pub(crate) fn omit(&self, safeguard: Option<Safeguard>) {
-        self.omitted.store(safeguard.map_or(0, |safeguard| safeguard as u8 + 1), Ordering::Relaxed);
-    }
-
-    /// Whether `safeguard` stands, as it always does outside tests.
-    #[inline]
-    pub(crate) fn keeps(&self, safeguard: Safeguard) -> bool {
-        #[cfg(test)]
-        let stands = self.omitted.load(Ordering::Relaxed) != safeguard as u8 + 1;
-        #[cfg(not(test))]
-        let stands = {
-            let _ = safeguard;
-            true
-        };
-        stands
     }
 
     pub(crate) fn epoch(&self) -> u64 {

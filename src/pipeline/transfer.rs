@@ -22,7 +22,7 @@ use crate::{
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place, Slot},
         on_device::DeviceMemory,
-        stage::{Advance, Control, Progress, Safeguard},
+        stage::{Advance, Control, Progress},
     },
     plan::{Home, Plan},
     sync::Signal,
@@ -120,7 +120,7 @@ impl<D: Device> TransferStage<D> {
     fn retire(&mut self, mut block: bool) -> Result<bool> {
         let mut retired = false;
         while let Some(Flight { done, .. }) = self.in_flight.front() {
-            if self.control.keeps(Safeguard::TransferDone) && !self.device.query(done)? {
+            if !self.device.query(done)? {
                 if !block {
                     break;
                 }
@@ -150,9 +150,7 @@ impl<D: Device> TransferStage<D> {
         }
         let target = self.to.address(&plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
-        if self.control.keeps(Safeguard::ComputeDone) {
-            self.device.wait(&self.stream, compute_done)?;
-        }
+        self.device.wait(&self.stream, compute_done)?;
         // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
         self.device.wait(&self.stream, arrived)?;
         let source_slot = if let Place::Slot(slot) = from { Some(slot) } else { None };

@@ -143,13 +143,18 @@ impl Holdings {
         Self { descriptors: count("/proc/self/fd"), threads: threads(0), arenas, rings }
     }
 
+    /// Whether no thread has ended that is not gone yet, nor the kernel has one for a ring that is not there any more.
+    fn nothing_ends(&self) -> bool {
+        threads(if self.rings == 0 { ENDED | OF_THE_KERNEL } else { ENDED }) == self.threads
+    }
+
     /// What they are when nothing changes, and no thread of the kernel's for a ring and none that has ended counts for a limit.
     pub fn at_rest() -> Self {
         let mut before = Self::now();
         for _ in 0..2000 {
             let at_rest = (0..10).all(|_| {
                 thread::sleep(Duration::from_millis(5));
-                Self::now() == before && threads(ENDED | OF_THE_KERNEL) == before.threads
+                Self::now() == before && before.nothing_ends()
             });
             if at_rest {
                 break;
@@ -162,7 +167,7 @@ impl Holdings {
     /// Whether the process comes back to these; what the kernel still does for it may take a moment.
     pub fn assert_back(&self, what: &str) {
         for _ in 0..1000 {
-            if Self::now() == *self && (self.rings > 0 || threads(ENDED | OF_THE_KERNEL) == self.threads) {
+            if Self::now() == *self && self.nothing_ends() {
                 return;
             }
             thread::sleep(Duration::from_millis(10));

@@ -10,7 +10,7 @@ use std::{
 use super::*;
 use crate::{
     io::faults::Attempt,
-    trace::{Activity, Begun, Bound, Mark, Observer, Span, Stage, Verdict},
+    trace::{Activity, Begun, Bound, Mark, Observer, PassStats, Span, Stage, Verdict},
 };
 
 /// Everything that was seen, in its order by stage.
@@ -274,37 +274,51 @@ enum Waits {
     AfterEachPass,
 }
 
+/// The verdict on passes over units that are copied, and computed by work that is only enqueued, in so long each.
+fn judged_behind_a_link(n_gpu: usize, waits: Waits, copy: Duration, compute: Duration) -> (Verdict, PassStats) {
+    let mut fixture = common::fixture(6, &[4_000], 5);
+    fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));
+    let device = AsyncCpu::new(1);
+    device.pace_copies(copy);
+    device.link();
+    let settings = Settings { n_gpu, n_cpu_pinned: 2, ..Settings::default() };
+    let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+    let stream = device.stream().unwrap();
+    for _ in 0..4 {
+        let pass = streamer.run_pass(&stream, (), |(), _| {
+            device.enqueue(&stream, move || thread::sleep(compute));
+            match waits {
+                Waits::AfterEachLayer => device.drain(&stream),
+                Waits::AfterEachPass => Ok(()),
+            }
+        });
+        pass.unwrap();
+        device.drain(&stream).unwrap();
+    }
+    (streamer.verdict().unwrap(), streamer.stats().steady.unwrap())
+}
+
 #[test]
 fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues() {
-    // So long that what a busy machine adds to each does not count.
-    let cases = [(1, Waits::AfterEachLayer, 8, [5, 20]), (2, Waits::AfterEachLayer, 8, [5, 20])];
-    // Also where the one takes nearly as long as the other.
-    let close = [(2, Waits::AfterEachPass, 8, [5, 20]), (2, Waits::AfterEachPass, 5, [80, 120])];
-    for (n_gpu, waits, units, times) in cases.into_iter().chain(close) {
-        let [short, long] = times.map(Duration::from_millis);
-        for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
-            let mut fixture = common::fixture(units, &[4_000], 5);
-            fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));
-            let device = AsyncCpu::new(1);
-            device.pace_copies(copy);
-            device.link();
-            let settings = Settings { n_gpu, n_cpu_pinned: 2, ..Settings::default() };
-            let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
-            let stream = device.stream().unwrap();
-            for _ in 0..4 {
-                let pass = streamer.run_pass(&stream, (), |(), _| {
-                    device.enqueue(&stream, move || thread::sleep(compute));
-                    match waits {
-                        Waits::AfterEachLayer => device.drain(&stream),
-                        Waits::AfterEachPass => Ok(()),
-                    }
+    // So long that what a busy machine adds to each does not count; and where one takes nearly as long as the other.
+    let (far, close) = ([20, 120], [120, 180]);
+    let cases = [
+        (1, Waits::AfterEachLayer, far),
+        (2, Waits::AfterEachLayer, far),
+        (2, Waits::AfterEachPass, far),
+        (2, Waits::AfterEachPass, close),
+    ];
+    // They do nothing but wait, and can do so side by side.
+    thread::scope(|scope| {
+        for (n_gpu, waits, times) in cases {
+            let [short, long] = times.map(Duration::from_millis);
+            for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
+                scope.spawn(move || {
+                    let (verdict, stats) = judged_behind_a_link(n_gpu, waits, copy, compute);
+                    let case = format!("n_gpu {n_gpu}, waits {waits:?}, {copy:?} a copy, {compute:?} a layer");
+                    assert_eq!(verdict.bound, bound, "{case}: {verdict}, {stats:?}");
                 });
-                pass.unwrap();
-                device.drain(&stream).unwrap();
             }
-            let verdict = streamer.verdict().unwrap();
-            let stats = streamer.stats().steady.unwrap();
-            assert_eq!(verdict.bound, bound, "n_gpu {n_gpu}, waits {waits:?}: {verdict}, {stats:?}");
         }
-    }
+    });
 }
