@@ -268,4 +268,16 @@ mod tests {
         device.synchronize(&done).unwrap();
         assert!(flag.load(SeqCst));
     }
+    #[test]
+    #[ignore = "a race on purpose, which ci/sanitize demands to see"]
+    fn copies_on_streams_of_which_none_waits_for_the_other_race() {
+        let device = AsyncCpu::new(1);
+        let (a, b) = (device.stream().unwrap(), device.stream().unwrap());
+        let (memory, data) = (device.allocate("a test", 1 << 20).unwrap(), vec![1u8; 1 << 20]);
+        for stream in [&a, &b] {
+            // SAFETY: both ranges are that long and stay to the end. That nothing orders the two copies is what this is about.
+            unsafe { device.copy_to_device(device.address(&memory), data.as_ptr(), data.len(), stream).unwrap() };
+        }
+        [a, b].iter().for_each(|stream| device.drain(stream).unwrap());
+    }
 }
