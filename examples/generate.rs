@@ -47,7 +47,7 @@ use layer_streamer::{
 };
 use report::{Report, Run};
 use tokenizers::Tokenizer;
-use waiting::Waiting;
+use waiting::{Silence, Waiting};
 
 /// Says something on stderr, which may be closed or full: that is no reason to stop.
 macro_rules! say {
@@ -282,7 +282,10 @@ fn run<D: Kernels>(
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }
     let waiting = Waiting::on("reserving memory and loading what stays", options.quiet);
-    let observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    let mut observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    if !options.quiet {
+        observers.push(Arc::new(Silence));
+    }
     let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
     drop(waiting);
     let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), begun, dump).map(|mut run| {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
+use layer_streamer::trace::{Mark, Observer};
 
 /// Whatever takes longer than this is told.
 const SOON: Duration = Duration::from_millis(700);
@@ -44,5 +45,18 @@ impl Drop for Waiting {
         self.0.take();
         // The spinner is gone before anything else is said.
         let _ = self.1.take().map(thread::JoinHandle::join);
+    }
+}
+
+/// Says on stderr which file does not answer.
+pub struct Silence;
+
+impl Observer for Silence {
+    fn mark(&self, mark: &Mark) {
+        if let Mark::Silent { file, since } = mark {
+            let seconds = since.as_secs();
+            let line = format!("waiting for {}: no read has ended for {seconds} s; Ctrl-C ends the wait\n", file.display());
+            let _ = io::stderr().write_all(line.as_bytes());
+        }
     }
 }
