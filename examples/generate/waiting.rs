@@ -55,7 +55,8 @@ impl Observer for Silence {
     fn mark(&self, mark: &Mark) {
         if let Mark::Silent { file, since } = mark {
             let seconds = since.as_secs();
-            let line = format!("waiting for {}: no read has ended for {seconds} s; Ctrl-C ends the wait\n", file.display());
+            let line =
+                format!("waiting for {}: no read has ended for {seconds} s; Ctrl-C ends the wait\n", file.display());
             let _ = io::stderr().write_all(line.as_bytes());
         }
     }

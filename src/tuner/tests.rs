@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod by_clock;
 mod machines;
 
 use super::{

@@ -12,12 +12,12 @@ use crate::{
 };
 
 /// How long the disk takes for a unit, and the layer function: so long that what a busy machine adds to each does not count.
-const READ: Duration = Duration::from_millis(120);
-const COMPUTE: Duration = Duration::from_millis(25);
+const READ: Duration = Duration::from_millis(60);
+const COMPUTE: Duration = Duration::from_millis(14);
 
 /// Units of a pass, and how many of them live on disk.
-const UNITS: usize = 16;
-const ON_DISK: usize = 4;
+const UNITS: usize = 32;
+const ON_DISK: usize = 8;
 
 /// Median seconds of a pass with rings of one over units that live on disk where `reads` says so, else on the device;
 /// `between` runs between two passes.
