@@ -291,22 +291,24 @@ impl<D: Device> Pipeline<D> {
         Ok(())
     }
 
-    /// Takes layers as fast as they come until the window is over, and the pass with it where layers differ, and something was
-    /// moved. Empty it first.
+    /// Takes layers as fast as they come until the window is over, and the pass with it where layers differ; on a busy machine for
+    /// another window if nothing was moved. Empty it first.
     pub fn window(&mut self, window: Duration) -> Result<Used, Failure> {
-        self.measure(|pipeline| {
-            let (start, before, mut taken) = (Instant::now(), pipeline.stats(), 0);
-            let moved = |pipeline: &Self| {
-                let links = PerPass::between(&before, &pipeline.stats());
-                (if pipeline.reads { links.read() } else { links.transfer }) > 0
-            };
-            while start.elapsed() < window || pipeline.whole.is_some_and(|units| taken % units != 0) || !moved(pipeline)
-            {
+        let take = |pipeline: &mut Self| {
+            let (start, mut taken) = (Instant::now(), 0);
+            while start.elapsed() < window || pipeline.whole.is_some_and(|units| taken % units != 0) {
                 pipeline.take()?;
                 taken += 1;
             }
             Ok(())
-        })
+        };
+        let mut used = self.measure(take)?;
+        while used.moved.bytes == 0 {
+            let more = self.measure(take)?;
+            used.add(more);
+            used.links = more.links;
+        }
+        Ok(used)
     }
 
     /// Whatever `work` makes the pipeline do.
