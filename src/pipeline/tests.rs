@@ -92,16 +92,11 @@ impl Case {
             units.push(changed);
             expected.push(tensors);
         }
-        let (n_gpu, n_cpu_pinned, n_cpu) = (1 + rng.usize(..4), rng.usize(..4), rng.usize(..4));
+        let rings = common::random_rings(&mut rng);
         let settings = Settings {
-            n_gpu,
-            n_cpu_pinned,
-            n_cpu,
-            batch_gpu: rng.usize(..=n_gpu),
-            batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
-            batch_cpu: rng.usize(..=n_cpu),
             reader: [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread][rng.usize(..4)],
             cache: [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered][rng.usize(..3)],
+            ..rings
         };
         // Or what a budget makes of it: any mix that the planner may choose.
         let settings = if rng.u8(..4) > 0 { settings } else { planned(&fixture, &mut units, settings, &mut rng) };

@@ -203,6 +203,20 @@ pub fn copy_of(original: &Path) -> tempfile::TempDir {
     copy
 }
 
+/// Rings of up to four, each handed over in batches of any size that goes.
+pub fn random_rings(rng: &mut fastrand::Rng) -> Settings {
+    let (n_gpu, n_cpu_pinned, n_cpu) = (1 + rng.usize(..4), rng.usize(..4), rng.usize(..4));
+    Settings {
+        n_gpu,
+        n_cpu_pinned,
+        n_cpu,
+        batch_gpu: rng.usize(..=n_gpu),
+        batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
+        batch_cpu: rng.usize(..=n_cpu),
+        ..Settings::default()
+    }
+}
+
 /// How many of the pipeline's threads there are. A driver has threads and descriptors of its own, which may stay.
 pub fn threads() -> usize {
     let tasks = fs::read_dir("/proc/self/task").unwrap();

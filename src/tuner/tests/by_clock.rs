@@ -96,16 +96,7 @@ fn a_pass_takes_as_long_as_with_stages_that_look_at_a_clock() {
         let (checkpoint, mut units) = units(file.path(), &sizes);
         let homes = [Home::Disk, Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
         units.iter_mut().for_each(|unit| _ = unit.home(homes[rng.usize(..homes.len())]));
-        let (n_gpu, n_cpu_pinned, n_cpu) = (rng.usize(1..4), rng.usize(..4), rng.usize(..4));
-        let settings = Settings {
-            n_gpu,
-            n_cpu_pinned,
-            n_cpu,
-            batch_gpu: rng.usize(..=n_gpu),
-            batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
-            batch_cpu: rng.usize(..=n_cpu),
-            ..Settings::default()
-        };
+        let settings = common::random_rings(&mut rng);
         let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
         let per_byte = |rng: &mut fastrand::Rng| 1e-9 * (1.0 + 9.0 * rng.f64());
         let parts = sizes.iter().sum::<usize>() as f64;
