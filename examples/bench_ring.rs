@@ -194,9 +194,13 @@ fn hand_over(mut tx: impl Sender, mut rx: impl Receiver, window: Duration) -> Re
     let (sent, received) = thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut number = 0;
-            while !over.load(Ordering::Relaxed) {
+            // One at least, however late this thread comes to run.
+            loop {
                 tx.send(Entry::new(number));
                 number += 1;
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
             }
             tx.send(Entry::new(Entry::END));
             number
@@ -332,7 +336,7 @@ fn wake_ups(count: u32, mut woken: impl FnMut()) -> [WakeUps; 2] {
     })
 }
 
-/// Entries that the rings hold: the pipeline's hold as many as it has slots (a few), or units at home (many).
+/// Entries that the rings hold: the pipeline's hold as many as it has slots (a few), or units that are kept (many).
 const CAPACITIES: [usize; 5] = [1, 2, 4, 16, 64];
 
 const COLUMNS: [Column; 8] = [

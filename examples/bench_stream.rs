@@ -38,7 +38,7 @@ use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
-    plan::{Bandwidths, Besides, CachePolicy, Home, Plan, Reader},
+    plan::{Bandwidths, CachePolicy, FixedOverhead, Plan, Reader, Tier},
     probe::Probe,
     trace::{
         Observer, Stage,
@@ -62,7 +62,7 @@ Examples:
   bench_stream --model /tmp/3b --passes 5             how long a pass takes
   bench_stream --model /tmp/3b --n-cpu 2              one more stage: pageable RAM in front of pinned RAM
   bench_stream --model /tmp/3b --reader pread         as on systems without io_uring
-  bench_stream --model /tmp/3b --home 0-35=pinned     nothing from disk: beside a plain copy
+  bench_stream --model /tmp/3b --tier 0-35=pinned     nothing from disk: beside a plain copy
   bench_stream --model /tmp/3b --ram 4GiB             the plan for so much memory, and whether it takes as long as foretold
   bench_stream --model /tmp/3b --keep 50              the same for the least that will do and half of the layers' bytes
   bench_stream --model /tmp/3b --cache buffered       through the page cache
@@ -70,7 +70,7 @@ Examples:
                                                       how many layers to buffer, value beside value
   bench_stream --model /tmp/3b --sweep keep=0,25,50,75
                                                       what memory buys
-  bench_stream --model /tmp/3b --home 0-35=pinned --sweep trace=0,1
+  bench_stream --model /tmp/3b --tier 0-35=pinned --sweep trace=0,1
                                                       what a trace costs
   bench_stream --model /tmp/3b --trace stream.html    a picture of what every stage did and waited for
   bench_stream --model /tmp/3b --json | jq .ratio.median
@@ -103,15 +103,15 @@ struct Options {
     cache: CacheName,
     /// Where layers live between passes, such as 0-7=pinned,8-11=gpu
     #[arg(long, value_name = "LIST", default_value = "")]
-    home: String,
-    /// Choose homes and rings for so much GPU memory, such as 8GB, 7.5GiB or auto
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    tier: String,
+    /// Choose tiers and rings for so much GPU memory, such as 8GB, 7.5GiB or auto
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["tier", "n_gpu", "n_cpu_pinned", "n_cpu"])]
     vram: Option<Amount>,
     /// The same for RAM
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["home", "n_gpu", "n_cpu_pinned", "n_cpu"])]
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["tier", "n_gpu", "n_cpu_pinned", "n_cpu"])]
     ram: Option<Amount>,
     /// The same for the least RAM that will do, and this share of the layers' bytes
-    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["ram", "home", "n_gpu", "n_cpu_pinned", "n_cpu"], value_parser = share)]
+    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["ram", "tier", "n_gpu", "n_cpu_pinned", "n_cpu"], value_parser = share)]
     keep: Option<f64>,
     /// Layers buffered ahead on the device
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -207,8 +207,8 @@ impl Options {
     fn check_sweep(&self) -> Result<(), Failure> {
         let Some(Sweep { setting, .. }) = &self.sweep else { return Ok(()) };
         let budget = self.ram.is_some() || self.vram.is_some() || self.keep.is_some();
-        if *setting == "keep" && (self.ram.is_some() || !self.home.is_empty()) {
-            return Err("--sweep keep: it chooses homes and rings; leave out --ram and --home".into());
+        if *setting == "keep" && (self.ram.is_some() || !self.tier.is_empty()) {
+            return Err("--sweep keep: it chooses tiers and rings; leave out --ram and --tier".into());
         }
         if ["n_gpu", "n_cpu_pinned"].contains(setting) && budget {
             return Err(format!("--sweep {setting}: a budget chooses it; leave out --ram, --vram and --keep").into());
@@ -321,14 +321,14 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
     Ok(report)
 }
 
-/// Units with their homes, settings, and the plan for them.
+/// Units with their tiers, settings, and the plan for them.
 fn planned<D: Device>(
     device: &D,
     checkpoint: &Checkpoint,
     options: &Options,
 ) -> Result<(Vec<Unit>, Settings, Plan), Failure> {
     let mut units = checkpoint.layers()?;
-    Home::parse(&options.home, &mut units)?;
+    Tier::parse(&options.tier, &mut units)?;
     let mut settings = options.settings();
     if options.vram.is_some() || options.ram.is_some() || options.keep.is_some() {
         let mut budget = budget::budget(device, options.vram, options.ram)?;
@@ -338,14 +338,14 @@ fn planned<D: Device>(
             let slots = slots.iter().find(|part| !part.on_device && part.what.contains("pinned"));
             let slots = slots.map_or(0, |part| part.bytes);
             let share = percent / 100.0 * units.len() as f64 / (settings.n_cpu_pinned + 1) as f64;
-            let least = budget.least(checkpoint, &units, Besides::default())?;
+            let least = budget.least(checkpoint, &units, FixedOverhead::default())?;
             budget.host_bytes = least.host_bytes + (slots as f64 * share).ceil() as usize;
         }
         let probe = Probe::recent(device, checkpoint)?;
         let bandwidths = probe.map_or_else(Bandwidths::default, |probe| probe.bandwidths());
-        let (homes, Settings { n_gpu, n_cpu_pinned, .. }) =
-            budget.plan(checkpoint, &units, Besides::default(), bandwidths)?;
-        units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        let (tiers, Settings { n_gpu, n_cpu_pinned, .. }) =
+            budget.plan(checkpoint, &units, FixedOverhead::default(), bandwidths)?;
+        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
         settings = Settings { n_gpu, n_cpu_pinned, ..settings };
     }
     let plan = Plan::on(device, checkpoint, &units, &settings)?;

@@ -163,7 +163,7 @@ struct Options {
     /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
     /// of a streamed output head are numbered after the layers
     #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
-    home: Option<String>,
+    tier: Option<String>,
 
     /// Where embedding table and output head live: on-device, embedding-in-file, or head-streamed, which streams the head after
     /// the layers [default: on-device]
@@ -172,7 +172,7 @@ struct Options {
 
     /// All of these as `tune --json FILE` found them: the answer of that search
     #[arg(long, value_name = "FILE", help_heading = "Pipeline, in place of a budget",
-          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "home", "tables"])]
+          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "tier", "tables"])]
     config: Option<PathBuf>,
 
     /// Print nothing but the text (and errors)
@@ -202,7 +202,7 @@ impl Options {
             return Ok(Some(answer.placement.clone()));
         }
         let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];
-        if !given.iter().any(Option::is_some) && self.home.is_none() && self.tables.is_none() {
+        if !given.iter().any(Option::is_some) && self.tier.is_none() && self.tables.is_none() {
             return Ok(None);
         }
         let usual = Settings::default();
@@ -217,8 +217,8 @@ impl Options {
         };
         let mut model = model.clone();
         model.tables = self.tables.unwrap_or_default();
-        let Placement { homes, statics, .. } = model.placement(&settings);
-        Ok(Some(Placement { statics, ..Placement::new(settings, homes.len(), self.home.as_deref().unwrap_or(""))? }))
+        let Placement { tiers, statics, .. } = model.placement(&settings);
+        Ok(Some(Placement { statics, ..Placement::new(settings, tiers.len(), self.tier.as_deref().unwrap_or(""))? }))
     }
 }
 
@@ -409,7 +409,7 @@ fn generate<D: Kernels>(
     Ok(Generated { done, text: kept })
 }
 
-/// The settings that were given, else the fastest for the memory there is, for which layers get homes; and what the links
+/// The settings that were given, else the fastest for the memory there is, for which layers get tiers; and what the links
 /// carry, where that was measured.
 fn plan<D: Kernels>(
     device: &D,
@@ -419,7 +419,7 @@ fn plan<D: Kernels>(
 ) -> Result<(Settings, Option<Probe>), Failure> {
     let placement = options.placement(device, model)?;
     if placement.is_some() && (options.vram.is_some() || options.ram.is_some()) {
-        return Err("--vram and --ram choose the pipeline and the homes; leave out either them or your own".into());
+        return Err("--vram and --ram choose the pipeline and the tiers; leave out either them or your own".into());
     }
     let _waiting = Waiting::on("measuring disk and link", options.quiet);
     let measure = match (options.probe, options.no_probe) {

@@ -38,12 +38,12 @@ use layer_streamer::{
     files::NewFile,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    plan::{Bandwidths, Home, Placement},
+    plan::{Bandwidths, Placement, Tier},
     trace::{
         Observer, Stage,
         timeline::{Timeline, TraceFile},
     },
-    tuner::{self, Answer, Candidate, Candidates, Ended, Event, Ranking, Record, Search, Tuner, Values},
+    tuner::{self, Answer, Candidate, Candidates, Ended, Ranking, Record, Search, SearchEvent, Tuner, Values},
 };
 use show::{came_to, short};
 
@@ -229,7 +229,7 @@ impl<D: Kernels> Trial<D> {
     /// Passes until the layers that are kept are all there: they are read in the first, and some once more where their memory was
     /// not there in time.
     fn fill(&mut self, placement: &Placement) -> Result<(), Error> {
-        let read = placement.homes.iter().filter(|home| **home == Home::Disk).count() as u64;
+        let read = placement.tiers.iter().filter(|tier| **tier == Tier::Disk).count() as u64;
         let mut before = 0;
         for _ in 0..if placement.kept() > 0 { FILLING } else { 0 } {
             self.pass()?;
@@ -429,13 +429,13 @@ fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
     let (mut on_record, mut end) = (None, tuner.time_limit);
     let ranking = tuner.run(|event| {
         match event {
-            Event::Begun { placement, number, most } => {
+            SearchEvent::Begun { placement, number, most } => {
                 on_record.get_or_insert(number as u64 - 1);
                 bar.set_length(most as u64);
                 bar.set_position(number as u64 - 1);
                 bar.set_message(short(placement));
             }
-            Event::Ended { trial, best } => {
+            SearchEvent::Ended { trial, best } => {
                 bar.inc(1);
                 let (done, all) = (bar.position(), bar.length().unwrap_or(0));
                 let since = done.saturating_sub(on_record.unwrap_or(0)).max(1);
@@ -449,12 +449,12 @@ fn search_with_bar(tuner: &Tuner) -> Result<Ranking, Failure> {
                     bar.suspend(|| say!("{line}"));
                 }
             }
-            Event::Comparing { challenger, round } => {
+            SearchEvent::Comparing { challenger, round } => {
                 end = None;
                 bar.set_prefix("?");
                 bar.set_message(format!("{} beside the default, round {round}", short(challenger)));
             }
-            Event::Compared { round } => {
+            SearchEvent::Compared { round } => {
                 let line = format!("beside the default: {}  {}", short(&round.challenger), show::round(round));
                 bar.suspend(|| say!("{line}"));
             }

@@ -132,25 +132,25 @@ typedef int32_t ls_dtype;
 #endif // __cplusplus
 
 // Where a unit lives between passes.
-enum ls_home
+enum ls_tier
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
     // On disk: read in every pass.
-    LS_HOME_DISK = 0,
+    LS_TIER_DISK = 0,
     // In pageable RAM: read once.
-    LS_HOME_RAM = 1,
+    LS_TIER_RAM = 1,
     // In pinned RAM: read once.
-    LS_HOME_PINNED = 2,
+    LS_TIER_PINNED = 2,
     // On the device: read and transferred once.
-    LS_HOME_GPU = 3,
+    LS_TIER_GPU = 3,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
-typedef enum ls_home ls_home;
+typedef enum ls_tier ls_tier;
 #else
-typedef int32_t ls_home;
+typedef int32_t ls_tier;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
@@ -300,8 +300,8 @@ typedef struct ls_unit {
     const struct ls_unit_tensor *tensors;
     // How many.
     size_t count;
-    // An ls_home.
-    int32_t home;
+    // An ls_tier.
+    int32_t tier;
 } ls_unit;
 
 // How far a pass has come.
@@ -356,8 +356,8 @@ typedef struct ls_streamer_options {
     // How many units.
     size_t unit_count;
     // Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
-    // is NULL, live where their `home` says, or on disk.
-    const char *homes;
+    // is NULL, live where their `tier` says, or on disk.
+    const char *tiers;
     // May be NULL.
     ls_progress_fn progress;
     // What `progress` is given.
@@ -366,7 +366,7 @@ typedef struct ls_streamer_options {
     ls_log_fn log;
     // What `log` is given.
     void *log_user;
-    // Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
+    // Memory of the caller's for slots and kept units in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
     // of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (for good if
     // the close says LS_LEAKED). It should be present: first touch is slower than a disk.
     void *ram_memory;
@@ -381,7 +381,7 @@ typedef struct ls_streamer_options {
     // Its length in bytes.
     size_t gpu_bytes;
     // How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
-    // takes the least time; `homes` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
+    // takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
     // LS_INVALID if it is less than the least that will do, which the message names. To a streamer it is for its slots and
     // units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
     // it is for everything.
@@ -399,7 +399,7 @@ typedef struct ls_streamer_options {
 typedef struct ls_memory {
     // sizeof(ls_memory).
     size_t size;
-    // Bytes of slots and homes in pageable RAM.
+    // Bytes of slots and kept units in pageable RAM.
     size_t ram;
     // The same in pinned RAM.
     size_t pinned;
@@ -630,7 +630,7 @@ ls_status ls_stream_to_cuda(struct ls_stream stream,
 
 // What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
 // the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
-// have slots for layers that live there too, for as long as their homes become present: n_gpu + 1 of the largest.
+// have slots for layers that live there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
 ls_status ls_streamer_memory(struct ls_checkpoint checkpoint,
                              const struct ls_streamer_options *options,
                              struct ls_memory *memory);

@@ -1,6 +1,6 @@
-//! Memory for slots: one anonymous mapping cut into equal, page-aligned slots, touched before the first read. Memory that is
-//! filled once, from its start on, is touched by threads that run ahead of that, so that nobody waits for all of it; and
-//! whoever would overtake them can tell.
+//! Memory for slots and kept units: one anonymous mapping cut into equal, page-aligned slots, faulted in before the first read.
+//! Memory of kept units is filled once, from its start on. Threads prefault it ahead of the reader, so that nobody waits for all
+//! of it; whoever would overtake them can tell.
 
 use std::{
     io, mem,
@@ -34,7 +34,7 @@ pub(crate) struct Arena {
     map: Option<Arc<MmapRaw>>,
     slot_bytes: usize,
     slots: usize,
-    ahead: Option<Ahead>,
+    prefault: Option<Prefault>,
 }
 
 // SAFETY: a range of memory; whoever follows an address into it answers for the access.
@@ -42,16 +42,16 @@ unsafe impl Send for Arena {}
 // SAFETY: as above.
 unsafe impl Sync for Arena {}
 
-/// What is touched at once (bytes): a huge page. In tests less, so that [`Ahead`] is often overtaken.
+/// What is prefaulted at once (bytes): a huge page. In tests less, so that the [`Prefault`] threads are often overtaken.
 const STEP: usize = if cfg!(test) { PAGE } else { 2 << 20 };
 
-/// What is touched before anything is read (bytes): units that all fit in so little are read once.
+/// What is prefaulted before anything is read (bytes): units that all fit in so little are read once.
 const FIRST: usize = 8 * STEP;
 
 const UNPOISONED: &str = "nothing panics under this lock";
 
 /// Threads that make an arena present, piece after piece.
-struct Ahead {
+struct Prefault {
     /// Where the next piece begins: before it memory is present, or is about to be.
     next: Arc<AtomicUsize>,
     /// Until the memory is asked for they let others start.
@@ -59,7 +59,7 @@ struct Ahead {
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
-impl Ahead {
+impl Prefault {
     fn begin(&self) {
         if !self.begun.load(Relaxed) {
             self.begun.store(true, Relaxed);
@@ -78,15 +78,15 @@ impl Ahead {
     }
 }
 
-/// Has `touch` make pieces of `bytes` present, where they begin and how long they are, of those that no other thread has taken
+/// Has `fault_in` make pieces of `bytes` present, where they begin and how long they are, of those that no other thread has taken
 /// from `next`, until none is left or it fails.
-fn share(bytes: usize, next: &AtomicUsize, touch: impl Fn(usize, usize) -> io::Result<()>) -> io::Result<()> {
+fn share(bytes: usize, next: &AtomicUsize, fault_in: impl Fn(usize, usize) -> io::Result<()>) -> io::Result<()> {
     loop {
         let at = next.fetch_add(STEP, Relaxed);
         if at >= bytes {
             return Ok(());
         }
-        touch(at, STEP.min(bytes - at))?;
+        fault_in(at, STEP.min(bytes - at))?;
     }
 }
 
@@ -95,7 +95,7 @@ fn share(bytes: usize, next: &AtomicUsize, touch: impl Fn(usize, usize) -> io::R
 ///
 /// # Safety
 /// The byte may be written.
-unsafe fn touch_page(at: *mut u8) {
+unsafe fn fault_in_page(at: *mut u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's.
     unsafe {
@@ -125,9 +125,9 @@ impl Arena {
     }
 
     /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first pieces now and
-    /// the rest, from when somebody [asks for it](Self::is_touched), in threads of its own; whoever overtakes them waits for the
-    /// pages that it touches, and no more.
-    pub(crate) fn filled_once(what: &'static str, bytes: usize) -> Result<Self> {
+    /// the rest, once somebody [asks for it](Self::is_prefaulted), in threads of its own; whoever overtakes them waits for the
+    /// pages that it writes, and no more.
+    pub(crate) fn prefaulting(what: &'static str, bytes: usize) -> Result<Self> {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");
         let first = FIRST.min(map.len());
@@ -151,7 +151,7 @@ impl Arena {
                     // Before the system sees it: counted twice, it would be missing elsewhere.
                     PROMISED.fetch_sub(len, Relaxed);
                     // SAFETY: inside the mapping, which may be written, and which this thread holds.
-                    (at..at + len).step_by(PAGE).for_each(|page| unsafe { touch_page(map.as_mut_ptr().add(page)) });
+                    (at..at + len).step_by(PAGE).for_each(|page| unsafe { fault_in_page(map.as_mut_ptr().add(page)) });
                     Ok(())
                 });
             };
@@ -162,7 +162,7 @@ impl Arena {
             // The memory becomes present where it is used.
             PROMISED.fetch_sub(rest, Relaxed);
         } else {
-            arena.ahead = Some(Ahead { next, begun, threads: Mutex::new(threads) });
+            arena.prefault = Some(Prefault { next, begun, threads: Mutex::new(threads) });
         }
         Ok(arena)
     }
@@ -171,7 +171,7 @@ impl Arena {
         let slot_bytes = slot_bytes.next_multiple_of(PAGE).max(PAGE);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
-        // The system may promise more than it has, and then kill whoever touches it.
+        // The system may promise more than it has, and then kill whoever uses it.
         if let Some(available) = memory::free().filter(|&available| available < bytes) {
             let cause = format!("only {available} bytes are available");
             return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
@@ -183,7 +183,7 @@ impl Arena {
         }
         // A mapping is never at address zero.
         let start = NonNull::new(map.as_mut_ptr()).expect("a mapping");
-        Ok(Self { start, bytes, map: Some(Arc::new(map)), slot_bytes, slots, ahead: None })
+        Ok(Self { start, bytes, map: Some(Arc::new(map)), slot_bytes, slots, prefault: None })
     }
 
     /// The same in memory of the caller's, which is `slots` times `slot_bytes` long. Both it and `slot_bytes` are on page
@@ -192,7 +192,7 @@ impl Arena {
     /// # Safety
     /// The memory outlives the arena, and is used by nothing else meanwhile.
     pub(crate) unsafe fn lent(start: NonNull<u8>, slots: usize, slot_bytes: usize) -> Self {
-        Self { start, bytes: slots * slot_bytes, map: None, slot_bytes, slots, ahead: None }
+        Self { start, bytes: slots * slot_bytes, map: None, slot_bytes, slots, prefault: None }
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> Error {
@@ -222,20 +222,20 @@ impl Arena {
         unsafe { self.start.add(index * self.slot_bytes) }
     }
 
-    /// Ends the threads that touch the memory: it is dropped, or will never be.
+    /// Ends the threads that prefault the memory: it is dropped, or will never be.
     pub(crate) fn abandon(&self) {
-        if let Some(ahead) = &self.ahead {
-            ahead.stop(self.bytes);
+        if let Some(prefault) = &self.prefault {
+            prefault.stop(self.bytes);
         }
     }
 
     /// Whether all bytes before `end` are present, or are about to be. Where they are not, whoever fills them may overtake the
-    /// threads that touch the memory; they begin once this was first asked. True where none do.
-    pub(crate) fn is_touched(&self, end: usize) -> bool {
-        self.ahead.as_ref().is_none_or(|ahead| {
-            let touched = end <= ahead.next.load(Relaxed);
-            ahead.begin();
-            touched
+    /// threads that prefault it; they begin once this was first asked. True where none do.
+    pub(crate) fn is_prefaulted(&self, end: usize) -> bool {
+        self.prefault.as_ref().is_none_or(|prefault| {
+            let there = end <= prefault.next.load(Relaxed);
+            prefault.begin();
+            there
         })
     }
 
@@ -268,11 +268,11 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_filled_once_becomes_present_by_itself_and_may_be_dropped_before() {
-        let arena = Arena::filled_once("a test", (40 << 20) + 5).unwrap();
+    fn memory_that_is_prefaulted_becomes_present_by_itself_and_may_be_dropped_before() {
+        let arena = Arena::prefaulting("a test", (40 << 20) + 5).unwrap();
         let bytes = arena.whole().1;
-        assert!(!arena.is_touched(bytes), "nobody asked for the rest yet");
-        assert!(arena.is_touched(FIRST), "the first pieces are there at once");
+        assert!(!arena.is_prefaulted(bytes), "nobody asked for the rest yet");
+        assert!(arena.is_prefaulted(FIRST), "the first pieces are there at once");
         let mut present = vec![0u8; bytes / PAGE];
         for _ in 0..1000 {
             // SAFETY: the mapping is that long and the vector has a byte for each page.
@@ -285,7 +285,7 @@ mod tests {
         assert!(present.iter().all(|page| page & 1 == 1), "not within ten seconds");
         drop(arena);
         for _ in 0..20 {
-            drop(Arena::filled_once("a test", 256 << 20).unwrap());
+            drop(Arena::prefaulting("a test", 256 << 20).unwrap());
         }
         // What was promised and not taken is not held against others; other tests may run.
         assert!(PROMISED.load(Relaxed) < 4 << 30, "{PROMISED:?}");

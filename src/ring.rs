@@ -11,40 +11,40 @@ use crossbeam_utils::CachePadded;
 
 use crate::sync::{AtomicUsize, Ordering, UnsafeCell};
 
-struct Shared<T> {
+struct RingState<T> {
     head: CachePadded<AtomicUsize>,
     tail: CachePadded<AtomicUsize>,
     places: Box<[UnsafeCell<Option<T>>]>,
 }
 
-impl<T> Shared<T> {
+impl<T> RingState<T> {
     fn place(&self, count: usize) -> &UnsafeCell<Option<T>> {
         &self.places[count & (self.places.len() - 1)]
     }
 }
 
 // SAFETY: by the module's invariant each place is touched by one side at a time, handed over by release and acquire.
-unsafe impl<T: Send> Sync for Shared<T> {}
+unsafe impl<T: Send> Sync for RingState<T> {}
 // SAFETY: as above; the places own their entries.
-unsafe impl<T: Send> Send for Shared<T> {}
+unsafe impl<T: Send> Send for RingState<T> {}
 
 /// The end that puts entries in.
 pub(crate) struct Producer<T> {
-    shared: Arc<Shared<T>>,
+    shared: Arc<RingState<T>>,
     tail: usize,
     head_seen: usize,
 }
 
 /// The end that takes entries out.
 pub(crate) struct Consumer<T> {
-    shared: Arc<Shared<T>>,
+    shared: Arc<RingState<T>>,
     head: usize,
     tail_seen: usize,
 }
 
 /// A ring for at least `capacity` entries.
 pub(crate) fn ring<T: Copy>(capacity: usize) -> (Producer<T>, Consumer<T>) {
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(RingState {
         head: CachePadded::new(AtomicUsize::new(0)),
         tail: CachePadded::new(AtomicUsize::new(0)),
         places: (0..capacity.next_power_of_two()).map(|_| UnsafeCell::new(None)).collect(),

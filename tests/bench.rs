@@ -29,7 +29,7 @@ fn benches() -> Vec<(&'static str, Vec<String>)> {
         ("bench_trace", words("--rounds 2 --window 0.001")),
     ];
     #[cfg(feature = "capi")]
-    let benches = benches.into_iter().chain([("bench_border", words("--rounds 1 --window 0.01 --most 1e9"))]).collect();
+    let benches = benches.into_iter().chain([("bench_ffi", words("--rounds 1 --window 0.01 --most 1e9"))]).collect();
     benches
 }
 
@@ -141,7 +141,7 @@ fn every_benchmark_has_examples_in_its_help_and_the_same_options() {
 fn curves_are_drawn_where_they_were_asked_for_and_a_file_that_cannot_be_written_is_refused_at_once() {
     let folder = common::folder();
     for (name, mut arguments) in benches() {
-        if ["bench_border", "bench_trace"].contains(&name) {
+        if ["bench_ffi", "bench_trace"].contains(&name) {
             continue;
         }
         if name == "bench_stream" {
@@ -192,7 +192,7 @@ fn bench_stream_measures_reads_beside_raw_reads_and_copies_beside_plain_copies()
     // A waiting thread that looked again and again would take a core.
     assert!(number(&read, "stalled_cpu_share") < 0.2 && number(&read, "allocations") == 0.0, "{read}");
 
-    let copied = stream("--home 0-7=pinned");
+    let copied = stream("--tier 0-7=pinned");
     assert!(copied["limit"]["what"].as_str().unwrap().starts_with("plain copy"), "{copied}");
     assert_eq!((rows(&copied).len(), &copied["bottleneck"]), (1, &"transfer".into()), "{copied}");
     assert!(link(&copied, "copy to the device").is_some(), "{copied}");
@@ -201,14 +201,14 @@ fn bench_stream_measures_reads_beside_raw_reads_and_copies_beside_plain_copies()
 
 #[test]
 fn bench_stream_counts_layers_on_the_device_in_the_weights_used_and_in_no_link() {
-    let options = format!("{SHORT} --device cpu --home 0-3=gpu");
+    let options = format!("{SHORT} --device cpu --tier 0-3=gpu");
     let found = object("bench_stream", &["--model", &model()], &options);
     let (whole, seconds) = (number(&found, "unit_bytes"), median(&found, "pass_seconds"));
     assert_near(number(&found, "weights_used_gb_s"), whole / 1e9 / seconds);
     for row in rows(&found) {
         assert!(number(row, "pass_bytes") <= 0.6 * whole, "half of the layers move: {found}");
     }
-    let done = run("bench_stream", &["--model", &model()], &format!("{SHORT} --device cpu --home 0-7=gpu"));
+    let done = run("bench_stream", &["--model", &model()], &format!("{SHORT} --device cpu --tier 0-7=gpu"));
     let said = text(&done.stdout);
     assert!(done.status.success() && said.contains("nothing: all layers stay on the device"), "{said}");
     assert!(said.contains("a pass in which nothing moves") && !said.contains("GB/s"), "{said}");
@@ -363,7 +363,7 @@ fn what_cannot_be_measured_is_refused_by_name() {
         ("bench_stream", &["--model", &model, "--window", "0"], &["--window", "seconds from 0.001"]),
         ("bench_stream", &["--model", &model, "--warm-up", "nan"], &["--warm-up", "seconds from 0.001"]),
         ("bench_stream", &["--model", &model, "--n-gpu", "0"], &["n_gpu", "at least 1"]),
-        ("bench_stream", &["--model", &model, "--sweep", "homes=1,2"], &["--sweep", "n_cpu_pinned", "keep"]),
+        ("bench_stream", &["--model", &model, "--sweep", "tiers=1,2"], &["--sweep", "n_cpu_pinned", "keep"]),
         ("bench_stream", &["--model", &model, "--sweep", "n_gpu=0,1"], &["n_gpu", "at least 1"]),
         ("bench_stream", &["--model", &model, "--sweep", "n_gpu=1,2", "--ram", "1GB"], &["--sweep n_gpu", "--ram"]),
         ("bench_stream", &["--model", &model, "--sweep", "trace=0,2"], &["--sweep", "trace is 0, without, or 1"]),

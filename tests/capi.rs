@@ -20,7 +20,7 @@ use layer_streamer::{
 
 /// The sources of the header, in its order.
 const SOURCES: [&str; 9] =
-    ["border", "checkpoint", "device", "callbacks", "options", "streamer", "layers", "kernels", "model"];
+    ["ffi", "checkpoint", "device", "callbacks", "options", "streamer", "layers", "kernels", "model"];
 
 #[test]
 fn the_header_is_what_the_sources_declare() {

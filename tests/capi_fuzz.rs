@@ -171,7 +171,7 @@ impl Texts {
 
 /// What options may point to.
 struct Pointed {
-    homes: Texts,
+    tiers: Texts,
     traces: Texts,
     names: Texts,
     stored: Texts,
@@ -185,7 +185,7 @@ impl Pointed {
         let at = |name: &str| folder.join(name).into_os_string().into_encoded_bytes();
         let traces =
             [at("t.html"), at("t.json"), at("t.txt"), at("missing/t.html"), b"\xff.html/x.json".to_vec(), vec![]];
-        let homes: [&[u8]; 9] = [
+        let tiers: [&[u8]; 9] = [
             b"",
             b"0-7=pinned",
             b"0=gpu,3-5=ram",
@@ -197,7 +197,7 @@ impl Pointed {
             b"\xff=gpu",
         ];
         Self {
-            homes: Texts::new(&homes),
+            tiers: Texts::new(&tiers),
             traces: Texts::new(&traces.each_ref().map(Vec::as_slice)),
             names: Texts::new(&[b"a", b"b", b"c", b"d", b"", b"\xc3\x28", b"with\nline"]),
             stored: Texts::new(&[stored, &[b"none", b"\xff"]].concat()),
@@ -227,7 +227,7 @@ impl Pointed {
             let name = if careless { self.names.any(rng) } else { self.names.0[0].as_ptr() };
             let tensors = if careless && rng.u8(..12) == 0 { ptr::null() } else { self.tensors[start..].as_ptr() };
             let count = if careless && rng.u8(..9) == 0 { number(rng).max(usize::MAX >> 5) } else { rng.usize(..5) };
-            self.units.push(ls_unit { name: or_null(name, rng), tensors, count, home: code(rng) });
+            self.units.push(ls_unit { name: or_null(name, rng), tensors, count, tier: code(rng) });
         }
         let count = if rng.u8(..12) == 0 { number(rng).max(usize::MAX >> 5) } else { rng.usize(..4) };
         (self.units.as_ptr(), count)
@@ -271,7 +271,7 @@ impl Pointed {
             options.device_budget = number(rng);
         }
         if rng.u8(..if budget { 20 } else { 3 }) == 0 {
-            options.homes = self.homes.any(rng);
+            options.tiers = self.tiers.any(rng);
         }
         if rng.u8(..if budget { 20 } else { 4 }) == 0 {
             let [ram, pinned, gpu] = self.lent.each_mut().map(|lent| lent.range(rng));

@@ -86,7 +86,7 @@ fn with_units<R>(fixture: &Fixture, with: impl FnOnce(&mut ls_streamer_options) 
         .collect();
     let unit_names: Vec<_> = fixture.units.iter().map(|unit| c(unit.name())).collect();
     let units: Vec<_> = (tensors.iter().zip(&unit_names))
-        .map(|(t, name)| ls_unit { name: name.as_ptr(), tensors: t.as_ptr(), count: t.len(), home: 0 })
+        .map(|(t, name)| ls_unit { name: name.as_ptr(), tensors: t.as_ptr(), count: t.len(), tier: 0 })
         .collect();
     let mut options = options();
     (options.units, options.unit_count) = (units.as_ptr(), units.len());
@@ -453,10 +453,10 @@ fn structures_of_other_versions_and_values_that_are_none_are_refused_or_understo
                 let wrong = ls_streamer_options { n_gpu, reader, cache, batch_gpu, ..*options };
                 assert_eq!(open(&wrong), LS_INVALID, "{}", message());
             }
-            for homes in [c"0=moon", c"7=ram", c"\xff"] {
-                assert_eq!(open(&ls_streamer_options { homes: homes.as_ptr(), ..*options }), LS_INVALID);
+            for tiers in [c"0=moon", c"7=ram", c"\xff"] {
+                assert_eq!(open(&ls_streamer_options { tiers: tiers.as_ptr(), ..*options }), LS_INVALID);
             }
-            assert_eq!(open(&ls_streamer_options { homes: c"0-1=gpu,2=ram".as_ptr(), ..*options }), LS_OK);
+            assert_eq!(open(&ls_streamer_options { tiers: c"0-1=gpu,2=ram".as_ptr(), ..*options }), LS_OK);
             assert_eq!(open(&ls_streamer_options { units: ptr::null(), ..*options }), LS_NULL);
             assert_eq!(open(ptr::without_provenance(12)), LS_INVALID, "misaligned");
         });
@@ -488,9 +488,9 @@ fn a_streamer_lives_in_memory_of_the_caller_s() {
     // SAFETY: as the header asks, but for what is tested; what is lent lives longer than the streamer.
     unsafe {
         let device = made(|to| ls_device_cpu(to));
-        for homes in [c"", c"0=gpu,1=pinned,2-3=ram"] {
+        for tiers in [c"", c"0=gpu,1=pinned,2-3=ram"] {
             with_units(&fixture, |options| {
-                (options.n_cpu, options.homes) = (1, homes.as_ptr());
+                (options.n_cpu, options.tiers) = (1, tiers.as_ptr());
                 let mut needed: ls_memory = mem::zeroed();
                 needed.size = size_of::<ls_memory>();
                 assert_eq!(ls_streamer_memory(checkpoint, options, &mut needed), LS_OK, "{}", message());
@@ -533,7 +533,7 @@ fn a_streamer_lives_in_memory_of_the_caller_s() {
 }
 
 #[test]
-fn a_budget_chooses_homes_and_numbers_or_says_what_would_do() {
+fn a_budget_chooses_tiers_and_numbers_or_says_what_would_do() {
     let mut opened = Opened::new();
     // SAFETY: as the header asks, but for what is tested.
     unsafe {
@@ -550,7 +550,7 @@ fn a_budget_chooses_homes_and_numbers_or_says_what_would_do() {
             open(&|options| options.host_budget = 4096, &mut streamer),
             open(&|options| (options.host_budget, options.device_budget) = (1 << 30, 1 << 30), &mut streamer),
             open(&|options| options.device_budget = 1 << 30, &mut streamer),
-            open(&|options| (options.host_budget, options.homes) = (1 << 30, c"0=gpu".as_ptr()), &mut streamer),
+            open(&|options| (options.host_budget, options.tiers) = (1 << 30, c"0=gpu".as_ptr()), &mut streamer),
         ];
         assert_eq!((refused, streamer.id), ([LS_INVALID; 4], 0));
         assert_eq!(open(&|options| options.host_budget = 4096, &mut streamer), LS_INVALID);

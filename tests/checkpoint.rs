@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use layer_streamer::{
     Checkpoint, DType, Error, Plan, Result, Settings, StoredTensor, Unit, device,
     pipeline::StaticTensors,
-    plan::{Arrival, ArrivalOp, Home},
+    plan::{Arrival, ArrivalOp, Tier},
 };
 use proptest::{collection, prelude::*, sample};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -451,9 +451,9 @@ fn units_larger_than_can_be_addressed_are_refused() {
         assert_refused(plan(&[unit(names)]), &[too_large]);
         assert_refused(StaticTensors::new(&device::Cpu, &checkpoint, &unit(names), &Settings::default()), &[too_large]);
     }
-    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+    for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         let mut units = [unit(&["c"]), unit(&["d"])];
-        units.iter_mut().for_each(|unit| _ = unit.home(home));
-        assert_refused(plan(&units), &["home: more lives there than can be addressed"]);
+        units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
+        assert_refused(plan(&units), &["tier: more lives there than can be addressed"]);
     }
 }

@@ -8,7 +8,7 @@ use common::{Fixture, fixture, gpu, random_fixture};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Cuda, Device, TensorRef},
-    plan::{Arrival, ArrivalOp, Home},
+    plan::{Arrival, ArrivalOp, Tier},
 };
 
 fn bytes_of(device: &Cuda, tensor: TensorRef<'_, Cuda>) -> Vec<u8> {
@@ -35,7 +35,7 @@ fn check(fixture: &Fixture, device: &Cuda, stream: &<Cuda as Device>::Stream, la
 }
 
 #[test]
-fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings_and_homes() {
+fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings_and_tiers() {
     let Some(device) = gpu() else { return };
     let mut random = fastrand::Rng::with_seed(1);
     for round in 0..12 {
@@ -49,7 +49,7 @@ fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings_and_home
         };
         let mut units = fixture.units.clone();
         for unit in &mut units {
-            unit.home([Home::Disk, Home::Disk, Home::Ram, Home::Pinned, Home::Gpu][random.usize(..5)]);
+            unit.set_tier([Tier::Disk, Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu][random.usize(..5)]);
         }
         let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &units, &settings).unwrap();
         for pass in 0..4 {

@@ -1,4 +1,4 @@
-//! The pipeline on the emulated runtime, from random seeds: units, homes, settings, readers, conversions, streams, cancels,
+//! The pipeline on the emulated runtime, from random seeds: units, tiers, settings, readers, conversions, streams, cancels,
 //! rewinds, errors of the layer function, and a device that fails somewhere. Bytes are right or there is a clean error; nothing
 //! hangs, nothing stays behind.
 #![cfg(cuda_emulated)]
@@ -19,7 +19,7 @@ use layer_streamer::{
     Canceller, DType, Error, Layer, LayerStreamer, Result, Settings, Unit,
     cuda_emulation::{self as emulation, Live, Operation},
     device::{Cpu, Cuda, CudaStream, Device, DevicePtr},
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader},
+    plan::{Arrival, ArrivalOp, CachePolicy, Reader, Tier},
 };
 
 /// A tensor as it must be on the device.
@@ -68,8 +68,8 @@ impl Case {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let fixture = random_fixture([2_000, 60_000, 300_000][rng.usize(..3)], &mut rng);
-        let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
-        let homes = if rng.u8(..4) == 0 { vec![homes[rng.usize(..4)]] } else { homes.to_vec() };
+        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+        let tiers = if rng.u8(..4) == 0 { vec![tiers[rng.usize(..4)]] } else { tiers.to_vec() };
         let (mut units, mut expected) = (Vec::new(), Vec::new());
         for unit in &fixture.units {
             let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
@@ -80,7 +80,7 @@ impl Case {
                 tensors.push(Expected { name: arrival.output.clone(), dtype: to, bytes: converted(stored, bytes, to) });
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
             }
-            changed.home(homes[rng.usize(..homes.len())]);
+            changed.set_tier(tiers[rng.usize(..tiers.len())]);
             units.push(changed);
             expected.push(tensors);
         }
@@ -279,7 +279,7 @@ fn converted(from: DType, bytes: Vec<u8>, to: DType) -> Vec<u8> {
     // SAFETY: both vectors are that long, and the CPU's streams are done when a call returns.
     unsafe {
         let (to, from) = ((at(made.as_mut_ptr()), to), (at(bytes.as_ptr()), from));
-        Cpu.transform(to, from, elements, &Cpu.stream().unwrap()).unwrap();
+        Cpu.cast_raw(to, from, elements, &Cpu.stream().unwrap()).unwrap();
     }
     made
 }

@@ -14,7 +14,7 @@ use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Result, Settings,
     cuda_emulation::{self as emulation, Live, Operation},
     device::{Cuda, Device},
-    plan::Home,
+    plan::Tier,
 };
 
 /// What tests set holds for the whole process: one at a time.
@@ -134,7 +134,7 @@ fn a_pass_copies_from_registered_memory_alone_wherever_units_live() {
     let _alone = alone();
     let mut fixture = fixture(6, &SIZES, 5);
     for (number, unit) in fixture.units.iter_mut().enumerate() {
-        unit.home([Home::Disk, Home::Ram, Home::Pinned, Home::Gpu][number % 4]);
+        unit.set_tier([Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu][number % 4]);
     }
     let device = Cuda::new(0).unwrap();
     let stream = device.stream().unwrap();
@@ -233,7 +233,7 @@ fn the_emulation_notices_writes_beyond_memory_and_uses_after_the_end() {
             assert!(message(beyond).contains("cudaErrorInvalidValue"));
             drop(memory);
             assert!(message(device.zero(at, 1000, &stream)).contains("cudaErrorInvalidValue"));
-            device.transform((at.offset(512), DType::F32), (at, DType::BF16), 100, &stream).unwrap();
+            device.cast_raw((at.offset(512), DType::F32), (at, DType::BF16), 100, &stream).unwrap();
         }
         assert!(lost(&device), "a kernel used memory that was freed");
     }

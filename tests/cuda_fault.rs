@@ -9,7 +9,7 @@ use common::{descriptors, fixture, gpu, nothing_left, threads};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings,
     device::{Device, DevicePtr},
-    plan::Home,
+    plan::Tier,
 };
 
 #[test]
@@ -17,7 +17,7 @@ fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
     let Some(device) = gpu() else { return };
     let mut fixture = fixture(8, &[20_000_000, 7], 1);
     // Threads wait to touch its memory until the reader gets that far, which is never.
-    Home::parse("7=pinned", &mut fixture.units).unwrap();
+    Tier::parse("7=pinned", &mut fixture.units).unwrap();
     let stream = device.stream().unwrap();
     let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, ..Settings::default() };
     let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
@@ -28,7 +28,7 @@ fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
         if layer.index() == 2 {
             let (nowhere, from) = (DevicePtr::new(std::ptr::without_provenance_mut(4096)), layer.tensor("t0")?);
             // SAFETY: none. The address is nobody's: this is the fault.
-            unsafe { device.transform((nowhere, DType::F32), (from.ptr(), DType::BF16), 1000, &stream)? };
+            unsafe { device.cast_raw((nowhere, DType::F32), (from.ptr(), DType::BF16), 1000, &stream)? };
             // A fault shows when someone asks.
             device.drain(&stream)?;
         }

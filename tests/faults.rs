@@ -25,7 +25,7 @@ use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
     model::{Decoder, Model},
-    plan::{Home, Reader},
+    plan::{Reader, Tier},
     trace::{
         Observer,
         timeline::{Timeline, TraceFile},
@@ -156,7 +156,7 @@ fn pass(streamer: &mut LayerStreamer<Cpu>, stored: &[Vec<(String, Vec<u8>)>]) ->
     })
 }
 
-/// A streamer's life over units in every home.
+/// A streamer's life over units in every tier.
 fn streamed(
     table: &[StoredTensor],
     units: &[Unit],
@@ -202,8 +202,8 @@ fn trapped(work: impl FnOnce() + Send) {
 
 fn every_call_of_a_streamer(reader: Reader) {
     let mut fixture = fixture(4, &[300, 30_000, 7], 5);
-    let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
-    fixture.units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+    fixture.units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
     let (stored, table) = (stored(&fixture), fixture.table.values().cloned().collect::<Vec<_>>());
     trapped(|| {
         let live = || streamed(&table, &fixture.units, &stored, reader);

@@ -133,7 +133,7 @@ fn a_record_of_a_search_is_read_or_refused() {
     let folder = common::folder();
     let path = folder.path().join("record.json");
     let placement =
-        r#"{"settings":{"n_gpu":2,"n_cpu_pinned":4},"units":8,"homes":"0-3=gpu,5=ram","statics":"on-device"}"#;
+        r#"{"settings":{"n_gpu":2,"n_cpu_pinned":4},"units":8,"tiers":"0-3=gpu,5=ram","statics":"on-device"}"#;
     mutants("placement", placement.as_bytes(), |bytes| serde_json::from_slice::<Placement>(bytes).is_ok());
     let record = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/record.json")).unwrap();
     mutants("record", &record, |bytes| {

@@ -58,14 +58,14 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
 }
 
 #[test]
-fn layers_at_home_are_listed_and_change_nothing_in_the_text() {
-    for homes in ["0-7=gpu", "0-7=pinned", "0-7=ram", "0=gpu,2-3=pinned,5-7=ram"] {
+fn layers_that_are_kept_are_listed_and_change_nothing_in_the_text() {
+    for tiers in ["0-7=gpu", "0-7=pinned", "0-7=ram", "0=gpu,2-3=pinned,5-7=ram"] {
         for pipeline in [&["--n-cpu-pinned", "0"][..], &["--n-cpu", "1"], &[]] {
-            let done = generate(&[&["--home", homes, "4096="], pipeline].concat());
+            let done = generate(&[&["--tier", tiers, "4096="], pipeline].concat());
             assert_eq!(
                 text(&done.stdout),
                 " four thousand ninety-six\n",
-                "{homes} {pipeline:?}: {}",
+                "{tiers} {pipeline:?}: {}",
                 text(&done.stderr)
             );
             assert!(text(&done.stderr).contains("units living"), "{}", text(&done.stderr));
@@ -86,8 +86,8 @@ fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
         let done = generate(&["--ram", &ram, "4096="]);
         assert_eq!(text(&done.stdout), " four thousand ninety-six\n", "{}", text(&done.stderr));
         let plan = text(&generate(&["--ram", &ram, "--plan", "4096="]).stdout);
-        let layers = |home: &str| -> usize {
-            let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {home}: ")));
+        let layers = |tier: &str| -> usize {
+            let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {tier}: ")));
             row.map_or(0, |(count, _)| count.trim().parse().unwrap())
         };
         kept.push(layers("on the device"));
@@ -97,8 +97,8 @@ fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
 }
 
 #[test]
-fn the_plan_is_printed_alone_and_names_homes_and_the_link_that_binds() {
-    let done = generate(&["--plan", "--no-probe", "--n-cpu-pinned", "1", "--home", "0-2=gpu,5=pinned"]);
+fn the_plan_is_printed_alone_and_names_tiers_and_the_link_that_binds() {
+    let done = generate(&["--plan", "--no-probe", "--n-cpu-pinned", "1", "--tier", "0-2=gpu,5=pinned"]);
     assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
     assert_says(
         &text(&done.stdout),
@@ -336,9 +336,9 @@ fn bad_arguments_are_refused_by_name() {
         (&["--ram", "1GB", "--n-gpu", "1", "1="], &["--vram and --ram", "your own"]),
         (&["--ram", "much", "1="], &["--ram", "such as 4GiB"]),
         (&["--ram=-1GB", "1="], &["--ram", "such as 4GiB"]),
-        (&["--home", "0-8=gpu", "1="], &["home", "0-8=gpu", "8 units, 0 to 7"]),
-        (&["--home", "3-2=gpu", "1="], &["home", "3-2=gpu"]),
-        (&["--home", "1=attic", "1="], &["home", "attic", "disk, ram, pinned or gpu"]),
+        (&["--tier", "0-8=gpu", "1="], &["tier", "0-8=gpu", "8 units, 0 to 7"]),
+        (&["--tier", "3-2=gpu", "1="], &["tier", "3-2=gpu"]),
+        (&["--tier", "1=attic", "1="], &["tier", "attic", "disk, ram, pinned or gpu"]),
         (&["--dump-logits", "/", "1="], &["--dump-logits /", "it is a folder; name a file"]),
         (&["--dump-logits", "/dev/null", "1="], &["--dump-logits /dev/null", "no regular file"]),
         (&["--dump-logits", "/nowhere/at/all", "1="], &["--dump-logits /nowhere/at/all", "No such file"]),

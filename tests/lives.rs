@@ -27,7 +27,7 @@ use fastrand::Rng;
 use layer_streamer::{
     Error, LayerStreamer, Settings,
     device::{Cpu, CpuStream, Device},
-    plan::{CachePolicy, Home, Reader},
+    plan::{CachePolicy, Reader, Tier},
 };
 use limits::{Holdings, in_child};
 
@@ -190,9 +190,9 @@ impl Life<'_> {
     fn live(mut self) -> bool {
         self.counts.lives += 1;
         let settings = self.settings();
-        let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
+        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         let mut units = self.fixture.units.clone();
-        units.iter_mut().for_each(|unit| _ = unit.home(homes[self.rng.usize(..4)]));
+        units.iter_mut().for_each(|unit| _ = unit.set_tier(tiers[self.rng.usize(..4)]));
         let mut streamer = match LayerStreamer::new(&Cpu, &self.fixture.checkpoint, &units, &settings) {
             Ok(streamer) => streamer,
             Err(error) => {
@@ -313,8 +313,8 @@ fn in_a_long_life_nothing_grows() {
     let time = Duration::from_secs(number("LAYER_STREAMER_SOAK_SECONDS", 3));
     let weather = Weather::begin();
     let mut fixture = fixture(6, &SIZES, 31);
-    let homes = [Home::Disk, Home::Ram, Home::Disk, Home::Pinned, Home::Disk, Home::Gpu];
-    fixture.units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    let tiers = [Tier::Disk, Tier::Ram, Tier::Disk, Tier::Pinned, Tier::Disk, Tier::Gpu];
+    fixture.units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
     let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 1)).unwrap();
     let (mut passes, start) = (0u64, Instant::now());
     let mut pass = |streamer: &mut LayerStreamer<Cpu>| {

@@ -15,7 +15,7 @@ use common::{Fixture, fixture, healed, whole};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Reader},
+    plan::{Arrival, ArrivalOp, CachePolicy, Reader, Tier},
     trace::{Observer, timeline::Timeline},
 };
 
@@ -90,11 +90,11 @@ fn check(expected: &Expected, layer: &Layer<'_, Cpu>) {
     }
 }
 
-/// The units of `fixture` with these homes in turn, every third tensor converted, and what must arrive.
-fn units(fixture: &Fixture, homes: &[Home]) -> (Vec<Unit>, Expected) {
+/// The units of `fixture` with these tiers in turn, every third tensor converted, and what must arrive.
+fn units(fixture: &Fixture, tiers: &[Tier]) -> (Vec<Unit>, Expected) {
     let describe = |(index, unit): (usize, &Unit)| {
         let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
-        changed.home(homes[index % homes.len()]);
+        changed.set_tier(tiers[index % tiers.len()]);
         for (number, arrival) in unit.arrivals().iter().enumerate() {
             let (stored, widen) = (fixture.stored(&arrival.inputs[0]), number % 3 == 2);
             let op = if widen { ArrivalOp::To(DType::F32) } else { ArrivalOp::Keep };
@@ -175,9 +175,9 @@ fn count_everything(counter: &Counter) {
     assert!(counter.count(false, || drop(memmap2::MmapMut::map_anon(1 << 20).unwrap())) >= 1, "the counter counts");
 
     let mut fixture = fixture(9, &[1, 60_000, 3, 700_000, 40, 5_000], 21);
-    let everywhere = [Home::Disk, Home::Ram, Home::Disk, Home::Pinned, Home::Gpu];
-    for (homes, cache) in [(&[Home::Disk][..], CachePolicy::Direct), (&everywhere[..], CachePolicy::Auto)] {
-        let (units, expected) = units(&fixture, homes);
+    let everywhere = [Tier::Disk, Tier::Ram, Tier::Disk, Tier::Pinned, Tier::Gpu];
+    for (tiers, cache) in [(&[Tier::Disk][..], CachePolicy::Direct), (&everywhere[..], CachePolicy::Auto)] {
+        let (units, expected) = units(&fixture, tiers);
         for reader in [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread] {
             for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 3)] {
                 let batches = (n_cpu_pinned.min(1), n_cpu / 2);

@@ -16,30 +16,30 @@ use std::{
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
-    plan::{Home, Reader},
+    plan::{Reader, Tier},
     trace::{Activity, Begun, Mark, Observer, Stage},
 };
 
 /// Where the child process puts its files.
 const CHILD: &str = "LAYER_STREAMER_NVTX_CHILD";
 const PAGE: usize = 4096;
-const HOMES: [Home; 6] = [Home::Disk, Home::Ram, Home::Disk, Home::Pinned, Home::Gpu, Home::Disk];
+const TIERS: [Tier; 6] = [Tier::Disk, Tier::Ram, Tier::Disk, Tier::Pinned, Tier::Gpu, Tier::Disk];
 
 /// Of whole pages, so that every stage moves as many bytes.
 fn bytes_of(unit: usize) -> usize {
     PAGE * (3 + 2 * unit)
 }
 
-/// Larger than what of a home is present from the start.
+/// Larger than what of a tier's memory is present from the start.
 const LATE: usize = 20 << 20;
 
-/// Units of these sizes and homes, one after the other in a file.
-fn units(path: &Path, units: impl Iterator<Item = (usize, Home)>) -> (Checkpoint, Vec<Unit>) {
+/// Units of these sizes and tiers, one after the other in a file.
+fn units(path: &Path, units: impl Iterator<Item = (usize, Tier)>) -> (Checkpoint, Vec<Unit>) {
     let (mut tensors, mut made, mut end) = (Vec::new(), Vec::new(), 0);
-    for (number, (bytes, home)) in units.enumerate() {
+    for (number, (bytes, tier)) in units.enumerate() {
         let name = format!("tensor {number}");
         let mut unit = Unit::new(format!("unit {number}"));
-        unit.keep("t", &name).home(home);
+        unit.keep("t", &name).set_tier(tier);
         made.push(unit);
         tensors.push(StoredTensor {
             name,
@@ -83,12 +83,12 @@ impl Observer for Told {
     }
 }
 
-/// The known run: three passes, one with layers held out of order, a rewind, a cancel, a failed read; then a home that is late.
+/// The known run: three passes, one with layers held out of order, a rewind, a cancel, a failed read; then memory that is late.
 fn known_run(folder: &Path) {
     let told = Arc::new(Told::default());
     let observers = [told.clone() as Arc<dyn Observer>];
     let path = folder.join("weights");
-    let (checkpoint, units_made) = units(&path, HOMES.into_iter().enumerate().map(|(i, home)| (bytes_of(i), home)));
+    let (checkpoint, units_made) = units(&path, TIERS.into_iter().enumerate().map(|(i, tier)| (bytes_of(i), tier)));
     let settings = Settings { n_gpu: 2, n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
     let mut streamer = LayerStreamer::with_observers(&Cpu, &checkpoint, &units_made, &settings, &observers).unwrap();
     let stream = Cpu.stream().unwrap();
@@ -98,7 +98,7 @@ fn known_run(folder: &Path) {
     let [first, second] = [(); 2].map(|()| streamer.next(&stream).unwrap());
     second.release().unwrap();
     first.release().unwrap();
-    (2..HOMES.len()).for_each(|_| streamer.next(&stream).unwrap().release().unwrap());
+    (2..TIERS.len()).for_each(|_| streamer.next(&stream).unwrap().release().unwrap());
 
     streamer.next(&stream).unwrap().release().unwrap();
     streamer.rewind().unwrap();
@@ -122,7 +122,7 @@ fn known_run(folder: &Path) {
     pass(&mut streamer).unwrap();
     streamer.close().unwrap();
 
-    let (checkpoint, late) = units(&folder.join("late"), [(LATE, Home::Ram), (LATE, Home::Disk)].into_iter());
+    let (checkpoint, late) = units(&folder.join("late"), [(LATE, Tier::Ram), (LATE, Tier::Disk)].into_iter());
     let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, n_cpu: 1, reader: Reader::Pread, ..Settings::default() };
     let mut streamer = LayerStreamer::with_observers(&Cpu, &checkpoint, &late, &settings, &observers).unwrap();
     pass(&mut streamer).unwrap();
@@ -249,7 +249,7 @@ fn a_tool_sees_each_range_of_a_known_run_with_its_end_its_bytes_and_its_thread()
     same_as_observed(&folder, &calls, &ranges);
     // The second streamer begins with its memory; the first has too little for such threads.
     let split = of("thread").iter().rposition(|call| call.message == "ls-fault").map(|at| of("thread")[at].nanos);
-    let second = split.expect("a large home is made present by threads");
+    let second = split.expect("large kept units are made present by threads");
     let known: Vec<_> = ranges.iter().filter(|(begun, _)| begun.nanos < second).cloned().collect();
     units_move_in_order(&known);
     layers_are_as_they_were_held(&moves(&known, Stage::Compute));
@@ -286,11 +286,11 @@ fn units_move_in_order(ranges: &[Range]) {
     // A rewind, one after the cancel, and one after the failed read.
     const RESTARTS: usize = 3;
     let always =
-        |homes: &[Home]| -> Vec<usize> { (0..HOMES.len()).filter(|unit| homes.contains(&HOMES[*unit])).collect() };
+        |tiers: &[Tier]| -> Vec<usize> { (0..TIERS.len()).filter(|unit| tiers.contains(&TIERS[*unit])).collect() };
     for (stage, first, steady) in [
-        (Stage::Read, always(&HOMES), always(&[Home::Disk])),
-        (Stage::Pin, always(&[Home::Disk, Home::Ram, Home::Gpu]), always(&[Home::Disk, Home::Ram])),
-        (Stage::Transfer, always(&HOMES), always(&[Home::Disk, Home::Ram, Home::Pinned])),
+        (Stage::Read, always(&TIERS), always(&[Tier::Disk])),
+        (Stage::Pin, always(&[Tier::Disk, Tier::Ram, Tier::Gpu]), always(&[Tier::Disk, Tier::Ram])),
+        (Stage::Transfer, always(&TIERS), always(&[Tier::Disk, Tier::Ram, Tier::Pinned])),
     ] {
         let moves = moves(ranges, stage);
         let numbers: Vec<_> = moves.iter().map(|range| number(range)).collect();
@@ -315,7 +315,7 @@ fn units_move_in_order(ranges: &[Range]) {
 
 /// The layers in the order in which the caller took them, and in which it gave them back.
 fn layers_are_as_they_were_held(layers: &[&Range]) {
-    let all: Vec<_> = (0..HOMES.len()).collect();
+    let all: Vec<_> = (0..TIERS.len()).collect();
     let numbers: Vec<_> = layers.iter().map(|range| number(range)).collect();
     let certain = [&all.repeat(4)[..], &[0], &[0, 1], &all].concat();
     assert_eq!(numbers[..certain.len()], certain);

@@ -18,7 +18,7 @@ use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device, DevicePtr, Shape, TensorMut, TensorRef},
     kernels::Kernels,
-    plan::{CachePolicy, Home, Reader},
+    plan::{CachePolicy, Reader, Tier},
     trace::Stats,
 };
 use limits::{Holdings, become_unique_user, forbidden, give_up, in_child, limited};
@@ -57,7 +57,7 @@ fn reader(reader: Reader) -> Settings {
     Settings { reader, ..settings(2, 2, 1) }
 }
 
-/// Which rung this system gives when nothing limits it.
+/// Which backend this system gives when nothing limits it.
 fn usual(fixture: &Fixture) -> Reader {
     let usual = works(fixture, &reader(Reader::Auto)).reader;
     if usual == Reader::Pread {
@@ -79,8 +79,8 @@ fn where_io_uring_is_forbidden_threads_read_and_the_reason_is_kept() {
                 let stats = works(&fixture, &reader(Reader::Auto));
                 assert_eq!(stats.reader, Reader::Pread);
                 assert_eq!(stats.reader_reason.matches(said).count(), 2, "{}", stats.reader_reason);
-                for rung in [Reader::Uring, Reader::UringFixed] {
-                    let error = refused(|| start(&fixture, &reader(rung)));
+                for backend in [Reader::Uring, Reader::UringFixed] {
+                    let error = refused(|| start(&fixture, &reader(backend)));
                     assert!(matches!(error, Error::Unsupported { .. }));
                     let message = error.to_string();
                     assert!(message.contains(said) && message.contains("use the reader \"auto\""), "{message}");
@@ -127,12 +127,12 @@ fn where_o_direct_is_refused_files_are_read_through_the_page_cache_and_the_reaso
         return;
     }
     let (fixture, before) = (fixture(5, &SIZES, 33), Holdings::at_rest());
-    let direct = |rung| Settings { cache: CachePolicy::Direct, ..reader(rung) };
+    let direct = |backend| Settings { cache: CachePolicy::Direct, ..reader(backend) };
     let usual = works(&fixture, &direct(Reader::Auto));
     for errno in [libc::EINVAL, libc::EOPNOTSUPP] {
         forbidden(&[(libc::SYS_openat, Some((2, libc::O_DIRECT)), errno)], || {
-            for rung in [Reader::Auto, Reader::Pread] {
-                let stats = works(&fixture, &direct(rung));
+            for backend in [Reader::Auto, Reader::Pread] {
+                let stats = works(&fixture, &direct(backend));
                 assert_eq!((stats.direct_bytes, stats.buffered_files.len()), (0, 2), "{:?}", stats.buffered_files);
                 assert!(stats.buffered_files.iter().all(|(_, why)| why.contains("O_DIRECT refused")));
             }
@@ -172,9 +172,9 @@ fn without_descriptors_for_the_ring_threads_read_and_without_those_for_the_files
     let (usual, before) = (usual(&fixture), Holdings::at_rest());
     // The number that the next descriptor gets; those above are free.
     let free = std::os::fd::AsRawFd::as_raw_fd(&fs::File::open("/").unwrap()) as u64;
-    for (rung, files) in [(Reader::Auto, 4), (Reader::Pread, 4)] {
+    for (backend, files) in [(Reader::Auto, 4), (Reader::Pread, 4)] {
         for more in 0..8 {
-            let settings = Settings { cache: CachePolicy::Direct, ..reader(rung) };
+            let settings = Settings { cache: CachePolicy::Direct, ..reader(backend) };
             let begun = limited(libc::RLIMIT_NOFILE, free + more, || {
                 if more >= files {
                     return Ok(start(&fixture, &settings).unwrap());
@@ -188,10 +188,10 @@ fn without_descriptors_for_the_ring_threads_read_and_without_those_for_the_files
                 }
                 Ok(streamer) => {
                     let stats = exact(&fixture, streamer);
-                    let starved = rung == Reader::Auto && usual != Reader::Pread && more == files;
+                    let starved = backend == Reader::Auto && usual != Reader::Pread && more == files;
                     assert_eq!(
                         stats.reader == Reader::Pread,
-                        rung == Reader::Pread || usual == Reader::Pread || starved
+                        backend == Reader::Pread || usual == Reader::Pread || starved
                     );
                     assert_eq!(stats.reader_reason.contains("Too many open files"), starved, "{}", stats.reader_reason);
                 }
@@ -216,8 +216,8 @@ fn without_threads_the_error_says_what_to_raise() {
     let (usual, before) = (usual(&fixture), Holdings::at_rest());
     let no_threads =
         [(libc::SYS_clone3, None, libc::EAGAIN), (libc::SYS_clone, Some((0, libc::CLONE_THREAD)), libc::EAGAIN)];
-    for rung in [Reader::Auto, Reader::Pread] {
-        let error = forbidden(&no_threads, || refused(|| start(&fixture, &reader(rung))));
+    for backend in [Reader::Auto, Reader::Pread] {
+        let error = forbidden(&no_threads, || refused(|| start(&fixture, &reader(backend))));
         assert!(matches!(error, Error::Thread { .. }), "{error}");
         assert!(error.to_string().contains("ulimit -u"), "{error}");
         before.assert_back("after a refusal");
@@ -243,9 +243,9 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
             // The stages' threads, those that help the pin stage to copy, and eight that read.
             let stages = 2 + std::thread::available_parallelism().map_or(1, usize::from).min(8);
             let auto = if usual == Reader::Pread { stages + 8 } else { stages };
-            for (rung, needed) in [(Reader::Auto, auto), (Reader::Pread, stages + 8)] {
+            for (backend, needed) in [(Reader::Auto, auto), (Reader::Pread, stages + 8)] {
                 for cache in [CachePolicy::Direct, CachePolicy::Buffered] {
-                    let settings = Settings { cache, ..reader(rung) };
+                    let settings = Settings { cache, ..reader(backend) };
                     for more in 0..needed + 3 {
                         limited(libc::RLIMIT_NPROC, (before.threads + more) as u64, || {
                             if more < needed {
@@ -256,7 +256,7 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
                                 (0..2).for_each(|_| checked_pass(&fixture, &mut streamer));
                             }
                         });
-                        before.assert_back(&format!("{rung}, {cache:?}, {more} threads"));
+                        before.assert_back(&format!("{backend}, {cache:?}, {more} threads"));
                     }
                 }
             }
@@ -417,8 +417,8 @@ fn in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed()
 }
 
 #[test]
-fn a_home_that_does_not_fit_is_refused_with_both_sizes() {
-    if !in_child("a_home_that_does_not_fit_is_refused_with_both_sizes") {
+fn a_tier_that_does_not_fit_is_refused_with_both_sizes() {
+    if !in_child("a_tier_that_does_not_fit_is_refused_with_both_sizes") {
         return;
     }
     // More than there is, and than a system that promises more than it has would promise, in a file that is all hole.
@@ -440,7 +440,7 @@ fn a_home_that_does_not_fit_is_refused_with_both_sizes() {
         shape: vec![UNIT],
     };
     let checkpoint = Checkpoint::from_table((0..count).map(stored)).unwrap();
-    for (home, what) in [
+    for (tier, what) in [
         ("ram", "units living in RAM"),
         ("pinned", "units living in pinned RAM"),
         ("gpu", "units living on the device"),
@@ -449,7 +449,7 @@ fn a_home_that_does_not_fit_is_refused_with_both_sizes() {
         for (number, unit) in units.iter_mut().enumerate() {
             unit.keep("weight", number.to_string());
         }
-        Home::parse(&format!("0-{}={home}", count - 1), &mut units).unwrap();
+        Tier::parse(&format!("0-{}={tier}", count - 1), &mut units).unwrap();
         let message = refused(|| LayerStreamer::new(&Cpu, &checkpoint, &units, &settings(1, 1, 0))).to_string();
         for part in [what, &bytes.to_string(), "only ", "bytes are available", "free memory"] {
             assert!(message.contains(part), "{message} lacks {part}");
@@ -459,21 +459,21 @@ fn a_home_that_does_not_fit_is_refused_with_both_sizes() {
 }
 
 #[test]
-fn a_home_that_names_no_unit_is_refused_with_what_there_is() {
+fn a_tier_that_names_no_unit_is_refused_with_what_there_is() {
     let mut units: Vec<_> = (0..12).map(|number| Unit::new(format!("unit {number}"))).collect();
     for (text, said) in [
         ("12=ram", "\"12=ram\": there are 12 units, 0 to 11"),
         ("0-3=ram,4-12=gpu", "\"4-12=gpu\": there are 12 units, 0 to 11"),
         ("5-4=disk", "\"5-4=disk\": there are 12 units, 0 to 11"),
         ("0-18446744073709551615=ram", "there are 12 units"),
-        ("0-99999999999999999999=ram", "expected UNIT=HOME or FIRST-LAST=HOME"),
-        ("3=tape", "HOME being disk, ram, pinned or gpu"),
-        ("ram", "expected UNIT=HOME"),
-        ("-1=ram", "expected UNIT=HOME"),
+        ("0-99999999999999999999=ram", "expected UNIT=TIER or FIRST-LAST=TIER"),
+        ("3=tape", "TIER being disk, ram, pinned or gpu"),
+        ("ram", "expected UNIT=TIER"),
+        ("-1=ram", "expected UNIT=TIER"),
     ] {
-        let error = Home::parse(text, &mut units).unwrap_err();
-        assert!(matches!(error, Error::Setting { name: "home", .. }));
+        let error = Tier::parse(text, &mut units).unwrap_err();
+        assert!(matches!(error, Error::Setting { name: "tier", .. }));
         assert!(error.to_string().contains(said), "{text}: {error}");
     }
-    Home::parse("0-11=ram,3=gpu", &mut units).unwrap();
+    Tier::parse("0-11=ram,3=gpu", &mut units).unwrap();
 }

@@ -18,7 +18,7 @@ use common::{SIZES, bytes_of, check, checked_pass, fixture, healed, settings, wh
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp, Home},
+    plan::{Arrival, ArrivalOp, Tier},
     trace::Stage,
 };
 
@@ -203,11 +203,11 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
 
 #[test]
 fn a_shard_that_is_rewritten_in_place_fails_the_pass_that_read_it_and_every_later_one() {
-    for (home, at) in
-        [(Home::Disk, 0), (Home::Disk, 2), (Home::Disk, 4), (Home::Pinned, 0), (Home::Ram, 1), (Home::Gpu, 4)]
+    for (tier, at) in
+        [(Tier::Disk, 0), (Tier::Disk, 2), (Tier::Disk, 4), (Tier::Pinned, 0), (Tier::Ram, 1), (Tier::Gpu, 4)]
     {
         let mut fixture = fixture(5, &SIZES, 20);
-        fixture.units.iter_mut().for_each(|unit| _ = unit.home(home));
+        fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         // The clock of file systems is a coarse one.
         std::thread::sleep(std::time::Duration::from_millis(30));
         let stream = Cpu.stream().unwrap();
@@ -227,14 +227,14 @@ fn a_shard_that_is_rewritten_in_place_fails_the_pass_that_read_it_and_every_late
         // What is kept is filled in the first passes, and read no more in the next.
         let first = pass(&mut streamer, true);
         let failed = first.err().or_else(|| (0..2).find_map(|_| pass(&mut streamer, false).err()));
-        match (home, failed) {
+        match (tier, failed) {
             (_, Some(Error::Checkpoint { path: named, .. })) => assert_eq!(named, path),
             // All of it was read, and looked at, before it was rewritten.
-            (Home::Pinned | Home::Ram | Home::Gpu, None) => continue,
-            (_, other) => panic!("{home} at {at}: {other:?}"),
+            (Tier::Pinned | Tier::Ram | Tier::Gpu, None) => continue,
+            (_, other) => panic!("{tier} at {at}: {other:?}"),
         }
         let again = pass(&mut streamer, false).err();
-        assert!(home != Home::Disk || matches!(again, Some(Error::Checkpoint { .. })), "{home} at {at}: {again:?}");
+        assert!(tier != Tier::Disk || matches!(again, Some(Error::Checkpoint { .. })), "{tier} at {at}: {again:?}");
     }
 }
 
@@ -416,8 +416,8 @@ fn the_counts_are_those_of_the_work_done() {
 #[test]
 fn what_is_kept_is_read_once_where_its_memory_is_there_in_time() {
     let mut fixture = fixture(4, &SIZES, 12);
-    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
-        fixture.units.iter_mut().for_each(|unit| _ = unit.home(home));
+    for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
+        fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
         let mut read = || {
             checked_pass(&fixture, &mut streamer);
@@ -425,7 +425,7 @@ fn what_is_kept_is_read_once_where_its_memory_is_there_in_time() {
             stats.direct_bytes + stats.buffered_bytes
         };
         let once = read();
-        (0..3).for_each(|_| assert_eq!(read(), once, "{home}"));
+        (0..3).for_each(|_| assert_eq!(read(), once, "{tier}"));
     }
 }
 

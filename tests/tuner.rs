@@ -21,7 +21,7 @@ use std::{
 use layer_streamer::{
     Settings,
     plan::Placement,
-    tuner::{self, Candidate, Ended, Event, Outcome, Ranking, Record, Trial, Tuner, Verdict},
+    tuner::{self, Candidate, Comparison, Ended, Outcome, Ranking, Record, SearchEvent, Trial, Tuner},
 };
 
 const GOOD: usize = 1;
@@ -74,6 +74,17 @@ fn write_for_ever(text: &[u8], pause: Duration) -> ! {
         channel.write_all(text).unwrap();
         thread::sleep(pause);
     }
+}
+
+/// Says that each of a tuner's runs took so long, which no clock of a busy machine has a part in, and ends.
+fn claim(seconds: f64) -> ! {
+    let mut channel = channel();
+    for run in 0..Tuner::default().runs {
+        // The first was begun by whoever called.
+        let begun = if run > 0 { "\"begun\"\n" } else { "" };
+        writeln!(channel, "{begun}{{\"took\":{seconds}}}").unwrap();
+    }
+    process::exit(0);
 }
 
 /// A process in this one's group that starts another; both bear the mark, the second in its environment alone.
@@ -136,18 +147,17 @@ fn worker() {
             SAYS_ITS_LIMIT => return Err(format!("{} bytes of data", data_limit().rlim_cur)),
             _ => {}
         }
-        let (mut runs, mut lucky) = (0, false);
+        let mut runs = 0;
         Ok(move || {
             runs += 1;
             match behaviour {
-                GOOD => thread::sleep(Duration::from_millis(20)),
+                GOOD => claim(0.02),
                 LUCKY_ONCE => {
                     // Its first process leaves a file.
                     let left = Path::new(&env::args().next_back().unwrap()).join("lucky");
-                    lucky |= runs == 1 && File::create_new(left).is_ok();
-                    thread::sleep(Duration::from_millis(if lucky { 20 } else { 70 }));
+                    claim(if File::create_new(left).is_ok() { 0.02 } else { 0.07 });
                 }
-                GOOD_SLOWER => thread::sleep(Duration::from_millis(60)),
+                GOOD_SLOWER => claim(0.06),
                 // Not in the first run, which is not measured.
                 SLOW => thread::sleep(if runs == 1 { Duration::from_millis(20) } else { SLOWLY }),
                 ABORTS => process::abort(),
@@ -207,7 +217,7 @@ fn run(tuner: &Tuner) -> Ranking {
 /// Has `wait` done before the tuner listens to a worker.
 fn run_with(tuner: &Tuner, wait: impl Fn()) -> Ranking {
     let ranking = tuner.run(|event| {
-        if let Event::Waiting = event {
+        if let SearchEvent::Waiting = event {
             wait();
         }
         ControlFlow::Continue(())
@@ -276,7 +286,7 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
     assert_eq!(trial(&ranking, GOOD_SLOWER).outcome, Outcome::Done);
     let answer = ranking.answer.as_ref().unwrap();
     assert_eq!(answer.placement.settings.n_gpu, GOOD);
-    assert_eq!(answer.verdict, Verdict::Faster { ratio: ratio(&answer.verdict), won: 4, rounds: 4 });
+    assert_eq!(answer.verdict, Comparison::Faster { ratio: ratio(&answer.verdict), won: 4, rounds: 4 });
     let reasons = [
         (ABORTS, "ended before it was done (signal: 6 (SIGABRT)"),
         (IS_KILLED, "ended before it was done (signal: 9 (SIGKILL)"),
@@ -292,8 +302,8 @@ fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() 
     were_refused(&ranking, &reasons);
 }
 
-fn ratio(verdict: &Verdict) -> f64 {
-    let Verdict::Faster { ratio, .. } = *verdict else { panic!("{verdict:?}") };
+fn ratio(verdict: &Comparison) -> f64 {
+    let Comparison::Faster { ratio, .. } = *verdict else { panic!("{verdict:?}") };
     assert!((0.2..0.7).contains(&ratio), "20 ms of 60 are {ratio}");
     ratio
 }
@@ -302,12 +312,12 @@ fn ratio(verdict: &Verdict) -> f64 {
 fn the_answer_is_the_default_unless_another_wins_beside_it_and_a_comparison_goes_on_where_it_was_stopped() {
     let folder = common::folder();
     for (behaviours, answer, verdict) in [
-        (&[GOOD][..], GOOD, Verdict::Kept),
-        (&[GOOD, GOOD_SLOWER], GOOD, Verdict::Kept),
-        (&[GOOD, REFUSES], GOOD, Verdict::Kept),
-        (&[REFUSES, GOOD_SLOWER], GOOD_SLOWER, Verdict::NoDefault),
+        (&[GOOD][..], GOOD, Comparison::Kept),
+        (&[GOOD, GOOD_SLOWER], GOOD, Comparison::Kept),
+        (&[GOOD, REFUSES], GOOD, Comparison::Kept),
+        (&[REFUSES, GOOD_SLOWER], GOOD_SLOWER, Comparison::NoDefault),
         // Faster in the search alone.
-        (&[GOOD_SLOWER, LUCKY_ONCE], GOOD_SLOWER, Verdict::Kept),
+        (&[GOOD_SLOWER, LUCKY_ONCE], GOOD_SLOWER, Comparison::Kept),
     ] {
         let ranking = run(&tuner(folder.path(), behaviours));
         let found = ranking.answer.unwrap();
@@ -319,7 +329,7 @@ fn the_answer_is_the_default_unless_another_wins_beside_it_and_a_comparison_goes
     let recorded = Tuner { record: Some(record.clone()), ..tuner(folder.path(), &[GOOD_SLOWER, GOOD]) };
     let mut begun = Vec::new();
     let stopped = recorded.run(|event| match event {
-        Event::Comparing { round, .. } => {
+        SearchEvent::Comparing { round, .. } => {
             begun.push(round);
             if begun.len() == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         }
@@ -328,19 +338,19 @@ fn the_answer_is_the_default_unless_another_wins_beside_it_and_a_comparison_goes
     let stopped = stopped.unwrap();
     assert_eq!((stopped.ended, Record::read(&record).unwrap().rounds.len()), (Ended::Cancelled, 2));
     for answer in [stopped.answer.unwrap(), Record::read(&record).unwrap().answer.unwrap()] {
-        assert_eq!((answer.placement.settings.n_gpu, answer.verdict), (GOOD_SLOWER, Verdict::Unfinished));
+        assert_eq!((answer.placement.settings.n_gpu, answer.verdict), (GOOD_SLOWER, Comparison::Unfinished));
     }
     let done = recorded.run(|event| {
         match event {
-            Event::Begun { placement, .. } => panic!("{placement:?} is tried again"),
-            Event::Comparing { round, .. } => begun.push(round),
+            SearchEvent::Begun { placement, .. } => panic!("{placement:?} is tried again"),
+            SearchEvent::Comparing { round, .. } => begun.push(round),
             _ => {}
         }
         ControlFlow::Continue(())
     });
     let answer = done.unwrap().answer.unwrap();
     assert_eq!((answer.placement.settings.n_gpu, begun), (GOOD, vec![1, 2, 3, 3, 4]));
-    assert!(matches!(answer.verdict, Verdict::Faster { won: 4, rounds: 4, .. }), "{answer:?}");
+    assert!(matches!(answer.verdict, Comparison::Faster { won: 4, rounds: 4, .. }), "{answer:?}");
     // Numbers may come back from a file different in their last digit.
     let kept = Record::read(&record).unwrap().answer.unwrap();
     assert!(kept.placement == answer.placement && (kept.seconds - answer.seconds).abs() < 1e-9, "{kept:?}");

@@ -15,7 +15,7 @@ use std::{
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::Device,
-    plan::Home,
+    plan::Tier,
     trace::{Observer, PassStats, Stage, Stats, Verdict},
 };
 
@@ -209,7 +209,7 @@ impl<D: Device> Pipeline<D> {
     /// Runs a pass to see what a steady one does; returns whether anything moves.
     pub fn find_out(&mut self) -> Result<bool, Failure> {
         let (mut before, mut after);
-        // Units whose homes were not there in the first pass are read once more in the second.
+        // Units whose memory was not there in the first pass are read once more in the second.
         self.pass()?;
         // Between two moments at which all slots are full a pass is read, no more and no less. Where a busy disk made one
         // of them seem so, again.
@@ -222,16 +222,16 @@ impl<D: Device> Pipeline<D> {
             after = self.stats();
             let plan = self.streamer.plan();
             let units = after.stage(Stage::Read).units - before.stage(Stage::Read).units;
-            if units as usize == plan.count(Home::Disk) || tries.next().is_none() {
+            if units as usize == plan.count(Tier::Disk) || tries.next().is_none() {
                 break;
             }
         }
         self.per_pass = PerPass::between(&before, &after);
         self.reads = self.per_pass.read() > 0;
         let (reads, plan) = (self.reads, self.streamer.plan());
-        self.moves = plan.homes().map(|home| home == Home::Disk || (!reads && home != Home::Gpu)).collect();
-        let first = plan.homes().next();
-        self.whole = plan.homes().any(|home| Some(home) != first).then_some(plan.units());
+        self.moves = plan.tiers().map(|tier| tier == Tier::Disk || (!reads && tier != Tier::Gpu)).collect();
+        let first = plan.tiers().next();
+        self.whole = plan.tiers().any(|tier| Some(tier) != first).then_some(plan.units());
         Ok(self.reads || self.per_pass.transfer > 0)
     }
 

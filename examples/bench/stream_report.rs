@@ -2,7 +2,7 @@
 
 use layer_streamer::{
     device::Device,
-    plan::{Bandwidths, Home},
+    plan::{Bandwidths, Tier},
     trace::Stage,
 };
 use serde_json::json;
@@ -38,9 +38,9 @@ const LINKS: [Column; 7] = [
 pub fn one<D: Device>(device: String, lane: &Lane<D>, limits: &Limits<'_, D>, found: &Found) -> Report {
     let mut report = Report::new("bench_stream", device, &LINKS);
     let Lane { plan, pipeline, .. } = lane;
-    let (whole, kept) = (plan.bytes_per_pass(), plan.units() - plan.count(Home::Disk));
-    let places = [Home::Gpu, Home::Pinned, Home::Ram, Home::Disk].map(|home| (plan.count(home), home));
-    let places = places.iter().filter(|(count, _)| *count > 0).map(|(count, home)| format!("{count} {home}"));
+    let (whole, kept) = (plan.bytes_per_pass(), plan.units() - plan.count(Tier::Disk));
+    let places = [Tier::Gpu, Tier::Pinned, Tier::Ram, Tier::Disk].map(|tier| (plan.count(tier), tier));
+    let places = places.iter().filter(|(count, _)| *count > 0).map(|(count, tier)| format!("{count} {tier}"));
     let places = places.collect::<Vec<_>>().join(", ");
     report.line("model", format!("{} layers, {}: {places}", plan.units(), units::bytes(whole as u64)));
     let passes = Spread::of(&lane.pass_seconds());
@@ -171,7 +171,7 @@ pub fn swept<D: Device>(device: String, sweep: &Sweep, lanes: &[Lane<D>], limits
         report.row([
             json!(lane.value),
             json!(lane.plan.memory().iter().map(|part| part.bytes).sum::<usize>()),
-            json!(lane.plan.units() - lane.plan.count(Home::Disk)),
+            json!(lane.plan.units() - lane.plan.count(Tier::Disk)),
             json!(Spread::of(&lane.pass_seconds())),
             json!(lane.kind.map(Kind::link)),
             json!(moving(lane.rates())),

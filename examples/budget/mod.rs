@@ -8,7 +8,7 @@ use layer_streamer::{
     device::Device,
     kernels::Kernels,
     model::{Decoder, Model, Tables},
-    plan::{Bandwidths, Budget, Home, Part, Plan},
+    plan::{Bandwidths, Budget, Part, Plan, Tier},
     probe::Probe,
     tuner::CheckpointId,
 };
@@ -96,7 +96,7 @@ pub fn probe<D: Device>(device: &D, model: &Model, measure: Measure) -> layer_st
     }
 }
 
-/// The settings with which the model runs fastest within the budget, for which its layers get homes and its tables their place;
+/// The settings with which the model runs fastest within the budget, for which its layers get tiers and its tables their place;
 /// and what the links carry, where that was measured.
 pub fn fit<D: Kernels>(
     device: &D,
@@ -160,16 +160,16 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
             text += &format!("  {:width$}  {:>10}\n", part.what, bytes(part.bytes));
         }
     }
-    let homes: Vec<_> = plan.homes().collect();
-    let (layers, head) = homes.split_at(model.config.layers);
-    for (what, homes) in [("layers", layers), ("output head, in parts", head)] {
-        if !homes.is_empty() {
+    let tiers: Vec<_> = plan.tiers().collect();
+    let (layers, head) = tiers.split_at(model.config.layers);
+    for (what, tiers) in [("layers", layers), ("output head, in parts", head)] {
+        if !tiers.is_empty() {
             text += &format!("  {what}\n");
         }
-        for home in [Home::Gpu, Home::Pinned, Home::Ram, Home::Disk] {
-            let (count, list) = (homes.iter().filter(|found| **found == home).count(), ranges(homes, home));
+        for tier in [Tier::Gpu, Tier::Pinned, Tier::Ram, Tier::Disk] {
+            let (count, list) = (tiers.iter().filter(|found| **found == tier).count(), ranges(tiers, tier));
             if count > 0 {
-                text += &format!("  {count:>5} {home}: {list}\n");
+                text += &format!("  {count:>5} {tier}: {list}\n");
             }
         }
     }
@@ -209,9 +209,9 @@ pub fn measured(probe: &Probe) -> String {
 }
 
 /// The numbers of those that live there, such as 0-3,7.
-fn ranges(homes: &[Home], home: Home) -> String {
+fn ranges(tiers: &[Tier], tier: Tier) -> String {
     let mut found = Vec::<(usize, usize)>::new();
-    for (number, _) in homes.iter().enumerate().filter(|(_, found)| **found == home) {
+    for (number, _) in tiers.iter().enumerate().filter(|(_, found)| **found == tier) {
         match found.last_mut() {
             Some((_, last)) if *last + 1 == number => *last = number,
             _ => found.push((number, number)),

@@ -5,7 +5,7 @@ use std::{fmt::Write, time::Duration};
 use layer_streamer::{
     kernels::Kernels,
     model::Decoder,
-    plan::{Bandwidths, Home, Part, Settings},
+    plan::{Bandwidths, Part, Settings, Tier},
     probe::{Disagreement, Probe, Seen},
     trace::{Bound, PassStats, Stage, Stats, Verdict},
 };
@@ -32,7 +32,7 @@ pub struct Report {
     stats: Stats,
     verdict: Option<Verdict>,
     /// By unit: where it is kept.
-    homes: Vec<Home>,
+    tiers: Vec<Tier>,
     settings: Settings,
     parts: Vec<Part>,
     device: String,
@@ -64,7 +64,7 @@ impl Report {
             probe.observe(disk, (!verdict.linked).then_some(copy))
         });
         Self {
-            homes: streamer.plan().homes().collect(),
+            tiers: streamer.plan().tiers().collect(),
             device: streamer.device().describe(),
             settings: settings.clone(),
             parts: parts.to_vec(),
@@ -121,7 +121,7 @@ impl Report {
     fn passes(&self) -> Option<String> {
         let (stats, first) = (&self.stats, self.stats.first?);
         let limits = self.probe.as_ref().map(Probe::bandwidths);
-        let kept = self.homes.iter().filter(|home| **home != Home::Disk).count();
+        let kept = self.tiers.iter().filter(|tier| **tier != Tier::Disk).count();
         let mut text = format!("{:14} {:>22}  {:>22}", "", "first pass", "steady pass");
         let _ = write!(
             text,
@@ -130,7 +130,7 @@ impl Report {
                 1 => "1 pass".into(),
                 passes => format!("{passes} passes"),
             },
-            self.homes.len()
+            self.tiers.len()
         );
         let time =
             |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| units::seconds(passes.seconds));
@@ -214,7 +214,7 @@ impl Report {
             "links": links, "stages": Stage::ALL.map(|stage| json!({ "stage": stage.name(), "totals": self.stats.stage(stage) })),
             "placement": {
                 "settings": self.settings,
-                "tiers": self.homes.iter().map(Home::to_string).collect::<Vec<_>>(),
+                "tiers": self.tiers.iter().map(Tier::to_string).collect::<Vec<_>>(),
                 "memory": memory.collect::<Vec<_>>(),
             },
             "device_memory": self.run.device_memory.map(|[before, free, all]| json!({

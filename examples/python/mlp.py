@@ -22,13 +22,13 @@ class UnitTensor(c.Structure):
 
 
 class Unit(c.Structure):
-    _fields_ = [("name", c.c_char_p), ("tensors", c.POINTER(UnitTensor)), ("count", c.c_size_t), ("home", c.c_int32)]
+    _fields_ = [("name", c.c_char_p), ("tensors", c.POINTER(UnitTensor)), ("count", c.c_size_t), ("tier", c.c_int32)]
 
 
 class Options(c.Structure):
     _fields_ = [(name, c.c_size_t) for name in ("size", "n_gpu", "n_cpu_pinned", "n_cpu", "b_gpu", "b_pinned", "b_cpu")]
     _fields_ += [("reader", c.c_int32), ("cache", c.c_int32), ("units", c.POINTER(Unit)), ("unit_count", c.c_size_t)]
-    _fields_ += [(name, c.c_void_p) for name in ("homes", "progress", "progress_user", "log", "log_user")]
+    _fields_ += [(name, c.c_void_p) for name in ("tiers", "progress", "progress_user", "log", "log_user")]
     _fields_ += [(name, c.c_size_t) for name in ("ram", "ram_n", "pinned", "pinned_n", "gpu", "gpu_n", "host_budget", "budget")]
 
 

@@ -5,7 +5,7 @@ use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
 use layer_streamer::{
     Settings,
     plan::Placement,
-    tuner::{Answer, Outcome, Ranking, Refusal, Round, Trial, Verdict},
+    tuner::{Answer, Comparison, Outcome, Ranking, Refusal, Round, Trial},
 };
 
 use super::Options;
@@ -67,7 +67,7 @@ pub fn table(ranking: &Ranking, default: &Placement, refused: &[Refusal]) -> Str
                 format!("{:>10}  {around:>6}  {slower:>6}", time(seconds))
             }
         };
-        let kept = format!("{}/{}", trial.placement.kept(), trial.placement.homes.len());
+        let kept = format!("{}/{}", trial.placement.kept(), trial.placement.tiers.len());
         let mark = if trial.placement == *default { "  the default" } else { "" };
         text += &format!("{:width$}  {kept:>8}  {row}{mark}\n", short(&trial.placement));
     }
@@ -85,15 +85,15 @@ pub fn table(ranking: &Ranking, default: &Placement, refused: &[Refusal]) -> Str
 /// What the answer is, and why.
 pub fn answer(answer: &Answer) -> String {
     let why = match &answer.verdict {
-        Verdict::Kept => "the default was kept: nothing tried was clearly faster".to_owned(),
-        Verdict::Faster { ratio, won, rounds } => format!(
+        Comparison::Kept => "the default was kept: nothing tried was clearly faster".to_owned(),
+        Comparison::Faster { ratio, won, rounds } => format!(
             "clearly faster than the default: {ratio:.2} of its time in the median of {rounds} rounds in turn, by 3 % or more in {won}"
         ),
-        Verdict::NoDefault => "the fastest; the default could not be measured".to_owned(),
+        Comparison::NoDefault => "the fastest; the default could not be measured".to_owned(),
         _ => "the default, as the search ended before anything was found to be clearly faster".to_owned(),
     };
     let placement = &answer.placement;
-    let (kept, of) = (placement.kept(), placement.homes.len());
+    let (kept, of) = (placement.kept(), placement.tiers.len());
     format!("best: {}, {kept} of {of} kept, at {} a token\n{why}", short(placement), time(answer.seconds))
 }
 
@@ -133,7 +133,7 @@ fn flags(placement: &Placement) -> Vec<String> {
     let batches = [("--batch-gpu", batch_gpu), ("--batch-cpu-pinned", batch_cpu_pinned), ("--batch-cpu", batch_cpu)];
     let batches = batches.into_iter().filter(|(_, batch)| *batch > 0);
     let numbers = rings.into_iter().chain(batches).map(|(name, value)| (name, value.to_string()));
-    let lists = [("--tables", placement.statics.clone()), ("--home", placement.list())];
+    let lists = [("--tables", placement.statics.clone()), ("--tier", placement.list())];
     let lists = lists.into_iter().filter(|(_, list)| !list.is_empty());
     numbers.chain(lists).flat_map(|(name, value)| [name.to_owned(), value]).collect()
 }

@@ -110,15 +110,15 @@ unsafe impl Device for AnyDevice {
         make!(self => |device| device.allocate(what, bytes))
     }
 
-    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
-        make!(self => |device| device.allocate_filled_once(what, bytes))
+    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
+        make!(self => |device| device.allocate_prefaulting(what, bytes))
     }
 
-    fn is_touched(&self, memory: &AnyMemory, end: usize) -> bool {
+    fn is_prefaulted(&self, memory: &AnyMemory, end: usize) -> bool {
         match (self, memory) {
-            (Any::Cpu(device), Any::Cpu(memory)) => device.is_touched(memory, end),
+            (Any::Cpu(device), Any::Cpu(memory)) => device.is_prefaulted(memory, end),
             #[cfg(feature = "cuda")]
-            (Any::Cuda(device), Any::Cuda(memory)) => device.is_touched(memory, end),
+            (Any::Cuda(device), Any::Cuda(memory)) => device.is_prefaulted(memory, end),
             _ => unreachable!("memory is asked of the device that made it"),
         }
     }
@@ -196,7 +196,7 @@ unsafe impl Device for AnyDevice {
         on!(self, stream => |device| unsafe { device.zero(to, bytes, stream) })
     }
 
-    unsafe fn transform(
+    unsafe fn cast_raw(
         &self,
         to: (DevicePtr, DType),
         from: (DevicePtr, DType),
@@ -204,7 +204,7 @@ unsafe impl Device for AnyDevice {
         stream: &AnyStream,
     ) -> Result<()> {
         // SAFETY: the caller's.
-        on!(self, stream => |device| unsafe { device.transform(to, from, elements, stream) })
+        on!(self, stream => |device| unsafe { device.cast_raw(to, from, elements, stream) })
     }
 
     fn record(&self, event: &AnyEvent, stream: &AnyStream) -> Result<()> {
@@ -229,22 +229,22 @@ unsafe impl Device for AnyDevice {
 }
 
 /// What a kernel is given, as a part of the device that it runs on.
-trait Part {
+trait Operand {
     type On<E: Device>;
 
     fn of<E: Device>(self) -> Self::On<E>;
 }
 
-impl<'a> Part for TensorRef<'a, AnyDevice> {
+impl<'a> Operand for TensorRef<'a, AnyDevice> {
     type On<E: Device> = TensorRef<'a, E>;
 
     fn of<E: Device>(self) -> TensorRef<'a, E> {
-        // SAFETY: the border, and the models that it makes, give a device tensors of its own memory alone.
+        // SAFETY: the ffi, and the models that it makes, give a device tensors of its own memory alone.
         unsafe { self.of_device() }
     }
 }
 
-impl<'a> Part for TensorMut<'a, AnyDevice> {
+impl<'a> Operand for TensorMut<'a, AnyDevice> {
     type On<E: Device> = TensorMut<'a, E>;
 
     fn of<E: Device>(self) -> TensorMut<'a, E> {
@@ -253,7 +253,7 @@ impl<'a> Part for TensorMut<'a, AnyDevice> {
     }
 }
 
-impl<'a> Part for Ragged<'a, AnyDevice> {
+impl<'a> Operand for Ragged<'a, AnyDevice> {
     type On<E: Device> = Ragged<'a, E>;
 
     fn of<E: Device>(self) -> Ragged<'a, E> {
@@ -334,7 +334,7 @@ impl Kernels for AnyDevice {
         bias: Option<TensorRef<'_, AnyDevice>>,
         out: TensorMut<'_, AnyDevice>,
     ) -> Result<()> {
-        on!(self, stream => |device| device.linear(stream, x.of(), weight.of(), bias.map(Part::of), out.of()))
+        on!(self, stream => |device| device.linear(stream, x.of(), weight.of(), bias.map(Operand::of), out.of()))
     }
 
     fn rope(

@@ -2,20 +2,20 @@
 
 use super::{
     any::AnyDevice,
-    border::{Failure, Result},
-    options::Chosen,
+    ffi::{Failure, Result},
+    options::StreamOptions,
 };
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
     model::{Decoder, Model},
-    plan::{Bandwidths, Besides, Budget, Settings, Unit},
+    plan::{Bandwidths, Budget, FixedOverhead, Settings, Unit},
 };
 
 /// The value that stands for what is free.
 const FREE: usize = usize::MAX;
 
-impl Chosen {
+impl StreamOptions {
     /// The budget on this device, if one was given.
     fn budget_on(&self, device: &AnyDevice) -> Result<Option<Budget>> {
         let [host, on_device] = self.budgets;
@@ -25,8 +25,8 @@ impl Chosen {
                 _ => Err(Failure::invalid("device_budget", "is given without a host_budget")),
             };
         }
-        if self.homes.is_some() {
-            return Err(Failure::invalid("homes", "are chosen within a budget: leave them NULL"));
+        if self.tiers.is_some() {
+            return Err(Failure::invalid("tiers", "are chosen within a budget: leave them NULL"));
         }
         if self.lends() {
             return Err(Failure::invalid("memory", "is the library's own within a budget: leave it NULL"));
@@ -49,11 +49,11 @@ impl Chosen {
         Settings { reader: self.settings.reader, cache: self.settings.cache, ..planned }
     }
 
-    /// The settings for these units, which are given their homes if there is a budget.
+    /// The settings for these units, which are given their tiers if there is a budget.
     pub(super) fn fit(&self, device: &AnyDevice, checkpoint: &Checkpoint, units: &mut [Unit]) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        let (homes, planned) = budget.plan(checkpoint, units, Besides::default(), Bandwidths::default())?;
-        units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        let (tiers, planned) = budget.plan(checkpoint, units, FixedOverhead::default(), Bandwidths::default())?;
+        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
         Ok(self.within(planned))
     }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
-use super::border::c_line;
+use super::ffi::c_line;
 use crate::{
     error::Error,
     pipeline::Progress,

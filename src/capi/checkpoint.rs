@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{
-    border::{Failure, Result, border, c_text, list, ls_status, path, place, text},
-    handles::{Kind, Table},
+    ffi::{Failure, Result, c_text, ffi, list, ls_status, path, place, text},
+    handles::{HandleTable, Kind},
 };
 use crate::{
     checkpoint::{Checkpoint, StoredTensor},
@@ -77,7 +77,7 @@ pub struct ls_stored_tensor {
     pub dtype: i32,
 }
 
-struct Named {
+struct TensorName {
     name: CString,
     file: Arc<CString>,
     offset: u64,
@@ -86,12 +86,12 @@ struct Named {
 }
 
 /// What lies behind a handle: the checkpoint, and its tensors as C sees them, by name.
-pub(super) struct Opened {
+pub(super) struct OpenCheckpoint {
     pub(super) checkpoint: Checkpoint,
-    tensors: Vec<Named>,
+    tensors: Vec<TensorName>,
 }
 
-pub(super) static CHECKPOINTS: Table<Opened> = Table::new(Kind::Checkpoint);
+pub(super) static CHECKPOINTS: HandleTable<OpenCheckpoint> = HandleTable::new(Kind::Checkpoint);
 
 fn opened(checkpoint: Checkpoint) -> Result<ls_checkpoint> {
     let mut tensors = Vec::new();
@@ -106,12 +106,12 @@ fn opened(checkpoint: Checkpoint) -> Result<ls_checkpoint> {
                 last.insert((path.to_owned(), Arc::new(file))).1.clone()
             }
         };
-        tensors.push(Named { name: c_text(name)?, file, offset, dtype, shape: shape.to_vec() });
+        tensors.push(TensorName { name: c_text(name)?, file, offset, dtype, shape: shape.to_vec() });
     }
-    Ok(ls_checkpoint { id: CHECKPOINTS.open(Opened { checkpoint, tensors }, None)? })
+    Ok(ls_checkpoint { id: CHECKPOINTS.open(OpenCheckpoint { checkpoint, tensors }, None)? })
 }
 
-impl Named {
+impl TensorName {
     fn view(&self) -> ls_stored_tensor {
         ls_stored_tensor {
             name: self.name.as_ptr(),
@@ -128,7 +128,7 @@ impl Named {
 /// and checked, no weights. Close the checkpoint with ls_checkpoint_close.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_checkpoint_open(folder: *const c_char, checkpoint: *mut ls_checkpoint) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(checkpoint, "checkpoint")?;
         // SAFETY: the module's invariant.
         let folder = unsafe { path(folder, "folder")? };
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn ls_checkpoint_from_table(
     count: usize,
     checkpoint: *mut ls_checkpoint,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(checkpoint, "checkpoint")?;
         // SAFETY: the module's invariant.
         let table = unsafe { list(tensors, count, "tensors")? }.iter().map(|tensor| {
@@ -174,13 +174,13 @@ pub unsafe extern "C" fn ls_checkpoint_from_table(
 /// Closes a checkpoint. What was made from it stays.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_checkpoint_close(checkpoint: ls_checkpoint) -> ls_status {
-    border(|| CHECKPOINTS.close(checkpoint.id, |_| Ok(())).map(drop))
+    ffi(|| CHECKPOINTS.close(checkpoint.id, |_| Ok(())).map(drop))
 }
 
 /// How many tensors there are.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_checkpoint_tensor_count(checkpoint: ls_checkpoint, count: *mut usize) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(count, "count")?;
         let count = CHECKPOINTS.enter(checkpoint.id)?.tensors.len();
         // SAFETY: the module's invariant.
@@ -196,7 +196,7 @@ pub unsafe extern "C" fn ls_checkpoint_tensor_at(
     index: usize,
     tensor: *mut ls_stored_tensor,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(tensor, "tensor")?;
         let opened = CHECKPOINTS.enter(checkpoint.id)?;
         let count = opened.tensors.len();
@@ -215,7 +215,7 @@ pub unsafe extern "C" fn ls_checkpoint_tensor(
     name: *const c_char,
     tensor: *mut ls_stored_tensor,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(tensor, "tensor")?;
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };

@@ -4,9 +4,9 @@ use std::ffi::{CString, c_char, c_void};
 
 use super::{
     any::{Any, AnyDevice, AnyStream},
-    border::{Result, border, c_text, ls_status, place},
     checkpoint::code_of,
-    handles::{Kind, Table},
+    ffi::{Result, c_text, ffi, ls_status, place},
+    handles::{HandleTable, Kind},
 };
 use crate::{
     device::{Cpu, Cuda, Device},
@@ -42,7 +42,7 @@ pub struct ls_precision {
     pub weight: i32,
 }
 
-pub(super) struct Chosen {
+pub(super) struct OpenDevice {
     pub(super) device: AnyDevice,
     description: CString,
 }
@@ -53,18 +53,18 @@ pub(super) struct Queue {
     pub(super) stream: AnyStream,
 }
 
-pub(super) static DEVICES: Table<Chosen> = Table::new(Kind::Device);
-pub(super) static STREAMS: Table<Queue> = Table::new(Kind::Stream);
+pub(super) static DEVICES: HandleTable<OpenDevice> = HandleTable::new(Kind::Device);
+pub(super) static STREAMS: HandleTable<Queue> = HandleTable::new(Kind::Stream);
 
 fn opened(device: AnyDevice) -> Result<ls_device> {
     let description = c_text(&device.describe())?;
-    Ok(ls_device { id: DEVICES.open(Chosen { device, description }, None)? })
+    Ok(ls_device { id: DEVICES.open(OpenDevice { device, description }, None)? })
 }
 
 /// The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_device_cpu(device: *mut ls_device) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(device, "device")?;
         let made = opened(Any::Cpu(Cpu))?;
         // SAFETY: the module's invariant.
@@ -77,7 +77,7 @@ pub unsafe extern "C" fn ls_device_cpu(device: *mut ls_device) -> ls_status {
 /// LS_UNSUPPORTED in a library built without CUDA, LS_CUDA where there is no driver or no such GPU.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_device_cuda(ordinal: u32, device: *mut ls_device) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(device, "device")?;
         let made = opened(Any::Cuda(Cuda::new(ordinal)?))?;
         // SAFETY: the module's invariant.
@@ -89,13 +89,13 @@ pub unsafe extern "C" fn ls_device_cuda(ordinal: u32, device: *mut ls_device) ->
 /// Closes a device. What was made on it stays.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_device_close(device: ls_device) -> ls_status {
-    border(|| DEVICES.close(device.id, |_| Ok(())).map(drop))
+    ffi(|| DEVICES.close(device.id, |_| Ok(())).map(drop))
 }
 
 /// One line for people: what device this is. The text is the device's, until that is closed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_device_describe(device: ls_device, description: *mut *const c_char) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(description, "description")?;
         let description = DEVICES.enter(device.id)?.description.as_ptr();
         // SAFETY: the module's invariant.
@@ -107,7 +107,7 @@ pub unsafe extern "C" fn ls_device_describe(device: ls_device, description: *mut
 /// The types that the device's kernels compute with.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_device_precision(device: ls_device, precision: *mut ls_precision) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(precision, "precision")?;
         let found = DEVICES.enter(device.id)?.device.precision();
         // SAFETY: the module's invariant.
@@ -125,7 +125,7 @@ pub unsafe extern "C" fn ls_device_precision(device: ls_device, precision: *mut 
 /// A new stream of the device.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_stream_open(device: ls_device, stream: *mut ls_stream) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(stream, "stream")?;
         let device = DEVICES.enter(device.id)?.device.clone();
         device.bind_thread()?;
@@ -169,7 +169,7 @@ pub unsafe extern "C" fn ls_stream_from_cuda(
     cuda_stream: *mut c_void,
     stream: *mut ls_stream,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(stream, "stream")?;
         // Its address is a number to us, and may be odd.
         place(cuda_stream.cast::<u8>(), "cuda_stream")?;
@@ -186,13 +186,13 @@ pub unsafe extern "C" fn ls_stream_from_cuda(
 /// Closes a stream. Work that is on it is finished; a caller's own stream is left as it is.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_stream_close(stream: ls_stream) -> ls_status {
-    border(|| STREAMS.close(stream.id, |_| Ok(())).map(drop))
+    ffi(|| STREAMS.close(stream.id, |_| Ok(())).map(drop))
 }
 
 /// Waits until all work that was enqueued on the stream is done.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_stream_synchronize(stream: ls_stream) -> ls_status {
-    border(|| {
+    ffi(|| {
         let queue = STREAMS.enter_lent(stream.id)?;
         queue.device.bind_thread()?;
         Ok(queue.device.drain(&queue.stream)?)
@@ -203,7 +203,7 @@ pub extern "C" fn ls_stream_synchronize(stream: ls_stream) -> ls_status {
 /// the stream is closed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_stream_to_cuda(stream: ls_stream, cuda_stream: *mut *mut c_void) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(cuda_stream, "cuda_stream")?;
         let raw = raw_of(&*STREAMS.enter_lent(stream.id)?)?;
         // SAFETY: the module's invariant.

@@ -17,7 +17,7 @@ use std::{
 
 use crossbeam_utils::{Backoff, CachePadded};
 
-use super::border::{Failure, Result, ls_status};
+use super::ffi::{Failure, Result, ls_status};
 use crate::pipeline::Canceller;
 
 /// From the low end: index, kind, and in the rest the generation (of a layer: its number).
@@ -86,7 +86,7 @@ const IDLE: u64 = 1;
 const BUSY: u64 = 2;
 const LENT: u64 = 3;
 
-struct Slot<T> {
+struct HandleSlot<T> {
     /// Generation and phase.
     state: AtomicU64,
     /// A panic came out of it.
@@ -96,7 +96,7 @@ struct Slot<T> {
     canceller: Mutex<Option<Canceller>>,
 }
 
-type Chunk<T> = OnceLock<Box<[CachePadded<Slot<T>>]>>;
+type Chunk<T> = OnceLock<Box<[CachePadded<HandleSlot<T>>]>>;
 
 /// Which slots are free: those that were, and all from `unused` on.
 struct Free {
@@ -105,7 +105,7 @@ struct Free {
 }
 
 /// All that is open of one kind.
-pub(super) struct Table<T: 'static> {
+pub(super) struct HandleTable<T: 'static> {
     kind: Kind,
     chunks: [Chunk<T>; CHUNKS],
     free: Mutex<Free>,
@@ -113,11 +113,11 @@ pub(super) struct Table<T: 'static> {
 
 // SAFETY: values are reached by one thread at a time, by the module's invariant, and handed from thread to thread by the
 // acquire and release of the state.
-unsafe impl<T: Send> Sync for Table<T> {}
+unsafe impl<T: Send> Sync for HandleTable<T> {}
 
 /// A value that is this thread's until this is dropped.
 pub(super) struct Entered<'t, T> {
-    slot: &'t Slot<T>,
+    slot: &'t HandleSlot<T>,
     index: usize,
     /// The state to go back to.
     before: u64,
@@ -125,7 +125,7 @@ pub(super) struct Entered<'t, T> {
     panicking: bool,
 }
 
-impl<T: Send> Table<T> {
+impl<T: Send> HandleTable<T> {
     pub(super) const fn new(kind: Kind) -> Self {
         Self {
             kind,
@@ -139,7 +139,7 @@ impl<T: Send> Table<T> {
     }
 
     #[inline]
-    fn slot(&self, index: usize) -> Result<&Slot<T>> {
+    fn slot(&self, index: usize) -> Result<&HandleSlot<T>> {
         let chunk = self.chunks[index / CHUNK].get().ok_or_else(|| self.kind.closed())?;
         Ok(&chunk[index % CHUNK])
     }
@@ -164,7 +164,7 @@ impl<T: Send> Table<T> {
             }
         };
         self.chunks[index / CHUNK].get_or_init(|| {
-            let slot = || Slot {
+            let slot = || HandleSlot {
                 state: AtomicU64::new(1 << PHASE_BITS | FREE),
                 poisoned: AtomicBool::new(false),
                 value: UnsafeCell::new(None),
@@ -277,7 +277,7 @@ impl<T> Entered<'_, T> {
         self.index
     }
 
-    /// Runs a callback, in which [`Table::enter_lent`] may have the value.
+    /// Runs a callback, in which [`HandleTable::enter_lent`] may have the value.
     pub(super) fn lend<R>(&self, callback: impl FnOnce() -> R) -> R {
         let [busy, lent] = [BUSY, LENT].map(|phase| self.before & !((1 << PHASE_BITS) - 1) | phase);
         self.slot.state.store(lent, Ordering::Release);
@@ -318,7 +318,7 @@ impl<T> Drop for Entered<'_, T> {
 mod tests {
     use std::sync::atomic::AtomicUsize;
 
-    use super::{super::border::border, ls_status::*, *};
+    use super::{super::ffi::ffi, ls_status::*, *};
 
     fn status<T>(result: Result<T>) -> ls_status {
         result.map_or_else(|failure| failure.status, |_| LS_OK)
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_closed_handle_stays_closed_whatever_takes_its_place() {
-        static TABLE: Table<u32> = Table::new(Kind::Device);
+        static TABLE: HandleTable<u32> = HandleTable::new(Kind::Device);
         let first = TABLE.open(1, None).unwrap();
         assert_eq!(*TABLE.enter(first).unwrap(), 1);
         assert_eq!(TABLE.close(first, |_| Ok(())).unwrap(), 1);
@@ -344,7 +344,7 @@ mod tests {
 
     #[test]
     fn what_is_entered_is_busy_and_what_is_lent_is_so_for_most() {
-        static TABLE: Table<u32> = Table::new(Kind::Stream);
+        static TABLE: HandleTable<u32> = HandleTable::new(Kind::Stream);
         let id = TABLE.open(1, None).unwrap();
         let entered = TABLE.enter(id).unwrap();
         assert_eq!((status(TABLE.enter(id)), status(TABLE.enter_lent(id))), (LS_BUSY, LS_BUSY));
@@ -362,15 +362,15 @@ mod tests {
 
     #[test]
     fn a_panic_is_a_status_and_poisons_its_handle_alone() {
-        static TABLE: Table<u32> = Table::new(Kind::Model);
+        static TABLE: HandleTable<u32> = HandleTable::new(Kind::Model);
         let [bad, good] = [1, 2].map(|value| TABLE.open(value, None).unwrap());
-        let panicked = border(|| {
+        let panicked = ffi(|| {
             let _entered = TABLE.enter(bad)?;
             panic!("on purpose");
         });
         assert_eq!(panicked, LS_PANICKED);
         // SAFETY: it is never NULL.
-        let message = unsafe { std::ffi::CStr::from_ptr(super::super::border::ls_last_error()) };
+        let message = unsafe { std::ffi::CStr::from_ptr(super::super::ffi::ls_last_error()) };
         assert!(message.to_str().unwrap().contains("on purpose"), "{message:?}");
         assert_eq!((status(TABLE.enter(bad)), status(TABLE.enter_lent(bad))), (LS_PANICKED, LS_PANICKED));
         assert_eq!(status(TABLE.enter(good)), LS_OK);
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn threads_that_enter_and_lend_at_once_never_meet_inside() {
-        static TABLE: Table<UnsafeCell<u64>> = Table::new(Kind::Streamer);
+        static TABLE: HandleTable<UnsafeCell<u64>> = HandleTable::new(Kind::Streamer);
         let id = TABLE.open(UnsafeCell::new(0), None).unwrap();
         let entered = AtomicUsize::new(0);
         let work = |lends: bool| {

@@ -3,8 +3,8 @@
 
 use super::{
     any::AnyDevice,
-    border::{Failure, Result, border, ls_status, place},
     device::{Queue, STREAMS, ls_stream},
+    ffi::{Failure, Result, ffi, ls_status, place},
     handles::Entered,
     layers::ls_tensor,
     options::choose,
@@ -89,7 +89,7 @@ fn queue(stream: ls_stream) -> Result<Entered<'static, Queue>> {
 /// first kernel; calling it again does nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_stream_prepare(stream: ls_stream) -> ls_status {
-    border(|| {
+    ffi(|| {
         let queue = queue(stream)?;
         Ok(queue.device.prepare(&queue.stream)?)
     })
@@ -99,7 +99,7 @@ pub extern "C" fn ls_stream_prepare(stream: ls_stream) -> ls_status {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_cast(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, out] = given([(x, "x"), (out, "out")])?;
         let x = x.read("x")?;
         let out = out.write("out")?;
@@ -119,7 +119,7 @@ pub unsafe extern "C" fn ls_embed(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [table, ids, out] = given([(table, "table"), (ids, "ids"), (out, "out")])?;
         let table = table.read("table")?;
         let ids = ids.read("ids")?;
@@ -141,7 +141,7 @@ pub unsafe extern "C" fn ls_rms_norm(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, weight, out] = given([(x, "x"), (weight, "weight"), (out, "out")])?;
         let x = x.read("x")?;
         let weight = weight.read("weight")?;
@@ -161,7 +161,7 @@ pub unsafe extern "C" fn ls_rms_norm_in_place(
     eps: f32,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, weight] = given([(x, "x"), (weight, "weight")])?;
         let x = x.write("x")?;
         let weight = weight.read("weight")?;
@@ -175,7 +175,7 @@ pub unsafe extern "C" fn ls_rms_norm_in_place(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_add(stream: ls_stream, residual: *const ls_tensor, y: *const ls_tensor) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [residual, y] = given([(residual, "residual"), (y, "y")])?;
         let residual = residual.write("residual")?;
         let y = y.read("y")?;
@@ -189,7 +189,7 @@ pub unsafe extern "C" fn ls_add(stream: ls_stream, residual: *const ls_tensor, y
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_swiglu(stream: ls_stream, gate: *const ls_tensor, up: *const ls_tensor) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [gate, up] = given([(gate, "gate"), (up, "up")])?;
         let gate = gate.write("gate")?;
         let up = up.read("up")?;
@@ -211,7 +211,7 @@ pub unsafe extern "C" fn ls_rope(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, positions, inv_freq, out] =
             given([(x, "x"), (positions, "positions"), (inv_freq, "inv_freq"), (out, "out")])?;
         let layout = choose(layout, &[RopeLayout::Halves, RopeLayout::Interleaved], "layout")?;
@@ -234,7 +234,7 @@ pub unsafe extern "C" fn ls_gather(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, indices, out] = given([(x, "x"), (indices, "indices"), (out, "out")])?;
         let x = x.read("x")?;
         let indices = indices.read("indices")?;
@@ -249,7 +249,7 @@ pub unsafe extern "C" fn ls_gather(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_argmax(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, out] = given([(x, "x"), (out, "out")])?;
         let x = x.read("x")?;
         let out = out.write("out")?;
@@ -270,7 +270,7 @@ pub unsafe extern "C" fn ls_linear(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [x, weight, out] = given([(x, "x"), (weight, "weight"), (out, "out")])?;
         let (x, weight, out) = (x.read("x")?, weight.read("weight")?, out.write("out")?);
         let bias = if bias.is_null() { None } else { Some(given([(bias, "bias")])?[0].read("bias")?) };
@@ -289,7 +289,7 @@ pub unsafe extern "C" fn ls_append_kv(
     cache: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [block, cache] = given([(block, "block"), (cache, "cache")])?;
         let batch = place(batch, "batch")?.as_ref().read()?;
         let (block, cache) = (block.read("block")?, cache.write("cache")?);
@@ -314,7 +314,7 @@ pub unsafe extern "C" fn ls_attention(
     out: *const ls_tensor,
 ) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe {
+    ffi(|| unsafe {
         let [q, keys, values, out] = given([(q, "q"), (keys, "keys"), (values, "values"), (out, "out")])?;
         let batch = place(batch, "batch")?.as_ref().read()?;
         let (q, keys, values) = (q.read("q")?, keys.read("keys")?, values.read("values")?);

@@ -4,9 +4,9 @@ use std::ffi::{c_char, c_void};
 
 use super::{
     any::AnyDevice,
-    border::{Failure, Result, border, callback, ls_status, place, text},
     checkpoint::{code_of, dtype_of},
     device::{STREAMS, ls_stream},
+    ffi::{Failure, Result, callback, ffi, ls_status, place, text},
     handles::{Entered, Kind},
     streamer::{STREAMERS, Streamer, ls_streamer},
 };
@@ -93,7 +93,7 @@ pub type ls_layer_fn = Option<unsafe extern "C" fn(user: *mut c_void, layer: ls_
 /// LS_LAYERS_HELD if n_gpu are held already. LS_CANCELLED after ls_cancel, until ls_rewind.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_next_layer(streamer: ls_streamer, stream: ls_stream, layer: *mut ls_layer) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(layer, "layer")?;
         let streamer = STREAMERS.enter(streamer.id)?;
         let queue = STREAMS.enter_lent(stream.id)?;
@@ -108,7 +108,7 @@ pub unsafe extern "C" fn ls_next_layer(streamer: ls_streamer, stream: ls_stream,
 /// with, is done. Allocates nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_release_layer(layer: ls_layer, stream: ls_stream) -> ls_status {
-    border(|| {
+    ffi(|| {
         let (index, number) = Kind::Layer.parts(layer.id)?;
         let streamer = STREAMERS.enter_at(index, false).map_err(of_layer)?;
         let queue = STREAMS.enter_lent(stream.id)?;
@@ -133,7 +133,7 @@ fn entered(layer: ls_layer) -> Result<(Entered<'static, Streamer>, usize, Place)
 /// The layer's number in the pass, from 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(index, "index")?;
         let (_streamer, unit, _) = entered(layer)?;
         // SAFETY: the module's invariant.
@@ -146,7 +146,7 @@ pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> l
 /// until the layer is released.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, tensor: *mut ls_tensor) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(tensor, "tensor")?;
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };
@@ -162,7 +162,7 @@ pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, t
 /// The same by the number that ls_streamer_tensor_index found.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_layer_tensor_at(layer: ls_layer, index: usize, tensor: *mut ls_tensor) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(tensor, "tensor")?;
         let (streamer, unit, place) = entered(layer)?;
         let tensors = streamer.streamer.plan().units[unit].tensors.len();
@@ -187,7 +187,7 @@ pub unsafe extern "C" fn ls_run_pass(
     layer_fn: ls_layer_fn,
     user: *mut c_void,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let layer_fn = callback(layer_fn, "layer_fn")?;
         let streamer = STREAMERS.enter(streamer.id)?;
         // Not one that is lent already: only one pass can take it back.

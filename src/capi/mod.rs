@@ -1,6 +1,6 @@
 //! The C API: what `include/layer_streamer.h` declares. Its rules are stated at the top of that file.
 //!
-//! Every function is a `border` around a few lines: it checks its pointers, then enters its handles, then calls what Rust
+//! Every function is an `ffi` call around a few lines: it checks its pointers, then enters its handles, then calls what Rust
 //! hosts call, and writes its results last.
 //!
 //! **Invariant** of every `unsafe` here that has no other: what C passes is what the function's comment in the header asks
@@ -9,11 +9,11 @@
 #![allow(clippy::missing_safety_doc, reason = "the header says what each function asks of its arguments")]
 
 mod any;
-mod border;
 mod budget;
 mod callbacks;
 mod checkpoint;
 mod device;
+mod ffi;
 mod handles;
 mod kernels;
 mod layers;
@@ -22,10 +22,10 @@ mod options;
 mod streamer;
 mod traced;
 
-pub use border::*;
 pub use callbacks::*;
 pub use checkpoint::*;
 pub use device::*;
+pub use ffi::*;
 pub use kernels::*;
 pub use layers::*;
 pub use model::*;

@@ -10,13 +10,12 @@ use std::{
 
 use super::{
     any::AnyDevice,
-    border::{
-        Failure, Grows, Result, border, callback, list, ls_status, path, place, read_options, write_options,
-        write_sized,
-    },
     device::{DEVICES, ls_device},
-    handles::{Kind, Table},
-    options::{self, Chosen, ls_stats, ls_streamer_options},
+    ffi::{
+        Failure, Grows, Result, callback, ffi, list, ls_status, path, place, read_options, write_options, write_sized,
+    },
+    handles::{HandleTable, Kind},
+    options::{self, StreamOptions, ls_stats, ls_streamer_options},
     traced::{self, Traced},
 };
 use crate::model::{Decoder, Model, Sequence};
@@ -92,19 +91,19 @@ pub type ls_token_fn = Option<unsafe extern "C" fn(user: *mut c_void, row: usize
 /// What an ls_token_fn returns to end a sequence.
 pub const LS_END: i32 = 1;
 
-struct Opened {
+struct OpenModel {
     decoder: RefCell<Decoder<AnyDevice>>,
     batch: usize,
     trace: Option<Traced>,
 }
 
-static MODELS: Table<Opened> = Table::new(Kind::Model);
+static MODELS: HandleTable<OpenModel> = HandleTable::new(Kind::Model);
 
 /// Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_options_init(options: *mut ls_model_options, size: usize) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe { write_options(options, size, "options", defaults()) })
+    ffi(|| unsafe { write_options(options, size, "options", defaults()) })
 }
 
 fn defaults() -> ls_model_options {
@@ -123,14 +122,13 @@ pub unsafe extern "C" fn ls_model_open(
     options: *const ls_model_options,
     model: *mut ls_model,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(model, "model")?;
         // SAFETY: the module's invariant.
         let (folder, options, chosen) = unsafe {
             let folder = path(folder, "folder")?;
             let options = if options.is_null() { defaults() } else { read_options(options, "options", defaults())? };
-            let streamer = options.streamer;
-            (folder, options, if streamer.is_null() { Chosen::default() } else { Chosen::read(streamer)? })
+            (folder, options, StreamOptions::read(options.streamer)?)
         };
         let device = DEVICES.enter(device.id)?.device.clone();
         let (observers, trace) = chosen.observers()?;
@@ -147,7 +145,7 @@ pub unsafe extern "C" fn ls_model_open(
             log.opened(&memory, &decoder.streamer().stats());
         }
         let canceller = decoder.streamer().canceller();
-        let made = Opened { decoder: RefCell::new(decoder), batch: options.batch, trace };
+        let made = OpenModel { decoder: RefCell::new(decoder), batch: options.batch, trace };
         let made = MODELS.open(made, Some(canceller))?;
         // SAFETY: as above.
         unsafe { to.write(ls_model { id: made }) };
@@ -159,7 +157,7 @@ pub unsafe extern "C" fn ls_model_open(
 /// what the device may still use stays reserved. LS_IO where only the trace could not be written.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
-    border(|| {
+    ffi(|| {
         let mut closed = MODELS.close(model.id, |_| Ok(()))?;
         traced::end(closed.decoder.get_mut().streamer(), closed.trace)
     })
@@ -168,7 +166,7 @@ pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
 /// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_info) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(info, "info")?;
         let opened = MODELS.enter(model.id)?;
         let decoder = opened.decoder.borrow();
@@ -202,7 +200,7 @@ pub unsafe extern "C" fn ls_model_generate(
     token_fn: ls_token_fn,
     user: *mut c_void,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let token_fn = callback(token_fn, "token_fn")?;
         // SAFETY: the module's invariant.
         let batch = unsafe { list(sequences, count, "sequences")? }.iter().map(|sequence| {
@@ -225,7 +223,7 @@ pub unsafe extern "C" fn ls_model_generate(
     })
 }
 
-impl Opened {
+impl OpenModel {
     fn check_row(&self, row: usize) -> Result<()> {
         if row < self.batch {
             return Ok(());
@@ -237,7 +235,7 @@ impl Opened {
 /// How many tokens row `row` of the KV cache holds.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_length(model: ls_model, row: usize, length: *mut usize) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(length, "length")?;
         let opened = MODELS.enter(model.id)?;
         opened.check_row(row)?;
@@ -251,7 +249,7 @@ pub unsafe extern "C" fn ls_model_length(model: ls_model, row: usize, length: *m
 /// Forgets all tokens of row `row` of the KV cache from number `length` on.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_model_truncate(model: ls_model, row: usize, length: usize) -> ls_status {
-    border(|| {
+    ffi(|| {
         let opened = MODELS.enter(model.id)?;
         opened.check_row(row)?;
         let truncated = opened.decoder.borrow_mut().truncate(row, length);
@@ -262,13 +260,13 @@ pub extern "C" fn ls_model_truncate(model: ls_model, row: usize, length: usize) 
 /// Cancels the pass under way, or, between passes, the next one. From any thread, also while another call uses the model.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_model_cancel(model: ls_model) -> ls_status {
-    border(|| MODELS.cancel(model.id))
+    ffi(|| MODELS.cancel(model.id))
 }
 
 /// Counts since the model was opened. Set `stats->size` to sizeof(ls_stats) before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_stats(model: ls_model, stats: *mut ls_stats) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(stats, "stats")?;
         let stats = MODELS.enter(model.id)?.decoder.borrow_mut().streamer().stats();
         // SAFETY: the module's invariant.

@@ -9,32 +9,30 @@ use std::{
 };
 
 use super::{
-    border::{
-        Failure, Grows, Result, border, list, ls_status, path, place, read_options, text, write_options, write_sized,
-    },
     callbacks::{Callback, Log, Reporter, ls_log_fn, ls_progress_fn},
     checkpoint::{CHECKPOINTS, dtype_of, ls_checkpoint},
+    ffi::{Failure, Grows, Result, ffi, list, ls_status, path, place, read_options, text, write_options, write_sized},
     traced::Traced,
 };
 use crate::{
     checkpoint::Checkpoint,
     pipeline::Lent,
-    plan::{Arrival, ArrivalOp, CachePolicy, Home, Plan, Reader, Settings, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Reader, Settings, Tier, Unit},
     trace::{Observer, Stats},
 };
 
 /// Where a unit lives between passes.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ls_home {
+pub enum ls_tier {
     /// On disk: read in every pass.
-    LS_HOME_DISK = 0,
+    LS_TIER_DISK = 0,
     /// In pageable RAM: read once.
-    LS_HOME_RAM = 1,
+    LS_TIER_RAM = 1,
     /// In pinned RAM: read once.
-    LS_HOME_PINNED = 2,
+    LS_TIER_PINNED = 2,
     /// On the device: read and transferred once.
-    LS_HOME_GPU = 3,
+    LS_TIER_GPU = 3,
 }
 
 /// Who reads from disk.
@@ -85,8 +83,8 @@ pub struct ls_unit {
     pub tensors: *const ls_unit_tensor,
     /// How many.
     pub count: usize,
-    /// An ls_home.
-    pub home: i32,
+    /// An ls_tier.
+    pub tier: i32,
 }
 
 /// What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
@@ -118,8 +116,8 @@ pub struct ls_streamer_options {
     /// How many units.
     pub unit_count: usize,
     /// Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
-    /// is NULL, live where their `home` says, or on disk.
-    pub homes: *const c_char,
+    /// is NULL, live where their `tier` says, or on disk.
+    pub tiers: *const c_char,
     /// May be NULL.
     pub progress: ls_progress_fn,
     /// What `progress` is given.
@@ -128,7 +126,7 @@ pub struct ls_streamer_options {
     pub log: ls_log_fn,
     /// What `log` is given.
     pub log_user: *mut c_void,
-    /// Memory of the caller's for slots and homes in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
+    /// Memory of the caller's for slots and kept units in pageable RAM, as much as ls_streamer_memory says or more, on a boundary
     /// of 4096 bytes; NULL: the library's own. What is lent is the streamer's until that is closed (for good if
     /// the close says LS_LEAKED). It should be present: first touch is slower than a disk.
     pub ram_memory: *mut c_void,
@@ -143,7 +141,7 @@ pub struct ls_streamer_options {
     /// Its length in bytes.
     pub gpu_bytes: usize,
     /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
-    /// takes the least time; `homes` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
+    /// takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
     /// LS_INVALID if it is less than the least that will do, which the message names. To a streamer it is for its slots and
     /// units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
     /// it is for everything.
@@ -168,7 +166,7 @@ unsafe impl Grows for ls_streamer_options {
 pub struct ls_memory {
     /// sizeof(ls_memory).
     pub size: usize,
-    /// Bytes of slots and homes in pageable RAM.
+    /// Bytes of slots and kept units in pageable RAM.
     pub ram: usize,
     /// The same in pinned RAM.
     pub pinned: usize,
@@ -185,17 +183,17 @@ unsafe impl Grows for ls_memory {
 
 /// What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
 /// the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
-/// have slots for layers that live there too, for as long as their homes become present: n_gpu + 1 of the largest.
+/// have slots for layers that live there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_memory(
     checkpoint: ls_checkpoint,
     options: *const ls_streamer_options,
     memory: *mut ls_memory,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(memory, "memory")?;
         // SAFETY: the module's invariant.
-        let chosen = if options.is_null() { Chosen::default() } else { unsafe { Chosen::read(options)? } };
+        let chosen = unsafe { StreamOptions::read(options)? };
         if chosen.budgets != [0; 2] {
             return Err(Failure::invalid("host_budget", "is for memory of the library's own: leave it 0"));
         }
@@ -256,7 +254,7 @@ unsafe impl Grows for ls_stats {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_options_init(options: *mut ls_streamer_options, size: usize) -> ls_status {
     // SAFETY: the module's invariant.
-    border(|| unsafe { write_options(options, size, "options", defaults()) })
+    ffi(|| unsafe { write_options(options, size, "options", defaults()) })
 }
 
 fn defaults() -> ls_streamer_options {
@@ -273,7 +271,7 @@ fn defaults() -> ls_streamer_options {
         cache: ls_cache::LS_CACHE_AUTO as i32,
         units: ptr::null(),
         unit_count: 0,
-        homes: ptr::null(),
+        tiers: ptr::null(),
         progress: None,
         progress_user: ptr::null_mut(),
         log: None,
@@ -293,11 +291,11 @@ fn defaults() -> ls_streamer_options {
 type Observers = Vec<Arc<dyn Observer>>;
 
 /// What the options say, in Rust's terms.
-pub(super) struct Chosen {
+pub(super) struct StreamOptions {
     pub(super) settings: Settings,
     /// The caller's own units.
     units: Option<Vec<Unit>>,
-    pub(super) homes: Option<String>,
+    pub(super) tiers: Option<String>,
     /// Of RAM and of the device's own memory; 0: none given.
     pub(super) budgets: [usize; 2],
     pub(super) progress: Option<Reporter>,
@@ -307,22 +305,27 @@ pub(super) struct Chosen {
     pub(super) lent: Lent,
 }
 
-impl Chosen {
+impl StreamOptions {
+    /// NULL stands for the defaults.
+    ///
     /// # Safety
     /// `options` is NULL or points to what the header says.
     pub(super) unsafe fn read(options: *const ls_streamer_options) -> Result<Self> {
+        if options.is_null() {
+            return Ok(Self::default());
+        }
         // SAFETY: the caller's.
         let options = unsafe { read_options(options, "options", defaults())? };
         // SAFETY: the caller's.
-        let (units, homes) = unsafe {
+        let (units, tiers) = unsafe {
             let units = match NonNull::new(options.units.cast_mut()) {
                 None if options.unit_count > 0 => return Err(Failure::new(ls_status::LS_NULL, "units is NULL")),
                 None => None,
                 Some(units) => Some(list(units.as_ptr(), options.unit_count, "units")?),
             };
             let units = units.map(|units| units.iter().map(|unit| unit.read()).collect::<Result<_>>()).transpose()?;
-            let homes = if options.homes.is_null() { None } else { Some(text(options.homes, "homes")?.to_owned()) };
-            (units, homes)
+            let tiers = if options.tiers.is_null() { None } else { Some(text(options.tiers, "tiers")?.to_owned()) };
+            (units, tiers)
         };
         let reader = [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread];
         let cache = [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered];
@@ -348,7 +351,7 @@ impl Chosen {
         // SAFETY: the caller's.
         let trace = if options.trace.is_null() { None } else { Some(unsafe { path(options.trace, "trace")? }) };
         let trace = trace.map(Path::to_owned);
-        Ok(Self { settings, units, homes, budgets, progress, log, trace, lent })
+        Ok(Self { settings, units, tiers, budgets, progress, log, trace, lent })
     }
 
     /// The options of a call that was given none.
@@ -356,7 +359,7 @@ impl Chosen {
         Self {
             settings: Settings::default(),
             units: None,
-            homes: None,
+            tiers: None,
             budgets: [0; 2],
             progress: None,
             log: None,
@@ -372,7 +375,7 @@ impl Chosen {
         Ok(units)
     }
 
-    /// Gives a model's units their homes.
+    /// Gives a model's units their tiers.
     pub(super) fn place_model(&self, units: &mut [Unit]) -> Result<()> {
         if self.units.is_some() {
             return Err(Failure::invalid("units", "a model has its own: leave them NULL"));
@@ -389,7 +392,7 @@ impl Chosen {
     }
 
     fn place(&self, units: &mut [Unit]) -> Result<()> {
-        Ok(Home::parse(self.homes.as_deref().unwrap_or(""), units)?)
+        Ok(Tier::parse(self.tiers.as_deref().unwrap_or(""), units)?)
     }
 
     /// Who is to see what the streamer does, and the trace among them: to be asked before the long work, since a trace that cannot
@@ -414,8 +417,8 @@ impl ls_unit {
     unsafe fn read(&self) -> Result<Unit> {
         // SAFETY: the caller's.
         let mut unit = unsafe { tensors(text(self.name, "name of a unit")?, self.tensors, self.count)? };
-        let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
-        unit.home(choose(self.home, &homes, "home")?);
+        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+        unit.set_tier(choose(self.tier, &tiers, "tier")?);
         Ok(unit)
     }
 }

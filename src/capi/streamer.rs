@@ -8,13 +8,13 @@ use std::{
 
 use super::{
     any::AnyDevice,
-    border::{Failure, Result, border, c_text, ls_status, place, text},
     callbacks::Reporter,
     checkpoint::{CHECKPOINTS, ls_checkpoint},
     device::{DEVICES, Queue, ls_device},
-    handles::{Kind, Table},
+    ffi::{Failure, Result, c_text, ffi, ls_status, place, text},
+    handles::{HandleTable, Kind},
     layers::ls_tensor,
-    options::{self, Chosen, ls_stats, ls_streamer_options, ls_unit_tensor},
+    options::{self, StreamOptions, ls_stats, ls_streamer_options, ls_unit_tensor},
     traced::{self, Traced},
 };
 use crate::{
@@ -51,13 +51,13 @@ pub struct ls_unit_info {
 }
 
 /// A layer that is held.
-pub(super) struct Held {
+pub(super) struct HeldLayer {
     pub(super) number: u64,
     pub(super) taken: Taken,
 }
 
 /// The names of a unit and of its tensors, as C sees them.
-struct Named {
+struct UnitNames {
     unit: CString,
     tensors: Vec<CString>,
 }
@@ -65,16 +65,16 @@ struct Named {
 /// What lies behind a handle.
 pub(super) struct Streamer {
     pub(super) streamer: LayerStreamer<AnyDevice>,
-    held: RefCell<Vec<Held>>,
+    held: RefCell<Vec<HeldLayer>>,
     /// Of the next layer; a multiple of [`BATCH`] if a new batch is due.
     number: Cell<u64>,
-    named: Vec<Named>,
+    named: Vec<UnitNames>,
     progress: Option<Reporter>,
     trace: Option<Traced>,
 }
 
-pub(super) static STREAMERS: Table<Streamer> = Table::new(Kind::Streamer);
-static STATICS: Table<StaticTensors<AnyDevice>> = Table::new(Kind::Statics);
+pub(super) static STREAMERS: HandleTable<Streamer> = HandleTable::new(Kind::Streamer);
+static STATICS: HandleTable<StaticTensors<AnyDevice>> = HandleTable::new(Kind::Statics);
 
 /// Numbers of layers that no streamer has had yet begin here. A streamer takes them by the batch.
 static NUMBERS: AtomicU64 = AtomicU64::new(BATCH);
@@ -99,7 +99,7 @@ impl Streamer {
             number = NUMBERS.fetch_add(BATCH, Ordering::Relaxed);
         }
         self.number.set(number + 1);
-        self.held.borrow_mut().push(Held { number, taken });
+        self.held.borrow_mut().push(HeldLayer { number, taken });
         if let Some(hook) = &self.progress {
             hook.report(progress);
         }
@@ -112,7 +112,7 @@ impl Streamer {
         self.check_stream(queue)?;
         let mut held = self.held.borrow_mut();
         let index = held.iter().position(|held| held.number == number).ok_or_else(|| Kind::Layer.closed())?;
-        let Held { taken, .. } = held.remove(index);
+        let HeldLayer { taken, .. } = held.remove(index);
         Ok(self.streamer.release(taken, &queue.stream)?)
     }
 
@@ -133,7 +133,7 @@ impl Streamer {
         }
     }
 
-    fn named(&self, unit: usize) -> Result<&Named> {
+    fn named(&self, unit: usize) -> Result<&UnitNames> {
         let units = self.named.len();
         self.named.get(unit).ok_or_else(|| Failure::invalid("unit", format!("is {unit}, there are {units}")))
     }
@@ -151,10 +151,10 @@ pub unsafe extern "C" fn ls_streamer_open(
     options: *const ls_streamer_options,
     streamer: *mut ls_streamer,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(streamer, "streamer")?;
         // SAFETY: the module's invariant.
-        let chosen = if options.is_null() { Chosen::default() } else { unsafe { Chosen::read(options)? } };
+        let chosen = unsafe { StreamOptions::read(options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let mut units = chosen.units(&checkpoint)?;
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn ls_streamer_open(
             unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, &observers, &chosen.lent)? };
         let named = streamer.plan().units.iter().map(|unit| {
             let tensors = unit.tensors.iter().map(|tensor| c_text(&tensor.name)).collect::<Result<_>>()?;
-            Ok(Named { unit: c_text(&unit.name)?, tensors })
+            Ok(UnitNames { unit: c_text(&unit.name)?, tensors })
         });
         let named = named.collect::<Result<_>>()?;
         if let Some(log) = &chosen.log {
@@ -186,7 +186,7 @@ pub unsafe extern "C" fn ls_streamer_open(
 /// was lent must stay. LS_IO where only the trace could not be written.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
-    border(|| {
+    ffi(|| {
         let mut closed = STREAMERS.close(streamer.id, Streamer::check_none_held)?;
         traced::end(&mut closed.streamer, closed.trace)
     })
@@ -197,14 +197,14 @@ pub extern "C" fn ls_streamer_close(streamer: ls_streamer) -> ls_status {
 /// begins. From any thread, also while another call uses the streamer, also from a callback.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_cancel(streamer: ls_streamer) -> ls_status {
-    border(|| STREAMERS.cancel(streamer.id))
+    ffi(|| STREAMERS.cancel(streamer.id))
 }
 
 /// Goes back to the first unit: after an error, after a cancel, or in the middle of a pass. No thread or memory is made anew.
 /// LS_LAYERS_HELD while layers are held.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_rewind(streamer: ls_streamer) -> ls_status {
-    border(|| {
+    ffi(|| {
         let streamer = STREAMERS.enter(streamer.id)?;
         streamer.check_none_held()?;
         Ok(streamer.streamer.restart()?)
@@ -214,7 +214,7 @@ pub extern "C" fn ls_rewind(streamer: ls_streamer) -> ls_status {
 /// How many units a pass has.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_unit_count(streamer: ls_streamer, count: *mut usize) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(count, "count")?;
         let count = STREAMERS.enter_lent(streamer.id)?.named.len();
         // SAFETY: the module's invariant.
@@ -226,7 +226,7 @@ pub unsafe extern "C" fn ls_streamer_unit_count(streamer: ls_streamer, count: *m
 /// What is known of unit number `unit`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_unit(streamer: ls_streamer, unit: usize, info: *mut ls_unit_info) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(info, "info")?;
         let streamer = STREAMERS.enter_lent(streamer.id)?;
         let named = streamer.named(unit)?;
@@ -246,7 +246,7 @@ pub unsafe extern "C" fn ls_streamer_tensor_index(
     name: *const c_char,
     index: *mut usize,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(index, "index")?;
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };
@@ -267,7 +267,7 @@ pub unsafe extern "C" fn ls_streamer_tensor_name(
     index: usize,
     name: *mut *const c_char,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(name, "name")?;
         let streamer = STREAMERS.enter_lent(streamer.id)?;
         let named = streamer.named(unit)?;
@@ -283,7 +283,7 @@ pub unsafe extern "C" fn ls_streamer_tensor_name(
 /// Counts since the streamer was opened. Set `stats->size` to sizeof(ls_stats) before. Also from a layer function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_stats(streamer: ls_streamer, stats: *mut ls_stats) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(stats, "stats")?;
         let stats = STREAMERS.enter_lent(streamer.id)?.streamer.stats();
         // SAFETY: the module's invariant.
@@ -300,7 +300,7 @@ pub unsafe extern "C" fn ls_statics_load(
     count: usize,
     statics: *mut ls_statics,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(statics, "statics")?;
         // SAFETY: the module's invariant.
         let unit = unsafe { options::tensors("the static tensors", tensors, count)? };
@@ -319,7 +319,7 @@ pub unsafe extern "C" fn ls_statics_tensor(
     name: *const c_char,
     tensor: *mut ls_tensor,
 ) -> ls_status {
-    border(|| {
+    ffi(|| {
         let to = place(tensor, "tensor")?;
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };
@@ -334,5 +334,5 @@ pub unsafe extern "C" fn ls_statics_tensor(
 /// Frees static tensors. The device must be done with them.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_statics_close(statics: ls_statics) -> ls_status {
-    border(|| STATICS.close(statics.id, |_| Ok(())).map(drop))
+    ffi(|| STATICS.close(statics.id, |_| Ok(())).map(drop))
 }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{any::AnyDevice, border::Result};
+use super::{any::AnyDevice, ffi::Result};
 use crate::{
     pipeline::LayerStreamer,
     trace::timeline::{Timeline, TraceFile},

@@ -58,7 +58,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
 
     let mut tensors = Vec::with_capacity(records.len());
     let mut ranges = Vec::with_capacity(records.len());
-    for (name, Record { dtype: dtype_name, shape, data_offsets: [start, end] }) in records {
+    for (name, HeaderEntry { dtype: dtype_name, shape, data_offsets: [start, end] }) in records {
         let tensor_error = |cause: String| Error::tensor(path, &name, cause);
         let dtype =
             DType::from_name(&dtype_name).ok_or_else(|| tensor_error(format!("has the unknown type {dtype_name}")))?;
@@ -91,14 +91,14 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
 }
 
 #[derive(Deserialize)]
-struct Record {
+struct HeaderEntry {
     dtype: String,
     shape: Vec<usize>,
     data_offsets: [u64; 2],
 }
 
 /// The JSON object in file order, duplicates kept so that they can be refused; `__metadata__` is checked and dropped.
-struct Header(Vec<(String, Record)>);
+struct Header(Vec<(String, HeaderEntry)>);
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

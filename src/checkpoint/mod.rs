@@ -37,7 +37,7 @@ pub struct StoredTensor {
 
 /// A tensor of a checkpoint, with its file as an index into [`Checkpoint::files`].
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
+pub(crate) struct TensorEntry {
     pub(crate) file: usize,
     pub(crate) offset: u64,
     pub(crate) bytes: usize,
@@ -45,7 +45,7 @@ pub(crate) struct Entry {
     pub(crate) shape: Vec<usize>,
 }
 
-impl Entry {
+impl TensorEntry {
     pub(crate) fn end(&self) -> u64 {
         self.offset + self.bytes as u64
     }
@@ -78,15 +78,15 @@ impl FileState {
 
 /// A validated table of tensors. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Checkpoint(Arc<Table>);
+pub struct Checkpoint(Arc<TensorTable>);
 
 #[derive(Clone, Debug)]
-struct Table {
+struct TensorTable {
     source: PathBuf,
     files: Vec<PathBuf>,
     /// By file: what it was when the table was checked against it.
     states: Vec<FileState>,
-    entries: HashMap<String, Entry>,
+    entries: HashMap<String, TensorEntry>,
 }
 
 impl Checkpoint {
@@ -114,7 +114,7 @@ impl Checkpoint {
         }
         let (mut files, mut states) = (Vec::<PathBuf>::new(), Vec::new());
         let mut indices = HashMap::<PathBuf, usize>::new();
-        let mut entries = HashMap::<String, Entry>::with_capacity(tensors.len());
+        let mut entries = HashMap::<String, TensorEntry>::with_capacity(tensors.len());
         for StoredTensor { name, file: path, offset, dtype, shape } in tensors {
             let file = match indices.get(&path) {
                 Some(&file) => file,
@@ -142,10 +142,10 @@ impl Checkpoint {
             if entries.contains_key(&name) {
                 return Err(Error::tensor(&path, &name, "is listed twice"));
             }
-            entries.insert(name, Entry { file, offset, bytes, dtype, shape });
+            entries.insert(name, TensorEntry { file, offset, bytes, dtype, shape });
         }
         refuse_overlap(&files, &entries)?;
-        Ok(Self(Arc::new(Table { source: source.to_owned(), files, states, entries })))
+        Ok(Self(Arc::new(TensorTable { source: source.to_owned(), files, states, entries })))
     }
 
     /// The tensors, by name.
@@ -220,7 +220,7 @@ impl Checkpoint {
             let count = rows.max(1).min(height - start);
             let part = format!("{name}[{start}..{}]", start + count);
             let offset = whole.offset + (start * row_bytes) as u64;
-            let entry = Entry { offset, bytes: count * row_bytes, shape: vec![count, width], ..whole };
+            let entry = TensorEntry { offset, bytes: count * row_bytes, shape: vec![count, width], ..whole };
             table.entries.insert(part.clone(), entry);
             part
         });
@@ -247,12 +247,12 @@ impl Checkpoint {
         self.0.states[file].0
     }
 
-    pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
+    pub(crate) fn entry(&self, name: &str) -> Result<&TensorEntry> {
         self.0.entries.get(name).ok_or_else(|| Error::tensor(&self.0.source, name, "is not in the checkpoint"))
     }
 }
 
-fn refuse_overlap(files: &[PathBuf], entries: &HashMap<String, Entry>) -> Result<()> {
+fn refuse_overlap(files: &[PathBuf], entries: &HashMap<String, TensorEntry>) -> Result<()> {
     let mut order: Vec<_> = entries.iter().filter(|(_, entry)| entry.bytes > 0).collect();
     order.sort_unstable_by_key(|(_, entry)| (entry.file, entry.offset));
     for pair in order.windows(2) {

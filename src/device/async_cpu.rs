@@ -17,6 +17,7 @@ use crate::{
     },
     dtype::DType,
     error::{Error, Result},
+    trace::clock::simulated,
 };
 
 /// What a byte of device memory is before its copy, and while it is under way.
@@ -27,9 +28,9 @@ const RARITY: u64 = 3;
 
 /// The device. Clones share the seed's sequence and the fault.
 #[derive(Clone)]
-pub(crate) struct AsyncCpu(Arc<Shared>);
+pub(crate) struct AsyncCpu(Arc<AsyncState>);
 
-struct Shared {
+struct AsyncState {
     dice: Dice,
     /// Counts copies down; the one that reaches zero fails, as do all after it.
     copies_left: AtomicU64,
@@ -55,7 +56,7 @@ impl Drop for AsyncStream {
 
 impl AsyncCpu {
     pub(crate) fn new(seed: u64) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(AsyncState {
             dice: Dice::new(seed),
             copies_left: AtomicU64::new(u64::MAX),
             timed_events: AtomicU64::new(0),
@@ -69,7 +70,7 @@ impl AsyncCpu {
         self.0.timed_events.load(SeqCst)
     }
 
-    /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random, and no home late.
+    /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random, and no memory late.
     pub(crate) fn pace_copies(&self, time: Duration) {
         self.0.copy_micros.store(time.as_micros() as u64, SeqCst);
     }
@@ -125,8 +126,8 @@ unsafe impl Device for AsyncCpu {
         Ok(memory)
     }
 
-    /// Homes are late as often as not.
-    fn is_touched(&self, _: &CpuMemory, _: usize) -> bool {
+    /// The memory of kept units is late as often as not.
+    fn is_prefaulted(&self, _: &CpuMemory, _: usize) -> bool {
         self.is_paced() || self.0.dice.next().is_multiple_of(2)
     }
 
@@ -169,7 +170,7 @@ unsafe impl Device for AsyncCpu {
         self.0.copies_left.store(left.saturating_sub(u64::from(left != u64::MAX)), SeqCst);
         if self.is_paced() {
             let time = Duration::from_micros(self.0.copy_micros.load(SeqCst));
-            self.enqueue(stream, move || pause(time));
+            self.enqueue(stream, move || simulated::sleep(time));
             return Ok(());
         }
         let (range, delay) = (Along((to, from)), self.0.dice.delay(RARITY));
@@ -204,7 +205,7 @@ unsafe impl Device for AsyncCpu {
         Ok(())
     }
 
-    unsafe fn transform(
+    unsafe fn cast_raw(
         &self,
         to: (DevicePtr, DType),
         from: (DevicePtr, DType),
@@ -214,7 +215,7 @@ unsafe impl Device for AsyncCpu {
         self.enqueue(stream, move || {
             let synchronous: CpuStream = Cpu.stream().unwrap();
             // SAFETY: the contract of this call, passed on.
-            unsafe { Cpu.transform(to, from, elements, &synchronous).unwrap() };
+            unsafe { Cpu.cast_raw(to, from, elements, &synchronous).unwrap() };
         });
         Ok(())
     }

@@ -45,12 +45,12 @@ unsafe impl Device for Cpu {
         Ok(CpuMemory(Arena::new(what, 1, bytes)?))
     }
 
-    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
-        Ok(CpuMemory(Arena::filled_once(what, bytes)?))
+    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
+        Ok(CpuMemory(Arena::prefaulting(what, bytes)?))
     }
 
-    fn is_touched(&self, memory: &CpuMemory, end: usize) -> bool {
-        memory.0.is_touched(end)
+    fn is_prefaulted(&self, memory: &CpuMemory, end: usize) -> bool {
+        memory.0.is_prefaulted(end)
     }
 
     fn abandon(&self, memory: &CpuMemory) {
@@ -95,7 +95,7 @@ unsafe impl Device for Cpu {
         Ok(())
     }
 
-    unsafe fn transform(
+    unsafe fn cast_raw(
         &self,
         (to, to_type): (DevicePtr, DType),
         (from, from_type): (DevicePtr, DType),

@@ -1,4 +1,4 @@
-//! The seam between the pipeline and whatever computes: memory, streams, events, copies, and the arrival transform.
+//! The seam between the pipeline and whatever computes: memory, streams, events, copies, and the arrival cast.
 //!
 //! The rules are CUDA's. Work enqueued on a stream runs in order; streams are ordered against one another only by events. An
 //! event is a counter of records: a wait captures the record that is newest **when the wait is called**, and an event that
@@ -63,13 +63,13 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
 
     /// As [`allocate`](Device::allocate), for memory that is filled once, from its start on: it may become present while that
     /// goes on.
-    fn allocate_filled_once(&self, what: &'static str, bytes: usize) -> Result<Self::Memory> {
+    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<Self::Memory> {
         self.allocate(what, bytes)
     }
 
-    /// Whether memory of [`allocate_filled_once`](Device::allocate_filled_once) is present up to `end` (bytes from its start), or
+    /// Whether memory of [`allocate_prefaulting`](Device::allocate_prefaulting) is present up to `end` (bytes from its start), or
     /// is about to be. Where it is not, whoever fills it may have to wait for that.
-    fn is_touched(&self, _memory: &Self::Memory, _end: usize) -> bool {
+    fn is_prefaulted(&self, _memory: &Self::Memory, _end: usize) -> bool {
         true
     }
 
@@ -133,7 +133,7 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
     ///
     /// # Safety
     /// As [`Device::copy_to_device`], with both ranges on the device.
-    unsafe fn transform(
+    unsafe fn cast_raw(
         &self,
         to: (DevicePtr, DType),
         from: (DevicePtr, DType),

@@ -1,4 +1,4 @@
-//! The ladder: the best engine that the system allows, or the one that was asked for.
+//! The choice of a backend: the best engine that the system allows, or the one that was asked for.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -16,8 +16,8 @@ pub(crate) enum Engine {
 }
 
 impl Engine {
-    /// Takes the first rung from `wanted` down that can be had, or `wanted` alone if that is not [`Reader::Auto`]. Returns
-    /// with the engine which rung it is, and why it is not a higher one.
+    /// Takes the first backend from `wanted` down that can be had, or `wanted` alone if that is not [`Reader::Auto`]. Returns
+    /// with the engine which backend it is, and why it is not a higher one.
     ///
     /// # Safety
     /// `buffers` (start and length) outlive the engine.
@@ -28,14 +28,14 @@ impl Engine {
         finished: &Arc<Signal>,
     ) -> Result<(Self, Reader, String)> {
         let mut reasons = Vec::new();
-        for (rung, buffers) in [(Reader::UringFixed, buffers), (Reader::Uring, &[])] {
-            if wanted != rung && wanted != Reader::Auto {
+        for (backend, buffers) in [(Reader::UringFixed, buffers), (Reader::Uring, &[])] {
+            if wanted != backend && wanted != Reader::Auto {
                 continue;
             }
             // SAFETY: the caller's.
             match unsafe { Uring::new(sources, buffers) } {
-                Ok(ring) => return Ok((Self::Uring(Box::new(ring)), rung, reasons.join("; "))),
-                Err(error) => reasons.push(format!("{rung} refused: {error}")),
+                Ok(ring) => return Ok((Self::Uring(Box::new(ring)), backend, reasons.join("; "))),
+                Err(error) => reasons.push(format!("{backend} refused: {error}")),
             }
         }
         if !matches!(wanted, Reader::Auto | Reader::Pread) {

@@ -3,7 +3,7 @@
 //! How a file is read and who reads it are two questions. **How**: with O_DIRECT, past the page cache and straight into the
 //! slot, if a trial read shows that the file can be read so; else buffered, and the reason is kept. Links may put every shard
 //! on another file system, so each file is asked on its own. With [`CachePolicy::Auto`] a chunk that is wholly in the page
-//! cache is taken from there, many times faster than the disk. **Who**: the first rung that the system allows of io_uring with
+//! cache is taken from there, many times faster than the disk. **Who**: the first backend that the system allows of io_uring with
 //! registered buffers, io_uring, and threads in `pread`. An I/O error is an error, never a reason to step down.
 
 mod engine;
@@ -235,7 +235,7 @@ impl Flight {
 
     /// Takes the result of a read from [`start`](Self::start) on; `None` if there must be another. A count that covers `need`
     /// is success, short or not: extents are rounded past the end of the file.
-    fn advance(&mut self, source: &Source, result: io::Result<usize>) -> Option<Result<usize, Failure>> {
+    fn advance(&mut self, source: &Source, result: io::Result<usize>) -> Option<Result<usize, ReadFailure>> {
         let (start, chunk) = (self.start(), &self.chunk);
         #[cfg(test)]
         // SAFETY: the chunk is the engine's, and the read that brought the bytes has ended.
@@ -253,14 +253,14 @@ impl Flight {
             // The file ended inside a page, or the read was cut short there: a buffered read goes on from the very byte,
             // and tells.
             Ok(_) if self.direct => self.direct = false,
-            Ok(_) => return Some(Err(Failure { offset: chunk.offset + self.done as u64, errno: None })),
+            Ok(_) => return Some(Err(ReadFailure { offset: chunk.offset + self.done as u64, errno: None })),
             // Whoever made the read looks up between two of them.
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
             Err(error) if is_passing(&error) && self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE => {
                 thread::sleep(Duration::from_micros(200));
             }
             Err(error) => {
-                return Some(Err(Failure { offset: chunk.offset + start as u64, errno: error.raw_os_error() }));
+                return Some(Err(ReadFailure { offset: chunk.offset + start as u64, errno: error.raw_os_error() }));
             }
         }
         (self.done >= chunk.need).then_some(Ok(self.done))
@@ -269,12 +269,12 @@ impl Flight {
 
 /// Why and where a read failed; no errno means that the file ended there.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Failure {
+pub(crate) struct ReadFailure {
     pub(crate) offset: u64,
     pub(crate) errno: Option<i32>,
 }
 
-impl Failure {
+impl ReadFailure {
     pub(crate) fn source(self) -> Arc<io::Error> {
         Arc::new(match self.errno {
             Some(errno) => io::Error::from_raw_os_error(errno),
@@ -289,7 +289,7 @@ pub(crate) struct Done {
     pub(crate) tag: usize,
     pub(crate) file: usize,
     pub(crate) direct: bool,
-    pub(crate) result: Result<usize, Failure>,
+    pub(crate) result: Result<usize, ReadFailure>,
     /// How long it took.
     took: Duration,
 }

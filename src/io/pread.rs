@@ -1,8 +1,8 @@
-//! The rung that works everywhere: a few threads, each in `pread`, each fed by a ring of its own.
+//! The backend that works everywhere: a few threads, each in `pread`, each fed by a ring of its own.
 
 use std::{io, sync::Arc, thread, time::Duration};
 
-use super::{Chunk, Done, Failure, Flight, Source, patience};
+use super::{Chunk, Done, Flight, ReadFailure, Source, patience};
 use crate::{
     error::{Error, Result},
     ring::{Consumer, Producer, ring},
@@ -20,14 +20,14 @@ const QUEUED: usize = 2;
 /// **Invariant**: a chunk's memory is this engine's from [`submit`](Self::submit) until its `Done` comes back, or every thread
 /// has ended.
 pub(crate) struct PreadThreads {
-    workers: Vec<Worker>,
+    workers: Vec<PreadThread>,
     stop: Arc<AtomicBool>,
     in_flight: usize,
     /// The longest that a read took.
     slowest: Duration,
 }
 
-struct Worker {
+struct PreadThread {
     requests: Producer<Chunk>,
     results: Consumer<Done>,
     wake: Arc<Signal>,
@@ -35,7 +35,7 @@ struct Worker {
     thread: Option<thread::JoinHandle<()>>,
 }
 
-impl Worker {
+impl PreadThread {
     /// Whether it may be in a read: it has something to read, and has not ended.
     fn may_read(&self) -> bool {
         self.pending > 0 && self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
@@ -71,7 +71,7 @@ impl PreadThreads {
             };
             let failed = |source: io::Error| Error::Thread { stage: "read", source: source.into() };
             let thread = sync::spawn("ls-pread", || (), work).map_err(failed)?;
-            engine.workers.push(Worker { requests, results, wake, pending: 0, thread: Some(thread) });
+            engine.workers.push(PreadThread { requests, results, wake, pending: 0, thread: Some(thread) });
         }
         Ok(engine)
     }
@@ -123,7 +123,7 @@ impl PreadThreads {
 ///
 /// # Safety
 /// The chunk's memory is writable, and nobody else's until this returns.
-unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<(Result<usize, Failure>, Duration)> {
+unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<(Result<usize, ReadFailure>, Duration)> {
     let mut flight = Flight::new(chunk);
     loop {
         // SAFETY: the caller's.

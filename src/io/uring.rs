@@ -1,7 +1,7 @@
-//! The upper rungs: one io_uring, from the reader's own thread, with many reads in flight and no thread but the kernel's.
+//! The io_uring backends: one ring, from the reader's own thread, with many reads in flight and no thread but the kernel's.
 //!
 //! With registered ("fixed") buffers the kernel pins the slots once; without them it pins each read's pages anew. Registration
-//! counts against RLIMIT_MEMLOCK, which an ordinary user's default exhausts: then the rung below does as well.
+//! counts against RLIMIT_MEMLOCK, which an ordinary user's default exhausts: then a ring without them does as well.
 
 use std::{
     io,

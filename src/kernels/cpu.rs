@@ -255,7 +255,7 @@ impl Kernels for Cpu {
         if tokens * n == 0 {
             return Ok(());
         }
-        let (x, out) = (read::<f32>("linear", x)?, Columns(write::<f32>("linear", &mut out)?.as_mut_ptr()));
+        let (x, out) = (read::<f32>("linear", x)?, ProductColumns(write::<f32>("linear", &mut out)?.as_mut_ptr()));
         let (dtype, bytes) = (weight.dtype(), raw(weight));
         let row_bytes = k * dtype.size();
         let panel = PANEL[usize::from(tokens >= 16)];
@@ -452,14 +452,14 @@ fn copy_rows(
 
 /// Where a product is written: threads fill distinct columns.
 #[derive(Clone, Copy)]
-struct Columns(*mut f32);
+struct ProductColumns(*mut f32);
 
 // SAFETY: each thread writes its own columns only.
-unsafe impl Send for Columns {}
+unsafe impl Send for ProductColumns {}
 // SAFETY: as above.
-unsafe impl Sync for Columns {}
+unsafe impl Sync for ProductColumns {}
 
-impl Columns {
+impl ProductColumns {
     /// # Safety
     /// `index` is inside the output.
     unsafe fn at(self, index: usize) -> *mut f32 {
@@ -469,7 +469,7 @@ impl Columns {
 }
 
 /// One sequence of a batch, checked.
-struct Sequence {
+struct CheckedSequence {
     tokens: std::ops::Range<usize>,
     kv_len: usize,
     row: usize,
@@ -479,12 +479,12 @@ fn sequences<'a>(
     kernel: &'static str,
     batch: Ragged<'a, Cpu>,
     Cached { sequences, tokens, rows, capacity, .. }: Cached,
-) -> Result<impl Iterator<Item = Sequence> + 'a> {
+) -> Result<impl Iterator<Item = CheckedSequence> + 'a> {
     let (offsets, lens, places) =
         (read::<u32>(kernel, batch.q_offsets)?, read::<u32>(kernel, batch.kv_lens)?, read::<u32>(kernel, batch.rows)?);
     let consistent = offsets[0] == 0 && offsets[sequences] as usize == tokens && offsets.is_sorted();
     check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {sequences} lengths"))?;
-    let sequence = |i: usize| Sequence {
+    let sequence = |i: usize| CheckedSequence {
         tokens: offsets[i] as usize..offsets[i + 1] as usize,
         kv_len: lens[i] as usize,
         row: places[i] as usize,

@@ -99,7 +99,7 @@ impl Kernels for Cuda {
             if x.dtype() == out.dtype() {
                 self.copy_on_device(out.ptr(), x.ptr(), x.bytes(), stream)
             } else {
-                self.transform((out.ptr(), out.dtype()), (x.ptr(), x.dtype()), x.elements(), stream)
+                self.cast_raw((out.ptr(), out.dtype()), (x.ptr(), x.dtype()), x.elements(), stream)
             }
         }
     }

@@ -62,12 +62,12 @@ pub(super) struct Regions {
 /// Where the words lie that say what is in a batch: each token's id, each token's position, for each block what [`Ragged`]
 /// tells the kernels, and the number of each sequence's last token.
 #[derive(Clone, Copy)]
-pub(super) struct Header {
+pub(super) struct BatchHeader {
     pub(super) tokens: usize,
     pub(super) sequences: usize,
 }
 
-impl Header {
+impl BatchHeader {
     fn positions(self) -> usize {
         self.tokens
     }
@@ -101,7 +101,7 @@ pub struct Decoder<D: Kernels> {
     context: usize,
     lengths: Vec<usize>,
     /// Of the pass before; no tokens if there was none, or it failed.
-    pub(super) header: Header,
+    pub(super) header: BatchHeader,
     pub(super) exchange: Exchange<D>,
     /// Where the embedding table stays in its file.
     rows: Option<EmbeddingRows<D>>,
@@ -115,8 +115,8 @@ fn cache_layout(model: &Model, precision: Precision, batch: usize, context: usiz
 }
 
 /// The largest header, that of one token in every place of the cache.
-fn most(batch: usize, context: usize) -> Header {
-    Header { tokens: batch * context, sequences: batch }
+fn most(batch: usize, context: usize) -> BatchHeader {
+    BatchHeader { tokens: batch * context, sequences: batch }
 }
 
 fn work_layout(model: &Model, precision: Precision, batch: usize, context: usize) -> (Layout, Regions) {
@@ -210,7 +210,7 @@ impl<D: Kernels> Decoder<D> {
             batch,
             context,
             lengths: vec![0; batch],
-            header: Header { tokens: 0, sequences: 0 },
+            header: BatchHeader { tokens: 0, sequences: 0 },
             exchange,
             rows,
             model: model.clone(),
@@ -223,7 +223,7 @@ impl<D: Kernels> Decoder<D> {
     /// As there, as far as can be known beforehand.
     pub fn memory(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Vec<Part>> {
         let mut parts = Self::plan(device, model, settings)?.memory();
-        parts.extend(Self::besides(device, model, batch, context)?);
+        parts.extend(Self::fixed_overhead(device, model, batch, context)?);
         Ok(parts)
     }
 
@@ -236,7 +236,7 @@ impl<D: Kernels> Decoder<D> {
     }
 
     /// What is reserved besides the streamer's part.
-    pub(super) fn besides(device: &D, model: &Model, batch: usize, context: usize) -> Result<Vec<Part>> {
+    pub(super) fn fixed_overhead(device: &D, model: &Model, batch: usize, context: usize) -> Result<Vec<Part>> {
         check_size(model, batch, context)?;
         let precision = device.precision();
         let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
@@ -360,9 +360,9 @@ impl<D: Kernels> Decoder<D> {
     }
 
     /// Sends what the kernels need to know of the batch.
-    fn send_batch(&mut self, batch: &[Sequence<'_>]) -> Result<Header> {
+    fn send_batch(&mut self, batch: &[Sequence<'_>]) -> Result<BatchHeader> {
         let tokens = batch.iter().map(|sequence| sequence.tokens.len()).sum();
-        let header = Header { tokens, sequences: batch.len() };
+        let header = BatchHeader { tokens, sequences: batch.len() };
         let words = self.exchange.words()?;
         let mut first = 0;
         for (i, sequence) in batch.iter().enumerate() {
@@ -449,7 +449,7 @@ struct LayerMath<'a, D: Kernels> {
     model: &'a Model,
     work: &'a Workspace<D>,
     regions: &'a Regions,
-    header: Header,
+    header: BatchHeader,
     cache: &'a Workspace<D>,
     cache_regions: &'a [Vec<Region>; 2],
 }

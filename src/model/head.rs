@@ -2,7 +2,7 @@
 
 use super::{
     Decoder, Model, NORM,
-    decoder::{HEAD_BLOCK, Header, Regions},
+    decoder::{BatchHeader, HEAD_BLOCK, Regions},
     tables::PART,
     workspace::Workspace,
 };
@@ -32,7 +32,7 @@ impl<D: Kernels> Head<'_, D> {
     }
 
     /// Norms the last tokens of sequences `start..start + rows`; they become the head's rows from `first` on.
-    fn norm_some(&self, header: Header, start: usize, rows: usize, first: usize) -> Result<()> {
+    fn norm_some(&self, header: BatchHeader, start: usize, rows: usize, first: usize) -> Result<()> {
         let hidden = self.model.config.hidden;
         let indices = self.work.read(self.regions.header, header.last() + start, &[rows])?;
         let residual = self.work.read(self.regions.residual, 0, &[header.tokens, hidden])?;
@@ -46,7 +46,7 @@ impl<D: Kernels> Head<'_, D> {
     }
 
     /// Norms the last token of every sequence.
-    pub(super) fn norm_last(&self, header: Header) -> Result<()> {
+    pub(super) fn norm_last(&self, header: BatchHeader) -> Result<()> {
         blocks(header.sequences).try_for_each(|(start, rows)| self.norm_some(header, start, rows, start))
     }
 

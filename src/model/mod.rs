@@ -22,7 +22,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
-    plan::{Home, Unit},
+    plan::{Tier, Unit},
 };
 
 /// The embedding table, the norm before the output head, and the output head of untied models.
@@ -123,9 +123,9 @@ impl Model {
         &self.head.0
     }
 
-    /// Gives the units homes, in the order of [`units_for`](Self::units_for).
-    pub(crate) fn settle(&mut self, homes: impl IntoIterator<Item = Home>) {
-        self.units.iter_mut().chain(&mut self.head.1).zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    /// Gives the units tiers, in the order of [`units_for`](Self::units_for).
+    pub(crate) fn settle(&mut self, tiers: impl IntoIterator<Item = Tier>) {
+        self.units.iter_mut().chain(&mut self.head.1).zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
     }
 
     /// The tensors that stay on the device, likewise.

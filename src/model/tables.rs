@@ -14,7 +14,7 @@ use crate::{
     dtype::{self, DType},
     error::{Error, Result},
     kernels::Kernels,
-    plan::{Bandwidths, Besides, Budget, Forecast, Placement, Settings, Unit},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Placement, Settings, Unit},
 };
 
 /// Where the embedding table and the output head live.
@@ -26,7 +26,7 @@ pub enum Tables {
     /// The embedding table stays in its file, from which each pass reads its tokens' rows. The head is on the device; where the
     /// two are one tensor, so is that.
     EmbeddingInFile,
-    /// The same, and the head is streamed after the layers, as units that are no larger than these and have homes as they do. The
+    /// The same, and the head is streamed after the layers, as units that are no larger than these and have tiers as they do. The
     /// pass itself then finds its sequences' next tokens; all tokens' logits take passes of their own.
     HeadStreamed,
 }
@@ -68,13 +68,13 @@ impl FromStr for Tables {
 }
 
 impl Model {
-    /// How a decoder runs with these settings, and with the homes and tables that the model has now.
+    /// How a decoder runs with these settings, and with the tiers and tables that the model has now.
     pub fn placement(&self, settings: &Settings) -> Placement {
-        let homes = self.streamed().map(|unit| unit.home).collect();
-        Placement { settings: settings.clone(), homes, statics: self.tables.word().into() }
+        let tiers = self.streamed().map(|unit| unit.tier).collect();
+        Placement { settings: settings.clone(), tiers, statics: self.tables.word().into() }
     }
 
-    /// Gives the layers, and the parts of the output head where that is streamed, their homes, and the tables their place.
+    /// Gives the layers, and the parts of the output head where that is streamed, their tiers, and the tables their place.
     ///
     /// # Errors
     /// [`Error::Setting`] if the placement was made for another number of units, or no decoder.
@@ -82,13 +82,13 @@ impl Model {
         let model = Self { tables: placement.statics.parse()?, ..self.clone() };
         placement.check_count(model.streamed().count())?;
         self.tables = model.tables;
-        self.settle(placement.homes.iter().copied());
+        self.settle(placement.tiers.iter().copied());
         Ok(())
     }
 }
 
 impl<D: Kernels> Decoder<D> {
-    /// The settings with which the model runs fastest within `budget`, for which its layers are given homes and its
+    /// The settings with which the model runs fastest within `budget`, for which its layers are given tiers and its
     /// [tables](Model::tables) their place.
     ///
     /// # Errors
@@ -105,7 +105,7 @@ impl<D: Kernels> Decoder<D> {
         fit.fastest(model)
     }
 
-    /// As [`fit`](Self::fit) where the settings are given: what they leave of the budget decides on homes and tables.
+    /// As [`fit`](Self::fit) where the settings are given: what they leave of the budget decides on tiers and tables.
     ///
     /// # Errors
     /// As there; the minimum is that with these settings.
@@ -135,43 +135,43 @@ struct Fit<'a, D> {
 }
 
 impl<D: Kernels> Fit<'_, D> {
-    /// The model with these tables, and what it takes whatever its homes.
-    fn with(&self, model: &Model, tables: Tables) -> Result<(Model, Besides)> {
+    /// The model with these tables, and what it takes whatever its tiers.
+    fn with(&self, model: &Model, tables: Tables) -> Result<(Model, FixedOverhead)> {
         let model = Model { tables, ..model.clone() };
-        let mut besides = Besides::default();
-        for part in Decoder::besides(self.device, &model, self.batch, self.context)? {
-            let bytes = if part.on_device { &mut besides.device_bytes } else { &mut besides.host_bytes };
+        let mut overhead = FixedOverhead::default();
+        for part in Decoder::fixed_overhead(self.device, &model, self.batch, self.context)? {
+            let bytes = if part.on_device { &mut overhead.device_bytes } else { &mut overhead.host_bytes };
             *bytes = bytes.saturating_add(part.bytes);
         }
-        Ok((model, besides))
+        Ok((model, overhead))
     }
 
     /// The fastest with these tables.
     fn plan(&self, model: &Model, tables: Tables) -> Result<(Model, Settings, Forecast)> {
-        let (mut model, besides) = self.with(model, tables)?;
+        let (mut model, overhead) = self.with(model, tables)?;
         let (source, units) = (model.source(), model.units_for(self.device.precision()));
-        let (homes, settings) = match self.settings {
-            None => self.budget.plan(source, &units, besides, self.bandwidths)?,
+        let (tiers, settings) = match self.settings {
+            None => self.budget.plan(source, &units, overhead, self.bandwidths)?,
             Some(settings) => {
-                (self.budget.plan_with(source, &units, besides, self.bandwidths, settings)?, settings.clone())
+                (self.budget.plan_with(source, &units, overhead, self.bandwidths, settings)?, settings.clone())
             }
         };
-        model.settle(homes);
+        model.settle(tiers);
         let forecast = Decoder::plan(self.device, &model, &settings)?.forecast(self.bandwidths);
         Ok((model, settings, forecast))
     }
 
     /// How much of the device's memory is missing with these tables, and how much RAM it takes at least.
     fn lacking(&self, model: &Model, tables: Tables) -> Result<(usize, usize)> {
-        let (model, besides) = self.with(model, tables)?;
+        let (model, overhead) = self.with(model, tables)?;
         let units = model.units_for(self.device.precision());
-        let least = self.budget.least_with(model.source(), &units, besides, self.settings)?;
+        let least = self.budget.least_with(model.source(), &units, overhead, self.settings)?;
         let device = least.device_bytes.zip(self.budget.device_bytes);
         let device = device.map(|(least, given)| least.saturating_sub(given));
         Ok((device.unwrap_or(0), least.host_bytes))
     }
 
-    /// The fastest of all tables: their place and the homes go to the model.
+    /// The fastest of all tables: their place and the tiers go to the model.
     fn fastest(&self, model: &mut Model) -> Result<Settings> {
         let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
         let mut best: Option<(Model, Settings, Forecast)> = None;

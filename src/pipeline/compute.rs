@@ -120,7 +120,7 @@ impl<D: Device> ComputeSide<D> {
         let ordered = arrival.and_then(|Entry { unit, place, pass, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
             let mut waited = self.device.wait(stream, arrived);
-            if place == Place::Home {
+            if place == Place::Resident {
                 // So that the newest record of the end of its use stands for those before it, on whichever streams.
                 waited = waited.and_then(|()| self.device.wait(stream, compute_done));
             }

@@ -26,7 +26,7 @@ struct Block {
 unsafe impl Send for Block {}
 
 /// What the threads share.
-struct Shared {
+struct CopierState {
     /// Where the next piece of the block begins.
     next: AtomicUsize,
     /// Helpers that have not said yet that they are done with the block.
@@ -35,7 +35,7 @@ struct Shared {
     stop: AtomicBool,
 }
 
-impl Shared {
+impl CopierState {
     /// Copies pieces until there are none left.
     ///
     /// # Safety
@@ -60,7 +60,7 @@ struct Helper {
 
 /// The calling thread and its helpers, asleep until they are needed.
 pub(crate) struct Copiers {
-    shared: Arc<Shared>,
+    shared: Arc<CopierState>,
     helpers: Vec<Helper>,
     /// How many of the helpers take part.
     active: usize,
@@ -75,7 +75,7 @@ impl Copiers {
     /// So many threads, the calling one included.
     fn with(threads: usize) -> Result<Self> {
         let mut copiers = Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(CopierState {
                 next: AtomicUsize::new(0),
                 working: AtomicUsize::new(0),
                 finished: Signal::new(),
@@ -133,7 +133,7 @@ impl Copiers {
     }
 }
 
-fn help(shared: &Shared, mut inbox: Consumer<Block>, wake: &Signal) {
+fn help(shared: &CopierState, mut inbox: Consumer<Block>, wake: &Signal) {
     loop {
         let ticket = wake.ticket();
         if shared.stop.load(Ordering::SeqCst) {

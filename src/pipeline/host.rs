@@ -1,4 +1,4 @@
-//! Host memory: the slots of the host stages, and the homes of the units that live in RAM.
+//! Host memory: the slots of the host stages, and the memory of the units kept in RAM.
 
 use std::{ptr::NonNull, sync::Arc};
 
@@ -6,7 +6,7 @@ use crate::{
     arena::{Arena, PAGE},
     device::Device,
     error::{Error, Result},
-    plan::{DEVICE_ALIGN, Home, Plan, StagePlan, UnitPlan},
+    plan::{DEVICE_ALIGN, Plan, StagePlan, Tier, UnitPlan},
 };
 
 /// Memory of the caller's: where it starts and how long it is (bytes).
@@ -42,13 +42,13 @@ impl Lent {
 
 /// All of a streamer's host memory. Absent parts take none.
 ///
-/// **Invariant**: a home is written by the reader alone, and by nobody once its unit was handed over as
-/// [`Place::Home`](crate::pipeline::Place::Home).
+/// **Invariant**: a resident is written by the reader alone, and by nobody once its unit was handed over as
+/// [`Place::Resident`](crate::pipeline::Place::Resident).
 pub(crate) struct HostMemory {
     ram: Option<(Arena, StagePlan)>,
     pinned: Option<(Arena, StagePlan)>,
-    ram_homes: Option<Arena>,
-    pinned_homes: Option<Arena>,
+    ram_residents: Option<Arena>,
+    pinned_residents: Option<Arena>,
     pinned_is_lent: bool,
 }
 
@@ -67,23 +67,28 @@ impl HostMemory {
             });
             made.transpose()
         };
-        let homes = |what, bytes: usize, stage: &Option<StagePlan>, lent: Option<Range>| {
+        let residents = |what, bytes: usize, stage: &Option<StagePlan>, lent: Option<Range>| {
             let arena = || match lent {
-                // SAFETY: the caller's; it is long enough for the slots and, behind them, the homes.
+                // SAFETY: the caller's; it is long enough for the slots and, behind them, the residents.
                 Some((start, _)) => unsafe {
                     let behind = start.add(stage.as_ref().map_or(0, StagePlan::bytes));
                     Ok(Arena::lent(behind, 1, bytes))
                 },
-                None => Arena::filled_once(what, bytes),
+                None => Arena::prefaulting(what, bytes),
             };
             (bytes > 0).then(arena).transpose()
         };
-        // Homes last: they start threads, which map memory and would have to wait for the slots.
+        // Residents last: they start threads, which map memory and would have to wait for the slots.
         Ok(Arc::new(Self {
             ram: slots("RAM slots", &plan.ram, lent.ram)?,
             pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
-            ram_homes: homes("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
-            pinned_homes: homes("units living in pinned RAM", plan.residents.pinned, &plan.pinned, lent.pinned)?,
+            ram_residents: residents("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
+            pinned_residents: residents(
+                "units living in pinned RAM",
+                plan.residents.pinned,
+                &plan.pinned,
+                lent.pinned,
+            )?,
             pinned_is_lent: lent.pinned.is_some(),
         }))
     }
@@ -98,11 +103,11 @@ impl HostMemory {
         pinned.map(|(arena, _)| unsafe { device.register(arena.whole().0.as_ptr(), arena.whole().1) }).transpose()
     }
 
-    /// The same for the home of a unit that lives in pinned RAM. Each has pages of its own.
+    /// The same for a unit kept in pinned RAM. Each has pages of its own.
     ///
     /// # Safety
     /// As there.
-    pub(crate) unsafe fn register_home<D: Device>(
+    pub(crate) unsafe fn register_resident<D: Device>(
         &self,
         device: &D,
         unit: &UnitPlan,
@@ -111,7 +116,7 @@ impl HostMemory {
             return Ok(None);
         }
         // SAFETY: the caller's.
-        unsafe { device.register(self.home(unit).as_ptr(), unit.host_bytes.next_multiple_of(PAGE)) }.map(Some)
+        unsafe { device.register(self.resident(unit).as_ptr(), unit.host_bytes.next_multiple_of(PAGE)) }.map(Some)
     }
 
     /// The slots that the disk fills.
@@ -124,22 +129,23 @@ impl HostMemory {
         self.pinned.as_ref().or(self.ram.as_ref()).expect("a plan has a host stage")
     }
 
-    /// Where a unit that lives in RAM, pageable or pinned, has its home.
-    pub(crate) fn home(&self, unit: &UnitPlan) -> NonNull<u8> {
-        let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
-        // SAFETY: the plan placed the unit inside its homes.
-        homes.as_ref().map_or(NonNull::dangling(), |homes| unsafe { homes.slot(0).add(unit.resident_at) })
+    /// Where a unit is kept in RAM, pageable or pinned.
+    pub(crate) fn resident(&self, unit: &UnitPlan) -> NonNull<u8> {
+        let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
+        // SAFETY: the plan placed the unit among its tier's residents.
+        residents.as_ref().map_or(NonNull::dangling(), |residents| unsafe { residents.slot(0).add(unit.resident_at) })
     }
 
-    /// Whether a unit that lives in RAM would wait for its home to be touched, though slots could take it.
+    /// Whether a unit that lives in RAM would wait for its memory to be prefaulted, though slots could take it.
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
-        let homes = if unit.home == Home::Pinned { &self.pinned_homes } else { &self.ram_homes };
+        let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
         // Asked of small slots too, since that is what begins it.
-        let untouched = homes.as_ref().is_some_and(|homes| !homes.is_touched(unit.resident_at + unit.host_bytes));
-        untouched && unit.host_bytes <= self.first().1.slot_bytes.min(self.last().1.slot_bytes)
+        let absent =
+            residents.as_ref().is_some_and(|residents| !residents.is_prefaulted(unit.resident_at + unit.host_bytes));
+        absent && unit.host_bytes <= self.first().1.slot_bytes.min(self.last().1.slot_bytes)
     }
 
-    /// What the disk fills again and again: start and length. Not the homes, which are read into once: making all of them
+    /// What the disk fills again and again: start and length. Not the residents, which are read into once: making all of them
     /// known to the kernel would cost more than it saves, and have them present at once.
     pub(crate) fn read_targets(&self) -> [(*mut u8, usize); 1] {
         let (start, bytes) = self.first().0.whole();
@@ -148,12 +154,12 @@ impl HostMemory {
 
     /// It will never be dropped.
     pub(crate) fn abandon(&self) {
-        self.ram_homes.iter().chain(&self.pinned_homes).for_each(Arena::abandon);
+        self.ram_residents.iter().chain(&self.pinned_residents).for_each(Arena::abandon);
     }
 
     /// All of it, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         let slots = self.ram.iter().chain(&self.pinned).map(|(arena, _)| arena);
-        slots.chain(&self.ram_homes).chain(&self.pinned_homes).map(|arena| arena.whole().1).sum()
+        slots.chain(&self.ram_residents).chain(&self.pinned_residents).map(|arena| arena.whole().1).sum()
     }
 }

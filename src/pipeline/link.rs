@@ -29,8 +29,8 @@ pub(crate) struct Entry {
 pub(crate) enum Place {
     /// In a slot, which goes back when it has been used.
     Slot(Slot),
-    /// In its home, filled: the entry only keeps its place in the order.
-    Home,
+    /// Where it is kept, filled: the entry only keeps its place in the order.
+    Resident,
     /// Nowhere: the epoch failed at this unit, and nothing more comes.
     Failed,
 }

@@ -55,7 +55,7 @@ pub struct LayerStreamer<D: Device> {
     checkpoint: Checkpoint,
     plan: Arc<Plan>,
     sources: Arc<[Source]>,
-    /// Which rung reads, and why not a higher one.
+    /// Which backend reads, and why not a higher one.
     reader: (Reader, String),
     control: Arc<Control>,
     compute: RefCell<ComputeSide<D>>,
@@ -165,8 +165,8 @@ impl<D: Device> LayerStreamer<D> {
         // From here on an error drops the streamer, which stops whatever has started.
         // SAFETY: the read stage owns the engine, and after it its own handle of the memory.
         let engine = unsafe { Engine::new(settings.reader, &sources, &host.read_targets(), &read) };
-        let (engine, rung, why) = engine?;
-        streamer.reader = (rung, why);
+        let (engine, backend, why) = engine?;
+        streamer.reader = (backend, why);
         let pins = plan.ram.is_some() && plan.pinned.is_some();
         let (read_out, read_in) = between(&host.first().1, &read, if pins { &pin } else { &transfer });
         let read_stage = ReadStage::new(&plan, &sources, &host, &memory, read_out, &control, &read, engine);
@@ -271,7 +271,7 @@ impl<D: Device> LayerStreamer<D> {
     /// Tensor number `index` of a unit that was taken and not given back.
     pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_, D>> {
         let base = self.memory.address(&self.plan, unit, place);
-        // SAFETY: the plan placed the tensor, aligned, inside slot or home, which is the caller's until it gives it back.
+        // SAFETY: the plan placed the tensor, aligned, inside slot or resident, which is the caller's until it gives it back.
         unsafe { compute::view(base, &self.plan.units[unit].tensors[index]) }
     }
 
@@ -402,7 +402,7 @@ fn about<D: Device>(device: &D, plan: &Plan) -> About {
     let slots = |stage: Option<&StagePlan>| stage.map_or(0, |stage| stage.slots);
     About {
         device: device.describe(),
-        units: plan.units.iter().map(|unit| (unit.name.clone(), unit.disk_bytes, unit.home)).collect(),
+        units: plan.units.iter().map(|unit| (unit.name.clone(), unit.disk_bytes, unit.tier)).collect(),
         slots: [slots(plan.ram.as_ref()), slots(plan.pinned.as_ref()), plan.gpu.slots],
     }
 }

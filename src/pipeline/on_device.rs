@@ -1,10 +1,10 @@
-//! Device memory: the slots that compute uses, the homes of the units that stay, and the events that guard both.
+//! Device memory: the slots that compute uses, the memory of the units that stay, and the events that guard both.
 
 use crate::{
     device::{Device, DevicePtr},
     error::Result,
     pipeline::link::{Place, Slot},
-    plan::{Home, Plan, UnitPlan},
+    plan::{Plan, Tier, UnitPlan},
     sync::{AtomicBool, Ordering},
 };
 
@@ -26,82 +26,82 @@ impl<D: Device> Space<D> {
 
 /// Device memory with its events; the transfer fills it, compute uses it.
 ///
-/// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a home is written
+/// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a resident is written
 /// once, after the reader said that its unit `stays`. Once that copy is enqueued, with `arrived` after it, the unit is `filled`.
 pub(crate) struct DeviceMemory<D: Device> {
     device: D,
     slots: Space<D>,
     slot_bytes: usize,
-    homes: Option<Space<D>>,
+    residents: Option<Space<D>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
     compute_done: Vec<D::Event>,
     /// The same two by unit, for those that live on the device.
-    home: Vec<Option<[D::Event; 2]>>,
+    resident_events: Vec<Option<[D::Event; 2]>>,
     stays: Vec<AtomicBool>,
     filled: Vec<AtomicBool>,
     pub(crate) bytes: usize,
 }
 
 impl<D: Device> DeviceMemory<D> {
-    /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the homes behind the slots.
+    /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the residents behind the slots.
     pub(crate) fn new(device: &D, plan: &Plan, lent: Option<DevicePtr>) -> Result<Self> {
-        let (stage, homes) = (&plan.gpu, plan.residents.gpu);
+        let (stage, residents) = (&plan.gpu, plan.residents.gpu);
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
-        let at_home =
-            |unit: &UnitPlan| (unit.home == Home::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
+        let if_resident =
+            |unit: &UnitPlan| (unit.tier == Tier::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
             Some(start) => Ok(Space::Lent(start)),
             None => device.allocate("device slots", stage.bytes()).map(Space::Own),
         };
         // Behind the slots.
-        let homes_at = || match lent {
+        let residents_at = || match lent {
             Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
-            None => device.allocate_filled_once("units living on the device", homes).map(Space::Own),
+            None => device.allocate_prefaulting("units living on the device", residents).map(Space::Own),
         };
         let none = || plan.units.iter().map(|_| AtomicBool::new(false)).collect();
         Ok(Self {
             slots: slots()?,
-            homes: (homes > 0).then(homes_at).transpose()?,
+            residents: (residents > 0).then(residents_at).transpose()?,
             slot_bytes: stage.slot_bytes,
             arrived: events()?,
             compute_done: events()?,
-            home: plan.units.iter().map(at_home).collect::<Result<_>>()?,
+            resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
             stays: none(),
             filled: none(),
-            bytes: stage.bytes() + homes,
+            bytes: stage.bytes() + residents,
             device: device.clone(),
         })
     }
 
     /// Where `unit` lies.
     pub(crate) fn address(&self, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
-        match (place, &self.homes) {
+        match (place, &self.residents) {
             (Place::Slot(Slot(slot)), _) => self.slots.start(&self.device).offset(slot * self.slot_bytes),
-            (_, Some(homes)) => homes.start(&self.device).offset(plan.units[unit].resident_at),
-            // A unit without a byte needs no home.
+            (_, Some(residents)) => residents.start(&self.device).offset(plan.units[unit].resident_at),
+            // A unit without a byte needs no memory.
             (_, None) => self.slots.start(&self.device),
         }
     }
 
     /// It will never be dropped.
     pub(crate) fn abandon(&self) {
-        if let Some(Space::Own(memory)) = &self.homes {
+        if let Some(Space::Own(memory)) = &self.residents {
             self.device.abandon(memory);
         }
     }
 
-    /// Whether a unit that lives here would wait for its home to be touched, though a slot could take it.
+    /// Whether a unit that lives here would wait for its memory to be prefaulted, though a slot could take it.
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
-        let untouched = match &self.homes {
-            Some(Space::Own(memory)) => !self.device.is_touched(memory, unit.resident_at + unit.device_bytes),
+        let absent = match &self.residents {
+            Some(Space::Own(memory)) => !self.device.is_prefaulted(memory, unit.resident_at + unit.device_bytes),
             _ => false,
         };
-        untouched && unit.device_bytes <= self.slot_bytes
+        absent && unit.device_bytes <= self.slot_bytes
     }
 
-    /// Whether the unit goes to its home, and stays there.
+    /// Whether the unit goes where it is kept, and stays there.
     pub(crate) fn stays(&self, unit: usize) -> bool {
         self.stays[unit].load(Ordering::Acquire)
     }
@@ -114,11 +114,13 @@ impl<D: Device> DeviceMemory<D> {
     pub(crate) fn events(&self, unit: usize, place: Place) -> [&D::Event; 2] {
         match place {
             Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
-            Place::Home | Place::Failed => self.home[unit].as_ref().expect("the unit lives on the device").each_ref(),
+            Place::Resident | Place::Failed => {
+                self.resident_events[unit].as_ref().expect("the unit lives on the device").each_ref()
+            }
         }
     }
 
-    /// Whether the unit is in its home on the device, or on its way there.
+    /// Whether the unit is kept on the device, or on its way there.
     pub(crate) fn is_filled(&self, unit: usize) -> bool {
         self.filled[unit].load(Ordering::Acquire)
     }
@@ -129,6 +131,6 @@ impl<D: Device> DeviceMemory<D> {
 
     /// All events that say that the device may still use the memory.
     pub(crate) fn all_events(&self) -> impl Iterator<Item = &D::Event> {
-        self.arrived.iter().chain(&self.compute_done).chain(self.home.iter().flatten().flatten())
+        self.arrived.iter().chain(&self.compute_done).chain(self.resident_events.iter().flatten().flatten())
     }
 }

@@ -1,4 +1,4 @@
-//! The pin stage: copies a unit from pageable RAM, slot or home, into a pinned slot, which leaves a RAM slot free for the disk
+//! The pin stage: copies a unit from pageable RAM, slot or resident, into a pinned slot, which leaves a RAM slot free for the disk
 //! again. Units that live further on pass it by.
 
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use crate::{
         copiers::Copiers,
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place},
-        stage::{Advance, Control, Progress},
+        stage::{Advance, Advanced, Control},
     },
-    plan::{Home, Plan},
+    plan::{Plan, Tier},
     trace::{Activity, Carried, Stage},
 };
 
@@ -42,17 +42,17 @@ impl PinStage {
 impl Advance for PinStage {
     const STAGE: Stage = Stage::Pin;
 
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
         let streak = std::mem::take(&mut self.streak);
         let Some(entry) = self.inlet.peek(epoch) else {
             self.inlet.nudge();
-            return Ok(Progress::Waiting(Activity::Starved));
+            return Ok(Advanced::Waiting(Activity::Starved));
         };
         let unit = &self.plan.units[entry.unit];
         let ends_pass = entry.unit + 1 == self.plan.units();
         let blocked = |outlet: &mut Outlet| {
             outlet.flush_if_starving();
-            Ok(Progress::Waiting(Activity::Blocked))
+            Ok(Advanced::Waiting(Activity::Blocked))
         };
         if self.outlet.room() == 0 {
             return blocked(&mut self.outlet);
@@ -60,14 +60,14 @@ impl Advance for PinStage {
         let from = match entry.place {
             Place::Failed => {
                 self.inlet.take();
-                return Ok(Progress::Failed { unit: entry.unit });
+                return Ok(Advanced::Failed { unit: entry.unit });
             }
-            Place::Home if unit.home != Home::Ram => {
+            Place::Resident if unit.tier != Tier::Ram => {
                 self.streak = streak;
                 self.inlet.take();
-                return Ok(Progress::Ready { entry, ends_pass, moved: None });
+                return Ok(Advanced::Ready { entry, ends_pass, moved: None });
             }
-            Place::Home => self.memory.home(unit),
+            Place::Resident => self.memory.resident(unit),
             Place::Slot(slot) => self.memory.first().0.slot(slot.0),
         };
         let Some(slot) = self.outlet.slot() else { return blocked(&mut self.outlet) };
@@ -80,7 +80,7 @@ impl Advance for PinStage {
         }
         let copy = Activity::Unit { unit: entry.unit, pass: entry.pass };
         let span = self.control.trace.begin(Stage::Pin, copy, unit.host_bytes);
-        // SAFETY: both slots are this stage's by the link's invariant, a home is not written any more, and all were sized for
+        // SAFETY: both slots are this stage's by the link's invariant, a resident is not written any more, and all were sized for
         // the unit by the plan.
         unsafe { self.copiers.copy(from.as_ptr(), to.as_ptr(), unit.host_bytes) };
         self.control.trace.end(span);
@@ -90,7 +90,7 @@ impl Advance for PinStage {
         }
         let entry = Entry { place: Place::Slot(slot), ..entry };
         let moved = Carried { bytes: unit.host_bytes as u64, ..Carried::default() };
-        Ok(Progress::Ready { entry, ends_pass, moved: Some(moved) })
+        Ok(Advanced::Ready { entry, ends_pass, moved: Some(moved) })
     }
 
     fn outlet(&mut self) -> &mut Outlet {

@@ -1,8 +1,8 @@
 //! The read stage: keeps the engine full of chunks, across slots, and hands units on in order.
 //!
-//! A unit that lives in RAM is read once, straight into its home; one that lives on the device is read once, through a slot.
+//! A unit that lives in RAM is read once, straight to where it is kept; one that lives on the device is read once, through a slot.
 //! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched. Where memory is
-//! touched more slowly than the disk reads, the first pass need not wait for that: units whose homes are not there yet pass
+//! faulted in more slowly than the disk reads, the first pass need not wait for that: units whose memory is not there yet pass
 //! through slots that can take them as if they lived on disk, and are read once more in the second.
 
 use std::{
@@ -15,14 +15,14 @@ use std::{
 use crate::{
     device::Device,
     error::{Error, Result},
-    io::{self, Engine, Failure, Source},
+    io::{self, Engine, ReadFailure, Source},
     pipeline::{
         host::HostMemory,
         link::{Entry, Outlet, Place, Slot},
         on_device::DeviceMemory,
-        stage::{Advance, Control, Progress},
+        stage::{Advance, Advanced, Control},
     },
-    plan::{Home, Plan, UnitPlan},
+    plan::{Plan, Tier, UnitPlan},
     sync::Signal,
     trace::{Activity, Carried, Mark, Open, Stage},
 };
@@ -30,13 +30,13 @@ use crate::{
 /// A unit on its way from disk.
 struct Load {
     unit: usize,
-    /// The slot it is read into; without one it goes to its home, or is there.
+    /// The slot it is read into; without one it goes where it is kept, or is there.
     slot: Option<Slot>,
     to: *mut u8,
     /// The extent and the position in it from which the next chunk is cut.
     next: (usize, usize),
     outstanding: usize,
-    failure: Option<(usize, Failure)>,
+    failure: Option<(usize, ReadFailure)>,
     pass: u64,
     /// From the first read to the last; none where nothing is read.
     span: Option<Open>,
@@ -154,7 +154,7 @@ impl<D: Device> ReadStage<D> {
             unit.extents.iter().for_each(|extent| self.unchecked[extent.file] = true);
         }
         let is_last = index + 1 == self.plan.units();
-        let of_unit = |file: usize| unit.home != Home::Disk && unit.extents.iter().any(|extent| extent.file == file);
+        let of_unit = |file: usize| unit.tier != Tier::Disk && unit.extents.iter().any(|extent| extent.file == file);
         for (file, source) in self.sources.iter().enumerate() {
             if self.unchecked[file] && (is_last || of_unit(file)) {
                 source.check_unchanged()?;
@@ -164,12 +164,12 @@ impl<D: Device> ReadStage<D> {
         Ok(())
     }
 
-    /// Whether the unit goes to its home and stays there.
+    /// Whether the unit goes where it is kept and stays there.
     fn stays(&self, unit: &UnitPlan) -> bool {
-        match unit.home {
-            Home::Disk => false,
-            Home::Ram | Home::Pinned => !(self.first_pass && self.memory.is_late(unit)),
-            Home::Gpu => !(self.first_pass && self.on_device.is_late(unit)),
+        match unit.tier {
+            Tier::Disk => false,
+            Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),
+            Tier::Gpu => !(self.first_pass && self.on_device.is_late(unit)),
         }
     }
 
@@ -189,18 +189,18 @@ impl<D: Device> ReadStage<D> {
         let index = self.cursor;
         let unit = &self.plan.units[index];
         let stays = self.read[index] || self.stays(unit);
-        let (slot, to, next) = match unit.home {
+        let (slot, to, next) = match unit.tier {
             _ if self.read[index] => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
-            Home::Ram | Home::Pinned if stays => (None, self.memory.home(unit).as_ptr(), (0, 0)),
+            Tier::Ram | Tier::Pinned if stays => (None, self.memory.resident(unit).as_ptr(), (0, 0)),
             _ => {
                 let Some(slot) = self.outlet.slot() else { return false };
                 (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
             }
         };
-        if stays && unit.home == Home::Gpu {
+        if stays && unit.tier == Tier::Gpu {
             self.on_device.set_stays(index);
         }
-        if unit.home != Home::Disk && !stays {
+        if unit.tier != Tier::Disk && !stays {
             self.control.trace.mark(&Mark::Late { unit: index });
         }
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried::default());
@@ -226,7 +226,7 @@ impl<D: Device> ReadStage<D> {
             let load = self.loads.back_mut().expect("begun above");
             let (extent, position) = load.next;
             let Some(extent) = self.plan.units[load.unit].extents.get(extent) else { continue };
-            // SAFETY: slot and home were sized for the unit's extents by the plan, and `next` is kept inside its extent.
+            // SAFETY: slot and resident were sized for the unit's extents by the plan, and `next` is kept inside its extent.
             let chunk = unsafe { io::chunk_at(&self.sources[extent.file], extent, position, load.to, tag) };
             let after = position + chunk.len;
             load.next = if after < extent.len { (load.next.0, after) } else { (load.next.0 + 1, 0) };
@@ -264,7 +264,7 @@ impl<D: Device> ReadStage<D> {
 impl<D: Device> Advance for ReadStage<D> {
     const STAGE: Stage = Stage::Read;
 
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
         if let Some(error) = &self.broken {
             return Err((self.cursor, error.clone()));
         }
@@ -288,7 +288,7 @@ impl<D: Device> Advance for ReadStage<D> {
                 };
                 return Err((index, error));
             }
-            let (place, pass) = (load.slot.map_or(Place::Home, Place::Slot), load.pass);
+            let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);
             let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
             if let Err(error) = self.check_files(index, moved.is_some()) {
                 self.read[index] = false;
@@ -297,15 +297,15 @@ impl<D: Device> Advance for ReadStage<D> {
             let entry = Entry { epoch, unit: index, pass, place };
             self.loads.pop_front();
             self.first += 1;
-            return Ok(Progress::Ready { entry, ends_pass: index + 1 == self.plan.units(), moved });
+            return Ok(Advanced::Ready { entry, ends_pass: index + 1 == self.plan.units(), moved });
         }
         Ok(if reaped || moved {
-            Progress::Moved
+            Advanced::Moved
         } else if self.engine.in_flight() > 0 {
-            Progress::Working
+            Advanced::Working
         } else {
             self.outlet.flush_if_starving();
-            Progress::Waiting(Activity::Blocked)
+            Advanced::Waiting(Activity::Blocked)
         })
     }
 
@@ -332,7 +332,7 @@ impl<D: Device> Advance for ReadStage<D> {
             if let Some(span) = load.span.take() {
                 self.control.trace.give_up(span);
             }
-            // A home that was read to the end is filled, handed over or not.
+            // A resident that was read to the end is filled, handed over or not.
             if !is_submitted(&self.plan, &load) || load.outstanding > 0 || load.failure.is_some() {
                 self.read[load.unit] = false;
             }
@@ -341,7 +341,7 @@ impl<D: Device> Advance for ReadStage<D> {
             }
         }
         for (unit, plan) in self.plan.units.iter().enumerate() {
-            if plan.home == Home::Gpu {
+            if plan.tier == Tier::Gpu {
                 self.read[unit] = self.on_device.is_filled(unit);
             }
         }

@@ -138,7 +138,7 @@ impl Control {
 }
 
 /// How a stage's attempt to advance went.
-pub(crate) enum Progress {
+pub(crate) enum Advanced {
     /// A unit is ready to be handed on, which the loop does once it has counted what was moved with it: whoever has a unit finds
     /// it in the sums. A unit that is kept further on passes with nothing moved.
     Ready { entry: Entry, ends_pass: bool, moved: Option<Carried> },
@@ -163,7 +163,7 @@ pub(crate) trait Advance: Send {
 
     /// Does what can be done without waiting, or a little of it. After an error, with the unit at fault, it is not called
     /// again in this epoch.
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)>;
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)>;
 
     /// Sleeps until there may be something to do, usually until `signal` is notified after `ticket`.
     fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
@@ -273,7 +273,7 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
             failed = Some((unit, false));
         };
         match stage.advance(epoch) {
-            Ok(Progress::Ready { entry, ends_pass, moved }) => {
+            Ok(Advanced::Ready { entry, ends_pass, moved }) => {
                 if let Some(carried) = moved {
                     trace.count(S::STAGE, carried);
                 }
@@ -282,13 +282,13 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
                 }
                 stage.outlet().publish(entry, ends_pass);
             }
-            Ok(Progress::Moved) => {}
-            Ok(Progress::Working) => {
+            Ok(Advanced::Moved) => {}
+            Ok(Advanced::Working) => {
                 if let Err(error) = stage.wait(signal, ticket) {
                     fail(error);
                 }
             }
-            Ok(Progress::Waiting(activity)) => {
+            Ok(Advanced::Waiting(activity)) => {
                 let wait = trace.begin(S::STAGE, activity, 0);
                 let outcome = stage.wait(signal, ticket);
                 trace.end(wait);
@@ -296,7 +296,7 @@ pub(crate) fn run<S: Advance>(stage: &mut S, control: &Control, signal: &Signal)
                     fail(error);
                 }
             }
-            Ok(Progress::Failed { unit }) => failed = Some((unit, false)),
+            Ok(Advanced::Failed { unit }) => failed = Some((unit, false)),
             Err(error) => fail(error),
         }
     }

@@ -48,7 +48,7 @@ impl<D: Device> StaticTensors<D> {
     pub(super) fn load(
         device: &D,
         sources: &Arc<[Source]>,
-        rung: Reader,
+        backend: Reader,
         plan: UnitPlan,
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
@@ -58,13 +58,13 @@ impl<D: Device> StaticTensors<D> {
         let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
         // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
         // go now, for want of a descriptor.
-        let rung = if rung == Reader::Pread { rung } else { Reader::Auto };
-        let staging = match plan.transforms.is_empty() {
+        let backend = if backend == Reader::Pread { backend } else { Reader::Auto };
+        let staging = match plan.casts.is_empty() {
             true => None,
             false => Some(device.allocate("static tensors before they are converted", CHUNK)?),
         };
         // SAFETY: there are no registered buffers.
-        let (mut engine, ..) = unsafe { Engine::new(rung, sources, &[], &signal) }?;
+        let (mut engine, ..) = unsafe { Engine::new(backend, sources, &[], &signal) }?;
         let staged = staging.as_ref().map(|memory| device.address(memory));
         let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal, idle);
         if let Err(error) = loaded {
@@ -164,20 +164,20 @@ fn fill<D: Device>(
                         }
                     }
                 }
-                for transform in &plan.transforms {
-                    let (from_size, to_size) = (transform.from_type.size(), transform.to_type.size());
+                for cast in &plan.casts {
+                    let (from_size, to_size) = (cast.from_type.size(), cast.to_type.size());
                     // The elements that begin in this chunk, before the next one does.
-                    let begin_before = |end: usize| end.saturating_sub(transform.from).div_ceil(from_size);
-                    let (start, end) = (begin_before(at), begin_before(next).min(transform.elements));
+                    let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(from_size);
+                    let (start, end) = (begin_before(at), begin_before(next).min(cast.elements));
                     if let Some(staged) = staged.filter(|_| start < end) {
                         // SAFETY: the elements lie in the block, and the staging memory is as long; the stream runs in
                         // order, and all of it stays until it is drained.
                         unsafe {
-                            let from = blocks.slot(block).as_ptr().add(transform.from + start * from_size - at);
+                            let from = blocks.slot(block).as_ptr().add(cast.from + start * from_size - at);
                             device.copy_to_device(staged, from, (end - start) * from_size, stream)?;
-                            let to = base.offset(transform.to + start * to_size);
-                            let (to, from) = ((to, transform.to_type), (staged, transform.from_type));
-                            device.transform(to, from, end - start, stream)?;
+                            let to = base.offset(cast.to + start * to_size);
+                            let (to, from) = ((to, cast.to_type), (staged, cast.from_type));
+                            device.cast_raw(to, from, end - start, stream)?;
                         }
                     }
                 }

@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use super::{Layer, LayerStreamer};
@@ -15,8 +16,10 @@ use crate::{
     device::{Cpu, Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
-    io::faults::Faults,
-    plan::{Arrival, ArrivalOp, Bandwidths, Besides, Budget, CachePolicy, Home, Plan, Reader, Settings, Unit},
+    io::faults::{Attempt, Faults},
+    limits::in_child,
+    plan::{Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Reader, Settings, Tier, Unit},
+    trace::clock::simulated,
 };
 
 mod faults;
@@ -28,7 +31,19 @@ mod spans;
 /// What each tensor of each unit must be on the device.
 type Expected = Vec<Vec<(String, Arc<Vec<u8>>)>>;
 
-const HOMES: [Home; 4] = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
+const TIERS: [Tier; 4] = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+
+/// The disk answers this thread's streamers one read at a time, each so long after the one before or after it was asked.
+fn pace_reads(read: Duration) {
+    let mut due = simulated::now();
+    Faults::plan(move |attempt: Attempt<'_>| {
+        if !attempt.trial {
+            due = due.max(simulated::now()) + read;
+            simulated::sleep_until(due);
+        }
+        attempt.result
+    });
+}
 
 struct Case {
     fixture: Fixture,
@@ -53,17 +68,17 @@ fn reads_seen() -> Arc<Mutex<Vec<(PathBuf, u64)>>> {
     seen
 }
 
-/// Gives the units homes for a random budget, and returns its settings, read in the way that was drawn.
+/// Gives the units tiers for a random budget, and returns its settings, read in the way that was drawn.
 fn planned(fixture: &Fixture, units: &mut [Unit], drawn: Settings, rng: &mut fastrand::Rng) -> Settings {
     let none = Budget { device_bytes: rng.bool().then_some(0), host_bytes: 0 };
-    let least = none.least(&fixture.checkpoint, units, Besides::default()).unwrap();
+    let least = none.least(&fixture.checkpoint, units, FixedOverhead::default()).unwrap();
     let budget = Budget {
         device_bytes: least.device_bytes.map(|bytes| bytes + rng.usize(..1_000_000)),
         host_bytes: least.host_bytes + rng.usize(..1_000_000),
     };
-    let plan = budget.plan(&fixture.checkpoint, units, Besides::default(), Bandwidths::default());
-    let (homes, Settings { n_gpu, n_cpu_pinned, .. }) = plan.unwrap();
-    units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    let plan = budget.plan(&fixture.checkpoint, units, FixedOverhead::default(), Bandwidths::default());
+    let (tiers, Settings { n_gpu, n_cpu_pinned, .. }) = plan.unwrap();
+    units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
     Settings { n_gpu, n_cpu_pinned, reader: drawn.reader, cache: drawn.cache, ..Settings::default() }
 }
 
@@ -72,11 +87,11 @@ impl Case {
         let mut rng = fastrand::Rng::with_seed(seed);
         let fixture = random_fixture(60_000, &mut rng);
         let (mut units, mut expected) = (Vec::new(), Vec::new());
-        // Sometimes all on disk, sometimes all in one home, mostly mixed.
-        let homes = match rng.u8(..6) {
-            0 => vec![Home::Disk],
-            1 => vec![HOMES[rng.usize(..4)]],
-            _ => HOMES.to_vec(),
+        // Sometimes all on disk, sometimes all in one tier, mostly mixed.
+        let tiers = match rng.u8(..6) {
+            0 => vec![Tier::Disk],
+            1 => vec![TIERS[rng.usize(..4)]],
+            _ => TIERS.to_vec(),
         };
         for unit in &fixture.units {
             let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
@@ -88,7 +103,7 @@ impl Case {
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
             }
-            changed.home(homes[rng.usize(..homes.len())]);
+            changed.set_tier(tiers[rng.usize(..tiers.len())]);
             units.push(changed);
             expected.push(tensors);
         }
@@ -202,12 +217,12 @@ fn after_a_failure_at_any_unit_the_next_pass_is_exact() {
 }
 
 #[test]
-fn what_does_not_live_on_disk_is_read_once_or_once_more_where_its_home_was_late() {
+fn what_does_not_live_on_disk_is_read_once_or_once_more_where_its_memory_was_late() {
     let mut again = 0;
-    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+    for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 2)] {
             let mut case = Case::new(11);
-            case.units.iter_mut().for_each(|unit| _ = unit.home(home));
+            case.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
             case.settings = Settings { n_cpu_pinned, n_cpu, ..Settings::default() };
             let streams = [case.device.stream().unwrap()];
             let streamer = case.streamer();
@@ -222,24 +237,24 @@ fn what_does_not_live_on_disk_is_read_once_or_once_more_where_its_home_was_late(
             assert!((once..=2 * once).contains(&all), "{all} bytes of {once}");
             again += all - once;
             case.take(&streamer, &streams, 4 * case.units.len());
-            assert_eq!(read(&streamer), all, "{home:?} with {:?}", case.settings);
+            assert_eq!(read(&streamer), all, "{tier:?} with {:?}", case.settings);
             case.device.drain(&streams[0]).unwrap();
             assert_eq!(case.wrong.load(SeqCst), 0);
         }
     }
-    assert!(again > 0, "no home was late");
+    assert!(again > 0, "no memory was late");
 }
 
 #[test]
-fn homes_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time() {
-    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+fn tiers_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time() {
+    for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         let late = (0..200).any(|seed| {
             let mut case = Case::new(seed);
             // One stays on disk, so that there are slots that the others fit in.
             let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
             let on_disk = (0..case.units.len()).max_by_key(|unit| plan.units[*unit].host_bytes).unwrap();
             for (number, unit) in case.units.iter_mut().enumerate() {
-                unit.home(if number == on_disk { Home::Disk } else { home });
+                unit.set_tier(if number == on_disk { Tier::Disk } else { tier });
             }
             case.settings = Settings { n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
             let seen = reads_seen();
@@ -261,19 +276,19 @@ fn homes_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
                 Some(seen.iter().filter(|(path, at)| path == file && *at == offset).count())
             });
             let most = times.max().unwrap_or(0);
-            assert!(most <= 2, "seed {seed}: a unit that lives {home} was read {most} times");
+            assert!(most <= 2, "seed {seed}: a unit that lives {tier} was read {most} times");
             most > 1
         });
-        assert!(late, "no unit that lives {home} was late");
+        assert!(late, "no unit that lives {tier} was late");
     }
 }
 
 #[test]
-fn a_unit_of_whose_home_only_the_beginning_is_there_is_late() {
-    for home in [Home::Ram, Home::Pinned, Home::Gpu] {
+fn a_unit_of_whose_memory_only_the_beginning_is_there_is_late() {
+    for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         // A megabyte each, of which much less is there at first.
         let mut fixture = common::fixture(3, &[1 << 19], 7);
-        fixture.units[..2].iter_mut().for_each(|unit| _ = unit.home(home));
+        fixture.units[..2].iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         let settings = Settings { n_cpu_pinned: 2, ..Settings::default() };
         let seen = reads_seen();
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
@@ -284,7 +299,7 @@ fn a_unit_of_whose_home_only_the_beginning_is_there_is_late() {
         }
         drop(streamer);
         let times = seen.lock().unwrap().iter().filter(|at| **at == begin).count();
-        assert_eq!(times, 2, "a unit that lives {home}: once through slots, once to its home");
+        assert_eq!(times, 2, "a unit that lives {tier}: once through slots, once to where it is kept");
     }
 }
 

@@ -1,11 +1,11 @@
-//! The transfer stage: enqueues each unit's copies and arrival transforms on the device, and hands the unit on before they
+//! The transfer stage: enqueues each unit's copies and casts on the device, and hands the unit on before they
 //! are done; events keep the order.
 //!
 //! For a unit that goes from source slot `s` to device slot `d`, it enqueues
 //!
 //! ```text
 //! copy stream       wait(compute_done[d], arrived[d]) → record(begun) → copies → record(done)
-//! transform stream  for each piece: wait(staged) → transform → record(consumed)        only if tensors change on arrival
+//! cast stream       for each piece: wait(staged) → cast → record(consumed)        only if tensors change on arrival
 //! either            record(arrived[d])
 //! ```
 //!
@@ -22,14 +22,14 @@ use crate::{
         host::HostMemory,
         link::{Entry, Inlet, Outlet, Place, Slot},
         on_device::DeviceMemory,
-        stage::{Advance, Control, Progress},
+        stage::{Advance, Advanced, Control},
     },
-    plan::{Home, Plan},
+    plan::{Plan, Tier},
     sync::Signal,
     trace::{Activity, Carried, Stage},
 };
 
-/// Two blocks through which stored bytes pass on their way to a transform, on a stream of their own, so that the copies of
+/// Two blocks through which stored bytes pass on their way to a cast, on a stream of their own, so that the copies of
 /// the next piece need not wait for it.
 struct Staging<D: Device> {
     memory: D::Memory,
@@ -41,8 +41,8 @@ struct Staging<D: Device> {
 }
 
 /// A unit's copies that may still be running.
-struct Flight<D: Device> {
-    /// Where they come from, unless that is the unit's home.
+struct CopyInFlight<D: Device> {
+    /// Where they come from, unless that is where the unit is kept.
     source: Option<Slot>,
     /// Reached when they begin, after whatever the device made them wait for.
     begun: D::Event,
@@ -53,17 +53,17 @@ pub(crate) struct TransferStage<D: Device> {
     device: D,
     plan: Arc<Plan>,
     control: Arc<Control>,
-    /// Of homes in pinned RAM, by unit, from their first copy on; dropped before the memory that they are about. One at a time
+    /// Of residents in pinned RAM, by unit, from their first copy on; dropped before the memory that they are about. One at a time
     /// between copies they cost little; all of them before the first read, seconds.
-    homes: Vec<Option<D::Registration>>,
+    residents: Vec<Option<D::Registration>>,
     from: Arc<HostMemory>,
     to: Arc<DeviceMemory<D>>,
     inlet: Inlet,
     outlet: Outlet,
     stream: D::Stream,
     staging: Option<Staging<D>>,
-    /// Oldest first: all that come from source slots, and of those from homes a pass.
-    in_flight: VecDeque<Flight<D>>,
+    /// Oldest first: all that come from source slots, and of those from residents a pass.
+    in_flight: VecDeque<CopyInFlight<D>>,
     /// Events for more of these; at least so many stay for source slots.
     idle: Vec<[D::Event; 2]>,
     sources: usize,
@@ -100,7 +100,7 @@ impl<D: Device> TransferStage<D> {
         Ok(Self {
             plan: plan.clone(),
             control: control.clone(),
-            homes: plan.units.iter().map(|_| None).collect(),
+            residents: plan.units.iter().map(|_| None).collect(),
             from: from.clone(),
             to: to.clone(),
             inlet,
@@ -119,14 +119,14 @@ impl<D: Device> TransferStage<D> {
     /// were any.
     fn retire(&mut self, mut block: bool) -> Result<bool> {
         let mut retired = false;
-        while let Some(Flight { done, .. }) = self.in_flight.front() {
+        while let Some(CopyInFlight { done, .. }) = self.in_flight.front() {
             if !self.device.query(done)? {
                 if !block {
                     break;
                 }
                 self.device.synchronize(done)?;
             }
-            let Flight { source, begun, done } = self.in_flight.pop_front().expect("it is there");
+            let CopyInFlight { source, begun, done } = self.in_flight.pop_front().expect("it is there");
             self.idle.push([begun, done]);
             if let Some(slot) = source {
                 self.inlet.release(slot);
@@ -136,28 +136,28 @@ impl<D: Device> TransferStage<D> {
         Ok(retired)
     }
 
-    /// Enqueues all of a unit's work: from a slot or home in host memory to a slot or home on the device.
+    /// Enqueues all of a unit's work: from a slot or resident in host memory to one on the device.
     fn enqueue(&mut self, index: usize, pass: u64, from: Place, to: Place) -> Result<()> {
         let plan = self.plan.clone();
         let unit = &plan.units[index];
         let source = match from {
             Place::Slot(slot) => self.from.last().0.slot(slot.0).as_ptr(),
-            Place::Home | Place::Failed => self.from.home(unit).as_ptr(),
+            Place::Resident | Place::Failed => self.from.resident(unit).as_ptr(),
         };
-        if from == Place::Home && unit.home == Home::Pinned && self.homes[index].is_none() {
+        if from == Place::Resident && unit.tier == Tier::Pinned && self.residents[index].is_none() {
             // SAFETY: the stage drops it before its handle of the memory.
-            self.homes[index] = unsafe { self.from.register_home(&self.device, unit)? };
+            self.residents[index] = unsafe { self.from.register_resident(&self.device, unit)? };
         }
         let target = self.to.address(&plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
         self.device.wait(&self.stream, compute_done)?;
-        // A unit that was handed back unused never saw compute: its transforms may still be writing this slot.
+        // A unit that was handed back unused never saw compute: its casts may still be writing this slot.
         self.device.wait(&self.stream, arrived)?;
         let source_slot = if let Place::Slot(slot) = from { Some(slot) } else { None };
         let is_followed = source_slot.is_some() || self.idle.len() > self.sources;
         let flight = if is_followed { self.idle.pop() } else { None };
-        let flight = flight.map(|[begun, done]| Flight { source: source_slot, begun, done });
-        if let Some(Flight { begun, .. }) = &flight {
+        let flight = flight.map(|[begun, done]| CopyInFlight { source: source_slot, begun, done });
+        if let Some(CopyInFlight { begun, .. }) = &flight {
             self.device.record(begun, &self.stream)?;
         }
         let timing = self.timer.as_mut().map(|timer| timer.begin(&self.stream, &self.control.trace)).transpose()?;
@@ -170,26 +170,26 @@ impl<D: Device> TransferStage<D> {
             }
         }
         match &mut self.staging {
-            Some(staging) if !unit.transforms.is_empty() => {
+            Some(staging) if !unit.casts.is_empty() => {
                 // None of them has no elements, so that the first waits for what the copies waited for, and the last for all copies.
-                for transform in &unit.transforms {
-                    let (from_size, to_size) = (transform.from_type.size(), transform.to_type.size());
+                for cast in &unit.casts {
+                    let (from_size, to_size) = (cast.from_type.size(), cast.to_type.size());
                     let piece = staging.block_bytes / from_size;
-                    for start in (0..transform.elements).step_by(piece) {
-                        let elements = piece.min(transform.elements - start);
+                    for start in (0..cast.elements).step_by(piece) {
+                        let elements = piece.min(cast.elements - start);
                         let turn = staging.turn;
                         staging.turn = 1 - turn;
                         let block = self.device.address(&staging.memory).offset(turn * staging.block_bytes);
-                        let result = target.offset(transform.to + start * to_size);
+                        let result = target.offset(cast.to + start * to_size);
                         self.device.wait(&self.stream, &staging.consumed[turn])?;
                         // SAFETY: as above; the waits on `consumed` and `staged` order the two uses of the block.
                         unsafe {
-                            let from = source.add(transform.from + start * from_size);
+                            let from = source.add(cast.from + start * from_size);
                             self.device.copy_to_device(block, from, elements * from_size, &self.stream)?;
                             self.device.record(&staging.staged[turn], &self.stream)?;
                             self.device.wait(&staging.stream, &staging.staged[turn])?;
-                            let (to, from) = ((result, transform.to_type), (block, transform.from_type));
-                            self.device.transform(to, from, elements, &staging.stream)?;
+                            let (to, from) = ((result, cast.to_type), (block, cast.from_type));
+                            self.device.cast_raw(to, from, elements, &staging.stream)?;
                         }
                         self.device.record(&staging.consumed[turn], &staging.stream)?;
                     }
@@ -208,15 +208,15 @@ impl<D: Device> TransferStage<D> {
         Ok(())
     }
 
-    /// Where a unit goes on the device: its home there, or a free slot.
+    /// Where a unit goes on the device: where it is kept there, or a free slot.
     fn target(&mut self, unit: usize) -> Option<Place> {
-        if self.to.stays(unit) { Some(Place::Home) } else { self.outlet.slot().map(Place::Slot) }
+        if self.to.stays(unit) { Some(Place::Resident) } else { self.outlet.slot().map(Place::Slot) }
     }
 
-    fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Progress> {
+    fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Advanced> {
         let unit = entry.unit;
         let mut moved = None;
-        if place == Place::Home && self.to.is_filled(unit) {
+        if place == Place::Resident && self.to.is_filled(unit) {
             if let Place::Slot(source) = entry.place {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
@@ -231,14 +231,14 @@ impl<D: Device> TransferStage<D> {
             }
             enqueued?;
             moved = Some(Carried { bytes: bytes as u64, ..Carried::default() });
-            if place == Place::Home {
+            if place == Place::Resident {
                 self.to.set_filled(unit);
             }
         }
-        Ok(Progress::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), moved })
+        Ok(Advanced::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), moved })
     }
 
-    fn try_advance(&mut self, epoch: u64) -> Result<Progress> {
+    fn try_advance(&mut self, epoch: u64) -> Result<Advanced> {
         if let Some(timer) = &mut self.timer {
             timer.tell(&self.control.trace)?;
         }
@@ -246,7 +246,7 @@ impl<D: Device> TransferStage<D> {
         let waiting = match self.inlet.peek(epoch) {
             Some(Entry { place: Place::Failed, unit, .. }) => {
                 self.inlet.take();
-                return Ok(Progress::Failed { unit });
+                return Ok(Advanced::Failed { unit });
             }
             Some(entry) if self.outlet.room() > 0 => {
                 if let Some(place) = self.target(entry.unit) {
@@ -264,11 +264,11 @@ impl<D: Device> TransferStage<D> {
                 _ => self.inlet.nudge(),
             }
         }
-        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. From a home it
+        // Nothing to enqueue: only now may the thread block on a copy, whose source slot the stage before may need. From a resident it
         // is followed to know what the device does, and not where none is enqueued behind it: what comes next would be late.
-        let is_blocking = |oldest: &&Flight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
-        let Some(Flight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
-            return Ok(if retired { Progress::Moved } else { Progress::Waiting(waiting) });
+        let is_blocking = |oldest: &&CopyInFlight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
+        let Some(CopyInFlight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
+            return Ok(if retired { Advanced::Moved } else { Advanced::Waiting(waiting) });
         };
         // Until the copy has begun it is compute that keeps it waiting.
         if !self.device.query(begun)? {
@@ -276,10 +276,10 @@ impl<D: Device> TransferStage<D> {
             let begun = self.device.synchronize(begun);
             self.control.trace.end(wait);
             begun?;
-            return Ok(Progress::Moved);
+            return Ok(Advanced::Moved);
         }
         self.retire(true)?;
-        Ok(Progress::Moved)
+        Ok(Advanced::Moved)
     }
 }
 
@@ -290,7 +290,7 @@ impl<D: Device> Advance for TransferStage<D> {
         self.device.bind_thread()
     }
 
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
         self.try_advance(epoch).map_err(|error| {
             // What the device holds is unknown now: slots that were under way are never handed on again.
             self.control.fail_for_good(error.clone());
@@ -301,7 +301,7 @@ impl<D: Device> Advance for TransferStage<D> {
     fn wait(&mut self, signal: &Signal, ticket: u32) -> Result<(), (usize, Error)> {
         signal.wait(ticket);
         // It is the link that kept the stage waiting if that copies now.
-        let copies = |flight: &Flight<D>| -> Result<bool> {
+        let copies = |flight: &CopyInFlight<D>| -> Result<bool> {
             Ok(self.device.query(&flight.begun)? && !self.device.query(&flight.done)?)
         };
         // An error is met by the next attempt too.

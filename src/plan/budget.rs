@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, DEVICE_ALIGN, Forecast, Home, MOST, Settings, Unit, UnitPlan, host_stages, staging_bytes};
+use super::{Bandwidths, DEVICE_ALIGN, Forecast, MOST, Settings, Tier, Unit, UnitPlan, host_stages, staging_bytes};
 use crate::{
     arena::PAGE,
     checkpoint::Checkpoint,
@@ -32,14 +32,14 @@ pub struct Budget {
 
 /// Memory that is taken whatever the plan, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Besides {
+pub struct FixedOverhead {
     /// On the device.
     pub device_bytes: usize,
     /// In RAM.
     pub host_bytes: usize,
 }
 
-/// What a unit moves in a pass (bytes read, bytes copied) and takes in a slot or home (in RAM, on the device).
+/// What a unit moves in a pass (bytes read, bytes copied) and takes in a slot or where it is kept (in RAM, on the device).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sizes {
     pub(crate) read: usize,
@@ -94,7 +94,7 @@ impl Budget {
         Ok(Self { device_bytes: device.free_memory()?.map(spare), host_bytes: spare(host) })
     }
 
-    /// The homes of `units`, in their order, and the settings with which a pass is fastest, where `besides` is taken as well:
+    /// The tiers of `units`, in their order, and the settings with which a pass is fastest, where `overhead` is taken as well:
     /// whatever static tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`).
     ///
     /// # Errors
@@ -103,15 +103,15 @@ impl Budget {
         self,
         checkpoint: &Checkpoint,
         units: &[Unit],
-        besides: Besides,
+        overhead: FixedOverhead,
         bandwidths: Bandwidths,
-    ) -> Result<(Vec<Home>, Settings)> {
-        let (sizes, besides) = survey(checkpoint, units, besides)?;
-        let (homes, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, besides, self, bandwidths, &RINGS)?;
-        Ok((homes, Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }))
+    ) -> Result<(Vec<Tier>, Settings)> {
+        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
+        let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, &RINGS)?;
+        Ok((tiers, Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }))
     }
 
-    /// The homes of `units`, in their order, with which a pass is fastest where the settings are given: what their slots leave
+    /// The tiers of `units`, in their order, with which a pass is fastest where the settings are given: what their slots leave
     /// of the budget keeps units.
     ///
     /// # Errors
@@ -121,21 +121,21 @@ impl Budget {
         self,
         checkpoint: &Checkpoint,
         units: &[Unit],
-        besides: Besides,
+        overhead: FixedOverhead,
         bandwidths: Bandwidths,
         settings: &Settings,
-    ) -> Result<Vec<Home>> {
+    ) -> Result<Vec<Tier>> {
         settings.validate()?;
-        let (sizes, besides) = survey(checkpoint, units, besides)?;
-        Ok(choose(&sizes, besides, self, bandwidths, &[rings_of(settings)])?.0)
+        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
+        Ok(choose(&sizes, overhead, self, bandwidths, &[rings_of(settings)])?.0)
     }
 
     /// The least budget that will do where this one is wanted: of one memory or of two, as that is.
     ///
     /// # Errors
     /// As [`Plan::new`](super::Plan::new).
-    pub fn least(self, checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<Self> {
-        self.least_with(checkpoint, units, besides, None)
+    pub fn least(self, checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead) -> Result<Self> {
+        self.least_with(checkpoint, units, overhead, None)
     }
 
     /// The same where the settings may be given.
@@ -143,18 +143,18 @@ impl Budget {
         self,
         checkpoint: &Checkpoint,
         units: &[Unit],
-        besides: Besides,
+        overhead: FixedOverhead,
         settings: Option<&Settings>,
     ) -> Result<Self> {
-        let (sizes, besides) = survey(checkpoint, units, besides)?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
         let shared = self.device_bytes.is_none();
         let rings = settings.map_or(SHORTEST, rings_of);
-        Ok(least(&families(&sizes, &classes(&sizes), besides, shared), self, rings))
+        Ok(least(&families(&sizes, &classes(&sizes), overhead, shared), self, rings))
     }
 }
 
-/// What the units move and take, and what is taken besides, the staging blocks included.
-fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(Vec<Sizes>, Besides)> {
+/// What the units move and take, and their fixed overhead, the staging blocks included.
+fn survey(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead) -> Result<(Vec<Sizes>, FixedOverhead)> {
     if units.is_empty() {
         return Err(Error::setting("units", "there must be at least one"));
     }
@@ -165,8 +165,8 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], besides: Besides) -> Result<(
     if all.host.max(all.device) > MOST {
         return Err(Error::setting("units", "are larger together than can be addressed"));
     }
-    let device_bytes = besides.device_bytes.saturating_add(2 * staging_bytes(&planned));
-    Ok((sizes, Besides { device_bytes, ..besides }))
+    let device_bytes = overhead.device_bytes.saturating_add(2 * staging_bytes(&planned));
+    Ok((sizes, FixedOverhead { device_bytes, ..overhead }))
 }
 
 /// `n_gpu`, `n_cpu_pinned` and `n_cpu`.
@@ -183,15 +183,15 @@ fn rings_of(settings: &Settings) -> Rings {
     [settings.n_gpu, settings.n_cpu_pinned, settings.n_cpu]
 }
 
-/// Units in an order in which they are given homes: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
+/// Units in an order in which they are given tiers: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
-struct Family {
+struct PlanFamily {
     order: Vec<usize>,
     /// Sums over the first units of the order.
     first: Vec<Sizes>,
     /// The largest of the first units, and of the rest.
     largest: Vec<[Sizes; 2]>,
-    besides: Besides,
+    overhead: FixedOverhead,
     /// Device and host have one memory.
     shared: bool,
 }
@@ -204,9 +204,9 @@ struct Member {
     kept: usize,
 }
 
-impl Family {
+impl PlanFamily {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
-    fn new(order: Vec<usize>, sizes: &[Sizes], besides: Besides, shared: bool) -> Self {
+    fn new(order: Vec<usize>, sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Self {
         let (mut first, mut largest) = (vec![Sizes::default()], vec![[Sizes::default(); 2]; order.len() + 1]);
         for (i, &unit) in order.iter().enumerate() {
             first.push(first[i].plus(sizes[unit]));
@@ -215,7 +215,7 @@ impl Family {
         for (i, &unit) in order.iter().enumerate().rev() {
             largest[i][1] = largest[i + 1][1].max(sizes[unit]);
         }
-        Self { order, first, largest, besides, shared }
+        Self { order, first, largest, overhead, shared }
     }
 
     fn len(&self) -> usize {
@@ -229,13 +229,13 @@ impl Family {
         let [ram, pinned] = host_stages(rings, false);
         // What lives on the device came through the host's slots.
         let through = self.largest[gpu][0].host.max(self.largest[kept][1].host);
-        // Where the two are one, units may have to wait for their homes, and pass through slots until then.
+        // Where the two are one, units may have to wait for the memory they are kept in, and pass through slots until then.
         let passing = if self.shared { 0 } else { gpu };
         let device = self.first[gpu].device.saturating_add(slots(n_gpu, self.largest[passing][1].device));
-        let homes = self.first[kept].host - self.first[gpu].host;
+        let tiers = self.first[kept].host - self.first[gpu].host;
         let stages = [(ram, n_cpu), (pinned, n_cpu_pinned)].into_iter().filter(|(there, _)| *there);
-        let host = stages.fold(homes, |sum, (_, n)| sum.saturating_add(slots(n, through)));
-        [device.saturating_add(self.besides.device_bytes), host.saturating_add(self.besides.host_bytes)]
+        let host = stages.fold(tiers, |sum, (_, n)| sum.saturating_add(slots(n, through)));
+        [device.saturating_add(self.overhead.device_bytes), host.saturating_add(self.overhead.host_bytes)]
     }
 
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
@@ -247,14 +247,14 @@ impl Family {
 
     /// The most that can be kept in RAM beside so many units on the device.
     fn most_kept(&self, rings: Rings, gpu: usize, budget: Budget) -> Option<Member> {
-        // The homes alone must fit, which cuts the search short: slots ask for a few units less.
-        let homes = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
+        // The kept units alone must fit, which cuts the search short: slots ask for a few units less.
+        let tiers = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
         let [device, _] = self.memory(Member { rings, gpu, kept: gpu });
         if device > budget.device_bytes.unwrap_or(budget.host_bytes) {
             // However many are kept in RAM.
             return None;
         }
-        let end = gpu + self.first[gpu..].partition_point(homes);
+        let end = gpu + self.first[gpu..].partition_point(tiers);
         let members = (gpu..end).rev().map(|kept| Member { rings, gpu, kept });
         members.into_iter().find(|&member| budget.holds(self.memory(member)))
     }
@@ -269,18 +269,18 @@ impl Budget {
     }
 }
 
-/// The homes and the rings of the fastest plan that fits, with some of these rings.
+/// The tiers and the rings of the fastest plan that fits, with some of these rings.
 fn choose(
     sizes: &[Sizes],
-    besides: Besides,
+    overhead: FixedOverhead,
     budget: Budget,
     bandwidths: Bandwidths,
     among: &[Rings],
-) -> Result<(Vec<Home>, Rings)> {
+) -> Result<(Vec<Tier>, Rings)> {
     let classes = classes(sizes);
     let shared = budget.device_bytes.is_none();
-    let families = families(sizes, &classes, besides, shared);
-    let mut best: Option<((f64, f64), &Family, Member)> = None;
+    let families = families(sizes, &classes, overhead, shared);
+    let mut best: Option<((f64, f64), &PlanFamily, Member)> = None;
     for family in &families {
         for &rings in among {
             for gpu in 0..=family.len() {
@@ -299,27 +299,27 @@ fn choose(
         let remedy = if among == RINGS { "a shorter context" } else { "shorter rings or a shorter context" };
         return Err(too_small(budget, least(&families, budget, shortest), remedy));
     };
-    let mut homes = vec![Home::Disk; sizes.len()];
+    let mut tiers = vec![Tier::Disk; sizes.len()];
     for class in &classes {
         let among =
             |first: usize| family.order[..first].iter().filter(|unit| class.binary_search(unit).is_ok()).count();
         let kept: Vec<_> = spread(class, among(member.kept)).collect();
-        kept.iter().for_each(|&unit| homes[unit] = Home::Pinned);
-        spread(&kept, among(member.gpu)).for_each(|unit| homes[unit] = Home::Gpu);
+        kept.iter().for_each(|&unit| tiers[unit] = Tier::Pinned);
+        spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = Tier::Gpu);
     }
-    Ok((homes, member.rings))
+    Ok((tiers, member.rings))
 }
 
-/// Plans that give homes to small units first, which leaves the least room unused, and to large ones first, which makes the
+/// Plans that give tiers to small units first, which leaves the least room unused, and to large ones first, which makes the
 /// slots small.
-fn families(sizes: &[Sizes], classes: &[Vec<usize>], besides: Besides, shared: bool) -> [Family; 2] {
+fn families(sizes: &[Sizes], classes: &[Vec<usize>], overhead: FixedOverhead, shared: bool) -> [PlanFamily; 2] {
     let mut uniform = sizes.to_vec();
     for class in classes {
         let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
         class.iter().for_each(|&unit| uniform[unit] = largest);
     }
     let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    orders.map(|order| Family::new(order, &uniform, besides, shared))
+    orders.map(|order| PlanFamily::new(order, &uniform, overhead, shared))
 }
 
 /// Units by number, those alike together, the smallest first.
@@ -345,7 +345,7 @@ fn spread(units: &[usize], count: usize) -> impl Iterator<Item = usize> {
 
 /// The least that any of the plans takes with these rings where `given` is: of one memory; or of two, the device's first, then RAM
 /// beside as much of that as is given, or at least needed. Units kept in RAM may take less there than slots for them.
-fn least(families: &[Family], given: Budget, rings: Rings) -> Budget {
+fn least(families: &[PlanFamily], given: Budget, rings: Rings) -> Budget {
     let members = || {
         families.iter().flat_map(move |family| {
             let pairs = (0..=family.len()).flat_map(move |gpu| (gpu..=family.len()).map(move |kept| (gpu, kept)));

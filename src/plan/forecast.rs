@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Home, Plan, Residents, StagePlan};
+use super::{Plan, Residents, StagePlan, Tier};
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ impl Default for Bandwidths {
     }
 }
 
-/// What a pass moves once all homes are filled, and how long the links take for that. The caller's work is not in it.
+/// What a pass moves once all tiers are filled, and how long the links take for that. The caller's work is not in it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Forecast {
     /// Bytes read from disk, rounded to pages as reads are.
@@ -96,11 +96,11 @@ impl Plan {
             })
             .collect();
         let Residents { ram, pinned, gpu, .. } = self.residents;
-        for (home, bytes) in [(Home::Ram, ram), (Home::Pinned, pinned), (Home::Gpu, gpu)] {
-            let count = self.count(home);
+        for (tier, bytes) in [(Tier::Ram, ram), (Tier::Pinned, pinned), (Tier::Gpu, gpu)] {
+            let count = self.count(tier);
             if count > 0 {
-                let what = format!("{count} {} living {home}", if count == 1 { "unit" } else { "units" });
-                parts.push(Part::new(what, bytes, home == Home::Gpu));
+                let what = format!("{count} {} living {tier}", if count == 1 { "unit" } else { "units" });
+                parts.push(Part::new(what, bytes, tier == Tier::Gpu));
             }
         }
         if self.staging_bytes > 0 {
@@ -110,23 +110,23 @@ impl Plan {
     }
 
     /// Where the units live, in order.
-    pub fn homes(&self) -> impl Iterator<Item = Home> {
-        self.units.iter().map(|unit| unit.home)
+    pub fn tiers(&self) -> impl Iterator<Item = Tier> {
+        self.units.iter().map(|unit| unit.tier)
     }
 
     /// How many units live there.
-    pub fn count(&self, home: Home) -> usize {
-        self.units.iter().filter(|unit| unit.home == home).count()
+    pub fn count(&self, tier: Tier) -> usize {
+        self.units.iter().filter(|unit| unit.tier == tier).count()
     }
 
     /// What a pass moves, and how long that takes.
     pub fn forecast(&self, bandwidths: Bandwidths) -> Forecast {
-        let sum = |homes: &[Home], bytes: fn(&super::UnitPlan) -> usize| -> usize {
-            let units = self.units.iter().filter(|unit| homes.contains(&unit.home));
+        let sum = |tiers: &[Tier], bytes: fn(&super::UnitPlan) -> usize| -> usize {
+            let units = self.units.iter().filter(|unit| tiers.contains(&unit.tier));
             units.map(bytes).fold(0, usize::saturating_add)
         };
-        let read = sum(&[Home::Disk], |unit| unit.read_bytes);
-        let copied = sum(&[Home::Disk, Home::Ram, Home::Pinned], |unit| unit.disk_bytes);
+        let read = sum(&[Tier::Disk], |unit| unit.read_bytes);
+        let copied = sum(&[Tier::Disk, Tier::Ram, Tier::Pinned], |unit| unit.disk_bytes);
         let ahead = self.ram.iter().chain(&self.pinned).map(|stage| stage.slots - 1).sum();
         Forecast::new(read, copied, ahead, bandwidths)
     }

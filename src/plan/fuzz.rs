@@ -115,7 +115,7 @@ fn unit(rng: &mut fastrand::Rng, checkpoint: &Checkpoint, names: &[String], care
         let output = format!("{}{}", if twice { 0 } else { index }, ["", ".a", "é\0"][rng.usize(..3)]);
         unit.add(Arrival { output, inputs, op });
     }
-    unit.home(Home::ALL[rng.usize(..4)]);
+    unit.set_tier(Tier::ALL[rng.usize(..4)]);
     unit
 }
 
@@ -140,7 +140,7 @@ impl Asked {
                 0 => unit(rng, &checkpoint, &names, careless),
                 _ => {
                     let mut unit = kinds[rng.usize(..kinds.len())].clone();
-                    unit.home(Home::ALL[rng.usize(..4)]);
+                    unit.set_tier(Tier::ALL[rng.usize(..4)]);
                     unit
                 }
             });
@@ -171,7 +171,7 @@ fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
 
 /// A unit's tensors are read once, and arrive where nothing else does.
 fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
-    assert_eq!((plan.home, plan.name.as_str(), plan.tensors.len()), (unit.home, unit.name(), unit.arrivals().len()));
+    assert_eq!((plan.tier, plan.name.as_str(), plan.tensors.len()), (unit.tier, unit.name(), unit.arrivals().len()));
     let aligned = |at: usize, to: usize| at.is_multiple_of(to);
     let mut before: Option<&Extent> = None;
     for extent in &plan.extents {
@@ -217,14 +217,14 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
             assert_eq!(plan.copies.iter().filter(brings).count(), 1, "{}", arrival.output);
         } else {
             let (from_type, to_type) = (entry.dtype, to);
-            let wanted = Transform { from, to: placed.at, elements, from_type, to_type };
-            assert_eq!(plan.transforms.iter().filter(|found| **found == wanted).count(), 1, "{}", arrival.output);
+            let wanted = Cast { from, to: placed.at, elements, from_type, to_type };
+            assert_eq!(plan.casts.iter().filter(|found| **found == wanted).count(), 1, "{}", arrival.output);
         }
     }
     apart(places.clone(), plan.device_bytes, "tensors on the device");
     let copied: usize = plan.copies.iter().map(|copy| copy.bytes).sum();
     let count = places.iter().filter(|(_, bytes)| *bytes > 0).count();
-    assert!(copied == arriving && plan.transforms.len() <= count, "{copied} bytes are copied of {arriving}");
+    assert!(copied == arriving && plan.casts.len() <= count, "{copied} bytes are copied of {arriving}");
 
     // Nothing is read that is not needed, but for the rest of pages and small gaps.
     needed.sort_unstable();
@@ -246,21 +246,21 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
     assert_eq!(plan.read_bytes as u64, plan.extents.iter().map(read).sum::<u64>());
 }
 
-/// Slots take every unit that passes through, homes take those that live there.
+/// Slots take every unit that passes through, tiers take those that live there.
 fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, in_ram: bool) {
     assert_eq!(plan.units(), asked.units.len());
     asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan));
-    let of = |homes: &[Home], bytes: fn(&UnitPlan) -> usize| -> usize {
-        plan.units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).max().unwrap_or(0)
+    let of = |tiers: &[Tier], bytes: fn(&UnitPlan) -> usize| -> usize {
+        plan.units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).max().unwrap_or(0)
     };
     let check = |stage: &StagePlan, n: usize, batch: usize, largest: usize| {
         assert_eq!((stage.slots, stage.batch), (n + 1, batch.max(1)));
         assert!(stage.slot_bytes.is_multiple_of(PAGE) && stage.slot_bytes >= largest.max(1), "{stage:?} for {largest}");
         assert!(stage.slot_bytes - largest <= PAGE, "{stage:?} for {largest}");
     };
-    let all = if in_ram { &Home::ALL[..] } else { &Home::ALL[..3] };
+    let all = if in_ram { &Tier::ALL[..] } else { &Tier::ALL[..3] };
     check(&plan.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
-    let (read, pinned) = ([Home::Disk, Home::Gpu], [Home::Disk, Home::Gpu, Home::Ram]);
+    let (read, pinned) = ([Tier::Disk, Tier::Gpu], [Tier::Disk, Tier::Gpu, Tier::Ram]);
     if let Some(stage) = &plan.ram {
         check(stage, settings.n_cpu, settings.batch_cpu, of(&read, |unit| unit.host_bytes));
     }
@@ -269,13 +269,13 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, in_ram: bool) {
     }
     assert!(plan.ram.is_some() || plan.pinned.is_some());
     let Residents { ram, pinned, gpu, count } = plan.residents;
-    for (home, end, align) in [(Home::Ram, ram, PAGE), (Home::Pinned, pinned, PAGE), (Home::Gpu, gpu, DEVICE_ALIGN)] {
-        let bytes = |unit: &UnitPlan| if home == Home::Gpu { unit.device_bytes } else { unit.host_bytes };
-        let live = || plan.units.iter().filter(|unit| unit.home == home);
+    for (tier, end, align) in [(Tier::Ram, ram, PAGE), (Tier::Pinned, pinned, PAGE), (Tier::Gpu, gpu, DEVICE_ALIGN)] {
+        let bytes = |unit: &UnitPlan| if tier == Tier::Gpu { unit.device_bytes } else { unit.host_bytes };
+        let live = || plan.units.iter().filter(|unit| unit.tier == tier);
         assert!(live().all(|unit| unit.resident_at.is_multiple_of(align)));
-        apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "homes");
+        apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "tiers");
     }
-    assert_eq!(count, plan.homes().filter(|home| *home != Home::Disk).count());
+    assert_eq!(count, plan.tiers().filter(|tier| *tier != Tier::Disk).count());
     let [ram, pinned, gpu] = plan.places();
     let [host, device] = memory(plan);
     assert_eq!([host, device], [ram.saturating_add(pinned), gpu.saturating_add(2 * plan.staging_bytes)]);
@@ -321,10 +321,10 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
     let holes = Holes::new();
     rounds("budget", |rng| {
         let Some(mut asked) = Asked::new(rng, &holes) else { return false };
-        let besides = match rng.u8(..4) {
-            0 => Besides { device_bytes: number(rng), host_bytes: number(rng) },
-            1 => Besides { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) },
-            _ => Besides::default(),
+        let overhead = match rng.u8(..4) {
+            0 => FixedOverhead { device_bytes: number(rng), host_bytes: number(rng) },
+            1 => FixedOverhead { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) },
+            _ => FixedOverhead::default(),
         };
         let speed =
             |rng: &mut fastrand::Rng| [2e9, 1e10 * rng.f64(), 0.0, f64::INFINITY][rng.usize(..4).min(rng.usize(..4))];
@@ -332,8 +332,8 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
         let given = rng.bool().then(|| settings(rng));
         let Asked { checkpoint, units } = &asked;
         let plan = |budget: Budget| match &given {
-            None => budget.plan(checkpoint, units, besides, by),
-            Some(given) => Ok((budget.plan_with(checkpoint, units, besides, by, given)?, given.clone())),
+            None => budget.plan(checkpoint, units, overhead, by),
+            Some(given) => Ok((budget.plan_with(checkpoint, units, overhead, by, given)?, given.clone())),
         };
         let shared = rng.bool();
         let amount = |rng: &mut fastrand::Rng| rng.usize(..) >> rng.u32(..64);
@@ -358,21 +358,21 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
                 assert!(other.is_none_or(|(vram, _)| !vram), "{error}");
             }
         }
-        let (homes, settings) = planned.unwrap_or_else(|error| panic!("{error} with {budget:?}"));
+        let (tiers, settings) = planned.unwrap_or_else(|error| panic!("{error} with {budget:?}"));
         if given.is_none() {
-            let least = budget.least(checkpoint, units, besides).unwrap();
+            let least = budget.least(checkpoint, units, overhead).unwrap();
             assert!(least.host_bytes <= budget.host_bytes && least.device_bytes <= budget.device_bytes);
             plan(least).unwrap_or_else(|error| panic!("{error} with {least:?}"));
         }
-        asked.units.iter_mut().zip(&homes).for_each(|(unit, home)| _ = unit.home(*home));
+        asked.units.iter_mut().zip(&tiers).for_each(|(unit, tier)| _ = unit.set_tier(*tier));
         let made = match shared {
             true => Plan::on(&Cpu, &asked.checkpoint, &asked.units, &settings),
             false => Plan::new(&asked.checkpoint, &asked.units, &settings),
         };
-        let made = made.unwrap_or_else(|error| panic!("{error} with {budget:?}, {homes:?}"));
+        let made = made.unwrap_or_else(|error| panic!("{error} with {budget:?}, {tiers:?}"));
         check_plan(&asked, &settings, &made, shared);
         let [host, device] = memory(&made);
-        let (host, device) = (host.saturating_add(besides.host_bytes), device.saturating_add(besides.device_bytes));
+        let (host, device) = (host.saturating_add(overhead.host_bytes), device.saturating_add(overhead.device_bytes));
         let fits = match budget.device_bytes {
             Some(bytes) => device <= bytes && host <= budget.host_bytes,
             None => device.saturating_add(host) <= budget.host_bytes,

@@ -11,14 +11,14 @@ mod fuzz;
 mod placement;
 mod settings;
 
-pub use budget::{Besides, Budget};
+pub use budget::{Budget, FixedOverhead};
 pub use forecast::{Bandwidths, Forecast, Part};
 pub use placement::Placement;
-pub use settings::{CachePolicy, Home, Reader, Settings};
+pub use settings::{CachePolicy, Reader, Settings, Tier};
 
 use crate::{
     arena::PAGE,
-    checkpoint::{Checkpoint, Entry},
+    checkpoint::{Checkpoint, TensorEntry},
     device::{Device, Shape},
     dtype::DType,
     error::{Error, Result},
@@ -59,7 +59,7 @@ pub struct Arrival {
 pub struct Unit {
     name: String,
     arrivals: Vec<Arrival>,
-    pub(crate) home: Home,
+    pub(crate) tier: Tier,
 }
 
 impl Unit {
@@ -87,10 +87,15 @@ impl Unit {
         self
     }
 
-    /// Says where the unit lives between passes.
-    pub fn home(&mut self, home: Home) -> &mut Self {
-        self.home = home;
+    /// Says where the unit is kept between passes.
+    pub fn set_tier(&mut self, tier: Tier) -> &mut Self {
+        self.tier = tier;
         self
+    }
+
+    /// Where the unit is kept between passes.
+    pub fn tier(&self) -> Tier {
+        self.tier
     }
 
     /// The unit's name.
@@ -125,7 +130,7 @@ pub(crate) struct CopyRange {
 
 /// A tensor that is converted on the device: `elements` of `from_type` at `from` in the host slot become `to_type` at `to`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Transform {
+pub(crate) struct Cast {
     pub(crate) from: usize,
     pub(crate) to: usize,
     pub(crate) elements: usize,
@@ -148,7 +153,7 @@ pub(crate) struct UnitPlan {
     pub(crate) name: String,
     pub(crate) extents: Vec<Extent>,
     pub(crate) copies: Vec<CopyRange>,
-    pub(crate) transforms: Vec<Transform>,
+    pub(crate) casts: Vec<Cast>,
     /// Sorted by name.
     pub(crate) tensors: Vec<Placed>,
     /// What the tensors take in their files, where each counts once.
@@ -157,8 +162,8 @@ pub(crate) struct UnitPlan {
     pub(crate) read_bytes: usize,
     pub(crate) host_bytes: usize,
     pub(crate) device_bytes: usize,
-    pub(crate) home: Home,
-    /// Where it lies among the residents of its home.
+    pub(crate) tier: Tier,
+    /// Where it lies among the residents of its tier.
     pub(crate) resident_at: usize,
     /// For messages: (file, end, name) of each stored tensor, sorted.
     stored: Vec<(usize, u64, String)>,
@@ -166,7 +171,7 @@ pub(crate) struct UnitPlan {
 
 impl UnitPlan {
     pub(crate) fn new(checkpoint: &Checkpoint, unit: &Unit) -> Result<Self> {
-        let mut inputs = Vec::<(&Arrival, &str, &Entry)>::with_capacity(unit.arrivals.len());
+        let mut inputs = Vec::<(&Arrival, &str, &TensorEntry)>::with_capacity(unit.arrivals.len());
         for arrival in &unit.arrivals {
             let [input] = arrival.inputs.as_slice() else {
                 let (output, op, given) = (&arrival.output, arrival.op, arrival.inputs.len());
@@ -196,7 +201,7 @@ impl UnitPlan {
         if host_bytes > MOST {
             return Err(too_large());
         }
-        let (mut copies, mut transforms, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
+        let (mut copies, mut casts, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
         let (mut stored, mut device_bytes, mut disk_bytes) = (Vec::new(), 0usize, 0usize);
         for (arrival, input, entry) in inputs {
             let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
@@ -216,7 +221,7 @@ impl UnitPlan {
                         _ => copies.push(CopyRange { from, to: at, bytes: entry.bytes }),
                     }
                 } else {
-                    transforms.push(Transform { from, to: at, elements, from_type: entry.dtype, to_type: dtype });
+                    casts.push(Cast { from, to: at, elements, from_type: entry.dtype, to_type: dtype });
                 }
             }
             let record = (entry.file, entry.end(), input.to_owned());
@@ -237,13 +242,13 @@ impl UnitPlan {
             name,
             extents,
             copies,
-            transforms,
+            casts,
             tensors,
             disk_bytes,
             read_bytes,
             host_bytes,
             device_bytes,
-            home: unit.home,
+            tier: unit.tier,
             resident_at: 0,
             stored,
         })
@@ -272,7 +277,7 @@ impl UnitPlan {
 }
 
 /// Cuts tensors (sorted by place) into extents: page-aligned outward, merged where they touch or nearly do.
-fn lay_out_extents<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Extent> {
+fn lay_out_extents<'a>(entries: impl Iterator<Item = &'a TensorEntry>) -> Vec<Extent> {
     let page = PAGE as u64;
     let mut extents = Vec::<Extent>::new();
     for entry in entries.filter(|entry| entry.bytes > 0) {
@@ -292,7 +297,7 @@ fn lay_out_extents<'a>(entries: impl Iterator<Item = &'a Entry>) -> Vec<Extent> 
     extents
 }
 
-fn host_position(extents: &[Extent], entry: &Entry) -> usize {
+fn host_position(extents: &[Extent], entry: &TensorEntry) -> usize {
     let after = extents.partition_point(|extent| (extent.file, extent.offset) <= (entry.file, entry.offset));
     let extent = &extents[after - 1];
     extent.at + (entry.offset - extent.offset) as usize
@@ -322,11 +327,11 @@ pub struct Plan {
     pub(crate) pinned: Option<StagePlan>,
     pub(crate) gpu: StagePlan,
     pub(crate) residents: Residents,
-    /// Bytes of one staging block for transforms; 0 if no unit has any.
+    /// Bytes of one staging block for casts; 0 if no unit has any.
     pub(crate) staging_bytes: usize,
 }
 
-/// Bytes of the units that live in each of these homes, and how many units these are.
+/// Bytes of the units that live in each of these tiers, and how many units these are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Residents {
     pub(crate) ram: usize,
@@ -347,7 +352,7 @@ fn host_stages([_, n_cpu_pinned, n_cpu]: [usize; 3], some_live_in_ram: bool) -> 
 
 /// Bytes of one of the two staging blocks that these units need.
 fn staging_bytes(units: &[UnitPlan]) -> usize {
-    let pieces = units.iter().flat_map(|unit| &unit.transforms).map(|t| t.elements * t.from_type.size());
+    let pieces = units.iter().flat_map(|unit| &unit.casts).map(|t| t.elements * t.from_type.size());
     pieces.max().unwrap_or(0).min(STAGING).next_multiple_of(DEVICE_ALIGN)
 }
 
@@ -376,17 +381,17 @@ impl Plan {
         let mut units = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
         let mut residents = Residents::default();
         for unit in &mut units {
-            let (place, bytes, align) = match unit.home {
-                Home::Disk => continue,
-                Home::Ram => (&mut residents.ram, unit.host_bytes, PAGE),
-                Home::Pinned => (&mut residents.pinned, unit.host_bytes, PAGE),
-                Home::Gpu => (&mut residents.gpu, unit.device_bytes, DEVICE_ALIGN),
+            let (place, bytes, align) = match unit.tier {
+                Tier::Disk => continue,
+                Tier::Ram => (&mut residents.ram, unit.host_bytes, PAGE),
+                Tier::Pinned => (&mut residents.pinned, unit.host_bytes, PAGE),
+                Tier::Gpu => (&mut residents.gpu, unit.device_bytes, DEVICE_ALIGN),
             };
             unit.resident_at = *place;
             let end = place.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(align));
             *place = end
                 .filter(|&end| end <= MOST)
-                .ok_or_else(|| Error::setting("home", "more lives there than can be addressed"))?;
+                .ok_or_else(|| Error::setting("tier", "more lives there than can be addressed"))?;
             residents.count += 1;
         }
         let staging_bytes = staging_bytes(&units);
@@ -407,12 +412,12 @@ impl Plan {
             batch: batch.max(1),
         };
         // Slots are for the units that pass through them.
-        let most = |bytes: fn(&UnitPlan) -> usize, homes: &[Home]| {
-            units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).max().unwrap_or(0)
+        let most = |bytes: fn(&UnitPlan) -> usize, tiers: &[Tier]| {
+            units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).max().unwrap_or(0)
         };
-        let host_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu]);
-        let pinned_bytes = most(|unit| unit.host_bytes, &[Home::Disk, Home::Gpu, Home::Ram]);
-        let passing = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
+        let host_bytes = most(|unit| unit.host_bytes, &[Tier::Disk, Tier::Gpu]);
+        let pinned_bytes = most(|unit| unit.host_bytes, &[Tier::Disk, Tier::Gpu, Tier::Ram]);
+        let passing = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         let device_bytes = most(|unit| unit.device_bytes, if in_ram { &passing } else { &passing[..3] });
         let [ram, pinned] = host_stages([settings.n_gpu, settings.n_cpu_pinned, settings.n_cpu], residents.ram > 0);
         Self {
@@ -435,7 +440,7 @@ impl Plan {
         self.units.iter().map(|unit| unit.disk_bytes).fold(0, usize::saturating_add)
     }
 
-    /// Bytes of slots and homes in RAM, in pinned RAM and on the device.
+    /// Bytes of slots and kept units in RAM, in pinned RAM and on the device.
     pub(crate) fn places(&self) -> [usize; 3] {
         let slots = |stage: &Option<StagePlan>| stage.as_ref().map_or(0, StagePlan::bytes);
         let Residents { ram, pinned, gpu, .. } = self.residents;
@@ -479,7 +484,7 @@ mod tests {
         let forecast = plan.forecast(Bandwidths::default());
         assert_eq!([plan.bytes_per_pass(), forecast.disk_bytes, forecast.copy_bytes], [usize::MAX; 3]);
         let budget = Budget { device_bytes: None, host_bytes: usize::MAX };
-        let refused = budget.plan(&checkpoint, &units, Besides::default(), Bandwidths::default()).unwrap_err();
+        let refused = budget.plan(&checkpoint, &units, FixedOverhead::default(), Bandwidths::default()).unwrap_err();
         assert!(refused.to_string().contains("larger together than can be addressed"), "{refused}");
     }
 

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::Unit;
 use crate::error::{Error, Result};
 
-/// Where a unit lives between passes. What is said to be read once is read twice where the memory for it is not there in time:
-/// the first pass does not wait for that where a slot can take the unit.
+/// Where a unit is kept between passes. A unit may be read twice if its memory is not yet faulted in when the first pass reaches
+/// it: that pass does not wait where a slot can take the unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Home {
+pub enum Tier {
     /// On disk: read in every pass.
     #[default]
     Disk,
@@ -22,7 +22,7 @@ pub enum Home {
     Gpu,
 }
 
-impl fmt::Display for Home {
+impl fmt::Display for Tier {
     /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the device`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -34,35 +34,35 @@ impl fmt::Display for Home {
     }
 }
 
-impl Home {
-    /// Gives units their homes from a text such as `0-7=pinned,8-11=gpu,12=ram`; units not named keep theirs.
+impl Tier {
+    /// Gives units their tiers from a text such as `0-7=pinned,8-11=gpu,12=ram`; units not named keep theirs.
     ///
     /// # Errors
     /// [`Error::Setting`] for a text of another form, or a unit that there is not.
     pub fn parse(text: &str, units: &mut [Unit]) -> Result<()> {
-        Self::assign(text, units, |unit, home| _ = unit.home(home))
+        Self::assign(text, units, |unit, tier| _ = unit.set_tier(tier))
     }
 
-    /// The same for whatever stands for the units: `give` gives one its home.
+    /// The same for whatever stands for the units: `give` gives one its tier.
     pub(super) fn assign<U>(text: &str, units: &mut [U], give: impl Fn(&mut U, Self)) -> Result<()> {
-        let wrong = |part: &str, cause: String| Error::setting("home", format!("{part:?}: {cause}"));
+        let wrong = |part: &str, cause: String| Error::setting("tier", format!("{part:?}: {cause}"));
         for part in text.split(',').filter(|part| !part.is_empty()) {
-            let parsed = part.split_once('=').and_then(|(range, home)| {
+            let parsed = part.split_once('=').and_then(|(range, tier)| {
                 let (first, last) = range.split_once('-').unwrap_or((range, range));
-                let home = Self::ALL.into_iter().find(|known| known.word() == home)?;
-                Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?, home))
+                let tier = Self::ALL.into_iter().find(|known| known.word() == tier)?;
+                Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?, tier))
             });
-            let Some((first, last, home)) = parsed else {
+            let Some((first, last, tier)) = parsed else {
                 return Err(wrong(
                     part,
-                    "expected UNIT=HOME or FIRST-LAST=HOME, HOME being disk, ram, pinned or gpu".into(),
+                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned or gpu".into(),
                 ));
             };
             let count = units.len();
             let Some(named) = units.get_mut(first..last.saturating_add(1)).filter(|named| !named.is_empty()) else {
                 return Err(wrong(part, format!("there are {count} units, 0 to {}", count.saturating_sub(1))));
             };
-            named.iter_mut().for_each(|unit| give(unit, home));
+            named.iter_mut().for_each(|unit| give(unit, tier));
         }
         Ok(())
     }

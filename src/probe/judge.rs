@@ -3,7 +3,7 @@
 use crate::plan::Bandwidths;
 
 /// A round of a probe: the rates of its windows in bytes per second, and what disturbed it, as far as the kernel tells.
-pub(super) struct Round {
+pub(super) struct ProbeRound {
     pub(super) disk: Vec<f64>,
     pub(super) copy: Vec<f64>,
     pub(super) disturbed: Option<String>,
@@ -11,7 +11,7 @@ pub(super) struct Round {
 
 /// What a probe found.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Verdict {
+pub(super) struct Judgement {
     pub(super) bandwidths: Bandwidths,
     pub(super) spread: Bandwidths,
     pub(super) disturbed: Option<String>,
@@ -28,10 +28,10 @@ const CALM: f64 = 0.15;
 
 /// Contention only ever lowers a rate, so the figure is that of the fastest windows that agree, out of the rounds in which
 /// nothing disturbed, if there are any.
-pub(super) fn judge(rounds: &[Round]) -> Verdict {
+pub(super) fn judge(rounds: &[ProbeRound]) -> Judgement {
     let calm: Vec<_> = rounds.iter().filter(|round| round.disturbed.is_none()).collect();
     let rounds = if calm.is_empty() { rounds.iter().collect() } else { calm };
-    let pool = |link: fn(&Round) -> &[f64]| figure(rounds.iter().flat_map(|round| link(round)).copied().collect());
+    let pool = |link: fn(&ProbeRound) -> &[f64]| figure(rounds.iter().flat_map(|round| link(round)).copied().collect());
     let (disk, copy) = (pool(|round| &round.disk), pool(|round| &round.copy));
     let mut causes: Vec<_> = rounds.last().and_then(|round| round.disturbed.clone()).into_iter().collect();
     for (link, figure) in [("reads from disk", &disk), ("copies to the device", &copy)] {
@@ -40,7 +40,7 @@ pub(super) fn judge(rounds: &[Round]) -> Verdict {
             causes.push(format!("{link} gave anything from {slowest:.2} to {fastest:.2} GB/s"));
         }
     }
-    Verdict {
+    Judgement {
         bandwidths: Bandwidths { disk: disk.rate, copy: copy.rate },
         spread: Bandwidths { disk: disk.spread, copy: copy.spread },
         disturbed: (!causes.is_empty()).then(|| causes.join(", ")),
@@ -80,13 +80,13 @@ mod tests {
 
     const COPY: [f64; 5] = [10.1e9, 9.9e9, 10.0e9, 10.2e9, 9.8e9];
 
-    fn round(disk: &[f64], disturbed: Option<&str>) -> Round {
+    fn round(disk: &[f64], disturbed: Option<&str>) -> ProbeRound {
         let disk = disk.iter().map(|gigabytes| gigabytes * 1e9).collect();
-        Round { disk, copy: COPY.to_vec(), disturbed: disturbed.map(str::to_owned) }
+        ProbeRound { disk, copy: COPY.to_vec(), disturbed: disturbed.map(str::to_owned) }
     }
 
-    fn found(rounds: &[Round]) -> (f64, Option<String>) {
-        let Verdict { bandwidths, spread, disturbed } = judge(rounds);
+    fn found(rounds: &[ProbeRound]) -> (f64, Option<String>) {
+        let Judgement { bandwidths, spread, disturbed } = judge(rounds);
         assert!((bandwidths.copy / 10e9 - 1.0).abs() < 0.02 && spread.copy < 0.02, "{bandwidths:?} {spread:?}");
         (bandwidths.disk / 1e9, disturbed)
     }

@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Probe, judge::Verdict};
+use super::{Probe, judge::Judgement};
 use crate::plan::Bandwidths;
 
 /// How long a probe is used again: disks fill up and age, and machines are moved.
@@ -64,7 +64,7 @@ pub(super) fn recall(path: &Path) -> Option<Probe> {
     let valid = if kept.disturbed.is_some() { VALID_DISTURBED } else { VALID };
     let sensible = [kept.disk, kept.copy].iter().all(|rate| rate.is_finite() && *rate > 0.0);
     (kept.version == VERSION && age <= valid && sensible).then(|| Probe {
-        verdict: Verdict {
+        verdict: Judgement {
             bandwidths: Bandwidths { disk: kept.disk, copy: kept.copy },
             spread: Bandwidths { disk: kept.disk_spread, copy: kept.copy_spread },
             disturbed: kept.disturbed,
@@ -77,7 +77,7 @@ pub(super) fn recall(path: &Path) -> Option<Probe> {
 /// Keeps a probe where its path says.
 pub(super) fn keep(probe: &Probe) -> io::Result<()> {
     let Some(path) = &probe.kept else { return Ok(()) };
-    let Verdict { bandwidths, spread, disturbed } = &probe.verdict;
+    let Judgement { bandwidths, spread, disturbed } = &probe.verdict;
     let text = serde_json::to_string_pretty(&Kept {
         version: VERSION,
         taken: seconds(probe.taken),

@@ -19,7 +19,7 @@ const DISK_OTHERS: f64 = 0.1;
 
 /// Processor time of the whole machine since it started, in ticks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Cpu {
+struct CpuTimes {
     processors: u64,
     busy: u64,
     idle: u64,
@@ -27,16 +27,16 @@ struct Cpu {
 }
 
 /// The kernel's counts at a moment. What it does not tell is left out.
-pub(super) struct Counters {
+pub(super) struct KernelCounts {
     at: Instant,
-    cpu: Option<Cpu>,
+    cpu: Option<CpuTimes>,
     /// Processor time of this process.
     own: Duration,
     /// Bytes that went over the file's disk, read or written.
     disk: Option<u64>,
 }
 
-impl Counters {
+impl KernelCounts {
     /// `file`: one on the disk in question.
     pub(super) fn now(file: &Path) -> Self {
         Self {
@@ -50,7 +50,7 @@ impl Counters {
 
 /// What others did between two moments.
 #[derive(Debug, Default, PartialEq)]
-pub(super) struct Load {
+pub(super) struct OtherLoad {
     /// Taken by the hypervisor, of the processor time that was wanted.
     stolen: f64,
     /// Processors that others kept busy, and how many there are; 0 of 0 where that is not known.
@@ -60,9 +60,9 @@ pub(super) struct Load {
     disk_others: f64,
 }
 
-impl Load {
+impl OtherLoad {
     /// `own_bytes`: read from the disk by this process.
-    pub(super) fn between(before: &Counters, after: &Counters, own_bytes: u64) -> Self {
+    pub(super) fn between(before: &KernelCounts, after: &KernelCounts, own_bytes: u64) -> Self {
         let mut load = Self::default();
         if let Some((from, to)) = before.cpu.zip(after.cpu) {
             // Idle time has been seen to go back.
@@ -103,7 +103,7 @@ impl Load {
 }
 
 /// Reads `/proc/stat`.
-fn parse_cpu(text: &str) -> Option<Cpu> {
+fn parse_cpu(text: &str) -> Option<CpuTimes> {
     let processors = text.lines().filter(|line| {
         line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|digit: char| digit.is_ascii_digit()))
     });
@@ -112,7 +112,7 @@ fn parse_cpu(text: &str) -> Option<Cpu> {
     // Time of guests is counted as user time already.
     let [user, nice, system, idle, iowait, irq, softirq, stolen]: [u64; 8] = ticks.get(..8)?.try_into().ok()?;
     let busy = user + nice + system + irq + softirq;
-    Some(Cpu { processors: processors.count() as u64, busy, idle: idle + iowait, stolen })
+    Some(CpuTimes { processors: processors.count() as u64, busy, idle: idle + iowait, stolen })
 }
 
 /// The text of a block device's `stat`; there is none for a file system without one device of its own (btrfs, ZFS, NFS).
@@ -143,13 +143,13 @@ mod tests {
 
     #[test]
     fn the_kernel_s_counts_are_read_or_left_out() {
-        assert_eq!(parse_cpu(STAT), Some(Cpu { processors: 2, busy: 170, idle: 820, stolen: 5 }));
+        assert_eq!(parse_cpu(STAT), Some(CpuTimes { processors: 2, busy: 170, idle: 820, stolen: 5 }));
         for damaged in ["", "cpu  1 2 3\ncpu0 1 2 3\n", "cpu  1 2 x 4 5 6 7 8\n", "intr 1\n"] {
             assert_eq!(parse_cpu(damaged), None, "{damaged}");
         }
         assert_eq!(parse_disk("   10  2  100  5  7  3  50  6 0 0 0\n"), Some(512 * 150));
         assert_eq!(parse_disk("10 2 100"), None);
-        let now = Counters::now(Path::new("/"));
+        let now = KernelCounts::now(Path::new("/"));
         assert!(now.cpu.is_some_and(|cpu| cpu.processors > 0 && cpu.busy > 0) && now.own > Duration::ZERO);
     }
 
@@ -157,10 +157,10 @@ mod tests {
     fn half_a_second(own: f64, busy: u64, stolen: u64, disk: u64, own_bytes: u64) -> Option<String> {
         let at = Instant::now();
         let cpu = parse_cpu(STAT);
-        let before = Counters { at, cpu, own: Duration::from_secs(9), disk: Some(1 << 40) };
-        let after = Counters {
+        let before = KernelCounts { at, cpu, own: Duration::from_secs(9), disk: Some(1 << 40) };
+        let after = KernelCounts {
             at: at + Duration::from_millis(500),
-            cpu: cpu.map(|cpu| Cpu {
+            cpu: cpu.map(|cpu| CpuTimes {
                 busy: cpu.busy + busy,
                 stolen: cpu.stolen + stolen,
                 idle: cpu.idle + 100 - busy - stolen,
@@ -169,7 +169,7 @@ mod tests {
             own: before.own + Duration::from_secs_f64(own),
             disk: Some((1 << 40) + disk),
         };
-        Load::between(&before, &after, own_bytes).disturbance()
+        OtherLoad::between(&before, &after, own_bytes).disturbance()
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
         ] {
             assert!(disturbed.as_ref().is_some_and(|said| said.contains(by)), "{disturbed:?} lacks {by}");
         }
-        let unknown = || Counters { at: Instant::now(), cpu: None, own: Duration::ZERO, disk: None };
-        assert_eq!(Load::between(&unknown(), &unknown(), 1000).disturbance(), None);
+        let unknown = || KernelCounts { at: Instant::now(), cpu: None, own: Duration::ZERO, disk: None };
+        assert_eq!(OtherLoad::between(&unknown(), &unknown(), 1000).disturbance(), None);
     }
 }

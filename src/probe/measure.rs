@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    judge::{Round, Verdict, judge},
-    load::{Counters, Load},
+    judge::{Judgement, ProbeRound, judge},
+    load::{KernelCounts, OtherLoad},
 };
 use crate::{
     arena::{Arena, PAGE},
@@ -43,12 +43,12 @@ pub(super) const BLOCKS: usize = 8;
 const COPIES: usize = 8;
 
 /// Reads from file number `file` and copies to the device until one round is calm, or time is up.
-pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usize) -> Result<Verdict> {
+pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usize) -> Result<Judgement> {
     device.bind_thread()?;
     let blocks = Arena::new("a probe of disk and link", BLOCKS, CHUNK)?;
     let sources = io::open_all(checkpoint, CachePolicy::Direct)?;
     let mut disk = Disk::new(&sources, file, checkpoint.length(file), &blocks)?;
-    let link = Link::new(device, &blocks)?;
+    let link = CopyLink::new(device, &blocks)?;
     let verdict = rounds(&sources[file].path, &mut disk, &link);
     // Reads and copies that are under way end here, or what they use is left to them.
     let (reads_end, copies_end) = (disk.engine.quiesce(), verdict.is_ok() || device.drain(&link.stream).is_ok());
@@ -64,14 +64,14 @@ pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usiz
     verdict
 }
 
-fn rounds<D: Device>(path: &Path, disk: &mut Disk<'_>, link: &Link<'_, D>) -> Result<Verdict> {
+fn rounds<D: Device>(path: &Path, disk: &mut Disk<'_>, link: &CopyLink<'_, D>) -> Result<Judgement> {
     let (start, mut rounds) = (Instant::now(), Vec::new());
     loop {
-        let before = Counters::now(path);
+        let before = KernelCounts::now(path);
         let (reads, bytes) = disk.round()?;
         let copies = link.round()?;
-        let load = Load::between(&before, &Counters::now(path), bytes);
-        rounds.push(Round { disk: reads, copy: copies, disturbed: load.disturbance() });
+        let load = OtherLoad::between(&before, &KernelCounts::now(path), bytes);
+        rounds.push(ProbeRound { disk: reads, copy: copies, disturbed: load.disturbance() });
         let verdict = judge(&rounds);
         if verdict.disturbed.is_none() || rounds.len() == ROUNDS || start.elapsed() > LAST_START {
             return Ok(verdict);
@@ -167,7 +167,7 @@ struct Window {
 }
 
 /// Copies the blocks to the device in one piece; for one that computes in RAM, half of them to the other half.
-struct Link<'a, D: Device> {
+struct CopyLink<'a, D: Device> {
     // First, so that it is dropped before the memory it is about.
     _registered: D::Registration,
     _own: Option<D::Memory>,
@@ -178,7 +178,7 @@ struct Link<'a, D: Device> {
     bytes: usize,
 }
 
-impl<'a, D: Device> Link<'a, D> {
+impl<'a, D: Device> CopyLink<'a, D> {
     fn new(device: &'a D, blocks: &'a Arena) -> Result<Self> {
         let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
         let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", both)).transpose()?;

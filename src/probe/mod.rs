@@ -12,7 +12,7 @@ mod measure;
 
 use std::{fmt, path::PathBuf, time::SystemTime};
 
-use judge::Verdict;
+use judge::Judgement;
 
 use crate::{
     checkpoint::Checkpoint,
@@ -39,7 +39,7 @@ use crate::{
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
-    verdict: Verdict,
+    verdict: Judgement,
     taken: SystemTime,
     /// The file that it is kept in.
     kept: Option<PathBuf>,

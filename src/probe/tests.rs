@@ -20,7 +20,7 @@ use crate::{
 
 /// A probe of 2 and 10 GB/s, taken so long ago.
 fn probe(age: Duration, disturbed: Option<&str>, kept: Option<&Path>) -> Probe {
-    let verdict = Verdict {
+    let verdict = Judgement {
         bandwidths: Bandwidths { disk: 2e9, copy: 10e9 },
         spread: Bandwidths { disk: 0.02, copy: 0.01 },
         disturbed: disturbed.map(str::to_owned),
@@ -60,7 +60,7 @@ fn a_probe_ends_in_time_and_finds_rates() {
     let checkpoint = checkpoint(folder.path());
     // About a second at most by itself; beside other tests the memory alone may take longer.
     let start = Instant::now();
-    let Verdict { bandwidths, spread, .. } = measure::measure(&Cpu, &checkpoint, 0).unwrap();
+    let Judgement { bandwidths, spread, .. } = measure::measure(&Cpu, &checkpoint, 0).unwrap();
     let took = start.elapsed();
     assert!(took >= measure::DISK_TIME + measure::COPY_TIME && took < Duration::from_secs(20), "{took:?}");
     assert!(bandwidths.disk > 1e6 && bandwidths.copy > 1e8, "{bandwidths:?}");

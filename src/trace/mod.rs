@@ -6,6 +6,7 @@
 //! and *busy* the rest of the time. A unit's way through a stage is a span of its own: reads of neighbouring units overlap,
 //! and layers that are held end in any order.
 
+pub(crate) mod clock;
 #[cfg(feature = "nvtx")]
 mod nvtx;
 mod stats;
@@ -151,7 +152,7 @@ pub struct About {
     /// The device, in its own words.
     pub device: String,
     /// By unit: its name, its bytes as stored, and where it is kept.
-    pub units: Vec<(String, usize, crate::plan::Home)>,
+    pub units: Vec<(String, usize, crate::plan::Tier)>,
     /// Slots of the rings in pageable RAM, in pinned RAM and on the device; 0 where there is no such ring.
     pub slots: [usize; 3],
 }
@@ -257,11 +258,11 @@ impl Trace {
 
     /// The stage's thread begins its work.
     pub(crate) fn enter(&self, stage: Stage) {
-        self.counters.settle(stage, WORK, Instant::now());
+        self.counters.settle(stage, WORK, clock::now());
     }
 
     pub(crate) fn begin(&self, stage: Stage, activity: Activity, bytes: usize) -> Open {
-        self.begin_at(stage, activity, bytes, Instant::now())
+        self.begin_at(stage, activity, bytes, clock::now())
     }
 
     /// The same from `start` on, when the caller looked at the clock.
@@ -291,7 +292,7 @@ impl Trace {
 
     fn ended(&self, open: Open, moved: bool) -> Instant {
         let Begun { stage, activity, bytes, start } = open.begun;
-        let (bytes, end) = (if moved { bytes } else { 0 }, Instant::now());
+        let (bytes, end) = (if moved { bytes } else { 0 }, clock::now());
         #[cfg(feature = "nvtx")]
         if let Some(nvtx) = &self.nvtx {
             nvtx.end(&open.begun, open.range);

@@ -12,7 +12,7 @@ use std::{
 use crossbeam_utils::CachePadded;
 use serde::Serialize;
 
-use super::{Activity, Stage};
+use super::{Activity, Stage, clock};
 use crate::plan::Reader;
 
 /// Where one stage's time went.
@@ -213,7 +213,7 @@ impl Default for Counters {
     fn default() -> Self {
         let (direct_bytes, buffered_bytes) = Default::default();
         let (stages, passes) = Default::default();
-        Self { start: Instant::now(), direct_bytes, buffered_bytes, stages, passes }
+        Self { start: clock::now(), direct_bytes, buffered_bytes, stages, passes }
     }
 }
 
@@ -297,7 +297,7 @@ impl Counters {
 
     /// All stages' time up to now, that of waits under way included.
     fn look(&self) -> Look {
-        let at = Instant::now();
+        let at = clock::now();
         let now = at.saturating_duration_since(self.start).as_nanos() as u64 + 1;
         let nanos = std::array::from_fn(|stage| {
             let counters = &self.stages[stage];

@@ -99,7 +99,7 @@ impl Verdict {
                 "skipping this stage (n_cpu 0, layers kept in pinned RAM) would help, deeper rings would not"
             }
             (_, true) => "more GPU memory for layers would help, more RAM or deeper rings would not",
-            (_, false) => "keeping layers on the device (home gpu, here RAM too) would help, deeper rings would not",
+            (_, false) => "keeping layers on the device (tier gpu, here RAM too) would help, deeper rings would not",
         }
     }
 }

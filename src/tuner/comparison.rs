@@ -3,22 +3,22 @@
 use std::ops::ControlFlow;
 
 use super::{
-    Event, Searching, Trial,
-    verdict::{CHALLENGERS, Round, State, Verdict, state},
+    SearchEvent, Searching, Trial,
+    verdict::{CHALLENGERS, Comparison, Round, State, state},
 };
 use crate::{error::Result, plan::Placement};
 
 impl Searching<'_> {
     /// Finds the answer. Whether that came to its end, or was cancelled.
-    pub(super) fn compare(&mut self, hook: &mut impl FnMut(Event<'_>) -> ControlFlow<()>) -> Result<bool> {
+    pub(super) fn compare(&mut self, hook: &mut impl FnMut(SearchEvent<'_>) -> ControlFlow<()>) -> Result<bool> {
         let default = &self.tuner.candidates[0];
         let (answer, verdict) = match self.record.default_seconds() {
-            None => (self.record.best_trial().map(|trial| trial.placement.clone()), Verdict::NoDefault),
+            None => (self.record.best_trial().map(|trial| trial.placement.clone()), Comparison::NoDefault),
             Some(_) => {
                 let faster = self.record.faster().into_iter().map(|trial| trial.placement.clone());
                 // A record may have others.
                 let faster: Vec<_> = faster.filter(|placement| self.find(placement).is_some()).collect();
-                let mut verdict = Verdict::Kept;
+                let mut verdict = Comparison::Kept;
                 let mut answer = default.placement.clone();
                 for challenger in faster.into_iter().take(CHALLENGERS) {
                     match self.challenge(&challenger, hook)? {
@@ -50,7 +50,7 @@ impl Searching<'_> {
     fn challenge(
         &mut self,
         challenger: &Placement,
-        hook: &mut impl FnMut(Event<'_>) -> ControlFlow<()>,
+        hook: &mut impl FnMut(SearchEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Option<State>> {
         let default = &self.tuner.candidates[0].placement;
         loop {
@@ -60,7 +60,7 @@ impl Searching<'_> {
                 return Ok(Some(state));
             }
             let number = rounds.len();
-            if hook(Event::Comparing { challenger, round: number + 1 }).is_break() {
+            if hook(SearchEvent::Comparing { challenger, round: number + 1 }).is_break() {
                 return Ok(None);
             }
             // Each goes first in every other round: what comes first may find the machine in another state.
@@ -74,7 +74,7 @@ impl Searching<'_> {
             self.record.rounds.push(Round { challenger: challenger.clone(), seconds });
             self.write()?;
             let round = self.record.rounds.last().expect("it was pushed");
-            if hook(Event::Compared { round }).is_break() {
+            if hook(SearchEvent::Compared { round }).is_break() {
                 return Ok(None);
             }
         }

@@ -18,7 +18,7 @@
 //! use layer_streamer::{
 //!     Checkpoint, Error, LayerStreamer, Plan,
 //!     device::{Cpu, Device},
-//!     plan::{Bandwidths, Besides, Budget, Placement},
+//!     plan::{Bandwidths, FixedOverhead, Budget, Placement},
 //!     tuner::{self, Candidate, Candidates, Event, Tuner, Values},
 //! };
 //!
@@ -32,14 +32,14 @@
 //!         // One pass. On a GPU it ends with `device.drain(&stream)`.
 //!         Ok::<_, Error>(move || streamer.run_pass(&stream, (), |(), _layer| Ok::<_, Error>(/* compute here */ ())))
 //!     });
-//!     let (checkpoint, besides, bandwidths) = (Checkpoint::open("model")?, Besides::default(), Bandwidths::default());
+//!     let (checkpoint, overhead, bandwidths) = (Checkpoint::open("model")?, FixedOverhead::default(), Bandwidths::default());
 //!     let (mut units, budget) = (checkpoint.layers()?, Budget::free(&Cpu)?);
-//!     let candidate = |homes, settings| Candidate::from(Placement { settings, homes, ..Placement::default() });
-//!     let (homes, settings) = budget.plan(&checkpoint, &units, besides, bandwidths)?;
+//!     let candidate = |tiers, settings| Candidate::from(Placement { settings, tiers, ..Placement::default() });
+//!     let (tiers, settings) = budget.plan(&checkpoint, &units, overhead, bandwidths)?;
 //!     let values = Values { n_gpu: vec![1, 2, 4], n_cpu_pinned: vec![0, 1, 2, 4, 8], ..Values::default() };
-//!     let candidates = Candidates::new(candidate(homes, settings), &values, |settings| {
-//!         let homes = budget.plan_with(&checkpoint, &units, besides, bandwidths, settings)?;
-//!         Ok(candidate(homes, settings.clone()))
+//!     let candidates = Candidates::new(candidate(tiers, settings), &values, |settings| {
+//!         let tiers = budget.plan_with(&checkpoint, &units, overhead, bandwidths, settings)?;
+//!         Ok(candidate(tiers, settings.clone()))
 //!     })?;
 //!     let tuner = Tuner { candidates: candidates.all, record: Some("tuned.json".into()), ..Tuner::default() };
 //!     let ranking = tuner.run(|event| {
@@ -79,12 +79,12 @@ use std::{
 pub use candidates::{Candidate, Candidates, Refusal};
 pub use grid::Values;
 pub use record::{Answer, CheckpointId, Outcome, Record, Trial, machine};
-pub use verdict::{Round, Verdict};
+pub use verdict::{Comparison, Round};
 pub use worker::worker;
 
 use self::{
     process::{End, Limits},
-    record::Place,
+    record::RecordFile,
     search::Order,
     worker::Task,
 };
@@ -169,7 +169,7 @@ impl Default for Tuner {
 /// What happens during a search.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub enum Event<'a> {
+pub enum SearchEvent<'a> {
     /// A candidate is being tried.
     Begun {
         /// Which.
@@ -245,7 +245,7 @@ struct Searching<'t> {
     tuner: &'t Tuner,
     arguments: Vec<OsString>,
     record: Record,
-    place: Option<Place>,
+    place: Option<RecordFile>,
     until: Option<Instant>,
 }
 
@@ -257,7 +257,7 @@ impl Tuner {
     /// # Errors
     /// [`Error::Setting`] for options that make no sense, for a record of another search or one that is under way, and in a
     /// process that is a worker itself; [`Error::Io`] if the record cannot be read or written, or a worker not be started.
-    pub fn run(&self, mut hook: impl FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Ranking> {
+    pub fn run(&self, mut hook: impl FnMut(SearchEvent<'_>) -> ControlFlow<()>) -> Result<Ranking> {
         let mut order = self.check()?;
         let (record, place) = self.record()?;
         let mut searching = Searching {
@@ -310,7 +310,7 @@ impl Tuner {
     }
 
     /// What is on record, and where that is kept.
-    fn record(&self) -> Result<(Record, Option<Place>)> {
+    fn record(&self) -> Result<(Record, Option<RecordFile>)> {
         let mut record = Record {
             device: self.device.clone(),
             checkpoint: self.checkpoint.clone(),
@@ -322,11 +322,11 @@ impl Tuner {
             default: self.candidates[0].placement.clone(),
             ..Record::new(machine())
         };
-        let mut place = self.record.as_deref().map(Place::take).transpose()?;
+        let mut place = self.record.as_deref().map(RecordFile::take).transpose()?;
         if let Some(path) = &self.record {
             (record.trials, record.rounds) = record.resume(path)?;
         }
-        record.set_answer(&self.candidates[0], Verdict::Unfinished);
+        record.set_answer(&self.candidates[0], Comparison::Unfinished);
         // A place that cannot be written to is known before the long work.
         place.iter_mut().try_for_each(|place| place.write(&record))?;
         Ok((record, place))
@@ -339,7 +339,7 @@ impl Searching<'_> {
         &mut self,
         order: &mut Order,
         others: usize,
-        hook: &mut impl FnMut(Event<'_>) -> ControlFlow<()>,
+        hook: &mut impl FnMut(SearchEvent<'_>) -> ControlFlow<()>,
     ) -> Result<Ended> {
         let candidates = &self.tuner.candidates;
         let (most, until) = (order.most(candidates.len()) + others, self.until);
@@ -347,7 +347,7 @@ impl Searching<'_> {
         loop {
             let mut cancelled = false;
             let next = order.next(candidates, &self.record, || {
-                cancelled |= hook(Event::Waiting).is_break();
+                cancelled |= hook(SearchEvent::Waiting).is_break();
                 !cancelled && in_time()
             });
             if cancelled {
@@ -359,7 +359,7 @@ impl Searching<'_> {
             }
             let placement = &candidates[next].placement;
             let number = self.record.trials.len() + 1;
-            if hook(Event::Begun { placement, number, most: most.max(number) }).is_break() {
+            if hook(SearchEvent::Begun { placement, number, most: most.max(number) }).is_break() {
                 return Ok(Ended::Cancelled);
             }
             let limit = self.record.limit(self.tuner.strict);
@@ -369,11 +369,11 @@ impl Searching<'_> {
             })?;
             let Some(trial) = trial else { return Ok(if cancelled { Ended::Cancelled } else { Ended::TimeUp }) };
             self.record.trials.push(trial);
-            self.record.set_answer(&candidates[0], Verdict::Unfinished);
+            self.record.set_answer(&candidates[0], Comparison::Unfinished);
             self.write()?;
             let trial = self.record.trials.last().expect("it was pushed");
             let best = self.record.best_trial().is_some_and(|best| best.placement == *placement);
-            if hook(Event::Ended { trial, best }).is_break() {
+            if hook(SearchEvent::Ended { trial, best }).is_break() {
                 return Ok(Ended::Cancelled);
             }
         }
@@ -385,7 +385,7 @@ impl Searching<'_> {
         &self,
         placement: &Placement,
         limit: Option<f64>,
-        mut goes_on: impl FnMut(Event<'_>) -> bool,
+        mut goes_on: impl FnMut(SearchEvent<'_>) -> bool,
     ) -> Result<Option<Trial>> {
         let limits = Limits {
             arguments: &self.arguments,
@@ -395,7 +395,7 @@ impl Searching<'_> {
         };
         let task = Task { placement: placement.clone(), runs: self.tuner.runs, sleep: self.record.sleep };
         let measured = process::measure(&task, &limits, |ran| {
-            goes_on(ran.map_or(Event::Waiting, |(run, seconds)| Event::Ran { run, seconds }))
+            goes_on(ran.map_or(SearchEvent::Waiting, |(run, seconds)| SearchEvent::Ran { run, seconds }))
         });
         let (runs, end) = measured.map_err(Error::io("start a worker of", "/proc/self/exe"))?;
         let outcome = match end {

@@ -67,13 +67,13 @@ pub(super) fn measure(
     mut tell: impl FnMut(Option<(usize, f64)>) -> bool,
 ) -> io::Result<(Vec<f64>, End)> {
     let mut runs = Vec::with_capacity(task.runs);
-    let mut worker = Worker::start(task, limits)?;
+    let mut worker = WorkerProcess::start(task, limits)?;
     let end = watch(&mut worker, task, limits, &mut runs, &mut tell);
     Ok((runs, end))
 }
 
 fn watch(
-    worker: &mut Worker,
+    worker: &mut WorkerProcess,
     task: &Task,
     limits: &Limits<'_>,
     runs: &mut Vec<f64>,
@@ -150,7 +150,7 @@ enum Heard {
     Nonsense(String),
 }
 
-struct Worker {
+struct WorkerProcess {
     child: Child,
     /// Whether it was ended, with all in its group.
     ended: bool,
@@ -167,7 +167,7 @@ struct Worker {
     said: Vec<u8>,
 }
 
-impl Worker {
+impl WorkerProcess {
     fn start(task: &Task, limits: &Limits<'_>) -> io::Result<Self> {
         // Before there are sockets that it could hold open.
         let guardian = Guardian::start()?;
@@ -321,7 +321,7 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for WorkerProcess {
     fn drop(&mut self) {
         // Also where the process has ended: what it started may not have.
         if !self.ended {

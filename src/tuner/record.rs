@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use super::{
     Candidate,
-    verdict::{Round, Verdict, WORTH, median},
+    verdict::{Comparison, Round, WORTH, median},
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -92,7 +92,7 @@ pub struct Answer {
     /// The rings, and where units are kept.
     pub placement: Placement,
     /// Why this and no other.
-    pub verdict: Verdict,
+    pub verdict: Comparison,
     /// Mean seconds of a pass, as the search measured it.
     pub seconds: f64,
     /// What it takes of the device's memory, in bytes; of a device that computes in RAM, of that.
@@ -186,7 +186,7 @@ impl Record {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         /// What records of all versions have.
         #[derive(Deserialize)]
-        struct Head {
+        struct AnyVersion {
             /// The first had none.
             #[serde(default = "first")]
             format: u32,
@@ -203,7 +203,7 @@ impl Record {
             .ok_or_else(|| Error::io("read", path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
         let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
         let none = |error: serde_json::Error| wrong(format!("is no record of a search: {error}"));
-        let format = serde_json::from_slice::<Head>(&text).map_err(none)?.format;
+        let format = serde_json::from_slice::<AnyVersion>(&text).map_err(none)?.format;
         if format != FORMAT {
             let cause = format!("was written by another version (format {format}, not {FORMAT})");
             return Err(wrong(format!("{cause}; remove it and search again")));
@@ -280,7 +280,7 @@ impl Record {
     }
 
     /// Sets the answer to this candidate's placement, which was measured.
-    pub(super) fn set_answer(&mut self, candidate: &Candidate, verdict: Verdict) {
+    pub(super) fn set_answer(&mut self, candidate: &Candidate, verdict: Comparison) {
         let Some(seconds) = self.trial_of(&candidate.placement).and_then(Trial::seconds) else { return };
         let bytes = |on_device: bool| {
             let parts = candidate.memory.iter().filter(|part| part.on_device == on_device);
@@ -312,12 +312,12 @@ impl Record {
 }
 
 /// A record's file, of one search at a time: whichever file is at the path is locked by it, before it is there.
-pub(super) struct Place {
+pub(super) struct RecordFile {
     path: PathBuf,
     locked: Option<Locked>,
 }
 
-impl Place {
+impl RecordFile {
     /// Takes the place for a search.
     pub(super) fn take(path: &Path) -> Result<Self> {
         let file = match File::open(path) {
@@ -430,7 +430,7 @@ mod tests {
         let said = found.answer_for(&id, Path::new("r")).unwrap_err().to_string();
         assert!(said.contains("r: the search has found no settings"), "{said}");
         let candidate = Candidate::from(found.trials[0].placement.clone());
-        found.set_answer(&candidate, Verdict::Kept);
+        found.set_answer(&candidate, Comparison::Kept);
         let moved = CheckpointId { name: "/b".into(), ..id.clone() };
         assert_eq!(found.answer_for(&moved, Path::new("r")).unwrap().placement, candidate.placement);
         for other in [CheckpointId { layers: 9, ..id.clone() }, CheckpointId { bytes: 1001, ..id }] {
@@ -460,20 +460,20 @@ mod tests {
             ])
         };
         let candidate = Candidate::from(found.trials[0].placement.clone());
-        found.set_answer(&candidate, Verdict::Faster { ratio: 0.5, won: 4, rounds: 5 });
+        found.set_answer(&candidate, Comparison::Faster { ratio: 0.5, won: 4, rounds: 5 });
         assert!(found.answer.is_some());
         assert_eq!(found.resume(&path).unwrap(), Default::default());
-        let mut place = Place::take(&path).unwrap();
+        let mut place = RecordFile::take(&path).unwrap();
         for _ in 0..2 {
             place.write(&found).unwrap();
             assert_eq!(Record::read(&path).unwrap(), found);
-            let said = Place::take(&path).err().expect("it is taken").to_string();
+            let said = RecordFile::take(&path).err().expect("it is taken").to_string();
             assert!(said.contains("record: /") && said.contains("another search is writing to it"), "{said}");
         }
         // A child that is being started has it open too.
         let inherited = place.locked.as_ref().unwrap().0.try_clone().unwrap();
         drop(place);
-        drop(Place::take(&path).unwrap());
+        drop(RecordFile::take(&path).unwrap());
         drop(inherited);
         assert_eq!(found.resume(&path).unwrap(), (found.trials.clone(), found.rounds.clone()));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -495,7 +495,7 @@ mod tests {
             assert!(said.contains("another version") && said.contains("remove it and search again"), "{said}");
         }
         assert!(Record::read(folder.path().join("none")).unwrap_err().to_string().contains("cannot read"));
-        let nowhere = Place::take(&folder.path().join("no/where")).unwrap().write(&found);
+        let nowhere = RecordFile::take(&folder.path().join("no/where")).unwrap().write(&found);
         assert!(nowhere.unwrap_err().to_string().contains("cannot write"));
     }
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::record::{Outcome, Trial};
-use crate::plan::{Bandwidths, Home, Plan, StagePlan};
+use crate::plan::{Bandwidths, Plan, StagePlan, Tier};
 
 /// Seconds a byte that is read, pinned and copied, and of a pass's computation; how unevenly all of these take their time: a
 /// unit's up to that share longer or shorter, which deeper rings bridge; what part of the time of pinning, which takes
@@ -39,7 +39,7 @@ const NOISE: f64 = 0.02;
 const STARTS: usize = 12;
 
 /// One stage: what it moves, and the ring after it.
-struct Stage {
+struct SimulatedStage {
     /// Bytes by unit, of which each costs one of [`Costs`]; for computation the unit's share of a pass.
     work: Vec<f64>,
     kind: usize,
@@ -80,30 +80,30 @@ pub(super) struct Line {
 impl Line {
     pub(super) fn new(plan: &Plan, runs: usize, sleep: f64) -> Self {
         let (units, total) = (&plan.units, plan.bytes_per_pass().max(1) as f64);
-        let stage = |kind: usize, ring: &StagePlan, moves: &[Home]| Stage {
+        let stage = |kind: usize, ring: &StagePlan, moves: &[Tier]| SimulatedStage {
             work: (units.iter())
                 .map(|unit| match kind {
-                    _ if !moves.contains(&unit.home) => 0.0,
+                    _ if !moves.contains(&unit.tier) => 0.0,
                     0 => unit.read_bytes as f64,
                     _ => unit.disk_bytes as f64,
                 })
                 .collect(),
             kind,
-            takes: units.iter().map(|unit| moves.contains(&unit.home)).collect(),
+            takes: units.iter().map(|unit| moves.contains(&unit.tier)).collect(),
             slots: ring.slots,
             batch: ring.batch,
         };
         let mut stages = Vec::with_capacity(4);
         match (&plan.ram, &plan.pinned) {
             (Some(ram), Some(pinned)) => {
-                stages.push(stage(0, ram, &[Home::Disk]));
-                stages.push(stage(1, pinned, &[Home::Disk, Home::Ram]));
+                stages.push(stage(0, ram, &[Tier::Disk]));
+                stages.push(stage(1, pinned, &[Tier::Disk, Tier::Ram]));
             }
-            (Some(ring), None) | (None, Some(ring)) => stages.push(stage(0, ring, &[Home::Disk])),
+            (Some(ring), None) | (None, Some(ring)) => stages.push(stage(0, ring, &[Tier::Disk])),
             (None, None) => {}
         }
-        stages.push(stage(2, &plan.gpu, &[Home::Disk, Home::Ram, Home::Pinned]));
-        stages.push(Stage {
+        stages.push(stage(2, &plan.gpu, &[Tier::Disk, Tier::Ram, Tier::Pinned]));
+        stages.push(SimulatedStage {
             work: units.iter().map(|unit| unit.disk_bytes as f64 / total).collect(),
             kind: 3,
             takes: vec![false; units.len()],
@@ -139,7 +139,7 @@ impl Line {
 }
 
 /// The steps of all stages in an order in which they can be gone through, and the last of the first run and of all.
-fn steps(stages: &[Stage], units: usize, runs: usize) -> (Vec<Step>, Option<[usize; 2]>) {
+fn steps(stages: &[SimulatedStage], units: usize, runs: usize) -> (Vec<Step>, Option<[usize; 2]>) {
     let (last, end) = (stages.len() - 1, runs * units);
     let pin = stages.iter().find(|stage| stage.kind == 1);
     let mut steps = Vec::with_capacity(stages.len() * end);

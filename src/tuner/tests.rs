@@ -23,7 +23,7 @@ use crate::{
     dtype::DType,
     io::faults::{Attempt, Faults},
     pipeline::LayerStreamer,
-    plan::{CachePolicy, Home, Plan, Reader, Settings, Unit},
+    plan::{CachePolicy, Plan, Reader, Settings, Tier, Unit},
 };
 
 /// Held by tests that measure time or take all processors for long.
@@ -100,7 +100,7 @@ fn worker_on_a_slow_disk() {
 fn on_disk(checkpoint: &Checkpoint, units: &[Unit], values: &Values, common: &Settings) -> Vec<Candidate> {
     let candidate = |settings: &Settings| Candidate {
         plan: Some(Plan::new(checkpoint, units, settings).unwrap()),
-        ..Placement { settings: settings.clone(), homes: vec![Home::Disk; units.len()], ..Placement::default() }.into()
+        ..Placement { settings: settings.clone(), tiers: vec![Tier::Disk; units.len()], ..Placement::default() }.into()
     };
     values.configurations(common).iter().map(candidate).collect()
 }
@@ -247,7 +247,7 @@ fn what_cannot_work_is_one_error_before_anything_starts_and_what_is_on_record_co
     for n_gpu in [&[1][..], &[1, 2]] {
         let tuner = Tuner { search: by_plan(1e9, 1e9), record: Some(record.clone()), ..of(n_gpu) };
         let ranking = tuner.run(|event| {
-            if let Event::Begun { number, most, .. } = event {
+            if let SearchEvent::Begun { number, most, .. } = event {
                 counts.push((number, most));
             }
             ControlFlow::Continue(())

@@ -32,7 +32,7 @@ pub struct Round {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Verdict {
+pub enum Comparison {
     /// It is the default: nothing that was tried was clearly faster.
     Kept,
     /// It was clearly faster than the default.
@@ -55,7 +55,7 @@ pub enum Verdict {
 pub(super) enum State {
     Open,
     Lost,
-    Won(Verdict),
+    Won(Comparison),
 }
 
 /// By the seconds of the rounds so far, the default's and the challenger's.
@@ -72,7 +72,7 @@ pub(super) fn state(rounds: &[Option<[f64; 2]>]) -> State {
     if won < WINS {
         return State::Open;
     }
-    State::Won(Verdict::Faster { ratio: median(&mut ratios), won, rounds: rounds.len() })
+    State::Won(Comparison::Faster { ratio: median(&mut ratios), won, rounds: rounds.len() })
 }
 
 /// Of at least one.
@@ -91,9 +91,9 @@ mod tests {
         let state = |ratios: &[f64]| state(&ratios.iter().map(|ratio| Some([2.0, 2.0 * ratio])).collect::<Vec<_>>());
         assert_eq!(state(&[]), State::Open);
         assert_eq!(state(&[0.5, 0.5, 0.5]), State::Open);
-        assert_eq!(state(&[0.5, 0.7, 0.6, 0.6]), State::Won(Verdict::Faster { ratio: 0.6, won: 4, rounds: 4 }));
+        assert_eq!(state(&[0.5, 0.7, 0.6, 0.6]), State::Won(Comparison::Faster { ratio: 0.6, won: 4, rounds: 4 }));
         assert_eq!(state(&[0.5, 1.7, 0.6, 0.7]), State::Open);
-        assert_eq!(state(&[0.5, 1.7, 0.6, 0.7, 0.7]), State::Won(Verdict::Faster { ratio: 0.7, won: 4, rounds: 5 }));
+        assert_eq!(state(&[0.5, 1.7, 0.6, 0.7, 0.7]), State::Won(Comparison::Faster { ratio: 0.7, won: 4, rounds: 5 }));
         for lost in [&[1.1, 1.0][..], &[0.5, 1.1, 0.6, 1.1], &[0.98, 0.98], &[0.98, 0.8, 0.5, 0.98]] {
             assert_eq!(state(lost), State::Lost, "{lost:?}");
         }

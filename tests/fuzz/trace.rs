@@ -14,10 +14,10 @@ use std::{
 
 use layer_streamer::{
     Error,
-    plan::{Bandwidths, Home},
+    plan::{Bandwidths, Tier},
     trace::{
         About, Activity, Mark, Observer, Span, Stage,
-        timeline::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring, Timeline, TraceFile},
+        timeline::{Lane, Link, Moment, RecordedSpan, RecordedUnit, Recording, Ring, Timeline, TraceFile},
     },
 };
 use serde_json::Value;
@@ -102,11 +102,11 @@ fn time(rng: &mut fastrand::Rng, late: bool) -> u64 {
 /// A recording that somebody filled in.
 fn made(rng: &mut fastrand::Rng, late: bool) -> Recording {
     let some = |rng: &mut fastrand::Rng, most: usize| 0..rng.usize(..most);
-    let events = |rng: &mut fastrand::Rng| -> Vec<Event> {
+    let events = |rng: &mut fastrand::Rng| -> Vec<RecordedSpan> {
         let event = |rng: &mut fastrand::Rng| {
             let (start, activity, bytes) = (time(rng, late), activity(rng), number(rng) as u64);
             let end = if rng.u8(..4) == 0 { time(rng, late) } else { start.saturating_add(rng.u64(..10_000_000)) };
-            Event { start, end, activity, bytes }
+            RecordedSpan { start, end, activity, bytes }
         };
         some(rng, 60).map(|_| event(rng)).collect()
     };
@@ -146,8 +146,8 @@ fn error(rng: &mut fastrand::Rng) -> Error {
 fn observed(rng: &mut fastrand::Rng) -> Recording {
     let timeline = Timeline::with_events(rng.usize(..40));
     let (reserved, start) = (timeline.bytes(), Instant::now());
-    let homes = [Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
-    let units = (0..rng.usize(..7)).map(|_| (text(rng), number(rng), homes[rng.usize(..4)])).collect();
+    let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+    let units = (0..rng.usize(..7)).map(|_| (text(rng), number(rng), tiers[rng.usize(..4)])).collect();
     timeline.started(&About { device: text(rng), units, slots: [number(rng), number(rng), number(rng)] });
     for _ in 0..rng.usize(..200) {
         let at = |rng: &mut fastrand::Rng| start + Duration::from_nanos(time(rng, false));

@@ -101,22 +101,22 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     let slots = format!("{} device slots", answer.placement.settings.n_gpu + 1);
     assert!(said.contains(&slots) && said.contains("settings: found for ") && !said.contains("warning"), "{said}");
 
-    // Rings, homes and tables, whichever they are.
+    // Rings, tiers and tables, whichever they are.
     let mut model = Model::open(common::speller()).unwrap();
-    for (words, homes, lines) in [
+    for (words, tiers, lines) in [
         ("head-streamed", "1-2=gpu,5=pinned", &["2 units living on the device", "1 unit living in pinned RAM"][..]),
         ("embedding-in-file", "0=ram,7=gpu", &["1 unit living in RAM", "embedding rows on their way"]),
         ("on-device", "", &["4 device slots", "3 pinned slots"]),
     ] {
         model.tables = words.parse().unwrap();
         let settings = Settings { n_gpu: 3, n_cpu_pinned: 2, ..Settings::default() };
-        let units = model.placement(&settings).homes.len();
-        let placement = Placement { statics: words.into(), ..Placement::new(settings, units, homes).unwrap() };
+        let units = model.placement(&settings).tiers.len();
+        let placement = Placement { statics: words.into(), ..Placement::new(settings, units, tiers).unwrap() };
         with_answer(&path, &placement);
         let (_, text, said) = generate(&["4096="]);
         assert_eq!(text, " four thousand ninety-six\n", "{said}");
         lines.iter().for_each(|line| assert!(said.contains(line), "{words}: {line} in {said}"));
-        let flags = ["--tables", words, "--home", homes, "--n-gpu", "3", "--n-cpu-pinned", "2", "4096="];
+        let flags = ["--tables", words, "--tier", tiers, "--n-gpu", "3", "--n-cpu-pinned", "2", "4096="];
         let by_flags = example("generate").args(["--device", "cpu"]).args(flags).output().unwrap();
         assert_eq!(text, String::from_utf8_lossy(&by_flags.stdout), "{by_flags:?}");
     }
@@ -200,7 +200,7 @@ fn the_last_line_can_be_pasted_into_a_shell() {
             false => assert_eq!(text, " four thousand ninety-six\n", "{line}"),
         }
         assert_eq!(line.contains("--config"), arguments.contains(&"--json"), "{line}");
-        assert_eq!(line.contains("--home"), !line.contains("--config"), "{line}");
+        assert_eq!(line.contains("--tier"), !line.contains("--config"), "{line}");
     }
 }
 

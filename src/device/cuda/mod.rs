@@ -27,9 +27,9 @@ use crate::{
 
 /// One GPU. Cloning gives another handle of the same.
 #[derive(Clone)]
-pub struct Cuda(Arc<Shared>);
+pub struct Cuda(Arc<CudaState>);
 
-struct Shared {
+struct CudaState {
     ordinal: c_int,
     name: String,
     capability: (i32, i32),
@@ -88,7 +88,7 @@ impl Cuda {
             return Err(Error::Unsupported { what, remedy: "it takes sm_80 (Ampere) or newer".into() });
         }
         let multiprocessors = attribute(Attribute::cudaDevAttrMultiProcessorCount)?;
-        let cuda = Self(Arc::new(Shared { ordinal, name, capability, multiprocessors, dead: OnceLock::new() }));
+        let cuda = Self(Arc::new(CudaState { ordinal, name, capability, multiprocessors, dead: OnceLock::new() }));
         cuda.bind_thread()?;
         // SAFETY: freeing nothing is allowed, and makes the runtime create the context.
         cuda.call(operation, || unsafe { sys::cudaFree(std::ptr::null_mut()) })?;
@@ -214,7 +214,7 @@ unsafe impl Device for Cuda {
     type Registration = CudaRegistration;
 
     fn describe(&self) -> String {
-        let Shared { ordinal, name, capability: (major, minor), .. } = &*self.0;
+        let CudaState { ordinal, name, capability: (major, minor), .. } = &*self.0;
         let memory = self.memory().map(|(_, total)| format!(", {:.1} GiB", total as f64 / f64::from(1 << 30)));
         format!("cuda:{ordinal} ({name}, sm_{major}{minor}{})", memory.unwrap_or_default())
     }
@@ -290,7 +290,7 @@ unsafe impl Device for Cuda {
         self.call(operation, || unsafe { sys::cudaMemsetAsync(to.as_ptr().cast(), 0, bytes, stream.raw()) })
     }
 
-    unsafe fn transform(
+    unsafe fn cast_raw(
         &self,
         (to, to_type): (DevicePtr, DType),
         (from, from_type): (DevicePtr, DType),

@@ -1,5 +1,5 @@
-//! Reads that fail, come short or stand still, and passes that are cancelled: on every rung, on the asynchronous device, over
-//! random units, homes and settings. What came before the fault is exact, the error says where, and the next pass is exact.
+//! Reads that fail, come short or stand still, and passes that are cancelled: on every backend, on the asynchronous device, over
+//! random units, tiers and settings. What came before the fault is exact, the error says where, and the next pass is exact.
 
 use std::{
     io,
@@ -14,12 +14,12 @@ use crate::{
     trace::{Begun, Mark, Observer},
 };
 
-const RUNGS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread];
+const BACKENDS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread];
 
-/// A drawn case, read by `rung` where the system has it.
-pub(super) fn case(seed: u64, rung: Reader) -> Case {
+/// A drawn case, read by `backend` where the system has it.
+pub(super) fn case(seed: u64, backend: Reader) -> Case {
     let mut case = Case::new(seed);
-    case.settings.reader = rung;
+    case.settings.reader = backend;
     case
 }
 
@@ -64,8 +64,8 @@ impl Case {
 #[test]
 fn reads_cut_short_anywhere_and_interrupted_bring_every_byte() {
     for seed in 0..12 {
-        for rung in RUNGS {
-            let mut case = case(seed, rung);
+        for backend in BACKENDS {
+            let mut case = case(seed, backend);
             let mut rng = fastrand::Rng::with_seed(seed);
             Faults::plan(move |attempt| {
                 let count = attempt.result?;
@@ -112,9 +112,9 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
     const ANSWERS: [Answer; 2] = [(|| Err(io::Error::from_raw_os_error(libc::EIO)), Some(libc::EIO)), (|| Ok(0), None)];
     let mut hit = [[false; 8]; 3];
     for seed in 0..16 {
-        for (rung_index, rung) in RUNGS.into_iter().enumerate() {
+        for (backend_index, backend) in BACKENDS.into_iter().enumerate() {
             for aim in 0..8 {
-                let mut case = case(seed, rung);
+                let mut case = case(seed, backend);
                 let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
                 let Some(extents) = plan.units.get(aim).map(|unit| &unit.extents).filter(|all| !all.is_empty()) else {
                     continue;
@@ -128,7 +128,7 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
                 let find = |unit: &crate::plan::UnitPlan| unit.extents.iter().find(covers).copied();
                 let (unit, extent) =
                     plan.units.iter().enumerate().find_map(|(unit, plan)| Some((unit, find(plan)?))).unwrap();
-                hit[rung_index][unit] = true;
+                hit[backend_index][unit] = true;
 
                 let file = case.fixture.checkpoint.files()[aimed.file].clone();
                 let (answer, wanted_errno) = ANSWERS[case.rng.usize(..2)];
@@ -160,15 +160,15 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
             }
         }
     }
-    assert_eq!(hit, [[true; 8]; 3], "every unit failed once on every rung");
+    assert_eq!(hit, [[true; 8]; 3], "every unit failed once on every backend");
 }
 
 #[test]
 fn a_disk_error_at_any_read_fails_that_pass_alone() {
     for seed in 0..10 {
-        for rung in RUNGS {
+        for backend in BACKENDS {
             for nth in 0..6 {
-                let mut case = case(seed, rung);
+                let mut case = case(seed, backend);
                 let mut left = nth * case.rng.usize(1..4);
                 Faults::plan(move |attempt| {
                     let fails = !attempt.trial && left == 0;
@@ -215,10 +215,10 @@ fn a_disk_error_in_the_trial_read_is_an_error_and_no_reason_to_read_through_the_
 #[test]
 fn a_pass_cancelled_at_any_unit_ends_there_and_the_next_is_exact() {
     for seed in 0..3 {
-        for rung in RUNGS {
+        for backend in BACKENDS {
             for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 2)] {
-                let mut case = case(seed, rung);
-                case.settings = Settings { n_gpu: 2, n_cpu_pinned, n_cpu, reader: rung, ..Settings::default() };
+                let mut case = case(seed, backend);
+                case.settings = Settings { n_gpu: 2, n_cpu_pinned, n_cpu, reader: backend, ..Settings::default() };
                 let (mut streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
                 let (units, canceller) = (case.units.len(), streamer.canceller());
                 for at in 0..units {
@@ -289,8 +289,8 @@ fn open((open, changed): &(Mutex<bool>, Condvar)) {
 
 #[test]
 fn a_pass_that_waits_for_a_disk_that_stands_still_is_cancelled_at_once() {
-    for rung in RUNGS {
-        let mut case = case(4, rung);
+    for backend in BACKENDS {
+        let mut case = case(4, backend);
         let (gate, waits) = still_disk();
         let (mut streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
         waits.recv().unwrap();
@@ -312,8 +312,8 @@ fn a_pass_that_waits_for_a_disk_that_stands_still_is_cancelled_at_once() {
 
 #[test]
 fn dropping_waits_for_reads_that_still_write_to_its_memory() {
-    for rung in RUNGS {
-        let case = case(4, rung);
+    for backend in BACKENDS {
+        let case = case(4, backend);
         let (gate, waits) = still_disk();
         let streamer = case.streamer();
         waits.recv().unwrap();
@@ -323,7 +323,7 @@ fn dropping_waits_for_reads_that_still_write_to_its_memory() {
             open(&gate);
         });
         drop(streamer);
-        assert!(start.elapsed() >= Duration::from_millis(100), "{rung}: it was dropped with reads under way");
+        assert!(start.elapsed() >= Duration::from_millis(100), "{backend}: it was dropped with reads under way");
         opener.join().unwrap();
     }
 }
@@ -342,11 +342,11 @@ fn an_observer_that_panics_keeps_nobody_from_the_error() {
             panic!("on purpose");
         }
     }
-    for rung in RUNGS {
+    for backend in BACKENDS {
         for in_spans in [false, true] {
             let (told, error) = mpsc::channel();
             thread::spawn(move || {
-                let mut case = case(4, rung);
+                let mut case = case(4, backend);
                 // Any other reader will do where the system lacks this one.
                 case.settings.reader = case.streamer().stats().reader;
                 Faults::plan(|attempt| {

@@ -59,7 +59,7 @@ fn a_unit_that_stays_and_is_held_twice_is_in_use_until_both_uses_have_ended() {
     for (slow, other_stream) in [(0, false), (1, false), (0, true), (1, true)] {
         let mut case = Case::new(5);
         case.units.truncate(1);
-        case.units[0].home(Home::Gpu);
+        case.units[0].set_tier(Tier::Gpu);
         case.settings = Settings { n_gpu: 2, ..Settings::default() };
         let streams = [(); 4].map(|()| case.device.stream().unwrap());
         let streamer = case.streamer();

@@ -1,17 +1,12 @@
-//! A disk of even pace, and what placing residents evenly and not stopping between passes win on it.
+//! A disk of even pace, and what placing residents evenly and not stopping between passes win on it. By a simulated clock, so
+//! that what a busy machine adds does not count.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use super::*;
-use crate::{
-    device::Cpu,
-    io::faults::{Attempt, Faults},
-};
+use crate::device::Cpu;
 
-/// How long the disk takes for a unit, and the layer function: so long that what a busy machine adds to each does not count.
+/// How long the disk takes for a unit, and the layer function.
 const READ: Duration = Duration::from_millis(60);
 const COMPUTE: Duration = Duration::from_millis(14);
 
@@ -24,34 +19,26 @@ const ON_DISK: usize = 8;
 fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> f64 {
     let fixture = common::fixture(UNITS, &[4_000], 5);
     assert_eq!((0..UNITS).filter(|&unit| reads(unit)).count(), ON_DISK);
-    // Answers are given one at a time, each as late as its unit's turn demands.
-    let mut due = Instant::now();
-    Faults::plan(move |attempt: Attempt<'_>| {
-        if !attempt.trial {
-            due = due.max(Instant::now()) + READ;
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-        attempt.result
-    });
+    pace_reads(READ);
     let mut units = fixture.units.clone();
-    units.iter_mut().enumerate().filter(|(unit, _)| !reads(*unit)).for_each(|(_, unit)| _ = unit.home(Home::Gpu));
+    units.iter_mut().enumerate().filter(|(unit, _)| !reads(*unit)).for_each(|(_, unit)| _ = unit.set_tier(Tier::Gpu));
     // With threads each answer comes when it is given, not with the next ones.
     let cache = CachePolicy::Direct;
     let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, reader: Reader::Pread, cache, ..Settings::default() };
     let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &units, &settings).unwrap();
     let (stream, mut times) = (Cpu.stream().unwrap(), Vec::new());
     for number in 0..5 {
-        let start = Instant::now();
+        let start = simulated::now();
         let compute = |(), layer: &Layer<'_, Cpu>| {
             common::check(&fixture, &Cpu, layer);
-            thread::sleep(COMPUTE);
+            simulated::sleep(COMPUTE);
             Ok::<_, Error>(())
         };
         streamer.run_pass(&stream, (), compute).unwrap();
         between(&mut streamer);
-        // The first fills the homes, and the next starts with full slots or empty ones.
+        // The first fills the tiers, and the next starts with full slots or empty ones.
         if number > 1 {
-            times.push(start.elapsed().as_secs_f64());
+            times.push((simulated::now() - start).as_secs_f64());
         }
     }
     Faults::plan(|attempt: Attempt<'_>| attempt.result);
@@ -77,13 +64,21 @@ fn assert_wins(share: f64, better: impl Fn() -> f64, worse: impl Fn() -> f64) {
 
 #[test]
 fn residents_at_even_distances_are_faster_than_in_a_row() {
+    if !in_child("pipeline::tests::pace::residents_at_even_distances_are_faster_than_in_a_row") {
+        return;
+    }
+    simulated::begin();
     assert_wins(0.9, || pass(at_even_distances, |_| {}), || pass(in_a_row, |_| {}));
 }
 
 #[test]
 fn a_pipeline_that_goes_on_between_passes_is_faster_than_one_that_is_drained() {
+    if !in_child("pipeline::tests::pace::a_pipeline_that_goes_on_between_passes_is_faster_than_one_that_is_drained") {
+        return;
+    }
+    simulated::begin();
     // A host chooses the next token meanwhile.
-    let pause = || thread::sleep(8 * COMPUTE);
+    let pause = || simulated::sleep(8 * COMPUTE);
     let goes_on = || pass(at_even_distances, |_| pause());
     let drained = || {
         pass(at_even_distances, |streamer| {

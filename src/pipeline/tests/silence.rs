@@ -75,10 +75,10 @@ fn a_ring_that_fails_at_any_call_ends_the_streamer_with_an_error_and_no_byte_is_
         return;
     }
     let mut failed = 0;
-    for rung in RINGS {
+    for backend in RINGS {
         for from in 0..30 {
             for (count, errno) in [(1, libc::EIO), (2, libc::ENOMEM), (usize::MAX, libc::EBADF)] {
-                let error = case(4 + from as u64 % 5, rung).under(Refusals { from, count, errno });
+                let error = case(4 + from as u64 % 5, backend).under(Refusals { from, count, errno });
                 if let Some(error) = error {
                     assert!(error.contains("io_uring") && error.contains("os error"), "{error}");
                     failed += 1;
@@ -94,9 +94,9 @@ fn a_ring_that_a_signal_interrupts_or_that_has_no_room_for_a_moment_is_no_error(
     if no_rings() {
         return;
     }
-    for rung in RINGS {
+    for backend in RINGS {
         for (from, errno) in [(0, libc::EINTR), (1, libc::EAGAIN), (2, libc::EBUSY)] {
-            assert_eq!(case(6, rung).under(Refusals { from, count: 12, errno }), None);
+            assert_eq!(case(6, backend).under(Refusals { from, count: 12, errno }), None);
         }
     }
 }
@@ -131,8 +131,8 @@ fn a_ring_that_never_has_room_is_an_error_after_five_seconds_and_one_that_is_alw
 
 #[test]
 fn a_read_that_is_put_off_without_end_fails_after_five_seconds_and_one_that_is_interrupted_can_be_closed() {
-    let check = |rung: Reader, errno: i32| {
-        let case = case(4, rung);
+    let check = |backend: Reader, errno: i32| {
+        let case = case(4, backend);
         Faults::plan(move |attempt| match attempt.trial {
             true => attempt.result,
             false => Err(io::Error::from_raw_os_error(errno)),
@@ -148,12 +148,12 @@ fn a_read_that_is_put_off_without_end_fails_after_five_seconds_and_one_that_is_i
         }
         let start = Instant::now();
         streamer.close().unwrap();
-        assert!(start.elapsed() < SOON, "{rung}: {:?} to close after {errno}", start.elapsed());
+        assert!(start.elapsed() < SOON, "{backend}: {:?} to close after {errno}", start.elapsed());
     };
     thread::scope(|scope| {
-        for rung in [Reader::Uring, Reader::Pread] {
+        for backend in [Reader::Uring, Reader::Pread] {
             for errno in [libc::EAGAIN, libc::EINTR] {
-                scope.spawn(move || check(rung, errno));
+                scope.spawn(move || check(backend, errno));
             }
         }
     });
@@ -185,8 +185,8 @@ impl Observer for Listener {
 
 #[test]
 fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wait_for_it() {
-    let check = |rung: Reader| {
-        let case = case(4, rung);
+    let check = |backend: Reader| {
+        let case = case(4, backend);
         let stuck = Arc::new(AtomicBool::new(true));
         let faults = Faults::plan(|attempt| attempt.result);
         let holds = stuck.clone();
@@ -207,23 +207,23 @@ fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wai
                 canceller.cancel();
             });
             let error = (0..).find_map(|_| streamer.next(&stream).err());
-            assert!(matches!(error, Some(Error::Cancelled)), "{rung}: {error:?}");
+            assert!(matches!(error, Some(Error::Cancelled)), "{backend}: {error:?}");
             cancel.join().unwrap();
             streamer.rewind().unwrap();
             let took = cancelled.lock().unwrap().expect("it was cancelled").elapsed();
-            assert!(took < SOON, "{rung}: {took:?} to cancel and rewind");
+            assert!(took < SOON, "{backend}: {took:?} to cancel and rewind");
         }
         let told = listener.silent.lock().unwrap().clone();
-        assert!(matches!(&told[..], [file] if file.ends_with("b.bin")), "{rung}: {told:?}");
+        assert!(matches!(&told[..], [file] if file.ends_with("b.bin")), "{backend}: {told:?}");
         let closing = Instant::now();
         assert!(matches!(streamer.close(), Err(Error::Leaked { bytes }) if bytes > 0));
-        assert!(closing.elapsed() < SOON, "{rung}: {:?} to close", closing.elapsed());
+        assert!(closing.elapsed() < SOON, "{backend}: {:?} to close", closing.elapsed());
         assert!(start.elapsed() < Duration::from_secs(30));
         // Threads that were left in their reads may go.
         stuck.store(false, SeqCst);
     };
     thread::scope(|scope| {
-        [Reader::Uring, Reader::Pread].into_iter().for_each(|rung| _ = scope.spawn(move || check(rung)));
+        [Reader::Uring, Reader::Pread].into_iter().for_each(|backend| _ = scope.spawn(move || check(backend)));
         scope.spawn(static_tensors_that_never_come);
     });
 }
@@ -260,7 +260,7 @@ fn static_tensors_that_never_come() {
 #[test]
 fn a_disk_whose_reads_are_slow_and_end_side_by_side_is_no_reason_to_leave_memory_to_it() {
     let mut case = case(6, Reader::Pread);
-    case.units.iter_mut().for_each(|unit| _ = unit.home(Home::Disk));
+    case.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Disk));
     Faults::plan(|attempt| {
         if !attempt.trial {
             thread::sleep(Duration::from_millis(800));

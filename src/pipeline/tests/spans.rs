@@ -3,7 +3,6 @@
 
 use std::{
     collections::HashMap,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -15,7 +14,7 @@ use crate::{
 
 /// Everything that was seen, in its order by stage.
 #[derive(Default)]
-struct Seen {
+struct SeenSpans {
     begun: Mutex<Vec<Begun>>,
     ended: Mutex<Vec<Span>>,
     on_device: Mutex<Vec<Span>>,
@@ -23,7 +22,7 @@ struct Seen {
     times_device: bool,
 }
 
-impl Observer for Seen {
+impl Observer for SeenSpans {
     fn begin(&self, span: &Begun) {
         self.begun.lock().unwrap().push(*span);
     }
@@ -46,7 +45,7 @@ impl Observer for Seen {
 }
 
 impl Case {
-    fn observed(&self, seen: &Arc<Seen>) -> LayerStreamer<AsyncCpu> {
+    fn observed(&self, seen: &Arc<SeenSpans>) -> LayerStreamer<AsyncCpu> {
         let Case { fixture: Fixture { checkpoint, .. }, units, settings, device, .. } = self;
         let settings = Settings { reader: self.streamer().stats().reader, ..settings.clone() };
         let observer: Arc<dyn Observer> = seen.clone();
@@ -67,7 +66,7 @@ fn units_of(spans: &[Span], stage: Stage) -> Vec<(usize, u64, usize)> {
 fn every_span_that_begins_ends_once_whatever_happens() {
     for seed in 0..cases(40).into() {
         let mut case = Case::new(seed);
-        let (seen, streams) = (Arc::new(Seen::default()), [case.device.stream().unwrap()]);
+        let (seen, streams) = (Arc::new(SeenSpans::default()), [case.device.stream().unwrap()]);
         let mut streamer = case.observed(&seen);
         let units = case.units.len();
         case.take(&streamer, &streams, units + seed as usize % units);
@@ -100,12 +99,12 @@ fn stages_tell_of_each_unit_that_moves_in_order_with_its_bytes_and_of_no_other()
     let mut case = Case::new(11);
     let units = case.units.len();
     for (number, unit) in case.units.iter_mut().enumerate() {
-        unit.home(HOMES[number % 4]);
+        unit.set_tier(TIERS[number % 4]);
     }
     case.settings = Settings { n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
     // Nothing is delayed, and no memory of the device's late.
     case.device.pace_copies(Duration::ZERO);
-    let (seen, stream) = (Arc::new(Seen::default()), case.device.stream().unwrap());
+    let (seen, stream) = (Arc::new(SeenSpans::default()), case.device.stream().unwrap());
     let mut streamer = case.observed(&seen);
     for _ in 0..3 {
         streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap();
@@ -116,11 +115,11 @@ fn stages_tell_of_each_unit_that_moves_in_order_with_its_bytes_and_of_no_other()
     let ended = seen.ended.lock().unwrap();
     let marks = seen.marks.lock().unwrap();
     let is_late = |unit: usize| marks.iter().any(|mark| matches!(mark, Mark::Late { unit: late } if *late == unit));
-    let expected = |moves: fn(Home) -> bool, bytes: fn(&crate::plan::UnitPlan) -> usize| -> Vec<_> {
+    let expected = |moves: fn(Tier) -> bool, bytes: fn(&crate::plan::UnitPlan) -> usize| -> Vec<_> {
         let all = (0..3u64).flat_map(|pass| (0..units).map(move |unit| (unit, pass)));
         let moves = |unit: usize, pass: u64| {
             // Units whose memory was late are read once more.
-            pass == 0 || pass == 1 && is_late(unit) || moves(plan.units[unit].home)
+            pass == 0 || pass == 1 && is_late(unit) || moves(plan.units[unit].tier)
         };
         all.filter(|&(unit, pass)| bytes(&plan.units[unit]) > 0 && moves(unit, pass))
             .map(|(unit, pass)| (unit, pass, bytes(&plan.units[unit])))
@@ -134,20 +133,20 @@ fn stages_tell_of_each_unit_that_moves_in_order_with_its_bytes_and_of_no_other()
         all.sort_by_key(|(unit, pass, _)| (*pass, *unit));
         all
     };
-    assert_eq!(three(Stage::Read), expected(|home| home == Home::Disk, |unit| unit.read_bytes));
-    assert_eq!(three(Stage::Transfer), expected(|home| home != Home::Gpu, |unit| unit.disk_bytes));
+    assert_eq!(three(Stage::Read), expected(|tier| tier == Tier::Disk, |unit| unit.read_bytes));
+    assert_eq!(three(Stage::Transfer), expected(|tier| tier != Tier::Gpu, |unit| unit.disk_bytes));
     assert_eq!(three(Stage::Compute), expected(|_| true, |unit| unit.disk_bytes));
     let pinned = three(Stage::Pin);
-    assert!(pinned.iter().all(|(unit, pass, _)| plan.units[*unit].home != Home::Pinned || *pass == 0), "{pinned:?}");
+    assert!(pinned.iter().all(|(unit, pass, _)| plan.units[*unit].tier != Tier::Pinned || *pass == 0), "{pinned:?}");
     // What passes moved is told by pass, and apart from the first.
     let (first, steady) = (stats.first.unwrap(), stats.steady.unwrap());
-    let sum = |homes: &[Home], bytes: fn(&crate::plan::UnitPlan) -> usize| -> f64 {
-        plan.units.iter().filter(|unit| homes.contains(&unit.home)).map(bytes).sum::<usize>() as f64
+    let sum = |tiers: &[Tier], bytes: fn(&crate::plan::UnitPlan) -> usize| -> f64 {
+        plan.units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).sum::<usize>() as f64
     };
     assert_eq!((first.passes, steady.passes, stats.passes), (1, 1, 3));
-    assert_eq!(first.direct_bytes + first.buffered_bytes, sum(&HOMES, |unit| unit.read_bytes));
-    assert_eq!(first.transferred_bytes, sum(&HOMES, |unit| unit.disk_bytes));
-    assert_eq!(steady.transferred_bytes, sum(&HOMES[..3], |unit| unit.disk_bytes));
+    assert_eq!(first.direct_bytes + first.buffered_bytes, sum(&TIERS, |unit| unit.read_bytes));
+    assert_eq!(first.transferred_bytes, sum(&TIERS, |unit| unit.disk_bytes));
+    assert_eq!(steady.transferred_bytes, sum(&TIERS[..3], |unit| unit.disk_bytes));
 }
 
 #[test]
@@ -156,7 +155,7 @@ fn the_device_tells_its_own_time_where_it_is_asked_and_makes_no_timed_event_wher
     let (copy, compute) = (Duration::from_millis(4), Duration::from_millis(3));
     case.device.pace_copies(copy);
     for times_device in [false, true] {
-        let seen = Arc::new(Seen { times_device, ..Seen::default() });
+        let seen = Arc::new(SeenSpans { times_device, ..SeenSpans::default() });
         let (before, stream) = (case.device.timed_events(), case.device.stream().unwrap());
         let mut streamer = case.observed(&seen);
         let units = case.units.len();
@@ -164,7 +163,7 @@ fn the_device_tells_its_own_time_where_it_is_asked_and_makes_no_timed_event_wher
         let start = Instant::now();
         for _ in 0..2 {
             let pass = streamer.run_pass(&stream, (), |(), _| {
-                case.device.enqueue(&stream, move || thread::sleep(compute));
+                case.device.enqueue(&stream, move || simulated::sleep(compute));
                 Ok::<_, Error>(())
             });
             pass.unwrap();
@@ -183,7 +182,7 @@ fn the_device_tells_its_own_time_where_it_is_asked_and_makes_no_timed_event_wher
             let time = span.end - span.start;
             assert!(time >= compute && time < 20 * compute + took / 4, "{time:?}");
         }
-        let copies = |unit: usize| plan.units[unit].copies.len() + plan.units[unit].transforms.len();
+        let copies = |unit: usize| plan.units[unit].copies.len() + plan.units[unit].casts.len();
         let copied = spans.iter().filter(|span| span.stage == Stage::Transfer);
         let mut count = 0;
         for span in copied {
@@ -216,21 +215,14 @@ fn judged(slow: Slow) -> Verdict {
     let device = AsyncCpu::new(1);
     device.pace_copies(if slow == Slow::Copy { Duration::from_millis(5) } else { Duration::ZERO });
     let read = if slow == Slow::Disk { Duration::from_millis(5) } else { Duration::ZERO };
-    let mut due = Instant::now();
-    Faults::plan(move |attempt: Attempt<'_>| {
-        if !attempt.trial && !read.is_zero() {
-            due = due.max(Instant::now()) + read;
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-        attempt.result
-    });
+    pace_reads(read);
     let mut units = fixture.units.clone();
-    let home = match slow {
-        Slow::Disk => Home::Disk,
-        Slow::Nothing => Home::Gpu,
-        _ => Home::Ram,
+    let tier = match slow {
+        Slow::Disk => Tier::Disk,
+        Slow::Nothing => Tier::Gpu,
+        _ => Tier::Ram,
     };
-    units.iter_mut().for_each(|unit| _ = unit.home(home));
+    units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
     let settings = Settings { n_cpu: 1, n_cpu_pinned: 2, reader: Reader::Pread, ..Settings::default() };
     let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &units, &settings).unwrap();
     let stream = device.stream().unwrap();
@@ -238,7 +230,7 @@ fn judged(slow: Slow) -> Verdict {
     for _ in 0..6 {
         let pass = streamer.run_pass(&stream, (), |(), _| {
             if slow == Slow::Compute {
-                device.enqueue(&stream, || thread::sleep(Duration::from_millis(5)));
+                device.enqueue(&stream, || simulated::sleep(Duration::from_millis(5)));
             }
             Ok::<_, Error>(())
         });
@@ -249,15 +241,28 @@ fn judged(slow: Slow) -> Verdict {
     streamer.verdict().unwrap()
 }
 
+/// By the system's clock: these copies are the processor's own.
+#[test]
+fn the_verdict_names_the_pin_stage_where_it_is_slow() {
+    assert_named(&[(Slow::Pin, Bound::Pin)]);
+}
+
 #[test]
 fn the_verdict_names_the_stage_that_is_slow() {
-    for (slow, bound) in [
+    if !in_child("pipeline::tests::spans::the_verdict_names_the_stage_that_is_slow") {
+        return;
+    }
+    simulated::begin();
+    assert_named(&[
         (Slow::Disk, Bound::Disk),
-        (Slow::Pin, Bound::Pin),
         (Slow::Copy, Bound::Transfer),
         (Slow::Compute, Bound::Compute),
         (Slow::Nothing, Bound::Compute),
-    ] {
+    ]);
+}
+
+fn assert_named(cases: &[(Slow, Bound)]) {
+    for &(slow, bound) in cases {
         let verdict = judged(slow);
         let found = if verdict.bound == Bound::PageCache { Bound::Disk } else { verdict.bound };
         assert_eq!((found, verdict.moves), (bound, slow != Slow::Nothing), "{slow:?}: {verdict}");
@@ -277,7 +282,7 @@ enum Waits {
 /// The verdict on passes over units that are copied, and computed by work that is only enqueued, in so long each.
 fn judged_behind_a_link(n_gpu: usize, waits: Waits, copy: Duration, compute: Duration) -> (Verdict, PassStats) {
     let mut fixture = common::fixture(6, &[4_000], 5);
-    fixture.units.iter_mut().for_each(|unit| _ = unit.home(Home::Pinned));
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Pinned));
     let device = AsyncCpu::new(1);
     device.pace_copies(copy);
     device.link();
@@ -286,7 +291,7 @@ fn judged_behind_a_link(n_gpu: usize, waits: Waits, copy: Duration, compute: Dur
     let stream = device.stream().unwrap();
     for _ in 0..4 {
         let pass = streamer.run_pass(&stream, (), |(), _| {
-            device.enqueue(&stream, move || thread::sleep(compute));
+            device.enqueue(&stream, move || simulated::sleep(compute));
             match waits {
                 Waits::AfterEachLayer => device.drain(&stream),
                 Waits::AfterEachPass => Ok(()),
@@ -300,25 +305,26 @@ fn judged_behind_a_link(n_gpu: usize, waits: Waits, copy: Duration, compute: Dur
 
 #[test]
 fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues() {
-    // So long that what a busy machine adds to each does not count; and where one takes nearly as long as the other.
-    let (far, close) = ([20, 120], [120, 180]);
+    if !in_child(
+        "pipeline::tests::spans::behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_only_enqueues",
+    ) {
+        return;
+    }
+    simulated::begin();
+    // Where one takes much longer than the other, and where nearly as long.
+    let (far, close) = ([2, 12], [12, 18]);
     let cases = [
         (1, Waits::AfterEachLayer, far),
         (2, Waits::AfterEachLayer, far),
         (2, Waits::AfterEachPass, far),
         (2, Waits::AfterEachPass, close),
     ];
-    // They do nothing but wait, and can do so side by side.
-    thread::scope(|scope| {
-        for (n_gpu, waits, times) in cases {
-            let [short, long] = times.map(Duration::from_millis);
-            for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
-                scope.spawn(move || {
-                    let (verdict, stats) = judged_behind_a_link(n_gpu, waits, copy, compute);
-                    let case = format!("n_gpu {n_gpu}, waits {waits:?}, {copy:?} a copy, {compute:?} a layer");
-                    assert_eq!(verdict.bound, bound, "{case}: {verdict}, {stats:?}");
-                });
-            }
+    for (n_gpu, waits, times) in cases {
+        let [short, long] = times.map(Duration::from_millis);
+        for (copy, compute, bound) in [(long, short, Bound::Transfer), (short, long, Bound::Compute)] {
+            let (verdict, stats) = judged_behind_a_link(n_gpu, waits, copy, compute);
+            let case = format!("n_gpu {n_gpu}, waits {waits:?}, {copy:?} a copy, {compute:?} a layer");
+            assert_eq!(verdict.bound, bound, "{case}: {verdict}, {stats:?}");
         }
-    });
+    }
 }

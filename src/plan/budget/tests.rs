@@ -34,43 +34,43 @@ const FAST_LINK: Bandwidths = Bandwidths { disk: 2e9, copy: 50e9 };
 /// Memory on the device and in RAM, unit by unit.
 fn taken(
     sizes: &[Sizes],
-    homes: &[Home],
+    tiers: &[Tier],
     [n_gpu, n_cpu_pinned, n_cpu]: Rings,
-    besides: Besides,
+    overhead: FixedOverhead,
     shared: bool,
 ) -> [usize; 2] {
-    let of = |wanted: &[Home]| -> Vec<Sizes> {
-        let pairs = sizes.iter().zip(homes);
-        pairs.filter(|(_, home)| wanted.contains(home)).map(|(size, _)| *size).collect()
+    let of = |wanted: &[Tier]| -> Vec<Sizes> {
+        let pairs = sizes.iter().zip(tiers);
+        pairs.filter(|(_, tier)| wanted.contains(tier)).map(|(size, _)| *size).collect()
     };
     let slot = |largest: Option<usize>| largest.unwrap_or(0).next_multiple_of(PAGE).max(PAGE);
-    let passing = [Home::Disk, Home::Pinned, Home::Gpu];
+    let passing = [Tier::Disk, Tier::Pinned, Tier::Gpu];
     let gpu_slot = slot(of(if shared { &passing } else { &passing[..2] }).iter().map(|size| size.device).max());
-    let host_slot = slot(of(&[Home::Disk, Home::Gpu]).iter().map(|size| size.host).max());
-    let device: usize = of(&[Home::Gpu]).iter().map(|size| size.device).sum();
-    let host: usize = of(&[Home::Pinned]).iter().map(|size| size.host).sum();
+    let host_slot = slot(of(&[Tier::Disk, Tier::Gpu]).iter().map(|size| size.host).max());
+    let device: usize = of(&[Tier::Gpu]).iter().map(|size| size.device).sum();
+    let host: usize = of(&[Tier::Pinned]).iter().map(|size| size.host).sum();
     let ram_slots = if n_cpu > 0 { n_cpu + 1 } else { 0 };
     let pinned_slots = if n_cpu > 0 && n_cpu_pinned == 0 { 0 } else { n_cpu_pinned + 1 };
-    let host = besides.host_bytes + (ram_slots + pinned_slots) * host_slot + host;
-    [besides.device_bytes + (n_gpu + 1) * gpu_slot + device, host]
+    let host = overhead.host_bytes + (ram_slots + pinned_slots) * host_slot + host;
+    [overhead.device_bytes + (n_gpu + 1) * gpu_slot + device, host]
 }
 
 /// Seconds of a pass, unit by unit.
-fn seconds(sizes: &[Sizes], homes: &[Home], rings: Rings, by: Bandwidths) -> f64 {
-    let sum = |of: fn(&Sizes) -> usize, homes_of: &[Home]| {
-        let pairs = sizes.iter().zip(homes).filter(|(_, home)| homes_of.contains(home));
+fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64 {
+    let sum = |of: fn(&Sizes) -> usize, tiers_of: &[Tier]| {
+        let pairs = sizes.iter().zip(tiers).filter(|(_, tier)| tiers_of.contains(tier));
         pairs.map(|(size, _)| of(size)).sum::<usize>() as f64
     };
-    let disk = sum(|size| size.read, &[Home::Disk]) / by.disk;
-    let copy = sum(|size| size.copied, &[Home::Disk, Home::Pinned]) / by.copy;
+    let disk = sum(|size| size.read, &[Tier::Disk]) / by.disk;
+    let copy = sum(|size| size.copied, &[Tier::Disk, Tier::Pinned]) / by.copy;
     let (slower, faster) = (disk.max(copy), disk.min(copy));
     [1.1 * (slower + faster), slower + 0.25 * faster, slower][(rings[1] + rings[2]).min(2)]
 }
 
 /// The least budget, by the error that names it.
-fn minimum(sizes: &[Sizes], besides: Besides, shared: bool) -> Budget {
+fn minimum(sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Budget {
     let named = |budget: Budget| {
-        let error = choose(sizes, besides, budget, Bandwidths::default(), &RINGS).unwrap_err().to_string();
+        let error = choose(sizes, overhead, budget, Bandwidths::default(), &RINGS).unwrap_err().to_string();
         let number = error.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
         (error.starts_with("vram"), number.unwrap_or_else(|| panic!("{error}")).parse().unwrap())
     };
@@ -92,26 +92,26 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
     for seed in (0..cases(400)).map(|i| start.wrapping_add(i.into())) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let (sizes, by, shared) = (table(&mut rng), bandwidths(&mut rng), rng.bool());
-        let besides = Besides { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) };
-        let least = minimum(&sizes, besides, shared);
+        let overhead = FixedOverhead { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) };
+        let least = minimum(&sizes, overhead, shared);
         for below in [
             Budget { host_bytes: least.host_bytes - 1, ..least },
             Budget { device_bytes: least.device_bytes.map(|bytes| bytes - 1), ..least },
         ] {
-            assert_eq!(choose(&sizes, besides, below, by, &RINGS).is_ok(), below == least, "seed {seed}: {below:?}");
+            assert_eq!(choose(&sizes, overhead, below, by, &RINGS).is_ok(), below == least, "seed {seed}: {below:?}");
         }
         let all: usize = sizes.iter().map(|size| size.host.max(size.device)).sum();
         let mut budget = least;
         let mut before = f64::INFINITY;
         let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
         for round in 0..24 {
-            let (homes, rings) = choose(&sizes, besides, budget, by, &RINGS).unwrap();
-            let memory = taken(&sizes, &homes, rings, besides, shared);
+            let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS).unwrap();
+            let memory = taken(&sizes, &tiers, rings, overhead, shared);
             assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
-            let now = seconds(&sizes, &homes, rings, by);
+            let now = seconds(&sizes, &tiers, rings, by);
             for plain in RINGS {
-                let all_on_disk = vec![Home::Disk; sizes.len()];
-                let fits = budget.holds(taken(&sizes, &all_on_disk, plain, besides, shared));
+                let all_on_disk = vec![Tier::Disk; sizes.len()];
+                let fits = budget.holds(taken(&sizes, &all_on_disk, plain, overhead, shared));
                 assert!(!fits || now <= seconds(&sizes, &all_on_disk, plain, by) * 1.000_001, "seed {seed}: {plain:?}");
             }
             assert!(now <= before * 1.000_001, "seed {seed}, round {round}: {before} s became {now} s with {budget:?}");
@@ -120,21 +120,21 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             budget.device_bytes = budget.device_bytes.map(|bytes| bytes + step(&mut rng));
         }
         let given = [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)];
-        match choose(&sizes, besides, budget, by, &[given]) {
-            Ok((homes, rings)) => {
-                let memory = taken(&sizes, &homes, rings, besides, shared);
+        match choose(&sizes, overhead, budget, by, &[given]) {
+            Ok((tiers, rings)) => {
+                let memory = taken(&sizes, &tiers, rings, overhead, shared);
                 assert!(rings == given && budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
-                let plain = seconds(&sizes, &vec![Home::Disk; sizes.len()], given, by);
-                assert!(seconds(&sizes, &homes, given, by) <= plain * 1.000_001, "seed {seed}: {given:?}");
+                let plain = seconds(&sizes, &vec![Tier::Disk; sizes.len()], given, by);
+                assert!(seconds(&sizes, &tiers, given, by) <= plain * 1.000_001, "seed {seed}: {given:?}");
             }
             Err(error) => {
-                let all_on_disk = taken(&sizes, &vec![Home::Disk; sizes.len()], given, besides, shared);
+                let all_on_disk = taken(&sizes, &vec![Tier::Disk; sizes.len()], given, overhead, shared);
                 assert!(!budget.holds(all_on_disk), "seed {seed}: {error} with {given:?}");
             }
         }
         budget.host_bytes += 12 * all + (16 << 20);
-        let (homes, rings) = choose(&sizes, besides, budget, by, &RINGS).unwrap();
-        assert!(!homes.contains(&Home::Disk), "seed {seed}: {homes:?} with room for all, {rings:?}");
+        let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS).unwrap();
+        assert!(!tiers.contains(&Tier::Disk), "seed {seed}: {tiers:?} with room for all, {rings:?}");
     }
 }
 
@@ -145,9 +145,9 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
     // With slots for the large unit it would be three times 100 pages.
     let (sizes, rings) = ([of(100), of(1), of(2)], [[1, 2, 0]]);
     let by = Bandwidths::default();
-    let chosen = |budget: Budget| choose(&sizes, Besides::default(), budget, by, &rings);
+    let chosen = |budget: Budget| choose(&sizes, FixedOverhead::default(), budget, by, &rings);
     let needed = Budget { device_bytes: Some(200 * PAGE), host_bytes: 105 * PAGE };
-    assert_eq!(chosen(needed).unwrap().0[0], Home::Pinned);
+    assert_eq!(chosen(needed).unwrap().0[0], Tier::Pinned);
     let said = chosen(Budget { host_bytes: needed.host_bytes - 1, ..needed }).unwrap_err().to_string();
     assert!(said.starts_with("ram: ") && said.contains(&format!("will do, {};", needed.host_bytes)), "{said}");
     // On the device it takes more there, and slots of its size on its way.
@@ -159,19 +159,19 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
 fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
     let size = 64 * PAGE;
     let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 28];
-    let least = minimum(&sizes, Besides::default(), true).host_bytes;
+    let least = minimum(&sizes, FixedOverhead::default(), true).host_bytes;
     assert_eq!(least, 3 * size, "two slots on the device, one in RAM");
     for quarters in 0..=4 {
         // One slot more lets the disk read while the device copies.
         let host_bytes = least + size + quarters * sizes.len() / 4 * size;
         let budget = Budget { device_bytes: None, host_bytes };
-        let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK, &RINGS).unwrap();
-        let kept: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Gpu).collect();
-        let on_disk: Vec<_> = (0..28).filter(|&unit| homes[unit] == Home::Disk).collect();
+        let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
+        let kept: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Gpu).collect();
+        let on_disk: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Disk).collect();
         assert_eq!(kept.len() + on_disk.len(), 28);
         if quarters < 4 {
             // Towards the end a unit more saves more than a slot.
-            assert_eq!(kept.len() + rings[1], quarters * 7 + 1, "{homes:?} with {rings:?}");
+            assert_eq!(kept.len() + rings[1], quarters * 7 + 1, "{tiers:?} with {rings:?}");
             let gaps = on_disk.iter().zip(on_disk.iter().cycle().skip(1)).map(|(a, b)| (b + 28 - a - 1) % 28);
             let (least, most) = gaps.fold((28, 0), |(least, most), gap| (gap.min(least), gap.max(most)));
             assert!(most - least <= 1, "{on_disk:?}");
@@ -184,13 +184,13 @@ fn each_tier_keeps_its_share_at_even_distances() {
     let size = 1 << 20;
     let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 40];
     let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
-    let (homes, rings) = choose(&sizes, Besides::default(), budget, FAST_LINK, &RINGS).unwrap();
+    let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
     assert_eq!(rings, [1, 1, 0]);
-    let places = |home: Home| (0..40).filter(|&unit| homes[unit] == home).collect::<Vec<_>>();
-    assert_eq!([Home::Disk, Home::Pinned, Home::Gpu].map(|home| places(home).len()), [10, 20, 10]);
-    for home in [Home::Disk, Home::Gpu] {
-        let gaps: Vec<_> = places(home).windows(2).map(|pair| pair[1] - pair[0]).collect();
-        assert!(gaps.iter().all(|gap| (3..=5).contains(gap)), "{home}: {homes:?}");
+    let places = |tier: Tier| (0..40).filter(|&unit| tiers[unit] == tier).collect::<Vec<_>>();
+    assert_eq!([Tier::Disk, Tier::Pinned, Tier::Gpu].map(|tier| places(tier).len()), [10, 20, 10]);
+    for tier in [Tier::Disk, Tier::Gpu] {
+        let gaps: Vec<_> = places(tier).windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.iter().all(|gap| (3..=5).contains(gap)), "{tier}: {tiers:?}");
     }
 }
 
@@ -213,16 +213,16 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let device_bytes = (!shared).then(|| rng.usize(300_000..4_000_000));
         let budget = Budget { device_bytes, host_bytes: rng.usize(300_000..4_000_000) };
         let by = bandwidths(&mut rng);
-        let besides = Besides::default();
+        let overhead = FixedOverhead::default();
         let planned = if rng.bool() {
-            budget.plan(&fixture.checkpoint, &units, besides, by)
+            budget.plan(&fixture.checkpoint, &units, overhead, by)
         } else {
             let settings = common::settings(1 + rng.usize(..3), rng.usize(..3), rng.usize(..3));
-            let homes = budget.plan_with(&fixture.checkpoint, &units, besides, by, &settings);
-            homes.map(|homes| (homes, settings))
+            let tiers = budget.plan_with(&fixture.checkpoint, &units, overhead, by, &settings);
+            tiers.map(|tiers| (tiers, settings))
         };
-        let Ok((homes, settings)) = planned else { continue };
-        units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+        let Ok((tiers, settings)) = planned else { continue };
+        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
         let plan = match shared {
             true => Plan::on(&crate::device::Cpu, &fixture.checkpoint, &units, &settings),
             false => Plan::new(&fixture.checkpoint, &units, &settings),
@@ -265,15 +265,15 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     let shapes = [[8192, 8192], [1024, 8192], [1024, 8192], [8192, 8192], [28672, 8192], [28672, 8192], [8192, 28672]];
     let (checkpoint, mut units) = layers(folder.path(), 80, &shapes);
     // The KV cache of 8192 tokens, and a gigabyte of the rest.
-    let besides = Besides { device_bytes: (80 * 2 * 8 * 128 * 8192 * 2) + 1_000_000_000, host_bytes: 0 };
+    let overhead = FixedOverhead { device_bytes: (80 * 2 * 8 * 128 * 8192 * 2) + 1_000_000_000, host_bytes: 0 };
     let budget = Budget { device_bytes: Some(8_000_000_000), host_bytes: 64_000_000_000 };
-    let (homes, settings) = budget.plan(&checkpoint, &units, besides, FAST_LINK).unwrap();
-    units.iter_mut().zip(homes).for_each(|(unit, home)| _ = unit.home(home));
+    let (tiers, settings) = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
+    units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
     let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
     let device: usize = plan.memory().iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
-    assert!(device + besides.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
+    assert!(device + overhead.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.
-    assert_eq!(plan.count(Home::Pinned), 35, "{:?}", plan.memory());
+    assert_eq!(plan.count(Tier::Pinned), 35, "{:?}", plan.memory());
     let forecast = plan.forecast(FAST_LINK);
     assert_eq!(forecast.binds(), "disk");
     assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");

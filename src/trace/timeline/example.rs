@@ -3,7 +3,7 @@
 
 use std::{collections::VecDeque, env, path::PathBuf};
 
-use super::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring, TraceFile};
+use super::{Lane, Link, Moment, RecordedSpan, RecordedUnit, Recording, Ring, TraceFile};
 use crate::trace::{Activity, Stage};
 
 pub(super) const MODEL: &str = "Qwen2.5-7B, 12 of its layers";
@@ -20,11 +20,11 @@ const PASSES: u64 = 3;
 /// Lanes as they fill.
 #[derive(Default)]
 struct Run {
-    read: Vec<Event>,
-    transfer: Vec<Event>,
-    copies: Vec<Event>,
-    compute: Vec<Event>,
-    kernels: Vec<Event>,
+    read: Vec<RecordedSpan>,
+    transfer: Vec<RecordedSpan>,
+    copies: Vec<RecordedSpan>,
+    compute: Vec<RecordedSpan>,
+    kernels: Vec<RecordedSpan>,
     moments: Vec<Moment>,
     /// When each of the last units was done with its slot.
     pinned: VecDeque<u64>,
@@ -32,13 +32,13 @@ struct Run {
 }
 
 impl Run {
-    fn push(lane: &mut Vec<Event>, activity: Activity, start: u64, end: u64, bytes: u64) {
+    fn push(lane: &mut Vec<RecordedSpan>, activity: Activity, start: u64, end: u64, bytes: u64) {
         if end > start {
-            lane.push(Event { start, end, activity, bytes });
+            lane.push(RecordedSpan { start, end, activity, bytes });
         }
     }
 
-    fn last(lane: &[Event]) -> u64 {
+    fn last(lane: &[RecordedSpan]) -> u64 {
         lane.last().map_or(0, |event| event.end)
     }
 
@@ -49,7 +49,7 @@ impl Run {
         if from_disk {
             // Two at a time share the disk.
             let before = self.read.iter().rev().filter(|event| matches!(event.activity, Activity::Unit { .. }));
-            let two: Vec<Event> = before.take(2).copied().collect();
+            let two: Vec<RecordedSpan> = before.take(2).copied().collect();
             let free = if self.pinned.len() >= PINNED_SLOTS { self.pinned.pop_front().unwrap_or(0) } else { 0 };
             let [last, idle] = [0, 1].map(|before| two.get(before).map_or(0, |event| event.end));
             let start = free.max(idle);
@@ -109,7 +109,7 @@ pub(super) fn example() -> Recording {
     run.mark(at + 120_000_000, "failed", error);
     run.mark(at + 215_000_000, "rewind", "");
     run.moments.sort_by_key(|moment| moment.at);
-    let lane = |stage, on_device, mut events: Vec<Event>| {
+    let lane = |stage, on_device, mut events: Vec<RecordedSpan>| {
         events.sort_by_key(|event| event.end);
         Lane { stage, on_device, events }
     };
@@ -190,7 +190,7 @@ pub(super) fn large(spans: usize) -> Recording {
                     Activity::Unit { unit, pass } => Activity::Unit { unit, pass: pass + turn * PASSES },
                     wait => wait,
                 };
-                Event { start: event.start + turn * length, end: event.end + turn * length, activity, ..*event }
+                RecordedSpan { start: event.start + turn * length, end: event.end + turn * length, activity, ..*event }
             }));
         }
     }

@@ -12,4 +12,4 @@ mod example;
 
 pub use file::TraceFile;
 pub use record::Timeline;
-pub use recording::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring};
+pub use recording::{Lane, Link, Moment, RecordedSpan, RecordedUnit, Recording, Ring};

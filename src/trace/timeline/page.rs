@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter};
 
-use super::{Event, Lane, Moment, RecordedUnit, Recording, Ring, series};
+use super::{Lane, Moment, RecordedSpan, RecordedUnit, Recording, Ring, series};
 use crate::trace::Activity;
 
 const PAGE: &str = include_str!("page/page.html");
@@ -37,7 +37,7 @@ pub(super) fn write(mut out: impl Write, recording: &Recording) -> io::Result<()
 #[derive(Serialize)]
 struct Data<'a> {
     facts: &'a [(String, String)],
-    units: Vec<Unit<'a>>,
+    units: Vec<PageUnit<'a>>,
     /// Nanoseconds from the recording's begin to its end.
     end: u64,
     lanes: Vec<Rows>,
@@ -50,7 +50,7 @@ struct Data<'a> {
 }
 
 #[derive(Serialize)]
-struct Unit<'a> {
+struct PageUnit<'a> {
     name: &'a str,
     bytes: usize,
     tier: &'a str,
@@ -106,7 +106,7 @@ struct Carries<'a> {
 
 impl<'a> Data<'a> {
     fn of(recording: &'a Recording) -> Self {
-        let unit = |unit: &'a RecordedUnit| Unit { name: &unit.name, bytes: unit.bytes, tier: &unit.tier };
+        let unit = |unit: &'a RecordedUnit| PageUnit { name: &unit.name, bytes: unit.bytes, tier: &unit.tier };
         let moment = |moment: &'a Moment| Happened { at: moment.at, kind: moment.kind, text: &moment.text };
         let ring = |ring: &'a Ring| Slots {
             name: &ring.name,
@@ -147,7 +147,7 @@ impl Rows {
 }
 
 impl Columns {
-    fn of(row: &[Event]) -> Self {
+    fn of(row: &[RecordedSpan]) -> Self {
         let mut columns = Self::default();
         let mut before = 0;
         for event in row {
@@ -228,7 +228,7 @@ mod tests {
                         unit => Activity::Unit { unit: unit as usize, pass: passes[index] as u64 },
                     };
                     let (start, end) = (start as u64, (start + lengths[index]) as u64);
-                    spans.push(Event { start, end, activity, bytes: bytes[index] as u64 });
+                    spans.push(RecordedSpan { start, end, activity, bytes: bytes[index] as u64 });
                 }
             }
             spans.sort_by_key(|event| (event.end, event.start));

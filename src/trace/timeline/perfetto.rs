@@ -14,7 +14,7 @@ use serde::{
     ser::{Error as _, SerializeMap, SerializeSeq},
 };
 
-use super::{Event, Lane, Recording, series};
+use super::{Lane, RecordedSpan, Recording, series};
 use crate::trace::Activity;
 
 /// The processes, by number.
@@ -151,7 +151,7 @@ impl Events<'_> {
         events: &mut S,
         lane: &Lane,
         number: usize,
-        row: &[Event],
+        row: &[RecordedSpan],
         tid: u32,
     ) -> Result<(), S::Error> {
         let pid = if lane.on_device { DEVICE } else { THREADS };
@@ -411,7 +411,7 @@ mod tests {
     #[test]
     fn a_unit_tells_its_bytes_and_pace() {
         let unit = Activity::Unit { unit: 0, pass: 7 };
-        let event = Event { start: 1000, end: 3000, activity: unit, bytes: 5000 };
+        let event = RecordedSpan { start: 1000, end: 3000, activity: unit, bytes: 5000 };
         let lanes = vec![Lane { stage: Stage::Read, on_device: false, events: vec![event] }];
         let units = vec![RecordedUnit { name: example::HOSTILE.into(), ..RecordedUnit::default() }];
         let events = events(&Recording { lanes, units, ..Recording::default() });

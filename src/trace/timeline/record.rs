@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Event, Lane, Link, Moment, RecordedUnit, Recording, Ring};
+use super::{Lane, Link, Moment, RecordedSpan, RecordedUnit, Recording, Ring};
 use crate::{
     plan::Bandwidths,
     trace::{About, Activity, Begun, Mark, Observer, Span, Stage},
@@ -81,7 +81,7 @@ impl<T> Newest<T> {
 pub struct Timeline {
     start: Instant,
     about: Mutex<About>,
-    lanes: [Mutex<Newest<Event>>; LANES.len()],
+    lanes: [Mutex<Newest<RecordedSpan>>; LANES.len()],
     marks: Mutex<Newest<(u64, Mark)>>,
     untimed: AtomicU64,
 }
@@ -109,7 +109,7 @@ impl Timeline {
     /// What it takes of RAM, in bytes.
     pub fn bytes(&self) -> usize {
         let lanes = self.lanes.iter().map(|lane| lane.lock().expect(UNPOISONED).events.capacity());
-        lanes.sum::<usize>() * size_of::<Event>() + MARKS * size_of::<(u64, Mark)>()
+        lanes.sum::<usize>() * size_of::<RecordedSpan>() + MARKS * size_of::<(u64, Mark)>()
     }
 
     fn nanos(&self, at: Instant) -> u64 {
@@ -117,7 +117,7 @@ impl Timeline {
     }
 
     fn add(&self, on_device: bool, span: &Span) {
-        let event = Event {
+        let event = RecordedSpan {
             start: self.nanos(span.start),
             end: self.nanos(span.end),
             activity: span.activity,
@@ -163,7 +163,7 @@ impl Timeline {
         Recording {
             facts: vec![("device".into(), about.device)],
             units: (about.units.into_iter())
-                .map(|(name, bytes, home)| RecordedUnit { name, bytes, tier: home.to_string() })
+                .map(|(name, bytes, tier)| RecordedUnit { name, bytes, tier: tier.to_string() })
                 .collect(),
             lanes,
             moments,

@@ -44,12 +44,12 @@ pub struct Lane {
     /// The device's own time; else that of the thread, which on a GPU enqueues the work and does not wait for it.
     pub on_device: bool,
     /// In the order in which they ended.
-    pub events: Vec<Event>,
+    pub events: Vec<RecordedSpan>,
 }
 
 /// A span of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct RecordedSpan {
     /// When it began.
     pub start: u64,
     /// When it ended.

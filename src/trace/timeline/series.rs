@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Event, Lane, Recording, Ring};
+use super::{Lane, RecordedSpan, Recording, Ring};
 use crate::trace::{Activity, Stage};
 
 /// When the last thing ended, in nanoseconds since the recording began.
@@ -24,11 +24,11 @@ pub(super) fn stage_before(recording: &Recording, stage: Stage) -> Option<Stage>
 }
 
 /// The spans in as few rows as it takes for none to overlap within a row, each row in the order of time.
-pub(super) fn rows(events: &[Event]) -> Vec<Vec<Event>> {
-    let mut ordered: Vec<Event> =
-        events.iter().map(|event| Event { end: event.end.max(event.start), ..*event }).collect();
+pub(super) fn rows(events: &[RecordedSpan]) -> Vec<Vec<RecordedSpan>> {
+    let mut ordered: Vec<RecordedSpan> =
+        events.iter().map(|event| RecordedSpan { end: event.end.max(event.start), ..*event }).collect();
     ordered.sort_by_key(|event| (event.start, event.end));
-    let mut rows: Vec<Vec<Event>> = Vec::new();
+    let mut rows: Vec<Vec<RecordedSpan>> = Vec::new();
     for event in ordered {
         match rows.iter_mut().find(|row| row.last().is_none_or(|last| last.end <= event.start)) {
             Some(row) => row.push(event),
@@ -88,7 +88,7 @@ pub(super) fn slots_in_use(recording: &Recording, ring: &Ring) -> Vec<(u64, usiz
     steps
 }
 
-fn of_pass(event: &Event) -> Option<(u64, usize)> {
+fn of_pass(event: &RecordedSpan) -> Option<(u64, usize)> {
     match event.activity {
         Activity::Unit { unit, pass } => Some((pass, unit)),
         Activity::Starved | Activity::Blocked => None,
@@ -132,11 +132,11 @@ mod tests {
     use super::*;
     use crate::trace::timeline::{Moment, RecordedUnit, example::example};
 
-    fn unit(unit: usize, start: u64, end: u64) -> Event {
-        Event { start, end, activity: Activity::Unit { unit, pass: 0 }, bytes: 1000 }
+    fn unit(unit: usize, start: u64, end: u64) -> RecordedSpan {
+        RecordedSpan { start, end, activity: Activity::Unit { unit, pass: 0 }, bytes: 1000 }
     }
 
-    fn recording(reads: Vec<Event>, copies: Vec<Event>) -> (Recording, Ring) {
+    fn recording(reads: Vec<RecordedSpan>, copies: Vec<RecordedSpan>) -> (Recording, Ring) {
         let lane = |stage, events| Lane { stage, on_device: false, events };
         let units = vec![RecordedUnit { tier: "on disk".into(), ..RecordedUnit::default() }; 4];
         let ring = Ring { name: "slots".into(), slots: 3, filled_by: Stage::Read, emptied_by: Stage::Transfer };

@@ -4,7 +4,7 @@ use super::*;
 use crate::plan::StagePlan;
 
 /// A stage with the ring after it.
-struct Worker {
+struct ClockedStage {
     /// Seconds by unit, and whether it takes a slot of the ring.
     units: Vec<(f64, bool)>,
     free: usize,
@@ -17,21 +17,21 @@ struct Worker {
     handed: usize,
 }
 
-fn workers(plan: &Plan, costs: [f64; 4]) -> Vec<Worker> {
-    let disk = [Home::Disk].as_slice();
-    let to_pin = [Home::Disk, Home::Ram].as_slice();
-    let to_copy = [Home::Disk, Home::Ram, Home::Pinned].as_slice();
-    let rings: Vec<(&StagePlan, &[Home], usize)> = match (&plan.ram, &plan.pinned) {
+fn workers(plan: &Plan, costs: [f64; 4]) -> Vec<ClockedStage> {
+    let disk = [Tier::Disk].as_slice();
+    let to_pin = [Tier::Disk, Tier::Ram].as_slice();
+    let to_copy = [Tier::Disk, Tier::Ram, Tier::Pinned].as_slice();
+    let rings: Vec<(&StagePlan, &[Tier], usize)> = match (&plan.ram, &plan.pinned) {
         (Some(ram), Some(pinned)) => vec![(ram, disk, 0), (pinned, to_pin, 1), (&plan.gpu, to_copy, 2)],
         (Some(ring), None) | (None, Some(ring)) => vec![(ring, disk, 0), (&plan.gpu, to_copy, 2)],
         (None, None) => vec![(&plan.gpu, to_copy, 2)],
     };
-    let worker = |units, free, batch| Worker { units, free, batch, until: None, begun: 0, done: 0, handed: 0 };
+    let worker = |units, free, batch| ClockedStage { units, free, batch, until: None, begun: 0, done: 0, handed: 0 };
     let mut workers: Vec<_> = (rings.iter())
         .map(|(ring, moves, kind)| {
             let seconds = |unit: &crate::plan::UnitPlan| {
                 let bytes = if *kind == 0 { unit.read_bytes } else { unit.disk_bytes };
-                let moved = moves.contains(&unit.home);
+                let moved = moves.contains(&unit.tier);
                 (if moved { bytes as f64 * costs[*kind] } else { 0.0 }, moved)
             };
             worker(plan.units.iter().map(seconds).collect(), ring.slots, ring.batch)
@@ -44,7 +44,7 @@ fn workers(plan: &Plan, costs: [f64; 4]) -> Vec<Worker> {
 }
 
 /// Mean seconds of all passes but the first; `None` if they stand still.
-fn by_clock(mut workers: Vec<Worker>, passes: usize) -> Option<f64> {
+fn by_clock(mut workers: Vec<ClockedStage>, passes: usize) -> Option<f64> {
     let (units, last) = (workers[0].units.len(), workers.len() - 1);
     let (mut now, mut ends) = (0.0f64, Vec::new());
     while ends.len() < passes {
@@ -94,8 +94,8 @@ fn a_pass_takes_as_long_as_with_stages_that_look_at_a_clock() {
     for _ in 0..500 {
         let sizes: Vec<_> = (0..rng.usize(1..12)).map(|_| rng.usize(1..9)).collect();
         let (checkpoint, mut units) = units(file.path(), &sizes);
-        let homes = [Home::Disk, Home::Disk, Home::Ram, Home::Pinned, Home::Gpu];
-        units.iter_mut().for_each(|unit| _ = unit.home(homes[rng.usize(..homes.len())]));
+        let tiers = [Tier::Disk, Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
+        units.iter_mut().for_each(|unit| _ = unit.set_tier(tiers[rng.usize(..tiers.len())]));
         let settings = common::random_rings(&mut rng);
         let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
         let per_byte = |rng: &mut fastrand::Rng| 1e-9 * (1.0 + 9.0 * rng.f64());

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::plan::Besides;
+use crate::plan::FixedOverhead;
 
 /// A machine, and what the planner knows of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,19 +41,19 @@ impl Machine {
         // A little more than the units, as slots are rounded to pages.
         let [device_bytes, host_bytes] = self.budget.map(|count| count * (self.bytes() + 8192));
         let budget = Budget { device_bytes: Some(device_bytes), host_bytes };
-        let candidate = |homes: Vec<Home>, settings: Settings| {
-            let placement = Placement { settings, homes, ..Placement::default() };
+        let candidate = |tiers: Vec<Tier>, settings: Settings| {
+            let placement = Placement { settings, tiers, ..Placement::default() };
             let mut units = units.clone();
             placement.apply_to(&mut units)?;
             let plan = Some(Plan::new(&checkpoint, &units, &placement.settings)?);
             Ok::<_, Error>(Candidate { plan, ..placement.into() })
         };
-        let (homes, settings) = budget.plan(&checkpoint, &units, Besides::default(), self.told).unwrap();
+        let (tiers, settings) = budget.plan(&checkpoint, &units, FixedOverhead::default(), self.told).unwrap();
         let values =
             Values { n_gpu: vec![1, 2], n_cpu_pinned: vec![0, 1, 2, 4, 8], n_cpu: vec![0, 1, 2], ..Values::default() };
-        Candidates::new(candidate(homes, settings).unwrap(), &values, |settings| {
-            let homes = budget.plan_with(&checkpoint, &units, Besides::default(), self.told, settings)?;
-            candidate(homes, settings.clone())
+        Candidates::new(candidate(tiers, settings).unwrap(), &values, |settings| {
+            let tiers = budget.plan_with(&checkpoint, &units, FixedOverhead::default(), self.told, settings)?;
+            candidate(tiers, settings.clone())
         })
         .unwrap()
     }
@@ -147,7 +147,7 @@ fn where_the_default_is_wrong_the_answer_has_the_gain() {
             let (answer, [default, found, best]) = machine.answer(by_plan);
             assert!(default > 1.2 * best, "{name}: the default is right");
             assert!(default - found >= 0.9 * (default - best), "{name}: {answer:?}");
-            assert!(matches!(answer.verdict, Verdict::Faster { .. }), "{answer:?}");
+            assert!(matches!(answer.verdict, Comparison::Faster { .. }), "{answer:?}");
         }
     }
 }

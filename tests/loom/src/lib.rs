@@ -15,7 +15,7 @@ mod plan {
     #[derive(Clone, Copy, Debug, Default)]
     pub struct Reader;
     #[derive(Clone, Copy, Debug, Default)]
-    pub struct Home;
+    pub struct Tier;
 }
 
 #[cfg(all(test, loom))]

@@ -221,7 +221,7 @@ const KEYS = {
   "-": () => zoom(1 / 0.6),
   ArrowLeft: () => move(-0.2),
   ArrowRight: () => move(0.2),
-  Home: () => setView(0, view.to - view.from),
+  Tier: () => setView(0, view.to - view.from),
   End: () => setView(recording.end - (view.to - view.from), recording.end),
   0: () => setView(0, recording.end),
 };

@@ -1,4 +1,4 @@
-//! The border between C and Rust: statuses, the last error, and what is checked of every pointer before it is followed.
+//! The edge between C and Rust: statuses, the last error, and what is checked of every pointer before it is followed.
 
 use std::{
     any::Any,
@@ -160,7 +160,7 @@ impl From<Error> for Failure {
 
 /// Runs the body of a function that C calls: no panic gets out, and a failure is kept for [`ls_last_error`].
 #[inline]
-pub(super) fn border(call: impl FnOnce() -> Result<()>) -> ls_status {
+pub(super) fn ffi(call: impl FnOnce() -> Result<()>) -> ls_status {
     match panic::catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(())) => LS_OK,
         Ok(Err(failure)) => keep(failure),

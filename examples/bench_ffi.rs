@@ -19,7 +19,7 @@ use layer_streamer::{
     Checkpoint, DType, LayerStreamer, Settings, StoredTensor, Unit,
     capi::{ls_status::LS_OK, *},
     device::{Cpu, Device},
-    plan::Home,
+    plan::Tier,
 };
 use report::{Column, Common, Failure, Figure, Report, Show, Spread, by_default, column, quantile};
 use serde_json::json;
@@ -32,10 +32,10 @@ use serde_json::json;
 #[command(mut_arg("window", by_default("0.15")), mut_arg("rounds", by_default("10")))]
 #[command(after_help = "\
 Examples:
-  bench_border                          what the C API adds to taking a layer and giving it back
-  bench_border --rounds 40              a quieter figure on a busy machine
-  bench_border --most 50                fail where it adds more than 50 ns
-  bench_border --json | jq .border_ns   one figure, for a script")]
+  bench_ffi                          what the C API adds to taking a layer and giving it back
+  bench_ffi --rounds 40              a quieter figure on a busy machine
+  bench_ffi --most 50                fail where it adds more than 50 ns
+  bench_ffi --json | jq .ffi_ns   one figure, for a script")]
 struct Options {
     #[command(flatten)]
     common: Common,
@@ -87,7 +87,7 @@ fn run(options: &Options) -> Result<Report, Failure> {
     let checkpoint = Checkpoint::from_table((0..UNITS).map(row))?;
     let unit = |number: usize| {
         let mut unit = Unit::new(number.to_string());
-        unit.keep("t", number.to_string()).home(Home::Gpu);
+        unit.keep("t", number.to_string()).set_tier(Tier::Gpu);
         unit
     };
     let units: Vec<_> = (0..UNITS).map(unit).collect();
@@ -103,7 +103,7 @@ fn run(options: &Options) -> Result<Report, Failure> {
             assert_eq!(ls_release_layer(layer, c_stream), LS_OK);
         }
     };
-    // The first pass fills the homes.
+    // The first pass fills the tiers.
     rust();
     in_c();
     check(&streamer, &stream, c_streamer, c_stream);
@@ -123,12 +123,12 @@ fn run(options: &Options) -> Result<Report, Failure> {
     bar.finish_and_clear();
     assert_eq!((ls_streamer_close(c_streamer), ls_stream_close(c_stream)), (LS_OK, LS_OK));
     let pairs = || c_ns.iter().zip(&rust_ns);
-    let border = Spread::of(&pairs().map(|(c, rust)| c - rust).collect::<Vec<_>>());
-    let mut report = Report::new("bench_border", Cpu.describe(), &COLUMNS);
+    let ffi = Spread::of(&pairs().map(|(c, rust)| c - rust).collect::<Vec<_>>());
+    let mut report = Report::new("bench_ffi", Cpu.describe(), &COLUMNS);
     report.row([json!("C"), json!(Spread::of(&c_ns))]);
     report.row([json!("Rust"), json!(Spread::of(&rust_ns))]);
-    report.line("border", border.text(|ns| format!("{ns:.1}")) + " ns a layer: what the C API adds");
-    report.field("border_ns", border.median);
+    report.line("ffi", ffi.text(|ns| format!("{ns:.1}")) + " ns a layer: what the C API adds");
+    report.field("ffi_ns", ffi.median);
     let ratios: Vec<_> = pairs().map(|(c, rust)| c / rust).collect();
     report.compare(
         Figure::new("a layer through the C API", "ns", &c_ns),
@@ -138,7 +138,7 @@ fn run(options: &Options) -> Result<Report, Failure> {
     );
     let most = options.most;
     report.failed =
-        (border.median > most).then(|| format!("the C API adds {:.1} ns, more than {most} (--most)", border.median));
+        (ffi.median > most).then(|| format!("the C API adds {:.1} ns, more than {most} (--most)", ffi.median));
     Ok(report)
 }
 
@@ -147,7 +147,7 @@ fn open_in_c(file: &std::path::Path) -> (ls_streamer, ls_stream) {
     let c = |text: String| CString::new(text).expect("no zeros");
     let (file, names) = (c(file.display().to_string()), (0..UNITS).map(|n| c(n.to_string())).collect::<Vec<_>>());
     let shape = [64usize];
-    let (u8s, gpu) = (ls_dtype::LS_U8 as i32, ls_home::LS_HOME_GPU as i32);
+    let (u8s, gpu) = (ls_dtype::LS_U8 as i32, ls_tier::LS_TIER_GPU as i32);
     let rows: Vec<_> = (names.iter().enumerate())
         .map(|(unit, name)| ls_stored_tensor {
             name: name.as_ptr(),
@@ -161,7 +161,7 @@ fn open_in_c(file: &std::path::Path) -> (ls_streamer, ls_stream) {
     let tensors: Vec<_> =
         names.iter().map(|name| ls_unit_tensor { name: c"t".as_ptr(), stored: name.as_ptr(), dtype: 0 }).collect();
     let units: Vec<_> = (names.iter().zip(&tensors))
-        .map(|(name, tensor)| ls_unit { name: name.as_ptr(), tensors: tensor, count: 1, home: gpu })
+        .map(|(name, tensor)| ls_unit { name: name.as_ptr(), tensors: tensor, count: 1, tier: gpu })
         .collect();
     // SAFETY: every pointer is to a local, and every result goes to one.
     unsafe {
