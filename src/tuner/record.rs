@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The number of the format that records have now.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// Bytes of a record, at most: every run of thousands of candidates.
 const LONGEST: u64 = 64 << 20;
@@ -489,7 +489,7 @@ mod tests {
         // As the first version wrote it, and as a later one may.
         let first =
             r#"{"machine":"m","device":"d","checkpoint":"c","runs":3,"sleep":0.0,"best":{"n_gpu":1},"trials":[]}"#;
-        for text in [first, &text.replace("\"format\":2", "\"format\":3,\"more\":4")] {
+        for text in [first, &text.replace("\"format\":3", "\"format\":4,\"more\":4")] {
             fs::write(&path, text).unwrap();
             let said = Record::read(&path).unwrap_err().to_string();
             assert!(said.contains("another version") && said.contains("remove it and search again"), "{said}");
