@@ -271,8 +271,7 @@ fn run<D: Kernels>(
     if options.plan {
         let plan = Decoder::plan(device, &model, &settings)?;
         // Whoever reads it may have gone away.
-        let table =
-            budget::table(&device.describe(), device.free_memory()?.is_some(), &model, &parts, &plan, probe.as_ref());
+        let table = budget::table(&device.describe(), !device.memory_is_ram(), &model, &parts, &plan, probe.as_ref());
         let _ = io::stdout().write_all(table.as_bytes());
         return Ok(());
     }

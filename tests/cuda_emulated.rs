@@ -195,8 +195,9 @@ fn a_fault_of_one_device_is_not_the_other_s() {
     let memory = there.allocate("a test", 1000).unwrap();
     let stream = there.stream().unwrap();
     emulation::fail(Operation::Fault, 0);
-    // SAFETY: the memory is that long.
-    unsafe { there.zero(there.address(&memory), 1000, &stream).unwrap() };
+    let zeroes = [0; 1000];
+    // SAFETY: both are that long, and stay until the device is lost, which is at once.
+    unsafe { there.copy_to_device(there.address(&memory), zeroes.as_ptr(), 1000, &stream).unwrap() };
     assert!(lost(&there) && !lost(&here));
     assert!(message(there.allocate("a test", 1)).contains("cudaErrorIllegalAddress"));
     drop((memory, stream));
@@ -232,7 +233,8 @@ fn the_emulation_notices_writes_beyond_memory_and_uses_after_the_end() {
             let beyond = device.copy_to_host(bytes.as_mut_ptr(), at, 1001, &stream);
             assert!(message(beyond).contains("cudaErrorInvalidValue"));
             drop(memory);
-            assert!(message(device.zero(at, 1000, &stream)).contains("cudaErrorInvalidValue"));
+            let gone = device.copy_to_host(bytes.as_mut_ptr(), at, 1000, &stream);
+            assert!(message(gone).contains("cudaErrorInvalidValue"));
             device.cast_raw((at.offset(512), DType::F32), (at, DType::BF16), 100, &stream).unwrap();
         }
         assert!(lost(&device), "a kernel used memory that was freed");

@@ -89,6 +89,8 @@ macro_rules! device {
                 // And so on.
             #   fn describe(&self) -> String { String::new() }
             #   fn bind_thread(&self) -> Result<()> { Ok(()) }
+            #   fn memory_is_ram(&self) -> bool { true }
+            #   fn free_memory(&self) -> Result<usize> { Ok(0) }
             #   fn allocate(&self, _: &'static str, _: usize) -> Result<()> { Ok(()) }
             #   unsafe fn register(&self, _: *mut u8, _: usize) -> Result<()> { Ok(()) }
             #   fn stream(&self) -> Result<()> { Ok(()) }
@@ -96,7 +98,6 @@ macro_rules! device {
             #   fn event(&self) -> Result<()> { Ok(()) }
             #   unsafe fn copy_to_device(&self, _: DevicePtr, _: *const u8, _: usize, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn copy_to_host(&self, _: *mut u8, _: DevicePtr, _: usize, _: &()) -> Result<()> { Ok(()) }
-            #   unsafe fn zero(&self, _: DevicePtr, _: usize, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn cast_raw(&self, _: (DevicePtr, DType), _: (DevicePtr, DType), _: usize, _: &()) -> Result<()> { Ok(()) }
             #   fn record(&self, _: &(), _: &()) -> Result<()> { Ok(()) }
             #   fn wait(&self, _: &(), _: &()) -> Result<()> { Ok(()) }

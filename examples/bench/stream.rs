@@ -179,7 +179,7 @@ impl<D: Device> Pipeline<D> {
         if used.passes.seconds == 0.0 {
             return self.streamer.findings();
         }
-        let linked = self.streamer.device().free_memory().map_or(true, |free| free.is_some());
+        let linked = !self.streamer.device().memory_is_ram();
         let verdict = Verdict::of(&used.passes, linked).to_string();
         std::iter::once(verdict).chain(used.passes.waits()).collect()
     }

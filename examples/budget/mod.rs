@@ -57,7 +57,7 @@ pub fn budget<D: Device>(
         Some(Amount::Bytes(bytes)) => Some(bytes),
         _ => None,
     };
-    let own = device.free_memory()?.is_some();
+    let own = !device.memory_is_ram();
     if !own && vram.is_some() {
         return Err(format!("--vram: {} computes in RAM; give --ram alone", device.describe()).into());
     }
@@ -108,7 +108,7 @@ pub fn fit<D: Kernels>(
     let assumed = Bandwidths::default();
     let settings = Decoder::fit(device, model, budget, assumed, 1, context)?;
     let forecast = Decoder::plan(device, model, &settings)?.forecast(assumed);
-    let is_linked = device.free_memory()?.is_some();
+    let is_linked = !device.memory_is_ram();
     let counts = forecast.disk_bytes > 0 || is_linked && forecast.copy_bytes > 0;
     if measure == Measure::IfItCounts && !counts {
         return Ok((settings, None));

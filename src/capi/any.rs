@@ -102,34 +102,21 @@ unsafe impl Device for AnyDevice {
         on!(self => |device| device.bind_thread())
     }
 
-    fn free_memory(&self) -> Result<Option<usize>> {
+    fn memory_is_ram(&self) -> bool {
+        match self {
+            Any::Cpu(device) => device.memory_is_ram(),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.memory_is_ram(),
+            _ => false,
+        }
+    }
+
+    fn free_memory(&self) -> Result<usize> {
         on!(self => |device| device.free_memory())
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
         make!(self => |device| device.allocate(what, bytes))
-    }
-
-    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<AnyMemory> {
-        make!(self => |device| device.allocate_prefaulting(what, bytes))
-    }
-
-    fn is_prefaulted(&self, memory: &AnyMemory, end: usize) -> bool {
-        match (self, memory) {
-            (Any::Cpu(device), Any::Cpu(memory)) => device.is_prefaulted(memory, end),
-            #[cfg(feature = "cuda")]
-            (Any::Cuda(device), Any::Cuda(memory)) => device.is_prefaulted(memory, end),
-            _ => unreachable!("memory is asked of the device that made it"),
-        }
-    }
-
-    fn abandon(&self, memory: &AnyMemory) {
-        match (self, memory) {
-            (Any::Cpu(device), Any::Cpu(memory)) => device.abandon(memory),
-            #[cfg(feature = "cuda")]
-            (Any::Cuda(device), Any::Cuda(memory)) => device.abandon(memory),
-            _ => unreachable!("memory is asked of the device that made it"),
-        }
     }
 
     fn address(&self, memory: &AnyMemory) -> DevicePtr {
@@ -189,11 +176,6 @@ unsafe impl Device for AnyDevice {
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
         // SAFETY: the caller's.
         on!(self, stream => |device| unsafe { device.copy_to_host(to, from, bytes, stream) })
-    }
-
-    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
-        // SAFETY: the caller's.
-        on!(self, stream => |device| unsafe { device.zero(to, bytes, stream) })
     }
 
     unsafe fn cast_raw(

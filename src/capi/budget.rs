@@ -31,7 +31,7 @@ impl StreamOptions {
         if self.lends() {
             return Err(Failure::invalid("memory", "is the library's own within a budget: leave it NULL"));
         }
-        let own = device.free_memory()?.is_some();
+        let own = !device.memory_is_ram();
         if !own && on_device != 0 {
             return Err(Failure::invalid("device_budget", "is for devices with memory of their own: leave it 0"));
         }

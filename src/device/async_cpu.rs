@@ -70,7 +70,7 @@ impl AsyncCpu {
         self.0.timed_events.load(SeqCst)
     }
 
-    /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random, and no memory late.
+    /// From now on copies to the device take this long each, and bring nothing; nothing is delayed at random.
     pub(crate) fn pace_copies(&self, time: Duration) {
         self.0.copy_micros.store(time.as_micros() as u64, SeqCst);
     }
@@ -115,8 +115,12 @@ unsafe impl Device for AsyncCpu {
         Ok(())
     }
 
-    fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(self.0.is_linked.load(SeqCst).then_some(1 << 30))
+    fn memory_is_ram(&self) -> bool {
+        !self.0.is_linked.load(SeqCst)
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        Ok(1 << 30)
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
@@ -124,11 +128,6 @@ unsafe impl Device for AsyncCpu {
         // SAFETY: the memory was just allocated with that many bytes.
         unsafe { std::ptr::write_bytes(Cpu.address(&memory).as_ptr(), POISON, bytes) };
         Ok(memory)
-    }
-
-    /// The memory of kept units is late as often as not.
-    fn is_prefaulted(&self, _: &CpuMemory, _: usize) -> bool {
-        self.is_paced() || self.0.dice.next().is_multiple_of(2)
     }
 
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
@@ -192,15 +191,6 @@ unsafe impl Device for AsyncCpu {
             let Along((to, from)) = { range };
             // SAFETY: the contract of this call.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, bytes) };
-        });
-        Ok(())
-    }
-
-    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &AsyncStream) -> Result<()> {
-        self.enqueue(stream, move || {
-            let to = { to };
-            // SAFETY: the contract of this call.
-            unsafe { std::ptr::write_bytes(to.as_ptr(), 0, bytes) };
         });
         Ok(())
     }

@@ -8,6 +8,7 @@ use crate::{
     device::{Device, DevicePtr, StreamId},
     dtype::{self, DType},
     error::Result,
+    memory,
 };
 
 /// The CPU device.
@@ -41,20 +42,16 @@ unsafe impl Device for Cpu {
         Ok(())
     }
 
+    fn memory_is_ram(&self) -> bool {
+        true
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        Ok(memory::free().unwrap_or(usize::MAX))
+    }
+
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
         Ok(CpuMemory(Arena::new(what, 1, bytes)?))
-    }
-
-    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<CpuMemory> {
-        Ok(CpuMemory(Arena::prefaulting(what, bytes)?))
-    }
-
-    fn is_prefaulted(&self, memory: &CpuMemory, end: usize) -> bool {
-        memory.0.is_prefaulted(end)
-    }
-
-    fn abandon(&self, memory: &CpuMemory) {
-        memory.0.abandon();
     }
 
     fn address(&self, memory: &CpuMemory) -> DevicePtr {
@@ -86,12 +83,6 @@ unsafe impl Device for Cpu {
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, bytes) };
-        Ok(())
-    }
-
-    unsafe fn zero(&self, to: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
-        // SAFETY: the caller's.
-        unsafe { ptr::write_bytes(to.as_ptr(), 0, bytes) };
         Ok(())
     }
 

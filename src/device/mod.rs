@@ -53,28 +53,14 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// Makes the device current for this thread. Every pipeline thread calls it first.
     fn bind_thread(&self) -> Result<()>;
 
-    /// Bytes free in the device's own memory; `None` for a device that computes in the host's.
-    fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(None)
-    }
+    /// Whether the device computes in RAM: its memory counts as RAM then, and an address of the host's is one of the device's.
+    fn memory_is_ram(&self) -> bool;
+
+    /// Bytes free in the device's own memory. Not asked where that is RAM.
+    fn free_memory(&self) -> Result<usize>;
 
     /// Reserves `bytes` of device memory, aligned to [`crate::plan::DEVICE_ALIGN`] and present; `what` is for messages.
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<Self::Memory>;
-
-    /// As [`allocate`](Device::allocate), for memory that is filled once, from its start on: it may become present while that
-    /// goes on.
-    fn allocate_prefaulting(&self, what: &'static str, bytes: usize) -> Result<Self::Memory> {
-        self.allocate(what, bytes)
-    }
-
-    /// Whether memory of [`allocate_prefaulting`](Device::allocate_prefaulting) is present up to `end` (bytes from its start), or
-    /// is about to be. Where it is not, whoever fills it may have to wait for that.
-    fn is_prefaulted(&self, _memory: &Self::Memory, _end: usize) -> bool {
-        true
-    }
-
-    /// The memory will never be dropped, since something may still use it: whatever makes it present ends.
-    fn abandon(&self, _memory: &Self::Memory) {}
 
     /// Where the memory starts.
     fn address(&self, memory: &Self::Memory) -> DevicePtr;
@@ -122,12 +108,6 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// # Safety
     /// As [`Device::copy_to_device`].
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &Self::Stream) -> Result<()>;
-
-    /// Enqueues setting `bytes` to zero.
-    ///
-    /// # Safety
-    /// As [`Device::copy_to_device`].
-    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &Self::Stream) -> Result<()>;
 
     /// Enqueues the conversion of `elements` elements (see [`DType::converts_to`]). The ranges do not overlap.
     ///

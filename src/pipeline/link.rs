@@ -16,6 +16,32 @@ pub(crate) struct Slot(pub(crate) usize);
 
 /// What travels between stages.
 #[derive(Clone, Copy, Debug)]
+pub(crate) enum Message {
+    Unit(Entry),
+    /// The epoch failed at this unit: nothing more of it comes.
+    Failed {
+        epoch: u64,
+        unit: usize,
+    },
+}
+
+impl Message {
+    fn epoch(&self) -> u64 {
+        match *self {
+            Self::Unit(Entry { epoch, .. }) | Self::Failed { epoch, .. } => epoch,
+        }
+    }
+
+    fn slot(&self) -> Option<Slot> {
+        match *self {
+            Self::Unit(Entry { place: Place::Slot(slot), .. }) => Some(slot),
+            _ => None,
+        }
+    }
+}
+
+/// A unit that is handed over.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     pub(crate) epoch: u64,
     pub(crate) unit: usize,
@@ -31,28 +57,26 @@ pub(crate) enum Place {
     Slot(Slot),
     /// Where it is kept, filled: the entry only keeps its place in the order.
     Resident,
-    /// Nowhere: the epoch failed at this unit, and nothing more comes.
-    Failed,
 }
 
 /// The producing end.
 pub(crate) struct Outlet {
-    loaded: Producer<Entry>,
+    loaded: Producer<Message>,
     free: Consumer<Slot>,
     spare: Vec<Slot>,
-    pending: Vec<Entry>,
+    pending: Vec<Message>,
     batch: usize,
     consumer: Arc<Signal>,
 }
 
 /// The consuming end.
 pub(crate) struct Inlet {
-    loaded: Consumer<Entry>,
+    loaded: Consumer<Message>,
     free: Producer<Slot>,
     producer: Arc<Signal>,
 }
 
-/// Joins two stages by `slots` slots, handed over `batch` at a time, and room for `residents` entries without a slot.
+/// Joins two stages by `slots` slots, handed over `batch` at a time, and room for `residents` units without a slot.
 pub(crate) fn link(
     slots: usize,
     residents: usize,
@@ -60,7 +84,7 @@ pub(crate) fn link(
     producer: &Arc<Signal>,
     consumer: &Arc<Signal>,
 ) -> (Outlet, Inlet) {
-    // One place more, for the entry that says that an epoch failed.
+    // One place more, to say that an epoch failed.
     let (loaded_in, loaded_out) = ring(slots + residents + 1);
     let (free_in, free_out) = ring(slots);
     let outlet = Outlet {
@@ -85,14 +109,14 @@ impl Outlet {
         self.spare.push(slot);
     }
 
-    /// How many more entries can be published now.
+    /// How many more units can be published now.
     pub(crate) fn room(&mut self) -> usize {
         self.loaded.room().min(self.pending.capacity()).saturating_sub(self.pending.len())
     }
 
     /// Hands over a unit: at once, or with the rest of its batch. A pass's last unit completes any batch. There must be room.
     pub(crate) fn publish(&mut self, entry: Entry, ends_pass: bool) {
-        self.pending.push(entry);
+        self.pending.push(Message::Unit(entry));
         if self.pending.len() >= self.batch || ends_pass {
             self.flush();
         }
@@ -118,37 +142,33 @@ impl Outlet {
     /// Says that the epoch failed at `unit`, after everything that was loaded before; `false` if there is no room just now.
     pub(crate) fn fail(&mut self, epoch: u64, unit: usize) -> bool {
         self.flush();
-        let pushed = self.pending.is_empty() && self.loaded.push(Entry { epoch, unit, pass: 0, place: Place::Failed });
+        let pushed = self.pending.is_empty() && self.loaded.push(Message::Failed { epoch, unit });
         self.consumer.notify();
         pushed
     }
 
     /// Forgets the batch that was not yet handed over.
     pub(crate) fn discard_pending(&mut self) {
-        for entry in self.pending.drain(..) {
-            if let Place::Slot(slot) = entry.place {
-                self.spare.push(slot);
-            }
-        }
+        self.spare.extend(self.pending.drain(..).filter_map(|message| message.slot()));
     }
 }
 
 impl Inlet {
-    /// The next entry of `epoch`, left in the ring until [`take`](Self::take); older ones are handed back unused.
-    pub(crate) fn peek(&mut self, epoch: u64) -> Option<Entry> {
+    /// The next message of `epoch`, left in the ring until [`take`](Self::take); older ones are handed back unused.
+    pub(crate) fn peek(&mut self, epoch: u64) -> Option<Message> {
         loop {
-            let entry = self.loaded.peek()?;
-            if entry.epoch >= epoch {
-                return (entry.epoch == epoch).then_some(entry);
+            let message = self.loaded.peek()?;
+            if message.epoch() >= epoch {
+                return (message.epoch() == epoch).then_some(message);
             }
             self.take();
-            if let Place::Slot(slot) = entry.place {
+            if let Some(slot) = message.slot() {
                 self.release(slot);
             }
         }
     }
 
-    /// Takes the entry just peeked at, which makes room for another.
+    /// Takes the message just peeked at, which makes room for another.
     pub(crate) fn take(&mut self) {
         self.loaded.pop();
         self.producer.notify();
@@ -175,6 +195,11 @@ mod tests {
         Entry { epoch, unit, pass: 0, place: Place::Slot(slot) }
     }
 
+    fn handed(inlet: &mut Inlet, epoch: u64) -> Entry {
+        let Some(Message::Unit(entry)) = inlet.peek(epoch) else { panic!("no unit") };
+        entry
+    }
+
     #[test]
     fn a_batch_is_handed_over_whole_and_cut_short_at_the_end_of_a_pass() {
         let signal = Signal::new();
@@ -187,14 +212,14 @@ mod tests {
         let slot = outlet.slot().unwrap();
         outlet.publish(entry(1, 2, slot), true);
         for unit in 0..3 {
-            assert_eq!(inlet.peek(1).unwrap().unit, unit);
+            assert_eq!(handed(&mut inlet, 1).unit, unit);
             inlet.take();
         }
         let slot = outlet.slot().unwrap();
         outlet.publish(entry(1, 0, slot), false);
         assert!(inlet.peek(1).is_none());
         outlet.flush_if_starving();
-        assert_eq!(inlet.peek(1).unwrap().unit, 0);
+        assert_eq!(handed(&mut inlet, 1).unit, 0);
     }
 
     #[test]
@@ -211,7 +236,7 @@ mod tests {
             if inlet.peek(10).is_none() {
                 outlet.flush_if_starving();
             }
-            assert_eq!(inlet.peek(10).unwrap().unit, unit);
+            assert_eq!(handed(&mut inlet, 10).unit, unit);
             inlet.take();
         }
     }
@@ -225,9 +250,9 @@ mod tests {
         assert!(outlet.fail(1, 1));
         outlet.publish(entry(2, 0, b), false);
         assert!(outlet.slot().is_none());
-        assert_eq!(inlet.peek(2).unwrap().place, Place::Slot(b));
+        assert_eq!(handed(&mut inlet, 2).place, Place::Slot(b));
         assert_eq!(outlet.slot(), Some(a));
         assert!(inlet.peek(1).is_none(), "a newer entry is not for this epoch");
-        assert_eq!(inlet.peek(2).unwrap().place, Place::Slot(b));
+        assert_eq!(handed(&mut inlet, 2).place, Place::Slot(b));
     }
 }

@@ -8,6 +8,7 @@ mod link;
 mod on_device;
 mod pin;
 mod read;
+mod residency;
 mod stage;
 mod statics;
 #[cfg(test)]
@@ -38,6 +39,7 @@ use crate::{
         on_device::DeviceMemory,
         pin::PinStage,
         read::ReadStage,
+        residency::Residencies,
         stage::{Control, Running},
         transfer::TransferStage,
     },
@@ -135,6 +137,7 @@ impl<D: Device> LayerStreamer<D> {
         // SAFETY: the caller's.
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
+        let states = Arc::new(Residencies::new(plan.units()));
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
 
@@ -169,14 +172,15 @@ impl<D: Device> LayerStreamer<D> {
         streamer.reader = (backend, why);
         let pins = plan.ram.is_some() && plan.pinned.is_some();
         let (read_out, read_in) = between(&host.first().1, &read, if pins { &pin } else { &transfer });
-        let read_stage = ReadStage::new(&plan, &sources, &host, &memory, read_out, &control, &read, engine);
+        let read_stage = ReadStage::new(&plan, &sources, &host, &memory, &states, read_out, &control, &read, engine);
         let (pin_stage, transfer_in) = if pins {
             let (pin_out, pin_in) = between(&host.last().1, &pin, &transfer);
             (Some(PinStage::new(&plan, &control, &host, read_in, pin_out)?), pin_in)
         } else {
             (None, read_in)
         };
-        let transfer_stage = TransferStage::new(device, &plan, &control, &host, &memory, transfer_in, gpu_out)?;
+        let transfer_stage =
+            TransferStage::new(device, &plan, &control, &host, &memory, &states, transfer_in, gpu_out)?;
         streamer.threads.push(stage::spawn(transfer_stage, control.clone(), transfer)?);
         if let Some(stage) = pin_stage {
             streamer.threads.push(stage::spawn(stage, control.clone(), pin)?);
@@ -331,8 +335,7 @@ impl<D: Device> LayerStreamer<D> {
     /// What steady passes wait for, or before there are any what the first one waited for; `None` before that is complete.
     pub fn verdict(&self) -> Option<Verdict> {
         let stats = self.stats();
-        // A device that cannot be asked has memory of its own.
-        let linked = self.device.free_memory().map_or(true, |free| free.is_some());
+        let linked = !self.device.memory_is_ram();
         let fills = stats.steady.is_none() && self.plan.residents.count > 0;
         stats.steady.or(stats.first).map(|passes| Verdict { fills, ..Verdict::of(&passes, linked) })
     }

@@ -1,16 +1,21 @@
 //! Device memory: the slots that compute uses, the memory of the units that stay, and the events that guard both.
 
 use crate::{
+    arena::Arena,
     device::{Device, DevicePtr},
     error::Result,
     pipeline::link::{Place, Slot},
     plan::{Plan, Tier, UnitPlan},
-    sync::{AtomicBool, Ordering},
 };
+
+/// What the memory of kept units is called in messages.
+const KEPT: &str = "units living on the device";
 
 /// A stretch of device memory.
 enum Space<D: Device> {
     Own(D::Memory),
+    /// Of a device whose memory is RAM: it may become present while it is filled.
+    Ram(Arena),
     /// The caller's.
     Lent(DevicePtr),
 }
@@ -19,6 +24,7 @@ impl<D: Device> Space<D> {
     fn start(&self, device: &D) -> DevicePtr {
         match self {
             Self::Own(memory) => device.address(memory),
+            Self::Ram(arena) => DevicePtr::new(arena.slot(0).as_ptr()),
             Self::Lent(start) => *start,
         }
     }
@@ -27,7 +33,8 @@ impl<D: Device> Space<D> {
 /// Device memory with its events; the transfer fills it, compute uses it.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a resident is written
-/// once, after the reader said that its unit `stays`. Once that copy is enqueued, with `arrived` after it, the unit is `filled`.
+/// once, while its unit is `Filling`. Once that copy is enqueued, with `arrived` after it, the unit is
+/// `There` (see [`residency`](super::residency)).
 pub(crate) struct DeviceMemory<D: Device> {
     device: D,
     slots: Space<D>,
@@ -39,8 +46,6 @@ pub(crate) struct DeviceMemory<D: Device> {
     compute_done: Vec<D::Event>,
     /// The same two by unit, for those that live on the device.
     resident_events: Vec<Option<[D::Event; 2]>>,
-    stays: Vec<AtomicBool>,
-    filled: Vec<AtomicBool>,
     pub(crate) bytes: usize,
 }
 
@@ -58,9 +63,9 @@ impl<D: Device> DeviceMemory<D> {
         // Behind the slots.
         let residents_at = || match lent {
             Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
-            None => device.allocate_prefaulting("units living on the device", residents).map(Space::Own),
+            None if device.memory_is_ram() => Arena::prefaulting(KEPT, residents).map(Space::Ram),
+            None => device.allocate(KEPT, residents).map(Space::Own),
         };
-        let none = || plan.units.iter().map(|_| AtomicBool::new(false)).collect();
         Ok(Self {
             slots: slots()?,
             residents: (residents > 0).then(residents_at).transpose()?,
@@ -68,8 +73,6 @@ impl<D: Device> DeviceMemory<D> {
             arrived: events()?,
             compute_done: events()?,
             resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
-            stays: none(),
-            filled: none(),
             bytes: stage.bytes() + residents,
             device: device.clone(),
         })
@@ -87,46 +90,26 @@ impl<D: Device> DeviceMemory<D> {
 
     /// It will never be dropped.
     pub(crate) fn abandon(&self) {
-        if let Some(Space::Own(memory)) = &self.residents {
-            self.device.abandon(memory);
+        if let Some(Space::Ram(arena)) = &self.residents {
+            arena.abandon();
         }
     }
 
     /// Whether a unit that lives here would wait for its memory to be prefaulted, though a slot could take it.
     pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
         let absent = match &self.residents {
-            Some(Space::Own(memory)) => !self.device.is_prefaulted(memory, unit.resident_at + unit.device_bytes),
+            Some(Space::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.device_bytes),
             _ => false,
         };
         absent && unit.device_bytes <= self.slot_bytes
-    }
-
-    /// Whether the unit goes where it is kept, and stays there.
-    pub(crate) fn stays(&self, unit: usize) -> bool {
-        self.stays[unit].load(Ordering::Acquire)
-    }
-
-    pub(crate) fn set_stays(&self, unit: usize) {
-        self.stays[unit].store(true, Ordering::Release);
     }
 
     /// The event of the unit's arrival there, and that of the end of its use.
     pub(crate) fn events(&self, unit: usize, place: Place) -> [&D::Event; 2] {
         match place {
             Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
-            Place::Resident | Place::Failed => {
-                self.resident_events[unit].as_ref().expect("the unit lives on the device").each_ref()
-            }
+            Place::Resident => self.resident_events[unit].as_ref().expect("the unit lives on the device").each_ref(),
         }
-    }
-
-    /// Whether the unit is kept on the device, or on its way there.
-    pub(crate) fn is_filled(&self, unit: usize) -> bool {
-        self.filled[unit].load(Ordering::Acquire)
-    }
-
-    pub(crate) fn set_filled(&self, unit: usize) {
-        self.filled[unit].store(true, Ordering::Release);
     }
 
     /// All events that say that the device may still use the memory.

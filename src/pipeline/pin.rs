@@ -8,7 +8,7 @@ use crate::{
     pipeline::{
         copiers::Copiers,
         host::HostMemory,
-        link::{Entry, Inlet, Outlet, Place},
+        link::{Entry, Inlet, Message, Outlet, Place},
         stage::{Advance, Advanced, Control},
     },
     plan::{Plan, Tier},
@@ -44,9 +44,16 @@ impl Advance for PinStage {
 
     fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
         let streak = std::mem::take(&mut self.streak);
-        let Some(entry) = self.inlet.peek(epoch) else {
-            self.inlet.nudge();
-            return Ok(Advanced::Waiting(Activity::Starved));
+        let entry = match self.inlet.peek(epoch) {
+            Some(Message::Unit(entry)) => entry,
+            Some(Message::Failed { unit, .. }) => {
+                self.inlet.take();
+                return Ok(Advanced::Failed { unit });
+            }
+            None => {
+                self.inlet.nudge();
+                return Ok(Advanced::Waiting(Activity::Starved));
+            }
         };
         let unit = &self.plan.units[entry.unit];
         let ends_pass = entry.unit + 1 == self.plan.units();
@@ -58,10 +65,6 @@ impl Advance for PinStage {
             return blocked(&mut self.outlet);
         }
         let from = match entry.place {
-            Place::Failed => {
-                self.inlet.take();
-                return Ok(Advanced::Failed { unit: entry.unit });
-            }
             Place::Resident if unit.tier != Tier::Ram => {
                 self.streak = streak;
                 self.inlet.take();

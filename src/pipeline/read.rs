@@ -20,6 +20,7 @@ use crate::{
         host::HostMemory,
         link::{Entry, Outlet, Place, Slot},
         on_device::DeviceMemory,
+        residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
     },
     plan::{Plan, Tier, UnitPlan},
@@ -52,13 +53,11 @@ pub(crate) struct ReadStage<D: Device> {
     plan: Arc<Plan>,
     sources: Arc<[Source]>,
     memory: Arc<HostMemory>,
-    /// What has reached the device for good.
     on_device: Arc<DeviceMemory<D>>,
+    states: Arc<Residencies>,
     outlet: Outlet,
     control: Arc<Control>,
     signal: Arc<Signal>,
-    /// By unit: it need not be read again in this epoch.
-    read: Vec<bool>,
     cursor: usize,
     /// Trips through the units that were begun before, rewinds included.
     pass: u64,
@@ -88,6 +87,7 @@ impl<D: Device> ReadStage<D> {
         sources: &Arc<[Source]>,
         memory: &Arc<HostMemory>,
         on_device: &Arc<DeviceMemory<D>>,
+        states: &Arc<Residencies>,
         outlet: Outlet,
         control: &Arc<Control>,
         signal: &Arc<Signal>,
@@ -96,12 +96,12 @@ impl<D: Device> ReadStage<D> {
         let slots = memory.first().1.slots;
         Self {
             engine,
-            read: vec![false; plan.units()],
             loads: VecDeque::with_capacity(slots + plan.residents.count),
             plan: plan.clone(),
             sources: sources.clone(),
             memory: memory.clone(),
             on_device: on_device.clone(),
+            states: states.clone(),
             outlet,
             control: control.clone(),
             signal: signal.clone(),
@@ -188,24 +188,24 @@ impl<D: Device> ReadStage<D> {
         }
         let index = self.cursor;
         let unit = &self.plan.units[index];
-        let stays = self.read[index] || self.stays(unit);
+        let is_read = self.states.of(index) != Residency::Absent;
+        let stays = is_read || self.stays(unit);
         let (slot, to, next) = match unit.tier {
-            _ if self.read[index] => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
+            _ if is_read => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
             Tier::Ram | Tier::Pinned if stays => (None, self.memory.resident(unit).as_ptr(), (0, 0)),
             _ => {
                 let Some(slot) = self.outlet.slot() else { return false };
                 (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
             }
         };
-        if stays && unit.tier == Tier::Gpu {
-            self.on_device.set_stays(index);
+        if stays {
+            self.states.begin(index);
         }
         if unit.tier != Tier::Disk && !stays {
             self.control.trace.mark(&Mark::Late { unit: index });
         }
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried::default());
         self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None, pass, span, moved });
-        self.read[index] = stays;
         self.cursor = (index + 1) % self.plan.units();
         self.pass += u64::from(self.cursor == 0);
         self.first_pass &= self.cursor > 0;
@@ -289,10 +289,14 @@ impl<D: Device> Advance for ReadStage<D> {
                 return Err((index, error));
             }
             let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);
+            let in_ram = place == Place::Resident && unit.tier != Tier::Gpu;
             let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
             if let Err(error) = self.check_files(index, moved.is_some()) {
-                self.read[index] = false;
+                self.states.give_up(index);
                 return Err((index, error));
+            }
+            if in_ram {
+                self.states.fill(index);
             }
             let entry = Entry { epoch, unit: index, pass, place };
             self.loads.pop_front();
@@ -332,17 +336,22 @@ impl<D: Device> Advance for ReadStage<D> {
             if let Some(span) = load.span.take() {
                 self.control.trace.give_up(span);
             }
-            // A resident that was read to the end is filled, handed over or not.
-            if !is_submitted(&self.plan, &load) || load.outstanding > 0 || load.failure.is_some() {
-                self.read[load.unit] = false;
+            let is_complete = is_submitted(&self.plan, &load) && load.outstanding == 0 && load.failure.is_none();
+            if load.slot.is_none() && is_complete {
+                // It need not be read again, but its files are yet to be checked.
+                let read = self.plan.units[load.unit].extents.iter().filter(|_| load.moved.bytes > 0);
+                read.for_each(|extent| self.unchecked[extent.file] = true);
+            } else {
+                self.states.give_up(load.unit);
             }
             if let Some(slot) = load.slot {
                 self.outlet.put_back(slot);
             }
         }
         for (unit, plan) in self.plan.units.iter().enumerate() {
+            // What has not reached the device is read once more.
             if plan.tier == Tier::Gpu {
-                self.read[unit] = self.on_device.is_filled(unit);
+                self.states.give_up(unit);
             }
         }
         self.pass += u64::from(self.cursor > 0);

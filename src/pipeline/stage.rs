@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     error::{Error, Result},
-    pipeline::link::{Entry, Inlet, Outlet, Place},
+    pipeline::link::{Entry, Inlet, Message, Outlet},
     sync::{self, AtomicBool, AtomicU64, Mutex, Ordering, Signal},
     trace::{Activity, Carried, Mark, Stage, Trace},
 };
@@ -118,15 +118,15 @@ impl Control {
             if self.is_cancelled(epoch) {
                 return Err(Error::Cancelled);
             }
-            let Some(entry) = inlet.peek(epoch) else {
+            let Some(message) = inlet.peek(epoch) else {
                 inlet.nudge();
                 signal.wait(ticket);
                 continue;
             };
             inlet.take();
-            return match entry.place {
-                Place::Failed => Err(self.error_of(epoch).expect("an epoch fails with an error")),
-                _ => Ok(entry),
+            return match message {
+                Message::Unit(entry) => Ok(entry),
+                Message::Failed { .. } => Err(self.error_of(epoch).expect("an epoch fails with an error")),
             };
         }
     }

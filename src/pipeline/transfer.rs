@@ -20,8 +20,9 @@ use crate::{
     pipeline::{
         device_time::DeviceTimer,
         host::HostMemory,
-        link::{Entry, Inlet, Outlet, Place, Slot},
+        link::{Entry, Inlet, Message, Outlet, Place, Slot},
         on_device::DeviceMemory,
+        residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
     },
     plan::{Plan, Tier},
@@ -58,6 +59,7 @@ pub(crate) struct TransferStage<D: Device> {
     residents: Vec<Option<D::Registration>>,
     from: Arc<HostMemory>,
     to: Arc<DeviceMemory<D>>,
+    states: Arc<Residencies>,
     inlet: Inlet,
     outlet: Outlet,
     stream: D::Stream,
@@ -72,12 +74,14 @@ pub(crate) struct TransferStage<D: Device> {
 }
 
 impl<D: Device> TransferStage<D> {
+    #[allow(clippy::too_many_arguments, reason = "a stage is put together once")]
     pub(crate) fn new(
         device: &D,
         plan: &Arc<Plan>,
         control: &Arc<Control>,
         from: &Arc<HostMemory>,
         to: &Arc<DeviceMemory<D>>,
+        states: &Arc<Residencies>,
         inlet: Inlet,
         outlet: Outlet,
     ) -> Result<Self> {
@@ -103,6 +107,7 @@ impl<D: Device> TransferStage<D> {
             residents: plan.units.iter().map(|_| None).collect(),
             from: from.clone(),
             to: to.clone(),
+            states: states.clone(),
             inlet,
             outlet,
             stream: device.named_stream(c"layer-streamer transfer")?,
@@ -142,7 +147,7 @@ impl<D: Device> TransferStage<D> {
         let unit = &plan.units[index];
         let source = match from {
             Place::Slot(slot) => self.from.last().0.slot(slot.0).as_ptr(),
-            Place::Resident | Place::Failed => self.from.resident(unit).as_ptr(),
+            Place::Resident => self.from.resident(unit).as_ptr(),
         };
         if from == Place::Resident && unit.tier == Tier::Pinned && self.residents[index].is_none() {
             // SAFETY: the stage drops it before its handle of the memory.
@@ -210,13 +215,14 @@ impl<D: Device> TransferStage<D> {
 
     /// Where a unit goes on the device: where it is kept there, or a free slot.
     fn target(&mut self, unit: usize) -> Option<Place> {
-        if self.to.stays(unit) { Some(Place::Resident) } else { self.outlet.slot().map(Place::Slot) }
+        let stays = self.plan.units[unit].tier == Tier::Gpu && self.states.of(unit) != Residency::Absent;
+        if stays { Some(Place::Resident) } else { self.outlet.slot().map(Place::Slot) }
     }
 
     fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Advanced> {
         let unit = entry.unit;
         let mut moved = None;
-        if place == Place::Resident && self.to.is_filled(unit) {
+        if place == Place::Resident && self.states.of(unit) == Residency::There {
             if let Place::Slot(source) = entry.place {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
@@ -232,7 +238,7 @@ impl<D: Device> TransferStage<D> {
             enqueued?;
             moved = Some(Carried { bytes: bytes as u64, ..Carried::default() });
             if place == Place::Resident {
-                self.to.set_filled(unit);
+                self.states.fill(unit);
             }
         }
         Ok(Advanced::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), moved })
@@ -244,11 +250,11 @@ impl<D: Device> TransferStage<D> {
         }
         let retired = self.retire(false)?;
         let waiting = match self.inlet.peek(epoch) {
-            Some(Entry { place: Place::Failed, unit, .. }) => {
+            Some(Message::Failed { unit, .. }) => {
                 self.inlet.take();
                 return Ok(Advanced::Failed { unit });
             }
-            Some(entry) if self.outlet.room() > 0 => {
+            Some(Message::Unit(entry)) if self.outlet.room() > 0 => {
                 if let Some(place) = self.target(entry.unit) {
                     self.inlet.take();
                     return self.hand_on(entry, place);

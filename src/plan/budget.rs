@@ -91,7 +91,8 @@ impl Budget {
             what: "finding out how much memory is free (no MemAvailable in /proc/meminfo)".into(),
             remedy: "say how much may be used".into(),
         })?;
-        Ok(Self { device_bytes: device.free_memory()?.map(spare), host_bytes: spare(host) })
+        let device_bytes = if device.memory_is_ram() { None } else { Some(spare(device.free_memory()?)) };
+        Ok(Self { device_bytes, host_bytes: spare(host) })
     }
 
     /// The tiers of `units`, in their order, and the settings with which a pass is fastest, where `overhead` is taken as well:

@@ -362,7 +362,7 @@ impl Plan {
     /// # Errors
     /// As [`Plan::new`], and the device's own.
     pub fn on<D: Device>(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
-        Self::make(checkpoint, units, settings, device.free_memory()?.is_none())
+        Self::make(checkpoint, units, settings, device.memory_is_ram())
     }
 
     /// The same for any device whose memory is there as soon as it is reserved, as a GPU's is, or lent memory.

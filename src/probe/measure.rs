@@ -181,7 +181,7 @@ struct CopyLink<'a, D: Device> {
 impl<'a, D: Device> CopyLink<'a, D> {
     fn new(device: &'a D, blocks: &'a Arena) -> Result<Self> {
         let ((from, both), stream) = (blocks.whole(), device.named_stream(c"layer-streamer probe")?);
-        let own = device.free_memory()?.map(|_| device.allocate("a probe of the link", both)).transpose()?;
+        let own = (!device.memory_is_ram()).then(|| device.allocate("a probe of the link", both)).transpose()?;
         let bytes = if own.is_some() { both } else { both / 2 };
         let to = own.as_ref().map_or(DevicePtr::new(blocks.slot(BLOCKS / 2).as_ptr()), |memory| device.address(memory));
         // SAFETY: the struct borrows the blocks, so they outlive the registration.

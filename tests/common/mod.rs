@@ -47,6 +47,14 @@ pub fn healed(path: &Path, (bytes, modified): &(Vec<u8>, SystemTime)) {
     fs::File::options().write(true).open(path).unwrap().set_modified(*modified).unwrap();
 }
 
+/// How long the processor has worked for this thread: what takes time by itself, however busy the machine is.
+pub fn processor_time() -> std::time::Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is the call's while it runs.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+    std::time::Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 pub fn folder() -> tempfile::TempDir {
     let built = option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from).filter(|folder| folder.exists());
     let parent = built.unwrap_or_else(std::env::temp_dir);

@@ -251,7 +251,7 @@ pub fn least<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize
         let number = said.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
         number.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
     };
-    if device.free_memory().unwrap().is_none() {
+    if device.memory_is_ram() {
         return Budget { device_bytes: None, host_bytes: named(Budget { device_bytes: None, host_bytes: 0 }) };
     }
     let device_bytes = Some(named(Budget { device_bytes: Some(0), host_bytes: usize::MAX }));
@@ -261,7 +261,7 @@ pub fn least<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize
 /// Checks plans for random models and budgets: whatever the model, they keep to the budget, are no slower than plain rings, and
 /// no slower with more memory; and the least is the least.
 pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
-    let shared = device.free_memory().unwrap().is_none();
+    let shared = device.memory_is_ram();
     let start = fastrand::u64(..);
     for seed in (0..cases).map(|i| start.wrapping_add(i.into())) {
         let mut rng = fastrand::Rng::with_seed(seed);

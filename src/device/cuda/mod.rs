@@ -225,8 +225,12 @@ unsafe impl Device for Cuda {
         self.call(|| format!("make cuda:{ordinal} the thread's device"), || unsafe { sys::cudaSetDevice(ordinal) })
     }
 
-    fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(Some(self.memory()?.0))
+    fn memory_is_ram(&self) -> bool {
+        false
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        Ok(self.memory()?.0)
     }
 
     fn allocate(&self, what: &'static str, bytes: usize) -> Result<CudaMemory> {
@@ -282,12 +286,6 @@ unsafe impl Device for Cuda {
         let operation = || format!("copy {bytes} bytes from the device");
         // SAFETY: the caller's.
         self.call(operation, || unsafe { sys::cudaMemcpyAsync(to.cast(), from, bytes, kind, stream.raw()) })
-    }
-
-    unsafe fn zero(&self, to: DevicePtr, bytes: usize, stream: &CudaStream) -> Result<()> {
-        let operation = || format!("set {bytes} bytes to zero");
-        // SAFETY: the caller's.
-        self.call(operation, || unsafe { sys::cudaMemsetAsync(to.as_ptr().cast(), 0, bytes, stream.raw()) })
     }
 
     unsafe fn cast_raw(

@@ -7,8 +7,8 @@ use loom::{cell::UnsafeCell, model::Builder, thread};
 use crate::{
     error::{Error, Result},
     pipeline::{
-        link::{Entry, Inlet, Outlet, Place, Slot, link},
-        stage::{Advance, Control, Progress, run},
+        link::{Entry, Inlet, Message, Outlet, Place, Slot, link},
+        stage::{Advance, Control, Advanced, run},
     },
     sync::Signal,
     trace::{Activity, Stage, Trace},
@@ -59,7 +59,7 @@ struct Source {
 impl Advance for Source {
     const STAGE: Stage = Stage::Read;
 
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
         let unit = self.cursor;
         if self.fails_at == Some(unit) {
             return Err((unit, Error::setting("epoch", epoch.to_string())));
@@ -67,13 +67,13 @@ impl Advance for Source {
         let slot = if self.left > 0 && self.outlet.room() > 0 { self.outlet.slot() } else { None };
         let Some(slot) = slot else {
             self.outlet.flush_if_starving();
-            return Ok(Progress::Waiting(Activity::Blocked));
+            return Ok(Advanced::Waiting(Activity::Blocked));
         };
         self.left -= 1;
         self.slots.write(slot, (epoch, unit));
         self.cursor = (unit + 1) % self.units;
         let entry = Entry { epoch, unit, pass: 0, place: Place::Slot(slot) };
-        Ok(Progress::Ready { entry, ends_pass: self.cursor == 0, moved: None })
+        Ok(Advanced::Ready { entry, ends_pass: self.cursor == 0, moved: None })
     }
 
     fn rewind(&mut self) {
@@ -96,24 +96,28 @@ struct Relay {
 impl Advance for Relay {
     const STAGE: Stage = Stage::Pin;
 
-    fn advance(&mut self, epoch: u64) -> Result<Progress, (usize, Error)> {
-        let Some(entry) = self.inlet.peek(epoch) else {
+    fn advance(&mut self, epoch: u64) -> Result<Advanced, (usize, Error)> {
+        let Some(message) = self.inlet.peek(epoch) else {
             self.inlet.nudge();
-            return Ok(Progress::Waiting(Activity::Starved));
+            return Ok(Advanced::Waiting(Activity::Starved));
         };
         let slot = if self.outlet.room() > 0 { self.outlet.slot() } else { None };
         let Some(slot) = slot else {
             self.outlet.flush_if_starving();
-            return Ok(Progress::Waiting(Activity::Blocked));
+            return Ok(Advanced::Waiting(Activity::Blocked));
         };
         self.inlet.take();
-        let Place::Slot(source) = entry.place else {
-            self.outlet.put_back(slot);
-            return Ok(Progress::Failed { unit: entry.unit });
+        let entry = match message {
+            Message::Unit(entry) => entry,
+            Message::Failed { unit, .. } => {
+                self.outlet.put_back(slot);
+                return Ok(Advanced::Failed { unit });
+            }
         };
+        let Place::Slot(source) = entry.place else { panic!("{entry:?}") };
         self.to.write(slot, self.from.read(source));
         self.inlet.release(source);
-        Ok(Progress::Ready { entry: Entry { place: Place::Slot(slot), ..entry }, ends_pass: true, moved: None })
+        Ok(Advanced::Ready { entry: Entry { place: Place::Slot(slot), ..entry }, ends_pass: true, moved: None })
     }
 
     fn outlet(&mut self) -> &mut Outlet {
