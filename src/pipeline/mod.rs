@@ -1,5 +1,6 @@
 //! The pipeline: stages joined by rings, and [`LayerStreamer`], which owns them.
 
+mod arrival;
 mod compute;
 mod copiers;
 mod device_time;

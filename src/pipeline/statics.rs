@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    slice,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,8 +13,8 @@ use crate::{
     device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
-    pipeline::compute::view,
-    plan::{Extent, Reader, Settings, Unit, UnitPlan},
+    pipeline::{arrival::Arrival, compute::view},
+    plan::{Extent, Reader, Settings, Unit, UnitPlan, staging_bytes},
     sync::Signal,
 };
 
@@ -54,27 +55,25 @@ impl<D: Device> StaticTensors<D> {
     ) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
         let base = device.address(&memory);
-        let (stream, signal) = (device.named_stream(c"layer-streamer statics")?, Signal::new());
+        let signal = Signal::new();
         let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
         // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
         // go now, for want of a descriptor.
         let backend = if backend == Reader::Pread { backend } else { Reader::Auto };
-        let staging = match plan.casts.is_empty() {
-            true => None,
-            false => Some(device.allocate("static tensors before they are converted", CHUNK)?),
-        };
+        // A chunk comes at a time.
+        let staging_bytes = staging_bytes(slice::from_ref(&plan)).min(CHUNK);
+        let mut arrival = Arrival::new(device, staging_bytes, c"layer-streamer statics")?;
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(backend, sources, &[], &signal) }?;
-        let staged = staging.as_ref().map(|memory| device.address(memory));
-        let loaded = fill(device, sources, &plan, (base, staged), &stream, &blocks, &mut engine, &signal, idle);
+        let loaded = fill(sources, &plan, &mut arrival, base, &blocks, &mut engine, &signal, idle);
         if let Err(error) = loaded {
             // Reads and copies that are under way end here, or what they use is left to them.
-            let (reads_end, copies_end) = (engine.quiesce(), device.drain(&stream).is_ok());
+            let (reads_end, copies_end) = (engine.quiesce(), arrival.drain().is_ok());
             if !(reads_end && copies_end) {
                 std::mem::forget(blocks);
             }
             if !copies_end {
-                std::mem::forget((memory, staging));
+                std::mem::forget((memory, arrival));
             }
             return Err(error);
         }
@@ -97,15 +96,13 @@ impl<D: Device> StaticTensors<D> {
     }
 }
 
-/// Reads everything that `plan` names, chunk by chunk, and copies it to where it belongs from `base` on, or by way of
-/// `staged` if it is converted.
+/// Reads everything that `plan` names, chunk by chunk, and has it arrive where it belongs from `base` on.
 #[allow(clippy::too_many_arguments, reason = "the body of one function, apart so that its errors meet in one place")]
 fn fill<D: Device>(
-    device: &D,
     sources: &Arc<[Source]>,
     plan: &UnitPlan,
-    (base, staged): (DevicePtr, Option<DevicePtr>),
-    stream: &D::Stream,
+    arrival: &mut Arrival<D>,
+    base: DevicePtr,
     blocks: &Arena,
     engine: &mut Engine,
     signal: &Signal,
@@ -149,39 +146,10 @@ fn fill<D: Device>(
             Ok(_) if failure.is_some() => {}
             Ok(_) => {
                 let next = at + len.min(STEP);
-                for copy in &plan.copies {
-                    let (start, end) = (copy.from.max(at), (copy.from + copy.bytes).min(next));
-                    if start < end {
-                        // SAFETY: the range lies in the block and in the tensor's place; both stay until it is drained.
-                        unsafe {
-                            let from = blocks.slot(block).as_ptr().add(start - at);
-                            device.copy_to_device(
-                                base.offset(copy.to + start - copy.from),
-                                from,
-                                end - start,
-                                stream,
-                            )?;
-                        }
-                    }
-                }
-                for cast in &plan.casts {
-                    let (from_size, to_size) = (cast.from_type.size(), cast.to_type.size());
-                    // The elements that begin in this chunk, before the next one does.
-                    let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(from_size);
-                    let (start, end) = (begin_before(at), begin_before(next).min(cast.elements));
-                    if let Some(staged) = staged.filter(|_| start < end) {
-                        // SAFETY: the elements lie in the block, and the staging memory is as long; the stream runs in
-                        // order, and all of it stays until it is drained.
-                        unsafe {
-                            let from = blocks.slot(block).as_ptr().add(cast.from + start * from_size - at);
-                            device.copy_to_device(staged, from, (end - start) * from_size, stream)?;
-                            let to = base.offset(cast.to + start * to_size);
-                            let (to, from) = ((to, cast.to_type), (staged, cast.from_type));
-                            device.cast_raw(to, from, end - start, stream)?;
-                        }
-                    }
-                }
-                device.drain(stream)?;
+                // SAFETY: the chunk holds the window, and a page more, in which its last element ends; the block and the memory
+                // stay until all is drained.
+                unsafe { arrival.enqueue(plan, at..next, blocks.slot(block).as_ptr(), base)? };
+                arrival.drain()?;
             }
         }
     }

@@ -4,9 +4,8 @@
 //! For a unit that goes from source slot `s` to device slot `d`, it enqueues
 //!
 //! ```text
-//! copy stream       wait(compute_done[d], arrived[d]) → record(begun) → copies → record(done)
-//! cast stream       for each piece: wait(staged) → cast → record(consumed)        only if tensors change on arrival
-//! either            record(arrived[d])
+//! copy stream       wait(compute_done[d], arrived[d]) → record(begun) → arrival: copies and casts → record(done)
+//! the last stream   record(arrived[d])
 //! ```
 //!
 //! **Invariant**: a source slot is released upstream only after `done` was seen complete; a device slot comes back from the
@@ -18,6 +17,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     pipeline::{
+        arrival::Arrival,
         device_time::DeviceTimer,
         host::HostMemory,
         link::{Entry, Inlet, Message, Outlet, Place, Slot},
@@ -29,17 +29,6 @@ use crate::{
     sync::Signal,
     trace::{Activity, Carried, Stage},
 };
-
-/// Two blocks through which stored bytes pass on their way to a cast, on a stream of their own, so that the copies of
-/// the next piece need not wait for it.
-struct Staging<D: Device> {
-    memory: D::Memory,
-    block_bytes: usize,
-    stream: D::Stream,
-    staged: [D::Event; 2],
-    consumed: [D::Event; 2],
-    turn: usize,
-}
 
 /// A unit's copies that may still be running.
 struct CopyInFlight<D: Device> {
@@ -62,8 +51,7 @@ pub(crate) struct TransferStage<D: Device> {
     states: Arc<Residencies>,
     inlet: Inlet,
     outlet: Outlet,
-    stream: D::Stream,
-    staging: Option<Staging<D>>,
+    arrival: Arrival<D>,
     /// Oldest first: all that come from source slots, and of those from residents a pass.
     in_flight: VecDeque<CopyInFlight<D>>,
     /// Events for more of these; at least so many stay for source slots.
@@ -89,18 +77,6 @@ impl<D: Device> TransferStage<D> {
         // As many as may be enqueued before the first of them has to be done: slots, and a pass of units that have none.
         let most = sources + plan.gpu.slots + plan.residents.count;
         let timed = control.trace.times_device();
-        let staging = if plan.staging_bytes == 0 {
-            None
-        } else {
-            Some(Staging {
-                memory: device.allocate("staging blocks", 2 * plan.staging_bytes)?,
-                block_bytes: plan.staging_bytes,
-                stream: device.named_stream(c"layer-streamer convert")?,
-                staged: [device.event()?, device.event()?],
-                consumed: [device.event()?, device.event()?],
-                turn: 0,
-            })
-        };
         Ok(Self {
             plan: plan.clone(),
             control: control.clone(),
@@ -110,8 +86,7 @@ impl<D: Device> TransferStage<D> {
             states: states.clone(),
             inlet,
             outlet,
-            stream: device.named_stream(c"layer-streamer transfer")?,
-            staging,
+            arrival: Arrival::new(device, plan.staging_bytes, c"layer-streamer transfer")?,
             in_flight: VecDeque::with_capacity(most),
             idle: (0..most).map(|_| Ok([device.event()?, device.event()?])).collect::<Result<_>>()?,
             sources,
@@ -155,59 +130,27 @@ impl<D: Device> TransferStage<D> {
         }
         let target = self.to.address(&plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
-        self.device.wait(&self.stream, compute_done)?;
+        self.device.wait(self.arrival.stream(), compute_done)?;
         // A unit that was handed back unused never saw compute: its casts may still be writing this slot.
-        self.device.wait(&self.stream, arrived)?;
+        self.device.wait(self.arrival.stream(), arrived)?;
         let source_slot = if let Place::Slot(slot) = from { Some(slot) } else { None };
         let is_followed = source_slot.is_some() || self.idle.len() > self.sources;
         let flight = if is_followed { self.idle.pop() } else { None };
         let flight = flight.map(|[begun, done]| CopyInFlight { source: source_slot, begun, done });
         if let Some(CopyInFlight { begun, .. }) = &flight {
-            self.device.record(begun, &self.stream)?;
+            self.device.record(begun, self.arrival.stream())?;
         }
-        let timing = self.timer.as_mut().map(|timer| timer.begin(&self.stream, &self.control.trace)).transpose()?;
-        for copy in &unit.copies {
-            // SAFETY: the ranges lie inside both slots by the plan. The source slot stays this stage's until `done`; the device
-            // slot was handed back, and the wait above orders the copy after its last use.
-            unsafe {
-                let from = source.add(copy.from);
-                self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
-            }
-        }
-        match &mut self.staging {
-            Some(staging) if !unit.casts.is_empty() => {
-                // None of them has no elements, so that the first waits for what the copies waited for, and the last for all copies.
-                for cast in &unit.casts {
-                    let (from_size, to_size) = (cast.from_type.size(), cast.to_type.size());
-                    let piece = staging.block_bytes / from_size;
-                    for start in (0..cast.elements).step_by(piece) {
-                        let elements = piece.min(cast.elements - start);
-                        let turn = staging.turn;
-                        staging.turn = 1 - turn;
-                        let block = self.device.address(&staging.memory).offset(turn * staging.block_bytes);
-                        let result = target.offset(cast.to + start * to_size);
-                        self.device.wait(&self.stream, &staging.consumed[turn])?;
-                        // SAFETY: as above; the waits on `consumed` and `staged` order the two uses of the block.
-                        unsafe {
-                            let from = source.add(cast.from + start * from_size);
-                            self.device.copy_to_device(block, from, elements * from_size, &self.stream)?;
-                            self.device.record(&staging.staged[turn], &self.stream)?;
-                            self.device.wait(&staging.stream, &staging.staged[turn])?;
-                            let (to, from) = ((result, cast.to_type), (block, cast.from_type));
-                            self.device.cast_raw(to, from, elements, &staging.stream)?;
-                        }
-                        self.device.record(&staging.consumed[turn], &staging.stream)?;
-                    }
-                }
-                self.device.record(arrived, &staging.stream)?;
-            }
-            _ => self.device.record(arrived, &self.stream)?,
-        }
+        let timing =
+            self.timer.as_mut().map(|timer| timer.begin(self.arrival.stream(), &self.control.trace)).transpose()?;
+        // SAFETY: slots and residents were sized for the unit by the plan. The source slot stays this stage's until `done`; the
+        // device's was handed back, and the waits above order the copies after its last use.
+        unsafe { self.arrival.enqueue(unit, 0..unit.host_bytes, source, target)? };
+        self.arrival.record(unit, arrived)?;
         if let Some((timer, timing)) = self.timer.as_mut().zip(timing.flatten()) {
-            timer.end(timing, &self.stream, Activity::Unit { unit: index, pass }, unit.disk_bytes)?;
+            timer.end(timing, self.arrival.stream(), Activity::Unit { unit: index, pass }, unit.disk_bytes)?;
         }
         if let Some(flight) = flight {
-            self.device.record(&flight.done, &self.stream)?;
+            self.device.record(&flight.done, self.arrival.stream())?;
             self.in_flight.push_back(flight);
         }
         Ok(())
@@ -323,8 +266,7 @@ impl<D: Device> Advance for TransferStage<D> {
 
     fn end(&mut self) -> Result<()> {
         // The streams, not the events: after an error there may be copies that no event marks.
-        self.device.drain(&self.stream)?;
-        self.staging.as_ref().map_or(Ok(()), |staging| self.device.drain(&staging.stream))?;
+        self.arrival.drain()?;
         self.timer.as_mut().map_or(Ok(()), |timer| timer.tell(&self.control.trace))
     }
 }

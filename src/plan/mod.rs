@@ -351,7 +351,7 @@ fn host_stages([_, n_cpu_pinned, n_cpu]: [usize; 3], some_live_in_ram: bool) -> 
 }
 
 /// Bytes of one of the two staging blocks that these units need.
-fn staging_bytes(units: &[UnitPlan]) -> usize {
+pub(crate) fn staging_bytes(units: &[UnitPlan]) -> usize {
     let pieces = units.iter().flat_map(|unit| &unit.casts).map(|t| t.elements * t.from_type.size());
     pieces.max().unwrap_or(0).min(STAGING).next_multiple_of(DEVICE_ALIGN)
 }
