@@ -9,7 +9,7 @@ struct Append {
   lsk_bf16* cache;
   const lsk_bf16* block;
   const uint32_t *q_offsets, *kv_lens, *rows;
-  int sequences, groups;
+  int sequences, kv_heads;
   int64_t items, capacity;
   int size;
 };
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kBlock) append_kv(Append call) {
   const Vec<lsk_bf16, N> values = load<N>(call.block + item * N);
   const int packs = call.size / N;
   const int64_t head = item / packs;
-  const int column = int(item - head * packs) * N, group = int(head % call.groups);
-  const unsigned token = unsigned(head / call.groups);
+  const int column = int(item - head * packs) * N, kv_head = int(head % call.kv_heads);
+  const unsigned token = unsigned(head / call.kv_heads);
   // The last sequence that begins at the token or before it; one without tokens begins where the next does.
   int sequence = 0, after = call.sequences;
   while (after - sequence > 1) {
@@ -32,23 +32,23 @@ __global__ void __launch_bounds__(kBlock) append_kv(Append call) {
     else after = middle;
   }
   const int64_t place = int64_t(call.kv_lens[sequence]) - (call.q_offsets[sequence + 1] - token);
-  const int64_t lane = int64_t(call.rows[sequence]) * call.groups + group;
+  const int64_t lane = int64_t(call.rows[sequence]) * call.kv_heads + kv_head;
   store(call.cache + (lane * call.capacity + place) * call.size + column, values);
 }
 
 template <int N>
 cudaError_t launch(Append call, int tokens, cudaStream_t stream) {
-  call.items = int64_t(tokens) * call.groups * (call.size / N);
+  call.items = int64_t(tokens) * call.kv_heads * (call.size / N);
   return lsk_launch(append_kv<N>, dim3(unsigned((call.items + kBlock - 1) / kBlock)), dim3(kBlock), 0, stream, call);
 }
 
 }  // namespace
 
 cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t* q_offsets, const uint32_t* kv_lens,
-                          const uint32_t* rows, int sequences, int tokens, int groups, int64_t capacity, int size,
+                          const uint32_t* rows, int sequences, int tokens, int kv_heads, int64_t capacity, int size,
                           cudaStream_t stream) {
-  if (tokens == 0 || groups == 0 || size == 0) return cudaSuccess;
-  const Append call = {cache, block, q_offsets, kv_lens, rows, sequences, groups, 0, capacity, size};
+  if (tokens == 0 || kv_heads == 0 || size == 0) return cudaSuccess;
+  const Append call = {cache, block, q_offsets, kv_lens, rows, sequences, kv_heads, 0, capacity, size};
   if (size % 8 == 0 && aligned_for<8>(cache) && aligned_for<8>(block)) return launch<8>(call, tokens, stream);
   return launch<1>(call, tokens, stream);
 }

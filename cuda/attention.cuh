@@ -13,17 +13,18 @@ struct Attention {
   lsk_bf16* out;
   const lsk_bf16 *q, *keys, *values;
   const uint32_t *q_offsets, *kv_lens, *rows;
-  int sequences, tokens, heads, groups;
+  int sequences, tokens, heads, kv_heads;
   int64_t capacity;
   float scale;    // of scores as powers of two: log2(e) included
   int window;     // INT_MAX: none
   int splits;     // parts that a context is cut into, at most
-  float* partial;  // what the parts gave: [tokens, heads, splits, size] sums, then [tokens, heads, splits] Weight
+  float* partial;  // what the parts gave: [tokens, heads, splits, size] sums, then [tokens, heads, splits] State
 };
 
-// What a part's sums stand for: they are relative to 2^top, and their weights sum to `sum`.
-struct Weight {
-  float top, sum;
+// A softmax over some of the keys, but for its sums of values (Milakov and Gimelshein's names): sums and denominator `d`
+// are relative to 2^m, where `m` is the running maximum of the scores, or less by no more than Softmax::kSlack.
+struct State {
+  float m, d;
 };
 
 // Scratch for each multiprocessor, whose number is known by it.
@@ -51,7 +52,7 @@ inline cudaError_t with_size(int size, Launch launch) {
 
 // How many parts fit the scratch, no more than `wanted` and one at least.
 inline int parts_that_fit(const Attention& call, int size, size_t scratch_bytes, int64_t wanted) {
-  const int64_t one = int64_t(call.tokens) * call.heads * (size * sizeof(float) + sizeof(Weight));
+  const int64_t one = int64_t(call.tokens) * call.heads * (size * sizeof(float) + sizeof(State));
   const int64_t fit = int64_t(scratch_bytes) / one;
   const int64_t parts = wanted < fit ? wanted : fit;
   return parts > 1 ? int(parts) : 1;
@@ -121,9 +122,9 @@ __device__ inline float* partial_sums(const Attention& call, int size, int token
   return call.partial + ((int64_t(token) * call.heads + head) * call.splits + split) * size;
 }
 
-__device__ inline Weight* partial_weight(const Attention& call, int size, int token, int head, int split) {
-  float* const weights = call.partial + int64_t(call.tokens) * call.heads * call.splits * size;
-  return reinterpret_cast<Weight*>(weights) + (int64_t(token) * call.heads + head) * call.splits + split;
+__device__ inline State* partial_state(const Attention& call, int size, int token, int head, int split) {
+  float* const states = call.partial + int64_t(call.tokens) * call.heads * call.splits * size;
+  return reinterpret_cast<State*>(states) + (int64_t(token) * call.heads + head) * call.splits + split;
 }
 
 // A tile in shared memory is rows of D elements without padding. Chunks of 16 bytes change places within a row, so that
@@ -160,15 +161,15 @@ struct Softmax {
   static constexpr float kSlack = 8.0f;
 
   float sums[M][D / 8][4];
-  float top[M][2], sum[M][2];
+  float m[M][2], d[M][2];  // of each query, as in State
 
   __device__ Softmax() {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      top[m][0] = top[m][1] = -1e30f;
-      sum[m][0] = sum[m][1] = 0.0f;
+    for (int t = 0; t < M; ++t) {
+      m[t][0] = m[t][1] = -1e30f;
+      d[t][0] = d[t][1] = 0.0f;
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) sums[m][n][0] = sums[m][n][1] = sums[m][n][2] = sums[m][n][3] = 0.0f;
+      for (int n = 0; n < D / 8; ++n) sums[t][n][0] = sums[t][n][1] = sums[t][n][2] = sums[t][n][3] = 0.0f;
     }
   }
 
@@ -179,9 +180,9 @@ struct Softmax {
     const int place = ((lane >> 3 & 1) ^ swizzle<D>(row)) * 16;
     keys += row * D * 2;
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int t = 0; t < M; ++t) {
 #pragma unroll
-      for (int n = 0; n < KEYS / 8; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0.0f;
+      for (int n = 0; n < KEYS / 8; ++n) scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.0f;
     }
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -192,9 +193,9 @@ struct Softmax {
         uint32_t b[4];
         ldmatrix_x4(b, keys + n * 16 * D * 2 + (step * 32 ^ place));
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          mma_16x8x16_bf16(scores[m][2 * n], a[m], b[0], b[1]);
-          mma_16x8x16_bf16(scores[m][2 * n + 1], a[m], b[2], b[3]);
+        for (int t = 0; t < M; ++t) {
+          mma_16x8x16_bf16(scores[t][2 * n], a[t], b[0], b[1]);
+          mma_16x8x16_bf16(scores[t][2 * n + 1], a[t], b[2], b[3]);
         }
       }
     }
@@ -203,27 +204,27 @@ struct Softmax {
   // Turns scores into weights, and lowers the sums if a score outgrew them. A masked score is -infinity.
   __device__ void weigh(float (&scores)[M][KEYS / 8][4], uint32_t (&weights)[M][KEYS / 16][4], float scale) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int t = 0; t < M; ++t) {
       float next[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float most = scores[m][0][2 * h];
+        float most = scores[t][0][2 * h];
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n) most = fmaxf(most, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+        for (int n = 0; n < KEYS / 8; ++n) most = fmaxf(most, fmaxf(scores[t][n][2 * h], scores[t][n][2 * h + 1]));
         most = fmaxf(most, __shfl_xor_sync(kWarp, most, 1));
         next[h] = fmaxf(most, __shfl_xor_sync(kWarp, most, 2)) * scale;
       }
-      if (__ballot_sync(kWarp, next[0] > top[m][0] + kSlack || next[1] > top[m][1] + kSlack) != 0) {
+      if (__ballot_sync(kWarp, next[0] > m[t][0] + kSlack || next[1] > m[t][1] + kSlack) != 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          next[h] = fmaxf(next[h], top[m][h]);
-          const float factor = exp2_fast(top[m][h] - next[h]);
-          top[m][h] = next[h];
-          sum[m][h] *= factor;
+          next[h] = fmaxf(next[h], m[t][h]);
+          const float factor = exp2_fast(m[t][h] - next[h]);
+          m[t][h] = next[h];
+          d[t][h] *= factor;
 #pragma unroll
           for (int n = 0; n < D / 8; ++n) {
-            sums[m][n][2 * h] *= factor;
-            sums[m][n][2 * h + 1] *= factor;
+            sums[t][n][2 * h] *= factor;
+            sums[t][n][2 * h + 1] *= factor;
           }
         }
       }
@@ -231,10 +232,10 @@ struct Softmax {
       for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float low = exp2_fast(scores[m][n][2 * h] * scale - top[m][h]);
-          const float high = exp2_fast(scores[m][n][2 * h + 1] * scale - top[m][h]);
-          sum[m][h] += low + high;
-          weights[m][n / 2][n % 2 * 2 + h] = pack_bf16(low, high);
+          const float low = exp2_fast(scores[t][n][2 * h] * scale - m[t][h]);
+          const float high = exp2_fast(scores[t][n][2 * h + 1] * scale - m[t][h]);
+          d[t][h] += low + high;
+          weights[t][n / 2][n % 2 * 2 + h] = pack_bf16(low, high);
         }
       }
     }
@@ -252,9 +253,9 @@ struct Softmax {
         uint32_t b[4];
         ldmatrix_x4_trans(b, values + k * 16 * D * 2 + (n * 32 ^ place));
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          mma_16x8x16_bf16(sums[m][2 * n], weights[m][k], b[0], b[1]);
-          mma_16x8x16_bf16(sums[m][2 * n + 1], weights[m][k], b[2], b[3]);
+        for (int t = 0; t < M; ++t) {
+          mma_16x8x16_bf16(sums[t][2 * n], weights[t][k], b[0], b[1]);
+          mma_16x8x16_bf16(sums[t][2 * n + 1], weights[t][k], b[2], b[3]);
         }
       }
     }
@@ -263,11 +264,11 @@ struct Softmax {
   // Adds up the sums of weights, of which each lane has a part until then.
   __device__ void finish() {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int t = 0; t < M; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sum[m][h] += __shfl_xor_sync(kWarp, sum[m][h], 1);
-        sum[m][h] += __shfl_xor_sync(kWarp, sum[m][h], 2);
+        d[t][h] += __shfl_xor_sync(kWarp, d[t][h], 1);
+        d[t][h] += __shfl_xor_sync(kWarp, d[t][h], 2);
       }
     }
   }

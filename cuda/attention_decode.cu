@@ -26,7 +26,7 @@ struct Shape {
   static constexpr int kResident = 227 * 1024 / (kBytes + 1024);
   // Rows of sums in shared memory, padded so that eight of them lie in different banks.
   static constexpr int kStride = D + 8;
-  static_assert(kHeads * (kStride * sizeof(float) + sizeof(Weight)) <= kWarpBytes, "sums take the place of tiles");
+  static_assert(kHeads * (kStride * sizeof(float) + sizeof(State)) <= kWarpBytes, "sums take the place of tiles");
 };
 
 template <int D>
@@ -35,18 +35,18 @@ __global__ void __launch_bounds__(Shape<D>::kThreads) decode(Attention call) {
   constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages;
   LSK_DYNAMIC_SHARED(shared);
 
-  const int share = call.heads / call.groups, chunks = (share + kHeads - 1) / kHeads;
+  const int share = call.heads / call.kv_heads, chunks = (share + kHeads - 1) / kHeads;
   const int split = int(blockIdx.x % call.splits);
   int block = int(blockIdx.x / call.splits);
-  const int chunk = block % chunks, group = block / chunks % call.groups, token = block / chunks / call.groups;
-  const int head = group * share + chunk * kHeads, heads = min(share - chunk * kHeads, kHeads);
+  const int chunk = block % chunks, kv_head = block / chunks % call.kv_heads, token = block / chunks / call.kv_heads;
+  const int head = kv_head * share + chunk * kHeads, heads = min(share - chunk * kHeads, kHeads);
   Tile tile;
   if (!find_tile(call, token, 1, &tile)) return;
   const Part part = part_of(call, tile, split, kLeast);
   if (part.begin >= part.end) return;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t cache = (int64_t(tile.row) * call.groups + group) * call.capacity * D;
+  const int64_t cache = (int64_t(tile.row) * call.kv_heads + kv_head) * call.capacity * D;
   char* const tiles = shared + warp * Shape::kWarpBytes;
   const auto copy = [&](int stage, int key) {
     if (key < part.end) {
@@ -118,32 +118,32 @@ __global__ void __launch_bounds__(Shape<D>::kThreads) decode(Attention call) {
           make_float2(softmax.sums[0][n][2 * h], softmax.sums[0][n][2 * h + 1]);
     }
     if (lane % 4 == 0) {
-      reinterpret_cast<Weight*>(rows + kHeads * Shape::kStride)[row] = {softmax.top[0][h], softmax.sum[0][h]};
+      reinterpret_cast<State*>(rows + kHeads * Shape::kStride)[row] = {softmax.m[0][h], softmax.d[0][h]};
     }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < heads * D / 4; i += Shape::kThreads) {
     const int row = i / (D / 4), column = i % (D / 4) * 4;
     const auto sums_of = [&](int w) { return reinterpret_cast<const float*>(shared + w * Shape::kWarpBytes); };
-    Weight weights[Shape::kWarps], total = {-1e30f, 0.0f};
+    State states[Shape::kWarps], total = {-1e30f, 0.0f};
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      weights[w] = reinterpret_cast<const Weight*>(sums_of(w) + kHeads * Shape::kStride)[row];
-      total.top = fmaxf(total.top, weights[w].top);
+      states[w] = reinterpret_cast<const State*>(sums_of(w) + kHeads * Shape::kStride)[row];
+      total.m = fmaxf(total.m, states[w].m);
     }
     float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      const float factor = exp2_fast(weights[w].top - total.top);
+      const float factor = exp2_fast(states[w].m - total.m);
       const float4 other = *reinterpret_cast<const float4*>(sums_of(w) + row * Shape::kStride + column);
-      total.sum += factor * weights[w].sum;
+      total.d += factor * states[w].d;
       sums.x += factor * other.x, sums.y += factor * other.y, sums.z += factor * other.z, sums.w += factor * other.w;
     }
     if (part.parts > 1) {
       *reinterpret_cast<float4*>(partial_sums(call, D, tile.token, head + row, split) + column) = sums;
-      if (column == 0) *partial_weight(call, D, tile.token, head + row, split) = total;
+      if (column == 0) *partial_state(call, D, tile.token, head + row, split) = total;
     } else {
-      const float factor = 1.0f / total.sum;
+      const float factor = 1.0f / total.d;
       *reinterpret_cast<uint2*>(call.out + (int64_t(tile.token) * call.heads + head + row) * D + column) =
           make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
     }
@@ -173,33 +173,33 @@ __global__ void __launch_bounds__(Combine<D>::kThreads) combine(Attention call, 
   const int parts = part_of(call, tile, 0, least).parts;
   if (parts == 1) return;
 
-  const Weight* const weights = partial_weight(call, D, token, head, 0);
+  const State* const states = partial_state(call, D, token, head, 0);
   const int lane = threadIdx.x % 32, column = threadIdx.x % kLanes * 4, which = threadIdx.x / kLanes;
-  float top = -1e30f;
-  for (int part = lane; part < parts; part += 32) top = fmaxf(top, weights[part].top);
-  for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(kWarp, top, distance));
+  float m = -1e30f;
+  for (int part = lane; part < parts; part += 32) m = fmaxf(m, states[part].m);
+  for (int distance = 16; distance > 0; distance /= 2) m = fmaxf(m, __shfl_xor_sync(kWarp, m, distance));
   float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float sum = 0.0f;
+  float d = 0.0f;
 #pragma unroll 4
   for (int part = which; part < parts; part += kParts) {
-    const Weight weight = weights[part];
+    const State state = states[part];
     const float4 other = *reinterpret_cast<const float4*>(partial_sums(call, D, token, head, part) + column);
-    const float factor = exp2_fast(weight.top - top);
-    sum += factor * weight.sum;
+    const float factor = exp2_fast(state.m - m);
+    d += factor * state.d;
     sums.x += factor * other.x, sums.y += factor * other.y, sums.z += factor * other.z, sums.w += factor * other.w;
   }
   float* const rows = reinterpret_cast<float*>(shared);
   *reinterpret_cast<float4*>(rows + which * kStride + column) = sums;
-  if (column == 0) rows[which * kStride + D] = sum;
+  if (column == 0) rows[which * kStride + D] = d;
   __syncthreads();
   if (which > 0) return;
 #pragma unroll
   for (int i = 1; i < kParts; ++i) {
     const float4 other = *reinterpret_cast<const float4*>(rows + i * kStride + column);
-    sum += rows[i * kStride + D];
+    d += rows[i * kStride + D];
     sums.x += other.x, sums.y += other.y, sums.z += other.z, sums.w += other.w;
   }
-  const float factor = 1.0f / sum;
+  const float factor = 1.0f / d;
   *reinterpret_cast<uint2*>(call.out + (int64_t(token) * call.heads + head) * D + column) =
       make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
 }
@@ -213,8 +213,8 @@ cudaError_t launch_combine(Attention call, int tile, int least, cudaStream_t str
 
 template <int D>
 cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
-  const int64_t chunks = (call.heads / call.groups + kHeads - 1) / kHeads;
-  const int64_t blocks = call.tokens * chunks * call.groups;
+  const int64_t chunks = (call.heads / call.kv_heads + kHeads - 1) / kHeads;
+  const int64_t blocks = call.tokens * chunks * call.kv_heads;
   // One wave of equal parts if there are few of them, four if rounding would leave much of one idle.
   const int64_t wave = int64_t(scratch_bytes / kScratch) * Shape<D>::kResident;
   const int64_t parts = (blocks * 4 <= wave ? wave : wave * 4) / blocks, most = (call.capacity + kLeast - 1) / kLeast;
@@ -245,18 +245,18 @@ size_t lsk_attention_scratch(int multiprocessors) {
 
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
-                          int tokens, int heads, int groups, int64_t capacity, int size, float scale, int64_t window,
+                          int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
                           void* scratch, size_t scratch_bytes, cudaStream_t stream) {
   // A greatest score is found before it is scaled, so the scale keeps order.
-  const bool valid = sequences >= 0 && tokens >= 0 && heads > 0 && groups > 0 && heads % groups == 0 && capacity >= 0 &&
-                     capacity <= INT_MAX && scale > 0.0f && window >= 0;
+  const bool valid = sequences >= 0 && tokens >= 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 &&
+                     capacity >= 0 && capacity <= INT_MAX && scale > 0.0f && window >= 0;
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0) return cudaSuccess;
   lsk::Attention call = {};
   call.out = out;
   call.q = q, call.keys = keys, call.values = values;
   call.q_offsets = q_offsets, call.kv_lens = kv_lens, call.rows = rows;
-  call.sequences = sequences, call.tokens = tokens, call.heads = heads, call.groups = groups;
+  call.sequences = sequences, call.tokens = tokens, call.heads = heads, call.kv_heads = kv_heads;
   call.capacity = capacity;
   call.scale = scale * 1.44269504088896341f;
   call.window = window == 0 || window > INT_MAX ? INT_MAX : int(window);

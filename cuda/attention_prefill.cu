@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows;
   LSK_DYNAMIC_SHARED(shared);
 
-  // The last tiles of a sequence see the most keys: they go first. Heads of a group follow each other, for the cache.
+  // The last tiles of a sequence see the most keys: they go first. Heads that share a key head follow each other, for
+  // the cache.
   const unsigned block = gridDim.x - 1 - blockIdx.x;
   const int split = int(block % call.splits), head = int(block / call.splits % call.heads);
   Tile tile;
@@ -40,8 +41,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   if (part.begin >= part.end) return;
 
   const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 16 * M;  // the warp's first query in the tile
-  const int group = int(int64_t(head) * call.groups / call.heads);
-  const int64_t cache = (int64_t(tile.row) * call.groups + group) * call.capacity * D;
+  const int kv_head = int(int64_t(head) * call.kv_heads / call.heads);
+  const int64_t cache = (int64_t(tile.row) * call.kv_heads + kv_head) * call.capacity * D;
   // Every register counts here: a warp's sums and scores take 192 of 255.
   const lsk_bf16* const keys = call.keys + cache;
   const int64_t values = call.values - call.keys;
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   const int place = ((lane >> 4) ^ swizzle<D>(lane & 15)) * 16;
   const auto load = [&](int step, uint32_t(&a)[M][4]) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) ldmatrix_x4(a[m], query_row + m * 16 * D * 2 + (step * 32 ^ place));
+    for (int t = 0; t < M; ++t) ldmatrix_x4(a[t], query_row + t * 16 * D * 2 + (step * 32 ^ place));
   };
   uint32_t held[Shape::kHeld ? D / 16 : 1][M][4];
   if constexpr (Shape::kHeld) {
@@ -77,9 +78,9 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   const auto query = [&](int step, uint32_t(&a)[M][4]) {
     if constexpr (Shape::kHeld) {
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
+      for (int t = 0; t < M; ++t) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = held[step][m][i];
+        for (int i = 0; i < 4; ++i) a[t][i] = held[step][t][i];
       }
     } else {
       load(step, a);
@@ -102,13 +103,13 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
       const int ahead = first + lane / 4 - key - lane % 4 * 2;  // of this lane's first query over its first key
       if (key + kKeys - 1 > first || key <= last - call.window) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
+        for (int t = 0; t < M; ++t) {
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int behind = ahead + m * 16 + i / 2 * 8 - n * 8 - i % 2;
-              if (behind < 0 || behind >= call.window) scores[m][n][i] = -INFINITY;
+              const int behind = ahead + t * 16 + i / 2 * 8 - n * 8 - i % 2;
+              if (behind < 0 || behind >= call.window) scores[t][n][i] = -INFINITY;
             }
           }
         }
@@ -126,19 +127,19 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
 
   if (part.parts > 1) {
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int t = 0; t < M; ++t) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int query = row + m * 16 + h * 8 + lane / 4;
+        const int query = row + t * 16 + h * 8 + lane / 4;
         if (query >= tile.count) continue;
         float* const sums = partial_sums(call, D, tile.token + query, head, split) + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           *reinterpret_cast<float2*>(sums + n * 8) =
-              make_float2(softmax.sums[m][n][2 * h], softmax.sums[m][n][2 * h + 1]);
+              make_float2(softmax.sums[t][n][2 * h], softmax.sums[t][n][2 * h + 1]);
         }
         if (lane % 4 == 0) {
-          *partial_weight(call, D, tile.token + query, head, split) = {softmax.top[m][h], softmax.sum[m][h]};
+          *partial_state(call, D, tile.token + query, head, split) = {softmax.m[t][h], softmax.d[t][h]};
         }
       }
     }
@@ -147,15 +148,15 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   // Through the place of the warp's own queries, so that rows are written 16 bytes at a time. All lanes have read those:
   // since then there was a barrier.
 #pragma unroll
-  for (int m = 0; m < M; ++m) {
+  for (int t = 0; t < M; ++t) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int query = row + m * 16 + h * 8 + lane / 4;
-      const float factor = 1.0f / softmax.sum[m][h];
+      const int query = row + t * 16 + h * 8 + lane / 4;
+      const float factor = 1.0f / softmax.d[t][h];
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
         *reinterpret_cast<uint32_t*>(queries + query * D * 2 + (n ^ swizzle<D>(query)) * 16 + lane % 4 * 4) =
-            pack_bf16(softmax.sums[m][n][2 * h] * factor, softmax.sums[m][n][2 * h + 1] * factor);
+            pack_bf16(softmax.sums[t][n][2 * h] * factor, softmax.sums[t][n][2 * h + 1] * factor);
       }
     }
   }

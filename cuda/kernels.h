@@ -61,20 +61,20 @@ cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, c
 /* gate = silu(gate) * up. */
 cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);
 
-/* Puts a block's keys or values [tokens, groups, size] where they belong in cache [.., groups, capacity, size]. Sequence i
- * owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] in row rows[i] of the cache. */
+/* Puts a block's keys or values [tokens, kv_heads, size] where they belong in cache [.., kv_heads, capacity, size].
+ * Sequence i owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] in row rows[i] of the cache. */
 cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t* q_offsets, const uint32_t* kv_lens,
-                          const uint32_t* rows, int sequences, int tokens, int groups, int64_t capacity, int size,
+                          const uint32_t* rows, int sequences, int tokens, int kv_heads, int64_t capacity, int size,
                           cudaStream_t stream);
 
 /* out[r] = the index of the greatest of x[r], the first of equals: x [rows, columns]. */
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream);
 
-/* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., groups, capacity, size], sequences
- * as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none. */
+/* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, capacity, size],
+ * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none. */
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
-                          int tokens, int heads, int groups, int64_t capacity, int size, float scale, int64_t window,
+                          int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
                           void* scratch, size_t scratch_bytes, cudaStream_t stream);
 
 /* The most scratch, in bytes, that lsk_attention uses on a device with so many multiprocessors. */

@@ -288,30 +288,30 @@ fn attention_case(
     gpu: &On<Cuda>,
     rng: &mut fastrand::Rng,
     batch: &Batch,
-    [heads, groups, size]: [usize; 3],
+    [heads, kv_heads, size]: [usize; 3],
     window: Option<usize>,
 ) -> Result<()> {
     let capacity = batch.lengths.iter().map(|(before, new)| before + new).max().unwrap_or(0) + rng.usize(..40);
     let (rows, tokens) = (batch.rows.len() + 1, batch.tokens());
-    let shape = [rows, groups, capacity, size];
+    let shape = [rows, kv_heads, capacity, size];
     let mut caches = [0, 1].map(|_| random(rng, shape.iter().product()));
-    for (row, cache) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(groups * capacity * size).enumerate()) {
+    for (row, cache) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(kv_heads * capacity * size).enumerate()) {
         let sequence = batch.rows.iter().position(|&r| r as usize == row);
         let known = sequence.map_or(0, |sequence| batch.lengths[sequence].0);
         cache.chunks_mut(capacity * size).for_each(|lane| lane[known * size..].fill(f32::NAN));
     }
-    let new = [0, 1].map(|_| random(rng, tokens * groups * size));
+    let new = [0, 1].map(|_| random(rng, tokens * kv_heads * size));
     // Queries long enough for some keys to matter more than others, in every second head far more.
     let scale = |i: usize| if (i / size % heads).is_multiple_of(2) { 4.0 } else { 1024.0 };
     let queries: Vec<f32> =
         random(rng, tokens * heads * size).into_iter().enumerate().map(|(i, x)| x * scale(i)).collect();
-    let what = format!("{batch:?}, {heads} heads, {groups} groups of {size}, window {window:?}");
+    let what = format!("{batch:?}, {heads} heads, {kv_heads} key heads of {size}, window {window:?}");
     let mut written = [Vec::new(), Vec::new()];
     let both = on_both!(gpu, |on| {
         let of = batch.on(on)?;
         let [mut keys, mut values] = [on.cache(&shape, &caches[0])?, on.cache(&shape, &caches[1])?];
         for (cache, new) in [(&mut keys, &new[0]), (&mut values, &new[1])] {
-            let block = on.activation(&[tokens, groups, size], new)?;
+            let block = on.activation(&[tokens, kv_heads, size], new)?;
             on.device.append_kv(&on.stream, block.get(), of.get(), cache.out())?;
         }
         written.swap(0, 1);
@@ -348,11 +348,11 @@ fn attention_is_causal_grouped_windowed_and_ragged_for_every_head_size() {
             for (sequences, before, new) in
                 [(1, 0, 1), (1, 700, 1), (5, 300, 1), (3, 60, 12), (4, 200, 130), (1, 0, 300)]
             {
-                let groups = 1 + rng.usize(..4);
-                let heads = groups * (1 + rng.usize(..8));
+                let kv_heads = 1 + rng.usize(..4);
+                let heads = kv_heads * (1 + rng.usize(..8));
                 let window = [None, None, Some(1), Some(1 + rng.usize(..100)), Some(5000)][rng.usize(..5)];
                 let batch = random_batch(rng, sequences, before, new);
-                attention_case(gpu, rng, &batch, [heads, groups, size], window)?;
+                attention_case(gpu, rng, &batch, [heads, kv_heads, size], window)?;
             }
         }
         Ok(())

@@ -191,7 +191,7 @@ fn cast_converts_between_the_float_types() {
 fn attention_case(
     random: &mut Random,
     lengths: &[(usize, usize)],
-    (heads, groups, size): (usize, usize, usize),
+    (heads, kv_heads, size): (usize, usize, usize),
     window: Option<usize>,
 ) {
     let stream = Cpu.stream().unwrap();
@@ -208,11 +208,11 @@ fn attention_case(
     let batch = Ragged { q_offsets: q_offsets.get(), kv_lens: lens.get(), rows: row_numbers.get() };
 
     // What is cached already is random; what is not yet is NaN, which would spread to any sum that includes it.
-    let shape = [rows, groups, capacity, size];
+    let shape = [rows, kv_heads, capacity, size];
     let mut caches = [0, 1].map(|_| {
         let mut values = random.floats(shape.iter().product());
         for (at, value) in values.iter_mut().enumerate() {
-            let (row, place) = (at / (groups * capacity * size), at / size % capacity);
+            let (row, place) = (at / (kv_heads * capacity * size), at / size % capacity);
             let known = places.iter().position(|&r| r as usize == row).map_or(0, |s| lengths[s].0);
             if place >= known {
                 *value = f32::NAN;
@@ -220,9 +220,9 @@ fn attention_case(
         }
         Tensor::new(&shape, &values)
     });
-    let new = [random.floats(tokens * groups * size), random.floats(tokens * groups * size)];
+    let new = [random.floats(tokens * kv_heads * size), random.floats(tokens * kv_heads * size)];
     for (cache, new) in caches.iter_mut().zip(&new) {
-        Cpu.append_kv(&stream, Tensor::new(&[tokens, groups, size], new).get(), batch, cache.out()).unwrap();
+        Cpu.append_kv(&stream, Tensor::new(&[tokens, kv_heads, size], new).get(), batch, cache.out()).unwrap();
     }
     let (q, qs) = random.tensor(&[tokens, heads, size]);
     let mut out = Tensor::zeros(&[tokens, heads, size]);
@@ -236,8 +236,9 @@ fn attention_case(
             for head in 0..heads {
                 let end = before + t + 1;
                 let start = window.map_or(0, |w| end.saturating_sub(w));
-                let at =
-                    |place: usize| ((places[s] as usize * groups + head / (heads / groups)) * capacity + place) * size;
+                let at = |place: usize| {
+                    ((places[s] as usize * kv_heads + head / (heads / kv_heads)) * capacity + place) * size
+                };
                 let query = &qs[((offsets[s] as usize + t) * heads + head) * size..][..size];
                 let score = |place| (0..size).map(|i| query[i] * f64::from(keys[at(place) + i])).sum::<f64>() * 0.3;
                 let weights: Vec<f64> = (start..end).map(|place| score(place).exp()).collect();

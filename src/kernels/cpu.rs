@@ -354,15 +354,15 @@ impl Kernels for Cpu {
         batch: Ragged<'_, Cpu>,
         mut cache: TensorMut<'_, Cpu>,
     ) -> Result<()> {
-        let cached @ Cached { groups, capacity, size, .. } =
+        let cached @ Cached { kv_heads, capacity, size, .. } =
             shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
         let (block, cache) = (read::<f32>("append_kv", block)?, write::<f32>("append_kv", &mut cache)?);
         for sequence in sequences("append_kv", batch, cached)? {
             let first = sequence.kv_len - sequence.tokens.len();
             for (place, token) in (first..).zip(sequence.tokens.clone()) {
-                for group in 0..groups {
-                    let source = &block[(token * groups + group) * size..][..size];
-                    cache[((sequence.row * groups + group) * capacity + place) * size..][..size]
+                for kv_head in 0..kv_heads {
+                    let source = &block[(token * kv_heads + kv_head) * size..][..size];
+                    cache[((sequence.row * kv_heads + kv_head) * capacity + place) * size..][..size]
                         .copy_from_slice(source);
                 }
             }
@@ -380,7 +380,7 @@ impl Kernels for Cpu {
         mask: AttentionMask,
         mut out: TensorMut<'_, Cpu>,
     ) -> Result<()> {
-        let cached @ Cached { heads, groups, capacity, size, .. } =
+        let cached @ Cached { heads, kv_heads, capacity, size, .. } =
             shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
         let (q, keys, values) =
             (read::<f32>("attention", q)?, read::<f32>("attention", keys)?, read::<f32>("attention", values)?);
@@ -393,7 +393,7 @@ impl Kernels for Cpu {
                 let (token, head) = (index / heads, index % heads);
                 let end = sequence.kv_len - sequence.tokens.len() + token + 1;
                 let start = mask.window.map_or(0, |window| end.saturating_sub(window));
-                let lane = (sequence.row * groups + head * groups / heads) * capacity * size;
+                let lane = (sequence.row * kv_heads + head * kv_heads / heads) * capacity * size;
                 let query = &q[((sequence.tokens.start + token) * heads + head) * size..][..size];
                 let row = |cache: &'_ [f32], place: usize| -> std::ops::Range<usize> {
                     debug_assert!(lane + place * size < cache.len());

@@ -258,7 +258,7 @@ impl Kernels for Cuda {
         cache: TensorMut<'_, Cuda>,
     ) -> Result<()> {
         let of = shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
-        let [sequences, tokens, groups, size] = dimensions("append_kv", &of)?;
+        let [sequences, tokens, kv_heads, size] = dimensions("append_kv", &of)?;
         // SAFETY: the module's invariant.
         self.launch("append_kv", || unsafe {
             sys::lsk_append_kv(
@@ -269,7 +269,7 @@ impl Kernels for Cuda {
                 at(batch.rows),
                 sequences,
                 tokens,
-                groups,
+                kv_heads,
                 of.capacity as i64,
                 size,
                 stream.raw(),
@@ -289,7 +289,7 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         let of = shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
         self.check_head_size(of.size)?;
-        let [sequences, tokens, groups, size] = dimensions("attention", &of)?;
+        let [sequences, tokens, kv_heads, size] = dimensions("attention", &of)?;
         let (heads, window) = (int("attention", of.heads)?, mask.window.map_or(0, |window| window as i64));
         let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();
         // SAFETY: the module's invariant, and the scratch is the stream's own.
@@ -305,7 +305,7 @@ impl Kernels for Cuda {
                 sequences,
                 tokens,
                 heads,
-                groups,
+                kv_heads,
                 of.capacity as i64,
                 size,
                 mask.scale,
@@ -328,7 +328,7 @@ impl Kernels for Cuda {
     }
 }
 
-/// Sequences, tokens, groups and head size.
+/// Sequences, tokens, key heads and head size.
 fn dimensions(kernel: &'static str, of: &Cached) -> Result<[c_int; 4]> {
-    Ok([int(kernel, of.sequences)?, int(kernel, of.tokens)?, int(kernel, of.groups)?, int(kernel, of.size)?])
+    Ok([int(kernel, of.sequences)?, int(kernel, of.tokens)?, int(kernel, of.kv_heads)?, int(kernel, of.size)?])
 }

@@ -185,7 +185,7 @@ pub(super) struct Cached {
     pub(super) tokens: usize,
     pub(super) heads: usize,
     pub(super) rows: usize,
-    pub(super) groups: usize,
+    pub(super) kv_heads: usize,
     pub(super) capacity: usize,
     pub(super) size: usize,
 }
@@ -198,8 +198,8 @@ fn cached<D: Kernels>(
     cache: TensorRef<'_, D>,
 ) -> Result<Cached> {
     let [tokens, heads, size] = call.dims(what, block, "[T, heads, D]")?;
-    let [rows, groups, capacity, cache_size] = call.dims("the cache", cache, "[rows, G, capacity, D]")?;
-    call.check(size == cache_size && groups > 0 && heads.is_multiple_of(groups), || {
+    let [rows, kv_heads, capacity, cache_size] = call.dims("the cache", cache, "[rows, G, capacity, D]")?;
+    call.check(size == cache_size && kv_heads > 0 && heads.is_multiple_of(kv_heads), || {
         format!("{what} is {:?} but the cache {:?}", block.shape(), cache.shape())
     })?;
     call.expect(what, block, call.precision.activation, block.shape())?;
@@ -208,7 +208,7 @@ fn cached<D: Kernels>(
     call.expect("offsets", batch.q_offsets, DType::U32, &[sequences + 1])?;
     call.expect("lengths", batch.kv_lens, DType::U32, &[sequences])?;
     call.expect("rows", batch.rows, DType::U32, &[sequences])?;
-    Ok(Cached { sequences, tokens, heads, rows, groups, capacity, size })
+    Ok(Cached { sequences, tokens, heads, rows, kv_heads, capacity, size })
 }
 
 pub(super) fn append_kv<D: Kernels>(
@@ -218,7 +218,7 @@ pub(super) fn append_kv<D: Kernels>(
     cache: TensorRef<'_, D>,
 ) -> Result<Cached> {
     let cached = cached(call, ("block", block), batch, cache)?;
-    call.check(cached.heads == cached.groups, || {
+    call.check(cached.heads == cached.kv_heads, || {
         format!("block is {:?} but the cache {:?}", block.shape(), cache.shape())
     })?;
     Ok(cached)

@@ -66,7 +66,7 @@ int multiprocessors() {
 }
 
 struct Case {
-  int size, heads, groups;
+  int size, heads, kv_heads;
   std::vector<int> tokens, past;  // of each sequence
   int capacity;
   int64_t window;
@@ -78,7 +78,8 @@ struct Case {
 double check(const Case& c, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
-  const int sequences = int(c.tokens.size()), rows = sequences + 1, groups = c.groups, heads = c.heads, size = c.size;
+  const int sequences = int(c.tokens.size()), rows = sequences + 1;
+  const int kv_heads = c.kv_heads, heads = c.heads, size = c.size;
   std::vector<uint32_t> offsets{0}, kv_lens, places;
   for (int s = 0; s < sequences; ++s) {
     offsets.push_back(offsets.back() + c.tokens[s]);
@@ -89,7 +90,7 @@ double check(const Case& c, unsigned seed) {
     for (int s = 0; s < sequences; ++s) places[s] = rows - 1 - s;
   }
   const int tokens = int(offsets.back());
-  const size_t elements = size_t(rows) * groups * c.capacity * size;
+  const size_t elements = size_t(rows) * kv_heads * c.capacity * size;
   std::vector<Bf16> q(size_t(tokens) * heads * size), keys(elements, kNan), values(elements, kNan);
   // Random numbers are slow to make: a table of them, read from random places.
   std::vector<Bf16> table(1 << 16);
@@ -102,8 +103,8 @@ double check(const Case& c, unsigned seed) {
   };
   fill(q.data(), q.size());
   for (int s = 0; s < sequences; ++s) {
-    for (int g = 0; g < groups; ++g) {
-      const size_t start = (size_t(places[s]) * groups + g) * c.capacity * size;
+    for (int g = 0; g < kv_heads; ++g) {
+      const size_t start = (size_t(places[s]) * kv_heads + g) * c.capacity * size;
       fill(&keys[start], size_t(kv_lens[s]) * size);
       fill(&values[start], size_t(kv_lens[s]) * size);
     }
@@ -116,7 +117,7 @@ double check(const Case& c, unsigned seed) {
   const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_places(places);
   const Device<uint8_t> scratch(std::vector<uint8_t>(scratch_bytes + kGuard, 0xff));
   must(lsk_attention(out.bf16(), device_q.bf16(), device_keys.bf16(), device_values.bf16(), device_offsets.data,
-                     device_lens.data, device_places.data, sequences, tokens, heads, groups, c.capacity, size, scale,
+                     device_lens.data, device_places.data, sequences, tokens, heads, kv_heads, c.capacity, size, scale,
                      c.window, scratch.data, scratch_bytes, nullptr),
        "lsk_attention");
   must(cudaDeviceSynchronize(), "the kernel");
@@ -143,7 +144,7 @@ double check(const Case& c, unsigned seed) {
       for (int head = int(random() % 3); head < heads; head += 1 + int(random() % 3)) {
         const int end = int(kv_lens[s]) - c.tokens[s] + i + 1;
         const int begin = c.window > 0 ? int(std::max<int64_t>(0, end - c.window)) : 0;
-        const size_t cache = (size_t(places[s]) * groups + size_t(head) * groups / heads) * c.capacity * size;
+        const size_t cache = (size_t(places[s]) * kv_heads + size_t(head) * kv_heads / heads) * c.capacity * size;
         const size_t row = (size_t(offsets[s] + i) * heads + head) * size;
         double greatest = -INFINITY, sum = 0, error = 0, most = 0;
         scores.clear();
@@ -226,16 +227,16 @@ bool check_all(bool small) {
     const double error = check(c, unsigned(i));
     const bool fine = error <= 1e-2;
     printf("%s size %3d heads %2d/%d sequences %2zu tokens %3d context %4d of %4d window %4lld sharpness %g: %.2e\n",
-           fine ? "ok  " : "FAIL", c.size, c.heads, c.groups, c.tokens.size(), tokens, longest, c.capacity,
+           fine ? "ok  " : "FAIL", c.size, c.heads, c.kv_heads, c.tokens.size(), tokens, longest, c.capacity,
            (long long)c.window, double(c.sharpness), error);
     fflush(stdout);
     good &= fine;
   }
   // What is refused, and what is nothing to do.
   lsk_bf16* const none = nullptr;
-  const auto call = [&](int tokens, int heads, int groups, int size, float scale) {
-    return lsk_attention(none, none, none, none, nullptr, nullptr, nullptr, 1, tokens, heads, groups, 8, size, scale, 0,
-                         nullptr, 0, nullptr);
+  const auto call = [&](int tokens, int heads, int kv_heads, int size, float scale) {
+    return lsk_attention(none, none, none, none, nullptr, nullptr, nullptr, 1, tokens, heads, kv_heads, 8, size, scale,
+                         0, nullptr, 0, nullptr);
   };
   const bool refuses = call(1, 4, 2, 80, 1) == cudaErrorInvalidValue &&
                        call(20, 4, 2, 80, 1) == cudaErrorInvalidValue &&
@@ -247,9 +248,9 @@ bool check_all(bool small) {
 }
 
 // Milliseconds of the fastest of some runs.
-double time_one(int sequences, int tokens, int past, int capacity, int heads, int groups, int size) {
+double time_one(int sequences, int tokens, int past, int capacity, int heads, int kv_heads, int size) {
   const int total = sequences * tokens;
-  const size_t elements = size_t(sequences) * groups * capacity * size;
+  const size_t elements = size_t(sequences) * kv_heads * capacity * size;
   std::vector<Bf16> q(size_t(total) * heads * size), cache(elements);
   std::mt19937 random(1);
   for (Bf16& x : q) x = narrow(float(random() % 2001) / 1000 - 1);
@@ -275,7 +276,7 @@ double time_one(int sequences, int tokens, int past, int capacity, int heads, in
     must(cudaMemsetAsync(cold.data, run, cold.count, nullptr), "cudaMemsetAsync");
     must(cudaEventRecord(begin, nullptr), "cudaEventRecord");
     must(lsk_attention(out.bf16(), device_q.bf16(), keys.bf16(), values.bf16(), device_offsets.data, device_lens.data,
-                       device_places.data, sequences, total, heads, groups, capacity, size, 1 / sqrtf(float(size)), 0,
+                       device_places.data, sequences, total, heads, kv_heads, capacity, size, 1 / sqrtf(float(size)), 0,
                        scratch.data, scratch_bytes, nullptr),
          "lsk_attention");
     must(cudaEventRecord(end, nullptr), "cudaEventRecord");
@@ -310,19 +311,19 @@ double copy_speed() {
   return 2e-6 * double(from.count) / best;
 }
 
-void time_prefill(int sequences, int tokens, int past, int heads, int groups, int size) {
-  const double ms = time_one(sequences, tokens, past, tokens + past, heads, groups, size);
+void time_prefill(int sequences, int tokens, int past, int heads, int kv_heads, int size) {
+  const double ms = time_one(sequences, tokens, past, tokens + past, heads, kv_heads, size);
   // Two products of 2 · size operations for each pair of a token and a key that it sees.
   const double pairs = double(sequences) * (double(tokens) * past + double(tokens) * (tokens + 1) / 2);
-  printf("prefill size %3d heads %d/%d batch %2d tokens %5d after %6d: %8.3f ms %6.1f TFLOP/s\n", size, heads, groups,
+  printf("prefill size %3d heads %d/%d batch %2d tokens %5d after %6d: %8.3f ms %6.1f TFLOP/s\n", size, heads, kv_heads,
          sequences, tokens, past, ms, pairs * heads * 4 * size / ms * 1e-9);
 }
 
-void time_decode(int sequences, int context, int capacity, int heads, int groups, int size, double copy) {
-  const double ms = time_one(sequences, 1, context - 1, capacity, heads, groups, size);
-  const double speed = 4e-6 * sequences * context * double(groups) * size / ms;
+void time_decode(int sequences, int context, int capacity, int heads, int kv_heads, int size, double copy) {
+  const double ms = time_one(sequences, 1, context - 1, capacity, heads, kv_heads, size);
+  const double speed = 4e-6 * sequences * context * double(kv_heads) * size / ms;
   printf("decode  size %3d heads %d/%d batch %2d context %6d of %6d: %8.4f ms %6.0f GB/s, %.2f of a copy\n", size,
-         heads, groups, sequences, context, capacity, ms, speed, speed / copy);
+         heads, kv_heads, sequences, context, capacity, ms, speed, speed / copy);
 }
 
 }  // namespace
