@@ -237,7 +237,7 @@ fn the_memory_table_is_the_sum_of_its_parts_by_hand() {
     };
     near("KV cache of 3 × 100 tokens", 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
     let block = 2 * c.hidden + 3 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + 2 * c.ffn;
-    near("activations", 4 * (300 * c.hidden + 256 * block + 16 * (2 * c.hidden + c.vocab)));
+    near("activations", 4 * (300 * c.hidden + 256 * block + 16 * (c.hidden + c.vocab) + 3 * c.hidden));
     near("static tensors", 4 * (2 * c.vocab * c.hidden + c.hidden));
 }
 

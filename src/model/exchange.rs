@@ -1,6 +1,6 @@
 //! The words that go to the device before each pass (tokens, positions, where sequences begin, rows of an embedding table that
-//! stays in its file) and those that come back (the tokens found), through memory that the device knows, so that sending neither
-//! blocks nor allocates.
+//! stays in its file) and those that come back (the tokens found), through memory that the device knows, so that sending
+//! neither blocks nor allocates.
 
 use std::{mem::ManuallyDrop, slice};
 
@@ -30,7 +30,7 @@ impl<D: Device> Exchange<D> {
     pub(super) fn new(device: &D, what: &'static str, words: usize) -> Result<Self> {
         let host = Arena::new(what, 1, Self::bytes(words))?;
         let (start, bytes) = host.whole();
-        // SAFETY: they are dropped in order.
+        // SAFETY: the arena that holds the bytes is dropped after the registration, or never: see `drop`.
         let registration = unsafe { device.register(start.as_ptr(), bytes)? };
         let (done, device) = (device.event()?, device.clone());
         Ok(Self { device, done, words, registration: ManuallyDrop::new(registration), host: ManuallyDrop::new(host) })
@@ -39,14 +39,17 @@ impl<D: Device> Exchange<D> {
     /// The words, for filling, once the device is done with what was there.
     pub(super) fn words(&mut self) -> Result<&mut [u32]> {
         self.device.synchronize(&self.done)?;
-        // SAFETY: the arena holds that many words, zeroed at first, and they are this borrow's alone after the wait.
+        // SAFETY: the slot is page-aligned, at least `words` words long and zeroed at first. The device is done with it after
+        // the wait, and the mutable borrow of `self` keeps everyone else away from it.
         Ok(unsafe { slice::from_raw_parts_mut(self.host.slot(0).as_ptr().cast(), self.words) })
     }
 
     /// Enqueues the copy of as many words as `to` has, from the first on.
     pub(super) fn send(&mut self, to: TensorMut<'_, D>, stream: &D::Stream) -> Result<()> {
         assert!(to.dtype().size() == 4 && to.elements() <= self.words, "{to:?} for {} words", self.words);
-        // SAFETY: both sides are that long, and the host's is not touched before `done`.
+        // SAFETY: `to` is `to.bytes()` long, and so is the slot by the assertion. The host touches the slot only after it
+        // waited for
+        // `done`, recorded behind the copy, and frees it only then; work on `to` is ordered by the stream.
         unsafe { self.device.copy_to_device(to.ptr(), self.host.slot(0).as_ptr(), to.bytes(), stream)? };
         self.device.record(&self.done, stream)
     }
@@ -55,7 +58,8 @@ impl<D: Device> Exchange<D> {
     pub(super) fn receive(&mut self, from: TensorRef<'_, D>, stream: &D::Stream) -> Result<&[u32]> {
         assert!(from.dtype() == DType::U32 && from.elements() <= self.words, "{from:?} for {} words", self.words);
         self.device.synchronize(&self.done)?;
-        // SAFETY: as above.
+        // SAFETY: `from` is `from.bytes()` long, and so is the slot by the assertion. Nothing else uses the slot after the
+        // wait, nor before the next one, for `done`, recorded behind the copy; work on `from` is ordered by the stream.
         unsafe { self.device.copy_to_host(self.host.slot(0).as_ptr(), from.ptr(), from.bytes(), stream)? };
         self.device.record(&self.done, stream)?;
         Ok(&self.words()?[..from.elements()])
@@ -66,7 +70,7 @@ impl<D: Device> Drop for Exchange<D> {
     fn drop(&mut self) {
         // If the wait fails, the device may still use the memory, which then stays.
         if self.device.synchronize(&self.done).is_ok() {
-            // SAFETY: dropped here only.
+            // SAFETY: each is dropped here and nowhere else, and never used after; the device is done with the memory.
             unsafe {
                 ManuallyDrop::drop(&mut self.registration);
                 ManuallyDrop::drop(&mut self.host);

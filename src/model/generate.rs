@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Decoder, Sequence};
+use super::{batch::Sequence, decoder::Decoder};
 use crate::{
     error::{Error, Result},
     kernels::Kernels,
@@ -26,7 +26,7 @@ impl<D: Kernels> Decoder<D> {
         self.decode(&(0..prompts.len()).collect::<Vec<_>>(), most, stop, on_token)
     }
 
-    /// Continues the sequences of the pass before, whose `rows` these are in its order, each by the most likely token, again
+    /// Continues the sequences of the batch before, whose `rows` these are in its order, each by the most likely token, again
     /// and again, until it ends with one of `stop`, or has `most` new tokens, or fills the context. `on_token` is given the
     /// row and each new token but the one that stops; [`ControlFlow::Break`] ends that sequence.
     ///

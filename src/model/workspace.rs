@@ -60,14 +60,17 @@ impl<D: Device> Workspace<D> {
         let shape = Shape::new(shape)?;
         assert!(skip + shape.elements() <= region.elements, "{shape:?} from {skip} on in {region:?}");
         let ptr = self.device.address(&self.memory).offset(region.at + skip * region.dtype.size());
-        // SAFETY: inside the region by the assertion, aligned since regions are and rows are whole; alone by the invariant.
+        // SAFETY: the assertion keeps the view inside the region, which lies in this memory; the region starts at a multiple
+        // of DEVICE_ALIGN and elements follow without gaps, so it is aligned. All work on the memory is enqueued on the
+        // decoder's stream, in order, and the memory stays until what is enqueued is done, as every device promises.
         Ok(unsafe { TensorMut::from_raw(ptr, region.dtype, shape) })
     }
 
     /// The same for reading.
     pub(super) fn read(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorRef<'_, D>> {
         let view = self.write(region, skip, shape)?;
-        // SAFETY: as above, with the view just made gone.
+        // SAFETY: `write` found the view to be inside its region and aligned, and is not used for writing; work that writes the
+        // region is enqueued on the decoder's stream before or after what reads this view, never beside it.
         Ok(unsafe { TensorRef::from_raw(view.ptr(), view.dtype(), Shape::new(shape)?) })
     }
 }

@@ -1,0 +1,187 @@
+//! What a decoder reserves on its device besides the weights: how large, and where each part lies.
+
+use super::{
+    batch::{BLOCK, Pass},
+    config::ModelConfig,
+    embedding::EmbeddingRows,
+    exchange::Exchange,
+    tables::Tables,
+    weights::Model,
+    workspace::{Layout, Region, Workspace},
+};
+use crate::{
+    device::{self, Device},
+    dtype::DType,
+    error::{Error, Result},
+    kernels::{Kernels, Precision},
+    plan::{Part, UnitPlan},
+};
+
+/// Tokens that go through the output head at once.
+pub(super) const HEAD_BLOCK: usize = 16;
+
+/// Tokens that a pass of several sequences may always have, if the cache holds that many: where weights come over a link, their
+/// computing takes about as long as a layer takes to come, so that more at once would win little. Whole blocks.
+const PASS_TOKENS: usize = 32 * BLOCK;
+
+/// How much a decoder has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Capacity {
+    /// Rows of the KV cache.
+    pub(super) batch: usize,
+    /// Tokens that each row holds.
+    pub(super) context: usize,
+    /// The most tokens in a pass: all that the cache holds, or else whole blocks of them. The residual stream and the words
+    /// that describe a pass are sized by it; a batch with more tokens takes several passes.
+    pub(super) pass_tokens: usize,
+}
+
+impl Capacity {
+    /// Room for any prompt in one pass; several sequences' prompts may take more than one.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's.
+    pub(super) fn new(config: &ModelConfig, batch: usize, context: usize) -> Result<Self> {
+        if batch == 0 || batch > u16::MAX.into() {
+            return Err(Error::setting("batch", format!("is {batch}, expected 1 to {}", u16::MAX)));
+        }
+        if context == 0 || context > config.max_positions {
+            let most = config.max_positions;
+            return Err(Error::setting("context", format!("is {context} tokens, this model takes 1 to {most}")));
+        }
+        Ok(Self { batch, context, pass_tokens: usize::MAX }.in_passes_of(context.max(PASS_TOKENS)))
+    }
+
+    /// The same with passes of so many tokens, rounded up to whole blocks, where that is less than the cache holds.
+    pub(super) fn in_passes_of(self, tokens: usize) -> Self {
+        Self { pass_tokens: tokens.max(1).next_multiple_of(BLOCK).min(self.batch.saturating_mul(self.context)), ..self }
+    }
+
+    /// The most words that describe a pass.
+    pub(super) fn words(self) -> usize {
+        Pass::most_words(self.pass_tokens, self.batch)
+    }
+}
+
+/// Regions of the workspace. Those of `block` hold the tokens of one block.
+pub(super) struct Regions {
+    /// `[pass, hidden]`, F32.
+    pub(super) residual: Region,
+    /// The words of a [`Pass`].
+    pub(super) words: Region,
+    pub(super) inv_freq: Region,
+    /// `[block, hidden]`: what attention, and then the MLP, start from.
+    pub(super) normed: Region,
+    /// `[block, hidden]`: what they add to the residual stream.
+    pub(super) branch: Region,
+    /// `[block, heads, head_dim]`, F32, for queries, then for keys.
+    pub(super) unrotated: Region,
+    pub(super) query: Region,
+    pub(super) key: Region,
+    pub(super) value: Region,
+    pub(super) attn_out: Region,
+    pub(super) gate: Region,
+    pub(super) up: Region,
+    /// `[batch, hidden]`, F32: the residual stream of each sequence's last token.
+    pub(super) last: Region,
+    pub(super) head_normed: Region,
+    pub(super) logits: Region,
+    /// What comes of a part of the head, for several tokens.
+    pub(super) part: Region,
+    /// `[batch]`: each sequence's next token.
+    pub(super) best: Region,
+}
+
+/// A decoder's device memory.
+pub(super) struct Buffers<D: Device> {
+    pub(super) capacity: Capacity,
+    pub(super) cache: Workspace<D>,
+    /// By layer, each `[batch, kv_heads, context, head_dim]`.
+    pub(super) keys: Vec<Region>,
+    pub(super) values: Vec<Region>,
+    pub(super) work: Workspace<D>,
+    pub(super) at: Regions,
+}
+
+impl<D: Kernels> Buffers<D> {
+    /// Reserves them.
+    pub(super) fn new(device: &D, model: &Model, capacity: Capacity) -> Result<Self> {
+        let precision = device.precision();
+        let (cache_layout, [keys, values]) = cache_layout(&model.config, precision, capacity);
+        let (work_layout, at) = work_layout(model, precision, capacity);
+        let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
+        let work = Workspace::new(device, "activations", &work_layout)?;
+        Ok(Self { capacity, cache, keys, values, work, at })
+    }
+
+    /// Fills what never changes, and waits until it is there.
+    pub(super) fn send_constants(&self, device: &D, stream: &D::Stream, config: &ModelConfig) -> Result<()> {
+        let mut inv_freq = self.work.write(self.at.inv_freq, 0, &[config.head_dim / 2])?;
+        device::upload(device, stream, &config.inv_freq, &mut inv_freq)
+    }
+}
+
+fn cache_layout(config: &ModelConfig, precision: Precision, capacity: Capacity) -> (Layout, [Vec<Region>; 2]) {
+    let layout = Layout::default();
+    let shape = [capacity.batch, config.kv_heads, capacity.context, config.head_dim];
+    let regions = [(), ()].map(|()| (0..config.layers).map(|_| layout.region(precision.cache, &shape)).collect());
+    (layout, regions)
+}
+
+fn work_layout(model: &Model, precision: Precision, capacity: Capacity) -> (Layout, Regions) {
+    let (layout, config) = (Layout::default(), &model.config);
+    let Capacity { batch, pass_tokens, .. } = capacity;
+    let block = pass_tokens.min(BLOCK);
+    let head_block = pass_tokens.max(batch).min(HEAD_BLOCK);
+    // Of a head that comes in parts the logits of all sequences are made at once.
+    let (head_rows, part) = match model.tables {
+        Tables::HeadStreamed => (head_block.max(batch), model.part_rows()),
+        Tables::OnDevice | Tables::EmbeddingInFile => (head_block, 0),
+    };
+    let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
+    let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
+    let activations = |shape: &[usize]| layout.region(precision.activation, shape);
+    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let regions = Regions {
+        residual: f32s(&[pass_tokens, config.hidden]),
+        words: u32s(&[capacity.words()]),
+        inv_freq: f32s(&[config.head_dim / 2]),
+        normed: activations(&[block, config.hidden]),
+        branch: activations(&[block, config.hidden]),
+        unrotated: f32s(&[block, q]),
+        query: activations(&[block, q]),
+        key: activations(&[block, kv]),
+        value: activations(&[block, kv]),
+        attn_out: activations(&[block, q]),
+        gate: activations(&[block, config.ffn]),
+        up: activations(&[block, config.ffn]),
+        last: f32s(&[batch, config.hidden]),
+        head_normed: activations(&[head_rows, config.hidden]),
+        logits: f32s(&[head_rows, config.vocab]),
+        part: f32s(&[head_block, part]),
+        best: u32s(&[batch]),
+    };
+    (layout, regions)
+}
+
+/// What a decoder reserves besides its streamer's part.
+pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> Result<Vec<Part>> {
+    let precision = device.precision();
+    let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
+    let Capacity { batch, context, pass_tokens } = capacity;
+    let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
+    let (cache, _) = cache_layout(&model.config, precision, capacity);
+    let (work, _) = work_layout(model, precision, capacity);
+    let mut parts = vec![
+        Part::new("static tensors", statics, true),
+        Part::new(format!("KV cache of {sequences}{context} tokens"), cache.bytes()?, true),
+        Part::new("activations", work.bytes()?, true),
+        Part::new("tokens on their way", Exchange::<D>::bytes(capacity.words()), false),
+        Part::new("kernels' scratch", device.scratch_bytes(), true),
+    ];
+    if model.tables.reads_rows() {
+        let bytes = EmbeddingRows::<D>::bytes(pass_tokens, model.config.hidden);
+        parts.push(Part::new("embedding rows on their way", bytes, false));
+    }
+    Ok(parts)
+}
