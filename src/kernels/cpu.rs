@@ -45,7 +45,8 @@ fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a, Cpu>) -> Res
     check(kernel, tensor.dtype() == T::DTYPE, || {
         format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
     })?;
-    // SAFETY: the module's invariant, for elements of the type that was just checked.
+    // SAFETY: the view stands for that many aligned elements of the type that was just checked, and nobody writes them while a
+    // kernel runs.
     Ok(unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
@@ -53,12 +54,13 @@ fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_, Cpu
     check(kernel, tensor.dtype() == T::DTYPE, || {
         format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
     })?;
-    // SAFETY: as above, and `tensor` is borrowed for as long as the slice.
+    // SAFETY: the view stands for that many aligned elements of the type that was just checked; nobody else reads or writes them
+    // while a kernel runs, and `tensor` is borrowed for as long as the slice.
     Ok(unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) })
 }
 
 fn raw(tensor: TensorRef<'_, Cpu>) -> &[u8] {
-    // SAFETY: the module's invariant; bytes have no alignment.
+    // SAFETY: the view stands for that many bytes, which have no alignment and which nobody writes while a kernel runs.
     unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) }
 }
 
@@ -160,7 +162,8 @@ pub(crate) unsafe fn product(
 ) {
     let (k_step, stride, none) = (k as isize, stride as isize, Parallelism::None);
     // The transpose, `weight · xᵀ`, since the crate's kernels write columns: each matrix with its steps to the next column and row.
-    // SAFETY: the caller's.
+    // SAFETY: the caller promises that `x`, `weight` and `out` have as many elements as the sizes and steps say, and that nothing
+    // else uses `out`.
     unsafe {
         get_gemm_fn()(
             n, tokens, k,
@@ -179,7 +182,7 @@ impl Kernels for Cpu {
 
     fn cast(&self, stream: &CpuStream, x: TensorRef<'_, Cpu>, out: TensorMut<'_, Cpu>) -> Result<()> {
         shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
-        // SAFETY: the module's invariant; bytes have no alignment.
+        // SAFETY: the view stands for that many bytes, which have no alignment and which nobody else uses while a kernel runs.
         let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
         dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
         Ok(())
@@ -456,14 +459,14 @@ struct ProductColumns(*mut f32);
 
 // SAFETY: each thread writes its own columns only.
 unsafe impl Send for ProductColumns {}
-// SAFETY: as above.
+// SAFETY: through a shared reference, too, each thread writes its own columns only, and nobody reads them meanwhile.
 unsafe impl Sync for ProductColumns {}
 
 impl ProductColumns {
     /// # Safety
     /// `index` is inside the output.
     unsafe fn at(self, index: usize) -> *mut f32 {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promises that `index` is inside the output, where the pointer starts.
         unsafe { self.0.add(index) }
     }
 }

@@ -83,7 +83,7 @@ impl Library {
 
     #[cfg(cuda_emulated)]
     fn try_open() -> Result<Self> {
-        // SAFETY: functions of this program.
+        // SAFETY: the symbols are functions of this program, which stay as long as it runs.
         Ok(unsafe { Self::find(crate::cuda_emulation::cublas::symbol) }.expect("the emulation has them all"))
     }
 
@@ -134,7 +134,7 @@ impl Library {
 /// # Safety
 /// `string` is null, or a string that is never freed.
 unsafe fn text(string: *const c_char) -> &'static CStr {
-    // SAFETY: the caller's.
+    // SAFETY: it is not null, so it is a string that is never freed, as the caller promises.
     if string.is_null() { c"unknown status" } else { unsafe { CStr::from_ptr(string) } }
 }
 
@@ -190,7 +190,8 @@ impl Cublas {
         let [x, weight, out] = [x, weight, out].map(|at| at.as_ptr().cast::<c_void>());
         let mut status = 0;
         // Row-major is the transpose of cuBLAS's column-major: outᵀ [N, T] = weight · xᵀ.
-        // SAFETY: the caller's; both factors are read before the call returns.
+        // SAFETY: the handle is open, and the caller promises that the tensors are on its device while its stream works on them;
+        // `&1.0` and `&beta` are read before the call returns.
         let product = || unsafe {
             status = (self.library.gemm)(
                 self.handle,

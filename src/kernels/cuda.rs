@@ -55,7 +55,7 @@ impl Cuda {
     }
 
     fn attention_scratch(&self) -> usize {
-        // SAFETY: a calculation.
+        // SAFETY: a calculation that touches no memory.
         unsafe { sys::lsk_attention_scratch(self.multiprocessors() as c_int) }
     }
 }
@@ -94,7 +94,7 @@ impl Kernels for Cuda {
 
     fn cast(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
         shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::cast` found the tensors to fit together; each is device memory that is ordered with `stream`.
         unsafe {
             if x.dtype() == out.dtype() {
                 self.copy_on_device(out.ptr(), x.ptr(), x.bytes(), stream)
@@ -114,7 +114,7 @@ impl Kernels for Cuda {
         let [vocab, hidden] =
             shapes::embed(Call::new("embed", self, stream), table, ids, out.as_ref())?.map(|n| n as i64);
         let tokens = ids.elements() as i64;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::embed` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("embed", || unsafe {
             sys::lsk_embed(to(&out), at(table), at(ids), tokens, hidden, vocab, stream.raw())
         })
@@ -129,7 +129,7 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         let [_, hidden] = shapes::gather(Call::new("gather", self, stream), x, indices, out.as_ref())?;
         let rows = indices.elements() as i64;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::gather` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("gather", || unsafe {
             sys::lsk_gather(to(&out), at(x), at(indices), rows, hidden as i64, stream.raw())
         })
@@ -145,7 +145,7 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         let [rows, hidden] =
             shapes::rms_norm(Call::new("rms_norm", self, stream), x, weight, out.as_ref())?.map(|n| n as i64);
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::rms_norm` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("rms_norm", || unsafe {
             sys::lsk_rms_norm(to(&out), at(x), at(weight), eps, rows, hidden, stream.raw())
         })
@@ -164,7 +164,7 @@ impl Kernels for Cuda {
         let [rows, hidden] =
             shapes::rms_norm(Call::new("rms_norm", self, stream), residual.as_ref(), weight, out.as_ref())?
                 .map(|n| n as i64);
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::rms_norm` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("add_rms_norm", || unsafe {
             sys::lsk_add_rms_norm(to(&out), to(&residual), at(y), at(weight), eps, rows, hidden, stream.raw())
         })
@@ -179,7 +179,8 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         let [rows, size] =
             shapes::rms_norm_in_place(Call::new("rms_norm", self, stream), x.as_ref(), weight)?.map(|n| n as i64);
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::rms_norm_in_place` found the tensors to fit together; each is device memory that is ordered with
+        // `stream`.
         self.launch("rms_norm_in_place", || unsafe {
             sys::lsk_rms_norm_heads(to(&x), at(weight), eps, rows, size, stream.raw())
         })
@@ -199,13 +200,13 @@ impl Kernels for Cuda {
             return Ok(());
         }
         if let Some(bias) = bias {
-            // SAFETY: the module's invariant.
+            // SAFETY: `shapes::linear` found the tensors to fit together; each is device memory that is ordered with `stream`.
             self.launch("linear", || unsafe {
                 sys::lsk_broadcast_row(to(&out), code_of(out.dtype()), at(bias), tokens as i64, n as i64, stream.raw())
             })?;
         }
         let beta = if bias.is_some() { 1.0 } else { 0.0 };
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::linear` found the tensors to fit together; each is device memory that is ordered with `stream`.
         unsafe { math.cublas.product([tokens, k, n], (x.ptr(), weight.ptr()), beta, (out.ptr(), out.dtype())) }
     }
 
@@ -222,7 +223,7 @@ impl Kernels for Cuda {
             shapes::rope(Call::new("rope", self, stream), x, positions, inv_freq, out.as_ref())?;
         let (heads, size) = (int("rope", heads)?, int("rope", size)?);
         let interleaved = c_int::from(layout == RopeLayout::Interleaved);
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::rope` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("rope", || unsafe {
             sys::lsk_rope(
                 to(&out),
@@ -240,13 +241,13 @@ impl Kernels for Cuda {
 
     fn swiglu(&self, stream: &CudaStream, gate: TensorMut<'_, Cuda>, up: TensorRef<'_, Cuda>) -> Result<()> {
         shapes::swiglu(Call::new("swiglu", self, stream), gate.as_ref(), up)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::swiglu` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("swiglu", || unsafe { sys::lsk_swiglu(to(&gate), at(up), up.elements(), stream.raw()) })
     }
 
     fn add(&self, stream: &CudaStream, x: TensorMut<'_, Cuda>, y: TensorRef<'_, Cuda>) -> Result<()> {
         shapes::add(Call::new("add", self, stream), x.as_ref(), y)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::add` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("add", || unsafe { sys::lsk_add(to(&x), at(y), y.elements(), stream.raw()) })
     }
 
@@ -259,7 +260,7 @@ impl Kernels for Cuda {
     ) -> Result<()> {
         let of = shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
         let [sequences, tokens, kv_heads, size] = dimensions("append_kv", &of)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::append_kv` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("append_kv", || unsafe {
             sys::lsk_append_kv(
                 to(&cache),
@@ -292,7 +293,8 @@ impl Kernels for Cuda {
         let [sequences, tokens, kv_heads, size] = dimensions("attention", &of)?;
         let (heads, window) = (int("attention", of.heads)?, mask.window.map_or(0, |window| window as i64));
         let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();
-        // SAFETY: the module's invariant, and the scratch is the stream's own.
+        // SAFETY: `shapes::attention` found the tensors to fit together; each is device memory that is ordered with `stream`,
+        // and so is the scratch, which no other stream uses and which is as long as is said.
         self.launch("attention", || unsafe {
             sys::lsk_attention(
                 to(&out),
@@ -319,7 +321,7 @@ impl Kernels for Cuda {
 
     fn argmax(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
         let [rows, columns] = shapes::argmax(Call::new("argmax", self, stream), x, out.as_ref())?.map(|n| n as i64);
-        // SAFETY: the module's invariant.
+        // SAFETY: `shapes::argmax` found the tensors to fit together; each is device memory that is ordered with `stream`.
         self.launch("argmax", || unsafe { sys::lsk_argmax(to(&out), at(x), rows, columns, stream.raw()) })
     }
 
