@@ -1,4 +1,7 @@
 //! cuBLAS, opened at run time: nothing of it is needed to build, nor to run without products.
+//!
+//! That is why its few types and numbers are written down here and not bound by `cuda-sys`: a toolkit that can build the crate
+//! may have no `cublas_api.h`, as the one of `ci/cuda-toolkit` has none.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
