@@ -20,7 +20,7 @@ use std::{
 /// The functions that are bound: every one that layer-streamer calls.
 const FUNCTIONS: &str = "cuda(GetErrorName|GetErrorString|DriverGetVersion|RuntimeGetVersion|\
     GetDeviceCount|SetDevice|DeviceGetAttribute|MemGetInfo|Malloc|Free|\
-    HostRegister|HostUnregister|MemcpyAsync|MemsetAsync|StreamCreateWithFlags|StreamDestroy|\
+    HostRegister|HostUnregister|MemcpyAsync|StreamCreateWithFlags|StreamDestroy|\
     StreamIsCapturing|StreamWaitEvent|EventCreateWithFlags|EventDestroy|EventRecord|EventQuery|\
     EventSynchronize|EventElapsedTime)";
 

@@ -261,7 +261,7 @@ fn heads_that_a_gpu_cannot_compute_are_refused_before_anything_is_loaded() {
     std::fs::write(&path, config.replace(r#""num_key_value_heads": 1"#, r#""num_key_value_heads": 4"#)).unwrap();
     let model = Model::open(folder.path()).unwrap();
     assert_eq!(model.config.head_dim, 16);
-    let error = Decoder::new(&device, &model, &Settings::default(), 1, 8).err().expect("heads of 16").to_string();
+    let error = Decoder::new(&device, &model, &Settings::default(), 1, 8).expect_err("heads of 16").to_string();
     assert!(error.contains("heads of 16") && error.contains("CPU"), "{error}");
 }
 

@@ -41,7 +41,7 @@ pub(super) struct Block {
 }
 
 /// The batch as passes of at most so many tokens. Where that is a multiple of [`BLOCK`], blocks are those of a single pass.
-pub(super) fn passes<'b>(batch: &'b [Sequence<'_>], most: usize) -> impl Iterator<Item = Pass> {
+pub(super) fn passes(batch: &[Sequence<'_>], most: usize) -> impl Iterator<Item = Pass> {
     let all: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
     let ended = |by: usize| {
         let ends = batch.iter().scan(0, |end, sequence| {

@@ -52,7 +52,7 @@ pub enum Operation {
     Allocate,
     /// `cudaHostRegister`, as where no more memory can be locked.
     Register,
-    /// `cudaMemcpyAsync` and `cudaMemsetAsync`, when they are called.
+    /// `cudaMemcpyAsync`, when it is called.
     Copy,
     /// A launch, when it is made.
     Launch,

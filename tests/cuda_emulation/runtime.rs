@@ -3,7 +3,7 @@
 //! **Invariant**: a handle is an address of a structure that is never freed, so that one which was destroyed is known by it.
 
 use std::{
-    ffi::{c_int, c_uint, c_void},
+    ffi::{c_uint, c_void},
     ptr,
     sync::atomic::{
         AtomicBool, AtomicUsize,
@@ -261,30 +261,6 @@ unsafe fn copy(to: *mut c_void, from: *const c_void, bytes: usize, kind: Kind, r
     Ok(())
 }
 
-/// # Safety
-/// As `cudaMemsetAsync`.
-unsafe fn set(to: *mut c_void, value: c_int, bytes: usize, raw: cudaStream_t) -> Result<(), Code> {
-    // SAFETY: the caller's.
-    let stream = unsafe { Stream::of(raw.cast())? };
-    if bytes == 0 {
-        return Ok(());
-    }
-    if !stream.reaches(to.addr(), bytes) {
-        return Err(Code::cudaErrorInvalidValue);
-    }
-    if fails(Operation::Copy) {
-        return Err(Code::cudaErrorUnknown);
-    }
-    let to = Along(to.cast::<u8>());
-    stream.run(move || {
-        let Along(to) = { to };
-        // SAFETY: the range was checked above.
-        unsafe { ptr::write_bytes(to, value as u8, bytes) };
-        Ok(())
-    });
-    Ok(())
-}
-
 unsafe extern "C" {
     fn emulation_run(grid: *mut c_void, seed: u64) -> Code;
     fn emulation_discard(grid: *mut c_void);
@@ -345,12 +321,6 @@ unsafe extern "C" fn cudaMemcpyAsync(
 ) -> Code {
     // SAFETY: the caller's.
     code(unsafe { copy(to, from, bytes, kind, stream) })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn cudaMemsetAsync(to: *mut c_void, value: c_int, bytes: usize, stream: cudaStream_t) -> Code {
-    // SAFETY: the caller's.
-    code(unsafe { set(to, value, bytes, stream) })
 }
 
 #[unsafe(no_mangle)]
