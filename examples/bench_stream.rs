@@ -343,9 +343,9 @@ fn planned<D: Device>(
         }
         let probe = Probe::recent(device, checkpoint)?;
         let bandwidths = probe.map_or_else(Bandwidths::default, |probe| probe.bandwidths());
-        let (tiers, Settings { n_gpu, n_cpu_pinned, .. }) =
-            budget.plan(checkpoint, &units, FixedOverhead::default(), bandwidths)?;
-        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
+        let placement = budget.plan(checkpoint, &units, FixedOverhead::default(), bandwidths)?;
+        placement.apply_to(&mut units)?;
+        let Settings { n_gpu, n_cpu_pinned, .. } = placement.settings;
         settings = Settings { n_gpu, n_cpu_pinned, ..settings };
     }
     let plan = Plan::on(device, checkpoint, &units, &settings)?;

@@ -53,6 +53,22 @@ pub enum Error {
         /// What it must be, and what it was.
         cause: String,
     },
+    /// A budget of memory is less than the least that will do.
+    #[error(
+        "{name}: {given} bytes of {memory} are less than the least that will do, {least}; allow that much, or {remedy}"
+    )]
+    TooLittle {
+        /// The budget, as programs spell it: `vram` or `ram`.
+        name: &'static str,
+        /// Which memory that is, in words.
+        memory: &'static str,
+        /// What was allowed, in bytes.
+        given: usize,
+        /// What would do, in bytes: of the device's memory, or of RAM where as much of that is allowed as is now.
+        least: usize,
+        /// What makes the least smaller.
+        remedy: &'static str,
+    },
     /// Memory could not be had.
     #[error("cannot reserve {bytes} bytes for {what}: {source}; use smaller settings or free memory")]
     Memory {

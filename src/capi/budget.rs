@@ -52,9 +52,9 @@ impl StreamOptions {
     /// The settings for these units, which are given their tiers if there is a budget.
     pub(super) fn fit(&self, device: &AnyDevice, checkpoint: &Checkpoint, units: &mut [Unit]) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        let (tiers, planned) = budget.plan(checkpoint, units, FixedOverhead::default(), Bandwidths::default())?;
-        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
-        Ok(self.within(planned))
+        let placement = budget.plan(checkpoint, units, FixedOverhead::default(), Bandwidths::default())?;
+        placement.apply_to(units)?;
+        Ok(self.within(placement.settings))
     }
 
     /// The same for a model, all of whose memory counts.

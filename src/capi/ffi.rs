@@ -142,7 +142,7 @@ impl From<Error> for Failure {
             Error::Io { .. } => LS_IO,
             Error::Checkpoint { .. } => LS_CHECKPOINT,
             Error::Read { .. } => LS_READ,
-            Error::Setting { .. } => LS_INVALID,
+            Error::Setting { .. } | Error::TooLittle { .. } => LS_INVALID,
             Error::Memory { .. } => LS_MEMORY,
             Error::Thread { .. } => LS_THREAD,
             Error::NoTensor { .. } => LS_NO_TENSOR,

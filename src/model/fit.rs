@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::Result,
     kernels::Kernels,
-    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Settings},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Placement, Settings},
 };
 
 impl<D: Kernels> Decoder<D> {
@@ -17,7 +17,7 @@ impl<D: Kernels> Decoder<D> {
     /// [tables](Model::tables) their place.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
+    /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
     pub fn fit(
         device: &D,
         model: &mut Model,
@@ -76,11 +76,9 @@ impl<D: Kernels> Fit<'_, D> {
     fn plan(&self, model: &Model, tables: Tables) -> Result<(Model, Settings, Forecast)> {
         let (mut model, overhead) = self.with(model, tables)?;
         let (source, units) = (model.source(), model.units_for(self.device.precision()));
-        let (tiers, settings) = match self.settings {
+        let Placement { settings, tiers, .. } = match self.settings {
             None => self.budget.plan(source, &units, overhead, self.bandwidths)?,
-            Some(settings) => {
-                (self.budget.plan_with(source, &units, overhead, self.bandwidths, settings)?, settings.clone())
-            }
+            Some(settings) => self.budget.plan_with(source, &units, overhead, self.bandwidths, settings)?,
         };
         model.settle(tiers);
         let forecast = Decoder::plan(self.device, &model, &settings)?.forecast(self.bandwidths);

@@ -76,9 +76,9 @@ fn planned(fixture: &Fixture, units: &mut [Unit], drawn: Settings, rng: &mut fas
         device_bytes: least.device_bytes.map(|bytes| bytes + rng.usize(..1_000_000)),
         host_bytes: least.host_bytes + rng.usize(..1_000_000),
     };
-    let plan = budget.plan(&fixture.checkpoint, units, FixedOverhead::default(), Bandwidths::default());
-    let (tiers, Settings { n_gpu, n_cpu_pinned, .. }) = plan.unwrap();
-    units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
+    let placement = budget.plan(&fixture.checkpoint, units, FixedOverhead::default(), Bandwidths::default()).unwrap();
+    placement.apply_to(units).unwrap();
+    let Settings { n_gpu, n_cpu_pinned, .. } = placement.settings;
     Settings { n_gpu, n_cpu_pinned, reader: drawn.reader, cache: drawn.cache, ..Settings::default() }
 }
 

@@ -10,7 +10,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, DEVICE_ALIGN, Forecast, MOST, Settings, Tier, Unit, UnitPlan, host_stages, staging_bytes};
+use super::{
+    Bandwidths, DEVICE_ALIGN, Forecast, MOST, Placement, Settings, Tier, Unit, UnitPlan, host_stages, staging_bytes,
+};
 use crate::{
     arena::PAGE,
     checkpoint::Checkpoint,
@@ -95,28 +97,28 @@ impl Budget {
         Ok(Self { device_bytes, host_bytes: spare(host) })
     }
 
-    /// The tiers of `units`, in their order, and the settings with which a pass is fastest, where `overhead` is taken as well:
-    /// whatever static tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`).
+    /// The settings, and the tiers of `units`, with which a pass is fastest, where `overhead` is taken as well: whatever static
+    /// tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`).
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than the minimum, which it names; else as [`Plan::new`](super::Plan::new).
+    /// [`Error::TooLittle`] if the budget is less than the minimum, which it names; else as [`Plan::new`](super::Plan::new).
     pub fn plan(
         self,
         checkpoint: &Checkpoint,
         units: &[Unit],
         overhead: FixedOverhead,
         bandwidths: Bandwidths,
-    ) -> Result<(Vec<Tier>, Settings)> {
+    ) -> Result<Placement> {
         let (sizes, overhead) = survey(checkpoint, units, overhead)?;
         let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, &RINGS)?;
-        Ok((tiers, Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }))
+        let settings = Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() };
+        Ok(Placement { settings, tiers, ..Placement::default() })
     }
 
-    /// The tiers of `units`, in their order, with which a pass is fastest where the settings are given: what their slots leave
-    /// of the budget keeps units.
+    /// The same where the settings are given: what their slots leave of the budget keeps units.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the budget is less than the least that will do with these settings, which it names, or for settings
+    /// [`Error::TooLittle`] if the budget is less than the least that will do with these settings, which it names, or for settings
     /// that cannot work; else as [`Plan::new`](super::Plan::new).
     pub fn plan_with(
         self,
@@ -125,10 +127,11 @@ impl Budget {
         overhead: FixedOverhead,
         bandwidths: Bandwidths,
         settings: &Settings,
-    ) -> Result<Vec<Tier>> {
+    ) -> Result<Placement> {
         settings.validate()?;
         let (sizes, overhead) = survey(checkpoint, units, overhead)?;
-        Ok(choose(&sizes, overhead, self, bandwidths, &[rings_of(settings)])?.0)
+        let (tiers, _) = choose(&sizes, overhead, self, bandwidths, &[rings_of(settings)])?;
+        Ok(Placement { settings: settings.clone(), tiers, ..Placement::default() })
     }
 
     /// The least budget that will do where this one is wanted: of one memory or of two, as that is.
@@ -362,17 +365,14 @@ fn least(families: &[PlanFamily], given: Budget, rings: Rings) -> Budget {
     Budget { device_bytes: Some(least), host_bytes: beside.map(|[_, host]| host).min().unwrap_or(0) }
 }
 
-fn too_small(given: Budget, least: Budget, remedy: &str) -> Error {
-    let cause = |given: usize, least: usize, what: &str| {
-        format!("{given} bytes of {what} are less than the least that will do, {least}; allow that much, or {remedy}")
+fn too_small(given: Budget, least: Budget, remedy: &'static str) -> Error {
+    let of_ram = |memory| ("ram", memory, given.host_bytes, least.host_bytes);
+    let (name, memory, given, least) = match (given.device_bytes, least.device_bytes) {
+        (Some(given), Some(least)) if given < least => ("vram", "device memory", given, least),
+        (Some(_), _) => of_ram("RAM"),
+        (None, _) => of_ram("RAM, in which this device computes too,"),
     };
-    match (given.device_bytes, least.device_bytes) {
-        (Some(given), Some(least)) if given < least => Error::setting("vram", cause(given, least, "device memory")),
-        (Some(_), _) => Error::setting("ram", cause(given.host_bytes, least.host_bytes, "RAM")),
-        (None, _) => {
-            Error::setting("ram", cause(given.host_bytes, least.host_bytes, "RAM, in which this device computes too,"))
-        }
-    }
+    Error::TooLittle { name, memory, given, least, remedy }
 }
 
 #[cfg(test)]

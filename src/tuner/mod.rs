@@ -18,8 +18,8 @@
 //! use layer_streamer::{
 //!     Checkpoint, Error, LayerStreamer, Plan,
 //!     device::{Cpu, Device},
-//!     plan::{Bandwidths, FixedOverhead, Budget, Placement},
-//!     tuner::{self, Candidate, Candidates, Event, Tuner, Values},
+//!     plan::{Bandwidths, Budget, FixedOverhead},
+//!     tuner::{self, Candidates, SearchEvent, Tuner, Values},
 //! };
 //!
 //! fn main() -> Result<(), Error> {
@@ -34,16 +34,14 @@
 //!     });
 //!     let (checkpoint, overhead, bandwidths) = (Checkpoint::open("model")?, FixedOverhead::default(), Bandwidths::default());
 //!     let (mut units, budget) = (checkpoint.layers()?, Budget::free(&Cpu)?);
-//!     let candidate = |tiers, settings| Candidate::from(Placement { settings, tiers, ..Placement::default() });
-//!     let (tiers, settings) = budget.plan(&checkpoint, &units, overhead, bandwidths)?;
+//!     let default = budget.plan(&checkpoint, &units, overhead, bandwidths)?;
 //!     let values = Values { n_gpu: vec![1, 2, 4], n_cpu_pinned: vec![0, 1, 2, 4, 8], ..Values::default() };
-//!     let candidates = Candidates::new(candidate(tiers, settings), &values, |settings| {
-//!         let tiers = budget.plan_with(&checkpoint, &units, overhead, bandwidths, settings)?;
-//!         Ok(candidate(tiers, settings.clone()))
+//!     let candidates = Candidates::new(default.into(), &values, |settings| {
+//!         Ok(budget.plan_with(&checkpoint, &units, overhead, bandwidths, settings)?.into())
 //!     })?;
 //!     let tuner = Tuner { candidates: candidates.all, record: Some("tuned.json".into()), ..Tuner::default() };
 //!     let ranking = tuner.run(|event| {
-//!         if let Event::Ended { trial, best: true } = event {
+//!         if let SearchEvent::Ended { trial, best: true } = event {
 //!             println!("best so far: {:?}", trial.placement);
 //!         }
 //!         ControlFlow::Continue(())

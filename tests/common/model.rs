@@ -247,9 +247,10 @@ pub fn spelled_right<D: Kernels>(decoder: &mut Decoder<D>, numbers: &[u32]) -> u
 pub fn least<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize) -> Budget {
     let named = |budget: Budget| -> usize {
         let fitted = Decoder::fit(device, &mut model.clone(), budget, Bandwidths::default(), batch, context);
-        let said = fitted.expect_err("nothing is too little").to_string();
-        let number = said.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
-        number.unwrap_or_else(|| panic!("{said}")).parse().unwrap()
+        match fitted.expect_err("nothing is too little") {
+            Error::TooLittle { least, .. } => least,
+            error => panic!("{error}"),
+        }
     };
     if device.memory_is_ram() {
         return Budget { device_bytes: None, host_bytes: named(Budget { device_bytes: None, host_bytes: 0 }) };

@@ -69,10 +69,9 @@ fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64
 
 /// The least budget, by the error that names it.
 fn minimum(sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Budget {
-    let named = |budget: Budget| {
-        let error = choose(sizes, overhead, budget, Bandwidths::default(), &RINGS).unwrap_err().to_string();
-        let number = error.split("will do, ").nth(1).and_then(|rest| rest.split(';').next());
-        (error.starts_with("vram"), number.unwrap_or_else(|| panic!("{error}")).parse().unwrap())
+    let named = |budget: Budget| match choose(sizes, overhead, budget, Bandwidths::default(), &RINGS) {
+        Err(Error::TooLittle { name, least, .. }) => (name == "vram", least),
+        other => panic!("{other:?}"),
     };
     if shared {
         let (vram, host_bytes) = named(Budget { device_bytes: None, host_bytes: 0 });
@@ -218,11 +217,11 @@ fn what_a_plan_reserves_is_what_was_counted() {
             budget.plan(&fixture.checkpoint, &units, overhead, by)
         } else {
             let settings = common::settings(1 + rng.usize(..3), rng.usize(..3), rng.usize(..3));
-            let tiers = budget.plan_with(&fixture.checkpoint, &units, overhead, by, &settings);
-            tiers.map(|tiers| (tiers, settings))
+            budget.plan_with(&fixture.checkpoint, &units, overhead, by, &settings)
         };
-        let Ok((tiers, settings)) = planned else { continue };
-        units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
+        let Ok(placement) = planned else { continue };
+        placement.apply_to(&mut units).unwrap();
+        let settings = placement.settings;
         let plan = match shared {
             true => Plan::on(&crate::device::Cpu, &fixture.checkpoint, &units, &settings),
             false => Plan::new(&fixture.checkpoint, &units, &settings),
@@ -267,9 +266,9 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     // The KV cache of 8192 tokens, and a gigabyte of the rest.
     let overhead = FixedOverhead { device_bytes: (80 * 2 * 8 * 128 * 8192 * 2) + 1_000_000_000, host_bytes: 0 };
     let budget = Budget { device_bytes: Some(8_000_000_000), host_bytes: 64_000_000_000 };
-    let (tiers, settings) = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
-    units.iter_mut().zip(tiers).for_each(|(unit, tier)| _ = unit.set_tier(tier));
-    let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
+    let placement = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
+    placement.apply_to(&mut units).unwrap();
+    let plan = Plan::new(&checkpoint, &units, &placement.settings).unwrap();
     let device: usize = plan.memory().iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
     assert!(device + overhead.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.

@@ -41,19 +41,17 @@ impl Machine {
         // A little more than the units, as slots are rounded to pages.
         let [device_bytes, host_bytes] = self.budget.map(|count| count * (self.bytes() + 8192));
         let budget = Budget { device_bytes: Some(device_bytes), host_bytes };
-        let candidate = |tiers: Vec<Tier>, settings: Settings| {
-            let placement = Placement { settings, tiers, ..Placement::default() };
+        let candidate = |placement: Placement| {
             let mut units = units.clone();
             placement.apply_to(&mut units)?;
             let plan = Some(Plan::new(&checkpoint, &units, &placement.settings)?);
             Ok::<_, Error>(Candidate { plan, ..placement.into() })
         };
-        let (tiers, settings) = budget.plan(&checkpoint, &units, FixedOverhead::default(), self.told).unwrap();
+        let default = budget.plan(&checkpoint, &units, FixedOverhead::default(), self.told).unwrap();
         let values =
             Values { n_gpu: vec![1, 2], n_cpu_pinned: vec![0, 1, 2, 4, 8], n_cpu: vec![0, 1, 2], ..Values::default() };
-        Candidates::new(candidate(tiers, settings).unwrap(), &values, |settings| {
-            let tiers = budget.plan_with(&checkpoint, &units, FixedOverhead::default(), self.told, settings)?;
-            candidate(tiers, settings.clone())
+        Candidates::new(candidate(default).unwrap(), &values, |settings| {
+            candidate(budget.plan_with(&checkpoint, &units, FixedOverhead::default(), self.told, settings)?)
         })
         .unwrap()
     }
