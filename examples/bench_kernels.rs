@@ -4,7 +4,7 @@
 //! Bytes are those that must move, each read or written once; operations are a multiplication and an addition each, of pairs
 //! that the causal mask lets through.
 
-#[path = "device/mod.rs"]
+#[path = "../cli/src/device.rs"]
 mod device;
 #[path = "bench/report/mod.rs"]
 mod report;

@@ -9,11 +9,13 @@
 //! same passes: a layer that is read and copied counts in both, one that is kept in RAM in the copy alone.
 
 mod bench;
-#[path = "budget/mod.rs"]
+#[path = "../cli/src/budget.rs"]
+#[allow(dead_code, reason = "the program uses the rest")]
 mod budget;
-#[path = "device/mod.rs"]
+#[path = "../cli/src/device.rs"]
 mod device;
-#[path = "interrupt/mod.rs"]
+#[path = "../cli/src/interrupt.rs"]
+#[allow(dead_code, reason = "the program uses the rest")]
 mod interrupt;
 #[path = "bench/report/mod.rs"]
 mod report;
@@ -76,7 +78,7 @@ Examples:
   bench_stream --model /tmp/3b --json | jq .ratio.median
                                                       one figure, for a script
 
-Make a checkpoint with: make_checkpoint /tmp/3b --shape qwen2.5-3b
+Make a checkpoint with: layer-streamer make-checkpoint /tmp/3b --shape qwen2.5-3b
 (layers large enough to be typical, and enough of them: a pass should be at least four times what the slots hold)")]
 struct Options {
     /// Folder with a checkpoint

@@ -4,9 +4,10 @@
 //! The streamer cannot beat the best figure of the registered columns; how far a smaller copy falls behind says how small the
 //! tensors may be before it pays to move them together.
 
-#[path = "budget/mod.rs"]
+#[path = "../cli/src/budget.rs"]
+#[allow(dead_code, reason = "the program uses the rest")]
 mod budget;
-#[path = "device/mod.rs"]
+#[path = "../cli/src/device.rs"]
 mod device;
 #[path = "bench/report/mod.rs"]
 mod report;

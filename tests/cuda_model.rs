@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    REFERENCES, asks, cases, check_plans, data, distance, everywhere, expected, forget, generate, gpu, logits, numbers,
-    spelled_right, speller, tokenizer, with_more_tokens,
+    REFERENCES, Words, cases, check_plans, data, distance, everywhere, expected, forget, generate, gpu, logits,
+    numbers, spelled_right, speller, with_more_tokens,
 };
 use layer_streamer::{
     Settings,
@@ -189,7 +189,7 @@ fn a_prompt_of_several_blocks_gives_what_pieces_of_any_length_give() {
 #[test]
 fn the_speller_spells_as_on_the_cpu_and_finds_the_same_token_wherever_the_choice_is_clear() {
     let Some(device) = gpu() else { return };
-    let (model, numbers, tokenizer) = (Model::open(speller()).unwrap(), numbers(), tokenizer());
+    let (model, numbers, words) = (Model::open(speller()).unwrap(), numbers(), Words::of_the_speller());
     let (mut on_cpu, mut on_gpu) = (decoder(&Cpu, &model, 100, 48), decoder(&device, &model, 100, 48));
     let [right, right_on_gpu] = [spelled_right(&mut on_cpu, &numbers), spelled_right(&mut on_gpu, &numbers)];
     println!("of {} numbers: {right} right on the CPU, {right_on_gpu} on the GPU", numbers.len());
@@ -198,7 +198,7 @@ fn the_speller_spells_as_on_the_cpu_and_finds_the_same_token_wherever_the_choice
     // Both are given what the CPU writes, so that one difference does not lead to others.
     let (vocab, mut tokens, mut others, mut clearest) = (model.config.vocab, 0, 0, 0.0f32);
     for numbers in numbers.chunks(100) {
-        let asked: Vec<_> = numbers.iter().map(|n| asks(&tokenizer, *n)).collect();
+        let asked: Vec<_> = numbers.iter().map(|n| words.asks(*n)).collect();
         let prompts: Vec<&[u32]> = asked.iter().map(Vec::as_slice).collect();
         forget(&mut on_cpu, 100);
         let written = generate(&mut on_cpu, &prompts, 32, &model.config.stop);

@@ -5,44 +5,15 @@
 mod common;
 #[path = "common/limits.rs"]
 mod limits;
+#[path = "common/mounts.rs"]
+mod mounts;
 
-use std::{
-    ffi::CString,
-    fs, io,
-    path::Path,
-    process::{Command, Output},
-    ptr,
-};
+use std::{fs, path::Path};
 
 use common::{checked_pass, example, fixture, settings, speller};
 use layer_streamer::{LayerStreamer, Settings, StoredTensor, device::Cpu, plan::Reader};
 use limits::in_child;
-
-/// Gives this thread, and what it starts, mounts that nobody else sees. Whether that is allowed.
-fn own_mounts() -> bool {
-    // SAFETY: no memory is involved.
-    let unshared = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
-    let private = unshared.then(|| mount("none", Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE, ""));
-    let error = match private {
-        Some(Ok(())) => return true,
-        Some(Err(error)) => error,
-        None => io::Error::last_os_error(),
-    };
-    eprintln!("skipped: nothing can be mounted: {error}");
-    false
-}
-
-fn mount(source: &str, at: &Path, kind: Option<&str>, flags: u64, options: &str) -> io::Result<()> {
-    let text = |text: &str| CString::new(text).unwrap();
-    let (source, at, options) = (text(source), text(at.to_str().unwrap()), text(options));
-    let kind = kind.map(text);
-    let kind = kind.as_ref().map_or(ptr::null(), |kind| kind.as_ptr());
-    // SAFETY: strings that end in zero and live through the call.
-    match unsafe { libc::mount(source.as_ptr(), at.as_ptr(), kind, flags, options.as_ptr().cast()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
+use mounts::{fill, mount, own_mounts, said};
 
 #[test]
 fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
@@ -105,34 +76,20 @@ fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
     }
 }
 
-/// A run of a program that writes to a full disk, and what it said.
-fn said(command: &mut Command) -> (Output, String) {
-    let done = command.output().unwrap();
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(!said.contains("panicked"), "{command:?}: {said}");
-    (done, said)
-}
-
 #[test]
 fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
     if !in_child("a_full_disk_costs_what_was_to_be_written_there_and_nothing_else") || !own_mounts() {
         return;
     }
     let full = common::folder();
-    mount("none", full.path(), Some("tmpfs"), 0, "size=64k").unwrap();
-    // All but one page, so that a file can be begun.
-    fs::write(full.path().join("filler"), vec![0; 60 << 10]).unwrap();
+    fill(full.path());
     let file = |name: &str| full.path().join(name).to_str().unwrap().to_owned();
     let model = speller().to_str().unwrap().to_owned();
-    let generate = ["--device", "cpu", "--quiet", "4096="];
     let bench = ["--model", &model, "--device", "cpu", "--rounds", "1", "--window", "0.02", "--warm-up", "0.05"];
     let shard = format!("{model}/model-00001-of-00002.safetensors");
     let read = [&shard, "--rounds", "1", "--window", "0.005", "--warm-up", "0.05"];
     for (program, arguments, option, name, answer) in [
-        ("generate", &generate[..], "--dump-logits", "logits.safetensors", ""),
-        ("generate", &generate, "--trace", "trace.json", " four thousand ninety-six"),
-        ("generate", &generate, "--trace", "trace.html", " four thousand ninety-six"),
-        ("bench_stream", &bench, "--trace", "trace.html", "GB/s"),
+        ("bench_stream", &bench[..], "--trace", "trace.html", "GB/s"),
         ("bench_read", &read, "--plot", "plot.svg", "GB/s"),
     ] {
         let (done, said) = said(example(program).args(arguments).args([option, &file(name)]));
@@ -141,16 +98,5 @@ fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
         assert!(said.contains("No space left on device") && said.contains(&file(name)), "{program} {option}: {said}");
         let left: Vec<_> = fs::read_dir(full.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, ["filler"], "{program} {option}");
-    }
-    // What is known before the work is refused before it.
-    fs::write(full.path().join("filler"), vec![0; 64 << 10]).unwrap();
-    let record = file("record");
-    for (program, arguments, cause) in [
-        ("make_checkpoint", &["--shape", "tiny", &file("model")][..], "free, the checkpoint takes"),
-        ("tune", &["--device", "cpu", "--json", &record], "No space left on device"),
-    ] {
-        let (done, said) = said(example(program).args(arguments));
-        assert!(!done.status.success() && done.stdout.is_empty() && said.contains(cause), "{program}: {said}");
-        assert!(!full.path().join("record").exists(), "{program}: {said}");
     }
 }

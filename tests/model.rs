@@ -366,8 +366,8 @@ fn whatever_the_model_plans_keep_to_the_budget_are_no_slower_than_plain_rings_an
 
 #[test]
 fn every_combination_of_stages_and_batches_gives_the_same_text() {
-    let (model, tokenizer) = (Model::open(speller()).unwrap(), common::tokenizer());
-    let prompt = tokenizer.encode("907613=", false).unwrap();
+    let (model, words) = (Model::open(speller()).unwrap(), common::Words::of_the_speller());
+    let prompt = words.asks(907613);
     for n_cpu in [0, 1, 5] {
         for n_cpu_pinned in [0, 1, 4] {
             for n_gpu in [1, 2, 7] {
@@ -385,8 +385,8 @@ fn every_combination_of_stages_and_batches_gives_the_same_text() {
                                 ..Settings::default()
                             };
                             let mut decoder = Decoder::new(&Cpu, &model, &settings, 1, 32).unwrap();
-                            let found = generate(&mut decoder, &[prompt.get_ids()], 24, &model.config.stop).remove(0);
-                            let text = tokenizer.decode(&found, true).unwrap();
+                            let found = generate(&mut decoder, &[&prompt], 24, &model.config.stop).remove(0);
+                            let text = words.text(&found);
                             assert_eq!(text, " nine hundred seven thousand six hundred thirteen", "{settings:?}");
                         }
                     }

@@ -1,8 +1,8 @@
-//! The tuner with workers that misbehave in every way, and, in a module, the `tune` example.
+//! The tuner with workers that misbehave in every way. `cli/tests/tune.rs` has the program's `tune`.
 
 mod common;
-#[path = "tuner/tune.rs"]
-mod tune;
+#[path = "common/marked.rs"]
+mod marked;
 
 use std::{
     env,
@@ -23,6 +23,7 @@ use layer_streamer::{
     plan::Placement,
     tuner::{self, Candidate, Comparison, Ended, Outcome, Ranking, Record, SearchEvent, Trial, Tuner},
 };
+use marked::{marked, nothing_is_left};
 
 const GOOD: usize = 1;
 const GOOD_SLOWER: usize = 2;
@@ -233,34 +234,11 @@ fn trial(ranking: &Ranking, n_gpu: usize) -> &Trial {
     ranking.trials.iter().find(|trial| trial.placement.settings.n_gpu == n_gpu).unwrap()
 }
 
-/// Processes with `mark` in their command line or environment, but this one.
-fn marked(mark: &Path) -> Vec<String> {
-    let mark = mark.to_str().unwrap();
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let processes = processes.filter(|id| id.parse() != Ok(process::id()) && id.bytes().all(|b| b.is_ascii_digit()));
-    // One that has ended, and was not waited for by whoever inherited it, has neither any more.
-    let texts = processes.filter_map(|id| {
-        let text = |name| Some(String::from_utf8_lossy(&fs::read(format!("/proc/{id}/{name}")).ok()?).into_owned());
-        let (line, variables) = (text("cmdline")?, text("environ")?);
-        (line.contains(mark) || variables.contains(mark)).then(|| format!("{id}: {line}"))
-    });
-    texts.collect()
-}
-
 fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !holds() {
         assert!(Instant::now() < deadline, "no {what}");
         thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Nothing with `mark` runs any more, or will not in a moment.
-fn nothing_is_left(mark: &Path) {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !marked(mark).is_empty() {
-        assert!(Instant::now() < deadline, "left behind: {:?}", marked(mark));
-        thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -17,7 +17,14 @@ pub fn libraries() -> &'static Path {
         let deeper = usize::from(env::var_os("CARGO_BUILD_TARGET").is_some());
         let target = folder.ancestors().nth(1 + deeper).unwrap();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["rustc", "-q", "--locked", "--lib"]);
+        cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args([
+            "rustc",
+            "-q",
+            "--locked",
+            "-p",
+            "layer-streamer",
+            "--lib",
+        ]);
         cargo.args(["--features", if cfg!(feature = "cuda") { "capi,cuda" } else { "capi" }]);
         cargo.args(["--crate-type", "staticlib,cdylib", "--target-dir"]).arg(target);
         if folder.ends_with("release") {

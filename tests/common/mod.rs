@@ -14,9 +14,12 @@ use layer_streamer::{
     device::{Cpu, Device, TensorRef},
 };
 
+mod folders;
 pub mod fuzz;
 #[cfg(feature = "model")]
 mod model;
+#[allow(unused_imports, reason = "each test uses a part")]
+pub use folders::*;
 #[cfg(feature = "model")]
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use model::*;
@@ -35,7 +38,6 @@ pub fn cases(usual: u32) -> u32 {
     usual * effort
 }
 
-/// A folder on a real file system where there is one: a temporary folder may lie in memory.
 /// The whole file and when it was last changed, to be [`healed`] with.
 pub fn whole(path: &Path) -> (Vec<u8>, SystemTime) {
     (fs::read(path).unwrap(), fs::metadata(path).unwrap().modified().unwrap())
@@ -53,12 +55,6 @@ pub fn processor_time() -> std::time::Duration {
     // SAFETY: the structure is the call's while it runs.
     assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
     std::time::Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-pub fn folder() -> tempfile::TempDir {
-    let built = option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from).filter(|folder| folder.exists());
-    let parent = built.unwrap_or_else(std::env::temp_dir);
-    tempfile::tempdir_in(parent).unwrap()
 }
 
 /// `units` units of BF16 tensors of these element counts, at odd offsets, dealt at random to two files.
@@ -183,32 +179,12 @@ pub fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
     Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
 }
 
-/// The repository, or what was carried of it to a machine that only runs the tests.
-pub fn root() -> PathBuf {
-    std::env::var_os("LAYER_STREAMER_ROOT").unwrap_or(env!("CARGO_MANIFEST_DIR").into()).into()
-}
-
-/// The repository's folder of reference checkpoints.
-pub fn data(name: &str) -> PathBuf {
-    root().join("tests/data").join(name)
-}
-
 /// A built example. `cargo test` builds them beside the test executables; `cargo test --test NAME` takes those built before.
 pub fn example(name: &str) -> std::process::Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().unwrap().with_file_name("examples").join(name);
     assert!(path.exists(), "the example is not built: cargo build --example {name}");
     std::process::Command::new(path)
-}
-
-/// A copy of a checkpoint folder that a test may spoil.
-pub fn copy_of(original: &Path) -> tempfile::TempDir {
-    let copy = folder();
-    for entry in fs::read_dir(original).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
-    copy
 }
 
 /// Rings of up to four, each handed over in batches of any size that goes.

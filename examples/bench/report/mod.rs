@@ -14,6 +14,7 @@
 
 mod options;
 mod plot;
+#[path = "../../../cli/src/units.rs"]
 pub mod units;
 
 use std::{

@@ -11,10 +11,8 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{
-    Failure,
-    show::{short, time},
-};
+use super::show::{short, time};
+use crate::Failure;
 
 const WIDTH: u32 = 1000;
 const MARGIN: i32 = 24;

@@ -2,36 +2,51 @@
 
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, Read},
     panic::{self, AssertUnwindSafe},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
+use clap::Args;
 use layer_streamer::files;
 use tokenizers::Tokenizer;
 
-use crate::{Failure, Options};
+use crate::Failure;
 
-/// The tokenizer, where one is needed, and the prompt's tokens.
-pub fn prompt(options: &Options) -> Result<(Option<Tokenizer>, Vec<u32>), Failure> {
-    let text = match &options.prompt_file {
-        Some(path) => Some(read_prompt(path)?),
-        None => options.prompt.clone(),
-    };
-    let needs_tokenizer = text.is_some() || !(options.plan || options.print_ids);
-    let tokenizer = if needs_tokenizer { load_tokenizer(options)? } else { None };
-    let prompt = match (&options.prompt_ids, &text, &tokenizer) {
-        (Some(ids), _, _) => ids.clone(),
-        (None, Some(text), Some(tokenizer)) => {
-            let path = options.model.join("tokenizer.json");
-            guarded(&path, || tokenizer.encode(text.as_str(), true))?.get_ids().to_vec()
-        }
-        _ => Vec::new(),
-    };
-    if prompt.is_empty() && !options.plan {
-        return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
+#[derive(Args)]
+pub struct Source {
+    /// The prompt as token ids, comma separated, in place of PROMPT
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
+    prompt_ids: Option<Vec<u32>>,
+
+    /// Read the prompt from a file (UTF-8, up to 64 MB); - is standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_ids"])]
+    prompt_file: Option<PathBuf>,
+
+    /// The text to continue (after --, if it begins with a dash)
+    prompt: Option<String>,
+}
+
+impl Source {
+    /// The tokenizer of the model in that folder, where one is needed: for a prompt in words, or as the answer is to be in words.
+    /// And the prompt's tokens, none where there is no prompt.
+    pub fn read(&self, model: &Path, in_words: bool, quiet: bool) -> Result<(Option<Tokenizer>, Vec<u32>), Failure> {
+        let text = match &self.prompt_file {
+            Some(path) => Some(read_prompt(path)?),
+            None => self.prompt.clone(),
+        };
+        let tokenizer =
+            if text.is_some() || in_words { load_tokenizer(model, self.prompt_ids.is_some(), quiet)? } else { None };
+        let prompt = match (&self.prompt_ids, &text, &tokenizer) {
+            (Some(ids), _, _) => ids.clone(),
+            (None, Some(text), Some(tokenizer)) => {
+                let path = model.join("tokenizer.json");
+                guarded(&path, || tokenizer.encode(text.as_str(), true))?.get_ids().to_vec()
+            }
+            _ => Vec::new(),
+        };
+        Ok((tokenizer, prompt))
     }
-    Ok((tokenizer, prompt))
 }
 
 /// The largest tokenizer.json that is read, in bytes; those of vocabularies of 262,144 tokens have 33 million.
@@ -62,17 +77,17 @@ fn read_prompt(path: &Path) -> Result<String, Failure> {
     })
 }
 
-/// Reads `tokenizer.json`. Without one, ids can still go in and out.
-fn load_tokenizer(options: &Options) -> Result<Option<Tokenizer>, Failure> {
-    let path = options.model.join("tokenizer.json");
+/// Reads `tokenizer.json`. Without one, a prompt of ids (`has_ids`) can still go in, and ids out.
+fn load_tokenizer(model: &Path, has_ids: bool, quiet: bool) -> Result<Option<Tokenizer>, Failure> {
+    let path = model.join("tokenizer.json");
     let Some(text) = files::read_small(&path, LARGEST_TOKENIZER)? else {
-        if options.prompt_ids.is_none() {
+        if !has_ids {
             let message =
                 format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
             return Err(message.into());
         }
-        if !options.quiet {
-            say!("no tokenizer.json in {}: printing token ids", options.model.display());
+        if !quiet {
+            say!("no tokenizer.json in {}: printing token ids", model.display());
         }
         return Ok(None);
     };

@@ -1,22 +1,38 @@
-//! The `tune` example: stopped, killed and started again, its answer taken by `generate` and pasted into a shell.
+//! `tune`: stopped, killed and started again, its answer taken by `generate` and pasted into a shell.
 
-use std::os::unix::fs::PermissionsExt;
+mod common;
+#[path = "../../tests/common/marked.rs"]
+mod marked;
 
-use layer_streamer::model::Model;
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
 
-use super::{common::example, *};
+use common::program;
+use layer_streamer::{
+    Settings,
+    model::Model,
+    plan::Placement,
+    tuner::{Record, Trial},
+};
+use marked::{marked, nothing_is_left};
 
 /// Enough for about half of the speller's layers with the longest rings of the grid.
 const RAM: &str = "22.4MB";
 
-/// The example on the CPU, whose kernels take memory by the thread.
+/// The command on the CPU, whose kernels take memory by the thread.
 fn tune_alone() -> Command {
-    let mut command = example("tune");
+    let mut command = program("tune");
     command.env("RAYON_NUM_THREADS", "2").args(["--device", "cpu"]);
     command
 }
 
-/// The example on the speller, with a small grid whose workers bear the record's path. Pauses make it last.
+/// The command on the speller, with a small grid whose workers bear the record's path. Pauses make it last.
 fn tune(record: &Path, sleep: &str) -> Child {
     let mut command = tune_alone();
     command.args(["--n-gpu", "1,2", "--n-cpu-pinned", "0,1,2", "--n-cpu", "0", "--runs", "3"]);
@@ -88,7 +104,7 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     let path = folder.path().join("record.json");
     assert!(tune(&path, "0").wait_with_output().unwrap().status.success());
     let generate = |arguments: &[&str]| {
-        let mut command = example("generate");
+        let mut command = program("generate");
         let done = command.args(["--device", "cpu", "--config"]).arg(&path).args(arguments).output().unwrap();
         (done.status.success(), String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
     };
@@ -117,7 +133,7 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
         assert_eq!(text, " four thousand ninety-six\n", "{said}");
         lines.iter().for_each(|line| assert!(said.contains(line), "{words}: {line} in {said}"));
         let flags = ["--tables", words, "--tier", tiers, "--n-gpu", "3", "--n-cpu-pinned", "2", "4096="];
-        let by_flags = example("generate").args(["--device", "cpu"]).args(flags).output().unwrap();
+        let by_flags = program("generate").args(["--device", "cpu"]).args(flags).output().unwrap();
         assert_eq!(text, String::from_utf8_lossy(&by_flags.stdout), "{by_flags:?}");
     }
 
@@ -162,20 +178,6 @@ fn the_answer_is_run_once_more_for_a_trace() {
 #[test]
 fn the_last_line_can_be_pasted_into_a_shell() {
     let folder = common::folder();
-    // Stands for cargo, which would compile: what comes after the first words goes to the example that is built.
-    let cargo = folder.path().join("cargo");
-    let generate = example("generate").get_program().to_owned();
-    let words = "run --release --example generate --";
-    let words = if cfg!(feature = "cuda") { words.replace("--ex", "--features cuda --ex") } else { words.to_owned() };
-    let count = words.split(' ').count();
-    let script = format!(
-        "#!/bin/sh\nseen=; for i in $(seq {count}); do seen=\"$seen $1\"; shift; done\n\
-         [ \"$seen\" = \" {words}\" ] && exec '{}' \"$@\"\n",
-        generate.display()
-    );
-    fs::write(&cargo, script).unwrap();
-    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
-    let search_path = format!("{}:{}", folder.path().display(), env::var("PATH").unwrap());
     // Names that a shell would take apart; one model has no tokenizer.
     let odd = folder.path().join("it's an odd $name");
     fs::create_dir(&odd).unwrap();
@@ -192,7 +194,7 @@ fn the_last_line_can_be_pasted_into_a_shell() {
         let tuned = command.args(["--n-cpu", "0", "--runs", "2"]).args(arguments).output().unwrap();
         let said = String::from_utf8(tuned.stdout).unwrap();
         let line = said.lines().last().unwrap();
-        let ran = Command::new("sh").args(["-c", line]).env("PATH", &search_path).output().unwrap();
+        let ran = Command::new("sh").args(["-c", line]).output().unwrap();
         let text = String::from_utf8_lossy(&ran.stdout).into_owned();
         assert!(ran.status.success() && !line.contains('…'), "{line}: {ran:?}");
         match line.contains("--prompt-ids") {
@@ -221,7 +223,7 @@ fn what_the_command_line_cannot_mean_is_refused_at_once_and_a_search_that_finds_
         (&["--ram", "1MB"], 1, "less than the least that will do"),
         (&["--vram", "1MB"], 1, "--vram: "),
     ] {
-        let ended = example("tune").args(["--device", "cpu"]).args(arguments).output().unwrap();
+        let ended = program("tune").args(["--device", "cpu"]).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&ended.stderr);
         assert!(ended.status.code() == Some(code) && said.contains(cause), "{arguments:?}: {said}");
         // One error, and no table of what could not be tried.

@@ -1,5 +1,4 @@
-//! `--vram` and `--ram`, as examples take them, and the table of a plan.
-#![allow(dead_code, reason = "each example uses a part")]
+//! `--vram` and `--ram`, as this program and the benchmarks take them, and the table of a plan.
 
 use std::{fs, path::Path, str::FromStr};
 

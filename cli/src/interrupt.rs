@@ -1,5 +1,4 @@
 //! Ctrl-C in programs that have something to keep: the first is noted, the next ends the process.
-#![allow(dead_code, reason = "each example uses a part")]
 
 use std::{
     sync::{

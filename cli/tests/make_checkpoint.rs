@@ -1,4 +1,4 @@
-//! `examples/make_checkpoint` makes what a reader of Hugging Face checkpoints expects, the same each time, and leaves
+//! `make-checkpoint` makes what a reader of Hugging Face checkpoints expects, the same each time, and leaves
 //! nothing behind where it fails.
 
 mod common;
@@ -17,7 +17,7 @@ use serde_json::Value;
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
 fn run(dir: &Path, args: &str) -> Output {
-    common::example("make_checkpoint").arg(dir).args(args.split_whitespace()).output().unwrap()
+    common::program("make-checkpoint").arg(dir).args(args.split_whitespace()).output().unwrap()
 }
 
 fn make(dir: &Path, args: &str) -> String {
@@ -185,10 +185,10 @@ fn a_failed_write_names_the_file_and_leaves_nothing() {
     let parent = tempfile::tempdir().unwrap();
     let dir = parent.path().join("model");
     // Blocks are of 512 bytes: the first shard fits into 72 of them, the second does not.
-    let script = r#"trap '' XFSZ; ulimit -f 72; exec "$0" "$1" --shape tiny --shard-size 41000"#;
+    let script = r#"trap '' XFSZ; ulimit -f 72; exec "$0" make-checkpoint "$1" --shape tiny --shard-size 41000"#;
     let output = Command::new("sh")
         .args(["-c", script])
-        .arg(common::example("make_checkpoint").get_program())
+        .arg(common::program("make-checkpoint").get_program())
         .arg(&dir)
         .output()
         .unwrap();

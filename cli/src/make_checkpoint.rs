@@ -14,17 +14,20 @@ use std::{
     mem::MaybeUninit,
     os::{fd::AsRawFd, unix::fs::FileExt, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
-    process::ExitCode,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
     time::Instant,
 };
 
-use clap::Parser;
-use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{
+    Args,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
 use indicatif::{DecimalBytes, ProgressBar, ProgressFinish, ProgressStyle};
 use memmap2::MmapMut;
 use serde_json::json;
+
+use crate::{Failure, called};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths.
 const PAGE: u64 = 4096;
@@ -62,22 +65,22 @@ const SHAPES: [Shape; 8] = [
 const EXAMPLES: &str = "\
 Examples:
   A 15 GB model in four shards, as Qwen2.5-7B-Instruct has them:
-    cargo run --release --example make_checkpoint -- /mnt/nvme/7b --shape qwen2.5-7b
+    layer-streamer make-checkpoint /mnt/nvme/7b --shape qwen2.5-7b
   Eight layers of the 72B model: real layer sizes without the real wait:
-    cargo run --release --example make_checkpoint -- /mnt/nvme/72b-8 --shape qwen2.5-72b --layers 8
+    layer-streamer make-checkpoint /mnt/nvme/72b-8 --shape qwen2.5-72b --layers 8
   Another set of weights, in shards of half a gigabyte:
-    cargo run --release --example make_checkpoint -- /tmp/small --shape qwen2.5-0.5b --seed 7 --shard-size 500MB
+    layer-streamer make-checkpoint /tmp/small --shape qwen2.5-0.5b --seed 7 --shard-size 500MB
 
 The folder has no tokenizer, so give prompts as token ids:
-    cargo run --release --example generate -- --model /mnt/nvme/7b --prompt-ids 1,2,3";
+    layer-streamer generate --model /mnt/nvme/7b --prompt-ids 1,2,3";
 
-/// Write a Hugging Face checkpoint of random weights, shaped like a real model.
+/// Write a Hugging Face checkpoint of random weights, shaped like a real model
 ///
 /// For measuring and testing where the real weights are not at hand: names, shapes, types and shards are the model's own,
 /// so streaming costs the same. The text that such a model generates is noise.
-#[derive(Parser)]
+#[derive(Args)]
 #[command(after_help = EXAMPLES)]
-struct Args {
+pub struct Options {
     /// Folder to write to; made if missing, refused if it holds a checkpoint
     dir: PathBuf,
     /// Model to take names and shapes from
@@ -403,7 +406,7 @@ fn write_all(dir: &Path, shards: &[Shard], side_files: &[SideFile], seed: u64, b
 }
 
 /// Returns the line to print.
-fn make(Args { dir, shape, layers, seed, shard_size }: &Args) -> Result<String, String> {
+fn make(Options { dir, shape, layers, seed, shard_size }: &Options) -> Result<String, String> {
     let layers = layers.unwrap_or(shape.layers);
     let shards = deal(tensors(shape, layers), *shard_size);
     let side_files = side_files(shape, layers, &shards);
@@ -425,19 +428,11 @@ fn make(Args { dir, shape, layers, seed, shard_size }: &Args) -> Result<String, 
     }
     let (dir, seconds) = (dir.display(), start.elapsed().as_secs_f64());
     let rate = bytes as f64 / 1e9 / seconds;
-    let run = format!("cargo run --release --example generate -- --model {dir} --prompt-ids 1,2,3");
+    let run = format!("{} generate --model {dir} --prompt-ids 1,2,3", called().display());
     Ok(format!("{dir}: {bytes} bytes in {seconds:.1} s, {rate:.2} GB/s; run it: {run}"))
 }
 
-fn main() -> ExitCode {
-    let done = make(&Args::parse())
-        .and_then(|line| writeln!(io::stdout(), "{line}").map_err(|error| format!("cannot print: {error}")));
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Where even this cannot be printed, the exit code still tells.
-            let _ = writeln!(io::stderr(), "error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let line = make(options)?;
+    writeln!(io::stdout(), "{line}").map_err(|error| format!("cannot print: {error}").into())
 }

@@ -1,4 +1,4 @@
-//! `--device`, as every example takes it.
+//! `--device`, as this program and the benchmarks take it.
 
 use std::str::FromStr;
 

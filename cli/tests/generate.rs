@@ -1,4 +1,4 @@
-//! The `generate` example as its users meet it: what goes where, and one clear error for every bad input.
+//! `generate` and `plan` as their users meet them: what goes where, and one clear error for every bad input.
 
 mod common;
 
@@ -12,20 +12,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{copy_of, data, example, speller};
+use common::{copy_of, data, program, speller};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-/// The example on the CPU, whatever there is besides.
-fn on_cpu() -> Command {
-    let mut command = example("generate");
+/// A command on the CPU, whatever there is besides.
+fn on_cpu(command: &str) -> Command {
+    let mut command = program(command);
     // What a probe finds is kept with the tests' files, not the user's.
     command.args(["--device", "cpu"]).env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 
 fn generate(arguments: &[&str]) -> Output {
-    on_cpu().args(arguments).output().unwrap()
+    on_cpu("generate").args(arguments).output().unwrap()
+}
+
+fn plan(arguments: &[&str]) -> Output {
+    on_cpu("plan").args(arguments).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -85,7 +89,7 @@ fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
         let ram = (least + more).to_string();
         let done = generate(&["--ram", &ram, "4096="]);
         assert_eq!(text(&done.stdout), " four thousand ninety-six\n", "{}", text(&done.stderr));
-        let plan = text(&generate(&["--ram", &ram, "--plan", "4096="]).stdout);
+        let plan = text(&plan(&["--ram", &ram, "4096="]).stdout);
         let layers = |tier: &str| -> usize {
             let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {tier}: ")));
             row.map_or(0, |(count, _)| count.trim().parse().unwrap())
@@ -98,7 +102,7 @@ fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
 
 #[test]
 fn the_plan_is_printed_alone_and_names_tiers_and_the_link_that_binds() {
-    let done = generate(&["--plan", "--no-probe", "--n-cpu-pinned", "1", "--tier", "0-2=gpu,5=pinned"]);
+    let done = plan(&["--no-probe", "--n-cpu-pinned", "1", "--tier", "0-2=gpu,5=pinned"]);
     assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
     assert_says(
         &text(&done.stdout),
@@ -110,15 +114,15 @@ fn the_plan_is_printed_alone_and_names_tiers_and_the_link_that_binds() {
             "2.00 and 10.00 GB/s, assumed",
         ],
     );
-    let all = generate(&["--plan", "4096="]);
+    let all = plan(&["4096="]);
     assert_says(&text(&all.stdout), &["8 on the device: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);
 }
 
 #[test]
 fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process_may_take_besides() {
     let cache = tempfile::tempdir().unwrap();
-    let run = |arguments: &[&str]| {
-        let mut command = on_cpu();
+    let run = |command: &str, arguments: &[&str]| {
+        let mut command = on_cpu(command);
         command.args(arguments).env("XDG_CACHE_HOME", cache.path()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let status = PathBuf::from(format!("/proc/{}/status", child.id()));
@@ -140,13 +144,13 @@ fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process
         assert!(ended.success(), "{arguments:?}");
         (peak, fs::read_dir(cache.path().join("layer-streamer")).map_or(0, Iterator::count))
     };
-    assert_eq!(run(&["4096="]).1, 0, "all layers are kept");
+    assert_eq!(run("generate", &["4096="]).1, 0, "all layers are kept");
     let ram = 20_000_000;
-    let (peak, measured) = run(&["--ram", &ram.to_string(), "4096="]);
+    let (peak, measured) = run("generate", &["--ram", &ram.to_string(), "4096="]);
     assert_eq!(measured, 1);
     assert!(peak <= ram + (64 << 20), "{peak} bytes of {ram}");
     // Now they are known.
-    assert_eq!(run(&["--plan"]).1, 1);
+    assert_eq!(run("plan", &[]).1, 1);
 }
 
 /// A cache folder with what a first probe kept, and that file.
@@ -161,7 +165,7 @@ fn probed() -> (tempfile::TempDir, PathBuf) {
 }
 
 fn plan_with(cache: &tempfile::TempDir, arguments: &[&str]) -> Output {
-    let done = on_cpu().arg("--plan").args(arguments).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
+    let done = on_cpu("plan").args(arguments).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
     assert!(done.status.success(), "{}", text(&done.stderr));
     done
 }
@@ -211,7 +215,7 @@ fn a_disturbed_probe_is_told_of_in_one_line_and_kept_for_minutes() {
     falsify(&file, 11 * MINUTE, Some("other processes kept 2.0 of 2 processors busy"));
     assert_says(&text(&plan_with(&cache, &[]).stdout), &["measured just now"]);
     // What is forced is also told without a plan, and though all layers are kept.
-    let done = on_cpu().args(["--probe", "4096="]).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
+    let done = on_cpu("generate").args(["--probe", "4096="]).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
     assert_says(&text(&done.stderr), &["disk and link: ", " GB/s, measured just now"]);
 }
 
@@ -273,7 +277,7 @@ fn dumped_logits_are_a_safetensors_file_of_the_prompt_s_logits() {
 #[test]
 fn a_reader_that_goes_away_ends_it_quietly() {
     let mut child =
-        on_cpu().args(["--quiet", "777777="]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        on_cpu("generate").args(["--quiet", "777777="]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -282,7 +286,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
 
 #[test]
 fn a_closed_stderr_is_no_reason_to_stop() {
-    let mut child = on_cpu().arg("77=").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = on_cpu("generate").arg("77=").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
     let done = child.wait_with_output().unwrap();
     assert!(done.status.success());
@@ -291,7 +295,7 @@ fn a_closed_stderr_is_no_reason_to_stop() {
 
 /// Runs with a limit on time: a bad input must not hang.
 fn refusal(arguments: &[&str]) -> String {
-    let mut child = on_cpu().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = on_cpu("generate").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let begun = Instant::now();
     while child.try_wait().unwrap().is_none() {
         if begun.elapsed() > Duration::from_secs(60) {

@@ -2,19 +2,8 @@
 //!
 //! The table and the answer go to stdout, the progress to stderr.
 
-#[path = "budget/mod.rs"]
-mod budget;
-#[path = "device/mod.rs"]
-mod device;
-#[path = "interrupt/mod.rs"]
-mod interrupt;
-#[path = "tune/plot.rs"]
 mod plot;
-#[path = "tune/show.rs"]
 mod show;
-#[path = "bench/report/units.rs"]
-#[allow(dead_code, reason = "benchmarks use the rest")]
-mod units;
 
 use std::{
     env,
@@ -22,17 +11,13 @@ use std::{
     io::{self, Write},
     ops::ControlFlow,
     path::{Path, PathBuf},
-    process::ExitCode,
     slice,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use budget::{Amount, Measure};
-use clap::{Parser, ValueEnum};
-use device::{Chosen, Wanted};
+use clap::{Args, ValueEnum};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
-use interrupt::Interrupts;
 use layer_streamer::{
     Error, Settings,
     files::NewFile,
@@ -47,16 +32,15 @@ use layer_streamer::{
 };
 use show::{came_to, short};
 
-/// Says something on stderr, which may be closed or full: that is no reason to stop.
-macro_rules! say {
-    // In one piece, since stderr passes on each part of a table as it comes.
-    ($($text:tt)*) => {{ let _ = io::stderr().write_all((format!($($text)*) + "\n").as_bytes()); }};
-}
+use crate::{
+    Failure,
+    budget::{self, Amount, Measure},
+    device::{self, Chosen, Wanted},
+    interrupt::{self, Interrupts},
+};
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-/// Find the fastest way to decode with a model within an amount of memory, by measuring.
-#[derive(Parser)]
+/// Find the fastest way to decode with a model within an amount of memory, by measuring
+#[derive(Args)]
 #[command(after_help = "\
 What is tried: first the default, which is what `generate` does by itself with the same --vram and --ram, then every combination
 of the values, each with the layers kept in memory that then fit. Each runs in a process of its own: it may run out of memory,
@@ -68,16 +52,16 @@ and is the answer only if it is faster by 3 % in four of up to five rounds. Else
 search, and the default is the answer; with --json the same command goes on from there.
 
 Examples:
-  tune                                                   the speller that comes with the project, under a minute
-  tune --model DIR --ram 8GB                             the fastest within so much memory [default: within what is free]
-  tune --model DIR --search plan --minutes 10            measure the promising ones alone
-  tune --model DIR --n-gpu 1,2 --n-cpu-pinned 2,4,8      values of your own
-  tune --model DIR --json tuned.json --plot tuned.svg    keep all times, draw them
-  tune --model DIR --trace tuned.html                    see what the answer's passes wait for
-  generate --model DIR --config tuned.json …             and use the answer")]
-struct Options {
+  layer-streamer tune                                                   the speller that comes with the project, under a minute
+  layer-streamer tune --model DIR --ram 8GB                             the fastest within so much memory [default: within what is free]
+  layer-streamer tune --model DIR --search plan --minutes 10            measure the promising ones alone
+  layer-streamer tune --model DIR --n-gpu 1,2 --n-cpu-pinned 2,4,8      values of your own
+  layer-streamer tune --model DIR --json tuned.json --plot tuned.svg    keep all times, draw them
+  layer-streamer tune --model DIR --trace tuned.html                    see what the answer's passes wait for
+  layer-streamer generate --model DIR --config tuned.json …             and use the answer")]
+pub struct Options {
     /// Folder with config.json and safetensors shards
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/speller"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value_os_t = crate::speller(), hide_default_value = true)]
     model: PathBuf,
 
     /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
@@ -144,7 +128,7 @@ struct Options {
     #[arg(long, value_name = "M", value_parser = |text: &str| duration(text).map(|minutes| 60 * minutes))]
     minutes: Option<Duration>,
 
-    /// Keep every run in this file, and go on from what it holds; `generate --config` takes the answer from it
+    /// Keep every run in this file, and go on from what it holds; `layer-streamer generate --config` takes the answer from it
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
@@ -177,20 +161,11 @@ fn picture(text: &str) -> Result<PathBuf, &'static str> {
     if is_svg { Ok(path) } else { Err("give a name that ends in .svg") }
 }
 
-fn main() -> ExitCode {
-    let options = Options::parse();
-    let outcome = device::choose(options.device).map_err(Failure::from).and_then(|chosen| match chosen {
-        Chosen::Cpu(device) => run(&device, "cpu", &options),
+pub fn run(options: &Options) -> Result<(), Failure> {
+    match device::choose(options.device)? {
+        Chosen::Cpu(device) => run_on(&device, "cpu", options),
         #[cfg(feature = "cuda")]
-        Chosen::Cuda(device) => run(&device, &format!("cuda:{}", device.ordinal()), &options),
-    });
-    match outcome {
-        Ok(_) if interrupt::is_noted() => ExitCode::from(130),
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            say!("error: {error}");
-            ExitCode::FAILURE
-        }
+        Chosen::Cuda(device) => run_on(&device, &format!("cuda:{}", device.ordinal()), options),
     }
 }
 
@@ -352,7 +327,8 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
 }
 
 /// Searches on `device`, which the command line calls `name`.
-fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, Failure> {
+fn run_on<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(), Failure> {
+    // First of all: a worker is this program, started with the same words, and goes no further.
     tuner::worker(|placement| worker(device, options, &placement));
     interrupt::listen();
     let (tuner, candidates) = prepare(device, name, options)?;
@@ -405,8 +381,7 @@ fn run<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<Ended, F
         let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
         write(file, &plot::draw(&title, &ranking)?)?;
     }
-    traced?;
-    Ok(ranking.ended)
+    traced
 }
 
 /// Writes a picture.

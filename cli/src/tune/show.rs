@@ -1,6 +1,6 @@
 //! What was found, for people, and as a command for a shell.
 
-use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path};
 
 use layer_streamer::{
     Settings,
@@ -9,6 +9,7 @@ use layer_streamer::{
 };
 
 use super::Options;
+use crate::called;
 
 /// `n_gpu` / `n_cpu_pinned` / `n_cpu`, each with its batch if it has one.
 pub fn short(placement: &Placement) -> String {
@@ -99,19 +100,18 @@ pub fn answer(answer: &Answer) -> String {
 
 /// A command that runs the model so, on the device that the command line calls `device`; a line for a shell.
 pub fn command(options: &Options, device: &str, answer: &Answer) -> Vec<u8> {
-    let features = if cfg!(feature = "cuda") { " --features cuda" } else { "" };
-    let mut line = format!("cargo run --release{features} --example generate --").into_bytes();
+    let mut line = quoted(called().as_bytes());
     let mut add = |words: &[&OsStr]| {
         for word in words {
             line.push(b' ');
             line.extend(quoted(word.as_bytes()));
         }
     };
-    add(&["--device", device, "--model"].map(OsStr::new));
+    add(&["generate", "--device", device, "--model"].map(OsStr::new));
     // What begins with a dash would be taken for an option.
-    add(&[std::path::Path::new(".").join(&options.model).as_os_str()]);
+    add(&[Path::new(".").join(&options.model).as_os_str()]);
     match &options.json {
-        Some(path) => add(&[OsStr::new("--config"), std::path::Path::new(".").join(path).as_os_str()]),
+        Some(path) => add(&[OsStr::new("--config"), Path::new(".").join(path).as_os_str()]),
         None => flags(&answer.placement).iter().for_each(|word| add(&[OsStr::new(word)])),
     }
     if let Some(context) = options.context {

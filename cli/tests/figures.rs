@@ -8,11 +8,11 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use common::{copy_of, data, example};
+use common::{copy_of, data, program};
 use serde_json::Value;
 
 fn generate() -> Command {
-    let mut command = example("generate");
+    let mut command = program("generate");
     command.args(["--device", "cpu", "--no-probe"]).stdin(Stdio::null());
     command
 }

@@ -1,0 +1,266 @@
+//! Generates text with a model that is streamed layer by layer.
+//!
+//! Only the generated text goes to stdout; the memory table, the progress bar and the closing line go to stderr.
+
+mod dump;
+mod report;
+
+use std::{
+    io::{self, IsTerminal, Write},
+    ops::ControlFlow,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use dump::Dump;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use layer_streamer::{
+    Error,
+    kernels::Kernels,
+    model::{Decoder, Model, Sequence},
+    plan::Part,
+    trace::{
+        Observer,
+        timeline::{Timeline, TraceFile},
+    },
+};
+use report::{Report, Run};
+use tokenizers::Tokenizer;
+
+use crate::{
+    BEGUN, Failure,
+    budget::Measure,
+    device::Chosen,
+    interrupt::{self, Interrupts},
+    placing::Placing,
+    prompt::{self, Source},
+    units,
+    waiting::{Silence, Waiting},
+};
+
+/// Generate text with a model whose layers are streamed from disk while they compute
+#[derive(Args)]
+#[command(
+    mut_arg("prompt", |prompt| prompt.required_unless_present_any(["prompt_ids", "prompt_file"])),
+    after_help = "\
+Examples:
+  layer-streamer generate '4096='                                     the speller that comes with the project
+  layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
+  layer-streamer generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
+  layer-streamer generate --model DIR --prompt-file story.txt         a long prompt; - is standard input
+  layer-streamer generate --model DIR --trace run.html 'Once upon a'  a picture of what every stage did and waited for
+  layer-streamer generate --model DIR --json 'Once upon a' | jq .verdict
+  layer-streamer generate --vram 8GB --ram 32GB --model DIR …         the best plan for so much memory [default: for what is free]
+  layer-streamer generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own
+  layer-streamer generate --config tuned.json --model DIR …           the fastest that `tune --json tuned.json` found
+
+`plan` in place of `generate` prints what would be reserved and where the layers would live, and stops."
+)]
+pub struct Options {
+    #[command(flatten)]
+    placing: Placing,
+
+    #[command(flatten)]
+    source: Source,
+
+    /// Print token ids, comma separated, in place of text
+    #[arg(long)]
+    print_ids: bool,
+
+    /// Write the prompt's logits to a safetensors file: `logits`, F32 [tokens, vocabulary]
+    #[arg(long, value_name = "FILE")]
+    dump_logits: Option<PathBuf>,
+
+    /// Write what every stage did and waited for: FILE.html opens in any browser, FILE.json in Perfetto
+    #[arg(long, value_name = "FILE", help_heading = "Figures")]
+    trace: Option<PathBuf>,
+
+    /// Print one JSON object in place of the text: tokens, times, bytes by link, placement, verdict
+    #[arg(long, help_heading = "Figures")]
+    json: bool,
+}
+
+pub fn run(options: &Options) -> Result<(), Failure> {
+    match options.placing.device()? {
+        Chosen::Cpu(device) => run_on(&device, options, &|| None),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda(device) => run_on(&device, options, &|| device.memory().ok()),
+    }
+}
+
+/// `memory`: of a device that has its own, bytes free and in all.
+fn run_on<D: Kernels>(
+    device: &D,
+    options: &Options,
+    memory: &dyn Fn() -> Option<(usize, usize)>,
+) -> Result<(), Failure> {
+    let Options { placing, source, print_ids, dump_logits, trace, json } = options;
+    let before = memory();
+    // Opened before the long work, so that paths that cannot be written are known at once.
+    let trace = trace.as_deref().map(TraceFile::create).transpose()?;
+    let dump = dump_logits.as_deref().map(Dump::create).transpose()?;
+    let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
+    let mut model = Model::open(&placing.model)?;
+    let (tokenizer, prompt) = source.read(&placing.model, !print_ids, placing.quiet)?;
+    if prompt.is_empty() {
+        return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
+    }
+    let context = placing.context(prompt.len(), &model)?;
+    drop(waiting);
+    // What the links carry is shown in the picture too.
+    let measure = if trace.is_some() { Measure::Always } else { Measure::IfItCounts };
+    let (settings, probe) = placing.settle(device, &mut model, context, measure)?;
+    placing.tell(probe.as_ref(), placing.probe);
+    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let timeline = trace.as_ref().map(|_| Timeline::new());
+    parts.extend(timeline.as_ref().map(|of| Part { what: "the trace".into(), bytes: of.bytes(), on_device: false }));
+    if !placing.quiet {
+        print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
+    }
+    let waiting = Waiting::on("reserving memory and loading what stays", placing.quiet);
+    let mut observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
+    if !placing.quiet {
+        observers.push(Arc::new(Silence));
+    }
+    let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
+    drop(waiting);
+    let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), dump).map(|mut run| {
+        run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
+        let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+        if *json {
+            // Whoever reads it may have gone away.
+            let _ = io::stdout().write_all(format!("{}\n", report.json(run.text.as_deref())).as_bytes());
+        }
+        if !placing.quiet {
+            say!("{}", report.text());
+        }
+    });
+    let findings = decoder.streamer().findings();
+    drop(decoder);
+    // After the figures, so that a disk that is full costs the trace alone; also of a run that failed, which is the error then.
+    let written = trace.zip(timeline).map_or(Ok(()), |(file, timeline)| {
+        let mut recording = timeline.recording(probe.map(|probe| probe.bandwidths()));
+        recording.facts.insert(0, ("model".into(), placing.model.display().to_string()));
+        recording.verdict = findings;
+        file.write(&recording)
+    });
+    ran.and(written.map_err(Failure::from))
+}
+
+/// A run, and the text it gave, where text is kept.
+struct Generated {
+    done: Run,
+    text: Option<String>,
+}
+
+/// Reads the prompt and continues it, token by token, to stdout; with `--json` the text is kept.
+fn generate<D: Kernels>(
+    decoder: &mut Decoder<D>,
+    options: &Options,
+    prompt: &[u32],
+    tokenizer: Option<&Tokenizer>,
+    dump: Option<Dump>,
+) -> Result<Generated, Failure> {
+    let placing = &options.placing;
+    let bar = progress_bar(placing.quiet, decoder.streamer().plan().units());
+    let hook = bar.clone();
+    decoder.streamer().track_progress(move |progress| {
+        if progress.done == 1 {
+            hook.set_message(format!("pass {}", progress.passes + 1));
+        }
+        hook.set_position(progress.done as u64);
+    });
+    let interrupts = Interrupts::cancel(decoder.streamer().canceller());
+    let start = Instant::now();
+    // On a terminal the bar shows it.
+    let waiting = Waiting::on("reading the prompt", placing.quiet || io::stderr().is_terminal());
+    let forward = decoder.forward(&[Sequence { row: 0, tokens: prompt }]);
+    drop(waiting);
+    let prompt_time = start.elapsed();
+    let mut done = Run {
+        prompt_tokens: prompt.len(),
+        prompt_time,
+        tokens: Vec::new(),
+        decode_time: Duration::ZERO,
+        first_token: None,
+        interrupted: false,
+        device_memory: None,
+    };
+    let mut forward = forward.map_err(Failure::from);
+    if let Some(dump) = dump.filter(|_| forward.is_ok()) {
+        forward = dump.write(decoder, prompt.len());
+    }
+    let decoding = Instant::now();
+    let mut text = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
+    let mut kept = (options.json && text.is_some()).then(String::new);
+    let mut out = io::stdout().lock();
+    let shared_line = out.is_terminal();
+    let (stop, tokenizer_file) = (decoder.model().config.stop.clone(), placing.model.join("tokenizer.json"));
+    let decoded = forward.and_then(|()| {
+        decoder.decode(&[0], placing.max_new_tokens, &stop, |_, token| {
+            done.first_token.get_or_insert_with(|| BEGUN.elapsed());
+            done.tokens.push(token);
+            let piece = match &mut text {
+                Some(text) => prompt::guarded(&tokenizer_file, || text.step(token))?.unwrap_or_default(),
+                None => format!("{}{token}", if done.tokens.len() > 1 { "," } else { "" }),
+            };
+            done.interrupted = interrupt::is_noted();
+            let next = if done.interrupted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            if let Some(kept) = &mut kept {
+                kept.push_str(&piece);
+            }
+            if options.json {
+                return Ok(next);
+            }
+            if shared_line {
+                // The bar would be drawn over the text.
+                bar.finish_and_clear();
+            }
+            // A reader that went away (`| head`) wants no more text: that is no error.
+            match write!(out, "{piece}").and_then(|()| out.flush()) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+                Err(error) => Err(format!("cannot write to stdout: {error}").into()),
+                Ok(()) => Ok::<_, Failure>(next),
+            }
+        })
+    });
+    done.decode_time = decoding.elapsed();
+    bar.finish_and_clear();
+    match decoded {
+        // By Ctrl-C: what came is the answer.
+        Err(error) if interrupt::is_noted() && matches!(error.downcast_ref(), Some(Error::Cancelled)) => {
+            done.interrupted = true;
+        }
+        other => other?,
+    }
+    drop(interrupts);
+    if !options.json {
+        match writeln!(out) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                return Err(format!("cannot write to stdout: {error}").into());
+            }
+            _ => {}
+        }
+    }
+    Ok(Generated { done, text: kept })
+}
+
+fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
+    say!("device: {device}");
+    if hidden_slot {
+        say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
+    }
+    let total = rows.iter().map(|part| part.bytes).sum::<usize>();
+    let width = rows.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
+    for (what, bytes) in rows.iter().map(|part| (part.what.as_str(), part.bytes)).chain([("total", total)]) {
+        say!("  {what:width$}  {:>10}", units::bytes(bytes as u64));
+    }
+}
+
+fn progress_bar(quiet: bool, layers: usize) -> ProgressBar {
+    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template");
+    ProgressBar::with_draw_target(Some(layers as u64), target).with_style(style.progress_chars("=> "))
+}

@@ -1,0 +1,194 @@
+//! The options that `generate` and `plan` have in common: which model runs, on what, in how much memory, and how.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use layer_streamer::{
+    Settings,
+    kernels::Kernels,
+    model::{Model, Tables},
+    plan::Placement,
+    probe::Probe,
+    tuner::{self, Record},
+};
+
+use crate::{
+    Failure,
+    budget::{self, Amount, Measure},
+    device::{self, Chosen, Wanted},
+    waiting::Waiting,
+};
+
+#[derive(Args)]
+pub struct Placing {
+    /// Folder with config.json, safetensors shards and tokenizer.json
+    #[arg(long, value_name = "DIR", default_value_os_t = crate::speller(), hide_default_value = true)]
+    pub model: PathBuf,
+
+    /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
+    #[arg(long)]
+    device: Option<Wanted>,
+
+    /// Tokens that the KV cache holds [default: prompt + new tokens]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+
+    /// Stop after this many tokens
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub max_new_tokens: usize,
+
+    /// GPU memory to use, such as 8GB or 7.5GiB; auto: what is free, less a sixteenth and at least 256 MiB [default: auto]
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    vram: Option<Amount>,
+
+    /// RAM to use, likewise
+    #[arg(long, value_name = "SIZE", help_heading = "Memory")]
+    ram: Option<Amount>,
+
+    /// Measure disk and link anew (about half a second), even if what was measured in the last 30 days is kept
+    #[arg(long, help_heading = "Memory", conflicts_with = "no_probe")]
+    pub probe: bool,
+
+    /// Do not measure disk and link: assume 2 and 10 GB/s
+    #[arg(long, help_heading = "Memory")]
+    no_probe: bool,
+
+    /// Layers buffered ahead on the device, at least 1 [default: 2 if any of these is given, else by the memory]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_gpu: Option<usize>,
+
+    /// Layers buffered in pinned RAM; 0 skips the stage [default: 4 likewise]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_cpu_pinned: Option<usize>,
+
+    /// Layers buffered in pageable RAM; 0 skips the stage [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    n_cpu: Option<usize>,
+
+    /// Layers handed to compute at once, at most n-gpu; 0 means one by one
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_gpu: Option<usize>,
+
+    /// Layers handed from pinned RAM to the transfer at once, at most n-cpu-pinned
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_cpu_pinned: Option<usize>,
+
+    /// Layers handed from pageable RAM at once, at most n-cpu
+    #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
+    batch_cpu: Option<usize>,
+
+    /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
+    /// of a streamed output head are numbered after the layers
+    #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
+    tier: Option<String>,
+
+    /// Where embedding table and output head live: on-device, embedding-in-file, or head-streamed, which streams the head after
+    /// the layers [default: on-device]
+    #[arg(long, value_name = "WAY", help_heading = "Pipeline, in place of a budget")]
+    tables: Option<Tables>,
+
+    /// All of these as `layer-streamer tune --json FILE` found them: the answer of that search
+    #[arg(long, value_name = "FILE", help_heading = "Pipeline, in place of a budget",
+          conflicts_with_all = ["n_gpu", "n_cpu_pinned", "n_cpu", "batch_gpu", "batch_cpu_pinned", "batch_cpu", "tier", "tables"])]
+    config: Option<PathBuf>,
+
+    /// Print nothing but the answer (and errors)
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+impl Placing {
+    /// The device to compute on.
+    pub fn device(&self) -> Result<Chosen, Failure> {
+        let _waiting = Waiting::on("looking for a device", self.quiet);
+        Ok(device::choose(self.device)?)
+    }
+
+    /// How many tokens the KV cache holds, where the prompt has so many.
+    pub fn context(&self, prompt: usize, model: &Model) -> Result<usize, Failure> {
+        let wanted = prompt.saturating_add(self.max_new_tokens);
+        let context = self.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt));
+        if prompt > context {
+            return Err(format!("the prompt is {prompt} tokens long, the context {context}; raise --context").into());
+        }
+        Ok(context)
+    }
+
+    /// The settings that were given, else the fastest for the memory there is, for which layers get tiers; and what the links
+    /// carry, where that was measured. `measure` is when to do so unless an option says it.
+    pub fn settle<D: Kernels>(
+        &self,
+        device: &D,
+        model: &mut Model,
+        context: usize,
+        measure: Measure,
+    ) -> Result<(Settings, Option<Probe>), Failure> {
+        let placement = self.placement(device, model)?;
+        if placement.is_some() && (self.vram.is_some() || self.ram.is_some()) {
+            return Err("--vram and --ram choose the pipeline and the tiers; leave out either them or your own".into());
+        }
+        let _waiting = Waiting::on("measuring disk and link", self.quiet);
+        let measure = match (self.probe, self.no_probe) {
+            (true, _) => Measure::Anew,
+            (_, true) => Measure::Never,
+            _ => measure,
+        };
+        match placement {
+            None => {
+                let budget = budget::budget(device, self.vram, self.ram)?;
+                Ok(budget::fit(device, model, budget, context, measure)?)
+            }
+            Some(placement) => {
+                model.place(&placement)?;
+                // What the links carry decides nothing here: it is for the table, or was asked for.
+                let measure = if measure == Measure::IfItCounts { Measure::Before } else { measure };
+                Ok((placement.settings, budget::probe(device, model, measure)?))
+            }
+        }
+    }
+
+    /// Says what a probe found, where something disturbed it, or where all are told.
+    pub fn tell(&self, probe: Option<&Probe>, all: bool) {
+        if let Some(probe) = probe.filter(|probe| all || probe.disturbed().is_some())
+            && !self.quiet
+        {
+            say!("{}", budget::measured(probe));
+        }
+    }
+
+    /// How the model is to run on this device, where any part of that, or a file with it, is given.
+    fn placement<D: Kernels>(&self, device: &D, model: &Model) -> Result<Option<Placement>, Failure> {
+        if let Some(path) = &self.config {
+            let record = Record::read(path)?;
+            let answer = record.answer_for(&budget::id(&self.model, model), path)?;
+            if !self.quiet {
+                let within = record.budget.map(|budget| format!(", within {}", budget::describe(budget)));
+                let (on, from) = (&record.device, &record.machine);
+                say!("settings: found for {}, on {on} of {from}{}", record.checkpoint, within.unwrap_or_default());
+                let present = [("machine", from, tuner::machine()), ("device", on, device.describe())];
+                for (what, then, now) in present.iter().filter(|(_, then, now)| *then != now) {
+                    say!("warning: this {what} is another, {now}, not {then}: search again to find its own");
+                }
+            }
+            return Ok(Some(answer.placement.clone()));
+        }
+        let given = [self.n_gpu, self.n_cpu_pinned, self.n_cpu, self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu];
+        if !given.iter().any(Option::is_some) && self.tier.is_none() && self.tables.is_none() {
+            return Ok(None);
+        }
+        let usual = Settings::default();
+        let settings = Settings {
+            n_gpu: self.n_gpu.unwrap_or(usual.n_gpu),
+            n_cpu_pinned: self.n_cpu_pinned.unwrap_or(usual.n_cpu_pinned),
+            n_cpu: self.n_cpu.unwrap_or(usual.n_cpu),
+            batch_gpu: self.batch_gpu.unwrap_or(usual.batch_gpu),
+            batch_cpu_pinned: self.batch_cpu_pinned.unwrap_or(usual.batch_cpu_pinned),
+            batch_cpu: self.batch_cpu.unwrap_or(usual.batch_cpu),
+            ..usual
+        };
+        let mut model = model.clone();
+        model.tables = self.tables.unwrap_or_default();
+        let Placement { tiers, statics, .. } = model.placement(&settings);
+        Ok(Some(Placement { statics, ..Placement::new(settings, tiers.len(), self.tier.as_deref().unwrap_or(""))? }))
+    }
+}

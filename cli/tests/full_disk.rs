@@ -1,0 +1,48 @@
+//! A disk that is full costs what was to be written there, and nothing else. It is mounted in a namespace of the test's own;
+//! where that is not allowed the test says so.
+
+mod common;
+#[path = "../../tests/common/limits.rs"]
+mod limits;
+#[path = "../../tests/common/mounts.rs"]
+mod mounts;
+
+use std::fs;
+
+use common::{folder, program};
+use limits::in_child;
+use mounts::{fill, own_mounts, said};
+
+#[test]
+fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
+    if !in_child("a_full_disk_costs_what_was_to_be_written_there_and_nothing_else") || !own_mounts() {
+        return;
+    }
+    let full = folder();
+    fill(full.path());
+    let file = |name: &str| full.path().join(name).to_str().unwrap().to_owned();
+    let generate = ["--device", "cpu", "--quiet", "4096="];
+    for (command, arguments, option, name, answer) in [
+        ("generate", &generate[..], "--dump-logits", "logits.safetensors", ""),
+        ("generate", &generate, "--trace", "trace.json", " four thousand ninety-six"),
+        ("generate", &generate, "--trace", "trace.html", " four thousand ninety-six"),
+    ] {
+        let (done, said) = said(program(command).args(arguments).args([option, &file(name)]));
+        let printed = String::from_utf8_lossy(&done.stdout);
+        assert!(!done.status.success() && printed.contains(answer), "{command} {option}: {printed}{said}");
+        assert!(said.contains("No space left on device") && said.contains(&file(name)), "{command} {option}: {said}");
+        let left: Vec<_> = fs::read_dir(full.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["filler"], "{command} {option}");
+    }
+    // What is known before the work is refused before it.
+    fs::write(full.path().join("filler"), vec![0; 64 << 10]).unwrap();
+    let record = file("record");
+    for (command, arguments, cause) in [
+        ("make-checkpoint", &["--shape", "tiny", &file("model")][..], "free, the checkpoint takes"),
+        ("tune", &["--device", "cpu", "--json", &record], "No space left on device"),
+    ] {
+        let (done, said) = said(program(command).args(arguments));
+        assert!(!done.status.success() && done.stdout.is_empty() && said.contains(cause), "{command}: {said}");
+        assert!(!full.path().join("record").exists(), "{command}: {said}");
+    }
+}
