@@ -351,7 +351,8 @@ typedef struct ls_streamer_options {
     int32_t reader;
     // An ls_cache.
     int32_t cache;
-    // The units. NULL: one per layer of the checkpoint, of all tensors under "model.layers.N.", named by what follows that.
+    // The units. NULL: one per layer of the checkpoint, "model.layers.N", of all tensors
+    // under that, named by what follows it.
     const struct ls_unit *units;
     // How many units.
     size_t unit_count;
@@ -510,7 +511,7 @@ typedef struct ls_model_options {
     size_t size;
     // Rows of the KV cache: how many sequences it holds.
     size_t batch;
-    // Tokens that each may have; by default 512, or as many as the model takes if that is less.
+    // Tokens that each may have; 0, the default: 512, or as many as the model takes if that is less.
     size_t context;
     // How its layers are streamed; NULL: the defaults. There `units` and memory must be NULL.
     const struct ls_streamer_options *streamer;
@@ -680,7 +681,7 @@ ls_status ls_streamer_tensor_index(struct ls_streamer streamer,
 // The name of tensor number `index` of unit number `unit`; the streamer's, until that is closed.
 ls_status ls_streamer_tensor_name(struct ls_streamer streamer, size_t unit, size_t index, const char **name);
 
-// Counts since the streamer was opened. Set `stats->size` to sizeof(ls_stats) before. Also from a layer function.
+// Counts since the streamer was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 ls_status ls_streamer_stats(struct ls_streamer streamer, struct ls_stats *stats);
 
 // Loads tensors that stay on the device until ls_statics_close. Call it before the first pass: it reads beside the pipeline.
@@ -852,7 +853,7 @@ ls_status ls_model_truncate(struct ls_model model, size_t row, size_t length);
 // Cancels the pass under way, or, between passes, the next one. From any thread, also while another call uses the model.
 ls_status ls_model_cancel(struct ls_model model);
 
-// Counts since the model was opened. Set `stats->size` to sizeof(ls_stats) before.
+// Counts since the model was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 ls_status ls_model_stats(struct ls_model model, struct ls_stats *stats);
 
 #ifdef __cplusplus

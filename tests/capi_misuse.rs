@@ -11,7 +11,10 @@ use std::{
     path::Path,
     process::Command,
     ptr, slice,
-    sync::{Barrier, Mutex},
+    sync::{
+        Barrier, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     thread,
 };
 
@@ -411,6 +414,31 @@ fn a_second_thread_gets_busy_and_may_cancel() {
         assert_eq!(pass.join().unwrap(), LS_CANCELLED);
     });
     shared.opened.checked_pass();
+}
+
+#[test]
+fn a_thread_that_keeps_the_counts_may_ask_at_any_time() {
+    let (opened, over) = (Opened::new(), AtomicBool::new(false));
+    let streamer = opened.streamer;
+    thread::scope(|scope| {
+        let asks = scope.spawn(|| {
+            let (mut before, mut asked) = (0, 0);
+            while !over.load(SeqCst) {
+                // SAFETY: zeroes are a value of it.
+                let mut stats: ls_stats = unsafe { mem::zeroed() };
+                stats.size = size_of::<ls_stats>();
+                // SAFETY: as the header asks.
+                assert_eq!(unsafe { ls_streamer_stats(streamer, &mut stats) }, LS_OK, "{}", message());
+                assert!(stats.compute.units >= before, "{} units after {before}", stats.compute.units);
+                (before, asked) = (stats.compute.units, asked + 1);
+            }
+            asked
+        });
+        // Of many passes some calls of either side meet.
+        (0..200).for_each(|_| opened.checked_pass());
+        over.store(true, SeqCst);
+        assert!(asks.join().unwrap() > 0);
+    });
 }
 
 /// Options followed by what a later version may add.

@@ -18,7 +18,10 @@ use std::{
 use crossbeam_utils::{Backoff, CachePadded};
 
 use super::ffi::{Failure, Result, ls_status};
-use crate::pipeline::Canceller;
+use crate::{
+    pipeline::{Canceller, Meter},
+    trace::Stats,
+};
 
 /// From the low end: index, kind, and in the rest the generation (of a layer: its number).
 const INDEX_BITS: u32 = 16;
@@ -93,7 +96,13 @@ struct HandleSlot<T> {
     poisoned: AtomicBool,
     value: UnsafeCell<Option<T>>,
     /// Apart from the value: used while that is busy.
-    canceller: Mutex<Option<Canceller>>,
+    remote: Mutex<Option<Remote>>,
+}
+
+/// What any thread may do at any time with what streams.
+pub(super) struct Remote {
+    pub(super) canceller: Canceller,
+    pub(super) meter: Meter,
 }
 
 type Chunk<T> = OnceLock<Box<[CachePadded<HandleSlot<T>>]>>;
@@ -148,7 +157,7 @@ impl<T: Send> HandleTable<T> {
     ///
     /// # Errors
     /// `LS_MEMORY` if 65536 are open.
-    pub(super) fn open(&self, value: T, canceller: Option<Canceller>) -> Result<u64> {
+    pub(super) fn open(&self, value: T, remote: Option<Remote>) -> Result<u64> {
         let index = {
             let mut free = self.free();
             match free.returned.pop() {
@@ -168,7 +177,7 @@ impl<T: Send> HandleTable<T> {
                 state: AtomicU64::new(1 << PHASE_BITS | FREE),
                 poisoned: AtomicBool::new(false),
                 value: UnsafeCell::new(None),
-                canceller: Mutex::new(None),
+                remote: Mutex::new(None),
             };
             (0..CHUNK).map(|_| CachePadded::new(slot())).collect()
         });
@@ -177,7 +186,7 @@ impl<T: Send> HandleTable<T> {
         // SAFETY: a free slot taken off the list is this call's, and nobody enters it before it is idle.
         unsafe { *slot.value.get() = Some(value) };
         slot.poisoned.store(false, Ordering::Relaxed);
-        *slot.canceller.lock().expect("nothing panics under this lock") = canceller;
+        *slot.remote.lock().expect("nothing panics under this lock") = remote;
         slot.state.store(generation << PHASE_BITS | IDLE, Ordering::Release);
         Ok(self.kind.id(index, generation))
     }
@@ -244,7 +253,7 @@ impl<T: Send> HandleTable<T> {
         let slot = entered.slot;
         // From here on the slot is left free, not as it was.
         std::mem::forget(entered);
-        *slot.canceller.lock().expect("nothing panics under this lock") = None;
+        *slot.remote.lock().expect("nothing panics under this lock") = None;
         // SAFETY: the state is busy, and this call made it so.
         let value = unsafe { (*slot.value.get()).take() };
         slot.state.store((generation + 1) << PHASE_BITS | FREE, Ordering::Release);
@@ -257,15 +266,24 @@ impl<T: Send> HandleTable<T> {
     /// # Errors
     /// `LS_CLOSED`.
     pub(super) fn cancel(&self, id: u64) -> Result<()> {
+        self.with_remote(id, |remote| remote.canceller.cancel())
+    }
+
+    /// What the handle's value has moved, from any thread.
+    ///
+    /// # Errors
+    /// `LS_CLOSED`.
+    pub(super) fn stats(&self, id: u64) -> Result<Stats> {
+        self.with_remote(id, |remote| remote.meter.stats())
+    }
+
+    fn with_remote<R>(&self, id: u64, call: impl FnOnce(&Remote) -> R) -> Result<R> {
         let (index, generation) = self.kind.parts(id)?;
         let slot = self.slot(index)?;
         // It is closed under this lock.
-        let canceller = slot.canceller.lock().expect("nothing panics under this lock");
-        match &*canceller {
-            Some(canceller) if slot.state.load(Ordering::Acquire) >> PHASE_BITS == generation => {
-                canceller.cancel();
-                Ok(())
-            }
+        let remote = slot.remote.lock().expect("nothing panics under this lock");
+        match &*remote {
+            Some(remote) if slot.state.load(Ordering::Acquire) >> PHASE_BITS == generation => Ok(call(remote)),
             _ => Err(self.kind.closed()),
         }
     }

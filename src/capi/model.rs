@@ -14,7 +14,7 @@ use super::{
     ffi::{
         Failure, Grows, Result, callback, ffi, list, ls_status, path, place, read_options, write_options, write_sized,
     },
-    handles::{HandleTable, Kind},
+    handles::{HandleTable, Kind, Remote},
     options::{self, StreamOptions, ls_stats, ls_streamer_options},
     traced::{self, Traced},
 };
@@ -36,7 +36,7 @@ pub struct ls_model_options {
     pub size: usize,
     /// Rows of the KV cache: how many sequences it holds.
     pub batch: usize,
-    /// Tokens that each may have; by default 512, or as many as the model takes if that is less.
+    /// Tokens that each may have; 0, the default: 512, or as many as the model takes if that is less.
     pub context: usize,
     /// How its layers are streamed; NULL: the defaults. There `units` and memory must be NULL.
     pub streamer: *const ls_streamer_options,
@@ -144,9 +144,10 @@ pub unsafe extern "C" fn ls_model_open(
             let memory = Decoder::memory(&device, &model, settings, options.batch, context)?;
             log.opened(&memory, &decoder.streamer().stats());
         }
-        let canceller = decoder.streamer().canceller();
+        let streamer = decoder.streamer();
+        let remote = Remote { canceller: streamer.canceller(), meter: streamer.meter() };
         let made = OpenModel { decoder: RefCell::new(decoder), batch: options.batch, trace };
-        let made = MODELS.open(made, Some(canceller))?;
+        let made = MODELS.open(made, Some(remote))?;
         // SAFETY: as above.
         unsafe { to.write(ls_model { id: made }) };
         Ok(())
@@ -263,12 +264,12 @@ pub extern "C" fn ls_model_cancel(model: ls_model) -> ls_status {
     ffi(|| MODELS.cancel(model.id))
 }
 
-/// Counts since the model was opened. Set `stats->size` to sizeof(ls_stats) before.
+/// Counts since the model was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_stats(model: ls_model, stats: *mut ls_stats) -> ls_status {
     ffi(|| {
         let to = place(stats, "stats")?;
-        let stats = MODELS.enter(model.id)?.decoder.borrow_mut().streamer().stats();
+        let stats = MODELS.stats(model.id)?;
         // SAFETY: the module's invariant.
         unsafe { options::write_stats(to, &stats) }
     })

@@ -111,7 +111,8 @@ pub struct ls_streamer_options {
     pub reader: i32,
     /// An ls_cache.
     pub cache: i32,
-    /// The units. NULL: one per layer of the checkpoint, of all tensors under "model.layers.N.", named by what follows that.
+    /// The units. NULL: one per layer of the checkpoint, "model.layers.N", of all tensors
+    /// under that, named by what follows it.
     pub units: *const ls_unit,
     /// How many units.
     pub unit_count: usize,

@@ -12,7 +12,7 @@ use super::{
     checkpoint::{CHECKPOINTS, ls_checkpoint},
     device::{DEVICES, Queue, ls_device},
     ffi::{Failure, Result, c_text, ffi, ls_status, place, text},
-    handles::{HandleTable, Kind},
+    handles::{HandleTable, Kind, Remote},
     layers::ls_tensor,
     options::{self, StreamOptions, ls_stats, ls_streamer_options, ls_unit_tensor},
     traced::{self, Traced},
@@ -171,10 +171,10 @@ pub unsafe extern "C" fn ls_streamer_open(
         if let Some(log) = &chosen.log {
             log.opened(&streamer.plan().memory(), &streamer.stats());
         }
-        let canceller = streamer.canceller();
+        let remote = Remote { canceller: streamer.canceller(), meter: streamer.meter() };
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
         let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress, trace };
-        let made = STREAMERS.open(made, Some(canceller))?;
+        let made = STREAMERS.open(made, Some(remote))?;
         // SAFETY: as above.
         unsafe { to.write(ls_streamer { id: made }) };
         Ok(())
@@ -280,12 +280,12 @@ pub unsafe extern "C" fn ls_streamer_tensor_name(
     })
 }
 
-/// Counts since the streamer was opened. Set `stats->size` to sizeof(ls_stats) before. Also from a layer function.
+/// Counts since the streamer was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_stats(streamer: ls_streamer, stats: *mut ls_stats) -> ls_status {
     ffi(|| {
         let to = place(stats, "stats")?;
-        let stats = STREAMERS.enter_lent(streamer.id)?.streamer.stats();
+        let stats = STREAMERS.stats(streamer.id)?;
         // SAFETY: the module's invariant.
         unsafe { options::write_stats(to, &stats) }
     })

@@ -85,6 +85,28 @@ impl Canceller {
     }
 }
 
+/// Tells, from any thread and at any time, what a streamer has moved. It may outlive the streamer, whose files it keeps open.
+#[derive(Clone)]
+pub struct Meter {
+    control: Arc<Control>,
+    sources: Arc<[Source]>,
+    reader: (Reader, String),
+    keeps: bool,
+}
+
+impl Meter {
+    /// Where the time and the bytes went since the streamer's start.
+    pub fn stats(&self) -> Stats {
+        // Units that are late in the first pass are read once more in the second.
+        let mut stats = self.control.trace.stats(if self.keeps { 2 } else { 1 });
+        (stats.reader, stats.reader_reason) = self.reader.clone();
+        stats.buffered_files = (self.sources.iter())
+            .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
+            .collect();
+        stats
+    }
+}
+
 impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
@@ -323,14 +345,17 @@ impl<D: Device> LayerStreamer<D> {
 
     /// Where the time and the bytes went since the start.
     pub fn stats(&self) -> Stats {
-        // Units that are late in the first pass are read once more in the second.
-        let fill = if self.plan.residents.count > 0 { 2 } else { 1 };
-        let mut stats = self.control.trace.stats(fill);
-        (stats.reader, stats.reader_reason) = self.reader.clone();
-        stats.buffered_files = (self.sources.iter())
-            .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
-            .collect();
-        stats
+        self.meter().stats()
+    }
+
+    /// The same for another thread to ask, while passes run.
+    pub fn meter(&self) -> Meter {
+        Meter {
+            control: self.control.clone(),
+            sources: self.sources.clone(),
+            reader: self.reader.clone(),
+            keeps: self.plan.residents.count > 0,
+        }
     }
 
     /// What steady passes wait for, or before there are any what the first one waited for; `None` before that is complete.
