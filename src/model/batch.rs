@@ -85,7 +85,7 @@ impl Pass {
     }
 
     /// Its tokens' ids.
-    pub(super) fn ids<'b>(self, batch: &'b [Sequence<'_>]) -> impl Iterator<Item = u32> + use<'b> {
+    pub(super) fn ids(self, batch: &[Sequence<'_>]) -> impl Iterator<Item = u32> {
         batch.iter().flat_map(|sequence| sequence.tokens.iter().copied()).skip(self.before).take(self.tokens)
     }
 
