@@ -2,6 +2,7 @@
 //!
 //! Only the generated text goes to stdout; the memory table, the progress bar and the closing line go to stderr.
 
+mod answer;
 mod dump;
 mod report;
 
@@ -13,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use answer::Answer;
 use clap::Args;
 use dump::Dump;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -35,7 +37,7 @@ use crate::{
     device::Chosen,
     interrupt::{self, Interrupts},
     placing::Placing,
-    prompt::{self, Source},
+    prompt::Source,
     units,
     waiting::{Silence, Waiting},
 };
@@ -193,37 +195,16 @@ fn generate<D: Kernels>(
         forward = dump.write(decoder, prompt.len());
     }
     let decoding = Instant::now();
-    let mut text = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| tokenizer.decode_stream(true));
-    let mut kept = (options.json && text.is_some()).then(String::new);
-    let mut out = io::stdout().lock();
-    let shared_line = out.is_terminal();
     let (stop, tokenizer_file) = (decoder.model().config.stop.clone(), placing.model.join("tokenizer.json"));
+    let in_words = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| (tokenizer, tokenizer_file));
+    let mut answer = Answer::new(in_words, options.json);
     let decoded = forward.and_then(|()| {
         decoder.decode(&[0], placing.max_new_tokens, &stop, |_, token| {
             done.first_token.get_or_insert_with(|| BEGUN.elapsed());
             done.tokens.push(token);
-            let piece = match &mut text {
-                Some(text) => prompt::guarded(&tokenizer_file, || text.step(token))?.unwrap_or_default(),
-                None => format!("{}{token}", if done.tokens.len() > 1 { "," } else { "" }),
-            };
+            let next = answer.push(token, &bar)?;
             done.interrupted = interrupt::is_noted();
-            let next = if done.interrupted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            if let Some(kept) = &mut kept {
-                kept.push_str(&piece);
-            }
-            if options.json {
-                return Ok(next);
-            }
-            if shared_line {
-                // The bar would be drawn over the text.
-                bar.finish_and_clear();
-            }
-            // A reader that went away (`| head`) wants no more text: that is no error.
-            match write!(out, "{piece}").and_then(|()| out.flush()) {
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
-                Err(error) => Err(format!("cannot write to stdout: {error}").into()),
-                Ok(()) => Ok::<_, Failure>(next),
-            }
+            Ok::<_, Failure>(if done.interrupted { ControlFlow::Break(()) } else { next })
         })
     });
     done.decode_time = decoding.elapsed();
@@ -236,15 +217,7 @@ fn generate<D: Kernels>(
         other => other?,
     }
     drop(interrupts);
-    if !options.json {
-        match writeln!(out) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                return Err(format!("cannot write to stdout: {error}").into());
-            }
-            _ => {}
-        }
-    }
-    Ok(Generated { done, text: kept })
+    Ok(Generated { done, text: answer.end()? })
 }
 
 fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
