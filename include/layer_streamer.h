@@ -10,8 +10,8 @@
  * - Handles are plain values that may be copied. Zeroed they stand for nothing. After its close a handle is refused with
  *   LS_CLOSED, for good. What has been opened must be closed, in any order.
  * - One handle is used by one call at a time, from any thread; a second call gets LS_BUSY at once, and so does a callback
- *   that calls back. Different handles are independent of one another. Only ls_cancel and ls_model_cancel may be called at any
- *   time, though not from a signal handler. A program that forks does not use the library in the child.
+ *   that calls back. Different handles are independent of one another. Only ls_cancel, ls_streamer_stats and their kin for
+ *   models may be called at any time, though not from a signal handler. A program that forks does not use the library in the child.
  * - Sizes, offsets and lengths are bytes where nothing else is said. Texts are UTF-8 (paths: as the system has them) and end
  *   with a zero.
  * - Enumerations are passed as int32_t, so that a value which this version does not know is an error (LS_INVALID).
@@ -90,6 +90,9 @@ enum ls_status
     // that was lent must not be freed or used before the process ends, and the library must not be unloaded: a thread of it may be
     // in a call that does not return.
     LS_LEAKED = 18,
+    // A budget is less than the least that will do; the message says how much that is, and so do ls_streamer_plan and
+    // ls_model_plan.
+    LS_TOO_LITTLE = 19,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -383,7 +386,7 @@ typedef struct ls_streamer_options {
     size_t gpu_bytes;
     // How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
     // takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
-    // LS_INVALID if it is less than the least that will do, which the message names. To a streamer it is for its slots and
+    // LS_TOO_LITTLE if it is less than the least that will do. What comes of it is asked by ls_streamer_plan. To a streamer it is for its slots and
     // units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
     // it is for everything.
     size_t host_budget;
@@ -409,6 +412,42 @@ typedef struct ls_memory {
     // Bytes on the device that cannot be lent: blocks for tensors that are converted on arrival.
     size_t staging;
 } ls_memory;
+
+// What a streamer or a model would choose and take. Set `size` before the call.
+typedef struct ls_placement {
+    // sizeof(ls_placement).
+    size_t size;
+    // As in ls_streamer_options, and so the next five.
+    size_t n_gpu;
+    // Units buffered in pinned RAM.
+    size_t n_cpu_pinned;
+    // Units buffered in pageable RAM.
+    size_t n_cpu;
+    // Units handed over at once from the device's buffer.
+    size_t batch_gpu;
+    // The same from pinned RAM.
+    size_t batch_cpu_pinned;
+    // The same from pageable RAM.
+    size_t batch_cpu;
+    // How many units a pass has.
+    size_t units;
+    // How many of them are read from disk in every pass.
+    size_t units_disk;
+    // How many are kept in pageable RAM.
+    size_t units_ram;
+    // How many are kept in pinned RAM.
+    size_t units_pinned;
+    // How many are kept on the device.
+    size_t units_gpu;
+    // Bytes of RAM that are taken in all; of a device that computes in RAM also what it takes there.
+    size_t host_bytes;
+    // Bytes of the device's own memory that are taken in all.
+    size_t device_bytes;
+    // With LS_TOO_LITTLE, where RAM is too little: the least that will do. Else 0.
+    size_t least_host_bytes;
+    // The same of the device's own memory.
+    size_t least_device_bytes;
+} ls_placement;
 
 // Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
 typedef struct ls_streamer {
@@ -592,6 +631,9 @@ ls_status ls_checkpoint_tensor_at(struct ls_checkpoint checkpoint, size_t index,
 // The tensor called `name`, or LS_NO_TENSOR. What `tensor` points to is the checkpoint's, until that is closed.
 ls_status ls_checkpoint_tensor(struct ls_checkpoint checkpoint, const char *name, struct ls_stored_tensor *tensor);
 
+// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
+size_t ls_dtype_size(int32_t dtype);
+
 // The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it.
 ls_status ls_device_cpu(struct ls_device *device);
 
@@ -640,6 +682,18 @@ ls_status ls_streamer_memory(struct ls_checkpoint checkpoint,
 // and four in pinned RAM, which the disk fills directly; one unit per layer, all on disk.
 ls_status ls_streamer_options_init(struct ls_streamer_options *options,
                                    size_t size);
+
+// What ls_streamer_open with these arguments would choose and take, within its budgets if there are any; nothing is reserved or
+// read. `options` may be NULL: the defaults. Set `placement->size` to sizeof(ls_placement) before. `tiers` may be NULL, or has room for `room` ls_tier: those of the
+// first so many units.
+//
+// LS_TOO_LITTLE if a budget is less than the least that will do, which `placement` then tells.
+ls_status ls_streamer_plan(struct ls_device device,
+                           struct ls_checkpoint checkpoint,
+                           const struct ls_streamer_options *options,
+                           struct ls_placement *placement,
+                           int32_t *tiers,
+                           size_t room);
 
 // Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns. Device and
 // checkpoint may be closed before the streamer is. `options` may be NULL: the defaults.
@@ -696,6 +750,9 @@ ls_status ls_statics_tensor(struct ls_statics statics, const char *name, struct 
 
 // Frees static tensors. The device must be done with them.
 ls_status ls_statics_close(struct ls_statics statics);
+
+// How many bytes a tensor has: the product of its dimensions by ls_dtype_size. LS_INVALID where that is no tensor.
+ls_status ls_tensor_bytes(const struct ls_tensor *tensor, size_t *bytes);
 
 // Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
 // the device. On the CPU device it has arrived when this returns. After a pass's last unit comes the first of the next pass.
@@ -814,6 +871,16 @@ ls_status ls_attention(struct ls_stream stream,
 // Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
 ls_status ls_model_options_init(struct ls_model_options *options, size_t size);
 
+// What ls_model_open with these arguments would choose and take; nothing is reserved and no weight is read. Else as
+// ls_streamer_plan, with all of the model's memory: weights, KV cache, activations. `options` may be NULL: the defaults; and
+// `tiers` may be NULL.
+ls_status ls_model_plan(struct ls_device device,
+                        const char *folder,
+                        const struct ls_model_options *options,
+                        struct ls_placement *placement,
+                        int32_t *tiers,
+                        size_t room);
+
 // Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
 // starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 //
@@ -830,6 +897,20 @@ ls_status ls_model_close(struct ls_model model);
 
 // What is known of the model. Set `info->size` to sizeof(ls_model_info) before.
 ls_status ls_model_describe(struct ls_model model, struct ls_model_info *info);
+
+// Runs the tokens of `count` sequences through the model, after what the KV cache holds of them, and keeps their keys and
+// values. ls_model_logits then has what comes next, for a host that chooses tokens by itself. LS_CANCELLED after
+// ls_model_cancel. After an error the cache is as it was before.
+ls_status ls_model_forward(struct ls_model model,
+                           const struct ls_sequence *sequences,
+                           size_t count);
+
+// Writes the logits of the last token of each sequence that went through the model last, in their order: a row of F32 as long
+// as the vocabulary for each. `room` is how many floats `logits` has room for: sequences · vocab or more. LS_INVALID if it is
+// less, or where no pass that succeeded went before.
+ls_status ls_model_logits(struct ls_model model,
+                          float *logits,
+                          size_t room);
 
 // Runs the tokens of `count` sequences through the model in one pass, after what the KV cache holds of them, and continues
 // each by the most likely token, again and again, until one of the model's stop tokens comes, or it has `most` new tokens, or

@@ -52,7 +52,7 @@ mod sync;
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
-pub use pipeline::{Canceller, Layer, LayerStreamer, Meter, Progress, StaticTensors};
+pub use pipeline::{Canceller, Layer, LayerStreamer, LayerToken, LentMemory, Meter, Progress, StaticTensors};
 pub use plan::{Plan, Settings, Unit};
 
 // Integration tests and unit tests share fixtures, which know the crate by its name.

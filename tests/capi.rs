@@ -20,8 +20,8 @@ use layer_streamer::{
 };
 
 /// The sources of the header, in its order.
-const SOURCES: [&str; 9] =
-    ["ffi", "checkpoint", "device", "callbacks", "options", "streamer", "layers", "kernels", "model"];
+const SOURCES: [&str; 10] =
+    ["ffi", "checkpoint", "device", "callbacks", "options", "budget", "streamer", "layers", "kernels", "model"];
 
 #[test]
 fn the_header_is_what_the_sources_declare() {

@@ -1,5 +1,7 @@
 //! The C API in the hands of a host with bugs: a status each time, never a crash, and what was right before is right after.
 
+#[path = "common/c.rs"]
+mod c_calls;
 mod common;
 #[path = "common/host.rs"]
 mod host;
@@ -18,6 +20,7 @@ use std::{
     thread,
 };
 
+use c_calls::{c, made, message};
 use common::{Fixture, SIZES, fixture, speller};
 use host::{CPP17, SANITIZED, printed};
 use layer_streamer::capi::{ls_status::*, *};
@@ -26,28 +29,11 @@ const NO_DEVICE: ls_device = ls_device { id: 0 };
 const NO_LAYER: ls_layer = ls_layer { id: 0 };
 const NO_STREAM: ls_stream = ls_stream { id: 0 };
 
-fn message() -> String {
-    // SAFETY: it is never NULL, and the library's until the next failure.
-    unsafe { CStr::from_ptr(ls_last_error()) }.to_str().unwrap().to_owned()
-}
-
-/// What a call wrote, if it succeeded.
-fn made<T>(call: impl FnOnce(*mut T) -> ls_status) -> T {
-    let mut to = mem::MaybeUninit::uninit();
-    assert_eq!(call(to.as_mut_ptr()), LS_OK, "{}", message());
-    // SAFETY: a call that succeeds writes its result.
-    unsafe { to.assume_init() }
-}
-
 /// A streamer over random bytes, opened by way of a table of the caller's, with its stream.
 struct Opened {
     fixture: Fixture,
     streamer: ls_streamer,
     stream: ls_stream,
-}
-
-fn c(text: impl Into<Vec<u8>>) -> CString {
-    CString::new(text).unwrap()
 }
 
 fn options() -> ls_streamer_options {
@@ -580,8 +566,8 @@ fn a_budget_chooses_tiers_and_numbers_or_says_what_would_do() {
             open(&|options| options.device_budget = 1 << 30, &mut streamer),
             open(&|options| (options.host_budget, options.tiers) = (1 << 30, c"0=gpu".as_ptr()), &mut streamer),
         ];
-        assert_eq!((refused, streamer.id), ([LS_INVALID; 4], 0));
-        assert_eq!(open(&|options| options.host_budget = 4096, &mut streamer), LS_INVALID);
+        assert_eq!((refused, streamer.id), ([LS_TOO_LITTLE, LS_INVALID, LS_INVALID, LS_INVALID], 0));
+        assert_eq!(open(&|options| options.host_budget = 4096, &mut streamer), LS_TOO_LITTLE);
         assert!(message().contains("the least that will do"), "{}", message());
         for budget in [1 << 30, usize::MAX] {
             assert_eq!(open(&|options| options.host_budget = budget, &mut streamer), LS_OK, "{}", message());

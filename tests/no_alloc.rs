@@ -116,7 +116,7 @@ fn stream(streamer: &mut LayerStreamer<Cpu>, expected: &Expected) {
             check(expected, layer);
             Ok::<_, Error>(count + 1)
         });
-        assert!(matches!(count, Ok(units) if units == expected.len()));
+        assert!(matches!(count, Ok(units) if units == expected.len()), "{count:?}");
     };
     (0..3).for_each(|_| pass(streamer));
     // Two layers held at once, released out of order and on another stream, and the pass abandoned.

@@ -4,10 +4,11 @@
 mod common;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     os::unix::fs::FileExt,
     panic::{self, AssertUnwindSafe},
+    ptr::NonNull,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -16,7 +17,7 @@ use std::{
 
 use common::{SIZES, bytes_of, check, checked_pass, fixture, healed, settings, whole};
 use layer_streamer::{
-    DType, Error, LayerStreamer, Settings, Unit,
+    DType, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::{Cpu, Device},
     plan::{Arrival, ArrivalOp, Tier},
     trace::Stage,
@@ -64,6 +65,49 @@ fn layers_may_be_held_up_to_n_gpu_and_released_in_any_order() {
             layer.release().unwrap();
         }
     }
+}
+
+#[test]
+fn layers_are_kept_as_tokens_in_memory_that_is_lent() {
+    let fixture = fixture(6, &SIZES, 13);
+    let settings = settings(3, 2, 1);
+    let needed = Plan::new(&fixture.checkpoint, &fixture.units, &settings).unwrap().slot_memory();
+    // Pages of its own for each; one more page, of which nothing may be written.
+    let mut memory = needed.map(|bytes| vec![[0u8; 4096]; bytes.div_ceil(4096) + 2]);
+    let [ram, pinned, gpu] = [0, 1, 2].map(|at| {
+        let pages: &mut [[u8; 4096]] = &mut memory[at];
+        let skip = pages.as_ptr().cast::<u8>().align_offset(4096);
+        let start = NonNull::new(pages.as_mut_ptr().cast::<u8>().wrapping_add(skip)).unwrap();
+        Some((start, needed[at]))
+    });
+    let open = |lent| {
+        // SAFETY: the vectors outlive the streamer, and nothing else looks into them meanwhile.
+        unsafe { LayerStreamer::with_lent_memory(&Cpu, &fixture.checkpoint, &fixture.units, &settings, &[], &lent) }
+    };
+    let short = LentMemory { ram: ram.map(|(start, bytes)| (start, bytes - 1)), pinned, gpu };
+    let refused = open(short).err().expect("a byte is missing").to_string();
+    assert!(refused.starts_with("ram_memory: is ") && refused.contains("these settings need"), "{refused}");
+    let streamer = open(LentMemory { ram, pinned, gpu }).unwrap();
+    let (stream, mut numbers) = (Cpu.stream().unwrap(), HashSet::new());
+    let lent = gpu.unwrap().0.as_ptr().addr();
+    for pass in 0..3 {
+        for unit in (0..6).step_by(2) {
+            // Held two at a time, the later one given back first.
+            let tokens = [unit, unit + 1].map(|_| streamer.next(&stream).unwrap().into_token());
+            for (token, unit) in tokens.into_iter().zip([unit, unit + 1]).rev() {
+                assert!(token.index() == unit && numbers.insert(token.number()), "pass {pass}");
+                for arrival in fixture.units[unit].arrivals() {
+                    // SAFETY: the token is this streamer's; on the CPU device work is done when its call returns.
+                    let tensor = unsafe { streamer.token_tensor(&token, &arrival.output).unwrap() };
+                    assert!((lent..lent + needed[2]).contains(&tensor.ptr().as_ptr().addr()));
+                    assert!(bytes_of(&Cpu, tensor) == fixture.stored(&arrival.inputs[0]), "{}", arrival.output);
+                }
+                // SAFETY: as above.
+                unsafe { streamer.release_token(token, &stream).unwrap() };
+            }
+        }
+    }
+    streamer.close().unwrap();
 }
 
 #[test]

@@ -1,16 +1,152 @@
-//! A streamer from a budget: the library chooses the settings and where units live.
+//! A streamer from a budget: the library chooses the settings and where units live, and says what it would choose.
+
+use std::{mem, ptr::NonNull};
 
 use super::{
     any::AnyDevice,
-    ffi::{Failure, Result},
-    options::StreamOptions,
+    checkpoint::{CHECKPOINTS, ls_checkpoint},
+    device::{DEVICES, ls_device},
+    ffi::{Failure, Grows, Result, ffi, ls_status, place, write_sized},
+    options::{StreamOptions, ls_streamer_options},
 };
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
     model::{Decoder, Model},
-    plan::{Bandwidths, Budget, FixedOverhead, Settings, Unit},
+    plan::{Bandwidths, Budget, FixedOverhead, Part, Placement, Plan, Settings, Tier, Unit},
 };
+
+/// What a streamer or a model would choose and take. Set `size` before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ls_placement {
+    /// sizeof(ls_placement).
+    pub size: usize,
+    /// As in ls_streamer_options, and so the next five.
+    pub n_gpu: usize,
+    /// Units buffered in pinned RAM.
+    pub n_cpu_pinned: usize,
+    /// Units buffered in pageable RAM.
+    pub n_cpu: usize,
+    /// Units handed over at once from the device's buffer.
+    pub batch_gpu: usize,
+    /// The same from pinned RAM.
+    pub batch_cpu_pinned: usize,
+    /// The same from pageable RAM.
+    pub batch_cpu: usize,
+    /// How many units a pass has.
+    pub units: usize,
+    /// How many of them are read from disk in every pass.
+    pub units_disk: usize,
+    /// How many are kept in pageable RAM.
+    pub units_ram: usize,
+    /// How many are kept in pinned RAM.
+    pub units_pinned: usize,
+    /// How many are kept on the device.
+    pub units_gpu: usize,
+    /// Bytes of RAM that are taken in all; of a device that computes in RAM also what it takes there.
+    pub host_bytes: usize,
+    /// Bytes of the device's own memory that are taken in all.
+    pub device_bytes: usize,
+    /// With LS_TOO_LITTLE, where RAM is too little: the least that will do. Else 0.
+    pub least_host_bytes: usize,
+    /// The same of the device's own memory.
+    pub least_device_bytes: usize,
+}
+
+// SAFETY: `repr(C)`, all fields words, the first of them the size.
+unsafe impl Grows for ls_placement {
+    const FIRST: usize = mem::offset_of!(ls_placement, least_device_bytes) + size_of::<usize>();
+}
+
+impl ls_placement {
+    /// Writes what was planned, or why it cannot be, where the caller wants it.
+    ///
+    /// # Safety
+    /// `to` points to a placement whose size is set; `tiers` is NULL or starts as many codes as there is room for.
+    pub(super) unsafe fn write(
+        to: NonNull<Self>,
+        planned: Result<(Placement, Vec<Part>)>,
+        memory_is_ram: bool,
+        (tiers, room): (*mut i32, usize),
+    ) -> Result<()> {
+        let size = size_of::<Self>();
+        let (placement, memory) = match planned {
+            Ok(planned) => planned,
+            Err(failure) if failure.status != ls_status::LS_TOO_LITTLE => return Err(failure),
+            Err(failure) => {
+                let [least_host_bytes, least_device_bytes] = failure.least;
+                let told = Self { size, least_host_bytes, least_device_bytes, ..Self::default() };
+                // SAFETY: the caller's.
+                unsafe { write_sized(to, "placement", told)? };
+                return Err(failure);
+            }
+        };
+        let count = |tier| placement.tiers.iter().filter(|other| **other == tier).count();
+        let bytes = |on_device| {
+            let parts = memory.iter().filter(|part| (part.on_device && !memory_is_ram) == on_device);
+            parts.map(|part| part.bytes).sum()
+        };
+        let Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, .. } = placement.settings;
+        let told = Self {
+            size,
+            n_gpu,
+            n_cpu_pinned,
+            n_cpu,
+            batch_gpu,
+            batch_cpu_pinned,
+            batch_cpu,
+            units: placement.tiers.len(),
+            units_disk: count(Tier::Disk),
+            units_ram: count(Tier::Ram),
+            units_pinned: count(Tier::Pinned),
+            units_gpu: count(Tier::Gpu),
+            host_bytes: bytes(false),
+            device_bytes: bytes(true),
+            ..Self::default()
+        };
+        // SAFETY: the caller's.
+        unsafe { write_sized(to, "placement", told)? };
+        let Some(tiers) = NonNull::new(tiers) else { return Ok(()) };
+        let tiers = place(tiers.as_ptr(), "tiers")?;
+        for (number, tier) in placement.tiers.iter().take(room).enumerate() {
+            // SAFETY: the caller says that there is room for so many.
+            unsafe { tiers.add(number).write(*tier as i32) };
+        }
+        Ok(())
+    }
+}
+
+/// What ls_streamer_open with these arguments would choose and take, within its budgets if there are any; nothing is reserved or
+/// read. `options` may be NULL: the defaults. Set `placement->size` to sizeof(ls_placement) before. `tiers` may be NULL, or has room for `room` ls_tier: those of the
+/// first so many units.
+///
+/// LS_TOO_LITTLE if a budget is less than the least that will do, which `placement` then tells.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_streamer_plan(
+    device: ls_device,
+    checkpoint: ls_checkpoint,
+    options: *const ls_streamer_options,
+    placement: *mut ls_placement,
+    tiers: *mut i32,
+    room: usize,
+) -> ls_status {
+    ffi(|| {
+        let to = place(placement, "placement")?;
+        // SAFETY: the caller says that, but for NULL, options lie there.
+        let chosen = unsafe { StreamOptions::read(options)? };
+        let device = DEVICES.enter(device.id)?.device.clone();
+        let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
+        let mut units = chosen.units(&checkpoint)?;
+        let planned = chosen.fit(&device, &checkpoint, &mut units).and_then(|settings| {
+            let plan = Plan::on(&device, &checkpoint, &units, &settings)?;
+            let tiers = units.iter().map(Unit::tier).collect();
+            Ok((Placement { settings, tiers, statics: String::new() }, plan.memory()))
+        });
+        // SAFETY: the caller says that a placement and, but for NULL, so many tiers may be written.
+        unsafe { ls_placement::write(to, planned, device.memory_is_ram(), (tiers, room)) }
+    })
+}
 
 /// The value that stands for what is free.
 const FREE: usize = usize::MAX;

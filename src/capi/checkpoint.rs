@@ -245,3 +245,9 @@ mod tests {
         }
     }
 }
+
+/// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_dtype_size(dtype: i32) -> usize {
+    dtype_of(dtype, "dtype").map_or(0, DType::size)
+}

@@ -57,12 +57,15 @@ pub enum ls_status {
     /// that was lent must not be freed or used before the process ends, and the library must not be unloaded: a thread of it may be
     /// in a call that does not return.
     LS_LEAKED = 18,
+    /// A budget is less than the least that will do; the message says how much that is, and so do ls_streamer_plan and
+    /// ls_model_plan.
+    LS_TOO_LITTLE = 19,
 }
 
 use ls_status::*;
 
 /// Every status with its name, in order.
-const NAMES: [(ls_status, &CStr); 19] = [
+const NAMES: [(ls_status, &CStr); 20] = [
     (LS_OK, c"LS_OK"),
     (LS_NULL, c"LS_NULL"),
     (LS_INVALID, c"LS_INVALID"),
@@ -82,6 +85,7 @@ const NAMES: [(ls_status, &CStr); 19] = [
     (LS_CUDA, c"LS_CUDA"),
     (LS_UNSUPPORTED, c"LS_UNSUPPORTED"),
     (LS_LEAKED, c"LS_LEAKED"),
+    (LS_TOO_LITTLE, c"LS_TOO_LITTLE"),
 ];
 
 /// Version of this header: programs compiled with one run with any library of the same major and minor number.
@@ -121,13 +125,15 @@ pub extern "C" fn ls_last_error() -> *const c_char {
 pub(super) struct Failure {
     pub(super) status: ls_status,
     message: String,
+    /// With `LS_TOO_LITTLE`: the least bytes of RAM, or of the device's memory, that will do.
+    pub(super) least: [usize; 2],
 }
 
 pub(super) type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
     pub(super) fn new(status: ls_status, message: impl Into<String>) -> Self {
-        Self { status, message: message.into() }
+        Self { status, message: message.into(), least: [0; 2] }
     }
 
     /// [`LS_INVALID`] for the argument called `name`.
@@ -142,7 +148,8 @@ impl From<Error> for Failure {
             Error::Io { .. } => LS_IO,
             Error::Checkpoint { .. } => LS_CHECKPOINT,
             Error::Read { .. } => LS_READ,
-            Error::Setting { .. } | Error::TooLittle { .. } => LS_INVALID,
+            Error::Setting { .. } => LS_INVALID,
+            Error::TooLittle { .. } => LS_TOO_LITTLE,
             Error::Memory { .. } => LS_MEMORY,
             Error::Thread { .. } => LS_THREAD,
             Error::NoTensor { .. } => LS_NO_TENSOR,
@@ -154,7 +161,12 @@ impl From<Error> for Failure {
             Error::Unsupported { .. } => LS_UNSUPPORTED,
             Error::Panicked { .. } => LS_PANICKED,
         };
-        Self::new(status, error.to_string())
+        let least = match error {
+            Error::TooLittle { name: "vram", least, .. } => [0, least],
+            Error::TooLittle { least, .. } => [least, 0],
+            _ => [0; 2],
+        };
+        Self { status, message: error.to_string(), least }
     }
 }
 
@@ -176,7 +188,7 @@ fn panicked(payload: Box<dyn Any + Send>) -> Failure {
 }
 
 #[cold]
-fn keep(Failure { status, message }: Failure) -> ls_status {
+fn keep(Failure { status, message, .. }: Failure) -> ls_status {
     let message = c_line(message);
     // A thread that is ending keeps nothing.
     let _ = LAST.try_with(|last| *last.borrow_mut() = Some(message));

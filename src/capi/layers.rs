@@ -7,12 +7,13 @@ use super::{
     checkpoint::{code_of, dtype_of},
     device::{STREAMS, ls_stream},
     ffi::{Failure, Result, callback, ffi, ls_status, place, text},
-    handles::{Entered, Kind},
+    handles::Kind,
     streamer::{STREAMERS, Streamer, ls_streamer},
 };
 use crate::{
     device::{DevicePtr, Shape, TensorMut, TensorRef},
-    pipeline::Place,
+    dtype::DType,
+    pipeline::LayerToken,
 };
 
 /// A unit on the device. Zeroed: none.
@@ -46,17 +47,23 @@ impl ls_tensor {
         Self { data: tensor.ptr().as_ptr().cast(), dtype, rank, shape }
     }
 
-    /// What a kernel is given.
-    ///
-    /// # Safety
-    /// The memory is there, and nothing that is not ordered against the kernel's stream writes it meanwhile.
-    pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a, AnyDevice>> {
+    /// Its type and dimensions, of which the bytes can be addressed.
+    fn kind(&self, name: &str) -> Result<(DType, &[usize])> {
         let dtype = dtype_of(self.dtype, name)?;
         let shape = self.shape.get(..self.rank as usize);
         let shape = shape.ok_or_else(|| Failure::invalid(name, format!("its rank is {}, at most 8", self.rank)))?;
         if dtype.bytes_of(shape).is_none_or(|bytes| bytes > isize::MAX as usize) {
             return Err(Failure::invalid(name, format!("{dtype} {shape:?} is more than can be addressed")));
         }
+        Ok((dtype, shape))
+    }
+
+    /// What a kernel is given.
+    ///
+    /// # Safety
+    /// The memory is there, and nothing that is not ordered against the kernel's stream writes it meanwhile.
+    pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a, AnyDevice>> {
+        let (dtype, shape) = self.kind(name)?;
         let data = place(self.data.cast::<u8>(), name)?.as_ptr();
         if data.addr() % dtype.size() != 0 {
             return Err(Failure::invalid(name, format!("its memory is not aligned for {dtype}")));
@@ -75,6 +82,19 @@ impl ls_tensor {
         // SAFETY: the same memory, and the view for writing is gone.
         Ok(unsafe { TensorRef::from_raw(tensor.ptr(), tensor.dtype(), Shape::new(tensor.shape())?) })
     }
+}
+
+/// How many bytes a tensor has: the product of its dimensions by ls_dtype_size. LS_INVALID where that is no tensor.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_tensor_bytes(tensor: *const ls_tensor, bytes: *mut usize) -> ls_status {
+    ffi(|| {
+        let (tensor, to) = (place(tensor, "tensor")?, place(bytes, "bytes")?);
+        // SAFETY: the caller says that a tensor lies there; its own fields alone are read.
+        let (dtype, shape) = unsafe { tensor.as_ref().kind("tensor")? };
+        // SAFETY: it is not NULL, and the caller says that it may be written.
+        unsafe { to.write(dtype.size() * shape.iter().product::<usize>()) };
+        Ok(())
+    })
 }
 
 /// Called by ls_run_pass for each layer in order. It enqueues its work on the stream that ls_run_pass was given, and returns
@@ -122,12 +142,17 @@ fn of_layer(failure: Failure) -> Failure {
     if failure.status == ls_status::LS_CLOSED { Kind::Layer.closed() } else { failure }
 }
 
-/// A layer's streamer, unit and place.
-fn entered(layer: ls_layer) -> Result<(Entered<'static, Streamer>, usize, Place)> {
+/// Looks at a layer that is held.
+fn look<R>(layer: ls_layer, look: impl FnOnce(&Streamer, &LayerToken) -> Result<R>) -> Result<R> {
     let (index, number) = Kind::Layer.parts(layer.id)?;
     let streamer = STREAMERS.enter_at(index, true).map_err(of_layer)?;
-    let (unit, place) = streamer.find(number)?;
-    Ok((streamer, unit, place))
+    streamer.with_layer(number, |token| look(&streamer, token))
+}
+
+/// A layer's tensor by its number, which the layer has.
+fn tensor_at(streamer: &Streamer, token: &LayerToken, index: usize) -> Result<ls_tensor> {
+    // SAFETY: the token is this streamer's; the header says on which stream and how long the tensor may be used.
+    Ok(ls_tensor::view(unsafe { streamer.streamer.token_tensor_at(token, index)? }))
 }
 
 /// The layer's number in the pass, from 0.
@@ -135,7 +160,7 @@ fn entered(layer: ls_layer) -> Result<(Entered<'static, Streamer>, usize, Place)
 pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> ls_status {
     ffi(|| {
         let to = place(index, "index")?;
-        let (_streamer, unit, _) = entered(layer)?;
+        let unit = look(layer, |_, token| Ok(token.index()))?;
         // SAFETY: the module's invariant.
         unsafe { to.write(unit) };
         Ok(())
@@ -150,11 +175,12 @@ pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, t
         let to = place(tensor, "tensor")?;
         // SAFETY: the module's invariant.
         let name = unsafe { text(name, "name")? };
-        let (streamer, unit, place) = entered(layer)?;
-        let index = streamer.streamer.plan().units[unit].find(name)?;
-        let found = streamer.streamer.tensor_at(unit, place, index)?;
+        let found = look(layer, |streamer, token| {
+            let index = streamer.streamer.plan().units[token.index()].find(name)?;
+            tensor_at(streamer, token, index)
+        })?;
         // SAFETY: as above.
-        unsafe { to.write(ls_tensor::view(found)) };
+        unsafe { to.write(found) };
         Ok(())
     })
 }
@@ -164,14 +190,15 @@ pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, t
 pub unsafe extern "C" fn ls_layer_tensor_at(layer: ls_layer, index: usize, tensor: *mut ls_tensor) -> ls_status {
     ffi(|| {
         let to = place(tensor, "tensor")?;
-        let (streamer, unit, place) = entered(layer)?;
-        let tensors = streamer.streamer.plan().units[unit].tensors.len();
-        if index >= tensors {
-            return Err(Failure::invalid("index", format!("is {index}, the layer has {tensors} tensors")));
-        }
-        let found = streamer.streamer.tensor_at(unit, place, index)?;
+        let found = look(layer, |streamer, token| {
+            let tensors = streamer.streamer.plan().units[token.index()].tensors.len();
+            if index >= tensors {
+                return Err(Failure::invalid("index", format!("is {index}, the layer has {tensors} tensors")));
+            }
+            tensor_at(streamer, token, index)
+        })?;
         // SAFETY: the module's invariant.
-        unsafe { to.write(ls_tensor::view(found)) };
+        unsafe { to.write(found) };
         Ok(())
     })
 }
@@ -192,19 +219,13 @@ pub unsafe extern "C" fn ls_run_pass(
         let streamer = STREAMERS.enter(streamer.id)?;
         // Not one that is lent already: only one pass can take it back.
         let queue = STREAMS.enter(stream.id)?;
-        streamer.streamer.begin_pass()?;
-        let pass = (0..streamer.streamer.plan().units()).try_for_each(|_| {
-            let number = streamer.take(&queue)?;
+        streamer.run_pass(&queue, |number| {
             let layer = ls_layer { id: Kind::Layer.id(streamer.index(), number) };
             // SAFETY: the caller's own function, with what it asked for.
-            let returned = queue.lend(|| streamer.lend(|| unsafe { layer_fn(user, layer) }));
-            let released = streamer.give_back(number, &queue);
-            if returned != 0 {
-                let message = format!("layer_fn returned {returned}");
-                return Err(Failure::new(ls_status::LS_CALLBACK, message));
+            match queue.lend(|| streamer.lend(|| unsafe { layer_fn(user, layer) })) {
+                0 => Ok(()),
+                returned => Err(Failure::new(ls_status::LS_CALLBACK, format!("layer_fn returned {returned}"))),
             }
-            released
-        });
-        pass.inspect_err(|_| _ = streamer.streamer.restart())
+        })
     })
 }

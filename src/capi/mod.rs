@@ -22,6 +22,7 @@ mod options;
 mod streamer;
 mod traced;
 
+pub use budget::*;
 pub use callbacks::*;
 pub use checkpoint::*;
 pub use device::*;

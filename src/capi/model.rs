@@ -5,11 +5,13 @@ use std::{
     ffi::{c_char, c_void},
     mem,
     ops::ControlFlow,
-    ptr,
+    path::Path,
+    ptr::{self, NonNull},
 };
 
 use super::{
     any::AnyDevice,
+    budget::ls_placement,
     device::{DEVICES, ls_device},
     ffi::{
         Failure, Grows, Result, callback, ffi, list, ls_status, path, place, read_options, write_options, write_sized,
@@ -18,7 +20,11 @@ use super::{
     options::{self, StreamOptions, ls_stats, ls_streamer_options},
     traced::{self, Traced},
 };
-use crate::model::{Decoder, Model, Sequence};
+use crate::{
+    device::Device,
+    model::{Decoder, Model, Sequence},
+    plan::Settings,
+};
 
 /// A model with its memory on a device. Zeroed: none.
 #[repr(C)]
@@ -110,6 +116,70 @@ fn defaults() -> ls_model_options {
     ls_model_options { size: size_of::<ls_model_options>(), batch: 1, context: 0, streamer: ptr::null() }
 }
 
+/// What a call says of a model.
+struct Asked<'a> {
+    folder: &'a Path,
+    options: ls_model_options,
+    streams: StreamOptions,
+}
+
+/// What a model is opened with.
+struct Chosen {
+    model: Model,
+    settings: Settings,
+    batch: usize,
+    context: usize,
+}
+
+impl<'a> Asked<'a> {
+    /// # Safety
+    /// `folder` is NULL or starts a path that lives for `'a`, `options` is NULL or points to what the header says.
+    unsafe fn read(folder: *const c_char, options: *const ls_model_options) -> Result<Self> {
+        // SAFETY: the caller's.
+        unsafe {
+            let folder = path(folder, "folder")?;
+            let options = if options.is_null() { defaults() } else { read_options(options, "options", defaults())? };
+            Ok(Self { folder, options, streams: StreamOptions::read(options.streamer)? })
+        }
+    }
+
+    /// Looks into the folder, and gives the model's units their tiers.
+    fn choose(&self, device: &AnyDevice) -> Result<Chosen> {
+        let mut model = Model::open(self.folder)?;
+        self.streams.place_model(&mut model.units)?;
+        let ls_model_options { batch, context, .. } = self.options;
+        let context = if context > 0 { context } else { model.config.max_positions.min(512) };
+        let settings = self.streams.fit_model(device, &mut model, batch, context)?;
+        Ok(Chosen { model, settings, batch, context })
+    }
+}
+
+/// What ls_model_open with these arguments would choose and take; nothing is reserved and no weight is read. Else as
+/// ls_streamer_plan, with all of the model's memory: weights, KV cache, activations. `options` may be NULL: the defaults; and
+/// `tiers` may be NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_plan(
+    device: ls_device,
+    folder: *const c_char,
+    options: *const ls_model_options,
+    placement: *mut ls_placement,
+    tiers: *mut i32,
+    room: usize,
+) -> ls_status {
+    ffi(|| {
+        let to = place(placement, "placement")?;
+        // SAFETY: the caller says that a path and, but for NULL, options lie there.
+        let asked = unsafe { Asked::read(folder, options)? };
+        let device = DEVICES.enter(device.id)?.device.clone();
+        let planned = asked.choose(&device).and_then(|Chosen { model, settings, batch, context }| {
+            let memory = Decoder::memory(&device, &model, &settings, batch, context)?;
+            Ok((model.placement(&settings), memory))
+        });
+        // SAFETY: the caller says that a placement and, but for NULL, so many tiers may be written.
+        unsafe { ls_placement::write(to, planned, device.memory_is_ram(), (tiers, room)) }
+    })
+}
+
 /// Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
 /// starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 ///
@@ -125,28 +195,21 @@ pub unsafe extern "C" fn ls_model_open(
     ffi(|| {
         let to = place(model, "model")?;
         // SAFETY: the module's invariant.
-        let (folder, options, chosen) = unsafe {
-            let folder = path(folder, "folder")?;
-            let options = if options.is_null() { defaults() } else { read_options(options, "options", defaults())? };
-            (folder, options, StreamOptions::read(options.streamer)?)
-        };
+        let asked = unsafe { Asked::read(folder, options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
-        let (observers, trace) = chosen.observers()?;
-        let mut model = Model::open(folder)?;
-        chosen.place_model(&mut model.units)?;
-        let context = if options.context > 0 { options.context } else { model.config.max_positions.min(512) };
-        let settings = &chosen.fit_model(&device, &mut model, options.batch, context)?;
-        let mut decoder = Decoder::with_observers(&device, &model, settings, options.batch, context, &observers)?;
-        if let Some(progress) = chosen.progress {
+        let (observers, trace) = asked.streams.observers()?;
+        let Chosen { model, settings, batch, context } = &asked.choose(&device)?;
+        let mut decoder = Decoder::with_observers(&device, model, settings, *batch, *context, &observers)?;
+        if let Some(progress) = asked.streams.progress {
             decoder.streamer().track_progress(move |now| progress.report(now));
         }
-        if let Some(log) = &chosen.log {
-            let memory = Decoder::memory(&device, &model, settings, options.batch, context)?;
+        if let Some(log) = &asked.streams.log {
+            let memory = Decoder::memory(&device, model, settings, *batch, *context)?;
             log.opened(&memory, &decoder.streamer().stats());
         }
         let streamer = decoder.streamer();
         let remote = Remote { canceller: streamer.canceller(), meter: streamer.meter() };
-        let made = OpenModel { decoder: RefCell::new(decoder), batch: options.batch, trace };
+        let made = OpenModel { decoder: RefCell::new(decoder), batch: *batch, trace };
         let made = MODELS.open(made, Some(remote))?;
         // SAFETY: as above.
         unsafe { to.write(ls_model { id: made }) };
@@ -186,6 +249,57 @@ pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_
     })
 }
 
+/// The sequences of a call.
+///
+/// # Safety
+/// `sequences` is NULL or starts `count` of them, whose tokens live for `'a`.
+unsafe fn batch<'a>(sequences: *const ls_sequence, count: usize) -> Result<Vec<Sequence<'a>>> {
+    // SAFETY: the caller's.
+    let sequences = unsafe { list(sequences, count, "sequences")? }.iter().map(|sequence| {
+        // SAFETY: the caller's.
+        let tokens = unsafe { list(sequence.tokens, sequence.count, "tokens")? };
+        Ok(Sequence { row: sequence.row, tokens })
+    });
+    sequences.collect()
+}
+
+/// Runs the tokens of `count` sequences through the model, after what the KV cache holds of them, and keeps their keys and
+/// values. ls_model_logits then has what comes next, for a host that chooses tokens by itself. LS_CANCELLED after
+/// ls_model_cancel. After an error the cache is as it was before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_forward(model: ls_model, sequences: *const ls_sequence, count: usize) -> ls_status {
+    ffi(|| {
+        // SAFETY: the caller says that so many sequences lie there.
+        let batch = unsafe { batch(sequences, count)? };
+        let opened = MODELS.enter(model.id)?;
+        let mut decoder = opened.decoder.borrow_mut();
+        Ok(decoder.forward(&batch)?)
+    })
+}
+
+/// Writes the logits of the last token of each sequence that went through the model last, in their order: a row of F32 as long
+/// as the vocabulary for each. `room` is how many floats `logits` has room for: sequences · vocab or more. LS_INVALID if it is
+/// less, or where no pass that succeeded went before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_logits(model: ls_model, logits: *mut f32, room: usize) -> ls_status {
+    ffi(|| {
+        let to = place(logits, "logits")?;
+        let opened = MODELS.enter(model.id)?;
+        let mut decoder = opened.decoder.borrow_mut();
+        let needed = decoder.sequences() * decoder.model().config.vocab;
+        if room < needed {
+            return Err(Failure::invalid("room", format!("is {room} floats, the logits are {needed}")));
+        }
+        let mut written = 0;
+        decoder.last_logits(|row| {
+            // SAFETY: the caller says that there is room for what `needed` counts: as many rows as there are sequences.
+            unsafe { to.add(written).copy_from_nonoverlapping(NonNull::from(row).cast(), row.len()) };
+            written += row.len();
+            Ok(())
+        })
+    })
+}
+
 /// Runs the tokens of `count` sequences through the model in one pass, after what the KV cache holds of them, and continues
 /// each by the most likely token, again and again, until one of the model's stop tokens comes, or it has `most` new tokens, or
 /// it fills the context. `token_fn` is called with `user`, in this thread, for each new token but the one that stops.
@@ -203,13 +317,8 @@ pub unsafe extern "C" fn ls_model_generate(
 ) -> ls_status {
     ffi(|| {
         let token_fn = callback(token_fn, "token_fn")?;
-        // SAFETY: the module's invariant.
-        let batch = unsafe { list(sequences, count, "sequences")? }.iter().map(|sequence| {
-            // SAFETY: as above.
-            let tokens = unsafe { list(sequence.tokens, sequence.count, "tokens")? };
-            Ok(Sequence { row: sequence.row, tokens })
-        });
-        let batch = batch.collect::<Result<Vec<_>>>()?;
+        // SAFETY: the caller says that so many sequences lie there.
+        let batch = unsafe { batch(sequences, count)? };
         let opened = MODELS.enter(model.id)?;
         let mut decoder = opened.decoder.borrow_mut();
         decoder.forward(&batch)?;

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     checkpoint::Checkpoint,
-    pipeline::Lent,
+    pipeline::LentMemory,
     plan::{Arrival, ArrivalOp, CachePolicy, Plan, Reader, Settings, Tier, Unit},
     trace::{Observer, Stats},
 };
@@ -143,7 +143,7 @@ pub struct ls_streamer_options {
     pub gpu_bytes: usize,
     /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
     /// takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
-    /// LS_INVALID if it is less than the least that will do, which the message names. To a streamer it is for its slots and
+    /// LS_TOO_LITTLE if it is less than the least that will do. What comes of it is asked by ls_streamer_plan. To a streamer it is for its slots and
     /// units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
     /// it is for everything.
     pub host_budget: usize,
@@ -200,7 +200,7 @@ pub unsafe extern "C" fn ls_streamer_memory(
         }
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let plan = Plan::new(&checkpoint, &chosen.units(&checkpoint)?, &chosen.settings)?;
-        let [ram, pinned, gpu] = plan.places();
+        let [ram, pinned, gpu] = plan.slot_memory();
         let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging: 2 * plan.staging_bytes };
         // SAFETY: as above.
         unsafe { write_sized(to, "memory", memory) }
@@ -303,7 +303,7 @@ pub(super) struct StreamOptions {
     pub(super) log: Option<Arc<Log>>,
     /// Where a trace is to be.
     trace: Option<PathBuf>,
-    pub(super) lent: Lent,
+    pub(super) lent: LentMemory,
 }
 
 impl StreamOptions {
@@ -343,7 +343,7 @@ impl StreamOptions {
         let log = Callback::new(options.log, options.log_user).map(|log| Arc::new(Log(log)));
         let progress = Callback::new(options.progress, options.progress_user);
         let range = |start: *mut c_void, bytes| NonNull::new(start.cast()).map(|start| (start, bytes));
-        let lent = Lent {
+        let lent = LentMemory {
             ram: range(options.ram_memory, options.ram_bytes),
             pinned: range(options.pinned_memory, options.pinned_bytes),
             gpu: range(options.gpu_memory, options.gpu_bytes),
@@ -365,7 +365,7 @@ impl StreamOptions {
             progress: None,
             log: None,
             trace: None,
-            lent: Lent::default(),
+            lent: LentMemory::default(),
         }
     }
 

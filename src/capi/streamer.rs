@@ -1,14 +1,12 @@
 //! Streamers: opened, asked about themselves, cancelled, closed. Taking layers is in `layers.rs`.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     ffi::{CString, c_char},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::{
     any::AnyDevice,
-    callbacks::Reporter,
     checkpoint::{CHECKPOINTS, ls_checkpoint},
     device::{DEVICES, Queue, ls_device},
     ffi::{Failure, Result, c_text, ffi, ls_status, place, text},
@@ -19,7 +17,7 @@ use super::{
 };
 use crate::{
     device::TensorRef,
-    pipeline::{LayerStreamer, Place, StaticTensors, Taken},
+    pipeline::{Layer, LayerStreamer, LayerToken, StaticTensors},
 };
 
 /// Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
@@ -50,12 +48,6 @@ pub struct ls_unit_info {
     pub bytes: usize,
 }
 
-/// A layer that is held.
-pub(super) struct HeldLayer {
-    pub(super) number: u64,
-    pub(super) taken: Taken,
-}
-
 /// The names of a unit and of its tensors, as C sees them.
 struct UnitNames {
     unit: CString,
@@ -65,20 +57,13 @@ struct UnitNames {
 /// What lies behind a handle.
 pub(super) struct Streamer {
     pub(super) streamer: LayerStreamer<AnyDevice>,
-    held: RefCell<Vec<HeldLayer>>,
-    /// Of the next layer; a multiple of [`BATCH`] if a new batch is due.
-    number: Cell<u64>,
+    held: RefCell<Vec<LayerToken>>,
     named: Vec<UnitNames>,
-    progress: Option<Reporter>,
     trace: Option<Traced>,
 }
 
 pub(super) static STREAMERS: HandleTable<Streamer> = HandleTable::new(Kind::Streamer);
 static STATICS: HandleTable<StaticTensors<AnyDevice>> = HandleTable::new(Kind::Statics);
-
-/// Numbers of layers that no streamer has had yet begin here. A streamer takes them by the batch.
-static NUMBERS: AtomicU64 = AtomicU64::new(BATCH);
-const BATCH: u64 = 4096;
 
 impl Streamer {
     #[inline]
@@ -93,17 +78,16 @@ impl Streamer {
     #[inline]
     pub(super) fn take(&self, queue: &Queue) -> Result<u64> {
         self.check_stream(queue)?;
-        let (taken, progress) = self.streamer.take(&queue.stream)?;
-        let mut number = self.number.get();
-        if number.is_multiple_of(BATCH) {
-            number = NUMBERS.fetch_add(BATCH, Ordering::Relaxed);
-        }
-        self.number.set(number + 1);
-        self.held.borrow_mut().push(HeldLayer { number, taken });
-        if let Some(hook) = &self.progress {
-            hook.report(progress);
-        }
-        Ok(number)
+        Ok(self.hold(self.streamer.next(&queue.stream)?))
+    }
+
+    /// Keeps a layer until it is given back by its number, which this returns.
+    #[inline]
+    fn hold(&self, layer: Layer<'_, AnyDevice>) -> u64 {
+        let token = layer.into_token();
+        let number = token.number();
+        self.held.borrow_mut().push(token);
+        number
     }
 
     /// Gives back the layer of this number.
@@ -111,16 +95,26 @@ impl Streamer {
     pub(super) fn give_back(&self, number: u64, queue: &Queue) -> Result<()> {
         self.check_stream(queue)?;
         let mut held = self.held.borrow_mut();
-        let index = held.iter().position(|held| held.number == number).ok_or_else(|| Kind::Layer.closed())?;
-        let HeldLayer { taken, .. } = held.remove(index);
-        Ok(self.streamer.release(taken, &queue.stream)?)
+        let index = held.iter().position(|token| token.number() == number).ok_or_else(|| Kind::Layer.closed())?;
+        let token = held.remove(index);
+        // SAFETY: the token is this streamer's; the header asks that the layer's work is on this stream, or that follows it.
+        unsafe { self.streamer.release_token(token, &queue.stream) }.map_err(Failure::from)
     }
 
-    /// Unit and place of the layer of this number, for as long as it is not given back.
-    pub(super) fn find(&self, number: u64) -> Result<(usize, Place)> {
+    /// Looks at the layer of this number, if it is held.
+    pub(super) fn with_layer<R>(&self, number: u64, look: impl FnOnce(&LayerToken) -> Result<R>) -> Result<R> {
         let held = self.held.borrow();
-        let found = held.iter().find(|held| held.number == number).ok_or_else(|| Kind::Layer.closed())?;
-        Ok((found.taken.unit, found.taken.place))
+        look(held.iter().find(|token| token.number() == number).ok_or_else(|| Kind::Layer.closed())?)
+    }
+
+    /// Runs a pass in which `layer_fn` is given each layer's number, and may look at the layer while it runs.
+    pub(super) fn run_pass(&self, queue: &Queue, mut layer_fn: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        self.check_stream(queue)?;
+        self.streamer.pass(&queue.stream, (), |(), layer| {
+            let number = self.hold(layer);
+            let called = layer_fn(number);
+            called.and(self.give_back(number, queue))
+        })
     }
 
     fn check_none_held(&self) -> Result<()> {
@@ -161,8 +155,12 @@ pub unsafe extern "C" fn ls_streamer_open(
         let (observers, trace) = chosen.observers()?;
         let settings = &chosen.fit(&device, &checkpoint, &mut units)?;
         // SAFETY: as above.
-        let streamer =
-            unsafe { LayerStreamer::with_memory(&device, &checkpoint, &units, settings, &observers, &chosen.lent)? };
+        let mut streamer = unsafe {
+            LayerStreamer::with_lent_memory(&device, &checkpoint, &units, settings, &observers, &chosen.lent)?
+        };
+        if let Some(progress) = chosen.progress {
+            streamer.track_progress(move |now| progress.report(now));
+        }
         let named = streamer.plan().units.iter().map(|unit| {
             let tensors = unit.tensors.iter().map(|tensor| c_text(&tensor.name)).collect::<Result<_>>()?;
             Ok(UnitNames { unit: c_text(&unit.name)?, tensors })
@@ -173,7 +171,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         }
         let remote = Remote { canceller: streamer.canceller(), meter: streamer.meter() };
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
-        let made = Streamer { streamer, held, number: Cell::new(0), named, progress: chosen.progress, trace };
+        let made = Streamer { streamer, held, named, trace };
         let made = STREAMERS.open(made, Some(remote))?;
         // SAFETY: as above.
         unsafe { to.write(ls_streamer { id: made }) };

@@ -1,9 +1,9 @@
 //! Tensors in device memory, and which device and stream may use them.
 
-use std::{fmt, marker::PhantomData};
+use std::{fmt, marker::PhantomData, slice};
 
 use crate::{
-    device::Device,
+    device::{Cpu, Device},
     dtype::{DType, Element},
     error::{Error, Result},
 };
@@ -155,7 +155,8 @@ tensor_methods!(TensorMut);
 impl<'a, D: Device> TensorRef<'a, D> {
     /// # Safety
     /// `ptr` is an address of a device of type `D`, aligned for `dtype`; the tensor's bytes from there on are allocated for `'a`
-    /// and until work that uses them is done; and nothing that is not ordered against that work writes them meanwhile.
+    /// and until work that uses them is done; and nothing that is not ordered against that work writes them meanwhile. On
+    /// [`Cpu`], whose elements safe code may look at, nothing at all writes them during `'a`.
     pub unsafe fn from_raw(ptr: DevicePtr, dtype: DType, shape: Shape) -> Self {
         Self { ptr, dtype, shape, stream: None, lives: PhantomData, of: PhantomData }
     }
@@ -190,6 +191,33 @@ impl<'a, D: Device> TensorRef<'a, D> {
             "{self:?} is a layer's, taken with another stream; on this one it may not have arrived yet, or be gone already"
         );
         Err(Error::Kernel { kernel, cause })
+    }
+}
+
+impl<'a> TensorRef<'a, Cpu> {
+    /// The elements where they lie, without a copy: the CPU device's work is done when its call returns.
+    ///
+    /// ```
+    /// use layer_streamer::{Checkpoint, Error, LayerStreamer, Settings, device::{Cpu, Device}};
+    /// use half::bf16;
+    ///
+    /// let checkpoint = Checkpoint::open("examples/speller")?;
+    /// let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, &Settings::default())?;
+    /// let largest = streamer.run_pass(&Cpu.stream()?, 0.0, |largest, layer| {
+    ///     let norm: &[bf16] = layer.tensor("input_layernorm.weight")?.as_slice()?;
+    ///     Ok::<_, Error>(norm.iter().map(|weight| weight.to_f32()).fold(largest, f32::max))
+    /// })?;
+    /// assert!(largest > 0.0);
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] if they are of another type than `T`.
+    pub fn as_slice<T: Element>(self) -> Result<&'a [T]> {
+        fits::<T>("as_slice", self.elements(), self.dtype, self.elements())?;
+        // SAFETY: `from_raw` was promised that so many elements lie there, aligned, for `'a`, and that on this device nothing
+        // writes them meanwhile; any bits are a `T`.
+        Ok(unsafe { slice::from_raw_parts(self.ptr.as_ptr().cast(), self.elements()) })
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Decoder<D: Kernels> {
     pub(super) lengths: Vec<usize>,
     /// The last pass of the batch before; without tokens if there was none, or it failed.
     pub(super) pass: Pass,
+    /// Whether the logits of that batch's last tokens are where the parts of a streamed head left them.
+    pub(super) last_logits_there: bool,
     pub(super) exchange: Exchange<D>,
     /// Where the embedding table stays in its file.
     pub(super) rows: Option<EmbeddingRows<D>>,
@@ -133,6 +135,7 @@ impl<D: Kernels> Decoder<D> {
             buffers,
             lengths: vec![0; capacity.batch],
             pass: Pass::default(),
+            last_logits_there: false,
             exchange,
             rows,
             placement: model.placement(settings),
@@ -167,7 +170,7 @@ impl<D: Kernels> Decoder<D> {
     }
 
     /// How many sequences the batch before had.
-    pub(super) fn sequences(&self) -> usize {
+    pub fn sequences(&self) -> usize {
         self.pass.sequences
     }
 

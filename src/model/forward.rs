@@ -38,7 +38,7 @@ impl<D: Kernels> Decoder<D> {
     ) -> Result<()> {
         self.check_batch(batch)?;
         self.device.bind_thread()?;
-        self.pass.tokens = 0;
+        (self.pass.tokens, self.last_logits_there) = (0, false);
         let mut last = Pass::default();
         for pass in passes(batch, self.buffers.capacity.pass_tokens) {
             self.run(batch, pass, &mut observe)?;
@@ -48,7 +48,7 @@ impl<D: Kernels> Decoder<D> {
         for sequence in batch {
             self.lengths[sequence.row] += sequence.tokens.len();
         }
-        self.pass = last;
+        (self.pass, self.last_logits_there) = (last, self.model.tables.streams_head());
         Ok(())
     }
 

@@ -46,14 +46,19 @@ impl<D: Kernels> Head<'_, D> {
     /// The next token of each of so many sequences, by the whole head.
     pub(super) fn choose_by(&self, weight: TensorRef<'_, D>, sequences: usize) -> Result<()> {
         for (start, rows) in blocks(sequences) {
-            self.norm_last(start, rows, 0)?;
-            self.project(weight, rows, 0)?;
+            self.project_last(weight, start, rows)?;
             self.choose(rows, start)?;
         }
         Ok(())
     }
 
-    /// The same by a head that comes in parts: this one's first row is `column`. Returns the next one's.
+    /// The logits of the last tokens of sequences `start..start + rows`, by the whole head; they become the first rows.
+    pub(super) fn project_last(&self, weight: TensorRef<'_, D>, start: usize, rows: usize) -> Result<()> {
+        self.norm_last(start, rows, 0)?;
+        self.project(weight, rows, 0)
+    }
+
+    /// The next token of each of so many sequences by a head that comes in parts: this one's first row is `column`. Returns the next one's.
     pub(super) fn choose_by_part(&self, layer: &Layer<'_, D>, sequences: usize, column: usize) -> Result<usize> {
         if column == 0 {
             blocks(sequences).try_for_each(|(start, rows)| self.norm_last(start, rows, start))?;
@@ -94,13 +99,18 @@ impl<D: Kernels> Head<'_, D> {
 
     /// The most likely token by each of the first `rows` rows of logits, for the sequences from `first` on.
     fn choose(&self, rows: usize, first: usize) -> Result<()> {
-        let (work, at) = (&self.buffers.work, &self.buffers.at);
-        let logits = work.read(at.logits, 0, &[rows, self.config.vocab])?;
-        self.device.argmax(self.stream, logits, work.write(at.best, first, &[rows])?)
+        let best = self.buffers.work.write(self.buffers.at.best, first, &[rows])?;
+        self.device.argmax(self.stream, self.logits(0, rows)?, best)
+    }
+
+    /// So many rows of logits, from row `first` on.
+    pub(super) fn logits(&self, first: usize, rows: usize) -> Result<TensorRef<'_, D>> {
+        let vocab = self.config.vocab;
+        self.buffers.work.read(self.buffers.at.logits, first * vocab, &[rows, vocab])
     }
 }
 
 /// So many rows in blocks: where each starts, and how many it has.
-fn blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn blocks(rows: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..rows).step_by(HEAD_BLOCK).map(move |start| (start, HEAD_BLOCK.min(rows - start)))
 }

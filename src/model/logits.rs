@@ -1,6 +1,11 @@
 //! What a decoder tells of a pass: next tokens and logits.
 
-use super::{buffers::HEAD_BLOCK, decoder::Decoder, head::Head, weights::NORM};
+use super::{
+    buffers::HEAD_BLOCK,
+    decoder::Decoder,
+    head::{Head, blocks},
+    weights::NORM,
+};
 use crate::{
     device,
     error::{Error, Result},
@@ -25,6 +30,38 @@ impl<D: Kernels> Decoder<D> {
         Ok(())
     }
 
+    /// The logits of the last token of each sequence of the batch before, in its order: `sink` is given a row of the
+    /// vocabulary's length for each, for sampling, say.
+    ///
+    /// # Errors
+    /// As [`greedy`](Self::greedy), or what `sink` returns.
+    pub fn last_logits<E: From<Error>>(&mut self, mut sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
+        self.check_passed()?;
+        self.device.bind_thread()?;
+        let Self { streamer, stream, device, statics, buffers, model, pass, last_logits_there, .. } = self;
+        let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(NORM)? };
+        let mut rows = vec![0.0; HEAD_BLOCK.min(pass.sequences) * model.config.vocab];
+        let mut tell = |first, count| {
+            let rows = &mut rows[..count * model.config.vocab];
+            device::download(device, stream, head.logits(first, count)?, rows)?;
+            rows.chunks_exact(model.config.vocab).try_for_each(&mut sink)
+        };
+        if !model.tables.streams_head() {
+            let weight = statics.tensor(model.head_name())?;
+            return blocks(pass.sequences).try_for_each(|(start, count)| {
+                head.project_last(weight, start, count)?;
+                tell(0, count)
+            });
+        }
+        if !std::mem::replace(last_logits_there, true) {
+            streamer.run_pass(stream, 0, |column, layer| match layer.index() < model.config.layers {
+                true => Ok::<_, Error>(column),
+                false => head.choose_by_part(layer, pass.sequences, column),
+            })?;
+        }
+        blocks(pass.sequences).try_for_each(|(start, count)| tell(start, count))
+    }
+
     /// The logits of every token of the batch before, in order, as rows of the vocabulary's length, a few rows at a time. Where
     /// the head is [streamed](super::Tables::HeadStreamed) it comes anew for these few, in a pass of all units.
     ///
@@ -39,6 +76,7 @@ impl<D: Kernels> Decoder<D> {
             return Err(Error::setting("logits", cause).into());
         }
         self.device.bind_thread()?;
+        self.last_logits_there = false;
         let Self { streamer, stream, device, statics, buffers, model, pass, .. } = self;
         let (config, streams_head) = (&model.config, model.tables.streams_head());
         let (hidden, vocab, tokens) = (config.hidden, config.vocab, pass.tokens);
@@ -57,8 +95,7 @@ impl<D: Kernels> Decoder<D> {
                 head.project(statics.tensor(model.head_name())?, rows, 0)?;
             }
             rows_out.resize(rows * vocab, 0.0);
-            let logits = buffers.work.read(buffers.at.logits, 0, &[rows, vocab])?;
-            device::download(device, stream, logits, &mut rows_out)?;
+            device::download(device, stream, head.logits(0, rows)?, &mut rows_out)?;
             sink(&rows_out)?;
         }
         Ok(())
@@ -66,5 +103,48 @@ impl<D: Kernels> Decoder<D> {
 
     fn check_passed(&self) -> Result<()> {
         if self.pass.tokens > 0 { Ok(()) } else { Err(Error::setting("logits", "need a forward pass that succeeded")) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::Cpu,
+        model::{Model, Sequence, Tables},
+        plan::Settings,
+    };
+
+    #[test]
+    fn the_last_logits_are_those_of_each_sequence_s_last_token_whenever_they_are_asked_for() {
+        let ids: Vec<u32> = (0..3 * 20).map(|i| 3 + i * 7919 % 300).collect();
+        let batch: Vec<_> = (0..20).map(|row| Sequence { row, tokens: &ids[row * 3..row * 3 + 1 + row % 3] }).collect();
+        for tables in [Tables::OnDevice, Tables::EmbeddingInFile, Tables::HeadStreamed] {
+            let model = Model::open("tests/data/qwen2-tied").unwrap().with_tables(tables);
+            let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 20, 8).unwrap();
+            assert!(decoder.last_logits(|_| Ok::<_, Error>(())).is_err(), "before any pass");
+            decoder.forward(&batch).unwrap();
+            let last = |decoder: &mut Decoder<Cpu>| {
+                let mut rows = Vec::<Vec<f32>>::new();
+                decoder.last_logits(|row| Ok::<_, Error>(rows.push(row.to_vec()))).unwrap();
+                rows
+            };
+            let (first, again) = (last(&mut decoder), last(&mut decoder));
+            let mut all = Vec::new();
+            let vocab = model.config.vocab;
+            decoder.all_logits(|rows| Ok::<_, Error>(all.extend(rows.chunks(vocab).map(<[_]>::to_vec)))).unwrap();
+            let mut end = 0;
+            let expected = batch.iter().map(|sequence| {
+                end += sequence.tokens.len();
+                all[end - 1].clone()
+            });
+            let expected: Vec<_> = expected.collect();
+            assert!(first == expected && again == expected && last(&mut decoder) == expected, "{tables:?}");
+            let mut best = Vec::new();
+            decoder.greedy(&mut best).unwrap();
+            for (row, best) in expected.iter().zip(best) {
+                assert!(row.iter().all(|logit| *logit <= row[best as usize]), "{tables:?}");
+            }
+        }
     }
 }

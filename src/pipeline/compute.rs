@@ -1,7 +1,13 @@
 //! The compute side of the pipeline, in the caller's thread: takes units that have arrived, orders the caller's stream after
 //! their arrival, and hands their slots back ordered after the caller's work.
 
-use std::{mem, sync::Arc};
+use std::{
+    mem,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use crate::{
     device::{Device, Shape, TensorRef},
@@ -36,11 +42,37 @@ pub(super) type ProgressHook = Box<dyn FnMut(Progress) + Send>;
 
 /// A unit that the caller has, and where. One that stays on the device may be held twice, in two passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Taken {
-    pub(crate) unit: usize,
-    pub(crate) place: Place,
-    /// How many were taken before it.
+pub(super) struct Taken {
+    pub(super) unit: usize,
+    pub(super) place: Place,
+    /// No other of the process has it.
     number: u64,
+}
+
+/// Numbers from here on no streamer has given yet. A streamer takes them by the batch, so that no two threads meet here per layer.
+static NUMBERS: AtomicU64 = AtomicU64::new(NUMBERS_AT_ONCE);
+const NUMBERS_AT_ONCE: u64 = 4096;
+
+/// A layer that is held, as a value that borrows nothing: for hosts that keep layers in tables of their own, such as bindings to
+/// other languages. [`Layer::into_token`] makes one; [`LayerStreamer::release_token`] takes it back. Dropping it leaks the layer.
+#[must_use = "the layer's slot is not filled again until the token is given back"]
+#[derive(Debug, PartialEq, Eq)]
+pub struct LayerToken(Taken);
+
+impl LayerToken {
+    /// The layer's number in the pass, from 0.
+    pub fn index(&self) -> usize {
+        self.0.unit
+    }
+
+    pub(super) fn taken(&self) -> Taken {
+        self.0
+    }
+
+    /// A number below 2⁴⁴ that no other layer taken in this process has, whichever the streamer.
+    pub fn number(&self) -> u64 {
+        self.0.number
+    }
 }
 
 /// A layer that the caller has.
@@ -64,7 +96,8 @@ pub(super) struct ComputeSide<D: Device> {
     epoch: u64,
     position: usize,
     passes: u64,
-    taken: u64,
+    /// Of the layer taken last; a multiple of [`NUMBERS_AT_ONCE`] less one if the next begins a new batch.
+    number: u64,
     held: Vec<Held<D>>,
     failed: Option<Error>,
     /// Where observers want the device's own time.
@@ -92,7 +125,7 @@ impl<D: Device> ComputeSide<D> {
             epoch: control.epoch(),
             position: 0,
             passes: 0,
-            taken: 0,
+            number: NUMBERS_AT_ONCE - 1,
             held: Vec::with_capacity(plan.gpu.slots),
             failed: None,
             timer: if timed { DeviceTimer::new(device, Stage::Compute, most)? } else { None },
@@ -142,8 +175,11 @@ impl<D: Device> ComputeSide<D> {
         debug_assert_eq!(unit, self.position, "units arrive in order");
         let activity = Activity::Unit { unit, pass };
         let span = trace.begin_at(Stage::Compute, activity, self.plan.units[unit].disk_bytes, arrived_at);
-        let taken = Taken { unit, place, number: self.taken };
-        self.taken += 1;
+        self.number += 1;
+        if self.number.is_multiple_of(NUMBERS_AT_ONCE) {
+            self.number = NUMBERS.fetch_add(NUMBERS_AT_ONCE, Ordering::Relaxed);
+        }
+        let taken = Taken { unit, place, number: self.number };
         let mut beside = false;
         for other in self.held.iter_mut().filter(|other| other.taken.unit == unit) {
             (other.beside, beside) = (true, true);
@@ -309,8 +345,14 @@ impl<'s, D: Device> Layer<'s, D> {
     }
 
     fn tensor_at(&self, index: usize) -> Result<TensorRef<'_, D>> {
-        let tensor = self.streamer.tensor_at(self.taken.unit, self.taken.place, index)?;
+        let tensor = self.streamer.tensor_at(self.taken, index)?;
         Ok(tensor.only_on(self.streamer.device.stream_id(self.stream)))
+    }
+
+    /// The layer as a value that borrows neither the streamer nor the stream.
+    pub fn into_token(mut self) -> LayerToken {
+        self.released = true;
+        LayerToken(self.taken)
     }
 
     /// Gives the slot back, to be filled again once the work now on `stream`, and on the stream that the layer was taken with, is

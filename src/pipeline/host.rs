@@ -10,23 +10,29 @@ use crate::{
 };
 
 /// Memory of the caller's: where it starts and how long it is (bytes).
-pub(crate) type Range = (NonNull<u8>, usize);
+type Range = (NonNull<u8>, usize);
 
-/// What the caller lends a streamer for its slots, and for the units that live there; the rest the streamer reserves.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Lent {
-    pub(crate) ram: Option<Range>,
-    /// Known to the device already.
-    pub(crate) pinned: Option<Range>,
-    pub(crate) gpu: Option<Range>,
+/// What the caller lends a streamer for its slots, and for the units that live there; the rest the streamer reserves. Each starts
+/// an address and has a length in bytes, of at least what [`Plan::slot_memory`] says.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LentMemory {
+    /// Pageable RAM, on a boundary of 4096 bytes. It should be present: first touch is slower than a disk.
+    pub ram: Option<(NonNull<u8>, usize)>,
+    /// RAM that the device knows already, on a boundary of 4096 bytes.
+    pub pinned: Option<(NonNull<u8>, usize)>,
+    /// The device's memory, on a boundary of [`DEVICE_ALIGN`] bytes.
+    pub gpu: Option<(NonNull<u8>, usize)>,
 }
 
-impl Lent {
+impl LentMemory {
     /// Whether everything lent is large enough and begins where it must.
     pub(crate) fn check(&self, plan: &Plan) -> Result<()> {
         let names = ["ram_memory", "pinned_memory", "gpu_memory"];
-        for (((name, lent), needed), align) in
-            names.into_iter().zip([self.ram, self.pinned, self.gpu]).zip(plan.places()).zip([PAGE, PAGE, DEVICE_ALIGN])
+        for (((name, lent), needed), align) in names
+            .into_iter()
+            .zip([self.ram, self.pinned, self.gpu])
+            .zip(plan.slot_memory())
+            .zip([PAGE, PAGE, DEVICE_ALIGN])
         {
             let Some((start, bytes)) = lent else { continue };
             if bytes < needed {
@@ -43,7 +49,7 @@ impl Lent {
 /// All of a streamer's host memory. Absent parts take none.
 ///
 /// **Invariant**: a resident is written by the reader alone, and by nobody once its unit was handed over as
-/// [`Place::Resident`](crate::pipeline::Place::Resident).
+/// [`Place::Resident`](crate::pipeline::link::Place::Resident).
 pub(crate) struct HostMemory {
     ram: Option<(Arena, StagePlan)>,
     pinned: Option<(Arena, StagePlan)>,
@@ -54,8 +60,8 @@ pub(crate) struct HostMemory {
 
 impl HostMemory {
     /// # Safety
-    /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](Lent::check).
-    pub(crate) unsafe fn new(plan: &Plan, lent: &Lent) -> Result<Arc<Self>> {
+    /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](LentMemory::check).
+    pub(crate) unsafe fn new(plan: &Plan, lent: &LentMemory) -> Result<Arc<Self>> {
         let slots = |what, stage: &Option<StagePlan>, lent: Option<Range>| {
             let made = stage.as_ref().map(|stage| {
                 let arena = match lent {

@@ -22,10 +22,9 @@ use std::{
     sync::Arc,
 };
 
-pub(crate) use compute::Taken;
-pub use compute::{Layer, Progress};
-pub(crate) use host::Lent;
-pub(crate) use link::Place;
+pub use compute::{Layer, LayerToken, Progress};
+pub use host::LentMemory;
+
 pub use statics::StaticTensors;
 
 use crate::{
@@ -34,7 +33,7 @@ use crate::{
     error::{Error, Result},
     io::{self, Engine, Source},
     pipeline::{
-        compute::{ComputeSide, ProgressHook},
+        compute::{ComputeSide, ProgressHook, Taken},
         host::HostMemory,
         link::link,
         on_device::DeviceMemory,
@@ -129,23 +128,24 @@ impl<D: Device> LayerStreamer<D> {
         observers: &[Arc<dyn Observer>],
     ) -> Result<Self> {
         // SAFETY: nothing is lent.
-        unsafe { Self::with_memory(device, checkpoint, units, settings, observers, &Lent::default()) }
+        unsafe { Self::with_lent_memory(device, checkpoint, units, settings, observers, &LentMemory::default()) }
     }
 
     /// The same, in memory of the caller's where some is lent.
     ///
     /// # Errors
-    /// As there, and [`Error::Setting`] for memory that is too short, or begins in the wrong place.
+    /// As there, and [`Error::Setting`] for memory that is shorter than [`Plan::slot_memory`] says, or begins in the wrong place.
     ///
     /// # Safety
-    /// What is lent outlives the streamer, for good if that is [`Mark::Leaked`], and is used by nothing else meanwhile.
-    pub(crate) unsafe fn with_memory(
+    /// What is lent is the streamer's alone until that has been [closed](Self::close); for good if that returns
+    /// [`Error::Leaked`]. Memory lent as pinned is known to the device, memory lent as the device's is `D`'s.
+    pub unsafe fn with_lent_memory(
         device: &D,
         checkpoint: &Checkpoint,
         units: &[Unit],
         settings: &Settings,
         observers: &[Arc<dyn Observer>],
-        lent: &Lent,
+        lent: &LentMemory,
     ) -> Result<Self> {
         // What is lent is there.
         let plan = match lent.gpu {
@@ -219,7 +219,7 @@ impl<D: Device> LayerStreamer<D> {
     /// [`Error::Read`] if the unit could not be read: every unit before it was handed over, and the error stays until
     /// [`rewind`](Self::rewind). [`Error::LayersHeld`] if `n_gpu` layers are held already.
     pub fn next<'s>(&'s self, stream: &'s D::Stream) -> Result<Layer<'s, D>> {
-        let (taken, progress) = self.take(stream)?;
+        let (taken, progress) = self.compute.borrow_mut().next(stream)?;
         let layer = Layer::new(self, stream, taken);
         // With the layer made and nothing borrowed: a hook that panics leaves a layer that is released.
         let hook = self.progress.take();
@@ -241,7 +241,20 @@ impl<D: Device> LayerStreamer<D> {
         x: X,
         mut layer_fn: impl FnMut(X, &Layer<'_, D>) -> Result<X, E>,
     ) -> Result<X, E> {
-        self.begin_pass()?;
+        self.pass(stream, x, |x, layer| {
+            let x = layer_fn(x, &layer)?;
+            layer.release()?;
+            Ok(x)
+        })
+    }
+
+    /// The same for whoever has no `&mut`, and gives each layer back by itself.
+    pub(crate) fn pass<'s, X, E: From<Error>>(
+        &'s self,
+        stream: &'s D::Stream,
+        x: X,
+        mut layer_fn: impl FnMut(X, Layer<'s, D>) -> Result<X, E>,
+    ) -> Result<X, E> {
         /// Sends the pipeline back at once when `layer_fn` fails or panics, so that it is ready again early.
         struct Abandoned<'s, D: Device>(&'s LayerStreamer<D>);
         impl<D: Device> Drop for Abandoned<'_, D> {
@@ -250,15 +263,19 @@ impl<D: Device> LayerStreamer<D> {
                 let _ = self.0.restart();
             }
         }
-        let streamer = &*self;
-        (0..streamer.plan().units()).try_fold(x, |x, _| {
-            let layer = streamer.next(stream)?;
-            // Made before the layer is bound again, so that it is dropped after it, when the slot is back.
-            let abandoned = Abandoned(streamer);
-            let layer = layer;
-            let x = layer_fn(x, &layer)?;
+        {
+            let mut compute = self.compute.borrow_mut();
+            compute.check_no_leak()?;
+            if compute.is_mid_pass() {
+                compute.rewind()?;
+            }
+        }
+        (0..self.plan.units()).try_fold(x, |x, _| {
+            let layer = self.next(stream)?;
+            // Dropped after the layer, which `layer_fn` owns: the slot is back by then.
+            let abandoned = Abandoned(self);
+            let x = layer_fn(x, layer)?;
             std::mem::forget(abandoned);
-            layer.release()?;
             Ok(x)
         })
     }
@@ -271,35 +288,56 @@ impl<D: Device> LayerStreamer<D> {
         self.restart()
     }
 
-    /// The next unit, without a [`Layer`] that gives it back: whoever takes it answers for its [`release`](Self::release).
-    #[inline]
-    pub(crate) fn take(&self, stream: &D::Stream) -> Result<(Taken, Progress)> {
-        self.compute.borrow_mut().next(stream)
-    }
-
-    /// Gives back what was taken, once.
-    #[inline]
-    pub(crate) fn release(&self, taken: Taken, stream: &D::Stream) -> Result<()> {
-        self.compute.borrow_mut().release(taken, stream)
-    }
-
-    /// Sees to it that the next unit is the first.
-    pub(crate) fn begin_pass(&self) -> Result<()> {
-        let mut compute = self.compute.borrow_mut();
-        compute.check_no_leak()?;
-        if compute.is_mid_pass() { compute.rewind() } else { Ok(()) }
-    }
-
     /// [`rewind`](Self::rewind), for whoever holds no layer.
     pub(crate) fn restart(&self) -> Result<()> {
         self.compute.borrow_mut().rewind()
     }
 
-    /// Tensor number `index` of a unit that was taken and not given back.
-    pub(crate) fn tensor_at(&self, unit: usize, place: Place, index: usize) -> Result<TensorRef<'_, D>> {
+    fn tensor_at(&self, Taken { unit, place, .. }: Taken, index: usize) -> Result<TensorRef<'_, D>> {
         let base = self.memory.address(&self.plan, unit, place);
         // SAFETY: the plan placed the tensor, aligned, inside slot or resident, which is the caller's until it gives it back.
         unsafe { compute::view(base, &self.plan.units[unit].tensors[index]) }
+    }
+
+    /// The tensor called `name` of a layer that is held as a token.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] if there is none, listing those there are.
+    ///
+    /// # Safety
+    /// The token is this streamer's. Work on the tensor is on the stream that the layer was taken with, or on one that was made to
+    /// wait for it since, and comes before the token is given back.
+    pub unsafe fn token_tensor(&self, token: &LayerToken, name: &str) -> Result<TensorRef<'_, D>> {
+        self.tensor_at(token.taken(), self.plan.units[token.index()].find(name)?)
+    }
+
+    /// The same by its number in the order of their names, in which [`Layer::tensors`] lists them.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for more than eight dimensions.
+    ///
+    /// # Panics
+    /// If the layer has no such tensor.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn token_tensor_at(&self, token: &LayerToken, index: usize) -> Result<TensorRef<'_, D>> {
+        self.tensor_at(token.taken(), index)
+    }
+
+    /// Gives back a layer that is held as a token: its slot is filled again once the work now on `stream` is done.
+    ///
+    /// # Errors
+    /// As [`Layer::release_on`].
+    ///
+    /// # Safety
+    /// The token is this streamer's. All work on the layer's tensors is on `stream`, or that follows it.
+    pub unsafe fn release_token(&self, token: LayerToken, stream: &D::Stream) -> Result<()> {
+        self.release(token.taken(), stream)
+    }
+
+    fn release(&self, taken: Taken, stream: &D::Stream) -> Result<()> {
+        self.compute.borrow_mut().release(taken, stream)
     }
 
     /// Something with which another thread can cancel the pass under way.

@@ -276,7 +276,7 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, in_ram: bool) {
         apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "tiers");
     }
     assert_eq!(count, plan.tiers().filter(|tier| *tier != Tier::Disk).count());
-    let [ram, pinned, gpu] = plan.places();
+    let [ram, pinned, gpu] = plan.slot_memory();
     let [host, device] = memory(plan);
     assert_eq!([host, device], [ram.saturating_add(pinned), gpu.saturating_add(2 * plan.staging_bytes)]);
     let forecast = plan.forecast(Bandwidths::default());

@@ -441,7 +441,7 @@ impl Plan {
     }
 
     /// Bytes of slots and kept units in RAM, in pinned RAM and on the device.
-    pub(crate) fn places(&self) -> [usize; 3] {
+    pub fn slot_memory(&self) -> [usize; 3] {
         let slots = |stage: &Option<StagePlan>| stage.as_ref().map_or(0, StagePlan::bytes);
         let Residents { ram, pinned, gpu, .. } = self.residents;
         [

@@ -1,0 +1,133 @@
+//! The C API asked beforehand what it would take, and for what a host needs to choose tokens by itself.
+
+#[path = "common/c.rs"]
+mod c_calls;
+mod common;
+
+use std::{ffi::CString, mem, ptr};
+
+use c_calls::{c, made, message};
+use common::speller;
+use layer_streamer::{
+    Error, Settings,
+    capi::{ls_status::*, *},
+    device::Cpu,
+    model::{Decoder, Model, Sequence},
+};
+
+fn folder() -> CString {
+    c(speller().to_str().unwrap())
+}
+
+fn placement() -> ls_placement {
+    ls_placement { size: size_of::<ls_placement>(), ..ls_placement::default() }
+}
+
+#[test]
+fn a_plan_says_what_an_open_takes_and_what_would_do() {
+    // SAFETY: as the header asks.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let checkpoint = made(|to| ls_checkpoint_open(folder().as_ptr(), to));
+        let mut options: ls_streamer_options =
+            made(|to| ls_streamer_options_init(to, size_of::<ls_streamer_options>()));
+        let plan = |options: &ls_streamer_options, tiers: &mut [i32]| {
+            let mut told = placement();
+            let status = ls_streamer_plan(device, checkpoint, options, &mut told, tiers.as_mut_ptr(), tiers.len());
+            (status, told)
+        };
+
+        options.tiers = c"0=ram,7=gpu".as_ptr();
+        let mut tiers = [9; 8];
+        let (status, told) = plan(&options, &mut tiers);
+        assert_eq!((status, tiers), (LS_OK, [1, 0, 0, 0, 0, 0, 0, 3]), "{}", message());
+        assert_eq!((told.units, told.units_disk, told.units_ram, told.units_gpu), (8, 6, 1, 1));
+        assert_eq!((told.n_gpu, told.n_cpu_pinned, told.n_cpu), (options.n_gpu, options.n_cpu_pinned, 0));
+        let mut lent: ls_memory = mem::zeroed();
+        lent.size = size_of::<ls_memory>();
+        assert_eq!(ls_streamer_memory(checkpoint, &options, &mut lent), LS_OK);
+        assert!(told.host_bytes >= lent.ram + lent.pinned + lent.gpu, "what the CPU device takes is RAM");
+        assert_eq!(told.device_bytes, 0);
+
+        // The least that is told will do, and a byte less will not.
+        (options.tiers, options.host_budget) = (ptr::null(), 4096);
+        let (status, refused) = plan(&options, &mut []);
+        assert_eq!((status, refused.n_gpu, refused.least_device_bytes), (LS_TOO_LITTLE, 0, 0));
+        assert!(message().contains(&format!("the least that will do, {}", refused.least_host_bytes)), "{}", message());
+        options.host_budget = refused.least_host_bytes;
+        let (status, told) = plan(&options, &mut tiers[..1]);
+        assert_eq!((status, told.units_disk, told.least_host_bytes, tiers[0]), (LS_OK, 8, 0, 0), "{}", message());
+        assert!(told.host_bytes <= options.host_budget);
+        options.host_budget -= 1;
+        assert_eq!(plan(&options, &mut []).0, LS_TOO_LITTLE);
+        options.host_budget = 1 << 30;
+        assert_eq!(plan(&options, &mut []).1.units_disk, 0, "everything fits");
+
+        let mut model: ls_model_options = made(|to| ls_model_options_init(to, size_of::<ls_model_options>()));
+        model.streamer = &options;
+        let mut ask = |model: &ls_model_options| {
+            let mut told = placement();
+            let status = ls_model_plan(device, folder().as_ptr(), model, &mut told, tiers.as_mut_ptr(), tiers.len());
+            assert_eq!(status, LS_OK, "{}", message());
+            told
+        };
+        let (short, long) =
+            (ask(&ls_model_options { context: 8, ..model }), ask(&ls_model_options { context: 128, ..model }));
+        assert!(short.units_disk == 0 && short.host_bytes > told.host_bytes);
+        assert!(long.host_bytes > short.host_bytes, "a longer context takes more");
+
+        let mut unsized_placement = ls_placement::default();
+        let status = ls_streamer_plan(device, checkpoint, &options, &mut unsized_placement, ptr::null_mut(), 0);
+        assert_eq!(status, LS_INVALID, "without its size");
+        assert_eq!((ls_checkpoint_close(checkpoint), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+}
+
+#[test]
+fn a_host_has_the_logits_from_which_it_chooses() {
+    let prompts: [&[u32]; 2] = [&[22, 10, 19, 16, 26], &[23, 29]];
+    let model = Model::open(speller()).unwrap();
+    let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 2, 128).unwrap();
+    let batch = [0, 1].map(|row| Sequence { row, tokens: prompts[row] });
+    decoder.forward(&batch).unwrap();
+    let mut expected = Vec::new();
+    decoder.last_logits(|row| Ok::<_, Error>(expected.extend_from_slice(row))).unwrap();
+
+    // SAFETY: as the header asks, but for what is tested.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let mut options: ls_model_options = made(|to| ls_model_options_init(to, size_of::<ls_model_options>()));
+        options.batch = 2;
+        let model = made(|to| ls_model_open(device, folder().as_ptr(), &options, to));
+        let mut logits = vec![0.0; expected.len()];
+        assert_eq!(ls_model_logits(model, logits.as_mut_ptr(), logits.len()), LS_INVALID, "before any pass");
+        let sequences = [0, 1].map(|row| ls_sequence { row, tokens: prompts[row].as_ptr(), count: prompts[row].len() });
+        assert_eq!(ls_model_forward(model, sequences.as_ptr(), 2), LS_OK, "{}", message());
+        assert_eq!(ls_model_logits(model, logits.as_mut_ptr(), logits.len() - 1), LS_INVALID, "no room");
+        assert!(message().contains(&format!("the logits are {}", logits.len())), "{}", message());
+        assert_eq!(ls_model_logits(model, logits.as_mut_ptr(), logits.len()), LS_OK, "{}", message());
+        assert!(logits == expected);
+        let row = ls_sequence { row: 7, ..sequences[0] };
+        assert_eq!(ls_model_forward(model, &row, 1), LS_INVALID);
+        assert_eq!((ls_model_close(model), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+}
+
+#[test]
+fn a_tensor_says_how_long_it_is() {
+    assert_eq!(
+        [ls_dtype::LS_F32 as i32, ls_dtype::LS_BF16 as i32, 0, 99].map(|dtype| ls_dtype_size(dtype)),
+        [4, 2, 0, 0]
+    );
+    let mut tensor =
+        ls_tensor { data: ptr::null_mut(), dtype: ls_dtype::LS_BF16 as i32, rank: 2, shape: [3, 5, 0, 0, 0, 0, 0, 0] };
+    // SAFETY: as the header asks.
+    unsafe {
+        let mut bytes = 0;
+        assert_eq!((ls_tensor_bytes(&tensor, &mut bytes), bytes), (LS_OK, 30));
+        tensor.shape[0] = usize::MAX;
+        assert_eq!(ls_tensor_bytes(&tensor, &mut bytes), LS_INVALID);
+        (tensor.shape[0], tensor.rank) = (3, 9);
+        assert_eq!(ls_tensor_bytes(&tensor, &mut bytes), LS_INVALID);
+    }
+}
