@@ -33,6 +33,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod probe;
 pub mod trace;
+#[cfg(feature = "tuner")]
 pub mod tuner;
 
 #[cfg(cuda_emulated)]

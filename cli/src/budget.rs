@@ -1,6 +1,6 @@
 //! `--vram` and `--ram`, as this program and the benchmarks take them, and the table of a plan.
 
-use std::{fs, path::Path, str::FromStr};
+use std::str::FromStr;
 
 use layer_streamer::{
     Settings,
@@ -9,7 +9,6 @@ use layer_streamer::{
     model::{Decoder, Model, Tables},
     plan::{Bandwidths, Budget, Part, Plan, Tier},
     probe::Probe,
-    tuner::CheckpointId,
 };
 
 use crate::units;
@@ -116,12 +115,6 @@ pub fn fit<D: Kernels>(
         Some(probe) => Ok((Decoder::fit(device, model, budget, probe.bandwidths(), 1, context)?, Some(probe))),
         None => Ok((settings, None)),
     }
-}
-
-/// What a model's checkpoint is told from others by.
-pub fn id(folder: &Path, model: &Model) -> CheckpointId {
-    let name = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()).display().to_string();
-    CheckpointId::new(name, &model.checkpoint, model.config.layers)
 }
 
 /// A budget for people.

@@ -1,6 +1,9 @@
 //! The options that `generate` and `plan` have in common: which model runs, on what, in how much memory, and how.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 use layer_streamer::{
@@ -9,7 +12,7 @@ use layer_streamer::{
     model::{Model, Tables},
     plan::Placement,
     probe::Probe,
-    tuner::{self, Record},
+    tuner::{self, CheckpointId, Record},
 };
 
 use crate::{
@@ -160,7 +163,7 @@ impl Placing {
     fn placement<D: Kernels>(&self, device: &D, model: &Model) -> Result<Option<Placement>, Failure> {
         if let Some(path) = &self.config {
             let record = Record::read(path)?;
-            let answer = record.answer_for(&budget::id(&self.model, model), path)?;
+            let answer = record.answer_for(&checkpoint_id(&self.model, model), path)?;
             if !self.quiet {
                 let within = record.budget.map(|budget| format!(", within {}", budget::describe(budget)));
                 let (on, from) = (&record.device, &record.machine);
@@ -191,4 +194,10 @@ impl Placing {
         let Placement { tiers, statics, .. } = model.placement(&settings);
         Ok(Some(Placement { statics, ..Placement::new(settings, tiers.len(), self.tier.as_deref().unwrap_or(""))? }))
     }
+}
+
+/// What a model's checkpoint is told from others by.
+pub fn checkpoint_id(folder: &Path, model: &Model) -> CheckpointId {
+    let name = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()).display().to_string();
+    CheckpointId::new(name, &model.checkpoint, model.config.layers)
 }

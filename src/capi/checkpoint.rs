@@ -230,6 +230,12 @@ pub unsafe extern "C" fn ls_checkpoint_tensor(
     })
 }
 
+/// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_dtype_size(dtype: i32) -> usize {
+    dtype_of(dtype, "dtype").map_or(0, DType::size)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -244,10 +250,4 @@ mod tests {
             assert!(dtype_of(wrong, "").is_err());
         }
     }
-}
-
-/// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
-#[unsafe(no_mangle)]
-pub extern "C" fn ls_dtype_size(dtype: i32) -> usize {
-    dtype_of(dtype, "dtype").map_or(0, DType::size)
 }

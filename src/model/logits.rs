@@ -126,13 +126,21 @@ mod tests {
             decoder.forward(&batch).unwrap();
             let last = |decoder: &mut Decoder<Cpu>| {
                 let mut rows = Vec::<Vec<f32>>::new();
-                decoder.last_logits(|row| Ok::<_, Error>(rows.push(row.to_vec()))).unwrap();
+                let kept = decoder.last_logits(|row| {
+                    rows.push(row.to_vec());
+                    Ok::<_, Error>(())
+                });
+                kept.unwrap();
                 rows
             };
             let (first, again) = (last(&mut decoder), last(&mut decoder));
             let mut all = Vec::new();
             let vocab = model.config.vocab;
-            decoder.all_logits(|rows| Ok::<_, Error>(all.extend(rows.chunks(vocab).map(<[_]>::to_vec)))).unwrap();
+            let kept = decoder.all_logits(|rows| {
+                all.extend(rows.chunks(vocab).map(<[_]>::to_vec));
+                Ok::<_, Error>(())
+            });
+            kept.unwrap();
             let mut end = 0;
             let expected = batch.iter().map(|sequence| {
                 end += sequence.tokens.len();

@@ -107,6 +107,7 @@ impl Placement {
 
     /// The same but for settings that make no difference: rings through which nothing goes once all kept units are filled
     /// are as short as can be. Two placements that come to the same run alike.
+    #[cfg(any(test, feature = "tuner"))]
     pub(crate) fn essence(&self) -> Self {
         let mut same = self.clone();
         let some = |tier: Tier| self.tiers.contains(&tier);

@@ -37,6 +37,7 @@ use crate::{
     budget::{self, Amount, Measure},
     device::{self, Chosen, Wanted},
     interrupt::{self, Interrupts},
+    placing::checkpoint_id,
 };
 
 /// Find the fastest way to decode with a model within an amount of memory, by measuring
@@ -316,7 +317,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
         memory_limit: budget.device_bytes.is_none().then(|| (budget.host_bytes as u64).saturating_add(slack())),
         record: options.json.clone(),
         device: device.describe(),
-        checkpoint: budget::id(&options.model, &model),
+        checkpoint: checkpoint_id(&options.model, &model),
         budget: Some(budget),
         bandwidths: Some(bandwidths),
         // A worker that finds no GPU shall say so, not measure the CPU.
