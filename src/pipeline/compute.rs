@@ -2,7 +2,7 @@
 //! their arrival, and hands their slots back ordered after the caller's work.
 
 use std::{
-    mem,
+    fmt, mem,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -298,6 +298,20 @@ impl<D: Device> ComputeSide<D> {
 ///
 /// Its tensors may be used on that stream alone, where work comes after the arrival and before the release; on another they are
 /// refused. Who orders streams by events of their own makes views with [`TensorRef::from_raw`], and answers for them.
+///
+/// ```
+/// # use layer_streamer::{Checkpoint, Error, LayerStreamer, Settings, device::{Cpu, Device}};
+/// # let checkpoint = Checkpoint::open("examples/speller")?;
+/// # let streamer = LayerStreamer::new(&Cpu, &checkpoint, &checkpoint.layers()?, &Settings::default())?;
+/// let stream = Cpu.stream()?;
+/// // Two layers are held at once (`n_gpu` is 2), and given back in any order.
+/// let (first, second) = (streamer.next(&stream)?, streamer.next(&stream)?);
+/// assert_eq!((first.index(), second.name()), (0, "model.layers.1"));
+/// assert_eq!(first.tensor("mlp.up_proj.weight")?.shape(), [384, 128]);
+/// second.release()?;
+/// drop(first);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Layer<'s, D: Device> {
     streamer: &'s LayerStreamer<D>,
     stream: &'s D::Stream,
@@ -376,6 +390,17 @@ impl<'s, D: Device> Layer<'s, D> {
     pub fn release(self) -> Result<()> {
         let stream = self.stream;
         self.release_on(stream)
+    }
+}
+
+impl<D: Device> fmt::Debug for Layer<'_, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tensors = &self.streamer.plan().units[self.taken.unit].tensors;
+        f.debug_struct("Layer")
+            .field("index", &self.index())
+            .field("name", &self.name())
+            .field("tensors", &tensors.len())
+            .finish_non_exhaustive()
     }
 }
 

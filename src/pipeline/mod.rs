@@ -18,6 +18,7 @@ mod transfer;
 
 use std::{
     cell::{Cell, RefCell},
+    fmt,
     mem::ManuallyDrop,
     sync::Arc,
 };
@@ -52,6 +53,27 @@ use crate::{
 ///
 /// Its threads start at once and keep every buffer full: when a pass ends, the first units of the next are already there.
 /// Dropping it stops the threads and waits for the device to be done with its memory.
+///
+/// ```
+/// use layer_streamer::{
+///     Checkpoint, Error, LayerStreamer, Settings,
+///     device::{Cpu, Device},
+/// };
+///
+/// let checkpoint = Checkpoint::open("examples/speller")?;
+/// // One unit per layer, two units ahead on the device and four in pinned RAM.
+/// let units = checkpoint.layers()?;
+/// let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, &units, &Settings::default())?;
+/// let stream = Cpu.stream()?;
+/// for _pass in 0..2 {
+///     let bytes = streamer.run_pass(&stream, 0, |bytes, layer| {
+///         // Work that is enqueued on `stream` here runs when the layer has arrived.
+///         Ok::<_, Error>(bytes + layer.tensors().map(|(_name, tensor)| tensor.bytes()).sum::<usize>())
+///     })?;
+///     assert_eq!(bytes, 3_153_920);
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 pub struct LayerStreamer<D: Device> {
     device: D,
     checkpoint: Checkpoint,
@@ -69,6 +91,21 @@ pub struct LayerStreamer<D: Device> {
     threads: Vec<Running>,
     /// Whether all that was given back already.
     ended: bool,
+}
+
+impl<D: Device> fmt::Debug for LayerStreamer<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slots = |stage: &Option<StagePlan>| stage.as_ref().map_or(0, |stage| stage.slots);
+        f.debug_struct("LayerStreamer")
+            .field("device", &self.device.describe())
+            .field("units", &self.plan.units())
+            .field("residents", &self.plan.residents.count)
+            .field("ram_slots", &slots(&self.plan.ram))
+            .field("pinned_slots", &slots(&self.plan.pinned))
+            .field("gpu_slots", &self.plan.gpu.slots)
+            .field("reader", &self.reader.0)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Cancels passes from any thread. It may outlive the streamer, and does nothing then.
