@@ -289,3 +289,38 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
         assert!(refused.to_string().contains(part), "{refused}");
     }
 }
+
+#[test]
+fn a_refusal_says_which_tensor_is_what_and_what_was_expected() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    let mut of = |shape: &[usize]| random.tensor(shape).0;
+    let (x, y, w, p) = (of(&[2, 8]), of(&[3, 8]), of(&[9]), Tensor::new(&[2], &[0u32; 2]));
+    let (heads, f, mut out) = (of(&[2, 1, 8]), of(&[3]), of(&[2, 8]));
+    let refused = |result: Result<(), Error>, message: &str| assert_eq!(result.unwrap_err().to_string(), message);
+    refused(
+        Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()),
+        "rms_norm: weight is F32 [9], expected F32 [8] beside x [2, 8]",
+    );
+    refused(
+        Cpu.swiglu(&stream, out.out(), y.get()),
+        "swiglu: up is F32 [3, 8], expected F32 [2, 8] beside gate [2, 8]",
+    );
+    refused(
+        Cpu.rope(&stream, x.get(), p.get(), f.get(), RopeLayout::Halves, out.out()),
+        "rope: x is F32 [2, 8], expected F32 [T, heads, D]",
+    );
+    refused(
+        Cpu.rope(&stream, heads.get(), p.get(), f.get(), RopeLayout::Halves, of(&[2, 1, 8]).out()),
+        "rope: 3 frequencies for heads of 8",
+    );
+    refused(Cpu.gather(&stream, x.get(), f.get(), out.out()), "gather: indices is F32 [3], expected U32 [3]");
+    refused(
+        Cpu.linear(&stream, x.get(), p.get(), None, out.out()),
+        "linear: weights of type U32; convert them on arrival",
+    );
+    let scalar = of(&[]);
+    refused(
+        Cpu.rms_norm(&stream, scalar.get(), w.get(), 1e-5, out.out()),
+        "rms_norm: x is F32 [], expected F32 [.., H]",
+    );
+}

@@ -8,10 +8,10 @@ use std::{ffi::CStr, time::Duration};
 #[cfg(feature = "cuda")]
 use crate::device::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 use crate::{
-    device::{Cpu, CpuEvent, CpuMemory, CpuStream, Cuda, Device, DevicePtr, StreamId, TensorMut, TensorRef},
+    device::{Cpu, CpuEvent, CpuMemory, CpuStream, Cuda, Device, DevicePtr, StreamId},
     dtype::DType,
     error::{Error, Result},
-    kernels::{AttentionMask, Kernels, Precision, Ragged, RopeLayout},
+    kernels::{Kernels, Precision, call::Call},
 };
 
 /// Something of the CPU's or of a GPU's.
@@ -210,39 +210,6 @@ unsafe impl Device for AnyDevice {
     }
 }
 
-/// What a kernel is given, as a part of the device that it runs on.
-trait Operand {
-    type On<E: Device>;
-
-    fn of<E: Device>(self) -> Self::On<E>;
-}
-
-impl<'a> Operand for TensorRef<'a, AnyDevice> {
-    type On<E: Device> = TensorRef<'a, E>;
-
-    fn of<E: Device>(self) -> TensorRef<'a, E> {
-        // SAFETY: the ffi, and the models that it makes, give a device tensors of its own memory alone.
-        unsafe { self.of_device() }
-    }
-}
-
-impl<'a> Operand for TensorMut<'a, AnyDevice> {
-    type On<E: Device> = TensorMut<'a, E>;
-
-    fn of<E: Device>(self) -> TensorMut<'a, E> {
-        // SAFETY: as above.
-        unsafe { self.of_device() }
-    }
-}
-
-impl<'a> Operand for Ragged<'a, AnyDevice> {
-    type On<E: Device> = Ragged<'a, E>;
-
-    fn of<E: Device>(self) -> Ragged<'a, E> {
-        Ragged { q_offsets: self.q_offsets.of(), kv_lens: self.kv_lens.of(), rows: self.rows.of() }
-    }
-}
-
 impl Kernels for AnyDevice {
     fn precision(&self) -> Precision {
         match self {
@@ -261,121 +228,6 @@ impl Kernels for AnyDevice {
         on!(self => |device| device.check_head_size(size))
     }
 
-    fn cast(&self, stream: &AnyStream, x: TensorRef<'_, AnyDevice>, out: TensorMut<'_, AnyDevice>) -> Result<()> {
-        on!(self, stream => |device| device.cast(stream, x.of(), out.of()))
-    }
-
-    fn embed(
-        &self,
-        stream: &AnyStream,
-        table: TensorRef<'_, AnyDevice>,
-        ids: TensorRef<'_, AnyDevice>,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.embed(stream, table.of(), ids.of(), out.of()))
-    }
-
-    fn rms_norm(
-        &self,
-        stream: &AnyStream,
-        x: TensorRef<'_, AnyDevice>,
-        weight: TensorRef<'_, AnyDevice>,
-        eps: f32,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.rms_norm(stream, x.of(), weight.of(), eps, out.of()))
-    }
-
-    fn add_rms_norm(
-        &self,
-        stream: &AnyStream,
-        residual: TensorMut<'_, AnyDevice>,
-        y: TensorRef<'_, AnyDevice>,
-        weight: TensorRef<'_, AnyDevice>,
-        eps: f32,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.add_rms_norm(stream, residual.of(), y.of(), weight.of(), eps, out.of()))
-    }
-
-    fn rms_norm_in_place(
-        &self,
-        stream: &AnyStream,
-        x: TensorMut<'_, AnyDevice>,
-        weight: TensorRef<'_, AnyDevice>,
-        eps: f32,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.rms_norm_in_place(stream, x.of(), weight.of(), eps))
-    }
-
-    fn linear(
-        &self,
-        stream: &AnyStream,
-        x: TensorRef<'_, AnyDevice>,
-        weight: TensorRef<'_, AnyDevice>,
-        bias: Option<TensorRef<'_, AnyDevice>>,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.linear(stream, x.of(), weight.of(), bias.map(Operand::of), out.of()))
-    }
-
-    fn rope(
-        &self,
-        stream: &AnyStream,
-        x: TensorRef<'_, AnyDevice>,
-        positions: TensorRef<'_, AnyDevice>,
-        inv_freq: TensorRef<'_, AnyDevice>,
-        layout: RopeLayout,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.rope(stream, x.of(), positions.of(), inv_freq.of(), layout, out.of()))
-    }
-
-    fn swiglu(&self, stream: &AnyStream, gate: TensorMut<'_, AnyDevice>, up: TensorRef<'_, AnyDevice>) -> Result<()> {
-        on!(self, stream => |device| device.swiglu(stream, gate.of(), up.of()))
-    }
-
-    fn add(&self, stream: &AnyStream, x: TensorMut<'_, AnyDevice>, y: TensorRef<'_, AnyDevice>) -> Result<()> {
-        on!(self, stream => |device| device.add(stream, x.of(), y.of()))
-    }
-
-    fn append_kv(
-        &self,
-        stream: &AnyStream,
-        block: TensorRef<'_, AnyDevice>,
-        batch: Ragged<'_, AnyDevice>,
-        cache: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.append_kv(stream, block.of(), batch.of(), cache.of()))
-    }
-
-    fn attention(
-        &self,
-        stream: &AnyStream,
-        q: TensorRef<'_, AnyDevice>,
-        keys: TensorRef<'_, AnyDevice>,
-        values: TensorRef<'_, AnyDevice>,
-        batch: Ragged<'_, AnyDevice>,
-        mask: AttentionMask,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.attention(stream, q.of(), keys.of(), values.of(), batch.of(), mask, out.of()))
-    }
-
-    fn gather(
-        &self,
-        stream: &AnyStream,
-        x: TensorRef<'_, AnyDevice>,
-        indices: TensorRef<'_, AnyDevice>,
-        out: TensorMut<'_, AnyDevice>,
-    ) -> Result<()> {
-        on!(self, stream => |device| device.gather(stream, x.of(), indices.of(), out.of()))
-    }
-
-    fn argmax(&self, stream: &AnyStream, x: TensorRef<'_, AnyDevice>, out: TensorMut<'_, AnyDevice>) -> Result<()> {
-        on!(self, stream => |device| device.argmax(stream, x.of(), out.of()))
-    }
-
     fn scratch_bytes(&self) -> usize {
         match self {
             Any::Cpu(device) => device.scratch_bytes(),
@@ -383,5 +235,10 @@ impl Kernels for AnyDevice {
             Any::Cuda(device) => device.scratch_bytes(),
             _ => 0,
         }
+    }
+
+    fn compute(&self, stream: &AnyStream, call: Call<'_, AnyDevice>) -> Result<()> {
+        // SAFETY: C gives a device tensors of its own memory alone, and so does a model that was opened on it.
+        on!(self, stream => |device| device.compute(stream, unsafe { call.of_device() }))
     }
 }

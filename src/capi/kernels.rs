@@ -1,10 +1,11 @@
-//! The kernels, on tensors in device memory and a stream.
+//! The kernels, on tensors in device memory and a stream: a declaration each, since the header is made of the source, and one
+//! line, since the rest follows from the method of [`Kernels`].
 #![allow(rustdoc::broken_intra_doc_links, reason = "brackets are shapes in C's comments, not links")]
 
 use super::{
     any::AnyDevice,
     device::{Queue, STREAMS, ls_stream},
-    ffi::{Failure, Result, ffi, ls_status, place},
+    ffi::{Result, ffi, ls_status, place},
     handles::Entered,
     layers::ls_tensor,
     options::choose,
@@ -38,44 +39,132 @@ pub struct ls_ragged {
     pub rows: ls_tensor,
 }
 
-impl ls_ragged {
+/// An argument of a kernel, and how C passes it.
+trait Argument: Sized {
+    /// What C passes.
+    type C: Copy;
+
+    /// Checks a pointer before any is followed.
+    fn check(c: Self::C, name: &'static str) -> Result<()>;
+
     /// # Safety
-    /// As [`ls_tensor::read`].
-    unsafe fn read<'a>(&self) -> Result<Ragged<'a, AnyDevice>> {
-        // SAFETY: the caller's.
-        let read = |tensor: &ls_tensor, name| unsafe { tensor.read(name) };
-        Ok(Ragged {
-            q_offsets: read(&self.q_offsets, "q_offsets")?,
-            kv_lens: read(&self.kv_lens, "kv_lens")?,
-            rows: read(&self.rows, "rows")?,
+    /// Where `C` is a pointer, it points to a structure, and the memory of each tensor in that is there and ordered with the
+    /// kernel's stream.
+    unsafe fn read(c: Self::C, name: &'static str) -> Result<Self>;
+}
+
+impl Argument for TensorRef<'_, AnyDevice> {
+    type C = *const ls_tensor;
+
+    fn check(c: *const ls_tensor, name: &'static str) -> Result<()> {
+        place(c, name).map(drop)
+    }
+
+    unsafe fn read(c: *const ls_tensor, name: &'static str) -> Result<Self> {
+        // SAFETY: the caller promises that `c` points to a tensor whose memory is there and ordered with the kernel's stream.
+        unsafe { (*c).read(name) }
+    }
+}
+
+impl Argument for TensorMut<'_, AnyDevice> {
+    type C = *const ls_tensor;
+
+    fn check(c: *const ls_tensor, name: &'static str) -> Result<()> {
+        place(c, name).map(drop)
+    }
+
+    unsafe fn read(c: *const ls_tensor, name: &'static str) -> Result<Self> {
+        // SAFETY: the caller promises that `c` points to a tensor whose memory is there and ordered with the kernel's stream.
+        unsafe { (*c).write(name) }
+    }
+}
+
+/// NULL: none.
+impl Argument for Option<TensorRef<'_, AnyDevice>> {
+    type C = *const ls_tensor;
+
+    fn check(c: *const ls_tensor, name: &'static str) -> Result<()> {
+        if c.is_null() { Ok(()) } else { place(c, name).map(drop) }
+    }
+
+    unsafe fn read(c: *const ls_tensor, name: &'static str) -> Result<Self> {
+        // SAFETY: the caller promises that `c`, unless it is NULL, points to a tensor whose memory is there and ordered with the
+        // kernel's stream.
+        unsafe { c.as_ref().map(|tensor| tensor.read(name)).transpose() }
+    }
+}
+
+impl Argument for Ragged<'_, AnyDevice> {
+    type C = *const ls_ragged;
+
+    fn check(c: *const ls_ragged, name: &'static str) -> Result<()> {
+        place(c, name).map(drop)
+    }
+
+    unsafe fn read(c: *const ls_ragged, _: &'static str) -> Result<Self> {
+        // SAFETY: the caller promises that `c` points to three tensors whose memory is there and ordered with the kernel's stream.
+        unsafe {
+            Ok(Ragged {
+                q_offsets: (*c).q_offsets.read("q_offsets")?,
+                kv_lens: (*c).kv_lens.read("kv_lens")?,
+                rows: (*c).rows.read("rows")?,
+            })
+        }
+    }
+}
+
+/// Arguments that are plain values.
+macro_rules! values {
+    ($($type:ty: |$c:ident: $of:ty, $name:ident| $read:expr;)*) => { $(
+        impl Argument for $type {
+            type C = $of;
+
+            fn check(_: $of, _: &'static str) -> Result<()> {
+                Ok(())
+            }
+
+            unsafe fn read($c: $of, $name: &'static str) -> Result<Self> {
+                $read
+            }
+        }
+    )* };
+}
+values! {
+    f32: |c: f32, _name| Ok(c);
+    RopeLayout: |c: i32, name| choose(c, &[RopeLayout::Halves, RopeLayout::Interleaved], name);
+    AttentionMask: |c: (f32, usize), _name| Ok(Self { scale: c.0, window: (c.1 > 0).then_some(c.1) });
+}
+
+/// What C passed as an argument of type `A`, checked.
+struct Given<A: Argument>(A::C, &'static str);
+
+impl<A: Argument> Given<A> {
+    fn new(c: A::C, name: &'static str) -> Result<Self> {
+        A::check(c, name)?;
+        Ok(Self(c, name))
+    }
+
+    /// # Safety
+    /// As [`Argument::read`].
+    unsafe fn read(self) -> Result<A> {
+        // SAFETY: the caller promises what `Argument::read` asks for.
+        unsafe { A::read(self.0, self.1) }
+    }
+}
+
+/// Calls a kernel with what C passed. Which arguments are read, written or may be NULL follows from the method's types. All
+/// pointers are checked before any is followed.
+macro_rules! kernel {
+    ($stream:ident, $name:ident($($argument:ident),+)) => {
+        ffi(|| {
+            $(let $argument = Given::new($argument, stringify!($argument))?;)+
+            // SAFETY: none that must not be is NULL, and the header asks that each points to tensors whose memory is there until
+            // the kernel is done, and that nothing uses it meanwhile that is not ordered against `stream`.
+            $(let $argument = unsafe { $argument.read()? };)+
+            let queue = queue($stream)?;
+            Ok(queue.device.$name(&queue.stream, $($argument),+)?)
         })
-    }
-}
-
-/// What arguments point to, all of them checked before any is looked into.
-///
-/// # Safety
-/// Each is NULL or points to a tensor.
-unsafe fn given<const N: usize>(tensors: [(*const ls_tensor, &str); N]) -> Result<[ls_tensor; N]> {
-    for (tensor, name) in tensors {
-        place(tensor, name)?;
-    }
-    // SAFETY: the caller's; none is NULL.
-    Ok(tensors.map(|(tensor, _)| unsafe { *tensor }))
-}
-
-/// What a kernel writes must not be what it reads.
-fn apart(out: &TensorMut<'_, AnyDevice>, inputs: &[TensorRef<'_, AnyDevice>]) -> Result<()> {
-    let range = |tensor: TensorRef<'_, AnyDevice>| {
-        let start = tensor.ptr().as_ptr().addr();
-        start..start.saturating_add(tensor.bytes())
     };
-    let written = range(out.as_ref());
-    let meets = |read: std::ops::Range<usize>| read.start < written.end && written.start < read.end;
-    if inputs.iter().any(|input| meets(range(*input))) {
-        return Err(Failure::new(ls_status::LS_KERNEL, "what is written overlaps what is read"));
-    }
-    Ok(())
 }
 
 /// The stream, with its device made this thread's.
@@ -98,15 +187,7 @@ pub extern "C" fn ls_stream_prepare(stream: ls_stream) -> ls_status {
 /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8_E4M3 to F32 or BF16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_cast(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, out] = given([(x, "x"), (out, "out")])?;
-        let x = x.read("x")?;
-        let out = out.write("out")?;
-        apart(&out, &[x])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.cast(&queue.stream, x, out)?)
-    })
+    kernel!(stream, cast(x, out))
 }
 
 /// Looks up rows: out[t] = table[ids[t]], with `table` [V, H] a weight, `ids` [T] U32, `out` [T, H] F32. Ids from V on are the
@@ -118,16 +199,7 @@ pub unsafe extern "C" fn ls_embed(
     ids: *const ls_tensor,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [table, ids, out] = given([(table, "table"), (ids, "ids"), (out, "out")])?;
-        let table = table.read("table")?;
-        let ids = ids.read("ids")?;
-        let out = out.write("out")?;
-        apart(&out, &[table, ids])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.embed(&queue.stream, table, ids, out)?)
-    })
+    kernel!(stream, embed(table, ids, out))
 }
 
 /// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · weight, with `x` [.., H] F32 (the residual
@@ -140,16 +212,7 @@ pub unsafe extern "C" fn ls_rms_norm(
     eps: f32,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, weight, out] = given([(x, "x"), (weight, "weight"), (out, "out")])?;
-        let x = x.read("x")?;
-        let weight = weight.read("weight")?;
-        let out = out.write("out")?;
-        apart(&out, &[x, weight])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.rms_norm(&queue.stream, x, weight, eps, out)?)
-    })
+    kernel!(stream, rms_norm(x, weight, eps, out))
 }
 
 /// The norm of `x` [.., H], F32, in place, for each head of a query or key.
@@ -160,43 +223,19 @@ pub unsafe extern "C" fn ls_rms_norm_in_place(
     weight: *const ls_tensor,
     eps: f32,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, weight] = given([(x, "x"), (weight, "weight")])?;
-        let x = x.write("x")?;
-        let weight = weight.read("weight")?;
-        apart(&x, &[weight])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.rms_norm_in_place(&queue.stream, x, weight, eps)?)
-    })
+    kernel!(stream, rms_norm_in_place(x, weight, eps))
 }
 
 /// residual += y, of one shape: `residual` F32, `y` an activation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_add(stream: ls_stream, residual: *const ls_tensor, y: *const ls_tensor) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [residual, y] = given([(residual, "residual"), (y, "y")])?;
-        let residual = residual.write("residual")?;
-        let y = y.read("y")?;
-        apart(&residual, &[y])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.add(&queue.stream, residual, y)?)
-    })
+    kernel!(stream, add(residual, y))
 }
 
 /// gate = silu(gate) · up in place, activations of one shape.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_swiglu(stream: ls_stream, gate: *const ls_tensor, up: *const ls_tensor) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [gate, up] = given([(gate, "gate"), (up, "up")])?;
-        let gate = gate.write("gate")?;
-        let up = up.read("up")?;
-        apart(&gate, &[up])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.swiglu(&queue.stream, gate, up)?)
-    })
+    kernel!(stream, swiglu(gate, up))
 }
 
 /// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i].
@@ -210,19 +249,7 @@ pub unsafe extern "C" fn ls_rope(
     layout: i32,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, positions, inv_freq, out] =
-            given([(x, "x"), (positions, "positions"), (inv_freq, "inv_freq"), (out, "out")])?;
-        let layout = choose(layout, &[RopeLayout::Halves, RopeLayout::Interleaved], "layout")?;
-        let x = x.read("x")?;
-        let positions = positions.read("positions")?;
-        let inv_freq = inv_freq.read("inv_freq")?;
-        let out = out.write("out")?;
-        apart(&out, &[x, positions, inv_freq])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.rope(&queue.stream, x, positions, inv_freq, layout, out)?)
-    })
+    kernel!(stream, rope(x, positions, inv_freq, layout, out))
 }
 
 /// Copies rows of the residual stream: out[i] = x[indices[i]], with `x` [T, H] F32, `indices` [R] U32, `out` [R, H] F32.
@@ -233,30 +260,13 @@ pub unsafe extern "C" fn ls_gather(
     indices: *const ls_tensor,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, indices, out] = given([(x, "x"), (indices, "indices"), (out, "out")])?;
-        let x = x.read("x")?;
-        let indices = indices.read("indices")?;
-        let out = out.write("out")?;
-        apart(&out, &[x, indices])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.gather(&queue.stream, x, indices, out)?)
-    })
+    kernel!(stream, gather(x, indices, out))
 }
 
 /// The index of each row's greatest element, the first if there are several: `x` [R, V] F32, `out` [R] U32.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_argmax(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, out] = given([(x, "x"), (out, "out")])?;
-        let x = x.read("x")?;
-        let out = out.write("out")?;
-        apart(&out, &[x])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.argmax(&queue.stream, x, out)?)
-    })
+    kernel!(stream, argmax(x, out))
 }
 
 /// out = x · weightᵀ + bias, with activations `x` [T, K] and `out` [T, N], `weight` [N, K], `bias` [N]. `bias` may be NULL. `out`
@@ -269,15 +279,7 @@ pub unsafe extern "C" fn ls_linear(
     bias: *const ls_tensor,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [x, weight, out] = given([(x, "x"), (weight, "weight"), (out, "out")])?;
-        let (x, weight, out) = (x.read("x")?, weight.read("weight")?, out.write("out")?);
-        let bias = if bias.is_null() { None } else { Some(given([(bias, "bias")])?[0].read("bias")?) };
-        apart(&out, &[x, weight, bias.unwrap_or(x)])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.linear(&queue.stream, x, weight, bias, out)?)
-    })
+    kernel!(stream, linear(x, weight, bias, out))
 }
 
 /// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [rows, G, capacity, D].
@@ -288,15 +290,7 @@ pub unsafe extern "C" fn ls_append_kv(
     batch: *const ls_ragged,
     cache: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [block, cache] = given([(block, "block"), (cache, "cache")])?;
-        let batch = place(batch, "batch")?.as_ref().read()?;
-        let (block, cache) = (block.read("block")?, cache.write("cache")?);
-        apart(&cache, &[block, batch.q_offsets, batch.kv_lens, batch.rows])?;
-        let queue = queue(stream)?;
-        Ok(queue.device.append_kv(&queue.stream, block, batch, cache)?)
-    })
+    kernel!(stream, append_kv(block, batch, cache))
 }
 
 /// Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
@@ -313,15 +307,6 @@ pub unsafe extern "C" fn ls_attention(
     window: usize,
     out: *const ls_tensor,
 ) -> ls_status {
-    // SAFETY: the module's invariant.
-    ffi(|| unsafe {
-        let [q, keys, values, out] = given([(q, "q"), (keys, "keys"), (values, "values"), (out, "out")])?;
-        let batch = place(batch, "batch")?.as_ref().read()?;
-        let (q, keys, values) = (q.read("q")?, keys.read("keys")?, values.read("values")?);
-        let out = out.write("out")?;
-        apart(&out, &[q, keys, values, batch.q_offsets, batch.kv_lens, batch.rows])?;
-        let mask = AttentionMask { scale, window: (window > 0).then_some(window) };
-        let queue = queue(stream)?;
-        Ok(queue.device.attention(&queue.stream, q, keys, values, batch, mask, out)?)
-    })
+    let mask = (scale, window);
+    kernel!(stream, attention(q, keys, values, batch, mask, out))
 }

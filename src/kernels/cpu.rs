@@ -16,10 +16,7 @@ use gemm_f32::gemm::f32::get_gemm_fn;
 use half::{bf16, f16};
 use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
-use super::{
-    AttentionMask, Kernels, Precision, Ragged, RopeLayout,
-    shapes::{self, Cached, Call, check},
-};
+use super::{Kernels, Precision, Ragged, RopeLayout, call::*, fit::check};
 use crate::{
     device::{Cpu, CpuStream, TensorMut, TensorRef},
     dtype::{self, DType, Element},
@@ -41,22 +38,18 @@ thread_local! {
     static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-fn read<'a, T: Element>(kernel: &'static str, tensor: TensorRef<'a, Cpu>) -> Result<&'a [T]> {
-    check(kernel, tensor.dtype() == T::DTYPE, || {
-        format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
-    })?;
-    // SAFETY: the view stands for that many aligned elements of the type that was just checked, and nobody writes them while a
-    // kernel runs.
-    Ok(unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) })
+/// The elements of a tensor, whose type the kernel's row has.
+fn read<'a, T: Element>(tensor: TensorRef<'a, Cpu>) -> &'a [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: the view stands for that many aligned elements of this type, and nobody writes them while a kernel runs.
+    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) }
 }
 
-fn write<'a, T: Element>(kernel: &'static str, tensor: &'a mut TensorMut<'_, Cpu>) -> Result<&'a mut [T]> {
-    check(kernel, tensor.dtype() == T::DTYPE, || {
-        format!("a tensor of type {}, expected {}", tensor.dtype(), T::DTYPE)
-    })?;
-    // SAFETY: the view stands for that many aligned elements of the type that was just checked; nobody else reads or writes them
-    // while a kernel runs, and `tensor` is borrowed for as long as the slice.
-    Ok(unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) })
+fn write<'a, T: Element>(tensor: &'a mut TensorMut<'_, Cpu>) -> &'a mut [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: the view stands for that many aligned elements of this type; nobody else reads or writes them while a kernel
+    // runs, and `tensor` is borrowed for as long as the slice.
+    unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) }
 }
 
 fn raw(tensor: TensorRef<'_, Cpu>) -> &[u8] {
@@ -73,18 +66,13 @@ enum Weight<'a> {
 }
 
 impl<'a> Weight<'a> {
-    fn new(kernel: &'static str, tensor: TensorRef<'a, Cpu>) -> Result<Self> {
-        Ok(match tensor.dtype() {
-            DType::F32 => Self::F32(read(kernel, tensor)?),
-            DType::F16 => Self::F16(read(kernel, tensor)?),
-            DType::BF16 => Self::BF16(read(kernel, tensor)?),
-            other => {
-                return Err(Error::Kernel {
-                    kernel,
-                    cause: format!("weights of type {other}; convert them on arrival"),
-                });
-            }
-        })
+    fn new(tensor: TensorRef<'a, Cpu>) -> Self {
+        match tensor.dtype() {
+            DType::F32 => Self::F32(read(tensor)),
+            DType::F16 => Self::F16(read(tensor)),
+            DType::BF16 => Self::BF16(read(tensor)),
+            other => unreachable!("weights of type {other} are refused"),
+        }
     }
 
     fn at(self, index: usize) -> f32 {
@@ -180,271 +168,213 @@ impl Kernels for Cpu {
         PRECISION
     }
 
-    fn cast(&self, stream: &CpuStream, x: TensorRef<'_, Cpu>, out: TensorMut<'_, Cpu>) -> Result<()> {
-        shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
-        // SAFETY: the view stands for that many bytes, which have no alignment and which nobody else uses while a kernel runs.
-        let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
-        dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
-        Ok(())
-    }
-
-    fn embed(
-        &self,
-        stream: &CpuStream,
-        table: TensorRef<'_, Cpu>,
-        ids: TensorRef<'_, Cpu>,
-        out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let shape = shapes::embed(Call::new("embed", self, stream), table, ids, out.as_ref())?;
-        copy_rows("embed", table, shape, ids, out)
-    }
-
-    fn gather(
-        &self,
-        stream: &CpuStream,
-        x: TensorRef<'_, Cpu>,
-        indices: TensorRef<'_, Cpu>,
-        out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let shape = shapes::gather(Call::new("gather", self, stream), x, indices, out.as_ref())?;
-        copy_rows("gather", x, shape, indices, out)
-    }
-
-    fn rms_norm(
-        &self,
-        stream: &CpuStream,
-        x: TensorRef<'_, Cpu>,
-        weight: TensorRef<'_, Cpu>,
-        eps: f32,
-        mut out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let [_, width] = shapes::rms_norm(Call::new("rms_norm", self, stream), x, weight, out.as_ref())?;
-        let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
-        let x = read::<f32>("rms_norm", x)?;
-        for_rows(write("rms_norm", &mut out)?, width, work, |index, row| {
-            let x = &x[index * width..][..width];
-            let factor = norm_factor(x, eps);
-            row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
-        })?;
-        Ok(())
-    }
-
-    fn rms_norm_in_place(
-        &self,
-        stream: &CpuStream,
-        mut x: TensorMut<'_, Cpu>,
-        weight: TensorRef<'_, Cpu>,
-        eps: f32,
-    ) -> Result<()> {
-        let [_, width] = shapes::rms_norm_in_place(Call::new("rms_norm", self, stream), x.as_ref(), weight)?;
-        let (weight, work) = (Weight::new("rms_norm", weight)?, x.elements());
-        for_rows(write("rms_norm", &mut x)?, width, work, |_, row| {
-            let factor = norm_factor(row, eps);
-            row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
-        })?;
-        Ok(())
-    }
-
-    fn linear(
-        &self,
-        stream: &CpuStream,
-        x: TensorRef<'_, Cpu>,
-        weight: TensorRef<'_, Cpu>,
-        bias: Option<TensorRef<'_, Cpu>>,
-        mut out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let [tokens, k, n] = shapes::linear(Call::new("linear", self, stream), x, weight, bias, out.as_ref())?;
-        let bias = bias.map(|bias| Weight::new("linear", bias)).transpose()?;
-        if tokens * n == 0 {
-            return Ok(());
-        }
-        let (x, out) = (read::<f32>("linear", x)?, ProductColumns(write::<f32>("linear", &mut out)?.as_mut_ptr()));
-        let (dtype, bytes) = (weight.dtype(), raw(weight));
-        let row_bytes = k * dtype.size();
-        let panel = PANEL[usize::from(tokens >= 16)];
-        // A product over panels of weight rows: each is widened where it is needed, then multiplied, by one thread.
-        let threads = pool()?.current_num_threads();
-        let rows = (panel / k.max(1)).clamp(1, n.div_ceil(threads).next_multiple_of(8));
-        let one = |first: usize| {
-            let rows = rows.min(n - first);
-            let multiply = |panel: *const f32| {
-                if let Some(bias) = bias {
-                    for token in 0..tokens {
-                        for row in first..first + rows {
-                            // SAFETY: (token, row) is inside [T, N], and this panel's columns are this call's alone.
-                            unsafe { *out.at(token * n + row) = bias.at(row) };
-                        }
-                    }
-                }
-                // SAFETY: `out` holds tokens × rows from `first` on at stride n, `x` tokens × k, `panel` rows × k.
-                unsafe { product([tokens, k, rows], x.as_ptr(), panel, (out.at(first), n), bias.is_some()) };
-            };
-            let source = &bytes[first * row_bytes..][..rows * row_bytes];
-            if dtype == DType::F32 {
-                return multiply(source.as_ptr().cast());
-            }
-            WIDENED.with_borrow_mut(|widened| {
-                // As large as it may ever be at once, so that it is allocated once a thread.
-                widened.resize(widened.len().max(panel).max(rows * k), 0.0);
-                // SAFETY: the vector holds rows × k elements of F32.
-                let dst = unsafe { slice::from_raw_parts_mut(widened.as_mut_ptr().cast::<u8>(), rows * k * 4) };
-                dtype::convert(dtype, source, DType::F32, dst);
-                multiply(widened.as_ptr());
-            });
-        };
-        let panels = n.div_ceil(rows);
-        if parallel(tokens * n * k) {
-            pool()?.install(|| (0..panels).into_par_iter().for_each(|index| one(index * rows)));
-        } else {
-            (0..panels).for_each(|index| one(index * rows));
-        }
-        Ok(())
-    }
-
-    fn rope(
-        &self,
-        stream: &CpuStream,
-        x: TensorRef<'_, Cpu>,
-        positions: TensorRef<'_, Cpu>,
-        inv_freq: TensorRef<'_, Cpu>,
-        layout: RopeLayout,
-        mut out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let [tokens, heads, size] =
-            shapes::rope(Call::new("rope", self, stream), x, positions, inv_freq, out.as_ref())?;
-        // Pair `i` is made of elements `i · step` and `i · step + apart`.
-        let (step, apart) = match layout {
-            RopeLayout::Halves => (1, size / 2),
-            RopeLayout::Interleaved => (2, 1),
-        };
-        let (positions, inv_freq) = (read::<u32>("rope", positions)?, read::<f32>("rope", inv_freq)?);
-        let (x, width) = (read::<f32>("rope", x)?, heads * size);
-        for_rows(write("rope", &mut out)?, width, tokens * width * 8, |token, row| {
-            let x = &x[token * width..][..width];
-            for (i, &frequency) in inv_freq.iter().enumerate() {
-                let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
-                let (first, second) = (i * step, i * step + apart);
-                for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
-                    let (a, b) = (x[first], x[second]);
-                    head[first] = a * cos - b * sin;
-                    head[second] = b * cos + a * sin;
-                }
-            }
-        })?;
-        Ok(())
-    }
-
-    fn swiglu(&self, stream: &CpuStream, mut gate: TensorMut<'_, Cpu>, up: TensorRef<'_, Cpu>) -> Result<()> {
-        shapes::swiglu(Call::new("swiglu", self, stream), gate.as_ref(), up)?;
-        let (up, width) = (read::<f32>("swiglu", up)?, up.shape().last().copied().unwrap_or(1));
-        for_rows(write("swiglu", &mut gate)?, width, up.len() * 8, |index, row| {
-            let up = &up[index * width..][..width];
-            row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
-        })?;
-        Ok(())
-    }
-
-    fn add(&self, stream: &CpuStream, mut x: TensorMut<'_, Cpu>, y: TensorRef<'_, Cpu>) -> Result<()> {
-        shapes::add(Call::new("add", self, stream), x.as_ref(), y)?;
-        write::<f32>("add", &mut x)?.iter_mut().zip(read::<f32>("add", y)?).for_each(|(x, y)| *x += y);
-        Ok(())
-    }
-
-    fn append_kv(
-        &self,
-        stream: &CpuStream,
-        block: TensorRef<'_, Cpu>,
-        batch: Ragged<'_, Cpu>,
-        mut cache: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let cached @ Cached { kv_heads, capacity, size, .. } =
-            shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
-        let (block, cache) = (read::<f32>("append_kv", block)?, write::<f32>("append_kv", &mut cache)?);
-        for sequence in sequences("append_kv", batch, cached)? {
-            let first = sequence.kv_len - sequence.tokens.len();
-            for (place, token) in (first..).zip(sequence.tokens.clone()) {
-                for kv_head in 0..kv_heads {
-                    let source = &block[(token * kv_heads + kv_head) * size..][..size];
-                    cache[((sequence.row * kv_heads + kv_head) * capacity + place) * size..][..size]
-                        .copy_from_slice(source);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn attention(
-        &self,
-        stream: &CpuStream,
-        q: TensorRef<'_, Cpu>,
-        keys: TensorRef<'_, Cpu>,
-        values: TensorRef<'_, Cpu>,
-        batch: Ragged<'_, Cpu>,
-        mask: AttentionMask,
-        mut out: TensorMut<'_, Cpu>,
-    ) -> Result<()> {
-        let cached @ Cached { heads, kv_heads, capacity, size, .. } =
-            shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
-        let (q, keys, values) =
-            (read::<f32>("attention", q)?, read::<f32>("attention", keys)?, read::<f32>("attention", values)?);
-        let mut rest = write::<f32>("attention", &mut out)?;
-        for sequence in sequences("attention", batch, cached)? {
-            let (part, after) = rest.split_at_mut(sequence.tokens.len() * heads * size);
-            rest = after;
-            let work = part.len() * sequence.kv_len;
-            for_rows(part, size, work, |index, out| {
-                let (token, head) = (index / heads, index % heads);
-                let end = sequence.kv_len - sequence.tokens.len() + token + 1;
-                let start = mask.window.map_or(0, |window| end.saturating_sub(window));
-                let lane = (sequence.row * kv_heads + head * kv_heads / heads) * capacity * size;
-                let query = &q[((sequence.tokens.start + token) * heads + head) * size..][..size];
-                let row = |cache: &'_ [f32], place: usize| -> std::ops::Range<usize> {
-                    debug_assert!(lane + place * size < cache.len());
-                    lane + place * size..lane + (place + 1) * size
-                };
-                SCORES.with_borrow_mut(|scores| {
-                    scores.clear();
-                    scores.extend((start..end).map(|place| dot(query, &keys[row(keys, place)]) * mask.scale));
-                    let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    scores.iter_mut().for_each(|score| *score = (*score - greatest).exp());
-                    let sum = lanes(scores.len(), |i| scores[i]);
-                    out.fill(0.0);
-                    for (score, place) in scores.iter().zip(start..) {
-                        let weight = score / sum;
-                        out.iter_mut().zip(&values[row(values, place)]).for_each(|(out, value)| *out += weight * value);
-                    }
-                });
-            })?;
-        }
-        Ok(())
-    }
-
-    fn argmax(&self, stream: &CpuStream, x: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
-        let [_, width] = shapes::argmax(Call::new("argmax", self, stream), x, out.as_ref())?;
-        for (row, out) in read::<f32>("argmax", x)?.chunks(width.max(1)).zip(write::<u32>("argmax", &mut out)?) {
-            let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
-            *out = (0..width).reduce(better).unwrap_or(0) as u32;
-        }
-        Ok(())
-    }
-
     fn scratch_bytes(&self) -> usize {
         // The widened panel, and as much again for what `gemm` packs.
         // Without threads nothing is computed at all, which the first kernel says.
         pool().map_or(1, ThreadPool::current_num_threads) * 2 * PANEL[1] * size_of::<f32>()
     }
+
+    fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
+        match call {
+            Call::Cast(call) => cast(call),
+            Call::Embed(Embed { table, ids, out, .. }) => copy_rows(table, ids, out),
+            Call::RmsNorm(call) => rms_norm(call),
+            Call::AddRmsNorm(call) => add_rms_norm(call),
+            Call::RmsNormInPlace(call) => rms_norm_in_place(call),
+            Call::Linear(call) => linear(call),
+            Call::Rope(call) => rope(call),
+            Call::Swiglu(call) => swiglu(call),
+            Call::Add(call) => add(call),
+            Call::AppendKv(call) => append_kv(call),
+            Call::Attention(call) => attention(call),
+            Call::Gather(Gather { x, indices, out, .. }) => copy_rows(x, indices, out),
+            Call::Argmax(call) => argmax(call),
+        }
+    }
 }
 
-/// Rows of `table`, of a type that widens to F32.
-fn copy_rows(
-    kernel: &'static str,
-    table: TensorRef<'_, Cpu>,
-    [rows, width]: [usize; 2],
-    indices: TensorRef<'_, Cpu>,
-    mut out: TensorMut<'_, Cpu>,
-) -> Result<()> {
-    let (row_bytes, bytes, indices) = (width * table.dtype().size(), raw(table), read::<u32>(kernel, indices)?);
-    for (row, &index) in write::<f32>(kernel, &mut out)?.chunks_mut(width.max(1)).zip(indices) {
+fn cast(Cast { x, out }: Cast<'_, Cpu>) -> Result<()> {
+    // SAFETY: the view stands for that many bytes, which have no alignment and which nobody else uses while a kernel runs.
+    let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
+    dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
+    Ok(())
+}
+
+fn rms_norm(RmsNorm { x, weight, eps, mut out, H: width }: RmsNorm<'_, Cpu>) -> Result<()> {
+    let (weight, work) = (Weight::new(weight), x.elements());
+    let x = read::<f32>(x);
+    for_rows(write(&mut out), width, work, |index, row| {
+        let x = &x[index * width..][..width];
+        let factor = norm_factor(x, eps);
+        row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
+    })?;
+    Ok(())
+}
+
+fn add_rms_norm(AddRmsNorm { mut residual, y, weight, eps, out, H }: AddRmsNorm<'_, Cpu>) -> Result<()> {
+    add(Add { residual: residual.borrow(), y })?;
+    rms_norm(RmsNorm { x: residual.as_ref(), weight, eps, out, H })
+}
+
+fn rms_norm_in_place(RmsNormInPlace { mut x, weight, eps, H: width }: RmsNormInPlace<'_, Cpu>) -> Result<()> {
+    let (weight, work) = (Weight::new(weight), x.elements());
+    for_rows(write(&mut x), width, work, |_, row| {
+        let factor = norm_factor(row, eps);
+        row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
+    })?;
+    Ok(())
+}
+
+fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_, Cpu>) -> Result<()> {
+    let bias = bias.map(Weight::new);
+    if tokens * n == 0 {
+        return Ok(());
+    }
+    let (x, out) = (read::<f32>(x), ProductColumns(write::<f32>(&mut out).as_mut_ptr()));
+    let (dtype, bytes) = (weight.dtype(), raw(weight));
+    let row_bytes = k * dtype.size();
+    let panel = PANEL[usize::from(tokens >= 16)];
+    // A product over panels of weight rows: each is widened where it is needed, then multiplied, by one thread.
+    let threads = pool()?.current_num_threads();
+    let rows = (panel / k.max(1)).clamp(1, n.div_ceil(threads).next_multiple_of(8));
+    let one = |first: usize| {
+        let rows = rows.min(n - first);
+        let multiply = |panel: *const f32| {
+            if let Some(bias) = bias {
+                for token in 0..tokens {
+                    for row in first..first + rows {
+                        // SAFETY: (token, row) is inside [T, N], and this panel's columns are this call's alone.
+                        unsafe { *out.at(token * n + row) = bias.at(row) };
+                    }
+                }
+            }
+            // SAFETY: `out` holds tokens × rows from `first` on at stride n, `x` tokens × k, `panel` rows × k.
+            unsafe { product([tokens, k, rows], x.as_ptr(), panel, (out.at(first), n), bias.is_some()) };
+        };
+        let source = &bytes[first * row_bytes..][..rows * row_bytes];
+        if dtype == DType::F32 {
+            return multiply(source.as_ptr().cast());
+        }
+        WIDENED.with_borrow_mut(|widened| {
+            // As large as it may ever be at once, so that it is allocated once a thread.
+            widened.resize(widened.len().max(panel).max(rows * k), 0.0);
+            // SAFETY: the vector holds rows × k elements of F32.
+            let dst = unsafe { slice::from_raw_parts_mut(widened.as_mut_ptr().cast::<u8>(), rows * k * 4) };
+            dtype::convert(dtype, source, DType::F32, dst);
+            multiply(widened.as_ptr());
+        });
+    };
+    let panels = n.div_ceil(rows);
+    if parallel(tokens * n * k) {
+        pool()?.install(|| (0..panels).into_par_iter().for_each(|index| one(index * rows)));
+    } else {
+        (0..panels).for_each(|index| one(index * rows));
+    }
+    Ok(())
+}
+
+fn rope(Rope { x, positions, inv_freq, layout, mut out, T: tokens, heads, D: size, .. }: Rope<'_, Cpu>) -> Result<()> {
+    // Pair `i` is made of elements `i · step` and `i · step + apart`.
+    let (step, apart) = match layout {
+        RopeLayout::Halves => (1, size / 2),
+        RopeLayout::Interleaved => (2, 1),
+    };
+    let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
+    let (x, width) = (read::<f32>(x), heads * size);
+    for_rows(write(&mut out), width, tokens * width * 8, |token, row| {
+        let x = &x[token * width..][..width];
+        for (i, &frequency) in inv_freq.iter().enumerate() {
+            let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
+            let (first, second) = (i * step, i * step + apart);
+            for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
+                let (a, b) = (x[first], x[second]);
+                head[first] = a * cos - b * sin;
+                head[second] = b * cos + a * sin;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn swiglu(Swiglu { mut gate, up }: Swiglu<'_, Cpu>) -> Result<()> {
+    let (up, width) = (read::<f32>(up), up.shape().last().copied().unwrap_or(1));
+    for_rows(write(&mut gate), width, up.len() * 8, |index, row| {
+        let up = &up[index * width..][..width];
+        row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
+    })?;
+    Ok(())
+}
+
+fn add(Add { mut residual, y }: Add<'_, Cpu>) -> Result<()> {
+    write::<f32>(&mut residual).iter_mut().zip(read::<f32>(y)).for_each(|(x, y)| *x += y);
+    Ok(())
+}
+
+fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
+    let AppendKv { block, batch, mut cache, T, G: kv_heads, D: size, rows, capacity, .. } = call;
+    let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
+    for sequence in sequences("append_kv", batch, [T, rows, capacity])? {
+        let first = sequence.kv_len - sequence.tokens.len();
+        for (place, token) in (first..).zip(sequence.tokens.clone()) {
+            for kv_head in 0..kv_heads {
+                let source = &block[(token * kv_heads + kv_head) * size..][..size];
+                cache[((sequence.row * kv_heads + kv_head) * capacity + place) * size..][..size]
+                    .copy_from_slice(source);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn attention(call: Attention<'_, Cpu>) -> Result<()> {
+    let Attention { q, keys, values, batch, mask, mut out, T, HQ: heads, G: kv_heads, D: size, rows, capacity, .. } =
+        call;
+    let (q, keys, values) = (read::<f32>(q), read::<f32>(keys), read::<f32>(values));
+    let mut rest = write::<f32>(&mut out);
+    for sequence in sequences("attention", batch, [T, rows, capacity])? {
+        let (part, after) = rest.split_at_mut(sequence.tokens.len() * heads * size);
+        rest = after;
+        let work = part.len() * sequence.kv_len;
+        for_rows(part, size, work, |index, out| {
+            let (token, head) = (index / heads, index % heads);
+            let end = sequence.kv_len - sequence.tokens.len() + token + 1;
+            let start = mask.window.map_or(0, |window| end.saturating_sub(window));
+            let lane = (sequence.row * kv_heads + head * kv_heads / heads) * capacity * size;
+            let query = &q[((sequence.tokens.start + token) * heads + head) * size..][..size];
+            let row = |cache: &'_ [f32], place: usize| -> std::ops::Range<usize> {
+                debug_assert!(lane + place * size < cache.len());
+                lane + place * size..lane + (place + 1) * size
+            };
+            SCORES.with_borrow_mut(|scores| {
+                scores.clear();
+                scores.extend((start..end).map(|place| dot(query, &keys[row(keys, place)]) * mask.scale));
+                let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                scores.iter_mut().for_each(|score| *score = (*score - greatest).exp());
+                let sum = lanes(scores.len(), |i| scores[i]);
+                out.fill(0.0);
+                for (score, place) in scores.iter().zip(start..) {
+                    let weight = score / sum;
+                    out.iter_mut().zip(&values[row(values, place)]).for_each(|(out, value)| *out += weight * value);
+                }
+            });
+        })?;
+    }
+    Ok(())
+}
+
+fn argmax(Argmax { x, mut out, V: width, .. }: Argmax<'_, Cpu>) -> Result<()> {
+    for (row, out) in read::<f32>(x).chunks(width.max(1)).zip(write::<u32>(&mut out)) {
+        let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
+        *out = (0..width).reduce(better).unwrap_or(0) as u32;
+    }
+    Ok(())
+}
+
+/// Rows of `table`, of a type that widens to F32; the last one for indices beyond.
+fn copy_rows(table: TensorRef<'_, Cpu>, indices: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
+    let (width, bytes, indices) = (out.shape()[1], raw(table), read::<u32>(indices));
+    let (rows, row_bytes) = (table.shape()[0], width * table.dtype().size());
+    for (row, &index) in write::<f32>(&mut out).chunks_mut(width.max(1)).zip(indices) {
         let source = &bytes[(index as usize).min(rows - 1) * row_bytes..][..row_bytes];
         // SAFETY: a row of F32 is that many bytes.
         let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
@@ -478,13 +408,14 @@ struct CheckedSequence {
     row: usize,
 }
 
+/// The sequences of a batch of so many tokens, beside a cache of so many rows and places in each.
 fn sequences<'a>(
     kernel: &'static str,
     batch: Ragged<'a, Cpu>,
-    Cached { sequences, tokens, rows, capacity, .. }: Cached,
+    [tokens, rows, capacity]: [usize; 3],
 ) -> Result<impl Iterator<Item = CheckedSequence> + 'a> {
-    let (offsets, lens, places) =
-        (read::<u32>(kernel, batch.q_offsets)?, read::<u32>(kernel, batch.kv_lens)?, read::<u32>(kernel, batch.rows)?);
+    let (offsets, lens, places) = (read::<u32>(batch.q_offsets), read::<u32>(batch.kv_lens), read::<u32>(batch.rows));
+    let sequences = lens.len();
     let consistent = offsets[0] == 0 && offsets[sequences] as usize == tokens && offsets.is_sorted();
     check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {sequences} lengths"))?;
     let sequence = |i: usize| CheckedSequence {

@@ -1,14 +1,15 @@
 //! The kernels on CUDA: the launchers of `cuda/kernels.h`, and products by cuBLAS.
 //!
 //! **Invariant** for every `unsafe` here: a tensor view of a CUDA device stands for aligned, allocated device memory that is
-//! ordered with the stream, as its constructor demanded, and `shapes` has found the tensors of a launch to fit together.
+//! ordered with the stream, as its constructor demanded, and the checks that made a [`Call`] found its tensors to fit together.
 
 use std::ffi::c_int;
 
 use super::{
-    AttentionMask, Kernels, Precision, Ragged, RopeLayout,
+    Kernels, Precision, RopeLayout,
+    call::*,
     cublas::{Cublas, WORKSPACE},
-    shapes::{self, Cached, Call, check},
+    fit::check,
 };
 use crate::{
     device::{
@@ -58,6 +59,63 @@ impl Cuda {
         // SAFETY: a calculation that touches no memory.
         unsafe { sys::lsk_attention_scratch(self.multiprocessors() as c_int) }
     }
+
+    fn linear(&self, stream: &CudaStream, call: Linear<'_, Cuda>) -> Result<()> {
+        let Linear { x, weight, bias, out, T, K, N } = call;
+        let math = math("linear", stream)?;
+        if T * N == 0 {
+            return Ok(());
+        }
+        if let Some(bias) = bias {
+            // SAFETY: the checks found N biases in BF16 and an `out` [T, N] of that type; both are device memory whose use
+            // `stream` orders.
+            self.launch("linear", || unsafe {
+                sys::lsk_broadcast_row(to(&out), code_of(out.dtype()), at(bias), T as i64, N as i64, stream.raw())
+            })?;
+        }
+        let beta = if bias.is_some() { 1.0 } else { 0.0 };
+        // SAFETY: the checks found `x` [T, K] and `weight` [N, K] in BF16 and `out` [T, N]; all are device memory whose use
+        // `stream` orders, which is the stream of `math`.
+        unsafe { math.cublas.product([T, K, N], (x.ptr(), weight.ptr()), beta, (out.ptr(), out.dtype())) }
+    }
+
+    fn attention(&self, stream: &CudaStream, call: Attention<'_, Cuda>) -> Result<()> {
+        let Attention { q, keys, values, batch, mask, out, T, HQ, D, S, G, capacity, .. } = call;
+        self.check_head_size(D)?;
+        let int = |dimension| int("attention", dimension);
+        let [sequences, tokens, heads, kv_heads, size] = [int(S)?, int(T)?, int(HQ)?, int(G)?, int(D)?];
+        let window = mask.window.map_or(0, |window| window as i64);
+        let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();
+        // SAFETY: the checks found the tensors to be what the launcher asks for; each is device memory whose use `stream` orders,
+        // and so is the scratch, which no other stream uses and which is as long as is said.
+        self.launch("attention", || unsafe {
+            sys::lsk_attention(
+                to(&out),
+                at(q),
+                at(keys),
+                at(values),
+                at(batch.q_offsets),
+                at(batch.kv_lens),
+                at(batch.rows),
+                sequences,
+                tokens,
+                heads,
+                kv_heads,
+                capacity as i64,
+                size,
+                mask.scale,
+                window,
+                scratch.cast(),
+                self.attention_scratch(),
+                stream.raw(),
+            )
+        })
+    }
+}
+
+/// How many rows of `width` elements there are.
+fn rows(tensor: TensorRef<'_, Cuda>, width: usize) -> i64 {
+    (tensor.elements() / width.max(1)) as i64
 }
 
 fn math<'a>(kernel: &'static str, stream: &'a CudaStream) -> Result<&'a Math> {
@@ -92,245 +150,64 @@ impl Kernels for Cuda {
         })
     }
 
-    fn cast(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
-        shapes::cast(Call::new("cast", self, stream), x, out.as_ref())?;
-        // SAFETY: `shapes::cast` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        unsafe {
-            if x.dtype() == out.dtype() {
-                self.copy_on_device(out.ptr(), x.ptr(), x.bytes(), stream)
-            } else {
-                self.cast_raw((out.ptr(), out.dtype()), (x.ptr(), x.dtype()), x.elements(), stream)
-            }
-        }
-    }
-
-    fn embed(
-        &self,
-        stream: &CudaStream,
-        table: TensorRef<'_, Cuda>,
-        ids: TensorRef<'_, Cuda>,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let [vocab, hidden] =
-            shapes::embed(Call::new("embed", self, stream), table, ids, out.as_ref())?.map(|n| n as i64);
-        let tokens = ids.elements() as i64;
-        // SAFETY: `shapes::embed` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("embed", || unsafe {
-            sys::lsk_embed(to(&out), at(table), at(ids), tokens, hidden, vocab, stream.raw())
-        })
-    }
-
-    fn gather(
-        &self,
-        stream: &CudaStream,
-        x: TensorRef<'_, Cuda>,
-        indices: TensorRef<'_, Cuda>,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let [_, hidden] = shapes::gather(Call::new("gather", self, stream), x, indices, out.as_ref())?;
-        let rows = indices.elements() as i64;
-        // SAFETY: `shapes::gather` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("gather", || unsafe {
-            sys::lsk_gather(to(&out), at(x), at(indices), rows, hidden as i64, stream.raw())
-        })
-    }
-
-    fn rms_norm(
-        &self,
-        stream: &CudaStream,
-        x: TensorRef<'_, Cuda>,
-        weight: TensorRef<'_, Cuda>,
-        eps: f32,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let [rows, hidden] =
-            shapes::rms_norm(Call::new("rms_norm", self, stream), x, weight, out.as_ref())?.map(|n| n as i64);
-        // SAFETY: `shapes::rms_norm` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("rms_norm", || unsafe {
-            sys::lsk_rms_norm(to(&out), at(x), at(weight), eps, rows, hidden, stream.raw())
-        })
-    }
-
-    fn add_rms_norm(
-        &self,
-        stream: &CudaStream,
-        residual: TensorMut<'_, Cuda>,
-        y: TensorRef<'_, Cuda>,
-        weight: TensorRef<'_, Cuda>,
-        eps: f32,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        shapes::add(Call::new("add", self, stream), residual.as_ref(), y)?;
-        let [rows, hidden] =
-            shapes::rms_norm(Call::new("rms_norm", self, stream), residual.as_ref(), weight, out.as_ref())?
-                .map(|n| n as i64);
-        // SAFETY: `shapes::rms_norm` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("add_rms_norm", || unsafe {
-            sys::lsk_add_rms_norm(to(&out), to(&residual), at(y), at(weight), eps, rows, hidden, stream.raw())
-        })
-    }
-
-    fn rms_norm_in_place(
-        &self,
-        stream: &CudaStream,
-        x: TensorMut<'_, Cuda>,
-        weight: TensorRef<'_, Cuda>,
-        eps: f32,
-    ) -> Result<()> {
-        let [rows, size] =
-            shapes::rms_norm_in_place(Call::new("rms_norm", self, stream), x.as_ref(), weight)?.map(|n| n as i64);
-        // SAFETY: `shapes::rms_norm_in_place` found the tensors to fit together; each is device memory that is ordered with
-        // `stream`.
-        self.launch("rms_norm_in_place", || unsafe {
-            sys::lsk_rms_norm_heads(to(&x), at(weight), eps, rows, size, stream.raw())
-        })
-    }
-
-    fn linear(
-        &self,
-        stream: &CudaStream,
-        x: TensorRef<'_, Cuda>,
-        weight: TensorRef<'_, Cuda>,
-        bias: Option<TensorRef<'_, Cuda>>,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let [tokens, k, n] = shapes::linear(Call::new("linear", self, stream), x, weight, bias, out.as_ref())?;
-        let math = math("linear", stream)?;
-        if tokens * n == 0 {
-            return Ok(());
-        }
-        if let Some(bias) = bias {
-            // SAFETY: `shapes::linear` found the tensors to fit together; each is device memory that is ordered with `stream`.
-            self.launch("linear", || unsafe {
-                sys::lsk_broadcast_row(to(&out), code_of(out.dtype()), at(bias), tokens as i64, n as i64, stream.raw())
-            })?;
-        }
-        let beta = if bias.is_some() { 1.0 } else { 0.0 };
-        // SAFETY: `shapes::linear` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        unsafe { math.cublas.product([tokens, k, n], (x.ptr(), weight.ptr()), beta, (out.ptr(), out.dtype())) }
-    }
-
-    fn rope(
-        &self,
-        stream: &CudaStream,
-        x: TensorRef<'_, Cuda>,
-        positions: TensorRef<'_, Cuda>,
-        inv_freq: TensorRef<'_, Cuda>,
-        layout: RopeLayout,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let [tokens, heads, size] =
-            shapes::rope(Call::new("rope", self, stream), x, positions, inv_freq, out.as_ref())?;
-        let (heads, size) = (int("rope", heads)?, int("rope", size)?);
-        let interleaved = c_int::from(layout == RopeLayout::Interleaved);
-        // SAFETY: `shapes::rope` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("rope", || unsafe {
-            sys::lsk_rope(
-                to(&out),
-                at(x),
-                at(positions),
-                at(inv_freq),
-                tokens as i64,
-                heads,
-                size,
-                interleaved,
-                stream.raw(),
-            )
-        })
-    }
-
-    fn swiglu(&self, stream: &CudaStream, gate: TensorMut<'_, Cuda>, up: TensorRef<'_, Cuda>) -> Result<()> {
-        shapes::swiglu(Call::new("swiglu", self, stream), gate.as_ref(), up)?;
-        // SAFETY: `shapes::swiglu` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("swiglu", || unsafe { sys::lsk_swiglu(to(&gate), at(up), up.elements(), stream.raw()) })
-    }
-
-    fn add(&self, stream: &CudaStream, x: TensorMut<'_, Cuda>, y: TensorRef<'_, Cuda>) -> Result<()> {
-        shapes::add(Call::new("add", self, stream), x.as_ref(), y)?;
-        // SAFETY: `shapes::add` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("add", || unsafe { sys::lsk_add(to(&x), at(y), y.elements(), stream.raw()) })
-    }
-
-    fn append_kv(
-        &self,
-        stream: &CudaStream,
-        block: TensorRef<'_, Cuda>,
-        batch: Ragged<'_, Cuda>,
-        cache: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let of = shapes::append_kv(Call::new("append_kv", self, stream), block, batch, cache.as_ref())?;
-        let [sequences, tokens, kv_heads, size] = dimensions("append_kv", &of)?;
-        // SAFETY: `shapes::append_kv` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("append_kv", || unsafe {
-            sys::lsk_append_kv(
-                to(&cache),
-                at(block),
-                at(batch.q_offsets),
-                at(batch.kv_lens),
-                at(batch.rows),
-                sequences,
-                tokens,
-                kv_heads,
-                of.capacity as i64,
-                size,
-                stream.raw(),
-            )
-        })
-    }
-
-    fn attention(
-        &self,
-        stream: &CudaStream,
-        q: TensorRef<'_, Cuda>,
-        keys: TensorRef<'_, Cuda>,
-        values: TensorRef<'_, Cuda>,
-        batch: Ragged<'_, Cuda>,
-        mask: AttentionMask,
-        out: TensorMut<'_, Cuda>,
-    ) -> Result<()> {
-        let of = shapes::attention(Call::new("attention", self, stream), q, keys, values, batch, mask, out.as_ref())?;
-        self.check_head_size(of.size)?;
-        let [sequences, tokens, kv_heads, size] = dimensions("attention", &of)?;
-        let (heads, window) = (int("attention", of.heads)?, mask.window.map_or(0, |window| window as i64));
-        let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();
-        // SAFETY: `shapes::attention` found the tensors to fit together; each is device memory that is ordered with `stream`,
-        // and so is the scratch, which no other stream uses and which is as long as is said.
-        self.launch("attention", || unsafe {
-            sys::lsk_attention(
-                to(&out),
-                at(q),
-                at(keys),
-                at(values),
-                at(batch.q_offsets),
-                at(batch.kv_lens),
-                at(batch.rows),
-                sequences,
-                tokens,
-                heads,
-                kv_heads,
-                of.capacity as i64,
-                size,
-                mask.scale,
-                window,
-                scratch.cast(),
-                self.attention_scratch(),
-                stream.raw(),
-            )
-        })
-    }
-
-    fn argmax(&self, stream: &CudaStream, x: TensorRef<'_, Cuda>, out: TensorMut<'_, Cuda>) -> Result<()> {
-        let [rows, columns] = shapes::argmax(Call::new("argmax", self, stream), x, out.as_ref())?.map(|n| n as i64);
-        // SAFETY: `shapes::argmax` found the tensors to fit together; each is device memory that is ordered with `stream`.
-        self.launch("argmax", || unsafe { sys::lsk_argmax(to(&out), at(x), rows, columns, stream.raw()) })
-    }
-
     fn scratch_bytes(&self) -> usize {
         WORKSPACE + self.attention_scratch()
     }
-}
 
-/// Sequences, tokens, key heads and head size.
-fn dimensions(kernel: &'static str, of: &Cached) -> Result<[c_int; 4]> {
-    Ok([int(kernel, of.sequences)?, int(kernel, of.tokens)?, int(kernel, of.kv_heads)?, int(kernel, of.size)?])
+    fn compute(&self, stream: &CudaStream, call: Call<'_, Cuda>) -> Result<()> {
+        let (name, on) = (call.name(), stream.raw());
+        let int = |dimension| int(name, dimension);
+        // SAFETY: only the checks make a `Call`: its tensors have the types and sizes that its row says, which is what launchers
+        // ask for. Each is allocated and aligned device memory whose use `stream` orders, as whoever made the tensor promised.
+        unsafe {
+            match call {
+                Call::Cast(Cast { x, out }) if x.dtype() == out.dtype() => {
+                    self.copy_on_device(out.ptr(), x.ptr(), x.bytes(), stream)
+                }
+                Call::Cast(Cast { x, out }) => {
+                    self.cast_raw((out.ptr(), out.dtype()), (x.ptr(), x.dtype()), x.elements(), stream)
+                }
+                Call::Embed(Embed { table, ids, out, T, H, V }) => {
+                    self.launch(name, || sys::lsk_embed(to(&out), at(table), at(ids), T as i64, H as i64, V as i64, on))
+                }
+                Call::RmsNorm(RmsNorm { x, weight, eps, out, H }) => {
+                    self.launch(name, || sys::lsk_rms_norm(to(&out), at(x), at(weight), eps, rows(x, H), H as i64, on))
+                }
+                Call::AddRmsNorm(AddRmsNorm { residual: x, y, weight, eps, out, H }) => self.launch(name, || {
+                    sys::lsk_add_rms_norm(to(&out), to(&x), at(y), at(weight), eps, rows(y, H), H as i64, on)
+                }),
+                Call::RmsNormInPlace(RmsNormInPlace { x, weight, eps, H }) => self.launch(name, || {
+                    sys::lsk_rms_norm_heads(to(&x), at(weight), eps, rows(x.as_ref(), H), H as i64, on)
+                }),
+                Call::Linear(call) => self.linear(stream, call),
+                Call::Rope(Rope { x, positions, inv_freq, layout, out, T, heads, D, .. }) => {
+                    let (x, positions, inv_freq, heads, size) =
+                        (at(x), at(positions), at(inv_freq), int(heads)?, int(D)?);
+                    let pairs = c_int::from(layout == RopeLayout::Interleaved);
+                    self.launch(name, || {
+                        sys::lsk_rope(to(&out), x, positions, inv_freq, T as i64, heads, size, pairs, on)
+                    })
+                }
+                Call::Swiglu(Swiglu { gate, up }) => {
+                    self.launch(name, || sys::lsk_swiglu(to(&gate), at(up), up.elements(), on))
+                }
+                Call::Add(Add { residual, y }) => {
+                    self.launch(name, || sys::lsk_add(to(&residual), at(y), y.elements(), on))
+                }
+                Call::AppendKv(AppendKv { block, batch, cache, T, G, D, S, capacity, .. }) => {
+                    let [offsets, lens, rows] = [batch.q_offsets, batch.kv_lens, batch.rows].map(at);
+                    let (s, t, g, d) = (int(S)?, int(T)?, int(G)?, int(D)?);
+                    let (to, block, capacity) = (to(&cache), at(block), capacity as i64);
+                    self.launch(name, || sys::lsk_append_kv(to, block, offsets, lens, rows, s, t, g, capacity, d, on))
+                }
+                Call::Attention(call) => self.attention(stream, call),
+                Call::Gather(Gather { x, indices, out, H, R, .. }) => {
+                    self.launch(name, || sys::lsk_gather(to(&out), at(x), at(indices), R as i64, H as i64, on))
+                }
+                Call::Argmax(Argmax { x, out, R, V }) => {
+                    self.launch(name, || sys::lsk_argmax(to(&out), at(x), R as i64, V as i64, on))
+                }
+            }
+        }
+    }
 }

@@ -5,15 +5,21 @@
 //! are is the device's [`Precision`]; everything accumulates in F32. Outputs never overlap inputs. A kernel checks that its
 //! tensors fit together and returns [`crate::Error::Kernel`] if not, before it touches any.
 
+pub mod call;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cublas;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod shapes;
+mod fit;
+mod table;
 
 #[cfg(cuda_emulated)]
 pub(crate) use cpu::product;
+
+use call::{Call, argument, fit, methods};
+use fit::{Dim, Fit, Pattern, Type};
+use table::kernels;
 
 use crate::{
     device::{Device, TensorMut, TensorRef},
@@ -63,6 +69,19 @@ impl<D> Clone for Ragged<'_, D> {
 }
 impl<D> Copy for Ragged<'_, D> {}
 
+#[cfg(feature = "capi")]
+impl<'a, D: Device> Ragged<'a, D> {
+    /// The same batch, by the name of another type of device.
+    ///
+    /// # Safety
+    /// It is in that device's memory.
+    pub(crate) unsafe fn of_device<E: Device>(self) -> Ragged<'a, E> {
+        // SAFETY: the caller promises that all three are in that device's memory.
+        let of = |tensor: TensorRef<'a, D>| unsafe { tensor.of_device() };
+        Ragged { q_offsets: of(self.q_offsets), kv_lens: of(self.kv_lens), rows: of(self.rows) }
+    }
+}
+
 /// How attention is masked and scaled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionMask {
@@ -88,120 +107,14 @@ pub trait Kernels: Device {
         Ok(())
     }
 
-    /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8E4M3 → F32 or BF16.
-    fn cast(&self, stream: &Self::Stream, x: TensorRef<'_, Self>, out: TensorMut<'_, Self>) -> Result<()>;
-
-    /// Looks up rows: `out[t] = table[ids[t]]`, with `table [V, H]` a weight, `ids [T]` U32, `out [T, H]` F32. Ids from `V` on
-    /// are the caller's error: what they give is unspecified.
-    fn embed(
-        &self,
-        stream: &Self::Stream,
-        table: TensorRef<'_, Self>,
-        ids: TensorRef<'_, Self>,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// Root mean square norm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467):
-    /// `out = x / sqrt(mean(x²) + eps) · weight`, with `x [.., H]` F32 (the residual stream), `weight [H]` and `out [.., H]` an
-    /// activation, rounded once.
-    fn rms_norm(
-        &self,
-        stream: &Self::Stream,
-        x: TensorRef<'_, Self>,
-        weight: TensorRef<'_, Self>,
-        eps: f32,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// `residual += y`, then the norm of it: [`add`](Self::add) and [`rms_norm`](Self::rms_norm), which a device may do in one
-    /// go.
-    fn add_rms_norm(
-        &self,
-        stream: &Self::Stream,
-        mut residual: TensorMut<'_, Self>,
-        y: TensorRef<'_, Self>,
-        weight: TensorRef<'_, Self>,
-        eps: f32,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()> {
-        self.add(stream, residual.borrow(), y)?;
-        self.rms_norm(stream, residual.as_ref(), weight, eps, out)
-    }
-
-    /// The norm of `x [.., H]`, F32, in place, for each head of a query or key.
-    fn rms_norm_in_place(
-        &self,
-        stream: &Self::Stream,
-        x: TensorMut<'_, Self>,
-        weight: TensorRef<'_, Self>,
-        eps: f32,
-    ) -> Result<()>;
-
-    /// `out = x · weightᵀ + bias`, with activations `x [T, K]` and `out [T, N]`, `weight [N, K]`, `bias [N]`. `out` may be F32
-    /// instead, for logits and for what [`rope`](Self::rope) takes.
-    fn linear(
-        &self,
-        stream: &Self::Stream,
-        x: TensorRef<'_, Self>,
-        weight: TensorRef<'_, Self>,
-        bias: Option<TensorRef<'_, Self>>,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
-    /// `positions[t] · inv_freq[i]`. `x [T, heads, D]` F32, `positions [T]` U32, `inv_freq [D/2]` F32, and `out [T, heads, D]`
-    /// an activation: queries and keys are rounded here, once, since attention makes more of their errors than any other part.
-    fn rope(
-        &self,
-        stream: &Self::Stream,
-        x: TensorRef<'_, Self>,
-        positions: TensorRef<'_, Self>,
-        inv_freq: TensorRef<'_, Self>,
-        layout: RopeLayout,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.
-    fn swiglu(&self, stream: &Self::Stream, gate: TensorMut<'_, Self>, up: TensorRef<'_, Self>) -> Result<()>;
-
-    /// `x += y`, of one shape: `x` F32 (the residual stream), `y` an activation.
-    fn add(&self, stream: &Self::Stream, x: TensorMut<'_, Self>, y: TensorRef<'_, Self>) -> Result<()>;
-
-    /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [rows, G, capacity, D]`.
-    fn append_kv(
-        &self,
-        stream: &Self::Stream,
-        block: TensorRef<'_, Self>,
-        batch: Ragged<'_, Self>,
-        cache: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// Causal attention of the block's queries over the cache, grouped heads (Ainslie et al. 2023, arXiv:2305.13245): query
-    /// head `h` of `HQ` uses key head `h · G / HQ`. `q` and `out [T, HQ, D]`, `keys` and `values [rows, G, capacity, D]`.
-    #[allow(clippy::too_many_arguments, reason = "attention has that many")]
-    fn attention(
-        &self,
-        stream: &Self::Stream,
-        q: TensorRef<'_, Self>,
-        keys: TensorRef<'_, Self>,
-        values: TensorRef<'_, Self>,
-        batch: Ragged<'_, Self>,
-        mask: AttentionMask,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// Copies rows of the residual stream: `out[i] = x[indices[i]]`, with `x [T, H]` F32, `indices [R]` U32, `out [R, H]` F32.
-    fn gather(
-        &self,
-        stream: &Self::Stream,
-        x: TensorRef<'_, Self>,
-        indices: TensorRef<'_, Self>,
-        out: TensorMut<'_, Self>,
-    ) -> Result<()>;
-
-    /// The index of each row's greatest element, the first if there are several: `x [R, V]` F32, `out [R]` U32.
-    fn argmax(&self, stream: &Self::Stream, x: TensorRef<'_, Self>, out: TensorMut<'_, Self>) -> Result<()>;
-
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;
+
+    /// Enqueues a kernel on `stream`. The methods below are what to call: they check their arguments, then call this.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) for what this device cannot compute, or the device's own.
+    fn compute(&self, stream: &Self::Stream, call: Call<'_, Self>) -> Result<()>;
+
+    kernels!(methods);
 }
