@@ -650,6 +650,15 @@ ls_status ls_device_describe(struct ls_device device, const char **description);
 // The types that the device's kernels compute with.
 ls_status ls_device_precision(struct ls_device device, struct ls_precision *precision);
 
+// Whether ls_attention computes heads of `size` elements on the device: LS_KERNEL if not, and ls_last_error says which it does.
+ls_status ls_device_check_head_size(struct ls_device device,
+                                    size_t size);
+
+// The device memory, in bytes, that kernels take at most for themselves on each stream that was prepared; on the CPU device RAM,
+// whatever the number of streams.
+ls_status ls_device_scratch_bytes(struct ls_device device,
+                                  size_t *bytes);
+
 // A new stream of the device.
 ls_status ls_stream_open(struct ls_device device, struct ls_stream *stream);
 
@@ -811,6 +820,15 @@ ls_status ls_rms_norm(struct ls_stream stream,
                       const struct ls_tensor *weight,
                       float eps,
                       const struct ls_tensor *out);
+
+// residual += y, then out = the norm of it, as ls_add and ls_rms_norm in one go: `residual` [.., H] F32, `y` and `out` [.., H]
+// activations, `weight` [H].
+ls_status ls_add_rms_norm(struct ls_stream stream,
+                          const struct ls_tensor *residual,
+                          const struct ls_tensor *y,
+                          const struct ls_tensor *weight,
+                          float eps,
+                          const struct ls_tensor *out);
 
 // The norm of `x` [.., H], F32, in place, for each head of a query or key.
 ls_status ls_rms_norm_in_place(struct ls_stream stream,

@@ -122,6 +122,25 @@ pub unsafe extern "C" fn ls_device_precision(device: ls_device, precision: *mut 
     })
 }
 
+/// Whether ls_attention computes heads of `size` elements on the device: LS_KERNEL if not, and ls_last_error says which it does.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_device_check_head_size(device: ls_device, size: usize) -> ls_status {
+    ffi(|| Ok(DEVICES.enter(device.id)?.device.check_head_size(size)?))
+}
+
+/// The device memory, in bytes, that kernels take at most for themselves on each stream that was prepared; on the CPU device RAM,
+/// whatever the number of streams.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_device_scratch_bytes(device: ls_device, bytes: *mut usize) -> ls_status {
+    ffi(|| {
+        let to = place(bytes, "bytes")?;
+        let found = DEVICES.enter(device.id)?.device.scratch_bytes();
+        // SAFETY: `to` is neither NULL nor misaligned, and the header asks that a size_t may be written there.
+        unsafe { to.write(found) };
+        Ok(())
+    })
+}
+
 /// A new stream of the device.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_stream_open(device: ls_device, stream: *mut ls_stream) -> ls_status {

@@ -215,6 +215,20 @@ pub unsafe extern "C" fn ls_rms_norm(
     kernel!(stream, rms_norm(x, weight, eps, out))
 }
 
+/// residual += y, then out = the norm of it, as ls_add and ls_rms_norm in one go: `residual` [.., H] F32, `y` and `out` [.., H]
+/// activations, `weight` [H].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_add_rms_norm(
+    stream: ls_stream,
+    residual: *const ls_tensor,
+    y: *const ls_tensor,
+    weight: *const ls_tensor,
+    eps: f32,
+    out: *const ls_tensor,
+) -> ls_status {
+    kernel!(stream, add_rms_norm(residual, y, weight, eps, out))
+}
+
 /// The norm of `x` [.., H], F32, in place, for each head of a query or key.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_rms_norm_in_place(
