@@ -53,4 +53,4 @@ cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t
   return launch<1>(call, tokens, stream);
 }
 
-cudaError_t load_append_kv() { return load_kernels(append_kv<8>, append_kv<1>); }
+static const Loader loader([] { return load_kernels(append_kv<8>, append_kv<1>); });

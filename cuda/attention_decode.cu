@@ -267,7 +267,7 @@ cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys
                                                    : lsk::attention_prefill(call, size, scratch_bytes, stream);
 }
 
-cudaError_t load_attention_decode() {
+static const Loader loader([] {
   return load_kernels(lsk::decode<32>, lsk::decode<64>, lsk::decode<96>, lsk::decode<128>, lsk::decode<256>,
                       lsk::combine<32>, lsk::combine<64>, lsk::combine<96>, lsk::combine<128>, lsk::combine<256>);
-}
+});

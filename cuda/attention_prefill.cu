@@ -202,8 +202,8 @@ cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cu
 
 }  // namespace lsk
 
-cudaError_t load_attention_prefill() {
+static const Loader loader([] {
   return load_kernels(lsk::prefill<32, 1>, lsk::prefill<32, 2>, lsk::prefill<64, 1>, lsk::prefill<64, 2>,
                       lsk::prefill<96, 1>, lsk::prefill<96, 2>, lsk::prefill<128, 1>, lsk::prefill<128, 2>,
                       lsk::prefill<256, 1>);
-}
+});

@@ -69,7 +69,7 @@ cudaError_t lsk_cast(void* out, int out_dtype, const void* x, int x_dtype, size_
   }
 }
 
-cudaError_t load_cast() {
+static const Loader loader([] {
   const cudaError_t error = load_to<float, float, __half, __nv_bfloat16, __nv_fp8_e4m3>();
   return error != cudaSuccess ? error : load_to<__nv_bfloat16, float, __half, __nv_bfloat16, __nv_fp8_e4m3>();
-}
+});

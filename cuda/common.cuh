@@ -63,15 +63,14 @@ inline cudaError_t load_kernels(Kernels... kernels) {
   return error;
 }
 
-// What each file has of them.
-cudaError_t load_append_kv();
-cudaError_t load_attention_decode();
-cudaError_t load_attention_prefill();
-cudaError_t load_cast();
-cudaError_t load_norm();
-cudaError_t load_rope();
-cudaError_t load_rows();
-cudaError_t load_swiglu();
+// A file's kernels, for lsk_load. Each file that has kernels defines one, at the end; all are linked in a list before main.
+struct Loader {
+  inline static const Loader* first = nullptr;
+  cudaError_t (*const load)();
+  const Loader* const next;
+
+  explicit Loader(cudaError_t (*load)()) : load(load), next(first) { first = this; }
+};
 
 // N elements that are read and written in one go.
 template <typename T, int N>

@@ -1,6 +1,5 @@
 // The kernels as a whole, and what the runtime's headers spell differently from version to version, in one spelling.
 #include <cstring>
-#include <initializer_list>
 
 #include "common.cuh"
 
@@ -14,9 +13,8 @@ cudaError_t lsk_device_name(char* name, size_t bytes, int ordinal) {
 }
 
 cudaError_t lsk_load() {
-  for (const auto load : {load_append_kv, load_attention_decode, load_attention_prefill, load_cast, load_norm,
-                          load_rope, load_rows, load_swiglu}) {
-    const cudaError_t error = load();
+  for (const Loader* of_file = Loader::first; of_file != nullptr; of_file = of_file->next) {
+    const cudaError_t error = of_file->load();
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

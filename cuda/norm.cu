@@ -179,6 +179,6 @@ cudaError_t lsk_rms_norm_heads(float* x, const lsk_bf16* weight, float eps, int6
   return lsk_launch(norm_heads, grid, dim3(kHeadBlock), 0, stream, x, weight, eps, rows, int(size), lanes);
 }
 
-cudaError_t load_norm() {
+static const Loader loader([] {
   return load_kernels(norm<false>, norm<true>, norm_any<false>, norm_any<true>, norm_heads, norm_heads_any);
-}
+});

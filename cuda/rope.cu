@@ -102,6 +102,6 @@ cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, c
                                                                    : launch<1>(call, interleaved != 0, stream);
 }
 
-cudaError_t load_rope() {
+static const Loader loader([] {
   return load_kernels(rope<4, false>, rope<4, true>, rope<1, false>, rope<1, true>);
-}
+});

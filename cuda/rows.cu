@@ -154,8 +154,8 @@ cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t colu
                     columns);
 }
 
-cudaError_t load_rows() {
+static const Loader loader([] {
   return load_kernels(look_up<lsk_bf16, 4>, look_up<lsk_bf16, 1>, look_up<float, 4>, look_up<float, 1>,
                       elementwise<Add<4>>, elementwise<Add<1>>, broadcast_row<float, 4>, broadcast_row<float, 1>,
                       broadcast_row<lsk_bf16, 8>, broadcast_row<lsk_bf16, 1>, argmax<4>, argmax<1>);
-}
+});

@@ -35,4 +35,4 @@ cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_
   return launch_elementwise(Swiglu<1>(gate, up), n, stream);
 }
 
-cudaError_t load_swiglu() { return load_kernels(elementwise<Swiglu<8>>, elementwise<Swiglu<1>>); }
+static const Loader loader([] { return load_kernels(elementwise<Swiglu<8>>, elementwise<Swiglu<1>>); });
