@@ -1,0 +1,70 @@
+//! Mutants of the kernels that compute the same, with the reason.
+
+use super::Mutant;
+
+/// File, code and change as the table names them, and why no test can notice.
+type Row = (&'static str, &'static str, &'static str, &'static str);
+
+const AGAIN: &str = "what it guards is checked again inside";
+const ALL: &str = "every token is some sequence's: q_offsets end where tokens do";
+
+#[rustfmt::skip]
+const EQUIVALENT: &[Row] = &[
+    ("cuda/attention.cuh", "for (int base = 0; base < call.sequences; base += 32) {",
+     "< call.sequences becomes <=", "a round without sequences finds nothing"),
+    ("cuda/attention.cuh", "even < least",
+     "always false", "only more parts than pay off"),
+    ("cuda/attention.cuh", "split < part.parts",
+     "always true", "a part beyond the last begins beyond the end"),
+    ("cuda/attention.cuh", "__ballot_sync(kWarp, next[0] > m[t][0] + kSlack || next[1] > m[t][1] + kSlack) != 0",
+     "always true", "sums are lowered more often than they must be"),
+    ("cuda/attention.cuh", "if (__ballot_sync(kWarp, next[0] > m[t][0] + kSlack || next[1] > m[t][1] + kSlack) != 0) {",
+     "> m[t][0] + kSlack becomes >=", "a slack of 7 for 8"),
+    ("cuda/attention.cuh", "if (__ballot_sync(kWarp, next[0] > m[t][0] + kSlack || next[1] > m[t][1] + kSlack) != 0) {",
+     "> m[t][1] + kSlack becomes >=", "a slack of 7 for 8"),
+    ("cuda/attention_decode.cu", "__syncwarp(); (2)",
+     "left out", "the last products need what every lane has read of the tiles; it is there for the model of memory"),
+    ("cuda/attention_decode.cu", "!find_tile(call, token, 1, &tile)",
+     "always false", ALL),
+    ("cuda/attention_decode.cu", "!find_tile(call, token, 1, &tile) (2)",
+     "always false", ALL),
+    ("cuda/attention_decode.cu", "key + kKeys > part.end",
+     "always true", AGAIN),
+    ("cuda/attention_decode.cu", "if (key + kKeys > part.end) {",
+     "> part.end becomes >=", AGAIN),
+    ("cuda/attention_prefill.cu", "key < part.end",
+     "always true", "zeros, for nobody"),
+    ("cuda/attention_prefill.cu", "if (key < part.end) {",
+     "< part.end becomes <=", "zeros, for nobody"),
+    ("cuda/attention_prefill.cu", "key + kKeys - 1 > first || key <= last - call.window",
+     "always true", AGAIN),
+    ("cuda/attention_prefill.cu", "if (key + kKeys - 1 > first || key <= last - call.window) {",
+     "> first becomes >=", AGAIN),
+    ("cuda/attention_prefill.cu", "key <= last && key + kKeys - 1 > first - call.window",
+     "always true", "all of the tile is masked, and adds nothing"),
+    ("cuda/attention_prefill.cu", "const bool seen = key <= last && key + kKeys - 1 > first - call.window;",
+     "> first - call.window becomes >=", "all of the tile is masked, and adds nothing"),
+    ("cuda/norm.cu", "if (row < rows && (i * lanes + lane) * 4 < size) {",
+     "< rows becomes <=", "the sum of a row that is not written"),
+    ("cuda/rope.cu", "for (int base = 0; base < items; base += kBlock * kUnroll) {",
+     "< items becomes <=", AGAIN),
+    ("cuda/rows.cu", "warp > 0",
+     "always false", "every warp computes and writes the same"),
+    ("cuda/rows.cu", "if (other > value || (other == value && at < index)) value = other, index = at;",
+     "< index becomes <=", "the element that it is already"),
+];
+
+/// Why this mutant computes the same, if it does.
+pub fn reason(mutant: &Mutant) -> Option<&'static str> {
+    let known =
+        |row: &&Row| (mutant.file.as_str(), mutant.code.as_str(), mutant.change.as_str()) == (row.0, row.1, row.2);
+    EQUIVALENT.iter().find(known).map(|row| row.3)
+}
+
+/// Rows for which there is no mutant (any more).
+pub fn stale(mutants: &[Mutant]) -> Vec<String> {
+    let is_known = |row: &&Row| {
+        mutants.iter().any(|mutant| mutant.file == row.0 && mutant.code == row.1 && mutant.change == row.2)
+    };
+    EQUIVALENT.iter().filter(|row| !is_known(row)).map(|row| format!("{}: {}: {}", row.0, row.1, row.2)).collect()
+}
