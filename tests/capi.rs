@@ -121,7 +121,7 @@ fn address_and_undefined_behaviour_sanitizers_find_nothing_in_the_hosts() {
 }
 
 #[test]
-#[ignore = "takes valgrind; ci/capi runs it"]
+#[ignore = "takes valgrind; cargo xtask capi runs it"]
 fn valgrind_finds_nothing_in_the_hosts() {
     let suppressions = format!("--suppressions={}/ci/valgrind-suppressions", env!("CARGO_MANIFEST_DIR"));
     // What is left is reachable: tables of handles, as large as at the first open.
@@ -168,7 +168,7 @@ fn mlp() -> Vec<f64> {
 }
 
 #[test]
-#[ignore = "takes Python with NumPy; ci/capi runs it"]
+#[ignore = "takes Python with NumPy; cargo xtask capi runs it"]
 fn a_host_in_python_computes_layers_in_numpy() {
     let script = source("python/mlp.py");
     assert!(fs::read_to_string(&script).unwrap().lines().count() < 80);

@@ -260,7 +260,7 @@ mod tests {
         assert!(flag.load(SeqCst));
     }
     #[test]
-    #[ignore = "a race on purpose, which ci/sanitize demands to see"]
+    #[ignore = "a race on purpose, which cargo xtask sanitize demands to see"]
     fn copies_on_streams_of_which_none_waits_for_the_other_race() {
         let device = AsyncCpu::new(1);
         let (a, b) = (device.stream().unwrap(), device.stream().unwrap());

@@ -1,5 +1,6 @@
 //! The pipeline on the asynchronous device: random units, settings, streams and interruptions, every byte compared by work
-//! that runs on a stream like a layer function's. That these tests notice where any one wait is missing: `ci/mutants pipeline`.
+//! that runs on a stream like a layer function's. `cargo xtask mutants pipeline` checks that these tests notice where any one wait
+//! is missing.
 
 use std::{
     path::PathBuf,

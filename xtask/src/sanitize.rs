@@ -114,6 +114,6 @@ fn c_api(kind: Kind, host: &str) -> Result<(), Failure> {
     }
     // Left out is what builds hosts without the sanitizer, which cannot be linked to this.
     tests("--test capi_misuse -- --skip null_for_every_pointer")?;
-    tests("--test capi_fuzz --")?;
+    tests("--test capi_fuzz --test capi_kernels --test capi_plan --")?;
     tests("--test capi -- find_nothing")
 }

@@ -199,9 +199,9 @@ pub(super) fn large(spans: usize) -> Recording {
     recording
 }
 
-/// For `ci/trace-page`, and for whoever works on the page: `TRACE_EXAMPLES=folder cargo test --lib timeline -- --ignored`.
+/// For `cargo xtask trace-page`, and for whoever works on the page: `TRACE_EXAMPLES=folder cargo test --lib timeline -- --ignored`.
 #[test]
-#[ignore = "writes files for people and for ci/trace-page"]
+#[ignore = "writes files for people and for cargo xtask trace-page"]
 fn write_the_examples() {
     let folder = PathBuf::from(env::var_os("TRACE_EXAMPLES").expect("TRACE_EXAMPLES names a folder"));
     for (name, recording) in

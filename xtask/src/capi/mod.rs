@@ -52,8 +52,8 @@ pub fn run(_: &Options) -> Result<(), Failure> {
 /// clippy, and the tests that take valgrind and NumPy.
 fn tests(work: &Path) -> Result<(), Failure> {
     run::cargo(
-        "clippy --locked --features capi --lib --example bench_ffi --test capi --test capi_fuzz --test capi_misuse --test \
-         capi_trace -- -D warnings",
+        "clippy --locked --features capi --lib --example bench_ffi --test capi --test capi_fuzz --test \
+         capi_kernels --test capi_misuse --test capi_plan --test capi_trace -- -D warnings",
     )
     .run()?;
     run::cargo("build -q --locked --bin layer-streamer").run()?;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What PyTorch's FLASH_ATTENTION backend takes for the attention that bench_kernels times: one JSON object on the last line.
 
-    ci/torch-attention [--quick]
+    ci/torch-attention.py [--quick]
 
 One sequence of T tokens, 28 query heads, 4 key and value heads of 128, BF16, causal. The backend knows no grouped heads
 in some versions: the keys' and values' heads are then repeated, outside what is timed, which costs it little at these

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What NVIDIA's tools see of a run on a GPU: ci/gpu-nvtx GENERATE FOLDER, where CUDA's headers and nsys are; `ci/gpu run` calls it.
+"""What NVIDIA's tools see of a run on a GPU: ci/gpu-nvtx.py PROGRAM FOLDER, where CUDA's headers and nsys are; `gpu run` calls it.
 
 Attaches the tool of tests/nvtx/injection.c, which keeps ranges and CUDA calls, and holds each range against the calls that its
 thread made within it. Then runs the same under `nsys profile -t cuda,nvtx` and looks for the names in what that wrote.

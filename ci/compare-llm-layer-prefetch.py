@@ -1,22 +1,12 @@
-#!/usr/bin/env bash
-# Warm passes of the Python package that this crate succeeds beside this crate's own, on the CPU, turn by turn:
-#   ci/compare-llm-layer-prefetch FOLDER [ROUNDS]
-# FOLDER holds a checkpoint; a virtual environment with PyTorch (3 GB) is made beside it and kept. The package's CUDA calls are
-# replaced by nothing, which flatters it: what is left is reading, copying and handing over. This crate streams with its layers
-# resident in pinned memory, from which it copies every one of them; and then with them on the device, which on the CPU is RAM
-# as well, so that nothing moves. That is what it does by itself where they fit.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-model=${1:?which folder? see the head of this file}; rounds=${2:-3}; venv=${model%/}-llm-layer-prefetch
-if ! [ -e "$venv/ready" ]; then
-  python3 -m venv "$venv"
-  "$venv/bin/pip" install -q torch numpy tqdm
-  "$venv/bin/pip" install -q --no-deps llm-layer-prefetch==1.0.0
-  touch "$venv/ready"
-fi
-cargo build -q --release --locked --example bench_stream
-layers=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1] + "/config.json"))["num_hidden_layers"])' "$model")
-"$venv/bin/python" - "$model" "$rounds" "$((layers - 1))" <<'PY'
+#!/usr/bin/env python3
+"""Warm passes of the Python package that this crate succeeds beside this crate's own, on the CPU, turn by turn:
+`cargo xtask compare-llm-layer-prefetch FOLDER` makes the environment with PyTorch and the package, and calls this with
+BENCH_STREAM FOLDER ROUNDS.
+
+The package's CUDA calls are replaced by nothing, which flatters it: what is left is reading, copying and handing over. This crate
+streams with its layers resident in pinned memory, from which it copies every one of them; and then with them on the device, which
+on the CPU is RAM as well, so that nothing moves. That is what it does by itself where they fit.
+"""
 import glob, importlib.util, json, math, os, statistics, struct, subprocess, sys, sysconfig, time
 import torch
 
@@ -33,7 +23,9 @@ torch.Tensor.pin_memory = lambda tensor: tensor
 empty = torch.empty
 torch.empty = lambda *shape, device=None, **options: empty(*shape, **options)
 
-model, rounds, last = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+program, model, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with open(f"{model}/config.json") as file:
+    layers = json.load(file)["num_hidden_layers"]
 path = sysconfig.get_paths()["purelib"] + "/layer_streamer/layer_streamer.py"
 spec = importlib.util.spec_from_file_location("llm_layer_prefetch", path)
 package = importlib.util.module_from_spec(spec)
@@ -50,7 +42,6 @@ for shard in sorted(glob.glob(model + "/*.safetensors")):
 prefix = "model.layers.0."
 keys = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
 sizes = {key: math.prod(tensors[prefix + key][2]) for key in keys}
-layers = int(last) + 1
 total = 2 * sum(sizes.values()) * layers
 settings = {"2/4/4, batches 1, 1, 2": (2, 4, 4, 1, 1, 2), "2/4/4": (2, 4, 4, None, None, None), "2/4/0": (2, 4, None, None, None, None),
             "2/0/4": (2, None, 4, None, None, None), "1/0/0": (1, None, None, None, None, None)}
@@ -64,10 +55,10 @@ for turn in range(rounds):
             if warm:
                 theirs[name].append(total / (time.perf_counter() - start) / 1e9)
         del streamer
-    bench = ["target/release/examples/bench_stream", "--device", "cpu", "--model", model, "--json"]
+    bench = [program, "--device", "cpu", "--model", model, "--json"]
     def run(*options):
         return json.loads(subprocess.run([*bench, *options], check=True, capture_output=True, text=True).stdout)
-    ours.append(run("--tier", f"0-{last}=pinned", "--passes", "12")["measured"]["median"])
+    ours.append(run("--tier", f"0-{layers - 1}=pinned", "--passes", "12")["measured"]["median"])
     still.append(run("--keep", "100")["pass_seconds"]["median"])
     print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
 print(f"{'warm passes, n_gpu/n_cpu_pinned/n_cpu':40} median GB/s")
@@ -76,4 +67,3 @@ for name, rates in theirs.items():
 best = max(statistics.median(rates) for rates in theirs.values())
 print(f"{'layer-streamer, resident in pinned RAM':40} {statistics.median(ours):.2f}  ({statistics.median(ours) / best:.1f} x the best above)")
 print(f"{'layer-streamer, on the device':40} nothing moves: {1e6 * statistics.median(still):.0f} µs a pass, theirs {total / best / 1e6:.0f} ms")
-PY

@@ -1,88 +1,18 @@
 #!/usr/bin/env python3
-"""One command on a GPU machine answers for the whole crate, without a Rust toolchain or a network there.
+"""One command on a GPU machine answers for the whole crate, without a Rust toolchain or a network there. `cargo xtask gpu-bundle DIR`
+puts this, test executables, examples, programs and data into DIR.
 
-    ci/gpu build DIR                    where the toolchain is: puts test executables, examples, the program and data into DIR, and all of it
-                                        into DIR.tar.gz
-    DIR/gpu run [OUT] [--steps A,B]     on the GPU machine: runs them, prints a table, writes OUT/results.json and logs
+    DIR/gpu run [OUT] [--steps A,B]     runs them, prints a table, writes OUT/results.json and logs
     DIR/gpu list                        the steps
 
 OUT is DIR/out unless given; it also takes the 15 GB checkpoint of the stream steps. `--steps` takes names or their beginnings.
 Exit status 1: a step failed. A step whose tool or file is not there is `absent`, which is no failure and no success.
 """
-import glob, json, os, re, shutil, subprocess, sys, tarfile, tempfile, time
+import glob, json, os, shutil, site, subprocess, sys, time
 from pathlib import Path
 
-MOST_BYTES = 40 << 20
-ARCHS = "80,90"
 # What a script of ours ends with where a tool that it needs is not there.
 ABSENT = 77
-EXAMPLES = ["bench_transfer", "bench_kernels", "bench_stream"]
-
-
-def build(root: Path, folder: Path) -> None:
-    # Tests that look at the GPU say so by one of these names, those that take no real one by the last.
-    texts = [(path.stem, path.read_text()) for path in sorted(root.glob("tests/*.rs"))]
-    tests = [name for name, text in texts if re.search(r"TEST_DEVICE|\bCuda\b", text) and "cfg(cuda_emulated)" not in text]
-    examples = [name for name in EXAMPLES if (root / f"examples/{name}.rs").exists()]
-    env = os.environ | {"LAYER_STREAMER_CUDA_ARCHS": os.environ.get("LAYER_STREAMER_CUDA_ARCHS", ARCHS)}
-    messages = ""
-    for what in (["test", "-p", "layer-streamer", "--no-run", "--lib"] + [f"--test={name}" for name in tests],
-                 ["build", "--bin=layer-streamer"] + [f"--example={name}" for name in examples]):
-        command = ["cargo"] + what + ["--locked", "--release", "--features", "cuda,nvtx", "--message-format=json"]
-        messages += subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for part in ("bin", "deps", "examples", "tests"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-        (folder / part).mkdir(parents=True)
-    kernels = None
-    for line in messages.splitlines():
-        message = json.loads(line)
-        if message["reason"] == "build-script-executed" and "layer-streamer" in message["package_id"]:
-            kernels = f"{message['out_dir']}/liblayer_streamer_kernels.a"
-        if not message.get("executable"):
-            continue
-        target = message["target"]
-        kind = target["kind"][0]
-        name = "lib" if kind in ("lib", "rlib") else target["name"]
-        to = folder / {"bin": "bin", "example": "examples"}.get(kind, "deps") / name
-        shutil.copy(message["executable"], to)
-        subprocess.run(["strip", "--strip-all", to], check=True)
-    # Checks that are CUDA programs themselves.
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in env["LAYER_STREAMER_CUDA_ARCHS"].split(",")]
-    for check in sorted(root.glob("tests/cuda/*_check.cu")):
-        compiler, to = nvcc(), folder / "deps" / check.stem
-        subprocess.run([compiler, "-O3", "-std=c++17", *targets, check, kernels, f"-L{Path(compiler).parent.parent}/lib", "-o", to], check=True)
-        subprocess.run(["strip", "--strip-all", to], check=True)
-    # Hosts of the C API: the one with its own kernel and stream, and its twin on the CPU.
-    with tempfile.TemporaryDirectory() as prefix:
-        subprocess.run([root / "ci/capi-install", prefix, "cuda"], env=env, check=True)
-        libraries = re.search(r"^Libs.private: (.*)$", Path(f"{prefix}/lib/pkgconfig/layer_streamer.pc").read_text(), re.M)[1].split()
-        for host in ("embed.c", "embed_cuda.cu"):
-            to = folder / "examples" / Path(host).stem
-            subprocess.run([nvcc(), "-O3", *targets, f"-I{prefix}/include", root / "examples/c" / host, f"{prefix}/lib/liblayer_streamer.a",
-                            f"-L{Path(nvcc()).parent.parent}/lib", *libraries, "-Xlinker", "--gc-sections", "-o", to], check=True)
-            subprocess.run(["strip", "--strip-all", to], check=True)
-    shutil.copytree(root / "examples/speller", folder / "examples/speller")
-    shutil.copytree(root / "tests/data", folder / "tests/data")
-    shutil.copy(Path(__file__), folder / "gpu")
-    # The script takes the folder that its own is in for the project's.
-    (folder / "ci").mkdir(exist_ok=True)
-    for script in ("torch-attention", "first-token", "gpu-nvtx"):
-        shutil.copy(root / "ci" / script, folder / "ci")
-    shutil.copytree(root / "tests/nvtx", folder / "tests/nvtx")
-    archive = Path(f"{folder}.tar.gz")
-    inside = lambda member: None if member.name.split("/")[1:2] == ["out"] else member
-    with tarfile.open(archive, "w:gz", compresslevel=6) as packed:
-        packed.add(folder, folder.name, filter=inside)
-    total = archive.stat().st_size
-    print(f"{archive}: {total / 2**20:.1f} MiB, {len(tests) + 1} test executables, {len(examples)} examples")
-    if total > MOST_BYTES:
-        sys.exit(f"{archive} is {total} bytes, more than the {MOST_BYTES} that it may be")
-
-
-def nvcc() -> str:
-    """The compiler that cuda-sys/build.rs takes."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
 
 
 def steps(here: Path, out: Path):
@@ -94,12 +24,11 @@ def steps(here: Path, out: Path):
     for test in sorted((here / "deps").glob("*"), key=lambda path: (not path.name.startswith("cuda"), path.name)):
         yield f"test-{test.name}", 300, [test] if test.name.endswith("_check") else [test, "--test-threads=1", "--nocapture"]
     yield "generate", 60, [program, "generate", "--device", "cuda", "--model", speller, "4096="]
-    yield "nvtx", 120, [sys.executable, here / "ci/gpu-nvtx", program, out / "nvtx"]
+    yield "nvtx", 120, [sys.executable, here / "ci/gpu-nvtx.py", program, out / "nvtx"]
     yield "kernels", 300, [examples / "bench_kernels", "--device", "cuda", "--json"]
-    yield "torch-attention", 120, [sys.executable, here / "ci/torch-attention"]
+    yield "torch-attention", 120, [sys.executable, here / "ci/torch-attention.py"]
     # The same bytes on either device; twenty passes, so that a slot that is filled too early shows.
-    host = f'diff <("{examples}/embed" "$0" 20) <("{examples}/embed_cuda" "$0" 20) && echo "20 passes, the same sums"'
-    yield "c-host", 120, ["bash", "-c", host, speller]
+    yield "c-host", 120, [here / "ci/same-sums", examples / "embed", examples / "embed_cuda", speller]
     for tool in ("memcheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         for check in sorted((here / "deps").glob("*_check")):
@@ -120,7 +49,7 @@ def steps(here: Path, out: Path):
     yield "stream-trace", 200, stream + ["--rounds", "12", "--tier", "0-27=pinned", "--sweep", "trace=0,1"]
     yield "trace", 100, [program, "generate", "--device", "cuda", "--model", model, "--prompt-ids", "1,2,3", "--print-ids",
                          "--max-new-tokens", "6", "--n-gpu", "2", "--n-cpu-pinned", "4", "--tier", "0-13=pinned", "--trace", out / "7b.html"]
-    yield "first-token", 300, ["env", f"LAYER_STREAMER={program}", here / "ci/first-token", model, "3", "cuda"]
+    yield "first-token", 300, [here / "bin/xtask", "first-token", model, "--rounds", "3", "--device", "cuda", "--program", program]
     ids = ",".join(str(id) for id in range(1, 65))
     yield "generate-7b", 200, [program, "generate", "--device", "cuda", "--model", model, "--prompt-ids", ids, "--print-ids",
                                "--max-new-tokens", "8", "--n-gpu", "1"]
@@ -128,7 +57,6 @@ def steps(here: Path, out: Path):
 
 def libraries() -> str:
     """Where Python's packages keep cuBLAS, newest first, and what the loader was told already."""
-    import site
     places = site.getsitepackages() + [site.getusersitepackages()] + [path for path in sys.path if path.endswith("-packages")]
     found = [os.path.dirname(path) for place in dict.fromkeys(places) for path in glob.glob(f"{place}/nvidia/**/libcublas.so.*", recursive=True)]
     found += [os.environ["LD_LIBRARY_PATH"]] if os.environ.get("LD_LIBRARY_PATH") else []
@@ -149,7 +77,7 @@ def run(here: Path, out: Path, chosen: list) -> int:
         if chosen and not any(name.startswith(part) for part in chosen):
             continue
         command, log, start = [str(part) for part in command], out / f"{name}.log", time.monotonic()
-        if not shutil.which(command[0], path=env["PATH"]) or any(part.startswith((f"{here}/bin/", f"{here}/deps/", f"{here}/examples/")) and not os.path.exists(part) for part in command):
+        if not shutil.which(command[0], path=env["PATH"]) or any(part.startswith((f"{here}/bin/", f"{here}/ci/", f"{here}/deps/", f"{here}/examples/")) and not os.path.exists(part) for part in command):
             result = "absent"
             log.write_text("not there: " + next(part for part in command if not shutil.which(part, path=env["PATH"])))
         else:
@@ -199,8 +127,6 @@ def main() -> int:
         chosen = [part for part in "".join(arguments[at + 1:at + 2]).split(",") if part]
         del arguments[at:at + 2]
     match arguments:
-        case ["build", folder]:
-            build(here.parent, Path(folder).resolve())
         case ["run", *rest] if len(rest) <= 1:
             return run(here, Path(rest[0]).resolve() if rest else here / "out", chosen)
         case ["list"]:
