@@ -48,7 +48,7 @@ fn works(fixture: &Fixture, settings: &Settings) -> Stats {
 /// The one error, told at once.
 fn refused(start: impl FnOnce() -> Result<LayerStreamer<Cpu>, Error>) -> Error {
     let begin = Instant::now();
-    let error = start().err().expect("it cannot start");
+    let error = start().expect_err("it cannot start");
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}: {error}", begin.elapsed());
     error
 }

@@ -57,7 +57,7 @@ fn layers_may_be_held_up_to_n_gpu_and_released_in_any_order() {
     let streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
     for _ in 0..4 {
         let mut held: Vec<_> = (0..3).map(|_| streamer.next(&stream).unwrap()).collect();
-        let refused = streamer.next(&stream).err().expect("three are held").to_string();
+        let refused = streamer.next(&stream).expect_err("three are held").to_string();
         assert!(refused.contains("3 are held") && refused.contains(held[0].name()), "{refused}");
         held.swap(0, 1);
         for layer in held.drain(..) {
@@ -85,7 +85,7 @@ fn layers_are_kept_as_tokens_in_memory_that_is_lent() {
         unsafe { LayerStreamer::with_lent_memory(&Cpu, &fixture.checkpoint, &fixture.units, &settings, &[], &lent) }
     };
     let short = LentMemory { ram: ram.map(|(start, bytes)| (start, bytes - 1)), pinned, gpu };
-    let refused = open(short).err().expect("a byte is missing").to_string();
+    let refused = open(short).expect_err("a byte is missing").to_string();
     assert!(refused.starts_with("ram_memory: is ") && refused.contains("these settings need"), "{refused}");
     let streamer = open(LentMemory { ram, pinned, gpu }).unwrap();
     let (stream, mut numbers) = (Cpu.stream().unwrap(), HashSet::new());
@@ -238,7 +238,7 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
         for part in [path.to_str().unwrap(), tensor, "unit ", &format!("at byte {cut}:"), "became shorter"] {
             assert!(message.contains(part), "{message} lacks {part}");
         }
-        let still = streamer.next(&stream).err().expect("the error stays until a rewind").to_string();
+        let still = streamer.next(&stream).expect_err("the error stays until a rewind").to_string();
         assert_eq!(still, message);
         healed(&path, &before);
         checked_pass(&fixture, &mut streamer);
@@ -308,7 +308,7 @@ fn a_shard_that_is_replaced_is_read_as_it_was_by_who_has_it_open_and_refused_to_
         });
         pass.unwrap();
     }
-    let refused = start(&fixture.checkpoint).err().expect("it is another file").to_string();
+    let refused = start(&fixture.checkpoint).expect_err("it is another file").to_string();
     assert!(refused.contains("a.bin") && refused.contains("open it again"), "{refused}");
 
     checked_pass(&fixture, &mut start(&fixture.opened_again()).unwrap());
