@@ -16,12 +16,10 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::{
     error::{Error, Result},
+    layout::{PAGE, slot_bytes},
     memory::{self, PROMISED},
     sync,
 };
-
-/// What O_DIRECT asks of memory addresses, file offsets and lengths; also the page size.
-pub(crate) const PAGE: usize = 4096;
 
 /// `slots` buffers of `slot_bytes` each, one after the other.
 ///
@@ -109,8 +107,8 @@ unsafe fn fault_in_page(at: *mut u8) {
 impl Arena {
     /// Reserves the arena, in huge pages where the system grants them, and makes it present: first touch is slower than a
     /// disk and must not happen while streaming. A child process does not inherit it, a core dump leaves it out.
-    pub(crate) fn new(what: &'static str, slots: usize, slot_bytes: usize) -> Result<Self> {
-        let arena = Self::reserve(what, slots, slot_bytes)?;
+    pub(crate) fn new(what: &'static str, slots: usize, largest: usize) -> Result<Self> {
+        let arena = Self::reserve(what, slots, largest)?;
         match arena.populate() {
             // Linux before 5.14 does not know the advice.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -167,8 +165,8 @@ impl Arena {
         Ok(arena)
     }
 
-    fn reserve(what: &'static str, slots: usize, slot_bytes: usize) -> Result<Self> {
-        let slot_bytes = slot_bytes.next_multiple_of(PAGE).max(PAGE);
+    fn reserve(what: &'static str, slots: usize, largest: usize) -> Result<Self> {
+        let slot_bytes = slot_bytes(largest);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
         let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
         // The system may promise more than it has, and then kill whoever uses it.

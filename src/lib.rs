@@ -71,9 +71,12 @@ mod checkpoint;
 mod dtype;
 mod error;
 mod io;
+mod layout;
 mod memory;
 mod ring;
+mod shape;
 mod sync;
+mod unit;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use dtype::{DType, Element};

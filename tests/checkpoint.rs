@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use layer_streamer::{
     Checkpoint, DType, Error, Plan, Result, Settings, StoredTensor, Unit, device,
     pipeline::StaticTensors,
-    plan::{Arrival, ArrivalOp, Tier},
+    plan::{Arrival, ArrivalOp, Presence, Tier},
 };
 use proptest::{collection, prelude::*, sample};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -67,7 +67,7 @@ fn assert_refused<T>(result: Result<T>, parts: &[&str]) {
 fn plan_of_all(checkpoint: &Checkpoint) -> Plan {
     let mut unit = Unit::new("all");
     checkpoint.names().for_each(|name| _ = unit.keep(name, name));
-    Plan::new(checkpoint, &[unit], &Settings::default()).unwrap()
+    Plan::new(checkpoint, &[unit], &Settings::default(), Presence::AtOnce).unwrap()
 }
 
 fn dtype() -> impl Strategy<Value = Dtype> {
@@ -380,7 +380,7 @@ fn settings_out_of_range_are_refused_by_name_and_limit() {
     let plan = |[n_gpu, n_cpu_pinned, n_cpu]: [usize; 3], [batch_gpu, batch_cpu_pinned, batch_cpu]: [usize; 3]| {
         let settings =
             Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, ..Settings::default() };
-        Plan::new(&checkpoint, &checkpoint.layers().unwrap(), &settings)
+        Plan::new(&checkpoint, &checkpoint.layers().unwrap(), &settings, Presence::AtOnce)
     };
     for (n, batch) in [([1, 0, 0], [0; 3]), ([2, 3, 4], [2, 3, 4]), ([1 << 16; 3], [1 << 16; 3])] {
         assert_eq!(plan(n, batch).unwrap().units(), 1);
@@ -408,7 +408,7 @@ fn units_that_cannot_be_made_are_refused_with_unit_or_tensor_and_cause() {
             let inputs = inputs.iter().map(|&input| input.to_owned()).collect();
             unit.add(Arrival { output: output.into(), inputs, op });
         }
-        Plan::new(&checkpoint, &[unit], &Settings::default())
+        Plan::new(&checkpoint, &[unit], &Settings::default(), Presence::AtOnce)
     };
     use ArrivalOp::{Keep, To};
     let good = [("a", &["f"][..], Keep), ("z", &["z"], To(DType::BF16)), ("b", &["f"], To(DType::BF16))];
@@ -425,7 +425,10 @@ fn units_that_cannot_be_made_are_refused_with_unit_or_tensor_and_cause() {
     ] {
         assert_refused(plan(arrivals), parts);
     }
-    assert_refused(Plan::new(&checkpoint, &[], &Settings::default()), &["units: there must be at least one"]);
+    assert_refused(
+        Plan::new(&checkpoint, &[], &Settings::default(), Presence::AtOnce),
+        &["units: there must be at least one"],
+    );
 }
 
 #[test]
@@ -444,7 +447,7 @@ fn units_larger_than_can_be_addressed_are_refused() {
         names.iter().for_each(|name| _ = unit.keep(*name, *name));
         unit
     };
-    let plan = |units: &[Unit]| Plan::new(&checkpoint, units, &Settings::default());
+    let plan = |units: &[Unit]| Plan::new(&checkpoint, units, &Settings::default(), Presence::AtOnce);
     assert!(plan(&[unit(&["c"])]).is_ok());
     for names in [&["a", "b"][..], &["c", "d"], &["a"], &["a", "b", "c", "d"]] {
         let too_large = "unit: layer is larger than can be addressed";

@@ -19,7 +19,7 @@ use common::{SIZES, bytes_of, check, checked_pass, fixture, healed, settings, wh
 use layer_streamer::{
     DType, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp, Tier},
+    plan::{Arrival, ArrivalOp, Presence, Tier},
     trace::Stage,
 };
 
@@ -71,7 +71,8 @@ fn layers_may_be_held_up_to_n_gpu_and_released_in_any_order() {
 fn layers_are_kept_as_tokens_in_memory_that_is_lent() {
     let fixture = fixture(6, &SIZES, 13);
     let settings = settings(3, 2, 1);
-    let needed = Plan::new(&fixture.checkpoint, &fixture.units, &settings).unwrap().slot_memory();
+    let plan = Plan::new(&fixture.checkpoint, &fixture.units, &settings, Presence::AtOnce).unwrap();
+    let needed = plan.slot_memory();
     // Pages of its own for each; one more page, of which nothing may be written.
     let mut memory = needed.map(|bytes| vec![[0u8; 4096]; bytes.div_ceil(4096) + 2]);
     let [ram, pinned, gpu] = [0, 1, 2].map(|at| {

@@ -16,8 +16,9 @@ use super::{
 };
 use crate::{
     checkpoint::Checkpoint,
+    layout::Space,
     pipeline::LentMemory,
-    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Reader, Settings, Tier, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Presence, Reader, Settings, Tier, Unit},
     trace::{Observer, Stats},
 };
 
@@ -199,9 +200,11 @@ pub unsafe extern "C" fn ls_streamer_memory(
             return Err(Failure::invalid("host_budget", "is for memory of the library's own: leave it 0"));
         }
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
-        let plan = Plan::new(&checkpoint, &chosen.units(&checkpoint)?, &chosen.settings)?;
-        let [ram, pinned, gpu] = plan.slot_memory();
-        let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging: 2 * plan.staging_bytes };
+        let units = chosen.units(&checkpoint)?;
+        let layout = Plan::new(&checkpoint, &units, &chosen.settings, Presence::AtOnce)?.layout;
+        let [ram, pinned, gpu] = layout.spaces().map(Space::bytes);
+        let staging = layout.staging.bytes();
+        let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging };
         // SAFETY: as above.
         unsafe { write_sized(to, "memory", memory) }
     })

@@ -17,7 +17,7 @@ use std::{
 use crate::{
     dtype::DType,
     error::{Error, Result},
-    plan::Unit,
+    unit::Unit,
 };
 
 /// Where one tensor lies, what it holds, and how it is shaped (row-major).

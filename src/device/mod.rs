@@ -23,8 +23,9 @@ pub use cpu::{Cpu, CpuEvent, CpuMemory, CpuStream};
 pub use cuda::Cuda;
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
-pub use tensor::{DevicePtr, Shape, StreamId, TensorMut, TensorRef, download, upload};
+pub use tensor::{DevicePtr, StreamId, TensorMut, TensorRef, download, upload};
 
+pub use crate::shape::Shape;
 use crate::{dtype::DType, error::Result};
 
 /// What the pipeline needs of a device, and no more. Cloning gives another handle of the same device.

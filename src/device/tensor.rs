@@ -6,6 +6,7 @@ use crate::{
     device::{Cpu, Device},
     dtype::{DType, Element},
     error::{Error, Result},
+    shape::Shape,
 };
 
 /// An address in a device's memory. Only the device may follow it.
@@ -32,39 +33,6 @@ impl DevicePtr {
     #[must_use]
     pub fn offset(self, bytes: usize) -> Self {
         Self(self.0.wrapping_add(bytes))
-    }
-}
-
-/// Dimensions of a tensor in device memory: up to eight, slowest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
-    dims: [usize; 8],
-    rank: usize,
-}
-
-impl Shape {
-    /// At most eight dimensions.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for more.
-    pub fn new(shape: &[usize]) -> Result<Self> {
-        let mut dims = [1; 8];
-        let Some(used) = dims.get_mut(..shape.len()) else {
-            let what = format!("a tensor of {} dimensions", shape.len());
-            return Err(Error::Unsupported { what, remedy: "eight is the most".into() });
-        };
-        used.copy_from_slice(shape);
-        Ok(Self { dims, rank: shape.len() })
-    }
-
-    /// The dimensions.
-    pub fn dims(&self) -> &[usize] {
-        &self.dims[..self.rank]
-    }
-
-    /// The product of the dimensions.
-    pub fn elements(&self) -> usize {
-        self.dims().iter().product()
     }
 }
 

@@ -28,10 +28,11 @@ use std::{
 pub(crate) use engine::Engine;
 
 use crate::{
-    arena::{Arena, PAGE},
+    arena::Arena,
     checkpoint::{Checkpoint, FileState},
     error::{Error, Result},
-    plan::{CachePolicy, Extent},
+    layout::{Extent, PAGE},
+    plan::CachePolicy,
     sync::STILL,
 };
 
@@ -305,10 +306,10 @@ fn patience(slowest: Duration) -> Duration {
 /// # Safety
 /// `slot` points to a slot that is large enough for the extent, and `position` is inside the extent.
 pub(crate) unsafe fn chunk_at(source: &Source, extent: &Extent, position: usize, slot: *mut u8, tag: usize) -> Chunk {
-    let offset = extent.offset + position as u64;
-    let len = CHUNK.min(extent.len - position);
-    let need = (extent.end - offset).min(len as u64) as usize;
-    // SAFETY: the caller's, and the slot holds the extent from `at` on.
-    let to = HostPtr(unsafe { slot.add(extent.at + position) });
-    Chunk { file: extent.file, offset, len, need, to, direct: source.prefers_direct(offset, need), tag }
+    let part = extent.part(position, CHUNK);
+    let Extent { file, offset, len, at, .. } = part;
+    let need = part.needed();
+    // SAFETY: the caller's, and the slot holds the extent from its `at` on.
+    let to = HostPtr(unsafe { slot.add(at) });
+    Chunk { file, offset, len, need, to, direct: source.prefers_direct(offset, need), tag }
 }

@@ -14,7 +14,8 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     kernels::{Kernels, Precision},
-    plan::{Part, UnitPlan},
+    layout::UnitLayout,
+    plan::Part,
 };
 
 /// Tokens that go through the output head at once.
@@ -167,7 +168,7 @@ fn work_layout(model: &Model, precision: Precision, capacity: Capacity) -> (Layo
 /// What a decoder reserves besides its streamer's part.
 pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> Result<Vec<Part>> {
     let precision = device.precision();
-    let statics = UnitPlan::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
+    let statics = UnitLayout::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
     let Capacity { batch, context, pass_tokens } = capacity;
     let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
     let (cache, _) = cache_layout(&model.config, precision, capacity);

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result},
     kernels::Kernels,
     pipeline::{LayerStreamer, StaticTensors},
-    plan::{Part, Placement, Plan, Settings},
+    plan::{Part, Placement, Plan, Presence, Settings},
     trace::Observer,
 };
 
@@ -156,9 +156,9 @@ impl<D: Kernels> Decoder<D> {
     /// What the streamer of [`Decoder::new`] will do with the same arguments.
     ///
     /// # Errors
-    /// As [`Plan::on`].
+    /// As [`Plan::new`].
     pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
-        Plan::on(device, model.source(), &model.units_for(device.precision()), settings)
+        Plan::new(model.source(), &model.units_for(device.precision()), settings, Presence::of(device))
     }
 
     /// How many tokens of sequence `row` the KV cache holds.

@@ -33,7 +33,11 @@ pub(super) struct EmbeddingRows<D: Device> {
 impl<D: Device> EmbeddingRows<D> {
     /// What it takes in RAM, for passes of up to so many tokens of so many elements.
     pub(super) fn bytes(tokens: usize, width: usize) -> usize {
-        Exchange::<D>::bytes(tokens.min(BLOCK).saturating_mul(width))
+        Exchange::<D>::bytes(Self::words(tokens, width))
+    }
+
+    fn words(tokens: usize, width: usize) -> usize {
+        tokens.min(BLOCK).saturating_mul(width)
     }
 
     /// For passes of up to so many tokens, from a table whose type on the device would be `weight`, or that of the file.
@@ -57,7 +61,7 @@ impl<D: Device> EmbeddingRows<D> {
             dtype: entry.dtype,
             row: vec![0; width * entry.dtype.size()],
             rounded: (weight, vec![0; width * weight.size()]),
-            exchange: Exchange::new(device, "embedding rows on their way", tokens.min(BLOCK) * width)?,
+            exchange: Exchange::new(device, "embedding rows on their way", Self::words(tokens, width))?,
         };
         reader.state.check(&reader.file, &reader.path)?;
         Ok(reader)

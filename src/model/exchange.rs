@@ -9,6 +9,7 @@ use crate::{
     device::{Device, TensorMut, TensorRef},
     dtype::DType,
     error::Result,
+    layout::slot_bytes,
 };
 
 /// **Invariant**: the device uses the memory only until `done`, for which every access by the host waits first.
@@ -22,9 +23,9 @@ pub(super) struct Exchange<D: Device> {
 }
 
 impl<D: Device> Exchange<D> {
-    /// Bytes of an exchange of up to so many words of 32 bits.
+    /// What an exchange of up to so many words of 32 bits takes.
     pub(super) fn bytes(words: usize) -> usize {
-        words.saturating_mul(size_of::<u32>())
+        slot_bytes(words.saturating_mul(size_of::<u32>()))
     }
 
     pub(super) fn new(device: &D, what: &'static str, words: usize) -> Result<Self> {

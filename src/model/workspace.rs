@@ -6,7 +6,7 @@ use crate::{
     device::{Device, Shape, TensorMut, TensorRef},
     dtype::DType,
     error::{Error, Result},
-    plan::DEVICE_ALIGN,
+    layout::{DEVICE_ALIGN, Stack},
 };
 
 /// A part of a [`Workspace`], of one type, used with any shape that fits.
@@ -18,20 +18,25 @@ pub(super) struct Region {
 }
 
 /// Adds up regions before anything is reserved.
-#[derive(Default)]
 pub(super) struct Layout {
-    bytes: Cell<usize>,
+    regions: Cell<Stack>,
     overflow: Cell<bool>,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { regions: Cell::new(Stack::aligned_to(DEVICE_ALIGN)), overflow: Cell::default() }
+    }
 }
 
 impl Layout {
     /// A region for a tensor of at most these dimensions.
     pub(super) fn region(&self, dtype: DType, shape: &[usize]) -> Region {
-        let at = self.bytes.get();
-        let end = dtype.bytes_of(shape).and_then(|bytes| at.checked_add(bytes)?.checked_next_multiple_of(DEVICE_ALIGN));
-        self.overflow.set(self.overflow.get() || end.is_none());
-        self.bytes.set(end.unwrap_or(at));
-        Region { at, elements: shape.iter().fold(1, |n, &dim| n.saturating_mul(dim)), dtype }
+        let mut regions = self.regions.get();
+        let at = dtype.bytes_of(shape).and_then(|bytes| regions.push(bytes));
+        self.regions.set(regions);
+        self.overflow.set(self.overflow.get() || at.is_none());
+        Region { at: at.unwrap_or(0), elements: shape.iter().fold(1, |n, &dim| n.saturating_mul(dim)), dtype }
     }
 
     /// Bytes of all regions.
@@ -39,7 +44,7 @@ impl Layout {
         if self.overflow.get() {
             return Err(Error::setting("context", "needs more memory than can be addressed"));
         }
-        Ok(self.bytes.get())
+        Ok(self.regions.get().bytes())
     }
 }
 

@@ -14,21 +14,21 @@ use std::{ffi::CStr, ops::Range};
 use crate::{
     device::{Device, DevicePtr},
     error::Result,
-    plan::UnitPlan,
+    layout::{Staging, UnitLayout},
 };
 
 /// The streams that tensors arrive by, and what they pass through on their way.
 pub(super) struct Arrival<D: Device> {
     device: D,
     stream: D::Stream,
-    staging: Option<Staging<D>>,
+    staging: Option<StagingBlocks<D>>,
 }
 
 /// Two blocks through which stored bytes pass on their way to a cast, on a stream of their own, so that the copies of the next
 /// piece need not wait for it.
-struct Staging<D: Device> {
+struct StagingBlocks<D: Device> {
     memory: D::Memory,
-    block_bytes: usize,
+    sizes: Staging,
     stream: D::Stream,
     staged: [D::Event; 2],
     consumed: [D::Event; 2],
@@ -36,12 +36,12 @@ struct Staging<D: Device> {
 }
 
 impl<D: Device> Arrival<D> {
-    /// With two staging blocks of so many bytes, if any; tools show the stream of copies as `name`.
-    pub(super) fn new(device: &D, staging_bytes: usize, name: &CStr) -> Result<Self> {
+    /// With these staging blocks, if any; tools show the stream of copies as `name`.
+    pub(super) fn new(device: &D, sizes: Staging, name: &CStr) -> Result<Self> {
         let staging = || {
-            Ok(Staging {
-                memory: device.allocate("staging blocks", 2 * staging_bytes)?,
-                block_bytes: staging_bytes,
+            Ok(StagingBlocks {
+                memory: device.allocate("staging blocks", sizes.bytes())?,
+                sizes,
                 stream: device.named_stream(c"layer-streamer convert")?,
                 staged: [device.event()?, device.event()?],
                 consumed: [device.event()?, device.event()?],
@@ -50,7 +50,7 @@ impl<D: Device> Arrival<D> {
         };
         Ok(Self {
             stream: device.named_stream(name)?,
-            staging: (staging_bytes > 0).then(staging).transpose()?,
+            staging: (sizes.bytes() > 0).then(staging).transpose()?,
             device: device.clone(),
         })
     }
@@ -69,52 +69,41 @@ impl<D: Device> Arrival<D> {
     /// [`record`](Self::record) marks is reached, the tensors are used by nobody.
     pub(super) unsafe fn enqueue(
         &mut self,
-        unit: &UnitPlan,
+        unit: &UnitLayout,
         window: Range<usize>,
         source: *const u8,
         target: DevicePtr,
     ) -> Result<()> {
-        for copy in &unit.copies {
-            let (start, end) = (copy.from.max(window.start), (copy.from + copy.bytes).min(window.end));
-            if start < end {
-                let to = target.offset(copy.to + start - copy.from);
-                // SAFETY: the bytes lie in the window, and where they go in the unit; the rest is the caller's.
-                unsafe {
-                    let from = source.add(start - window.start);
-                    self.device.copy_to_device(to, from, end - start, &self.stream)?;
-                }
+        for copy in unit.copies.iter().filter_map(|copy| copy.within(&window)) {
+            // SAFETY: the bytes lie in the window, and where they go in the unit; the rest is the caller's.
+            unsafe {
+                let from = source.add(copy.from - window.start);
+                self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
             }
         }
         let Some(staging) = &mut self.staging else { return Ok(()) };
-        for cast in &unit.casts {
-            let (from_size, to_size) = (cast.from_type.size(), cast.to_type.size());
-            let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(from_size).min(cast.elements);
-            let (first, end) = (begin_before(window.start), begin_before(window.end));
-            let piece = staging.block_bytes / from_size;
-            for start in (first..end).step_by(piece) {
-                let elements = piece.min(end - start);
-                let turn = staging.turn;
-                staging.turn = 1 - turn;
-                let block = self.device.address(&staging.memory).offset(turn * staging.block_bytes);
-                let (to, from) = ((target.offset(cast.to + start * to_size), cast.to_type), (block, cast.from_type));
-                self.device.wait(&self.stream, &staging.consumed[turn])?;
-                // SAFETY: the elements lie at `source`, a piece is no longer than a block, and the result lies in the unit; the
-                // waits on `consumed` and `staged` order the two uses of the block; the rest is the caller's.
-                unsafe {
-                    let stored = source.add(cast.from + start * from_size - window.start);
-                    self.device.copy_to_device(block, stored, elements * from_size, &self.stream)?;
-                    self.device.record(&staging.staged[turn], &self.stream)?;
-                    self.device.wait(&staging.stream, &staging.staged[turn])?;
-                    self.device.cast_raw(to, from, elements, &staging.stream)?;
-                }
-                self.device.record(&staging.consumed[turn], &staging.stream)?;
+        for piece in unit.casts.iter().flat_map(|cast| cast.pieces(&window, staging.sizes.block_bytes)) {
+            let turn = staging.turn;
+            staging.turn = 1 - turn;
+            let block = self.device.address(&staging.memory).offset(staging.sizes.block_at(turn));
+            let (to, from) = ((target.offset(piece.to), piece.to_type), (block, piece.from_type));
+            self.device.wait(&self.stream, &staging.consumed[turn])?;
+            // SAFETY: the elements lie at `source`, a piece is no longer than a block, and the result lies in the unit; the
+            // waits on `consumed` and `staged` order the two uses of the block; the rest is the caller's.
+            unsafe {
+                let stored = source.add(piece.from - window.start);
+                self.device.copy_to_device(block, stored, piece.bytes(), &self.stream)?;
+                self.device.record(&staging.staged[turn], &self.stream)?;
+                self.device.wait(&staging.stream, &staging.staged[turn])?;
+                self.device.cast_raw(to, from, piece.elements, &staging.stream)?;
             }
+            self.device.record(&staging.consumed[turn], &staging.stream)?;
         }
         Ok(())
     }
 
     /// Marks where all of `unit`, enqueued last, has arrived.
-    pub(super) fn record(&self, unit: &UnitPlan, arrived: &D::Event) -> Result<()> {
+    pub(super) fn record(&self, unit: &UnitLayout, arrived: &D::Event) -> Result<()> {
         match &self.staging {
             // No tensor that is cast is empty: the last cast waits for its own copy, which comes after all others.
             Some(staging) if !unit.casts.is_empty() => self.device.record(arrived, &staging.stream),

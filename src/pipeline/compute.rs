@@ -12,6 +12,7 @@ use std::{
 use crate::{
     device::{Device, Shape, TensorRef},
     error::{Error, Result},
+    layout::Placed,
     pipeline::{
         LayerStreamer,
         device_time::{DeviceTimer, Timing},
@@ -19,7 +20,7 @@ use crate::{
         on_device::DeviceMemory,
         stage::Control,
     },
-    plan::{Placed, Plan},
+    plan::Plan,
     sync::Signal,
     trace::{Activity, Carried, Mark, Open, Stage},
 };
@@ -113,7 +114,7 @@ impl<D: Device> ComputeSide<D> {
         memory: &Arc<DeviceMemory<D>>,
         inlet: Inlet,
     ) -> Result<Self> {
-        let most = plan.gpu.slots + plan.units();
+        let most = plan.layout.gpu.slots + plan.units();
         let timed = control.trace.times_device();
         Ok(Self {
             device: device.clone(),
@@ -126,7 +127,7 @@ impl<D: Device> ComputeSide<D> {
             position: 0,
             passes: 0,
             number: NUMBERS_AT_ONCE - 1,
-            held: Vec::with_capacity(plan.gpu.slots),
+            held: Vec::with_capacity(plan.layout.gpu.slots),
             failed: None,
             timer: if timed { DeviceTimer::new(device, Stage::Compute, most)? } else { None },
         })
@@ -138,7 +139,7 @@ impl<D: Device> ComputeSide<D> {
             // A pass that was cancelled, say, cannot be followed by another once the streamer is beyond use.
             return Err(self.control.fatal().unwrap_or_else(|| error.clone()));
         }
-        let may_hold = self.plan.gpu.slots - 1;
+        let may_hold = self.plan.layout.gpu.slots - 1;
         if self.held.len() >= may_hold {
             let oldest = self.plan.units[self.held[0].taken.unit].name.clone();
             return Err(Error::LayersHeld { held: self.held.len(), oldest });

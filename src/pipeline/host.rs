@@ -3,10 +3,11 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use crate::{
-    arena::{Arena, PAGE},
+    arena::Arena,
     device::Device,
     error::{Error, Result},
-    plan::{DEVICE_ALIGN, Plan, StagePlan, Tier, UnitPlan},
+    layout::{DEVICE_ALIGN, PAGE, Space, StageLayout, UnitLayout},
+    plan::{Plan, Tier},
 };
 
 /// Memory of the caller's: where it starts and how long it is (bytes).
@@ -27,14 +28,13 @@ pub struct LentMemory {
 impl LentMemory {
     /// Whether everything lent is large enough and begins where it must.
     pub(crate) fn check(&self, plan: &Plan) -> Result<()> {
-        let names = ["ram_memory", "pinned_memory", "gpu_memory"];
-        for (((name, lent), needed), align) in names
-            .into_iter()
-            .zip([self.ram, self.pinned, self.gpu])
-            .zip(plan.slot_memory())
-            .zip([PAGE, PAGE, DEVICE_ALIGN])
-        {
-            let Some((start, bytes)) = lent else { continue };
+        let [ram, pinned, gpu] = plan.layout.spaces();
+        for (name, lent, space, align) in [
+            ("ram_memory", self.ram, ram, PAGE),
+            ("pinned_memory", self.pinned, pinned, PAGE),
+            ("gpu_memory", self.gpu, gpu, DEVICE_ALIGN),
+        ] {
+            let (Some((start, bytes)), needed) = (lent, space.bytes()) else { continue };
             if bytes < needed {
                 return Err(Error::setting(name, format!("is {bytes} bytes long, these settings need {needed}")));
             }
@@ -51,8 +51,8 @@ impl LentMemory {
 /// **Invariant**: a resident is written by the reader alone, and by nobody once its unit was handed over as
 /// [`Place::Resident`](crate::pipeline::link::Place::Resident).
 pub(crate) struct HostMemory {
-    ram: Option<(Arena, StagePlan)>,
-    pinned: Option<(Arena, StagePlan)>,
+    ram: Option<(Arena, StageLayout)>,
+    pinned: Option<(Arena, StageLayout)>,
     ram_residents: Option<Arena>,
     pinned_residents: Option<Arena>,
     pinned_is_lent: bool,
@@ -62,7 +62,7 @@ impl HostMemory {
     /// # Safety
     /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](LentMemory::check).
     pub(crate) unsafe fn new(plan: &Plan, lent: &LentMemory) -> Result<Arc<Self>> {
-        let slots = |what, stage: &Option<StagePlan>, lent: Option<Range>| {
+        let slots = |what, stage: &Option<StageLayout>, lent: Option<Range>| {
             let made = stage.as_ref().map(|stage| {
                 let arena = match lent {
                     // SAFETY: the caller's.
@@ -73,28 +73,21 @@ impl HostMemory {
             });
             made.transpose()
         };
-        let residents = |what, bytes: usize, stage: &Option<StagePlan>, lent: Option<Range>| {
+        let residents = |what, Space { slots, kept }: Space, lent: Option<Range>| {
             let arena = || match lent {
                 // SAFETY: the caller's; it is long enough for the slots and, behind them, the residents.
-                Some((start, _)) => unsafe {
-                    let behind = start.add(stage.as_ref().map_or(0, StagePlan::bytes));
-                    Ok(Arena::lent(behind, 1, bytes))
-                },
-                None => Arena::prefaulting(what, bytes),
+                Some((start, _)) => unsafe { Ok(Arena::lent(start.add(slots), 1, kept)) },
+                None => Arena::prefaulting(what, kept),
             };
-            (bytes > 0).then(arena).transpose()
+            (kept > 0).then(arena).transpose()
         };
+        let [ram, pinned, _] = plan.layout.spaces();
         // Residents last: they start threads, which map memory and would have to wait for the slots.
         Ok(Arc::new(Self {
-            ram: slots("RAM slots", &plan.ram, lent.ram)?,
-            pinned: slots("pinned slots", &plan.pinned, lent.pinned)?,
-            ram_residents: residents("units living in RAM", plan.residents.ram, &plan.ram, lent.ram)?,
-            pinned_residents: residents(
-                "units living in pinned RAM",
-                plan.residents.pinned,
-                &plan.pinned,
-                lent.pinned,
-            )?,
+            ram: slots("RAM slots", &plan.layout.ram, lent.ram)?,
+            pinned: slots("pinned slots", &plan.layout.pinned, lent.pinned)?,
+            ram_residents: residents("units living in RAM", ram, lent.ram)?,
+            pinned_residents: residents("units living in pinned RAM", pinned, lent.pinned)?,
             pinned_is_lent: lent.pinned.is_some(),
         }))
     }
@@ -116,34 +109,34 @@ impl HostMemory {
     pub(crate) unsafe fn register_resident<D: Device>(
         &self,
         device: &D,
-        unit: &UnitPlan,
+        unit: &UnitLayout,
     ) -> Result<Option<D::Registration>> {
         if self.pinned_is_lent || unit.host_bytes == 0 {
             return Ok(None);
         }
         // SAFETY: the caller's.
-        unsafe { device.register(self.resident(unit).as_ptr(), unit.host_bytes.next_multiple_of(PAGE)) }.map(Some)
+        unsafe { device.register(self.resident(unit).as_ptr(), unit.host_bytes) }.map(Some)
     }
 
     /// The slots that the disk fills.
-    pub(crate) fn first(&self) -> &(Arena, StagePlan) {
+    pub(crate) fn first(&self) -> &(Arena, StageLayout) {
         self.ram.as_ref().or(self.pinned.as_ref()).expect("a plan has a host stage")
     }
 
     /// The slots that the transfer empties.
-    pub(crate) fn last(&self) -> &(Arena, StagePlan) {
+    pub(crate) fn last(&self) -> &(Arena, StageLayout) {
         self.pinned.as_ref().or(self.ram.as_ref()).expect("a plan has a host stage")
     }
 
     /// Where a unit is kept in RAM, pageable or pinned.
-    pub(crate) fn resident(&self, unit: &UnitPlan) -> NonNull<u8> {
+    pub(crate) fn resident(&self, unit: &UnitLayout) -> NonNull<u8> {
         let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
         // SAFETY: the plan placed the unit among its tier's residents.
         residents.as_ref().map_or(NonNull::dangling(), |residents| unsafe { residents.slot(0).add(unit.resident_at) })
     }
 
     /// Whether a unit that lives in RAM would wait for its memory to be prefaulted, though slots could take it.
-    pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
+    pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
         let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
         // Asked of small slots too, since that is what begins it.
         let absent =

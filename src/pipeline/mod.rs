@@ -33,6 +33,7 @@ use crate::{
     device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, Engine, Source},
+    layout::{StageLayout, UnitLayout},
     pipeline::{
         compute::{ComputeSide, ProgressHook, Taken},
         host::HostMemory,
@@ -44,7 +45,7 @@ use crate::{
         stage::{Control, Running},
         transfer::TransferStage,
     },
-    plan::{Plan, Reader, Settings, StagePlan, Unit, UnitPlan},
+    plan::{Plan, Presence, Reader, Settings, Unit},
     sync::Signal,
     trace::{About, Mark, Observer, Stats, Trace, Verdict},
 };
@@ -95,14 +96,14 @@ pub struct LayerStreamer<D: Device> {
 
 impl<D: Device> fmt::Debug for LayerStreamer<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let slots = |stage: &Option<StagePlan>| stage.as_ref().map_or(0, |stage| stage.slots);
+        let slots = |stage: &Option<StageLayout>| stage.as_ref().map_or(0, |stage| stage.slots);
         f.debug_struct("LayerStreamer")
             .field("device", &self.device.describe())
             .field("units", &self.plan.units())
-            .field("residents", &self.plan.residents.count)
-            .field("ram_slots", &slots(&self.plan.ram))
-            .field("pinned_slots", &slots(&self.plan.pinned))
-            .field("gpu_slots", &self.plan.gpu.slots)
+            .field("residents", &self.plan.tallies.kept())
+            .field("ram_slots", &slots(&self.plan.layout.ram))
+            .field("pinned_slots", &slots(&self.plan.layout.pinned))
+            .field("gpu_slots", &self.plan.layout.gpu.slots)
             .field("reader", &self.reader.0)
             .finish_non_exhaustive()
     }
@@ -147,7 +148,7 @@ impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
     /// # Errors
-    /// Whatever [`Plan::on`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
+    /// Whatever [`Plan::new`] refuses; [`Error::Memory`], [`Error::Io`], [`Error::Thread`] or the device's own;
     /// [`Error::Checkpoint`] if a file is not the one that the checkpoint was opened with. Nothing is left behind after an error.
     pub fn new(device: &D, checkpoint: &Checkpoint, units: &[Unit], settings: &Settings) -> Result<Self> {
         Self::with_observers(device, checkpoint, units, settings, &[])
@@ -184,12 +185,8 @@ impl<D: Device> LayerStreamer<D> {
         observers: &[Arc<dyn Observer>],
         lent: &LentMemory,
     ) -> Result<Self> {
-        // What is lent is there.
-        let plan = match lent.gpu {
-            Some(_) => Plan::new(checkpoint, units, settings)?,
-            None => Plan::on(device, checkpoint, units, settings)?,
-        };
-        let plan = Arc::new(plan);
+        let presence = if lent.gpu.is_some() { Presence::AtOnce } else { Presence::of(device) };
+        let plan = Arc::new(Plan::new(checkpoint, units, settings, presence)?);
         lent.check(&plan)?;
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
@@ -206,10 +203,11 @@ impl<D: Device> LayerStreamer<D> {
         let mut trace = Trace::new(observers);
         trace.started(&about(device, &plan));
         let control = Control::new(signals, trace);
-        let between = |stage: &StagePlan, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
-            link(stage.slots, plan.residents.count, stage.batch, producer, consumer)
+        let between = |stage: &StageLayout, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
+            link(stage.slots, plan.tallies.kept(), stage.batch, producer, consumer)
         };
-        let (gpu_out, gpu_in) = between(&plan.gpu, &transfer, &compute);
+        let layout = &plan.layout;
+        let (gpu_out, gpu_in) = between(&layout.gpu, &transfer, &compute);
         let mut streamer = Self {
             compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)?),
             progress: Cell::new(None),
@@ -230,7 +228,7 @@ impl<D: Device> LayerStreamer<D> {
         let engine = unsafe { Engine::new(settings.reader, &sources, &host.read_targets(), &read) };
         let (engine, backend, why) = engine?;
         streamer.reader = (backend, why);
-        let pins = plan.ram.is_some() && plan.pinned.is_some();
+        let pins = layout.ram.is_some() && layout.pinned.is_some();
         let (read_out, read_in) = between(&host.first().1, &read, if pins { &pin } else { &transfer });
         let read_stage = ReadStage::new(&plan, &sources, &host, &memory, &states, read_out, &control, &read, engine);
         let (pin_stage, transfer_in) = if pins {
@@ -409,7 +407,7 @@ impl<D: Device> LayerStreamer<D> {
             }
             if self.control.is_cancelled(epoch) && !was_cancelled { Err(Error::Cancelled) } else { Ok(()) }
         };
-        let plan = UnitPlan::new(&self.checkpoint, unit)?;
+        let plan = UnitLayout::new(&self.checkpoint, unit)?;
         StaticTensors::load(&self.device, &self.sources, self.reader.0, plan, &mut idle)
     }
 
@@ -429,7 +427,7 @@ impl<D: Device> LayerStreamer<D> {
             control: self.control.clone(),
             sources: self.sources.clone(),
             reader: self.reader.clone(),
-            keeps: self.plan.residents.count > 0,
+            keeps: self.plan.tallies.kept() > 0,
         }
     }
 
@@ -437,7 +435,7 @@ impl<D: Device> LayerStreamer<D> {
     pub fn verdict(&self) -> Option<Verdict> {
         let stats = self.stats();
         let linked = !self.device.memory_is_ram();
-        let fills = stats.steady.is_none() && self.plan.residents.count > 0;
+        let fills = stats.steady.is_none() && self.plan.tallies.kept() > 0;
         stats.steady.or(stats.first).map(|passes| Verdict { fills, ..Verdict::of(&passes, linked) })
     }
 
@@ -503,11 +501,11 @@ impl<D: Device> LayerStreamer<D> {
 
 /// What observers are told at the start.
 fn about<D: Device>(device: &D, plan: &Plan) -> About {
-    let slots = |stage: Option<&StagePlan>| stage.map_or(0, |stage| stage.slots);
+    let slots = |stage: Option<&StageLayout>| stage.map_or(0, |stage| stage.slots);
     About {
         device: device.describe(),
         units: plan.units.iter().map(|unit| (unit.name.clone(), unit.disk_bytes, unit.tier)).collect(),
-        slots: [slots(plan.ram.as_ref()), slots(plan.pinned.as_ref()), plan.gpu.slots],
+        slots: [slots(plan.layout.ram.as_ref()), slots(plan.layout.pinned.as_ref()), plan.layout.gpu.slots],
     }
 }
 

@@ -4,15 +4,16 @@ use crate::{
     arena::Arena,
     device::{Device, DevicePtr},
     error::Result,
+    layout::{Space, UnitLayout},
     pipeline::link::{Place, Slot},
-    plan::{Plan, Tier, UnitPlan},
+    plan::{Plan, Tier},
 };
 
 /// What the memory of kept units is called in messages.
 const KEPT: &str = "units living on the device";
 
 /// A stretch of device memory.
-enum Space<D: Device> {
+enum Stretch<D: Device> {
     Own(D::Memory),
     /// Of a device whose memory is RAM: it may become present while it is filled.
     Ram(Arena),
@@ -20,7 +21,7 @@ enum Space<D: Device> {
     Lent(DevicePtr),
 }
 
-impl<D: Device> Space<D> {
+impl<D: Device> Stretch<D> {
     fn start(&self, device: &D) -> DevicePtr {
         match self {
             Self::Own(memory) => device.address(memory),
@@ -37,9 +38,9 @@ impl<D: Device> Space<D> {
 /// `There` (see [`residency`](super::residency)).
 pub(crate) struct DeviceMemory<D: Device> {
     device: D,
-    slots: Space<D>,
+    slots: Stretch<D>,
     slot_bytes: usize,
-    residents: Option<Space<D>>,
+    residents: Option<Stretch<D>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
@@ -52,28 +53,29 @@ pub(crate) struct DeviceMemory<D: Device> {
 impl<D: Device> DeviceMemory<D> {
     /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the residents behind the slots.
     pub(crate) fn new(device: &D, plan: &Plan, lent: Option<DevicePtr>) -> Result<Self> {
-        let (stage, residents) = (&plan.gpu, plan.residents.gpu);
+        let (stage, [.., space]) = (&plan.layout.gpu, plan.layout.spaces());
+        let Space { slots: slot_bytes, kept } = space;
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
         let if_resident =
-            |unit: &UnitPlan| (unit.tier == Tier::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
+            |unit: &UnitLayout| (unit.tier == Tier::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
-            Some(start) => Ok(Space::Lent(start)),
-            None => device.allocate("device slots", stage.bytes()).map(Space::Own),
+            Some(start) => Ok(Stretch::Lent(start)),
+            None => device.allocate("device slots", slot_bytes).map(Stretch::Own),
         };
         // Behind the slots.
         let residents_at = || match lent {
-            Some(start) => Ok(Space::Lent(start.offset(stage.bytes()))),
-            None if device.memory_is_ram() => Arena::prefaulting(KEPT, residents).map(Space::Ram),
-            None => device.allocate(KEPT, residents).map(Space::Own),
+            Some(start) => Ok(Stretch::Lent(start.offset(slot_bytes))),
+            None if device.memory_is_ram() => Arena::prefaulting(KEPT, kept).map(Stretch::Ram),
+            None => device.allocate(KEPT, kept).map(Stretch::Own),
         };
         Ok(Self {
             slots: slots()?,
-            residents: (residents > 0).then(residents_at).transpose()?,
+            residents: (kept > 0).then(residents_at).transpose()?,
             slot_bytes: stage.slot_bytes,
             arrived: events()?,
             compute_done: events()?,
             resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
-            bytes: stage.bytes() + residents,
+            bytes: space.bytes(),
             device: device.clone(),
         })
     }
@@ -90,15 +92,15 @@ impl<D: Device> DeviceMemory<D> {
 
     /// It will never be dropped.
     pub(crate) fn abandon(&self) {
-        if let Some(Space::Ram(arena)) = &self.residents {
+        if let Some(Stretch::Ram(arena)) = &self.residents {
             arena.abandon();
         }
     }
 
     /// Whether a unit that lives here would wait for its memory to be prefaulted, though a slot could take it.
-    pub(crate) fn is_late(&self, unit: &UnitPlan) -> bool {
+    pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
         let absent = match &self.residents {
-            Some(Space::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.device_bytes),
+            Some(Stretch::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.device_bytes),
             _ => false,
         };
         absent && unit.device_bytes <= self.slot_bytes

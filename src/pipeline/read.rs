@@ -16,6 +16,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     io::{self, Engine, ReadFailure, Source},
+    layout::UnitLayout,
     pipeline::{
         host::HostMemory,
         link::{Entry, Outlet, Place, Slot},
@@ -23,7 +24,7 @@ use crate::{
         residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
     },
-    plan::{Plan, Tier, UnitPlan},
+    plan::{Plan, Tier},
     sync::Signal,
     trace::{Activity, Carried, Mark, Open, Stage},
 };
@@ -96,7 +97,7 @@ impl<D: Device> ReadStage<D> {
         let slots = memory.first().1.slots;
         Self {
             engine,
-            loads: VecDeque::with_capacity(slots + plan.residents.count),
+            loads: VecDeque::with_capacity(slots + plan.tallies.kept()),
             plan: plan.clone(),
             sources: sources.clone(),
             memory: memory.clone(),
@@ -165,7 +166,7 @@ impl<D: Device> ReadStage<D> {
     }
 
     /// Whether the unit goes where it is kept and stays there.
-    fn stays(&self, unit: &UnitPlan) -> bool {
+    fn stays(&self, unit: &UnitLayout) -> bool {
         match unit.tier {
             Tier::Disk => false,
             Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),

@@ -8,28 +8,25 @@ use std::{
 };
 
 use crate::{
-    arena::{Arena, PAGE},
+    arena::Arena,
     checkpoint::Checkpoint,
     device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
+    layout::{Extent, Staging, UnitLayout},
     pipeline::{arrival::Arrival, compute::view},
-    plan::{Extent, Reader, Settings, Unit, UnitPlan, staging_bytes},
+    plan::{Reader, Settings, Unit},
     sync::Signal,
 };
 
 /// Blocks through which static tensors pass on their way to the device.
 pub(super) const BLOCKS: usize = 8;
 
-/// How far apart chunks begin. They overlap by a page, so that every element lies whole in the chunk in which it begins,
-/// wherever its tensor starts.
-const STEP: usize = CHUNK - PAGE;
-
 /// Tensors in device memory, freed when this is dropped.
 pub struct StaticTensors<D: Device> {
     device: D,
     memory: D::Memory,
-    plan: UnitPlan,
+    plan: UnitLayout,
 }
 
 impl<D: Device> StaticTensors<D> {
@@ -41,7 +38,7 @@ impl<D: Device> StaticTensors<D> {
     pub fn new(device: &D, checkpoint: &Checkpoint, unit: &Unit, settings: &Settings) -> Result<Self> {
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
-        Self::load(device, &sources, settings.reader, UnitPlan::new(checkpoint, unit)?, &mut |_, _| Ok(()))
+        Self::load(device, &sources, settings.reader, UnitLayout::new(checkpoint, unit)?, &mut |_, _| Ok(()))
     }
 
     /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
@@ -50,7 +47,7 @@ impl<D: Device> StaticTensors<D> {
         device: &D,
         sources: &Arc<[Source]>,
         backend: Reader,
-        plan: UnitPlan,
+        plan: UnitLayout,
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
@@ -61,8 +58,8 @@ impl<D: Device> StaticTensors<D> {
         // go now, for want of a descriptor.
         let backend = if backend == Reader::Pread { backend } else { Reader::Auto };
         // A chunk comes at a time.
-        let staging_bytes = staging_bytes(slice::from_ref(&plan)).min(CHUNK);
-        let mut arrival = Arrival::new(device, staging_bytes, c"layer-streamer statics")?;
+        let staging = Staging::of(slice::from_ref(&plan)).at_most(CHUNK);
+        let mut arrival = Arrival::new(device, staging, c"layer-streamer statics")?;
         // SAFETY: there are no registered buffers.
         let (mut engine, ..) = unsafe { Engine::new(backend, sources, &[], &signal) }?;
         let loaded = fill(sources, &plan, &mut arrival, base, &blocks, &mut engine, &signal, idle);
@@ -100,7 +97,7 @@ impl<D: Device> StaticTensors<D> {
 #[allow(clippy::too_many_arguments, reason = "the body of one function, apart so that its errors meet in one place")]
 fn fill<D: Device>(
     sources: &Arc<[Source]>,
-    plan: &UnitPlan,
+    plan: &UnitLayout,
     arrival: &mut Arrival<D>,
     base: DevicePtr,
     blocks: &Arena,
@@ -110,24 +107,23 @@ fn fill<D: Device>(
 ) -> Result<()> {
     let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
     // Chunks may finish in any order; a block is not used again before it was copied.
-    let mut extents = plan.extents.iter().flat_map(|extent| (0..extent.len).step_by(STEP).map(move |at| (extent, at)));
+    let mut parts = plan.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK));
     let mut waiting = VecDeque::with_capacity(BLOCKS);
     let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
     let (mut failure, mut last) = (None, Instant::now());
     loop {
         let ticket = signal.ticket();
         while failure.is_none() && engine.has_room() && !free.is_empty() {
-            let Some((extent, at)) = extents.next() else { break };
+            let Some((part, window)) = parts.next() else { break };
             let block = free.pop().expect("checked above");
-            // The block stands for the part of the extent that is read into it.
-            let len = CHUNK.min(extent.len - at);
-            let part = Extent { offset: extent.offset + at as u64, len, at: 0, ..*extent };
+            // The block stands for the part of the slot that is read into it.
+            let part = Extent { at: 0, ..part };
             // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
             unsafe {
                 let to = blocks.slot(block).as_ptr();
                 engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
             }
-            waiting.push_back((number, part.file, block, extent.at + at, part.len));
+            waiting.push_back((number, part.file, block, window));
             number += 1;
         }
         let Some(&(_, first, ..)) = waiting.front() else { break };
@@ -138,17 +134,16 @@ fn fill<D: Device>(
             continue;
         };
         last = Instant::now();
-        let index = waiting.iter().position(|&(number, ..)| number == done.tag).expect("it was submitted");
-        let (_, _, block, at, len) = waiting.remove(index).expect("found above");
+        let index = waiting.iter().position(|(number, ..)| *number == done.tag).expect("it was submitted");
+        let (_, _, block, window) = waiting.remove(index).expect("found above");
         free.push(block);
         match done.result {
             Err(error) => failure = failure.or(Some((done.file, error))),
             Ok(_) if failure.is_some() => {}
             Ok(_) => {
-                let next = at + len.min(STEP);
                 // SAFETY: the chunk holds the window, and a page more, in which its last element ends; the block and the memory
                 // stay until all is drained.
-                unsafe { arrival.enqueue(plan, at..next, blocks.slot(block).as_ptr(), base)? };
+                unsafe { arrival.enqueue(plan, window, blocks.slot(block).as_ptr(), base)? };
                 arrival.drain()?;
             }
         }

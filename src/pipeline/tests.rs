@@ -19,7 +19,10 @@ use crate::{
     error::Error,
     io::faults::{Attempt, Faults},
     limits::in_child,
-    plan::{Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Reader, Settings, Tier, Unit},
+    plan::{
+        Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Presence, Reader, Settings, Tier,
+        Unit,
+    },
     trace::clock::simulated,
 };
 
@@ -252,7 +255,7 @@ fn tiers_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
         let late = (0..200).any(|seed| {
             let mut case = Case::new(seed);
             // One stays on disk, so that there are slots that the others fit in.
-            let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
+            let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Presence::AtOnce).unwrap();
             let on_disk = (0..case.units.len()).max_by_key(|unit| plan.units[*unit].host_bytes).unwrap();
             for (number, unit) in case.units.iter_mut().enumerate() {
                 unit.set_tier(if number == on_disk { Tier::Disk } else { tier });

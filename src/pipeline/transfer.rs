@@ -75,7 +75,7 @@ impl<D: Device> TransferStage<D> {
     ) -> Result<Self> {
         let sources = from.last().1.slots;
         // As many as may be enqueued before the first of them has to be done: slots, and a pass of units that have none.
-        let most = sources + plan.gpu.slots + plan.residents.count;
+        let most = sources + plan.layout.gpu.slots + plan.tallies.kept();
         let timed = control.trace.times_device();
         Ok(Self {
             plan: plan.clone(),
@@ -86,7 +86,7 @@ impl<D: Device> TransferStage<D> {
             states: states.clone(),
             inlet,
             outlet,
-            arrival: Arrival::new(device, plan.staging_bytes, c"layer-streamer transfer")?,
+            arrival: Arrival::new(device, plan.layout.staging, c"layer-streamer transfer")?,
             in_flight: VecDeque::with_capacity(most),
             idle: (0..most).map(|_| Ok([device.event()?, device.event()?])).collect::<Result<_>>()?,
             sources,

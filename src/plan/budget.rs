@@ -10,14 +10,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Bandwidths, DEVICE_ALIGN, Forecast, MOST, Placement, Settings, Tier, Unit, UnitPlan, host_stages, staging_bytes,
-};
+use super::{Bandwidths, Forecast, Placement, Presence, Settings, Tier, Unit};
 use crate::{
-    arena::PAGE,
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
+    layout::{MOST, Rings, Sizes, Staging, StreamLayout, Tallies, Tally, UnitLayout},
     memory,
 };
 
@@ -39,46 +37,6 @@ pub struct FixedOverhead {
     pub device_bytes: usize,
     /// In RAM.
     pub host_bytes: usize,
-}
-
-/// What a unit moves in a pass (bytes read, bytes copied) and takes in a slot or where it is kept (in RAM, on the device).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Sizes {
-    pub(crate) read: usize,
-    pub(crate) copied: usize,
-    pub(crate) host: usize,
-    pub(crate) device: usize,
-}
-
-impl Sizes {
-    fn of(unit: &UnitPlan) -> Self {
-        let host = unit.host_bytes.next_multiple_of(PAGE);
-        let device = unit.device_bytes.next_multiple_of(DEVICE_ALIGN);
-        Self { read: unit.read_bytes, copied: unit.disk_bytes, host, device }
-    }
-
-    /// Whether the two take the same memory but for what rounding to pages makes of it.
-    fn is_like(&self, other: &Self) -> bool {
-        let near = |a: usize, b: usize| a.abs_diff(b) <= a.min(b) / 64;
-        near(self.host, other.host) && near(self.device, other.device)
-    }
-
-    fn plus(self, other: Self) -> Self {
-        self.with(other, usize::saturating_add)
-    }
-
-    fn max(self, other: Self) -> Self {
-        self.with(other, usize::max)
-    }
-
-    fn with(self, other: Self, f: fn(usize, usize) -> usize) -> Self {
-        Self {
-            read: f(self.read, other.read),
-            copied: f(self.copied, other.copied),
-            host: f(self.host, other.host),
-            device: f(self.device, other.device),
-        }
-    }
 }
 
 impl Budget {
@@ -130,7 +88,7 @@ impl Budget {
     ) -> Result<Placement> {
         settings.validate()?;
         let (sizes, overhead) = survey(checkpoint, units, overhead)?;
-        let (tiers, _) = choose(&sizes, overhead, self, bandwidths, &[rings_of(settings)])?;
+        let (tiers, _) = choose(&sizes, overhead, self, bandwidths, &[settings.rings()])?;
         Ok(Placement { settings: settings.clone(), tiers, ..Placement::default() })
     }
 
@@ -151,9 +109,8 @@ impl Budget {
         settings: Option<&Settings>,
     ) -> Result<Self> {
         let (sizes, overhead) = survey(checkpoint, units, overhead)?;
-        let shared = self.device_bytes.is_none();
-        let rings = settings.map_or(SHORTEST, rings_of);
-        Ok(least(&families(&sizes, &classes(&sizes), overhead, shared), self, rings))
+        let rings = settings.map_or(SHORTEST, Settings::rings);
+        Ok(least(&families(&sizes, &classes(&sizes), overhead, self.presence()), self, rings))
     }
 }
 
@@ -162,19 +119,16 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead) -> R
     if units.is_empty() {
         return Err(Error::setting("units", "there must be at least one"));
     }
-    let planned = units.iter().map(|unit| UnitPlan::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
-    let sizes: Vec<_> = planned.iter().map(Sizes::of).collect();
+    let planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+    let sizes: Vec<_> = planned.iter().map(UnitLayout::sizes).collect();
     let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
     // Sums of them would mean nothing.
     if all.host.max(all.device) > MOST {
         return Err(Error::setting("units", "are larger together than can be addressed"));
     }
-    let device_bytes = overhead.device_bytes.saturating_add(2 * staging_bytes(&planned));
+    let device_bytes = overhead.device_bytes.saturating_add(Staging::of(&planned).bytes());
     Ok((sizes, FixedOverhead { device_bytes, ..overhead }))
 }
-
-/// `n_gpu`, `n_cpu_pinned` and `n_cpu`.
-type Rings = [usize; 3];
 
 /// Those that a plan chooses from; the first of equally fast ones is taken, with which the first pass is fastest. Deeper rings
 /// than these win nothing that a unit kept in their place does not, on a machine that is as even as the forecast takes it to be.
@@ -182,10 +136,6 @@ const RINGS: [Rings; 3] = [[1, 2, 0], [1, 1, 0], SHORTEST];
 
 /// Those that take least.
 const SHORTEST: Rings = [1, 0, 0];
-
-fn rings_of(settings: &Settings) -> Rings {
-    [settings.n_gpu, settings.n_cpu_pinned, settings.n_cpu]
-}
 
 /// Units in an order in which they are given tiers: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
@@ -196,8 +146,7 @@ struct PlanFamily {
     /// The largest of the first units, and of the rest.
     largest: Vec<[Sizes; 2]>,
     overhead: FixedOverhead,
-    /// Device and host have one memory.
-    shared: bool,
+    presence: Presence,
 }
 
 /// One plan of a family.
@@ -210,7 +159,7 @@ struct Member {
 
 impl PlanFamily {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
-    fn new(order: Vec<usize>, sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Self {
+    fn new(order: Vec<usize>, sizes: &[Sizes], overhead: FixedOverhead, presence: Presence) -> Self {
         let (mut first, mut largest) = (vec![Sizes::default()], vec![[Sizes::default(); 2]; order.len() + 1]);
         for (i, &unit) in order.iter().enumerate() {
             first.push(first[i].plus(sizes[unit]));
@@ -219,34 +168,38 @@ impl PlanFamily {
         for (i, &unit) in order.iter().enumerate().rev() {
             largest[i][1] = largest[i + 1][1].max(sizes[unit]);
         }
-        Self { order, first, largest, overhead, shared }
+        Self { order, first, largest, overhead, presence }
     }
 
     fn len(&self) -> usize {
         self.order.len()
     }
 
+    /// What its units come to, tier by tier.
+    fn tallies(&self, Member { gpu, kept, .. }: Member) -> Tallies {
+        let (all, [on_device, in_ram]) = (self.first[self.len()], [self.first[gpu], self.first[kept]]);
+        let [on_disk, not_on_device] = [kept, gpu].map(|number| self.largest[number][1]);
+        let mut tallies = Tallies::default();
+        tallies.0[Tier::Gpu as usize] = Tally { units: gpu, sum: on_device, largest: self.largest[gpu][0] };
+        // No larger than the larger of these and of those on disk, with which they pass through the device's slots.
+        tallies.0[Tier::Pinned as usize] =
+            Tally { units: kept - gpu, sum: in_ram.minus(on_device), largest: not_on_device };
+        tallies.0[Tier::Disk as usize] = Tally { units: self.len() - kept, sum: all.minus(in_ram), largest: on_disk };
+        tallies
+    }
+
+    fn layout(&self, member: Member) -> StreamLayout {
+        StreamLayout::new(&self.tallies(member), member.rings, [0; 3], self.presence, Staging::default())
+    }
+
     /// What it takes on the device and in RAM.
-    fn memory(&self, Member { rings, gpu, kept }: Member) -> [usize; 2] {
-        let slots = |n: usize, bytes: usize| (n + 1).saturating_mul(bytes.next_multiple_of(PAGE).max(PAGE));
-        let [n_gpu, n_cpu_pinned, n_cpu] = rings;
-        let [ram, pinned] = host_stages(rings, false);
-        // What lives on the device came through the host's slots.
-        let through = self.largest[gpu][0].host.max(self.largest[kept][1].host);
-        // Where the two are one, units may have to wait for the memory they are kept in, and pass through slots until then.
-        let passing = if self.shared { 0 } else { gpu };
-        let device = self.first[gpu].device.saturating_add(slots(n_gpu, self.largest[passing][1].device));
-        let tiers = self.first[kept].host - self.first[gpu].host;
-        let stages = [(ram, n_cpu), (pinned, n_cpu_pinned)].into_iter().filter(|(there, _)| *there);
-        let host = stages.fold(tiers, |sum, (_, n)| sum.saturating_add(slots(n, through)));
+    fn memory(&self, member: Member) -> [usize; 2] {
+        let [device, host] = self.layout(member).memory();
         [device.saturating_add(self.overhead.device_bytes), host.saturating_add(self.overhead.host_bytes)]
     }
 
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
-        let all = self.first[self.len()];
-        let (read, copied) = (all.read - self.first[member.kept].read, all.copied - self.first[member.gpu].copied);
-        let [_, n_cpu_pinned, n_cpu] = member.rings;
-        Forecast::new(read, copied, n_cpu_pinned + n_cpu, bandwidths)
+        Forecast::new(&self.tallies(member), self.layout(member).read_ahead(), bandwidths)
     }
 
     /// The most that can be kept in RAM beside so many units on the device.
@@ -265,6 +218,11 @@ impl PlanFamily {
 }
 
 impl Budget {
+    /// That of the memory that it is for.
+    fn presence(self) -> Presence {
+        if self.device_bytes.is_none() { Presence::InFirstPass } else { Presence::AtOnce }
+    }
+
     fn holds(self, [device, host]: [usize; 2]) -> bool {
         match self.device_bytes {
             Some(device_bytes) => device <= device_bytes && host <= self.host_bytes,
@@ -282,8 +240,7 @@ fn choose(
     among: &[Rings],
 ) -> Result<(Vec<Tier>, Rings)> {
     let classes = classes(sizes);
-    let shared = budget.device_bytes.is_none();
-    let families = families(sizes, &classes, overhead, shared);
+    let families = families(sizes, &classes, overhead, budget.presence());
     let mut best: Option<((f64, f64), &PlanFamily, Member)> = None;
     for family in &families {
         for &rings in among {
@@ -316,14 +273,14 @@ fn choose(
 
 /// Plans that give tiers to small units first, which leaves the least room unused, and to large ones first, which makes the
 /// slots small.
-fn families(sizes: &[Sizes], classes: &[Vec<usize>], overhead: FixedOverhead, shared: bool) -> [PlanFamily; 2] {
+fn families(sizes: &[Sizes], classes: &[Vec<usize>], overhead: FixedOverhead, presence: Presence) -> [PlanFamily; 2] {
     let mut uniform = sizes.to_vec();
     for class in classes {
         let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
         class.iter().for_each(|&unit| uniform[unit] = largest);
     }
     let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    orders.map(|order| PlanFamily::new(order, &uniform, overhead, shared))
+    orders.map(|order| PlanFamily::new(order, &uniform, overhead, presence))
 }
 
 /// Units by number, those alike together, the smallest first.

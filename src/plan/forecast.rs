@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Plan, Residents, StagePlan, Tier};
+use super::{Plan, Tier};
+use crate::layout::{StageLayout, Tallies};
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,10 +38,11 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// For so many units read ahead in RAM, as two busy cores showed it (copies took half of the disk's time and more): with
-    /// none, reading and copying took turns, and a tenth longer than that, as the disk's queue ran empty every time. With one,
-    /// at which a hiccup of either stops both, 0.84 of the disk's pace were left; with two, 0.94.
-    pub(super) fn new(disk_bytes: usize, copy_bytes: usize, ahead: usize, bandwidths: Bandwidths) -> Self {
+    /// For units that come to this, and so many of them read ahead in RAM, as two busy cores showed it (copies took half of the
+    /// disk's time and more): with none, reading and copying took turns, and a tenth longer than that, as the disk's queue ran
+    /// empty every time. With one, at which a hiccup of either stops both, 0.84 of the disk's pace were left; with two, 0.94.
+    pub(super) fn new(tallies: &Tallies, ahead: usize, bandwidths: Bandwidths) -> Self {
+        let [disk_bytes, copy_bytes] = tallies.moved();
         let (disk_seconds, copy_seconds) = (disk_bytes as f64 / bandwidths.disk, copy_bytes as f64 / bandwidths.copy);
         let (slower, faster) = (disk_seconds.max(copy_seconds), disk_seconds.min(copy_seconds));
         let pass_seconds = match ahead {
@@ -82,29 +84,29 @@ impl Plan {
     /// What the streamer will reserve.
     pub fn memory(&self) -> Vec<Part> {
         let stages = [
-            ("RAM slot", self.ram.as_ref(), false),
-            ("pinned slot", self.pinned.as_ref(), false),
-            ("device slot", Some(&self.gpu), true),
+            ("RAM slot", self.layout.ram.as_ref(), false),
+            ("pinned slot", self.layout.pinned.as_ref(), false),
+            ("device slot", Some(&self.layout.gpu), true),
         ];
         let mut parts: Vec<_> = (stages.into_iter())
             .filter_map(|(what, stage, on_device)| {
-                let of = |stage: &StagePlan| match stage.slots {
+                let of = |stage: &StageLayout| match stage.slots {
                     1 => format!("1 {what}"),
                     slots => format!("{slots} {what}s"),
                 };
                 stage.map(|stage| Part::new(of(stage), stage.bytes(), on_device))
             })
             .collect();
-        let Residents { ram, pinned, gpu, .. } = self.residents;
-        for (tier, bytes) in [(Tier::Ram, ram), (Tier::Pinned, pinned), (Tier::Gpu, gpu)] {
+        for (tier, space) in Tier::KEPT.into_iter().zip(self.layout.spaces()) {
+            let bytes = space.kept;
             let count = self.count(tier);
             if count > 0 {
                 let what = format!("{count} {} living {tier}", if count == 1 { "unit" } else { "units" });
                 parts.push(Part::new(what, bytes, tier == Tier::Gpu));
             }
         }
-        if self.staging_bytes > 0 {
-            parts.push(Part::new("2 staging blocks", 2 * self.staging_bytes, true));
+        if self.layout.staging.bytes() > 0 {
+            parts.push(Part::new("2 staging blocks", self.layout.staging.bytes(), true));
         }
         parts
     }
@@ -116,18 +118,11 @@ impl Plan {
 
     /// How many units live there.
     pub fn count(&self, tier: Tier) -> usize {
-        self.units.iter().filter(|unit| unit.tier == tier).count()
+        self.tallies.in_tier(tier).units
     }
 
     /// What a pass moves, and how long that takes.
     pub fn forecast(&self, bandwidths: Bandwidths) -> Forecast {
-        let sum = |tiers: &[Tier], bytes: fn(&super::UnitPlan) -> usize| -> usize {
-            let units = self.units.iter().filter(|unit| tiers.contains(&unit.tier));
-            units.map(bytes).fold(0, usize::saturating_add)
-        };
-        let read = sum(&[Tier::Disk], |unit| unit.read_bytes);
-        let copied = sum(&[Tier::Disk, Tier::Ram, Tier::Pinned], |unit| unit.disk_bytes);
-        let ahead = self.ram.iter().chain(&self.pinned).map(|stage| stage.slots - 1).sum();
-        Forecast::new(read, copied, ahead, bandwidths)
+        Forecast::new(&self.tallies, self.layout.read_ahead(), bandwidths)
     }
 }

@@ -8,7 +8,8 @@ use super::{tests::hole, *};
 use crate::{
     checkpoint::StoredTensor,
     common::fuzz::{number, rounds},
-    device::Cpu,
+    dtype::DType,
+    layout::{Cast, CopyRange, Extent, MAX_GAP, Space, StageLayout},
 };
 
 const TYPES: [DType; 9] =
@@ -170,7 +171,7 @@ fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
 }
 
 /// A unit's tensors are read once, and arrive where nothing else does.
-fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
+fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
     assert_eq!((plan.tier, plan.name.as_str(), plan.tensors.len()), (unit.tier, unit.name(), unit.arrivals().len()));
     let aligned = |at: usize, to: usize| at.is_multiple_of(to);
     let mut before: Option<&Extent> = None;
@@ -246,39 +247,87 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitPlan) {
     assert_eq!(plan.read_bytes as u64, plan.extents.iter().map(read).sum::<u64>());
 }
 
+/// Cut into parts and windows anywhere, as static tensors are, all of a unit arrives once, and lies whole in the part that it is
+/// taken from.
+fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
+    let most = PAGE * (2 + rng.usize(..9));
+    // Not millions of them.
+    if unit.host_bytes / most > 1000 {
+        return;
+    }
+    let block_bytes = DEVICE_ALIGN * (1 + rng.usize(..2 * most / DEVICE_ALIGN));
+    let (mut copied, mut cast) = (vec![Vec::new(); unit.copies.len()], vec![Vec::new(); unit.casts.len()]);
+    for (part, window) in unit.extents.iter().flat_map(|extent| extent.overlapping_parts(most)) {
+        let read = part.at..part.at + part.len;
+        assert!(part.len <= most && part.needed() <= part.len && read.start == window.start && read.end >= window.end);
+        for (copy, pieces) in unit.copies.iter().zip(&mut copied) {
+            pieces.extend(copy.within(&window).inspect(|piece| {
+                assert!(read.start <= piece.from && piece.from + piece.bytes <= read.end, "{piece:?} of {part:?}");
+                assert_eq!(piece.to - copy.to, piece.from - copy.from);
+            }));
+        }
+        for (whole, pieces) in unit.casts.iter().zip(&mut cast) {
+            pieces.extend(whole.pieces(&window, block_bytes).inspect(|piece| {
+                assert!(read.start <= piece.from && piece.from + piece.bytes() <= read.end, "{piece:?} of {part:?}");
+                assert!((1..=block_bytes).contains(&piece.bytes()), "{piece:?}");
+                let before = (piece.from - whole.from) / whole.from_type.size();
+                assert_eq!(piece.to, whole.to + before * whole.to_type.size());
+            }));
+        }
+    }
+    for (copy, pieces) in unit.copies.iter().zip(copied) {
+        assert_eq!(pieces.iter().map(|piece| piece.bytes).sum::<usize>(), copy.bytes, "{copy:?}");
+        apart(
+            pieces.iter().map(|piece| (piece.from - copy.from, piece.bytes)).collect(),
+            copy.bytes,
+            "parts of a copy",
+        );
+    }
+    for (whole, pieces) in unit.casts.iter().zip(cast) {
+        assert_eq!(pieces.iter().map(|piece| piece.elements).sum::<usize>(), whole.elements, "{whole:?}");
+        let places = pieces.iter().map(|piece| (piece.from - whole.from, piece.bytes()));
+        apart(places.collect(), whole.bytes(), "parts of a cast");
+    }
+}
+
 /// Slots take every unit that passes through, tiers take those that live there.
-fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, in_ram: bool) {
+fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presence) {
     assert_eq!(plan.units(), asked.units.len());
     asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan));
-    let of = |tiers: &[Tier], bytes: fn(&UnitPlan) -> usize| -> usize {
+    let of = |tiers: &[Tier], bytes: fn(&UnitLayout) -> usize| -> usize {
         plan.units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).max().unwrap_or(0)
     };
-    let check = |stage: &StagePlan, n: usize, batch: usize, largest: usize| {
+    let check = |stage: &StageLayout, n: usize, batch: usize, largest: usize| {
         assert_eq!((stage.slots, stage.batch), (n + 1, batch.max(1)));
         assert!(stage.slot_bytes.is_multiple_of(PAGE) && stage.slot_bytes >= largest.max(1), "{stage:?} for {largest}");
         assert!(stage.slot_bytes - largest <= PAGE, "{stage:?} for {largest}");
     };
-    let all = if in_ram { &Tier::ALL[..] } else { &Tier::ALL[..3] };
-    check(&plan.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
+    let all = if presence == Presence::AtOnce { &Tier::ALL[..3] } else { &Tier::ALL[..] };
+    check(&plan.layout.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
     let (read, pinned) = ([Tier::Disk, Tier::Gpu], [Tier::Disk, Tier::Gpu, Tier::Ram]);
-    if let Some(stage) = &plan.ram {
+    if let Some(stage) = &plan.layout.ram {
         check(stage, settings.n_cpu, settings.batch_cpu, of(&read, |unit| unit.host_bytes));
     }
-    if let Some(stage) = &plan.pinned {
+    if let Some(stage) = &plan.layout.pinned {
         check(stage, settings.n_cpu_pinned, settings.batch_cpu_pinned, of(&pinned, |unit| unit.host_bytes));
     }
-    assert!(plan.ram.is_some() || plan.pinned.is_some());
-    let Residents { ram, pinned, gpu, count } = plan.residents;
-    for (tier, end, align) in [(Tier::Ram, ram, PAGE), (Tier::Pinned, pinned, PAGE), (Tier::Gpu, gpu, DEVICE_ALIGN)] {
-        let bytes = |unit: &UnitPlan| if tier == Tier::Gpu { unit.device_bytes } else { unit.host_bytes };
+    assert!(plan.layout.ram.is_some() || plan.layout.pinned.is_some());
+    let spaces = plan.layout.spaces();
+    for ((tier, space), align) in Tier::KEPT.into_iter().zip(spaces).zip([PAGE, PAGE, DEVICE_ALIGN]) {
+        let end = space.kept;
+        let bytes = |unit: &UnitLayout| if tier == Tier::Gpu { unit.device_bytes } else { unit.host_bytes };
         let live = || plan.units.iter().filter(|unit| unit.tier == tier);
         assert!(live().all(|unit| unit.resident_at.is_multiple_of(align)));
         apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "tiers");
     }
-    assert_eq!(count, plan.tiers().filter(|tier| *tier != Tier::Disk).count());
-    let [ram, pinned, gpu] = plan.slot_memory();
+    assert_eq!(plan.tallies.kept(), plan.tiers().filter(|tier| *tier != Tier::Disk).count());
+    let [ram, pinned, gpu] = spaces.map(Space::bytes);
     let [host, device] = memory(plan);
-    assert_eq!([host, device], [ram.saturating_add(pinned), gpu.saturating_add(2 * plan.staging_bytes)]);
+    assert_eq!(
+        [host, device],
+        [ram.saturating_add(pinned), gpu.saturating_add(Staging::BLOCKS * plan.layout.staging.block_bytes)]
+    );
+    assert_eq!(plan.layout.memory(), [device, host]);
     let forecast = plan.forecast(Bandwidths::default());
     assert!(forecast.copy_bytes <= plan.bytes_per_pass() && forecast.pass_seconds >= 0.0, "{forecast:?}");
 }
@@ -297,13 +346,11 @@ fn a_plan_reads_what_is_needed_once_or_there_is_an_error() {
     let holes = Holes::new();
     rounds("plan", |rng| {
         let Some(asked) = Asked::new(rng, &holes) else { return false };
-        let (settings, in_ram) = (settings(rng), rng.bool());
-        let made = match in_ram {
-            true => Plan::on(&Cpu, &asked.checkpoint, &asked.units, &settings),
-            false => Plan::new(&asked.checkpoint, &asked.units, &settings),
-        };
+        let (settings, presence) = (settings(rng), [Presence::AtOnce, Presence::InFirstPass][rng.usize(..2)]);
+        let made = Plan::new(&asked.checkpoint, &asked.units, &settings, presence);
         if let Ok(plan) = &made {
-            check_plan(&asked, &settings, plan, in_ram);
+            check_plan(&asked, &settings, plan, presence);
+            plan.units.iter().for_each(|unit| check_parts(rng, unit));
         }
         made.is_ok()
     });
@@ -365,12 +412,10 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
         }
         placement.apply_to(&mut asked.units).unwrap();
         let settings = &placement.settings;
-        let made = match shared {
-            true => Plan::on(&Cpu, &asked.checkpoint, &asked.units, settings),
-            false => Plan::new(&asked.checkpoint, &asked.units, settings),
-        };
+        let presence = if shared { Presence::InFirstPass } else { Presence::AtOnce };
+        let made = Plan::new(&asked.checkpoint, &asked.units, settings, presence);
         let made = made.unwrap_or_else(|error| panic!("{error} with {budget:?}, {placement:?}"));
-        check_plan(&asked, settings, &made, shared);
+        check_plan(&asked, settings, &made, presence);
         let [host, device] = memory(&made);
         let (host, device) = (host.saturating_add(overhead.host_bytes), device.saturating_add(overhead.device_bytes));
         let fits = match budget.device_bytes {

@@ -1,84 +1,13 @@
-//! What the caller chooses: how deep the pipeline is, where units live, how files are read.
+//! What the caller chooses: how deep the pipeline is, how files are read.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::Unit;
-use crate::error::{Error, Result};
-
-/// Where a unit is kept between passes. A unit may be read twice if its memory is not yet faulted in when the first pass reaches
-/// it: that pass does not wait where a slot can take the unit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Tier {
-    /// On disk: read in every pass.
-    #[default]
-    Disk,
-    /// In pageable RAM: read once, pinned and transferred in every pass.
-    Ram,
-    /// In pinned RAM: read once, transferred in every pass.
-    Pinned,
-    /// On the device: read and transferred once.
-    Gpu,
-}
-
-impl fmt::Display for Tier {
-    /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the device`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Disk => "on disk",
-            Self::Ram => "in RAM",
-            Self::Pinned => "in pinned RAM",
-            Self::Gpu => "on the device",
-        })
-    }
-}
-
-impl Tier {
-    /// Gives units their tiers from a text such as `0-7=pinned,8-11=gpu,12=ram`; units not named keep theirs.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] for a text of another form, or a unit that there is not.
-    pub fn parse(text: &str, units: &mut [Unit]) -> Result<()> {
-        Self::assign(text, units, |unit, tier| _ = unit.set_tier(tier))
-    }
-
-    /// The same for whatever stands for the units: `give` gives one its tier.
-    pub(super) fn assign<U>(text: &str, units: &mut [U], give: impl Fn(&mut U, Self)) -> Result<()> {
-        let wrong = |part: &str, cause: String| Error::setting("tier", format!("{part:?}: {cause}"));
-        for part in text.split(',').filter(|part| !part.is_empty()) {
-            let parsed = part.split_once('=').and_then(|(range, tier)| {
-                let (first, last) = range.split_once('-').unwrap_or((range, range));
-                let tier = Self::ALL.into_iter().find(|known| known.word() == tier)?;
-                Some((first.parse::<usize>().ok()?, last.parse::<usize>().ok()?, tier))
-            });
-            let Some((first, last, tier)) = parsed else {
-                return Err(wrong(
-                    part,
-                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned or gpu".into(),
-                ));
-            };
-            let count = units.len();
-            let Some(named) = units.get_mut(first..last.saturating_add(1)).filter(|named| !named.is_empty()) else {
-                return Err(wrong(part, format!("there are {count} units, 0 to {}", count.saturating_sub(1))));
-            };
-            named.iter_mut().for_each(|unit| give(unit, tier));
-        }
-        Ok(())
-    }
-
-    pub(super) const ALL: [Self; 4] = [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu];
-
-    /// As [`parse`](Self::parse) takes it.
-    pub(super) fn word(self) -> &'static str {
-        match self {
-            Self::Disk => "disk",
-            Self::Ram => "ram",
-            Self::Pinned => "pinned",
-            Self::Gpu => "gpu",
-        }
-    }
-}
+use crate::{
+    error::{Error, Result},
+    layout::Rings,
+};
 
 /// Who reads from disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,6 +90,16 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// `n_gpu`, `n_cpu_pinned` and `n_cpu`.
+    pub(crate) fn rings(&self) -> Rings {
+        [self.n_gpu, self.n_cpu_pinned, self.n_cpu]
+    }
+
+    /// The batches of the same.
+    pub(crate) fn batches(&self) -> Rings {
+        [self.batch_gpu, self.batch_cpu_pinned, self.batch_cpu]
+    }
+
     /// Checks the settings against each other.
     ///
     /// # Errors

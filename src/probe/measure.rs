@@ -11,12 +11,13 @@ use super::{
     load::{KernelCounts, OtherLoad},
 };
 use crate::{
-    arena::{Arena, PAGE},
+    arena::Arena,
     checkpoint::Checkpoint,
     device::{Device, DevicePtr},
     error::{Error, Result},
     io::{self, CHUNK, Engine, Source},
-    plan::{CachePolicy, Extent, Reader},
+    layout::Extent,
+    plan::{CachePolicy, Reader},
     sync::Signal,
 };
 
@@ -149,12 +150,12 @@ impl<'a> Disk<'a> {
     fn submit(&mut self) -> bool {
         let Some(block) = self.free.pop() else { return false };
         let (file, offset) = (self.file, self.at);
-        let len = (self.length - offset).min(CHUNK as u64);
-        let extent = Extent { file, offset, len: (len as usize).next_multiple_of(PAGE), end: offset + len, at: 0 };
+        let end = self.length.min(offset + CHUNK as u64);
+        let extent = Extent::covering(file, offset..end, 0);
         let to = self.blocks.slot(block).as_ptr();
         // SAFETY: the block holds a chunk, and is not handed out again before this one has come.
         unsafe { self.engine.submit(io::chunk_at(&self.sources[file], &extent, 0, to, block)) };
-        self.at = if offset + len < self.length { offset + len } else { 0 };
+        self.at = if end < self.length { end } else { 0 };
         true
     }
 }

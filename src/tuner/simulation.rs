@@ -13,7 +13,10 @@ use std::{
 };
 
 use super::record::{Outcome, Trial};
-use crate::plan::{Bandwidths, Plan, StagePlan, Tier};
+use crate::{
+    layout::StageLayout,
+    plan::{Bandwidths, Plan, Tier},
+};
 
 /// Seconds a byte that is read, pinned and copied, and of a pass's computation; how unevenly all of these take their time: a
 /// unit's up to that share longer or shorter, which deeper rings bridge; what part of the time of pinning, which takes
@@ -80,7 +83,7 @@ pub(super) struct Line {
 impl Line {
     pub(super) fn new(plan: &Plan, runs: usize, sleep: f64) -> Self {
         let (units, total) = (&plan.units, plan.bytes_per_pass().max(1) as f64);
-        let stage = |kind: usize, ring: &StagePlan, moves: &[Tier]| SimulatedStage {
+        let stage = |kind: usize, ring: &StageLayout, moves: &[Tier]| SimulatedStage {
             work: (units.iter())
                 .map(|unit| match kind {
                     _ if !moves.contains(&unit.tier) => 0.0,
@@ -94,7 +97,7 @@ impl Line {
             batch: ring.batch,
         };
         let mut stages = Vec::with_capacity(4);
-        match (&plan.ram, &plan.pinned) {
+        match (&plan.layout.ram, &plan.layout.pinned) {
             (Some(ram), Some(pinned)) => {
                 stages.push(stage(0, ram, &[Tier::Disk]));
                 stages.push(stage(1, pinned, &[Tier::Disk, Tier::Ram]));
@@ -102,7 +105,7 @@ impl Line {
             (Some(ring), None) | (None, Some(ring)) => stages.push(stage(0, ring, &[Tier::Disk])),
             (None, None) => {}
         }
-        stages.push(stage(2, &plan.gpu, &[Tier::Disk, Tier::Ram, Tier::Pinned]));
+        stages.push(stage(2, &plan.layout.gpu, &[Tier::Disk, Tier::Ram, Tier::Pinned]));
         stages.push(SimulatedStage {
             work: units.iter().map(|unit| unit.disk_bytes as f64 / total).collect(),
             kind: 3,
@@ -110,8 +113,8 @@ impl Line {
             slots: 0,
             batch: 1,
         });
-        let rings = [&plan.ram, &plan.pinned].into_iter().flatten().chain([&plan.gpu]);
-        let bytes = rings.map(StagePlan::bytes).fold(0, usize::saturating_add);
+        let rings = [&plan.layout.ram, &plan.layout.pinned].into_iter().flatten().chain([&plan.layout.gpu]);
+        let bytes = rings.map(StageLayout::bytes).fold(0, usize::saturating_add);
         let (steps, ends) = steps(&stages, units.len(), runs);
         Self { steps, ends, runs, sleep, bytes }
     }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     device::{Device, DevicePtr},
     error::{Error, Result},
-    plan::DEVICE_ALIGN,
+    layout::DEVICE_ALIGN,
 };
 
 impl Cuda {

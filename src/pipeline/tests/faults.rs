@@ -115,17 +115,17 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
         for (backend_index, backend) in BACKENDS.into_iter().enumerate() {
             for aim in 0..8 {
                 let mut case = case(seed, backend);
-                let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings).unwrap();
+                let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Presence::AtOnce).unwrap();
                 let Some(extents) = plan.units.get(aim).map(|unit| &unit.extents).filter(|all| !all.is_empty()) else {
                     continue;
                 };
                 let aimed = extents[case.rng.usize(..extents.len())];
                 let place = aimed.offset + case.rng.u64(..aimed.end - aimed.offset);
-                let covers = |extent: &&crate::plan::Extent| {
+                let covers = |extent: &&crate::layout::Extent| {
                     extent.file == aimed.file && (extent.offset..extent.offset + extent.len as u64).contains(&place)
                 };
                 // Units share pages: the first that reads this one fails.
-                let find = |unit: &crate::plan::UnitPlan| unit.extents.iter().find(covers).copied();
+                let find = |unit: &crate::layout::UnitLayout| unit.extents.iter().find(covers).copied();
                 let (unit, extent) =
                     plan.units.iter().enumerate().find_map(|(unit, plan)| Some((unit, find(plan)?))).unwrap();
                 hit[backend_index][unit] = true;

@@ -115,7 +115,7 @@ fn stages_tell_of_each_unit_that_moves_in_order_with_its_bytes_and_of_no_other()
     let ended = seen.ended.lock().unwrap();
     let marks = seen.marks.lock().unwrap();
     let is_late = |unit: usize| marks.iter().any(|mark| matches!(mark, Mark::Late { unit: late } if *late == unit));
-    let expected = |moves: fn(Tier) -> bool, bytes: fn(&crate::plan::UnitPlan) -> usize| -> Vec<_> {
+    let expected = |moves: fn(Tier) -> bool, bytes: fn(&crate::layout::UnitLayout) -> usize| -> Vec<_> {
         let all = (0..3u64).flat_map(|pass| (0..units).map(move |unit| (unit, pass)));
         let moves = |unit: usize, pass: u64| {
             // Units whose memory was late are read once more.
@@ -140,7 +140,7 @@ fn stages_tell_of_each_unit_that_moves_in_order_with_its_bytes_and_of_no_other()
     assert!(pinned.iter().all(|(unit, pass, _)| plan.units[*unit].tier != Tier::Pinned || *pass == 0), "{pinned:?}");
     // What passes moved is told by pass, and apart from the first.
     let (first, steady) = (stats.first.unwrap(), stats.steady.unwrap());
-    let sum = |tiers: &[Tier], bytes: fn(&crate::plan::UnitPlan) -> usize| -> f64 {
+    let sum = |tiers: &[Tier], bytes: fn(&crate::layout::UnitLayout) -> usize| -> f64 {
         plan.units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).sum::<usize>() as f64
     };
     assert_eq!((first.passes, steady.passes, stats.passes), (1, 1, 3));

@@ -5,6 +5,7 @@ use crate::{
     checkpoint::StoredTensor,
     common::{self, cases},
     dtype::DType,
+    layout::{DEVICE_ALIGN, PAGE},
     plan::{Part, Plan},
 };
 
@@ -48,6 +49,7 @@ fn taken(
     let gpu_slot = slot(of(if shared { &passing } else { &passing[..2] }).iter().map(|size| size.device).max());
     let host_slot = slot(of(&[Tier::Disk, Tier::Gpu]).iter().map(|size| size.host).max());
     let device: usize = of(&[Tier::Gpu]).iter().map(|size| size.device).sum();
+    let device = if shared { device.next_multiple_of(PAGE) } else { device };
     let host: usize = of(&[Tier::Pinned]).iter().map(|size| size.host).sum();
     let ram_slots = if n_cpu > 0 { n_cpu + 1 } else { 0 };
     let pinned_slots = if n_cpu > 0 && n_cpu_pinned == 0 { 0 } else { n_cpu_pinned + 1 };
@@ -222,11 +224,8 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let Ok(placement) = planned else { continue };
         placement.apply_to(&mut units).unwrap();
         let settings = placement.settings;
-        let plan = match shared {
-            true => Plan::on(&crate::device::Cpu, &fixture.checkpoint, &units, &settings),
-            false => Plan::new(&fixture.checkpoint, &units, &settings),
-        };
-        let plan = plan.unwrap();
+        let presence = if shared { Presence::InFirstPass } else { Presence::AtOnce };
+        let plan = Plan::new(&fixture.checkpoint, &units, &settings, presence).unwrap();
         let sum = |on_device: bool| -> usize {
             plan.memory().iter().filter(|part: &&Part| part.on_device == on_device).map(|part| part.bytes).sum()
         };
@@ -268,7 +267,7 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     let budget = Budget { device_bytes: Some(8_000_000_000), host_bytes: 64_000_000_000 };
     let placement = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
     placement.apply_to(&mut units).unwrap();
-    let plan = Plan::new(&checkpoint, &units, &placement.settings).unwrap();
+    let plan = Plan::new(&checkpoint, &units, &placement.settings, Presence::AtOnce).unwrap();
     let device: usize = plan.memory().iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
     assert!(device + overhead.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.

@@ -1,7 +1,7 @@
 //! The simulation beside another one: stages that look at a clock, as threads do, and know nothing of its recurrence.
 
 use super::*;
-use crate::plan::StagePlan;
+use crate::layout::{StageLayout, UnitLayout};
 
 /// A stage with the ring after it.
 struct ClockedStage {
@@ -21,15 +21,15 @@ fn workers(plan: &Plan, costs: [f64; 4]) -> Vec<ClockedStage> {
     let disk = [Tier::Disk].as_slice();
     let to_pin = [Tier::Disk, Tier::Ram].as_slice();
     let to_copy = [Tier::Disk, Tier::Ram, Tier::Pinned].as_slice();
-    let rings: Vec<(&StagePlan, &[Tier], usize)> = match (&plan.ram, &plan.pinned) {
-        (Some(ram), Some(pinned)) => vec![(ram, disk, 0), (pinned, to_pin, 1), (&plan.gpu, to_copy, 2)],
-        (Some(ring), None) | (None, Some(ring)) => vec![(ring, disk, 0), (&plan.gpu, to_copy, 2)],
-        (None, None) => vec![(&plan.gpu, to_copy, 2)],
+    let rings: Vec<(&StageLayout, &[Tier], usize)> = match (&plan.layout.ram, &plan.layout.pinned) {
+        (Some(ram), Some(pinned)) => vec![(ram, disk, 0), (pinned, to_pin, 1), (&plan.layout.gpu, to_copy, 2)],
+        (Some(ring), None) | (None, Some(ring)) => vec![(ring, disk, 0), (&plan.layout.gpu, to_copy, 2)],
+        (None, None) => vec![(&plan.layout.gpu, to_copy, 2)],
     };
     let worker = |units, free, batch| ClockedStage { units, free, batch, until: None, begun: 0, done: 0, handed: 0 };
     let mut workers: Vec<_> = (rings.iter())
         .map(|(ring, moves, kind)| {
-            let seconds = |unit: &crate::plan::UnitPlan| {
+            let seconds = |unit: &UnitLayout| {
                 let bytes = if *kind == 0 { unit.read_bytes } else { unit.disk_bytes };
                 let moved = moves.contains(&unit.tier);
                 (if moved { bytes as f64 * costs[*kind] } else { 0.0 }, moved)
@@ -38,7 +38,7 @@ fn workers(plan: &Plan, costs: [f64; 4]) -> Vec<ClockedStage> {
         })
         .collect();
     let total: usize = plan.units.iter().map(|unit| unit.disk_bytes).sum();
-    let share = |unit: &crate::plan::UnitPlan| (unit.disk_bytes as f64 / total as f64 * costs[3], false);
+    let share = |unit: &UnitLayout| (unit.disk_bytes as f64 / total as f64 * costs[3], false);
     workers.push(worker(plan.units.iter().map(share).collect(), 0, 1));
     workers
 }
@@ -97,7 +97,7 @@ fn a_pass_takes_as_long_as_with_stages_that_look_at_a_clock() {
         let tiers = [Tier::Disk, Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         units.iter_mut().for_each(|unit| _ = unit.set_tier(tiers[rng.usize(..tiers.len())]));
         let settings = common::random_rings(&mut rng);
-        let plan = Plan::new(&checkpoint, &units, &settings).unwrap();
+        let plan = Plan::new(&checkpoint, &units, &settings, Presence::AtOnce).unwrap();
         let per_byte = |rng: &mut fastrand::Rng| 1e-9 * (1.0 + 9.0 * rng.f64());
         let parts = sizes.iter().sum::<usize>() as f64;
         let costs = [per_byte(&mut rng), per_byte(&mut rng), per_byte(&mut rng), parts * 2e-3 * rng.f64()];

@@ -1,0 +1,100 @@
+//! The only arithmetic of bytes: extents of files, offsets in slots, and what slots, tiers and staging blocks take.
+//!
+//! What is planned, what is printed and what is reserved are the same sums because all three ask this module.
+
+mod stream;
+mod unit;
+
+pub use stream::Presence;
+pub(crate) use stream::{Rings, Space, StageLayout, Staging, StreamLayout, Tallies, Tally};
+#[cfg(test)]
+pub(crate) use unit::{Cast, CopyRange, MAX_GAP};
+pub(crate) use unit::{Extent, Placed, UnitLayout};
+
+/// What O_DIRECT asks of memory addresses, file offsets and lengths (bytes); also the page size.
+pub(crate) const PAGE: usize = 4096;
+
+/// Every tensor starts on such a boundary in device memory (bytes), as kernels with 16-byte accesses and cuBLAS like it.
+pub const DEVICE_ALIGN: usize = 256;
+
+/// The most bytes that a unit, or what lives in one place, may be: as far as a pointer reaches, whole pages.
+pub(crate) const MOST: usize = isize::MAX as usize / PAGE * PAGE;
+
+/// So many bytes, rounded up to whole pages; more than [`MOST`] stays more than can be reserved.
+pub(crate) fn pages(bytes: usize) -> usize {
+    bytes.checked_next_multiple_of(PAGE).unwrap_or(usize::MAX / PAGE * PAGE)
+}
+
+/// What a slot for up to so many bytes takes: at least a page, so that each has an address of its own.
+pub(crate) fn slot_bytes(largest: usize) -> usize {
+    pages(largest).max(PAGE)
+}
+
+/// Things that lie one behind the other, each on a multiple of `align` bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stack {
+    align: usize,
+    bytes: usize,
+}
+
+impl Stack {
+    /// An empty one.
+    pub(crate) fn aligned_to(align: usize) -> Self {
+        Self { align, bytes: 0 }
+    }
+
+    /// Where the next thing, of so many bytes, lies; `None` if it would end beyond [`MOST`], and then it is not added.
+    pub(crate) fn push(&mut self, bytes: usize) -> Option<usize> {
+        let at = self.bytes;
+        let end = at.checked_add(bytes)?.checked_next_multiple_of(self.align)?;
+        self.bytes = Some(end).filter(|end| *end <= MOST)?;
+        Some(at)
+    }
+
+    /// What all of them take.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// What a unit moves in a pass (bytes read, bytes copied) and takes where it is kept or in a slot (in RAM, on the device).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    pub(crate) read: usize,
+    pub(crate) copied: usize,
+    /// Whole pages.
+    pub(crate) host: usize,
+    /// A multiple of [`DEVICE_ALIGN`].
+    pub(crate) device: usize,
+}
+
+impl Sizes {
+    /// Whether the two take the same memory but for what rounding to pages makes of it.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let near = |a: usize, b: usize| a.abs_diff(b) <= a.min(b) / 64;
+        near(self.host, other.host) && near(self.device, other.device)
+    }
+
+    /// Sums; one that no number holds is the largest there is.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        self.with(other, usize::saturating_add)
+    }
+
+    /// What is left of sums when those of a part of the same units are taken away.
+    pub(crate) fn minus(self, other: Self) -> Self {
+        self.with(other, usize::saturating_sub)
+    }
+
+    pub(crate) fn max(self, other: Self) -> Self {
+        self.with(other, usize::max)
+    }
+
+    fn with(self, other: Self, f: fn(usize, usize) -> usize) -> Self {
+        Self {
+            read: f(self.read, other.read),
+            copied: f(self.copied, other.copied),
+            host: f(self.host, other.host),
+            device: f(self.device, other.device),
+        }
+    }
+}

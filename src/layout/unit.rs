@@ -1,0 +1,280 @@
+//! Where the bytes of one unit lie: in files, in a host slot, in a device slot.
+
+use std::ops::Range;
+
+use super::{DEVICE_ALIGN, MOST, PAGE, Sizes, Stack};
+use crate::{
+    checkpoint::{Checkpoint, TensorEntry},
+    dtype::DType,
+    error::{Error, Result},
+    shape::Shape,
+    unit::{Arrival, ArrivalOp, Tier, Unit},
+};
+
+/// Tensors closer together than this (bytes) share one read: a second request costs the disk about as much.
+pub(crate) const MAX_GAP: u64 = 64 << 10;
+
+/// One contiguous read: `len` bytes at `offset` of file `file`, both multiples of the page size, into the host slot at `at`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) len: usize,
+    /// Where the last tensor ends in the file: a read must get this far; the rest is rounding.
+    pub(crate) end: u64,
+    pub(crate) at: usize,
+}
+
+impl Extent {
+    /// The pages of these bytes of a file.
+    pub(crate) fn covering(file: usize, bytes: Range<u64>, at: usize) -> Self {
+        let offset = bytes.start / PAGE as u64 * PAGE as u64;
+        let mut extent = Self { file, offset, len: 0, end: offset, at };
+        extent.grow_to(bytes.end);
+        extent
+    }
+
+    fn grow_to(&mut self, end: u64) {
+        self.end = self.end.max(end);
+        self.len = (self.end.next_multiple_of(PAGE as u64) - self.offset) as usize;
+    }
+
+    /// Its part from `position` on, a whole number of pages before its end, of up to `most` bytes.
+    pub(crate) fn part(&self, position: usize, most: usize) -> Self {
+        let (offset, len) = (self.offset + position as u64, most.min(self.len - position));
+        Self { offset, len, end: self.end.min(offset + len as u64), at: self.at + position, ..*self }
+    }
+
+    /// It in parts of up to `most` bytes that overlap by a page, so that every element lies whole in the part in which it begins;
+    /// and the range of the host slot in which elements of that part begin.
+    pub(crate) fn overlapping_parts(&self, most: usize) -> impl Iterator<Item = (Self, Range<usize>)> {
+        let (extent, step) = (*self, most - PAGE);
+        (0..extent.len).step_by(step).map(move |position| {
+            let part = extent.part(position, most);
+            (part, part.at..part.at + part.len.min(step))
+        })
+    }
+
+    /// How many of its bytes must come.
+    pub(crate) fn needed(&self) -> usize {
+        (self.end - self.offset) as usize
+    }
+
+    /// What a read of it brings from a file of this length.
+    fn brings(&self, length: u64) -> usize {
+        self.len.min((length - self.offset) as usize)
+    }
+}
+
+/// Bytes that go to the device unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CopyRange {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) bytes: usize,
+}
+
+impl CopyRange {
+    /// What of it lies in `window`, a range of the host slot.
+    pub(crate) fn within(&self, window: &Range<usize>) -> Option<Self> {
+        let (start, end) = (self.from.max(window.start), (self.from + self.bytes).min(window.end));
+        (start < end).then(|| Self { from: start, to: self.to + (start - self.from), bytes: end - start })
+    }
+}
+
+/// A tensor that is converted on the device: `elements` of `from_type` at `from` in the host slot become `to_type` at `to`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cast {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) elements: usize,
+    pub(crate) from_type: DType,
+    pub(crate) to_type: DType,
+}
+
+impl Cast {
+    /// Bytes before the cast.
+    pub(crate) fn bytes(&self) -> usize {
+        self.elements * self.from_type.size()
+    }
+
+    /// The elements that begin in `window`, a range of the host slot, in pieces of up to `block_bytes` before the cast.
+    pub(crate) fn pieces(&self, window: &Range<usize>, block_bytes: usize) -> impl Iterator<Item = Self> {
+        let (cast, from_size, to_size) = (*self, self.from_type.size(), self.to_type.size());
+        let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(from_size).min(cast.elements);
+        let (first, end, most) = (begin_before(window.start), begin_before(window.end), block_bytes / from_size);
+        (first..end).step_by(most).map(move |start| Self {
+            from: cast.from + start * from_size,
+            to: cast.to + start * to_size,
+            elements: most.min(end - start),
+            ..cast
+        })
+    }
+}
+
+/// A tensor in a device slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) name: String,
+    pub(crate) at: usize,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// Everything about one unit that the stages need.
+#[derive(Clone, Debug)]
+pub(crate) struct UnitLayout {
+    pub(crate) name: String,
+    pub(crate) extents: Vec<Extent>,
+    pub(crate) copies: Vec<CopyRange>,
+    pub(crate) casts: Vec<Cast>,
+    /// Sorted by name.
+    pub(crate) tensors: Vec<Placed>,
+    /// What the tensors take in their files, where each counts once.
+    pub(crate) disk_bytes: usize,
+    /// What reading it brings: the same rounded to pages, as far as the files go.
+    pub(crate) read_bytes: usize,
+    /// Whole pages.
+    pub(crate) host_bytes: usize,
+    /// A multiple of [`DEVICE_ALIGN`].
+    pub(crate) device_bytes: usize,
+    pub(crate) tier: Tier,
+    /// Where it lies among the units that live in its tier.
+    pub(crate) resident_at: usize,
+    /// For messages: (file, end, name) of each stored tensor, sorted.
+    stored: Vec<(usize, u64, String)>,
+}
+
+impl UnitLayout {
+    pub(crate) fn new(checkpoint: &Checkpoint, unit: &Unit) -> Result<Self> {
+        let mut inputs =
+            unit.arrivals().iter().map(|arrival| input(checkpoint, unit, arrival)).collect::<Result<Vec<_>>>()?;
+        // In file order, so that what lies side by side on disk does so in every slot and moves in one piece.
+        // By size and name too: no other tensor must come between two uses of the one that starts where it does.
+        inputs.sort_by_key(|&(_, input, entry)| (entry.file, entry.offset, entry.bytes, input));
+        let extents = lay_out_extents(inputs.iter().map(|(_, _, entry)| *entry));
+        let too_large = || Error::setting("unit", format!("{} is larger than can be addressed", unit.name()));
+        let host_bytes = extents.last().map_or(0, |extent| extent.at.saturating_add(extent.len));
+        if host_bytes > MOST {
+            return Err(too_large());
+        }
+        let (mut copies, mut casts, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
+        let (mut stored, mut on_device, mut disk_bytes) = (Vec::new(), Stack::aligned_to(DEVICE_ALIGN), 0usize);
+        for (arrival, input, entry) in inputs {
+            let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
+            let elements = entry.bytes / entry.dtype.size();
+            let bytes = elements.checked_mul(dtype.size());
+            let at = bytes.and_then(|bytes| on_device.push(bytes)).ok_or_else(too_large)?;
+            if elements > 0 {
+                let from = host_position(&extents, entry);
+                if dtype == entry.dtype {
+                    match copies.last_mut() {
+                        Some(last) if last.from + last.bytes == from && last.to + last.bytes == at => {
+                            last.bytes += entry.bytes
+                        }
+                        _ => copies.push(CopyRange { from, to: at, bytes: entry.bytes }),
+                    }
+                } else {
+                    casts.push(Cast { from, to: at, elements, from_type: entry.dtype, to_type: dtype });
+                }
+            }
+            let record = (entry.file, entry.end(), input.to_owned());
+            if entry.bytes > 0 && stored.last() != Some(&record) {
+                disk_bytes += entry.bytes;
+                stored.push(record);
+            }
+            tensors.push(Placed { name: arrival.output.clone(), at, dtype, shape: entry.shape.clone() });
+        }
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(Error::setting("unit", format!("{} has two tensors named {}", unit.name(), pair[0].name)));
+        }
+        Ok(Self {
+            name: unit.name().to_owned(),
+            read_bytes: extents.iter().map(|extent| extent.brings(checkpoint.length(extent.file))).sum(),
+            extents,
+            copies,
+            casts,
+            tensors,
+            disk_bytes,
+            host_bytes,
+            device_bytes: on_device.bytes(),
+            tier: unit.tier(),
+            resident_at: 0,
+            stored,
+        })
+    }
+
+    /// What it moves and takes.
+    pub(crate) fn sizes(&self) -> Sizes {
+        Sizes { read: self.read_bytes, copied: self.disk_bytes, host: self.host_bytes, device: self.device_bytes }
+    }
+
+    /// Index of the tensor called `name`.
+    pub(crate) fn position(&self, name: &str) -> Option<usize> {
+        self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()
+    }
+
+    /// Index of the tensor called `name`, or an error that lists what there is.
+    pub(crate) fn find(&self, name: &str) -> Result<usize> {
+        self.position(name).ok_or_else(|| Error::NoTensor {
+            unit: self.name.clone(),
+            tensor: name.to_owned(),
+            known: self.tensors.iter().map(|tensor| tensor.name.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The stored tensor that byte `offset` of file `file` belongs to, or the next: reads begin on page boundaries, before
+    /// the tensors that they are for.
+    pub(crate) fn tensor_at(&self, file: usize, offset: u64) -> &str {
+        let at = self.stored.partition_point(|(f, end, _)| (*f, *end) <= (file, offset));
+        self.stored.get(at).map_or("", |(_, _, name)| name)
+    }
+}
+
+/// The stored tensor that something is made of, if it can be.
+fn input<'a>(
+    checkpoint: &'a Checkpoint,
+    unit: &Unit,
+    arrival: &'a Arrival,
+) -> Result<(&'a Arrival, &'a str, &'a TensorEntry)> {
+    let [input] = arrival.inputs.as_slice() else {
+        let (output, op, given) = (&arrival.output, arrival.op, arrival.inputs.len());
+        let cause = format!("{}: {output} is made by {op:?}, which takes one stored tensor, not {given}", unit.name());
+        return Err(Error::setting("unit", cause));
+    };
+    let entry = checkpoint.entry(input)?;
+    if let Err(error) = Shape::new(&entry.shape) {
+        return Err(Error::tensor(&checkpoint.files()[entry.file], input, error.to_string()));
+    }
+    if let ArrivalOp::To(to) = arrival.op
+        && to != entry.dtype
+        && !entry.dtype.converts_to(to)
+    {
+        let file = &checkpoint.files()[entry.file];
+        return Err(Error::tensor(file, input, format!("cannot be converted from {} to {to}", entry.dtype)));
+    }
+    Ok((arrival, input, entry))
+}
+
+/// Cuts tensors (sorted by place) into extents: page-aligned outward, merged where they touch or nearly do.
+fn lay_out_extents<'a>(entries: impl Iterator<Item = &'a TensorEntry>) -> Vec<Extent> {
+    let mut extents = Vec::<Extent>::new();
+    for entry in entries.filter(|entry| entry.bytes > 0) {
+        let at = extents.last().map_or(0, |last| last.at.saturating_add(last.len));
+        let extent = Extent::covering(entry.file, entry.offset..entry.end(), at);
+        match extents.last_mut() {
+            Some(last) if last.file == extent.file && extent.offset <= last.offset + last.len as u64 + MAX_GAP => {
+                last.grow_to(extent.end);
+            }
+            _ => extents.push(extent),
+        }
+    }
+    extents
+}
+
+fn host_position(extents: &[Extent], entry: &TensorEntry) -> usize {
+    let after = extents.partition_point(|extent| (extent.file, extent.offset) <= (entry.file, entry.offset));
+    let extent = &extents[after - 1];
+    extent.at + (entry.offset - extent.offset) as usize
+}
