@@ -6,6 +6,7 @@
 //! cache is taken from there, many times faster than the disk. **Who**: the first backend that the system allows of io_uring with
 //! registered buffers, io_uring, and threads in `pread`. An I/O error is an error, never a reason to step down.
 
+mod blocks;
 mod engine;
 #[cfg(test)]
 pub(crate) mod faults;
@@ -25,6 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use blocks::{BlockReader, ReadBlock};
 pub(crate) use engine::Engine;
 
 use crate::{
@@ -276,7 +278,18 @@ pub(crate) struct ReadFailure {
 }
 
 impl ReadFailure {
-    pub(crate) fn source(self) -> Arc<io::Error> {
+    /// The error of a unit, say, of which a read failed.
+    pub(crate) fn of(self, unit: &str, tensor: &str, source: &Source) -> Error {
+        Error::Read {
+            unit: unit.to_owned(),
+            tensor: tensor.to_owned(),
+            path: source.path.clone(),
+            offset: self.offset,
+            source: self.source(),
+        }
+    }
+
+    fn source(self) -> Arc<io::Error> {
         Arc::new(match self.errno {
             Some(errno) => io::Error::from_raw_os_error(errno),
             None => io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends here"),

@@ -280,13 +280,7 @@ impl<D: Device> Advance for ReadStage<D> {
         {
             let (index, unit) = (load.unit, &self.plan.units[load.unit]);
             if let Some((file, failure)) = load.failure {
-                let error = Error::Read {
-                    unit: unit.name.clone(),
-                    tensor: unit.tensor_at(file, failure.offset).to_owned(),
-                    path: self.sources[file].path.clone(),
-                    offset: failure.offset,
-                    source: failure.source(),
-                };
+                let error = failure.of(&unit.name, unit.tensor_at(file, failure.offset), &self.sources[file]);
                 return Err((index, error));
             }
             let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);

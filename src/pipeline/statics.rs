@@ -1,22 +1,16 @@
 //! Tensors that are loaded once and stay on the device: embeddings, the final norm, the output head.
 
-use std::{
-    collections::VecDeque,
-    slice,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{mem, ops::Range, slice, sync::Arc, time::Duration};
 
 use crate::{
     arena::Arena,
     checkpoint::Checkpoint,
     device::{Device, DevicePtr, TensorRef},
-    error::{Error, Result},
-    io::{self, CHUNK, Engine, Source},
+    error::Result,
+    io::{self, BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, Staging, UnitLayout},
     pipeline::{arrival::Arrival, compute::view},
     plan::{Reader, Settings, Unit},
-    sync::Signal,
 };
 
 /// Blocks through which static tensors pass on their way to the device.
@@ -46,31 +40,22 @@ impl<D: Device> StaticTensors<D> {
     pub(super) fn load(
         device: &D,
         sources: &Arc<[Source]>,
-        backend: Reader,
+        reader: Reader,
         plan: UnitLayout,
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
         let memory = device.allocate("static tensors", plan.device_bytes)?;
         let base = device.address(&memory);
-        let signal = Signal::new();
-        let blocks = Arena::new("static tensors on their way", BLOCKS, CHUNK)?;
-        // Registering a few blocks for one use would cost more than it saves; and what went when the streamer started may not
-        // go now, for want of a descriptor.
-        let backend = if backend == Reader::Pread { backend } else { Reader::Auto };
+        let blocks = Arc::new(Arena::new("static tensors on their way", BLOCKS, CHUNK)?);
         // A chunk comes at a time.
         let staging = Staging::of(slice::from_ref(&plan)).at_most(CHUNK);
         let mut arrival = Arrival::new(device, staging, c"layer-streamer statics")?;
-        // SAFETY: there are no registered buffers.
-        let (mut engine, ..) = unsafe { Engine::new(backend, sources, &[], &signal) }?;
-        let loaded = fill(sources, &plan, &mut arrival, base, &blocks, &mut engine, &signal, idle);
-        if let Err(error) = loaded {
+        let mut reader = BlockReader::new(reader, sources, &blocks, BLOCKS)?;
+        if let Err(error) = fill(sources, &plan, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
-            let (reads_end, copies_end) = (engine.quiesce(), arrival.drain().is_ok());
-            if !(reads_end && copies_end) {
-                std::mem::forget(blocks);
-            }
-            if !copies_end {
-                std::mem::forget((memory, arrival));
+            reader.end();
+            if arrival.drain().is_err() {
+                mem::forget((blocks, memory, arrival));
             }
             return Err(error);
         }
@@ -94,51 +79,31 @@ impl<D: Device> StaticTensors<D> {
 }
 
 /// Reads everything that `plan` names, chunk by chunk, and has it arrive where it belongs from `base` on.
-#[allow(clippy::too_many_arguments, reason = "the body of one function, apart so that its errors meet in one place")]
 fn fill<D: Device>(
-    sources: &Arc<[Source]>,
+    sources: &[Source],
     plan: &UnitLayout,
     arrival: &mut Arrival<D>,
     base: DevicePtr,
     blocks: &Arena,
-    engine: &mut Engine,
-    signal: &Signal,
+    reader: &mut BlockReader<(usize, Range<usize>)>,
     idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
 ) -> Result<()> {
-    let failed = |error| Error::io("read with io_uring from", &sources[0].path)(error);
-    // Chunks may finish in any order; a block is not used again before it was copied.
+    // Chunks may come in any order; a block is not used again before it was copied.
     let mut parts = plan.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK));
-    let mut waiting = VecDeque::with_capacity(BLOCKS);
-    let (mut number, mut free): (usize, Vec<usize>) = (0, (0..BLOCKS).collect());
-    let (mut failure, mut last) = (None, Instant::now());
+    let mut failure = None;
     loop {
-        let ticket = signal.ticket();
-        while failure.is_none() && engine.has_room() && !free.is_empty() {
+        while failure.is_none() && reader.has_room() {
             let Some((part, window)) = parts.next() else { break };
-            let block = free.pop().expect("checked above");
             // The block stands for the part of the slot that is read into it.
-            let part = Extent { at: 0, ..part };
-            // SAFETY: the block holds one chunk, and is not handed out again before this one was copied.
-            unsafe {
-                let to = blocks.slot(block).as_ptr();
-                engine.submit(io::chunk_at(&sources[part.file], &part, 0, to, number));
-            }
-            waiting.push_back((number, part.file, block, window));
-            number += 1;
+            reader.submit(&Extent { at: 0, ..part }, (part.file, window));
         }
-        let Some(&(_, first, ..)) = waiting.front() else { break };
-        engine.flush().map_err(failed)?;
-        let Some(done) = engine.completion() else {
-            engine.wait(signal, ticket).map_err(failed)?;
-            idle(first, last.elapsed())?;
-            continue;
+        let Some(ReadBlock { block, note: (file, window), result }) =
+            reader.next(|(file, _), since| idle(*file, since))?
+        else {
+            break;
         };
-        last = Instant::now();
-        let index = waiting.iter().position(|(number, ..)| *number == done.tag).expect("it was submitted");
-        let (_, _, block, window) = waiting.remove(index).expect("found above");
-        free.push(block);
-        match done.result {
-            Err(error) => failure = failure.or(Some((done.file, error))),
+        match result {
+            Err(error) => failure = failure.or(Some((file, error))),
             Ok(_) if failure.is_some() => {}
             Ok(_) => {
                 // SAFETY: the chunk holds the window, and a page more, in which its last element ends; the block and the memory
@@ -147,15 +112,9 @@ fn fill<D: Device>(
                 arrival.drain()?;
             }
         }
+        reader.free(block);
     }
-    if let Some((file, failure)) = failure {
-        return Err(Error::Read {
-            unit: plan.name.clone(),
-            tensor: plan.tensor_at(file, failure.offset).to_owned(),
-            path: sources[file].path.clone(),
-            offset: failure.offset,
-            source: failure.source(),
-        });
-    }
-    Ok(())
+    failure.map_or(Ok(()), |(file, failure)| {
+        Err(failure.of(&plan.name, plan.tensor_at(file, failure.offset), &sources[file]))
+    })
 }

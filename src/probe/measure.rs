@@ -1,6 +1,7 @@
 //! Measuring: windows of reads and of copies, in rounds.
 
 use std::{
+    mem,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -14,11 +15,10 @@ use crate::{
     arena::Arena,
     checkpoint::Checkpoint,
     device::{Device, DevicePtr},
-    error::{Error, Result},
-    io::{self, CHUNK, Engine, Source},
+    error::Result,
+    io::{self, BlockReader, CHUNK, ReadBlock, Source},
     layout::Extent,
     plan::{CachePolicy, Reader},
-    sync::Signal,
 };
 
 /// How long a round reads and how long it copies; reads and copies under way are waited for.
@@ -46,23 +46,18 @@ const COPIES: usize = 8;
 /// Reads from file number `file` and copies to the device until one round is calm, or time is up.
 pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usize) -> Result<Judgement> {
     device.bind_thread()?;
-    let blocks = Arena::new("a probe of disk and link", BLOCKS, CHUNK)?;
+    let blocks = Arc::new(Arena::new("a probe of disk and link", BLOCKS, CHUNK)?);
     let sources = io::open_all(checkpoint, CachePolicy::Direct)?;
     let mut disk = Disk::new(&sources, file, checkpoint.length(file), &blocks)?;
     let link = CopyLink::new(device, &blocks)?;
-    let verdict = rounds(&sources[file].path, &mut disk, &link);
+    let judged = rounds(&sources[file].path, &mut disk, &link);
     // Reads and copies that are under way end here, or what they use is left to them.
-    let (reads_end, copies_end) = (disk.engine.quiesce(), verdict.is_ok() || device.drain(&link.stream).is_ok());
-    if copies_end {
-        drop(link);
-    } else {
-        std::mem::forget(link);
+    disk.reader.end();
+    if judged.is_err() && device.drain(&link.stream).is_err() {
+        mem::forget(link);
+        mem::forget(blocks);
     }
-    drop(disk);
-    if !(reads_end && copies_end) {
-        std::mem::forget(blocks);
-    }
-    verdict
+    judged
 }
 
 fn rounds<D: Device>(path: &Path, disk: &mut Disk<'_>, link: &CopyLink<'_, D>) -> Result<Judgement> {
@@ -82,62 +77,47 @@ fn rounds<D: Device>(path: &Path, disk: &mut Disk<'_>, link: &CopyLink<'_, D>) -
 
 /// Reads one file from the start on, and over again.
 struct Disk<'a> {
-    engine: Engine,
-    signal: Arc<Signal>,
-    sources: &'a [Source],
+    reader: BlockReader<()>,
+    source: &'a Source,
     file: usize,
     length: u64,
     at: u64,
-    blocks: &'a Arena,
-    free: Vec<usize>,
 }
 
 impl<'a> Disk<'a> {
-    fn new(sources: &'a Arc<[Source]>, file: usize, length: u64, blocks: &'a Arena) -> Result<Self> {
-        let signal = Signal::new();
-        // SAFETY: there are no registered buffers.
-        let (engine, ..) = unsafe { Engine::new(Reader::Auto, sources, &[], &signal) }?;
-        Ok(Self { engine, signal, sources, file, length, at: 0, blocks, free: (0..BLOCKS).collect() })
+    fn new(sources: &'a Arc<[Source]>, file: usize, length: u64, blocks: &Arc<Arena>) -> Result<Self> {
+        let reader = BlockReader::new(Reader::Auto, sources, blocks, BLOCKS)?;
+        Ok(Self { reader, source: &sources[file], file, length, at: 0 })
     }
 
     /// The rates of a round's windows (bytes per second), and all bytes that were read in it.
     fn round(&mut self) -> Result<(Vec<f64>, u64)> {
-        let path = &self.sources[self.file].path;
-        let failed = |error| Error::io("read with io_uring from", path)(error);
         let (start, mut bytes, mut rates) = (Instant::now(), 0, Vec::new());
         // Begins when the first reads have come: the queue is full from then on.
         let mut window: Option<Window> = None;
         loop {
-            let ticket = self.signal.ticket();
             let time = if rates.len() < DISK_WINDOWS { 2 * DISK_TIME } else { DISK_TIME };
-            while start.elapsed() < time && self.engine.has_room() && self.submit() {}
-            if self.engine.in_flight() == 0 {
+            while start.elapsed() < time && self.reader.has_room() {
+                self.submit();
+            }
+            let mut came = self.reader.next(|_, _| Ok(()))?;
+            if came.is_none() {
                 if rates.is_empty() {
                     rates.push(bytes as f64 / start.elapsed().as_secs_f64());
                 }
                 return Ok((rates, bytes));
             }
-            self.engine.flush().map_err(failed)?;
-            let mut came = 0;
-            while let Some(done) = self.engine.completion() {
-                self.free.push(done.tag);
-                came += 1;
-                bytes += done.result.map_err(|failure| Error::Read {
-                    unit: "a probe".into(),
-                    tensor: String::new(),
-                    path: path.clone(),
-                    offset: failure.offset,
-                    source: failure.source(),
-                })? as u64;
-            }
-            if came == 0 {
-                self.engine.wait(&self.signal, ticket).map_err(failed)?;
-                continue;
+            let mut reads = 0;
+            while let Some(ReadBlock { block, result, .. }) = came {
+                self.reader.free(block);
+                reads += 1;
+                bytes += result.map_err(|failure| failure.of("a probe", "", self.source))? as u64;
+                came = self.reader.ended();
             }
             // Looked at only when all reads that have come are counted: they come in bursts.
             let now = Instant::now();
             let open = window.get_or_insert(Window { start: now, bytes, reads: 0 });
-            open.reads += if open.start == now { 0 } else { came };
+            open.reads += if open.start == now { 0 } else { reads };
             // While the queue runs empty at the end, the disk has less to do than it could.
             if start.elapsed() < time && open.reads >= BLOCKS && now - open.start >= DISK_WINDOW {
                 rates.push((bytes - open.bytes) as f64 / (now - open.start).as_secs_f64());
@@ -146,17 +126,11 @@ impl<'a> Disk<'a> {
         }
     }
 
-    /// Submits the next read, if there is a free block for it.
-    fn submit(&mut self) -> bool {
-        let Some(block) = self.free.pop() else { return false };
+    fn submit(&mut self) {
         let (file, offset) = (self.file, self.at);
         let end = self.length.min(offset + CHUNK as u64);
-        let extent = Extent::covering(file, offset..end, 0);
-        let to = self.blocks.slot(block).as_ptr();
-        // SAFETY: the block holds a chunk, and is not handed out again before this one has come.
-        unsafe { self.engine.submit(io::chunk_at(&self.sources[file], &extent, 0, to, block)) };
+        self.reader.submit(&Extent::covering(file, offset..end, 0), ());
         self.at = if end < self.length { end } else { 0 };
-        true
     }
 }
 
