@@ -40,7 +40,7 @@ use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
-    plan::{Bandwidths, CachePolicy, FixedOverhead, Plan, Presence, Reader, Tier},
+    plan::{Bandwidths, CachePolicy, FixedOverhead, Part, Plan, Presence, Purpose, Reader, Tier},
     probe::Probe,
     trace::{
         Observer, Stage,
@@ -337,7 +337,7 @@ fn planned<D: Device>(
         if let Some(percent) = options.keep {
             // As they lie in memory, rounded to pages.
             let slots = Plan::new(checkpoint, &units, &settings, Presence::of(device))?.memory();
-            let slots = slots.iter().find(|part| !part.on_device && part.what.contains("pinned"));
+            let slots = slots.iter().find(|part| matches!(part.purpose, Purpose::Slots { tier: Tier::Pinned, .. }));
             let slots = slots.map_or(0, |part| part.bytes);
             let share = percent / 100.0 * units.len() as f64 / (settings.n_cpu_pinned + 1) as f64;
             let least = budget.least(checkpoint, &units, FixedOverhead::default())?;
@@ -357,8 +357,8 @@ fn planned<D: Device>(
 /// Bytes of slots on one side.
 fn slot_bytes(plan: &Plan, on_device: bool) -> usize {
     let parts = plan.memory();
-    let slots = parts.iter().filter(|part| part.on_device == on_device && part.what.contains("slot"));
-    slots.map(|part| part.bytes).sum()
+    let is_slots = |part: &&Part| matches!(part.purpose, Purpose::Slots { .. });
+    parts.iter().filter(is_slots).filter(|part| part.is_on_device() == on_device).map(|part| part.bytes).sum()
 }
 
 fn slots(plan: &Plan) -> usize {
@@ -368,12 +368,13 @@ fn slots(plan: &Plan) -> usize {
 /// Bytes of layers that are kept in RAM, pinned or not.
 fn resident_bytes(plan: &Plan) -> usize {
     let parts = plan.memory();
-    parts.iter().filter(|part| !part.on_device && !part.what.contains("slot")).map(|part| part.bytes).sum()
+    let is_kept = |part: &&Part| matches!(part.purpose, Purpose::Kept { tier: Tier::Ram | Tier::Pinned, .. });
+    parts.iter().filter(is_kept).map(|part| part.bytes).sum()
 }
 
 /// Bytes of RAM in all.
 fn host_bytes(plan: &Plan, linked: bool) -> usize {
-    plan.memory().iter().filter(|part| !(linked && part.on_device)).map(|part| part.bytes).sum()
+    plan.memory().iter().filter(|part| !(linked && part.is_on_device())).map(|part| part.bytes).sum()
 }
 
 /// What is measured beside the windows.

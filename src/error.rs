@@ -1,6 +1,8 @@
 //! The one error type: what was tried, where, why it failed, and what to do about it.
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{fmt, io, path::PathBuf, sync::Arc};
+
+use serde::Serialize;
 
 /// `Result` with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -55,13 +57,12 @@ pub enum Error {
     },
     /// A budget of memory is less than the least that will do.
     #[error(
-        "{name}: {given} bytes of {memory} are less than the least that will do, {least}; allow that much, or {remedy}"
+        "{}: {given} bytes of {memory} are less than the least that will do, {least}; allow that much, or {remedy}",
+        memory.option()
     )]
     TooLittle {
-        /// The budget, as programs spell it: `vram` or `ram`.
-        name: &'static str,
-        /// Which memory that is, in words.
-        memory: &'static str,
+        /// Which memory that is.
+        memory: MemoryKind,
         /// What was allowed, in bytes.
         given: usize,
         /// What would do, in bytes: of the device's memory, or of RAM where as much of that is allowed as is now.
@@ -163,6 +164,38 @@ pub enum Error {
         /// The panic's message.
         message: String,
     },
+}
+
+/// The memory that a budget is for. Prints in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryKind {
+    /// The device's own.
+    Device,
+    /// RAM, beside a device that has memory of its own.
+    Ram,
+    /// RAM, in which the device computes too.
+    Shared,
+}
+
+impl MemoryKind {
+    /// Its budget, as the program's options spell it.
+    fn option(self) -> &'static str {
+        match self {
+            Self::Device => "vram",
+            Self::Ram | Self::Shared => "ram",
+        }
+    }
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Device => "device memory",
+            Self::Ram => "RAM",
+            Self::Shared => "RAM, in which this device computes too,",
+        })
+    }
 }
 
 impl Error {

@@ -80,7 +80,7 @@ mod unit;
 
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use dtype::{DType, Element};
-pub use error::{Error, Result};
+pub use error::{Error, MemoryKind, Result};
 pub use pipeline::{Canceller, Layer, LayerStreamer, LayerToken, LentMemory, Meter, Progress, StaticTensors};
 pub use plan::{Plan, Settings, Unit};
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     dtype::DType,
     error::{Error, Result},
@@ -85,7 +87,8 @@ impl Unit {
 
 /// Where a unit is kept between passes. A unit may be read twice if its memory is not yet faulted in when the first pass reaches
 /// it: that pass does not wait where a slot can take the unit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Tier {
     /// On disk: read in every pass.
     #[default]

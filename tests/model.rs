@@ -10,10 +10,10 @@ use common::{
     with_more_tokens,
 };
 use layer_streamer::{
-    Error, Settings, device,
+    Error, MemoryKind, Settings, device,
     device::Cpu,
     model::{Decoder, Model, Sequence, Tables},
-    plan::{Bandwidths, Budget},
+    plan::{Bandwidths, Budget, Part, Purpose},
     trace::Stage,
 };
 use safetensors::SafeTensors;
@@ -226,19 +226,15 @@ fn an_embedding_whose_file_becomes_shorter_is_an_error_and_the_next_pass_works()
 fn the_memory_table_is_the_sum_of_its_parts_by_hand() {
     let (model, settings) = (Model::open(data("qwen2-f32")).unwrap(), Settings::default());
     let c = &model.config;
-    let rows: HashMap<String, usize> = Decoder::memory(&Cpu, &model, &settings, 3, 100)
-        .unwrap()
-        .into_iter()
-        .map(|part| (part.what, part.bytes))
-        .collect();
-    let near = |what: &str, expected: usize| {
-        let got = rows[what];
-        assert!(got >= expected && got < expected + expected / 8 + 8192, "{what}: {got}, by hand {expected}");
+    let parts = Decoder::memory(&Cpu, &model, &settings, 3, 100).unwrap();
+    let near = |purpose: Purpose, expected: usize| {
+        let got = parts.iter().find(|part| part.purpose == purpose).unwrap().bytes;
+        assert!(got >= expected && got < expected + expected / 8 + 8192, "{purpose}: {got}, by hand {expected}");
     };
-    near("KV cache of 3 × 100 tokens", 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
+    near(Purpose::KvCache { sequences: 3, tokens: 100 }, 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
     let block = 2 * c.hidden + 3 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + 2 * c.ffn;
-    near("activations", 4 * (300 * c.hidden + 256 * block + 16 * (c.hidden + c.vocab) + 3 * c.hidden));
-    near("static tensors", 4 * (2 * c.vocab * c.hidden + c.hidden));
+    near(Purpose::Activations, 4 * (300 * c.hidden + 256 * block + 16 * (c.hidden + c.vocab) + 3 * c.hidden));
+    near(Purpose::Statics, 4 * (2 * c.vocab * c.hidden + c.hidden));
 }
 
 #[test]
@@ -333,15 +329,15 @@ fn a_70b_model_fits_8_gb_of_gpu_memory_and_less_where_its_head_is_streamed() {
         let budget = Budget { device_bytes: Some(device_bytes), host_bytes: 64_000_000_000 };
         let settings = Decoder::fit(&Cpu, &mut model, budget, Bandwidths::default(), 1, 2048)?;
         let parts = Decoder::memory(&Cpu, &model, &settings, 1, 2048)?;
-        let device: usize = parts.iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
+        let [device, _] = Part::totals(&parts);
         assert!(device <= device_bytes, "{parts:?}");
         Ok::<_, Error>(model.tables)
     };
     assert!(fit(8_000_000_000).is_ok());
     // Two slots of 1.71 GB and a KV cache of 1.34 GB (F32), but no room for a head of 2.1 GB.
     assert_eq!(fit(5_500_000_000).unwrap(), Tables::HeadStreamed);
-    let said = fit(4_000_000_000).unwrap_err().to_string();
-    assert!(said.contains("device memory are less than the least that will do"), "{said}");
+    let refused = fit(4_000_000_000).unwrap_err();
+    assert!(matches!(refused, Error::TooLittle { memory: MemoryKind::Device, .. }), "{refused}");
 }
 
 #[test]

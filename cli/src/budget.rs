@@ -1,6 +1,6 @@
 //! `--vram` and `--ram`, as this program and the benchmarks take them, and the table of a plan.
 
-use std::str::FromStr;
+use std::{fmt::Display, str::FromStr};
 
 use layer_streamer::{
     Settings,
@@ -133,8 +133,8 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
     let forecast = plan.forecast(bandwidths);
     let bytes = |bytes: usize| units::bytes(bytes as u64);
     let mut text = format!("device: {device}\n");
-    let width = parts.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
-    let total = |of: &[bool]| parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum();
+    let width = parts.iter().map(|part| part.purpose.to_string().chars().count()).max().unwrap_or(0);
+    let [on_device, in_ram] = Part::totals(parts);
     if own {
         let mut row = |what: &str, device: String, host: String| {
             text += format!("  {what:width$}  {device:>10}  {host:>10}").trim_end();
@@ -142,15 +142,14 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
         };
         row("memory", "GPU".into(), "RAM".into());
         for part in parts {
-            let [here, there] = [bytes(part.bytes), String::new()];
-            if part.on_device { row(&part.what, here, there) } else { row(&part.what, there, here) }
+            let ([here, there], what) = ([bytes(part.bytes), String::new()], part.purpose.to_string());
+            if part.is_on_device() { row(&what, here, there) } else { row(&what, there, here) }
         }
-        row("total", bytes(total(&[true])), bytes(total(&[false])));
+        row("total", bytes(on_device), bytes(in_ram));
     } else {
-        for part in parts.iter().chain([&Part { what: "total".into(), bytes: total(&[true, false]), on_device: true }])
-        {
-            text += &format!("  {:width$}  {:>10}\n", part.what, bytes(part.bytes));
-        }
+        let mut row = |what: &dyn Display, count: usize| text += &format!("  {what:width$}  {:>10}\n", bytes(count));
+        parts.iter().for_each(|part| row(&part.purpose, part.bytes));
+        row(&"total", on_device.saturating_add(in_ram));
     }
     let tiers: Vec<_> = plan.tiers().collect();
     let (layers, head) = tiers.split_at(model.config.layers);
@@ -179,8 +178,8 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
         probe.map_or_else(|| "assumed".into(), when),
     );
     text += &match forecast.binds() {
-        "nothing" => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
-        link => format!("  {:.3} s a pass beside its computation, bound by {link}\n", forecast.pass_seconds),
+        None => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
+        Some(link) => format!("  {:.3} s a pass beside its computation, bound by {link}\n", forecast.pass_seconds),
     };
     text
 }

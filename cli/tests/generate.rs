@@ -14,7 +14,7 @@ use std::{
 
 use common::{copy_of, data, program, speller};
 use safetensors::SafeTensors;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A command on the CPU, whatever there is besides.
 fn on_cpu(command: &str) -> Command {
@@ -79,23 +79,27 @@ fn layers_that_are_kept_are_listed_and_change_nothing_in_the_text() {
 
 #[test]
 fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
-    let refused = refusal(&["--ram", "1MB", "4096="]);
-    assert_says(&refused, &["ram: 1000000 bytes", "least that will do"]);
-    let number = refused.split("will do, ").nth(1).unwrap().split(';').next().unwrap();
-    let least: usize = number.parse().unwrap();
-    assert_says(&refusal(&["--ram", &(least - 1).to_string(), "4096="]), &[number]);
+    assert_says(&refusal(&["--ram", "1MB", "4096="]), &["ram: 1000000 bytes", "least that will do"]);
+    let refused = |ram: &str| {
+        let done = plan(&["--ram", ram, "--json", "4096="]);
+        assert!(!done.status.success() && text(&done.stderr).contains("ram: "), "{}", text(&done.stderr));
+        serde_json::from_slice::<Value>(&done.stdout).unwrap()["refused"].clone()
+    };
+    let least = refused("1MB")["least"].as_u64().unwrap();
+    let short = refused(&(least - 1).to_string());
+    assert_eq!(short, json!({ "memory": "shared", "given": least - 1, "least": least }));
     let mut kept = Vec::new();
     for more in [0, 500_000, 1_500_000, 6_000_000] {
         let ram = (least + more).to_string();
         let done = generate(&["--ram", &ram, "4096="]);
         assert_eq!(text(&done.stdout), " four thousand ninety-six\n", "{}", text(&done.stderr));
-        let plan = text(&plan(&["--ram", &ram, "4096="]).stdout);
-        let layers = |tier: &str| -> usize {
-            let row = plan.lines().find_map(|line| line.trim().split_once(&format!(" {tier}: ")));
-            row.map_or(0, |(count, _)| count.trim().parse().unwrap())
-        };
-        kept.push(layers("on the device"));
-        assert_eq!(layers("on the device") + layers("on disk"), 8, "{plan}");
+        let plan: Value = serde_json::from_slice(&plan(&["--ram", &ram, "--json", "4096="]).stdout).unwrap();
+        let tiers = plan["tiers"].as_array().unwrap();
+        let layers = |tier: &str| tiers[..8].iter().filter(|found| *found == tier).count();
+        kept.push(layers("gpu"));
+        assert_eq!(layers("gpu") + layers("disk"), 8, "{plan}");
+        let taken = plan["device_bytes"].as_u64().unwrap() + plan["host_bytes"].as_u64().unwrap();
+        assert!(taken <= least + more, "{plan}");
     }
     assert!(kept[0] == 0 && kept.is_sorted() && kept[3] == 8 && (1..8).contains(&kept[2]), "{kept:?}");
 }

@@ -89,9 +89,9 @@ impl Log {
 
     /// What was just opened takes, and how it reads.
     pub(super) fn opened(&self, memory: &[Part], stats: &Stats) {
-        for Part { what, bytes, on_device } in memory {
-            let place = if *on_device { "on the device" } else { "in RAM" };
-            self.say(LS_LOG_INFO, &c_line(format!("{what}: {bytes} bytes {place}")));
+        for part in memory {
+            let place = if part.is_on_device() { "on the device" } else { "in RAM" };
+            self.say(LS_LOG_INFO, &c_line(format!("{}: {} bytes {place}", part.purpose, part.bytes)));
         }
         let Stats { reader, reader_reason: reason, .. } = stats;
         match reason.as_str() {

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     kernels::{Kernels, Precision},
     layout::UnitLayout,
-    plan::Part,
+    plan::{Part, Purpose},
 };
 
 /// Tokens that go through the output head at once.
@@ -170,19 +170,18 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
     let precision = device.precision();
     let statics = UnitLayout::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
     let Capacity { batch, context, pass_tokens } = capacity;
-    let sequences = if batch == 1 { String::new() } else { format!("{batch} × ") };
     let (cache, _) = cache_layout(&model.config, precision, capacity);
     let (work, _) = work_layout(model, precision, capacity);
+    let part = |purpose: Purpose, bytes: usize| Part { purpose, bytes };
     let mut parts = vec![
-        Part::new("static tensors", statics, true),
-        Part::new(format!("KV cache of {sequences}{context} tokens"), cache.bytes()?, true),
-        Part::new("activations", work.bytes()?, true),
-        Part::new("tokens on their way", Exchange::<D>::bytes(capacity.words()), false),
-        Part::new("kernels' scratch", device.scratch_bytes(), true),
+        part(Purpose::Statics, statics),
+        part(Purpose::KvCache { sequences: batch, tokens: context }, cache.bytes()?),
+        part(Purpose::Activations, work.bytes()?),
+        part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words())),
+        part(Purpose::Scratch, device.scratch_bytes()),
     ];
     if model.tables.reads_rows() {
-        let bytes = EmbeddingRows::<D>::bytes(pass_tokens, model.config.hidden);
-        parts.push(Part::new("embedding rows on their way", bytes, false));
+        parts.push(part(Purpose::EmbeddingRows, EmbeddingRows::<D>::bytes(pass_tokens, model.config.hidden)));
     }
     Ok(parts)
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::Result,
     kernels::Kernels,
-    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Placement, Settings},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Part, Placement, Settings},
 };
 
 impl<D: Kernels> Decoder<D> {
@@ -64,12 +64,8 @@ impl<D: Kernels> Fit<'_, D> {
     /// The model with these tables, and what it takes whatever its tiers.
     fn with(&self, model: &Model, tables: Tables) -> Result<(Model, FixedOverhead)> {
         let model = model.with_tables(tables);
-        let mut overhead = FixedOverhead::default();
-        for part in buffers::parts(self.device, &model, self.capacity)? {
-            let bytes = if part.on_device { &mut overhead.device_bytes } else { &mut overhead.host_bytes };
-            *bytes = bytes.saturating_add(part.bytes);
-        }
-        Ok((model, overhead))
+        let [device_bytes, host_bytes] = Part::totals(&buffers::parts(self.device, &model, self.capacity)?);
+        Ok((model, FixedOverhead { device_bytes, host_bytes }))
     }
 
     /// The fastest with these tables.

@@ -14,7 +14,7 @@ use super::{Bandwidths, Forecast, Placement, Presence, Settings, Tier, Unit};
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
-    error::{Error, Result},
+    error::{Error, MemoryKind, Result},
     layout::{MOST, Rings, Sizes, Staging, StreamLayout, Tallies, Tally, UnitLayout},
     memory,
 };
@@ -323,13 +323,12 @@ fn least(families: &[PlanFamily], given: Budget, rings: Rings) -> Budget {
 }
 
 fn too_small(given: Budget, least: Budget, remedy: &'static str) -> Error {
-    let of_ram = |memory| ("ram", memory, given.host_bytes, least.host_bytes);
-    let (name, memory, given, least) = match (given.device_bytes, least.device_bytes) {
-        (Some(given), Some(least)) if given < least => ("vram", "device memory", given, least),
-        (Some(_), _) => of_ram("RAM"),
-        (None, _) => of_ram("RAM, in which this device computes too,"),
+    let (memory, given, least) = match (given.device_bytes, least.device_bytes) {
+        (Some(given), Some(least)) if given < least => (MemoryKind::Device, given, least),
+        (Some(_), _) => (MemoryKind::Ram, given.host_bytes, least.host_bytes),
+        (None, _) => (MemoryKind::Shared, given.host_bytes, least.host_bytes),
     };
-    Error::TooLittle { name, memory, given, least, remedy }
+    Error::TooLittle { memory, given, least, remedy }
 }
 
 #[cfg(test)]

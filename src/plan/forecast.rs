@@ -1,9 +1,11 @@
-//! What a plan takes and moves, known before anything is reserved.
+//! What a plan moves and how long that takes, known before anything is reserved.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Plan, Tier};
-use crate::layout::{StageLayout, Tallies};
+use crate::layout::Tallies;
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,8 +24,27 @@ impl Default for Bandwidths {
     }
 }
 
+/// What bytes go over. Prints as `disk` or `copy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Link {
+    /// Disk to RAM.
+    Disk,
+    /// RAM to the device.
+    Copy,
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disk => "disk",
+            Self::Copy => "copy",
+        })
+    }
+}
+
 /// What a pass moves once all tiers are filled, and how long the links take for that. The caller's work is not in it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Forecast {
     /// Bytes read from disk, rounded to pages as reads are.
     pub disk_bytes: usize,
@@ -53,64 +74,17 @@ impl Forecast {
         Self { disk_bytes, copy_bytes, disk_seconds, copy_seconds, pass_seconds }
     }
 
-    /// The link that a pass waits for: `disk`, `copy`, or `nothing` if nothing moves.
-    pub fn binds(&self) -> &'static str {
+    /// The link that a pass waits for; `None` if nothing moves.
+    pub fn binds(&self) -> Option<Link> {
         match () {
-            () if self.disk_seconds >= self.copy_seconds && self.disk_bytes > 0 => "disk",
-            () if self.copy_bytes > 0 => "copy",
-            () => "nothing",
+            () if self.disk_seconds >= self.copy_seconds && self.disk_bytes > 0 => Some(Link::Disk),
+            () if self.copy_bytes > 0 => Some(Link::Copy),
+            () => None,
         }
-    }
-}
-
-/// One thing that memory is taken for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Description.
-    pub what: String,
-    /// How much.
-    pub bytes: usize,
-    /// In the device's memory; else in RAM. To the CPU device both are one.
-    pub on_device: bool,
-}
-
-impl Part {
-    pub(crate) fn new(what: impl Into<String>, bytes: usize, on_device: bool) -> Self {
-        Self { what: what.into(), bytes, on_device }
     }
 }
 
 impl Plan {
-    /// What the streamer will reserve.
-    pub fn memory(&self) -> Vec<Part> {
-        let stages = [
-            ("RAM slot", self.layout.ram.as_ref(), false),
-            ("pinned slot", self.layout.pinned.as_ref(), false),
-            ("device slot", Some(&self.layout.gpu), true),
-        ];
-        let mut parts: Vec<_> = (stages.into_iter())
-            .filter_map(|(what, stage, on_device)| {
-                let of = |stage: &StageLayout| match stage.slots {
-                    1 => format!("1 {what}"),
-                    slots => format!("{slots} {what}s"),
-                };
-                stage.map(|stage| Part::new(of(stage), stage.bytes(), on_device))
-            })
-            .collect();
-        for (tier, space) in Tier::KEPT.into_iter().zip(self.layout.spaces()) {
-            let bytes = space.kept;
-            let count = self.count(tier);
-            if count > 0 {
-                let what = format!("{count} {} living {tier}", if count == 1 { "unit" } else { "units" });
-                parts.push(Part::new(what, bytes, tier == Tier::Gpu));
-            }
-        }
-        if self.layout.staging.bytes() > 0 {
-            parts.push(Part::new("2 staging blocks", self.layout.staging.bytes(), true));
-        }
-        parts
-    }
-
     /// Where the units live, in order.
     pub fn tiers(&self) -> impl Iterator<Item = Tier> {
         self.units.iter().map(|unit| unit.tier)

@@ -9,6 +9,7 @@ use crate::{
     checkpoint::StoredTensor,
     common::fuzz::{number, rounds},
     dtype::DType,
+    error::MemoryKind,
     layout::{Cast, CopyRange, Extent, MAX_GAP, Space, StageLayout},
 };
 
@@ -334,11 +335,8 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presenc
 
 /// What it takes in RAM and on the device.
 fn memory(plan: &Plan) -> [usize; 2] {
-    [false, true].map(|on_device| {
-        let parts = plan.memory();
-        let parts = parts.iter().filter(|part| part.on_device == on_device);
-        parts.fold(0usize, |sum, part| sum.saturating_add(part.bytes))
-    })
+    let [device, host] = Part::totals(&plan.memory());
+    [host, device]
 }
 
 #[test]
@@ -358,8 +356,8 @@ fn a_plan_reads_what_is_needed_once_or_there_is_an_error() {
 
 /// The least that a refusal names: of device memory, or of RAM.
 fn named(error: &Error) -> Option<(bool, usize)> {
-    let Error::TooLittle { name, least, .. } = *error else { return None };
-    Some((name == "vram", least))
+    let Error::TooLittle { memory, least, .. } = *error else { return None };
+    Some((memory == MemoryKind::Device, least))
 }
 
 #[test]

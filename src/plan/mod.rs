@@ -7,11 +7,13 @@ mod budget;
 mod forecast;
 #[cfg(test)]
 mod fuzz;
+mod part;
 mod placement;
 mod settings;
 
 pub use budget::{Budget, FixedOverhead};
-pub use forecast::{Bandwidths, Forecast, Part};
+pub use forecast::{Bandwidths, Forecast, Link};
+pub use part::{Part, Purpose};
 pub use placement::Placement;
 pub use settings::{CachePolicy, Reader, Settings};
 

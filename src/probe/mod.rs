@@ -18,7 +18,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
-    plan::Bandwidths,
+    plan::{Bandwidths, Link},
 };
 
 /// What the disk of a checkpoint's largest file and the way to a device carry, when that was measured, and how far to trust it.
@@ -118,7 +118,7 @@ impl Probe {
     /// than a gigabyte or a second tells nothing.
     pub fn disagreement(&self, disk: Option<Seen>, copy: Option<Seen>) -> Option<Disagreement> {
         let Bandwidths { disk: reads, copy: copies } = self.bandwidths();
-        [("disk", disk, reads), ("copy", copy, copies)].into_iter().find_map(|(link, seen, probed)| {
+        [(Link::Disk, disk, reads), (Link::Copy, copy, copies)].into_iter().find_map(|(link, seen, probed)| {
             let Seen { bytes, seconds, bound } = seen?;
             let rate = bytes as f64 / seconds;
             let wrong = rate >= probed * WRONG || (bound && rate <= probed / WRONG);
@@ -161,8 +161,8 @@ pub struct Seen {
 /// A probe that passes have shown to be wrong. Prints as a sentence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Disagreement {
-    /// The link: `disk` or `copy`, as [`Forecast::binds`](crate::plan::Forecast::binds) calls them.
-    pub link: &'static str,
+    /// The link.
+    pub link: Link,
     /// What the probe says, in bytes per second.
     pub probed: f64,
     /// What passes moved.
@@ -174,7 +174,10 @@ pub struct Disagreement {
 impl fmt::Display for Disagreement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { link, probed, seen, age } = self;
-        let did = if *link == "disk" { "read from disk" } else { "copied to the device" };
+        let did = match link {
+            Link::Disk => "read from disk",
+            Link::Copy => "copied to the device",
+        };
         let [probed, seen] = [probed, seen].map(|rate| rate / 1e9);
         write!(f, "passes {did} at {seen:.2} GB/s, not at {probed:.2} as measured {age}: the next start measures anew")
     }

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     files,
-    plan::{Bandwidths, Budget, Placement},
+    plan::{Bandwidths, Budget, Part, Placement},
 };
 
 /// The number of the format that records have now.
@@ -282,12 +282,9 @@ impl Record {
     /// Sets the answer to this candidate's placement, which was measured.
     pub(super) fn set_answer(&mut self, candidate: &Candidate, verdict: Comparison) {
         let Some(seconds) = self.trial_of(&candidate.placement).and_then(Trial::seconds) else { return };
-        let bytes = |on_device: bool| {
-            let parts = candidate.memory.iter().filter(|part| part.on_device == on_device);
-            parts.map(|part| part.bytes).fold(0, usize::saturating_add)
-        };
+        let [device_bytes, host_bytes] = Part::totals(&candidate.memory);
         let placement = candidate.placement.clone();
-        self.answer = Some(Answer { placement, verdict, seconds, device_bytes: bytes(true), host_bytes: bytes(false) });
+        self.answer = Some(Answer { placement, verdict, seconds, device_bytes, host_bytes });
     }
 
     /// The fastest trial.

@@ -6,7 +6,7 @@ use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Decoder, Model, Tables},
-    plan::{Bandwidths, Budget},
+    plan::{Bandwidths, Budget, Part},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 
@@ -287,11 +287,11 @@ pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
         let by = Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() };
         let taken = |model: &Model, settings: &Settings| -> Budget {
             let parts = Decoder::memory(device, model, settings, batch, context).unwrap();
-            let sum = |of: &[bool]| -> usize {
-                parts.iter().filter(|part| of.contains(&part.on_device)).map(|part| part.bytes).sum()
-            };
-            let device_bytes = (!shared).then(|| sum(&[true]));
-            Budget { device_bytes, host_bytes: if shared { sum(&[true, false]) } else { sum(&[false]) } }
+            let [device, host] = Part::totals(&parts);
+            match shared {
+                true => Budget { device_bytes: None, host_bytes: device + host },
+                false => Budget { device_bytes: Some(device), host_bytes: host },
+            }
         };
         let fits = |taken: Budget, budget: Budget| {
             taken.device_bytes <= budget.device_bytes && taken.host_bytes <= budget.host_bytes

@@ -22,7 +22,7 @@ use layer_streamer::{
     Error,
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
-    plan::Part,
+    plan::{Part, Purpose},
     trace::{
         Observer,
         timeline::{Timeline, TraceFile},
@@ -117,7 +117,7 @@ fn run_on<D: Kernels>(
     placing.tell(probe.as_ref(), placing.probe);
     let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
     let timeline = trace.as_ref().map(|_| Timeline::new());
-    parts.extend(timeline.as_ref().map(|of| Part { what: "the trace".into(), bytes: of.bytes(), on_device: false }));
+    parts.extend(timeline.as_ref().map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
     if !placing.quiet {
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }
@@ -225,9 +225,10 @@ fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
     if hidden_slot {
         say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
     }
-    let total = rows.iter().map(|part| part.bytes).sum::<usize>();
-    let width = rows.iter().map(|part| part.what.chars().count()).max().unwrap_or(0);
-    for (what, bytes) in rows.iter().map(|part| (part.what.as_str(), part.bytes)).chain([("total", total)]) {
+    let rows: Vec<_> = rows.iter().map(|part| (part.purpose.to_string(), part.bytes)).collect();
+    let total = rows.iter().map(|(_, bytes)| bytes).sum();
+    let width = rows.iter().map(|(what, _)| what.chars().count()).max().unwrap_or(0);
+    for (what, bytes) in rows.into_iter().chain([("total".into(), total)]) {
         say!("  {what:width$}  {:>10}", units::bytes(bytes as u64));
     }
 }

@@ -201,10 +201,6 @@ impl Report {
                 "fills": verdict.fills, "advice": verdict.advice(), "text": verdict.to_string(), "waits": self.stats.waits(),
             })
         });
-        let memory = self
-            .parts
-            .iter()
-            .map(|part| json!({ "what": part.what, "bytes": part.bytes, "on_device": part.on_device }));
         json!({
             "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device,
             "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),
@@ -215,7 +211,7 @@ impl Report {
             "placement": {
                 "settings": self.settings,
                 "tiers": self.tiers.iter().map(Tier::to_string).collect::<Vec<_>>(),
-                "memory": memory.collect::<Vec<_>>(),
+                "memory": crate::plan::memory(&self.parts),
             },
             "device_memory": self.run.device_memory.map(|[before, free, all]| json!({
                 "free_before_bytes": before, "free_bytes": free, "bytes": all,

@@ -6,7 +6,7 @@ use crate::{
     common::{self, cases},
     dtype::DType,
     layout::{DEVICE_ALIGN, PAGE},
-    plan::{Part, Plan},
+    plan::{Link, Part, Plan},
 };
 
 /// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order.
@@ -72,7 +72,7 @@ fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64
 /// The least budget, by the error that names it.
 fn minimum(sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Budget {
     let named = |budget: Budget| match choose(sizes, overhead, budget, Bandwidths::default(), &RINGS) {
-        Err(Error::TooLittle { name, least, .. }) => (name == "vram", least),
+        Err(Error::TooLittle { memory, least, .. }) => (memory == MemoryKind::Device, least),
         other => panic!("{other:?}"),
     };
     if shared {
@@ -149,11 +149,14 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
     let chosen = |budget: Budget| choose(&sizes, FixedOverhead::default(), budget, by, &rings);
     let needed = Budget { device_bytes: Some(200 * PAGE), host_bytes: 105 * PAGE };
     assert_eq!(chosen(needed).unwrap().0[0], Tier::Pinned);
-    let said = chosen(Budget { host_bytes: needed.host_bytes - 1, ..needed }).unwrap_err().to_string();
-    assert!(said.starts_with("ram: ") && said.contains(&format!("will do, {};", needed.host_bytes)), "{said}");
+    let lacks = |budget: Budget| match chosen(budget).unwrap_err() {
+        Error::TooLittle { memory, given, least, .. } => (memory, given, least),
+        error => panic!("{error}"),
+    };
+    let short = needed.host_bytes - 1;
+    assert_eq!(lacks(Budget { host_bytes: short, ..needed }), (MemoryKind::Ram, short, needed.host_bytes));
     // On the device it takes more there, and slots of its size on its way.
-    let said = chosen(Budget { device_bytes: Some(0), ..needed }).unwrap_err().to_string();
-    assert!(said.starts_with("vram: ") && said.contains(&format!("will do, {};", 104 * PAGE)), "{said}");
+    assert_eq!(lacks(Budget { device_bytes: Some(0), ..needed }), (MemoryKind::Device, 0, 104 * PAGE));
 }
 
 #[test]
@@ -226,10 +229,7 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let settings = placement.settings;
         let presence = if shared { Presence::InFirstPass } else { Presence::AtOnce };
         let plan = Plan::new(&fixture.checkpoint, &units, &settings, presence).unwrap();
-        let sum = |on_device: bool| -> usize {
-            plan.memory().iter().filter(|part: &&Part| part.on_device == on_device).map(|part| part.bytes).sum()
-        };
-        assert!(budget.holds([sum(true), sum(false)]), "seed {seed}: {:?} for {budget:?}", plan.memory());
+        assert!(budget.holds(Part::totals(&plan.memory())), "seed {seed}: {:?} for {budget:?}", plan.memory());
     }
 }
 
@@ -268,11 +268,11 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     let placement = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
     placement.apply_to(&mut units).unwrap();
     let plan = Plan::new(&checkpoint, &units, &placement.settings, Presence::AtOnce).unwrap();
-    let device: usize = plan.memory().iter().filter(|part| part.on_device).map(|part| part.bytes).sum();
+    let [device, _] = Part::totals(&plan.memory());
     assert!(device + overhead.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.
     assert_eq!(plan.count(Tier::Pinned), 35, "{:?}", plan.memory());
     let forecast = plan.forecast(FAST_LINK);
-    assert_eq!(forecast.binds(), "disk");
+    assert_eq!(forecast.binds(), Some(Link::Disk));
     assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");
 }
