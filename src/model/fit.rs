@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::Result,
     kernels::Kernels,
-    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Part, Placement, Settings},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Part, Placement, Settings, fastest},
 };
 
 impl<D: Kernels> Decoder<D> {
@@ -93,13 +93,8 @@ impl<D: Kernels> Fit<'_, D> {
 
     /// The fastest of all tables: their place and the tiers go to the model.
     fn fastest(&self, model: &mut Model) -> Result<Settings> {
-        let time = |forecast: &Forecast| (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
-        let mut best: Option<(Model, Settings, Forecast)> = None;
-        for found in Tables::ALL.into_iter().filter_map(|tables| self.plan(model, tables).ok()) {
-            if best.as_ref().is_none_or(|(.., best)| time(&found.2) < time(best)) {
-                best = Some(found);
-            }
-        }
+        let plans = Tables::ALL.into_iter().filter_map(|tables| self.plan(model, tables).ok());
+        let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);
         // Where none fits, the error of that which lacks least of the device's memory, then of RAM.
         let lacking = |tables: Tables| self.lacking(model, tables).unwrap_or((usize::MAX, usize::MAX));
         let nearest = || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables)).unwrap_or_default();

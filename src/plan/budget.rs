@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, Forecast, Placement, Presence, Settings, Tier, Unit};
+use super::{Bandwidths, Forecast, Placement, Presence, Settings, Tier, Unit, fastest};
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
@@ -241,21 +241,12 @@ fn choose(
 ) -> Result<(Vec<Tier>, Rings)> {
     let classes = classes(sizes);
     let families = families(sizes, &classes, overhead, budget.presence());
-    let mut best: Option<((f64, f64), &PlanFamily, Member)> = None;
-    for family in &families {
-        for &rings in among {
-            for gpu in 0..=family.len() {
-                let Some(member) = family.most_kept(rings, gpu, budget) else { continue };
-                let forecast = family.forecast(member, bandwidths);
-                // Of equally fast ones that which moves less, then the first.
-                let cost = (forecast.pass_seconds, forecast.disk_seconds + forecast.copy_seconds);
-                if best.as_ref().is_none_or(|(least, ..)| cost < *least) {
-                    best = Some((cost, family, member));
-                }
-            }
-        }
-    }
-    let Some((_, family, member)) = best else {
+    let members = families.iter().flat_map(|family| {
+        let pairs = among.iter().flat_map(|&rings| (0..=family.len()).map(move |gpu| (rings, gpu)));
+        let fit = pairs.filter_map(|(rings, gpu)| family.most_kept(rings, gpu, budget));
+        fit.map(move |member| (family.forecast(member, bandwidths).cost(), (family, member)))
+    });
+    let Some((family, member)) = fastest(members, 0.0) else {
         let shortest = *among.last().expect("there are rings");
         let remedy = if among == RINGS { "a shorter context" } else { "shorter rings or a shorter context" };
         return Err(too_small(budget, least(&families, budget, shortest), remedy));

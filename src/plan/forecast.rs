@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Plan, Tier};
+use super::{Cost, Plan, Tier};
 use crate::layout::Tallies;
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
@@ -72,6 +72,11 @@ impl Forecast {
             _ => slower,
         };
         Self { disk_bytes, copy_bytes, disk_seconds, copy_seconds, pass_seconds }
+    }
+
+    /// What decides between ways to run: of those that take equally long that which moves less.
+    pub(crate) fn cost(&self) -> Cost {
+        Cost { seconds: self.pass_seconds, burden: self.disk_seconds + self.copy_seconds }
     }
 
     /// The link that a pass waits for; `None` if nothing moves.

@@ -4,6 +4,7 @@
 //! which extents to read into a host slot, which ranges to copy to the device, and which tensors arrive changed.
 
 mod budget;
+mod fastest;
 mod forecast;
 #[cfg(test)]
 mod fuzz;
@@ -12,6 +13,7 @@ mod placement;
 mod settings;
 
 pub use budget::{Budget, FixedOverhead};
+pub(crate) use fastest::{Cost, fastest};
 pub use forecast::{Bandwidths, Forecast, Link};
 pub use part::{Part, Purpose};
 pub use placement::Placement;

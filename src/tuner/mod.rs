@@ -272,7 +272,7 @@ impl Tuner {
             ended = Ended::Cancelled;
         }
         let Record { mut trials, answer, .. } = searching.record;
-        trials.sort_by(|a, b| a.rank().partial_cmp(&b.rank()).expect("seconds are numbers"));
+        trials.sort_by_key(Trial::rank);
         Ok(Ranking { trials, candidates: self.candidates.len() + others, answer, ended })
     }
 

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     files,
-    plan::{Bandwidths, Budget, Part, Placement},
+    plan::{Bandwidths, Budget, Cost, Part, Placement, fastest},
 };
 
 /// The number of the format that records have now.
@@ -164,12 +164,13 @@ impl Trial {
     }
 
     /// Fastest first, then those that were stopped, then those refused.
-    pub(super) fn rank(&self) -> (u8, f64) {
-        match (&self.outcome, self.seconds()) {
+    pub(super) fn rank(&self) -> (u8, Cost) {
+        let (class, seconds) = match (&self.outcome, self.seconds()) {
             (_, Some(seconds)) => (0, seconds),
             (Outcome::Stopped { limit }, _) => (1, self.measured().iter().copied().fold(*limit, f64::max)),
             _ => (2, 0.0),
-        }
+        };
+        (class, Cost::of_seconds(seconds))
     }
 }
 
@@ -275,7 +276,7 @@ impl Record {
         let Some(limit) = self.default_seconds() else { return Vec::new() };
         let seconds = |trial: &Trial| trial.seconds().unwrap_or(f64::INFINITY);
         let mut faster: Vec<_> = self.trials.iter().filter(|trial| seconds(trial) < limit * (1.0 - WORTH)).collect();
-        faster.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        faster.sort_by_key(|trial| Cost::of_seconds(seconds(trial)));
         faster
     }
 
@@ -289,8 +290,7 @@ impl Record {
 
     /// The fastest trial.
     pub(super) fn best_trial(&self) -> Option<&Trial> {
-        let timed = self.trials.iter().filter(|trial| trial.seconds().is_some());
-        timed.min_by(|a, b| a.rank().partial_cmp(&b.rank()).expect("seconds are numbers"))
+        fastest(self.trials.iter().filter_map(|trial| Some((Cost::of_seconds(trial.seconds()?), trial))), 0.0)
     }
 
     /// How long a measured run may take: the best so far, and of it 10 %, or thrice the spread seen if that is more; with

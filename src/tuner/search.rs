@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    plan::{Bandwidths, Placement},
+    plan::{Bandwidths, Cost, Placement, fastest},
 };
 
 /// Of candidates forecast to be equally fast but for this share, that which takes the least memory is tried first.
@@ -150,9 +150,8 @@ impl Planned {
     /// Among those that may be tried that with the best hope; of several that are alike in that, that which takes least.
     fn most_hopeful(&self, hopes: &[(usize, f64)], may: impl Fn(usize, f64) -> bool) -> Option<usize> {
         let hopes = hopes.iter().filter(|(number, hope)| may(*number, *hope));
-        let least = hopes.clone().map(|(_, hope)| *hope).fold(f64::INFINITY, f64::min);
-        let alike = hopes.filter(|(_, hope)| *hope <= least * (1.0 + ALIKE));
-        alike.map(|(number, _)| *number).min_by_key(|number| self.lines[*number].bytes)
+        let cost = |&(number, seconds): &(usize, f64)| Cost { seconds, burden: self.lines[number].bytes as f64 };
+        fastest(hopes.map(|hope| (cost(hope), hope.0)), ALIKE)
     }
 }
 
