@@ -274,8 +274,9 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
             .collect::<Result<_, Failure>>()?,
     };
     let host: usize = planned.iter().map(|(_, (.., plan))| host_bytes(plan, linked)).sum();
-    if planned.len() > 1 && available() > 0 && host > available() / 10 * 9 {
-        let [host, free] = [host, available()].map(|bytes| units::bytes(bytes as u64));
+    let free = available();
+    if planned.len() > 1 && host > free / 10 * 9 {
+        let [host, free] = [host, free].map(|bytes| units::bytes(bytes as u64));
         return Err(format!("--sweep: all values together take {host} of RAM, {free} are free; try fewer").into());
     }
     let files = files(&checkpoint, &planned[0].1.0);

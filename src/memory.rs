@@ -59,6 +59,11 @@ fn field(table: &str, name: &str) -> Option<usize> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// What may be used of so much that is free: all but a reserve for everything else.
+pub(crate) fn less_reserve(free: usize) -> usize {
+    free - (free / 16).max(256 << 20).min(free / 4)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +116,11 @@ mod tests {
         assert_eq!(free_with(&version_1), Some(3_500_000));
         let unlimited = [("sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes", "9223372036854771712\n")];
         assert_eq!(free_with(&[&version_1[..], &unlimited].concat()), Some(3_500_000));
+    }
+
+    #[test]
+    fn a_reserve_is_left_of_what_is_free_that_is_no_more_than_a_quarter() {
+        assert_eq!([0, 4, 1 << 30, 16 << 30].map(less_reserve), [0, 3, 768 << 20, 15 << 30]);
     }
 
     #[test]

@@ -55,18 +55,10 @@ pub fn budget<D: Device>(
         Some(Amount::Bytes(bytes)) => Some(bytes),
         _ => None,
     };
-    let own = !device.memory_is_ram();
-    if !own && vram.is_some() {
+    if device.memory_is_ram() && vram.is_some() {
         return Err(format!("--vram: {} computes in RAM; give --ram alone", device.describe()).into());
     }
-    Ok(match (given(vram), given(ram)) {
-        (Some(device_bytes), Some(host_bytes)) => Budget { device_bytes: Some(device_bytes), host_bytes },
-        (None, Some(host_bytes)) if !own => Budget { device_bytes: None, host_bytes },
-        (vram, ram) => {
-            let free = Budget::free(device)?;
-            Budget { device_bytes: vram.or(free.device_bytes), host_bytes: ram.unwrap_or(free.host_bytes) }
-        }
-    })
+    Ok(Budget::given_or_free(device, given(vram), given(ram))?)
 }
 
 /// Whether what the links carry is measured.

@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use layer_streamer::plan::DEVICE_ALIGN;
+use layer_streamer::{
+    device::{Cpu, Device},
+    plan::DEVICE_ALIGN,
+};
 use memmap2::MmapRaw;
 
 use super::{Failure, Moved, clock, memory, units};
@@ -76,9 +79,7 @@ impl PlainCopy {
     }
 }
 
-/// Bytes of memory that can be had without swapping; 0 if that cannot be told.
+/// Bytes of memory that can be had without swapping and without meeting a limit; the most there is if that cannot be told.
 pub fn available() -> usize {
-    let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = table.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<usize>().ok()).unwrap_or(0) << 10
+    Cpu.free_memory().unwrap_or(usize::MAX)
 }

@@ -167,18 +167,11 @@ impl StreamOptions {
         if self.lends() {
             return Err(Failure::invalid("memory", "is the library's own within a budget: leave it NULL"));
         }
-        let own = !device.memory_is_ram();
-        if !own && on_device != 0 {
+        if device.memory_is_ram() && on_device != 0 {
             return Err(Failure::invalid("device_budget", "is for devices with memory of their own: leave it 0"));
         }
-        // What is free is asked for only where it is wanted: not every system tells.
-        if host != FREE && !(own && [0, FREE].contains(&on_device)) {
-            return Ok(Some(Budget { device_bytes: own.then_some(on_device), host_bytes: host }));
-        }
-        let free = Budget::free(device)?;
-        let given = |bytes: usize, free: usize| if [0, FREE].contains(&bytes) { free } else { bytes };
-        let device_bytes = free.device_bytes.map(|free| given(on_device, free));
-        Ok(Some(Budget { device_bytes, host_bytes: given(host, free.host_bytes) }))
+        let given = |bytes: usize| Some(bytes).filter(|bytes| ![0, FREE].contains(bytes));
+        Ok(Some(Budget::given_or_free(device, given(on_device), given(host))?))
     }
 
     fn within(&self, planned: Settings) -> Settings {

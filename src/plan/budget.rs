@@ -46,13 +46,30 @@ impl Budget {
     /// # Errors
     /// [`Error::Unsupported`] if the system does not tell, or the device's own.
     pub fn free<D: Device>(device: &D) -> Result<Self> {
-        let spare = |free: usize| free - (free / 16).max(256 << 20).min(free / 4);
-        let host = memory::free().ok_or_else(|| Error::Unsupported {
-            what: "finding out how much memory is free (no MemAvailable in /proc/meminfo)".into(),
-            remedy: "say how much may be used".into(),
-        })?;
-        let device_bytes = if device.memory_is_ram() { None } else { Some(spare(device.free_memory()?)) };
-        Ok(Self { device_bytes, host_bytes: spare(host) })
+        Self::given_or_free(device, None, None)
+    }
+
+    /// So many bytes of the device's own memory and of RAM; of what is not given, what is [free](Self::free), which is asked for
+    /// nothing else: not every system tells. `device_bytes` does not count where the device computes in RAM.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn given_or_free<D: Device>(
+        device: &D,
+        device_bytes: Option<usize>,
+        host_bytes: Option<usize>,
+    ) -> Result<Self> {
+        let on_device = || device_bytes.map_or_else(|| Ok(memory::less_reserve(device.free_memory()?)), Ok);
+        let in_ram = || {
+            memory::free().map(memory::less_reserve).ok_or_else(|| Error::Unsupported {
+                what: "finding out how much memory is free (no MemAvailable in /proc/meminfo)".into(),
+                remedy: "say how much may be used".into(),
+            })
+        };
+        Ok(Self {
+            device_bytes: if device.memory_is_ram() { None } else { Some(on_device()?) },
+            host_bytes: host_bytes.map_or_else(in_ram, Ok)?,
+        })
     }
 
     /// The settings, and the tiers of `units`, with which a pass is fastest, where `overhead` is taken as well: whatever static
