@@ -168,11 +168,11 @@ impl Arena {
     fn reserve(what: &'static str, slots: usize, largest: usize) -> Result<Self> {
         let slot_bytes = slot_bytes(largest);
         let bytes = slots.max(1).saturating_mul(slot_bytes);
-        let failed = |source: io::Error| Error::Memory { what, bytes, source: Arc::new(source) };
+        let failed = |source: io::Error| Error::Memory { what, bytes, free: None, source: Arc::new(source) };
         // The system may promise more than it has, and then kill whoever uses it.
-        if let Some(available) = memory::free().filter(|&available| available < bytes) {
-            let cause = format!("only {available} bytes are available");
-            return Err(failed(io::Error::new(io::ErrorKind::OutOfMemory, cause)));
+        if let Some(free) = memory::free().filter(|free| *free < bytes) {
+            let source = io::Error::new(io::ErrorKind::OutOfMemory, format!("only {free} bytes are available"));
+            return Err(Error::Memory { what, bytes, free: Some(free), source: Arc::new(source) });
         }
         let map: MmapRaw = MmapOptions::new().len(bytes).map_anon().map_err(failed)?.into();
         // Older kernels lack some of these; the memory works without them.
@@ -194,7 +194,7 @@ impl Arena {
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> Error {
-        Error::Memory { what, bytes: self.bytes, source: Arc::new(source) }
+        Error::Memory { what, bytes: self.bytes, free: None, source: Arc::new(source) }
     }
 
     /// Makes every page present, on several threads: the kernel zeroes pages, and in a virtual machine fetches them from

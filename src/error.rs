@@ -77,6 +77,8 @@ pub enum Error {
         what: &'static str,
         /// How much was asked for, in bytes.
         bytes: usize,
+        /// How much could be had, in bytes, where it is known that this is less.
+        free: Option<usize>,
         /// The operating system's error.
         source: Arc<io::Error>,
     },

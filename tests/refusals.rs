@@ -404,9 +404,10 @@ fn in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed()
             Err(error) => assert!(matches!(error, Error::Memory { .. }), "{more}: {error}"),
         }
     }
-    let message = refused(|| start(&fixture, &settings(40, 40, 40))).to_string();
+    let error = refused(|| start(&fixture, &settings(40, 40, 40)));
+    let Error::Memory { free: Some(few), .. } = error else { panic!("{error}") };
+    let message = error.to_string();
     assert!(message.contains("bytes are available") && message.contains("free memory"), "{message}");
-    let few: usize = message.split("only ").nth(1).and_then(|text| text.split(' ').next()?.parse().ok()).unwrap();
     assert!(few < 64 << 20, "{message}");
     before.assert_back(&message);
     // A ring whose buffers cannot be registered within the group reads without.
