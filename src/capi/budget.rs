@@ -83,10 +83,9 @@ impl ls_placement {
             }
         };
         let count = |tier| placement.tiers.iter().filter(|other| **other == tier).count();
-        let bytes = |on_device| {
-            let parts = memory.iter().filter(|part| (part.on_device && !memory_is_ram) == on_device);
-            parts.map(|part| part.bytes).sum()
-        };
+        let [on_device, in_ram] = Part::totals(&memory);
+        let (host_bytes, device_bytes) =
+            if memory_is_ram { (in_ram.saturating_add(on_device), 0) } else { (in_ram, on_device) };
         let Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, .. } = placement.settings;
         let told = Self {
             size,
@@ -101,8 +100,8 @@ impl ls_placement {
             units_ram: count(Tier::Ram),
             units_pinned: count(Tier::Pinned),
             units_gpu: count(Tier::Gpu),
-            host_bytes: bytes(false),
-            device_bytes: bytes(true),
+            host_bytes,
+            device_bytes,
             ..Self::default()
         };
         // SAFETY: the caller's.

@@ -11,7 +11,7 @@ use std::{
     slice,
 };
 
-use crate::error::Error;
+use crate::error::{Error, MemoryKind};
 
 /// How a call ended. New codes are added at the end; a code never changes its meaning.
 #[repr(i32)]
@@ -162,7 +162,7 @@ impl From<Error> for Failure {
             Error::Panicked { .. } => LS_PANICKED,
         };
         let least = match error {
-            Error::TooLittle { name: "vram", least, .. } => [0, least],
+            Error::TooLittle { memory: MemoryKind::Device, least, .. } => [0, least],
             Error::TooLittle { least, .. } => [least, 0],
             _ => [0; 2],
         };
