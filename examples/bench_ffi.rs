@@ -1,6 +1,6 @@
 //! What the C API costs: taking a layer and giving it back through it, beside the same through Rust, in turns.
 //!
-//! The units live on the device and are there when a burst begins, so that what is timed is the calls alone.
+//! The units are kept on the device and are there when a burst begins, so that what is timed is the calls alone.
 
 #[path = "bench/report/mod.rs"]
 mod report;

@@ -3,7 +3,7 @@
 //! Disks are uneven from minute to minute, so the pipeline and a raw reader of the same files take turns in short
 //! windows. In a window only bytes that were read in it count, and what the pipeline had read before is taken out of it
 //! first. The raw reader reads on while the pipeline comes to rest and while it sets off, so the disk is never idle;
-//! whatever is read then counts for nobody. Where no layer lives on disk the limit is a plain copy.
+//! whatever is read then counts for nobody. Where no layer stays on disk the limit is a plain copy.
 //!
 //! A link's rate is its bytes over the time of the whole window, waits included, so that the rates of all links belong to the
 //! same passes: a layer that is read and copied counts in both, one that is kept in RAM in the copy alone.
@@ -103,7 +103,7 @@ struct Options {
     /// Whether reads go past the page cache
     #[arg(long, default_value = "direct")]
     cache: CacheName,
-    /// Where layers live between passes, such as 0-7=pinned,8-11=gpu
+    /// Where layers are kept between passes, such as 0-7=pinned,8-11=gpu
     #[arg(long, value_name = "LIST", default_value = "")]
     tier: String,
     /// Choose tiers and rings for so much GPU memory, such as 8GB, 7.5GiB or auto

@@ -134,7 +134,7 @@ typedef int32_t ls_dtype;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Where a unit lives between passes.
+// Where a unit is kept between passes.
 enum ls_tier
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
@@ -359,8 +359,8 @@ typedef struct ls_streamer_options {
     const struct ls_unit *units;
     // How many units.
     size_t unit_count;
-    // Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
-    // is NULL, live where their `tier` says, or on disk.
+    // Where units are kept between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
+    // is NULL, are kept where their `tier` says, or stay on disk.
     const char *tiers;
     // May be NULL.
     ls_progress_fn progress;
@@ -384,7 +384,7 @@ typedef struct ls_streamer_options {
     void *gpu_memory;
     // Its length in bytes.
     size_t gpu_bytes;
-    // How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
+    // How much RAM may be used, in bytes: the library then chooses the numbers above and where units are kept, so that a pass
     // takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
     // LS_TOO_LITTLE if it is less than the least that will do. What comes of it is asked by ls_streamer_plan. To a streamer it is for its slots and
     // units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
@@ -682,7 +682,7 @@ ls_status ls_stream_to_cuda(struct ls_stream stream,
 
 // What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
 // the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
-// have slots for layers that live there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
+// have slots for layers that are kept there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
 ls_status ls_streamer_memory(struct ls_checkpoint checkpoint,
                              const struct ls_streamer_options *options,
                              struct ls_memory *memory);

@@ -457,6 +457,6 @@ fn units_larger_than_can_be_addressed_are_refused() {
     for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         let mut units = [unit(&["c"]), unit(&["d"])];
         units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
-        assert_refused(plan(&units), &["tier: more lives there than can be addressed"]);
+        assert_refused(plan(&units), &["tier: more is kept there than can be addressed"]);
     }
 }

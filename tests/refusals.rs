@@ -441,11 +441,9 @@ fn a_tier_that_does_not_fit_is_refused_with_both_sizes() {
         shape: vec![UNIT],
     };
     let checkpoint = Checkpoint::from_table((0..count).map(stored)).unwrap();
-    for (tier, what) in [
-        ("ram", "units living in RAM"),
-        ("pinned", "units living in pinned RAM"),
-        ("gpu", "units living on the device"),
-    ] {
+    for (tier, what) in
+        [("ram", "units kept in RAM"), ("pinned", "units kept in pinned RAM"), ("gpu", "units kept on the device")]
+    {
         let mut units: Vec<_> = (0..count).map(|number| Unit::new(format!("unit {number}"))).collect();
         for (number, unit) in units.iter_mut().enumerate() {
             unit.keep("weight", number.to_string());

@@ -118,7 +118,7 @@ pub fn describe(budget: Budget) -> String {
     }
 }
 
-/// A plan for people: what takes memory (`own`: the device has its own), where layers and output head live, what a pass moves and
+/// A plan for people: what takes memory (`own`: the device has its own), where layers and output head are kept, what a pass moves and
 /// how long that takes, by a probe or by assumed figures.
 pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan, probe: Option<&Probe>) -> String {
     let bandwidths = probe.map_or_else(Bandwidths::default, Probe::bandwidths);
@@ -191,7 +191,7 @@ pub fn measured(probe: &Probe) -> String {
     }
 }
 
-/// The numbers of those that live there, such as 0-3,7.
+/// The numbers of those that are kept there, such as 0-3,7.
 fn ranges(tiers: &[Tier], tier: Tier) -> String {
     let mut found = Vec::<(usize, usize)>::new();
     for (number, _) in tiers.iter().enumerate().filter(|(_, found)| **found == tier) {

@@ -80,12 +80,12 @@ pub struct Placing {
     #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
     batch_cpu: Option<usize>,
 
-    /// Where layers live between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
+    /// Where layers are kept between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
     /// of a streamed output head are numbered after the layers
     #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
     tier: Option<String>,
 
-    /// Where embedding table and output head live: on-device, embedding-in-file, or head-streamed, which streams the head after
+    /// Where embedding table and output head are kept: on-device, embedding-in-file, or head-streamed, which streams the head after
     /// the layers [default: on-device]
     #[arg(long, value_name = "WAY", help_heading = "Pipeline, in place of a budget")]
     tables: Option<Tables>,

@@ -1,4 +1,4 @@
-//! Says how `generate` would run: what takes memory, where the layers live, and how long a pass takes for what it moves.
+//! Says how `generate` would run: what takes memory, where the layers are kept, and how long a pass takes for what it moves.
 
 use std::io::{self, Write};
 
@@ -21,7 +21,7 @@ use crate::{
     waiting::Waiting,
 };
 
-/// Print what a run would reserve, where the layers would live, and what a pass would take
+/// Print what a run would reserve, where the layers would be kept, and what a pass would take
 #[derive(Args)]
 #[command(after_help = "\
 It takes the options of `generate` that choose model, memory and pipeline. A prompt, if there is one, counts for the KV cache.

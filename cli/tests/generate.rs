@@ -45,7 +45,7 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
     for part in [
         "pinned slots",
         "device slots",
-        "8 units living on the device",
+        "8 units kept on the device",
         "static tensors",
         "KV cache of 37 tokens",
         "total",
@@ -72,7 +72,7 @@ fn layers_that_are_kept_are_listed_and_change_nothing_in_the_text() {
                 "{tiers} {pipeline:?}: {}",
                 text(&done.stderr)
             );
-            assert!(text(&done.stderr).contains("units living"), "{}", text(&done.stderr));
+            assert!(text(&done.stderr).contains("units kept"), "{}", text(&done.stderr));
         }
     }
 }

@@ -120,8 +120,8 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     // Rings, tiers and tables, whichever they are.
     let mut model = Model::open(common::speller()).unwrap();
     for (words, tiers, lines) in [
-        ("head-streamed", "1-2=gpu,5=pinned", &["2 units living on the device", "1 unit living in pinned RAM"][..]),
-        ("embedding-in-file", "0=ram,7=gpu", &["1 unit living in RAM", "embedding rows on their way"]),
+        ("head-streamed", "1-2=gpu,5=pinned", &["2 units kept on the device", "1 unit kept in pinned RAM"][..]),
+        ("embedding-in-file", "0=ram,7=gpu", &["1 unit kept in RAM", "embedding rows on their way"]),
         ("on-device", "", &["4 device slots", "3 pinned slots"]),
     ] {
         model.tables = words.parse().unwrap();

@@ -1,4 +1,4 @@
-//! A streamer from a budget: the library chooses the settings and where units live, and says what it would choose.
+//! A streamer from a budget: the library chooses the settings and where units are kept, and says what it would choose.
 
 use std::{mem, ptr::NonNull};
 

@@ -22,7 +22,7 @@ use crate::{
     trace::{Observer, Stats},
 };
 
-/// Where a unit lives between passes.
+/// Where a unit is kept between passes.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ls_tier {
@@ -117,8 +117,8 @@ pub struct ls_streamer_options {
     pub units: *const ls_unit,
     /// How many units.
     pub unit_count: usize,
-    /// Where units live between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
-    /// is NULL, live where their `tier` says, or on disk.
+    /// Where units are kept between passes, as in "0-7=pinned,8-11=gpu,12=ram", by their numbers from 0; the others, and all if it
+    /// is NULL, are kept where their `tier` says, or stay on disk.
     pub tiers: *const c_char,
     /// May be NULL.
     pub progress: ls_progress_fn,
@@ -142,7 +142,7 @@ pub struct ls_streamer_options {
     pub gpu_memory: *mut c_void,
     /// Its length in bytes.
     pub gpu_bytes: usize,
-    /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units live, so that a pass
+    /// How much RAM may be used, in bytes: the library then chooses the numbers above and where units are kept, so that a pass
     /// takes the least time; `tiers` and the memory above are left NULL. SIZE_MAX: what is free, less a reserve; 0: no budget.
     /// LS_TOO_LITTLE if it is less than the least that will do. What comes of it is asked by ls_streamer_plan. To a streamer it is for its slots and
     /// units alone: leave out what you load or allocate besides, and expect to hold one layer at a time (n_gpu 1). To a model
@@ -185,7 +185,7 @@ unsafe impl Grows for ls_memory {
 
 /// What a streamer with these options needs of memory that is lent to it; nothing is reserved or read. `options` may be NULL:
 /// the defaults. Set `memory->size` to sizeof(ls_memory) before. Device memory that a streamer reserves itself on the CPU may
-/// have slots for layers that live there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
+/// have slots for layers that are kept there too, until the memory they are kept in is present: n_gpu + 1 of the largest.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_memory(
     checkpoint: ls_checkpoint,

@@ -37,7 +37,7 @@ use crate::{dtype::DType, error::Result};
 /// lie as were asked for, aligned, until the memory is dropped and work that was enqueued before is done; streams run in order,
 /// waits and records order them as the module says, and [`synchronize`](Device::synchronize) returns no sooner than the record
 /// is reached. When [`drain`](Device::drain) returns, the stream's work is done; when it fails, that touches host memory no more.
-/// No two living streams have one [`stream_id`](Device::stream_id), unless all work is done when its call returns.
+/// No two open streams have one [`stream_id`](Device::stream_id), unless all work is done when its call returns.
 pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// A queue of work that runs in order.
     type Stream: Send;

@@ -44,7 +44,7 @@ impl StreamId {
     /// The only one of a device whose work is done when a call returns: there is nothing to be ordered.
     pub const CALLER: Self = Self(0);
 
-    /// A stream by its handle, which no other living stream of the device has.
+    /// A stream by its handle, which no other open stream of the device has.
     pub fn of_handle(handle: usize) -> Self {
         Self(handle)
     }

@@ -17,7 +17,7 @@ pub(crate) const PAGE: usize = 4096;
 /// Every tensor starts on such a boundary in device memory (bytes), as kernels with 16-byte accesses and cuBLAS like it.
 pub const DEVICE_ALIGN: usize = 256;
 
-/// The most bytes that a unit, or what lives in one place, may be: as far as a pointer reaches, whole pages.
+/// The most bytes that a unit, or what is kept in one place, may be: as far as a pointer reaches, whole pages.
 pub(crate) const MOST: usize = isize::MAX as usize / PAGE * PAGE;
 
 /// So many bytes, rounded up to whole pages; more than [`MOST`] stays more than can be reserved.

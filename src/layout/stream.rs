@@ -1,4 +1,4 @@
-//! What a stream of units takes: the slots of its stages, the units that live in each tier, the staging blocks.
+//! What a stream of units takes: the slots of its stages, the units that are kept in each tier, the staging blocks.
 
 use super::{DEVICE_ALIGN, Sizes, UnitLayout, pages, slot_bytes};
 use crate::unit::Tier;
@@ -114,7 +114,7 @@ impl Staging {
     }
 }
 
-/// Memory of one kind: slots, and behind them the units that live there.
+/// Memory of one kind: slots, and behind them the units that are kept there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Space {
     /// Bytes of slots, which is also where the units begin.
@@ -136,14 +136,14 @@ pub(crate) struct StreamLayout {
     pub(crate) pinned: Option<StageLayout>,
     pub(crate) gpu: StageLayout,
     pub(crate) staging: Staging,
-    /// Bytes of the units that live in pageable RAM, in pinned RAM and on the device.
+    /// Bytes of the units that are kept in pageable RAM, in pinned RAM and on the device.
     kept: [usize; 3],
 }
 
 impl StreamLayout {
     pub(crate) fn new(tallies: &Tallies, rings: Rings, batches: Rings, presence: Presence, staging: Staging) -> Self {
         let [[n_gpu, n_cpu_pinned, n_cpu], [batch_gpu, batch_cpu_pinned, batch_cpu]] = [rings, batches];
-        // Slots are for the units that pass through them. What lives on the device came through the host's.
+        // Slots are for the units that pass through them. What is kept on the device came through the host's.
         let from_disk = tallies.largest(&[Tier::Disk, Tier::Gpu], |sizes| sizes.host);
         let to_pin = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::Ram], |sizes| sizes.host);
         let passing = match presence {
@@ -152,7 +152,7 @@ impl StreamLayout {
         };
         let to_device = tallies.largest(passing, |sizes| sizes.device);
         let [ram, pinned, gpu] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
-        // Units that live in RAM need the pin stage, and that a RAM slot for the others.
+        // Units that are kept in RAM need the pin stage, and that a RAM slot for the others.
         let has_ram = n_cpu > 0 || (ram.host > 0 && n_cpu_pinned > 0);
         let has_pinned = n_cpu_pinned > 0 || n_cpu == 0;
         let on_device = match presence {

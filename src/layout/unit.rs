@@ -139,7 +139,7 @@ pub(crate) struct UnitLayout {
     /// A multiple of [`DEVICE_ALIGN`].
     pub(crate) device_bytes: usize,
     pub(crate) tier: Tier,
-    /// Where it lies among the units that live in its tier.
+    /// Where it lies among the units that are kept in its tier.
     pub(crate) resident_at: usize,
     /// For messages: (file, end, name) of each stored tensor, sorted.
     stored: Vec<(usize, u64, String)>,

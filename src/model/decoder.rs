@@ -46,7 +46,7 @@ use crate::{
 /// ```
 pub struct Decoder<D: Kernels> {
     pub(super) model: Model,
-    /// Where the model's parts live, for people.
+    /// Where the model's parts are kept, for people.
     placement: Placement,
     pub(super) device: D,
     pub(super) streamer: LayerStreamer<D>,

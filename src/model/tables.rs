@@ -1,11 +1,11 @@
-//! Where the embedding table and the output head live, which of small models are most of the bytes, and of large ones
+//! Where the embedding table and the output head are kept, which of small models are most of the bytes, and of large ones
 //! gigabytes.
 
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// Where the embedding table and the output head live.
+/// Where the embedding table and the output head are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tables {
     /// Both on the device.

@@ -29,7 +29,7 @@ pub struct Model {
     pub checkpoint: Checkpoint,
     /// One unit per layer.
     pub units: Vec<Unit>,
-    /// Where the embedding table and the output head live.
+    /// Where the embedding table and the output head are kept.
     pub tables: Tables,
     /// The output head as units, none larger than a layer, and the checkpoint that has their tensors.
     head: (Checkpoint, Vec<Unit>),

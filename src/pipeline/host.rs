@@ -13,7 +13,7 @@ use crate::{
 /// Memory of the caller's: where it starts and how long it is (bytes).
 type Range = (NonNull<u8>, usize);
 
-/// What the caller lends a streamer for its slots, and for the units that live there; the rest the streamer reserves. Each starts
+/// What the caller lends a streamer for its slots, and for the units that are kept there; the rest the streamer reserves. Each starts
 /// an address and has a length in bytes, of at least what [`Plan::slot_memory`] says.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LentMemory {
@@ -86,8 +86,8 @@ impl HostMemory {
         Ok(Arc::new(Self {
             ram: slots("RAM slots", &plan.layout.ram, lent.ram)?,
             pinned: slots("pinned slots", &plan.layout.pinned, lent.pinned)?,
-            ram_residents: residents("units living in RAM", ram, lent.ram)?,
-            pinned_residents: residents("units living in pinned RAM", pinned, lent.pinned)?,
+            ram_residents: residents("units kept in RAM", ram, lent.ram)?,
+            pinned_residents: residents("units kept in pinned RAM", pinned, lent.pinned)?,
             pinned_is_lent: lent.pinned.is_some(),
         }))
     }
@@ -135,7 +135,7 @@ impl HostMemory {
         residents.as_ref().map_or(NonNull::dangling(), |residents| unsafe { residents.slot(0).add(unit.resident_at) })
     }
 
-    /// Whether a unit that lives in RAM would wait for its memory to be prefaulted, though slots could take it.
+    /// Whether a unit that is kept in RAM would wait for its memory to be prefaulted, though slots could take it.
     pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
         let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
         // Asked of small slots too, since that is what begins it.

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// What the memory of kept units is called in messages.
-const KEPT: &str = "units living on the device";
+const KEPT: &str = "units kept on the device";
 
 /// A stretch of device memory.
 enum Stretch<D: Device> {
@@ -45,7 +45,7 @@ pub(crate) struct DeviceMemory<D: Device> {
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
     compute_done: Vec<D::Event>,
-    /// The same two by unit, for those that live on the device.
+    /// The same two by unit, for those that are kept on the device.
     resident_events: Vec<Option<[D::Event; 2]>>,
     pub(crate) bytes: usize,
 }
@@ -97,7 +97,7 @@ impl<D: Device> DeviceMemory<D> {
         }
     }
 
-    /// Whether a unit that lives here would wait for its memory to be prefaulted, though a slot could take it.
+    /// Whether a unit that is kept here would wait for its memory to be prefaulted, though a slot could take it.
     pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
         let absent = match &self.residents {
             Some(Stretch::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.device_bytes),
@@ -110,7 +110,7 @@ impl<D: Device> DeviceMemory<D> {
     pub(crate) fn events(&self, unit: usize, place: Place) -> [&D::Event; 2] {
         match place {
             Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
-            Place::Resident => self.resident_events[unit].as_ref().expect("the unit lives on the device").each_ref(),
+            Place::Resident => self.resident_events[unit].as_ref().expect("the unit is kept on the device").each_ref(),
         }
     }
 

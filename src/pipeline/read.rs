@@ -1,9 +1,9 @@
 //! The read stage: keeps the engine full of chunks, across slots, and hands units on in order.
 //!
-//! A unit that lives in RAM is read once, straight to where it is kept; one that lives on the device is read once, through a slot.
+//! A unit that is kept in RAM is read once, straight to where it is kept; one that is kept on the device is read once, through a slot.
 //! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched. Where memory is
 //! faulted in more slowly than the disk reads, the first pass need not wait for that: units whose memory is not there yet pass
-//! through slots that can take them as if they lived on disk, and are read once more in the second.
+//! through slots that can take them as if they stayed on disk, and are read once more in the second.
 
 use std::{
     collections::VecDeque,

@@ -10,7 +10,7 @@
 
 use crate::sync::{AtomicU32, Ordering};
 
-/// The state of a unit that is kept. One that lives on disk is absent for good.
+/// The state of a unit that is kept. One that stays on disk is absent for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Residency {

@@ -280,10 +280,10 @@ fn tiers_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
                 Some(seen.iter().filter(|(path, at)| path == file && *at == offset).count())
             });
             let most = times.max().unwrap_or(0);
-            assert!(most <= 2, "seed {seed}: a unit that lives {tier} was read {most} times");
+            assert!(most <= 2, "seed {seed}: a unit kept {tier} was read {most} times");
             most > 1
         });
-        assert!(late, "no unit that lives {tier} was late");
+        assert!(late, "no unit kept {tier} was late");
     }
 }
 
@@ -303,7 +303,7 @@ fn a_unit_of_whose_memory_only_the_beginning_is_there_is_late() {
         }
         drop(streamer);
         let times = seen.lock().unwrap().iter().filter(|at| **at == begin).count();
-        assert_eq!(times, 2, "a unit that lives {tier}: once through slots, once to where it is kept");
+        assert_eq!(times, 2, "a unit kept {tier}: once through slots, once to where it is kept");
     }
 }
 

@@ -154,7 +154,7 @@ const RINGS: [Rings; 3] = [[1, 2, 0], [1, 1, 0], SHORTEST];
 /// Those that take least.
 const SHORTEST: Rings = [1, 0, 0];
 
-/// Units in an order in which they are given tiers: the first `gpu` live on the device, from there up to `kept` in pinned RAM.
+/// Units in an order in which they are given tiers: the first `gpu` are kept on the device, from there up to `kept` in pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
 struct PlanFamily {
     order: Vec<usize>,

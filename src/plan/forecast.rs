@@ -90,12 +90,12 @@ impl Forecast {
 }
 
 impl Plan {
-    /// Where the units live, in order.
+    /// Where the units are kept, in order.
     pub fn tiers(&self) -> impl Iterator<Item = Tier> {
         self.units.iter().map(|unit| unit.tier)
     }
 
-    /// How many units live there.
+    /// How many units are kept there.
     pub fn count(&self, tier: Tier) -> usize {
         self.tallies.in_tier(tier).units
     }

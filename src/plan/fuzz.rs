@@ -291,7 +291,7 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
     }
 }
 
-/// Slots take every unit that passes through, tiers take those that live there.
+/// Slots take every unit that passes through, tiers take those that are kept there.
 fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presence) {
     assert_eq!(plan.units(), asked.units.len());
     asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan));

@@ -1,6 +1,6 @@
 //! The plan: what every stage does, worked out once, before anything is reserved.
 //!
-//! A stage never computes where bytes go. It walks the units round and round and looks up where each lives between passes,
+//! A stage never computes where bytes go. It walks the units round and round and looks up where each is kept between passes,
 //! which extents to read into a host slot, which ranges to copy to the device, and which tensors arrive changed.
 
 mod budget;
@@ -65,7 +65,7 @@ impl Plan {
                 Tier::Pinned => pinned.push(unit.host_bytes),
                 Tier::Gpu => gpu.push(unit.device_bytes),
             };
-            unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more lives there than can be addressed"))?;
+            unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more is kept there than can be addressed"))?;
         }
         let (tallies, staging) = (Tallies::of(&units), Staging::of(&units));
         let layout = StreamLayout::new(&tallies, settings.rings(), settings.batches(), presence, staging);

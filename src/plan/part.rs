@@ -73,7 +73,7 @@ impl fmt::Display for Purpose {
                 };
                 format!("{count} {kind} slot{}", plural(count))
             }
-            Self::Kept { tier, units } => format!("{units} unit{} living {tier}", plural(units)),
+            Self::Kept { tier, units } => format!("{units} unit{} kept {tier}", plural(units)),
             Self::Staging => format!("{} staging blocks", Staging::BLOCKS),
             Self::Statics => "static tensors".into(),
             Self::KvCache { sequences: 1, tokens } => format!("KV cache of {tokens} tokens"),

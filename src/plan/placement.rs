@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub struct Placement {
     /// The rings, and how files are read.
     pub settings: Settings,
-    /// Where the units live between passes, in their order.
+    /// Where the units are kept between passes, in their order.
     pub tiers: Vec<Tier>,
     /// How the host keeps its static tensors, in a word of the host's; empty if there is only one way. The pipeline does not
     /// read it. A decoder's words are those of [`Tables`](crate::model::Tables).
@@ -53,7 +53,7 @@ impl TryFrom<Stored> for Placement {
 
 impl Placement {
     /// Of so many units, with tiers from a text such as `0-7=pinned,8-11=gpu`, as [`Tier::parse`] takes it; those that it does
-    /// not name live on disk.
+    /// not name stay on disk.
     ///
     /// # Errors
     /// [`Error::Setting`] for settings that cannot work, and as [`Tier::parse`].
@@ -64,7 +64,7 @@ impl Placement {
         Ok(Self { settings, tiers: placed, statics: String::new() })
     }
 
-    /// The tiers as [`new`](Self::new) takes them, such as `0-7=pinned,8-11=gpu`; empty if all units live on disk.
+    /// The tiers as [`new`](Self::new) takes them, such as `0-7=pinned,8-11=gpu`; empty if all units stay on disk.
     pub fn list(&self) -> String {
         let mut runs = Vec::<(usize, usize, Tier)>::new();
         for (number, &tier) in self.tiers.iter().enumerate() {

@@ -1,6 +1,7 @@
 //! What `generate` says that it takes bounds what it takes.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{self, Read},
     mem::MaybeUninit,
@@ -37,14 +38,14 @@ pub struct Options {
 
 const MIB: u64 = 1 << 20;
 /// What a process takes besides what it says.
-const BESIDES: u64 = 64 * MIB;
+const SLACK: u64 = 64 * MIB;
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let program = run::program()?;
     let model = checkpoint(&program, &options.folder, &options.shape, &options.more)?;
     let check = Check { program: &program, model: &model };
     let tokens = check.run("rings 2 and 4", &["--n-gpu", "2", "--n-cpu-pinned", "4"], &[], None)?;
-    let least = least_ram(check.command(&[]).args(["--ram", "1"]))?;
+    let least = least_ram(run::command(check.program, &["plan"]).args(check.options()))?;
     for budget in [least, least * 13 / 10] {
         let found =
             check.run(&format!("a budget of {budget} bytes"), &["--ram", &budget.to_string()], &[], Some(budget))?;
@@ -73,15 +74,14 @@ pub fn checkpoint(program: &Path, folder: &Path, shape: &str, more: &[String]) -
     Ok(model)
 }
 
-/// The least RAM that will do, as the refusal of a command says that asks for less.
-pub fn least_ram(command: &mut Command) -> Result<u64, Failure> {
-    let refused = command.output()?;
-    let said = String::from_utf8_lossy(&refused.stderr);
-    let least =
-        said.split("will do, ").nth(1).and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok());
+/// The least RAM that will do, as `plan --ram 1 --json` says when it refuses that.
+pub fn least_ram(plan: &mut Command) -> Result<u64, Failure> {
+    let refused = plan.args(["--ram", "1", "--json"]).output()?;
+    let said = String::from_utf8_lossy(&refused.stdout);
+    let least = serde_json::from_str(&said).ok().and_then(|said: Value| said["refused"]["least"].as_u64());
     least
         .filter(|_| !refused.status.success())
-        .ok_or_else(|| format!("no refusal that names the least RAM: {said}").into())
+        .ok_or_else(|| format!("no refusal that has the least RAM: {said}").into())
 }
 
 fn same(found: &Value, expected: &Value) -> Result<(), Failure> {
@@ -104,9 +104,14 @@ impl Check<'_> {
             }
             [] => run::command(self.program, &[]),
         };
-        command.arg("generate").arg("--model").arg(self.model);
-        command.args("--device cpu --prompt-ids 1,2,3 --print-ids --max-new-tokens 4 --json".split(' '));
+        command.arg("generate").args(self.options()).args(["--print-ids", "--json"]);
         command
+    }
+
+    /// Which model runs on what, and how many tokens there are.
+    fn options(&self) -> Vec<OsString> {
+        let options = "--device cpu --prompt-ids 1,2,3 --max-new-tokens 4".split(' ').map(OsString::from);
+        options.chain(["--model".into(), self.model.into()]).collect()
     }
 
     /// Holds the peak of a run against what it says, or both against the budget; returns its tokens.
@@ -121,7 +126,7 @@ impl Check<'_> {
         let over = mib(peak) - mib(bound);
         let (total_mib, bound_mib, peak_mib) = (mib(total), mib(bound), mib(peak));
         println!("{what}: said {total_mib:.0} MiB, bound {bound_mib:.0} MiB, peak {peak_mib:.0} MiB: {over:+.0} MiB");
-        if total == 0 || total > bound || peak > bound + BESIDES {
+        if total == 0 || total > bound || peak > bound + SLACK {
             return Err(format!("{what}: more than was said").into());
         }
         Ok(said["tokens"].clone())
@@ -239,9 +244,10 @@ mod tests {
 
     #[test]
     fn the_least_ram_is_what_the_refusal_says() {
-        let refusal = "echo 'error: 1 B is too little; 1.2 GB will do, 1234567; see' >&2; exit 1";
-        assert_eq!(least_ram(&mut run::command("sh", &["-c", refusal])).unwrap(), 1_234_567);
-        assert!(least_ram(&mut run::command("sh", &["-c", "echo 'will do, 12;' >&2"])).is_err(), "not refused");
+        let refusal = r#"echo '{"refused":{"least":1234567}}'"#;
+        let failing = format!("{refusal}; exit 1");
+        assert_eq!(least_ram(&mut run::command("sh", &["-c", &failing])).unwrap(), 1_234_567);
+        assert!(least_ram(&mut run::command("sh", &["-c", refusal])).is_err(), "not refused");
         assert!(least_ram(&mut run::command("false", &[])).is_err());
     }
 }

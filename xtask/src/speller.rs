@@ -30,7 +30,7 @@ pub fn tuned() -> Result<(), Failure> {
     let program = run::program()?;
     let tune = |ram: u64| run::command(&program, &["tune", "--device", "cpu", "--ram", &ram.to_string()]);
     // Of so little memory, the least and a tenth more, that most layers are read in every pass, and the rings matter.
-    let ram = least_ram(&mut tune(1))? * 11 / 10;
+    let ram = least_ram(&mut run::command(&program, &["plan", "--device", "cpu"]))? * 11 / 10;
     let mut limited = run::command("timeout", &["60"]);
     let tune = tune(ram);
     limited

@@ -58,7 +58,7 @@ Examples:
   layer-streamer generate --n-gpu 1 --n-cpu-pinned 1 --model DIR …    a plan of your own
   layer-streamer generate --config tuned.json --model DIR …           the fastest that `tune --json tuned.json` found
 
-`plan` in place of `generate` prints what would be reserved and where the layers would live, and stops."
+`plan` in place of `generate` prints what would be reserved and where the layers would be kept, and stops."
 )]
 pub struct Options {
     #[command(flatten)]

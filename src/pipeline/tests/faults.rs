@@ -176,7 +176,7 @@ fn a_disk_error_at_any_read_fails_that_pass_alone() {
                     if fails { Err(io::Error::from_raw_os_error(libc::EIO)) } else { attempt.result }
                 });
                 let (mut streamer, streams) = (case.streamer(), [case.device.stream().unwrap()]);
-                // Units that live further on are not read often enough.
+                // Units that are kept further on are not read often enough.
                 for _ in 0..20 {
                     let (came, error) = case.take_until_error(&streamer, &streams[0]);
                     let Some(error) = error else { continue };

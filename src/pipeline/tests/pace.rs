@@ -10,11 +10,11 @@ use crate::device::Cpu;
 const READ: Duration = Duration::from_millis(60);
 const COMPUTE: Duration = Duration::from_millis(14);
 
-/// Units of a pass, and how many of them live on disk.
+/// Units of a pass, and how many of them stay on disk.
 const UNITS: usize = 32;
 const ON_DISK: usize = 8;
 
-/// Median seconds of a pass with rings of one over units that live on disk where `reads` says so, else on the device;
+/// Median seconds of a pass with rings of one over units that stay on disk where `reads` says so, else on the device;
 /// `between` runs between two passes.
 fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> f64 {
     let fixture = common::fixture(UNITS, &[4_000], 5);
