@@ -1,16 +1,15 @@
-//! The decoder against what Hugging Face transformers computes for the same checkpoints (`tests/data/make_reference.py`), and
-//! the speller, which anyone can check by eye.
+//! The decoder beside `tests/oracle.rs`: long prompts, misuse, memory and budgets; and the speller, which anyone can check by eye.
 
 mod common;
 
 use std::{collections::HashMap, fs, ops::ControlFlow, os::unix::fs::FileExt};
 
 use common::{
-    Dimensions, REFERENCES, data, distance, everywhere, expected, forget, generate, hollow, least, logits, speller,
+    Dimensions, data, distance, everywhere, expected, forget, generate, hollow, least, logits, speller,
     with_more_tokens,
 };
 use layer_streamer::{
-    Error, MemoryKind, Settings, device,
+    Error, MemoryKind, Settings,
     device::Cpu,
     model::{Decoder, Model, Sequence, Tables},
     plan::{Bandwidths, Budget, Part, Purpose},
@@ -22,64 +21,6 @@ const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-0
 
 fn decoder(model: &Model, batch: usize, context: usize) -> Decoder<Cpu> {
     Decoder::new(&Cpu, model, &Settings::default(), batch, context).unwrap()
-}
-
-#[test]
-fn prompt_logits_and_every_residual_stream_agree_with_the_reference() {
-    for (name, model) in REFERENCES.iter().flat_map(|name| everywhere(&data(name)).map(|model| (name, model))) {
-        let reference = expected(&data(name));
-        let mut decoder = decoder(&model, 1, reference.prompt.len());
-        let batch = [Sequence { row: 0, tokens: &reference.prompt }];
-        let mut layers = 0;
-        let pass = decoder.forward_observed(&batch, |layer, residual, stream| {
-            let mut hidden = vec![0.0; residual.elements()];
-            device::download(&Cpu, stream, residual, &mut hidden)?;
-            let off = distance(&hidden, &reference.floats[&format!("hidden.{layer}")]);
-            assert!(off <= 1e-4, "{name}: residual stream after layer {layer} is off by {off:.1e}");
-            layers += 1;
-            Ok(())
-        });
-        pass.unwrap();
-        assert_eq!(layers, model.config.layers);
-        let off = distance(&logits(&mut decoder), &reference.floats["logits"]);
-        assert!(off <= 1e-4, "{name}: logits are off by {off:.1e}");
-        println!("{name}, {:?}: logits off by {off:.1e}", model.tables);
-    }
-}
-
-#[test]
-fn the_greedy_continuation_is_the_reference_s_alone_and_in_a_batch_of_unequal_lengths() {
-    for (name, model) in REFERENCES.iter().flat_map(|name| everywhere(&data(name)).map(|model| (name, model))) {
-        let reference = expected(&data(name));
-        let prompt = reference.prompt.as_slice();
-        let (part, more) = prompt.split_at(prompt.len() / 2);
-        let mut decoder = decoder(&model, 2, prompt.len() + 20);
-        assert_eq!(generate(&mut decoder, &[prompt], 16, &[])[0], reference.continuation, "{name}");
-
-        forget(&mut decoder, 2);
-        let alone = generate(&mut decoder, &[part], 16, &[]).remove(0);
-        for (prompts, at) in [([prompt, part], 0), ([part, prompt], 1)] {
-            forget(&mut decoder, 2);
-            let found = generate(&mut decoder, &prompts, 16, &[]);
-            assert_eq!(found[at], reference.continuation, "{name} as sequence {at} of two");
-            assert_eq!(found[1 - at], alone, "{name}, the other sequence");
-        }
-
-        // The prompt in two passes, something wrong in between, truncated and done again.
-        forget(&mut decoder, 2);
-        for tokens in [part, &[5, 6, 7][..]] {
-            decoder.forward(&[Sequence { row: 1, tokens }]).unwrap();
-        }
-        decoder.truncate(1, part.len()).unwrap();
-        assert_eq!(decoder.length(1), part.len());
-        decoder.forward(&[Sequence { row: 1, tokens: more }]).unwrap();
-        let mut ids = Vec::new();
-        for _ in 0..16 {
-            decoder.greedy(&mut ids).unwrap();
-            decoder.forward(&[Sequence { row: 1, tokens: &ids[ids.len() - 1..] }]).unwrap();
-        }
-        assert_eq!(ids, reference.continuation, "{name} after truncate and redo");
-    }
 }
 
 #[test]
@@ -358,36 +299,4 @@ fn the_least_memory_for_a_tied_half_billion_is_less_than_its_embedding_and_layer
 #[test]
 fn whatever_the_model_plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_more() {
     common::check_plans(&Cpu, common::cases(40));
-}
-
-#[test]
-fn every_combination_of_stages_and_batches_gives_the_same_text() {
-    let (model, words) = (Model::open(speller()).unwrap(), common::Words::of_the_speller());
-    let prompt = words.asks(907613);
-    for n_cpu in [0, 1, 5] {
-        for n_cpu_pinned in [0, 1, 4] {
-            for n_gpu in [1, 2, 7] {
-                let batches = |n: usize| if n > 1 { vec![0, 2, n] } else { vec![n] };
-                for batch_cpu in batches(n_cpu) {
-                    for batch_cpu_pinned in batches(n_cpu_pinned) {
-                        for batch_gpu in batches(n_gpu) {
-                            let settings = Settings {
-                                n_gpu,
-                                n_cpu_pinned,
-                                n_cpu,
-                                batch_gpu,
-                                batch_cpu_pinned,
-                                batch_cpu,
-                                ..Settings::default()
-                            };
-                            let mut decoder = Decoder::new(&Cpu, &model, &settings, 1, 32).unwrap();
-                            let found = generate(&mut decoder, &[&prompt], 24, &model.config.stop).remove(0);
-                            let text = words.text(&found);
-                            assert_eq!(text, " nine hundred seven thousand six hundred thirteen", "{settings:?}");
-                        }
-                    }
-                }
-            }
-        }
-    }
 }

@@ -12,9 +12,6 @@ use safetensors::{SafeTensors, tensor::TensorView};
 
 use super::{data, folder, speller};
 
-/// The reference checkpoints.
-pub const REFERENCES: [&str; 6] = ["qwen2-f32", "qwen2-sharded", "qwen2-tied", "llama3", "mistral", "qwen3"];
-
 /// A model with its tables in each of the places.
 pub fn everywhere(folder: &Path) -> [Model; 3] {
     let model = Model::open(folder).unwrap();
