@@ -37,7 +37,7 @@ pub(crate) struct Arena {
 
 // SAFETY: a range of memory; whoever follows an address into it answers for the access.
 unsafe impl Send for Arena {}
-// SAFETY: as above.
+// SAFETY: a shared reference hands out addresses and no access to what lies there.
 unsafe impl Sync for Arena {}
 
 /// What is prefaulted at once (bytes): a huge page. In tests less, so that the [`Prefault`] threads are often overtaken.
@@ -95,12 +95,12 @@ fn share(bytes: usize, next: &AtomicUsize, fault_in: impl Fn(usize, usize) -> io
 /// The byte may be written.
 unsafe fn fault_in_page(at: *mut u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's.
+    // SAFETY: the caller promised that the byte may be written; adding nothing to it changes nothing.
     unsafe {
         std::arch::asm!("lock or byte ptr [{}], 0", in(reg) at, options(nostack));
     }
     #[cfg(not(target_arch = "x86_64"))]
-    // SAFETY: the caller's. Where the byte is not zero the page is present.
+    // SAFETY: the caller promised that the byte may be written. Where it is not zero the page is present.
     let _ = unsafe { std::sync::atomic::AtomicU8::from_ptr(at) }.compare_exchange(0, 0, Relaxed, Relaxed);
 }
 

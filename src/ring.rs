@@ -25,7 +25,7 @@ impl<T> RingState<T> {
 
 // SAFETY: by the module's invariant each place is touched by one side at a time, handed over by release and acquire.
 unsafe impl<T: Send> Sync for RingState<T> {}
-// SAFETY: as above; the places own their entries.
+// SAFETY: entries are handed from thread to thread whole, and the places own them.
 unsafe impl<T: Send> Send for RingState<T> {}
 
 /// The end that puts entries in.

@@ -129,7 +129,7 @@ unsafe impl Device for AnyDevice {
     }
 
     unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<AnyRegistration> {
-        // SAFETY: the caller's.
+        // SAFETY: the memory outlives the registration, as the caller promised.
         make!(self => |device| unsafe { device.register(host, bytes) })
     }
 
@@ -169,12 +169,12 @@ unsafe impl Device for AnyDevice {
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AnyStream) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: both ranges stay valid until the copy is done, and nobody writes them meanwhile, as the caller promised.
         on!(self, stream => |device| unsafe { device.copy_to_device(to, from, bytes, stream) })
     }
 
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: both ranges stay valid until the copy is done, and nobody writes them meanwhile, as the caller promised.
         on!(self, stream => |device| unsafe { device.copy_to_host(to, from, bytes, stream) })
     }
 
@@ -185,7 +185,7 @@ unsafe impl Device for AnyDevice {
         elements: usize,
         stream: &AnyStream,
     ) -> Result<()> {
-        // SAFETY: the caller's.
+        // SAFETY: both ranges are on this device, apart, and valid until the cast is done, as the caller promised.
         on!(self, stream => |device| unsafe { device.cast_raw(to, from, elements, stream) })
     }
 

@@ -77,7 +77,7 @@ impl ls_placement {
             Err(failure) => {
                 let [least_host_bytes, least_device_bytes] = failure.least;
                 let told = Self { size, least_host_bytes, least_device_bytes, ..Self::default() };
-                // SAFETY: the caller's.
+                // SAFETY: the caller says that as many bytes may be written as its size says.
                 unsafe { write_sized(to, "placement", told)? };
                 return Err(failure);
             }
@@ -104,7 +104,7 @@ impl ls_placement {
             device_bytes,
             ..Self::default()
         };
-        // SAFETY: the caller's.
+        // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { write_sized(to, "placement", told)? };
         let Some(tiers) = NonNull::new(tiers) else { return Ok(()) };
         let tiers = place(tiers.as_ptr(), "tiers")?;

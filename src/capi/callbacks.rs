@@ -60,7 +60,7 @@ pub(super) struct Callback<F> {
 
 // SAFETY: the header says from which threads it is called; what it is given is the caller's.
 unsafe impl<F: Send> Send for Callback<F> {}
-// SAFETY: as above.
+// SAFETY: the header says that it may be called from several threads at once.
 unsafe impl<F: Sync> Sync for Callback<F> {}
 
 impl<F> Callback<F> {

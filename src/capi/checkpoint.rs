@@ -130,10 +130,10 @@ impl TensorName {
 pub unsafe extern "C" fn ls_checkpoint_open(folder: *const c_char, checkpoint: *mut ls_checkpoint) -> ls_status {
     ffi(|| {
         let to = place(checkpoint, "checkpoint")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a path ends there, if it is not NULL.
         let folder = unsafe { path(folder, "folder")? };
         let made = opened(Checkpoint::open(folder)?)?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(made) };
         Ok(())
     })
@@ -149,9 +149,9 @@ pub unsafe extern "C" fn ls_checkpoint_from_table(
 ) -> ls_status {
     ffi(|| {
         let to = place(checkpoint, "checkpoint")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that so many tensors lie there.
         let table = unsafe { list(tensors, count, "tensors")? }.iter().map(|tensor| {
-            // SAFETY: as above; a scalar may have no shape.
+            // SAFETY: the caller says that name and file are texts and that the shape has so many dimensions; a scalar may have none.
             let (name, file, shape) = unsafe {
                 let shape = if tensor.rank == 0 { &[] } else { list(tensor.shape, tensor.rank, "shape")? };
                 (text(tensor.name, "name")?, path(tensor.file, "file")?, shape)
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn ls_checkpoint_from_table(
             })
         });
         let made = opened(Checkpoint::from_table(table.collect::<Result<Vec<_>>>()?)?)?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(made) };
         Ok(())
     })
@@ -183,7 +183,7 @@ pub unsafe extern "C" fn ls_checkpoint_tensor_count(checkpoint: ls_checkpoint, c
     ffi(|| {
         let to = place(count, "count")?;
         let count = CHECKPOINTS.enter(checkpoint.id)?.tensors.len();
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(count) };
         Ok(())
     })
@@ -202,7 +202,7 @@ pub unsafe extern "C" fn ls_checkpoint_tensor_at(
         let count = opened.tensors.len();
         let found = opened.tensors.get(index);
         let found = found.ok_or_else(|| Failure::invalid("index", format!("is {index}, there are {count} tensors")))?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(found.view()) };
         Ok(())
     })
@@ -217,14 +217,14 @@ pub unsafe extern "C" fn ls_checkpoint_tensor(
 ) -> ls_status {
     ffi(|| {
         let to = place(tensor, "tensor")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let name = unsafe { text(name, "name")? };
         let opened = CHECKPOINTS.enter(checkpoint.id)?;
         let Ok(index) = opened.tensors.binary_search_by(|tensor| tensor.name.as_bytes().cmp(name.as_bytes())) else {
             let message = format!("{} has no tensor named {name}", opened.checkpoint.source().display());
             return Err(Failure::new(ls_status::LS_NO_TENSOR, message));
         };
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(opened.tensors[index].view()) };
         Ok(())
     })

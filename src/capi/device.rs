@@ -67,7 +67,7 @@ pub unsafe extern "C" fn ls_device_cpu(device: *mut ls_device) -> ls_status {
     ffi(|| {
         let to = place(device, "device")?;
         let made = opened(Any::Cpu(Cpu))?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(made) };
         Ok(())
     })
@@ -80,7 +80,7 @@ pub unsafe extern "C" fn ls_device_cuda(ordinal: u32, device: *mut ls_device) ->
     ffi(|| {
         let to = place(device, "device")?;
         let made = opened(Any::Cuda(Cuda::new(ordinal)?))?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(made) };
         Ok(())
     })
@@ -98,7 +98,7 @@ pub unsafe extern "C" fn ls_device_describe(device: ls_device, description: *mut
     ffi(|| {
         let to = place(description, "description")?;
         let description = DEVICES.enter(device.id)?.description.as_ptr();
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(description) };
         Ok(())
     })
@@ -110,7 +110,7 @@ pub unsafe extern "C" fn ls_device_precision(device: ls_device, precision: *mut 
     ffi(|| {
         let to = place(precision, "precision")?;
         let found = DEVICES.enter(device.id)?.device.precision();
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe {
             to.write(ls_precision {
                 activation: code_of(found.activation),
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn ls_stream_open(device: ls_device, stream: *mut ls_strea
         let device = DEVICES.enter(device.id)?.device.clone();
         device.bind_thread()?;
         let made = STREAMS.open(Queue { stream: device.stream()?, device }, None)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_stream { id: made }) };
         Ok(())
     })
@@ -161,7 +161,7 @@ unsafe fn borrowed(device: &AnyDevice, stream: *mut c_void) -> Result<AnyStream>
     #[cfg(feature = "cuda")]
     if let Any::Cuda(cuda) = device {
         cuda.bind_thread()?;
-        // SAFETY: the caller's.
+        // SAFETY: the caller says that the stream is one of this device, and is not destroyed before its handle is closed.
         return Ok(Any::Cuda(unsafe { cuda.stream_from_raw(stream)? }));
     }
     let _ = stream;
@@ -193,10 +193,10 @@ pub unsafe extern "C" fn ls_stream_from_cuda(
         // Its address is a number to us, and may be odd.
         place(cuda_stream.cast::<u8>(), "cuda_stream")?;
         let device = DEVICES.enter(device.id)?.device.clone();
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that the stream is one of this device, and is not destroyed before its handle is closed.
         let made = unsafe { borrowed(&device, cuda_stream)? };
         let made = STREAMS.open(Queue { stream: made, device }, None)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_stream { id: made }) };
         Ok(())
     })
@@ -225,7 +225,7 @@ pub unsafe extern "C" fn ls_stream_to_cuda(stream: ls_stream, cuda_stream: *mut 
     ffi(|| {
         let to = place(cuda_stream, "cuda_stream")?;
         let raw = raw_of(&*STREAMS.enter_lent(stream.id)?)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(raw) };
         Ok(())
     })

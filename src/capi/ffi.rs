@@ -229,7 +229,7 @@ pub(super) unsafe fn list<'a, T>(pointer: *const T, count: usize, name: &str) ->
     if count.checked_mul(size_of::<T>()).is_none_or(|bytes| bytes > isize::MAX as usize) {
         return Err(Failure::invalid(name, format!("{count} of them are more than can be addressed")));
     }
-    // SAFETY: the caller's, with the rest checked above.
+    // SAFETY: the caller promised that so many values live there for `'a`; length and alignment were checked above.
     Ok(unsafe { slice::from_raw_parts(pointer.as_ptr(), count) })
 }
 
@@ -239,7 +239,7 @@ pub(super) unsafe fn list<'a, T>(pointer: *const T, count: usize, name: &str) ->
 /// `pointer` is NULL or starts a terminated text that lives for `'a`.
 pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Result<&'a str> {
     let pointer = place(pointer, name)?;
-    // SAFETY: the caller's.
+    // SAFETY: it is not NULL, and the caller promised that a terminated text lies there for `'a`.
     let text = unsafe { CStr::from_ptr(pointer.as_ptr()) };
     text.to_str().map_err(|_| Failure::invalid(name, "is not UTF-8"))
 }
@@ -250,7 +250,7 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, name: &str) -> Result<&'a 
 /// As [`text`].
 pub(super) unsafe fn path<'a>(pointer: *const c_char, name: &str) -> Result<&'a Path> {
     let pointer = place(pointer, name)?;
-    // SAFETY: the caller's.
+    // SAFETY: it is not NULL, and the caller promised that a terminated path lies there for `'a`.
     let bytes = unsafe { CStr::from_ptr(pointer.as_ptr()) }.to_bytes();
     Ok(Path::new(OsStr::from_bytes(bytes)))
 }
@@ -297,7 +297,7 @@ fn known<T: Grows>(size: usize, name: &str) -> Result<usize> {
 pub(super) unsafe fn read_options<T: Grows>(pointer: *const T, name: &str, default: T) -> Result<T> {
     let pointer = place(pointer, name)?.as_ptr().cast_const();
     let mut options = default;
-    // SAFETY: the caller's; no more is read than the structure's own length.
+    // SAFETY: the caller promised as many bytes as the first field says, and no more are read.
     unsafe {
         let size = pointer.cast::<usize>().read();
         let known = known::<T>(size, name)?;
@@ -318,7 +318,7 @@ pub(super) unsafe fn read_options<T: Grows>(pointer: *const T, name: &str, defau
 pub(super) unsafe fn write_options<T: Grows>(pointer: *mut T, size: usize, name: &str, value: T) -> Result<()> {
     let pointer = place(pointer, name)?.as_ptr();
     let known = known::<T>(size, name)?;
-    // SAFETY: the caller's.
+    // SAFETY: it is not NULL, and the caller promised that it starts as many bytes as its first field says.
     unsafe {
         ptr::write_bytes(pointer.cast::<u8>(), 0, size);
         ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), pointer.cast(), known);
@@ -332,7 +332,7 @@ pub(super) unsafe fn write_options<T: Grows>(pointer: *mut T, size: usize, name:
 /// # Safety
 /// `pointer` is NULL or starts as many bytes as its first field says.
 pub(super) unsafe fn write_sized<T: Grows>(pointer: NonNull<T>, name: &str, value: T) -> Result<()> {
-    // SAFETY: the caller's.
+    // SAFETY: the caller says that so many bytes may be written.
     unsafe { write_options(pointer.as_ptr(), pointer.cast::<usize>().read(), name, value) }
 }
 

@@ -409,7 +409,7 @@ mod tests {
                 unsafe { *value.get() += 1 };
                 if lends {
                     value.lend(|| std::hint::black_box(()));
-                    // SAFETY: as above.
+                    // SAFETY: the state is busy, and this thread made it so: nobody else follows the value.
                     unsafe { *value.get() += 1 };
                 }
                 times += 1;

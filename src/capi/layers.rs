@@ -68,7 +68,7 @@ impl ls_tensor {
         if data.addr() % dtype.size() != 0 {
             return Err(Failure::invalid(name, format!("its memory is not aligned for {dtype}")));
         }
-        // SAFETY: the caller's, with the rest checked above.
+        // SAFETY: the caller promised that the memory is there; type, length and alignment were checked above.
         Ok(unsafe { TensorMut::from_raw(DevicePtr::new(data), dtype, Shape::new(shape)?) })
     }
 
@@ -77,7 +77,7 @@ impl ls_tensor {
     /// # Safety
     /// As [`write`](Self::write).
     pub(super) unsafe fn read<'a>(&self, name: &str) -> Result<TensorRef<'a, AnyDevice>> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised the same of reading as `write` asks.
         let tensor = unsafe { self.write(name)? };
         // SAFETY: the same memory, and the view for writing is gone.
         Ok(unsafe { TensorRef::from_raw(tensor.ptr(), tensor.dtype(), Shape::new(tensor.shape())?) })
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn ls_next_layer(streamer: ls_streamer, stream: ls_stream,
         let streamer = STREAMERS.enter(streamer.id)?;
         let queue = STREAMS.enter_lent(stream.id)?;
         let number = streamer.take(&queue)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_layer { id: Kind::Layer.id(streamer.index(), number) }) };
         Ok(())
     })
@@ -161,7 +161,7 @@ pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> l
     ffi(|| {
         let to = place(index, "index")?;
         let unit = look(layer, |_, token| Ok(token.index()))?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(unit) };
         Ok(())
     })
@@ -173,13 +173,13 @@ pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> l
 pub unsafe extern "C" fn ls_layer_tensor(layer: ls_layer, name: *const c_char, tensor: *mut ls_tensor) -> ls_status {
     ffi(|| {
         let to = place(tensor, "tensor")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let name = unsafe { text(name, "name")? };
         let found = look(layer, |streamer, token| {
             let index = streamer.streamer.plan().units[token.index()].find(name)?;
             tensor_at(streamer, token, index)
         })?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(found) };
         Ok(())
     })
@@ -197,7 +197,7 @@ pub unsafe extern "C" fn ls_layer_tensor_at(layer: ls_layer, index: usize, tenso
             }
             tensor_at(streamer, token, index)
         })?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(found) };
         Ok(())
     })

@@ -3,8 +3,7 @@
 //! Every function is an `ffi` call around a few lines: it checks its pointers, then enters its handles, then calls what Rust
 //! hosts call, and writes its results last.
 //!
-//! **Invariant** of every `unsafe` here that has no other: what C passes is what the function's comment in the header asks
-//! for; what can be checked of it was.
+//! **Invariant**: what C passes is what the function's comment in the header asks for. What can be checked of it is.
 #![allow(non_camel_case_types, reason = "the names are C's")]
 #![allow(clippy::missing_safety_doc, reason = "the header says what each function asks of its arguments")]
 

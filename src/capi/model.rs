@@ -48,7 +48,7 @@ pub struct ls_model_options {
     pub streamer: *const ls_streamer_options,
 }
 
-// SAFETY: as asked.
+// SAFETY: `repr(C)`, words and pointers that may be NULL, the first of them the size.
 unsafe impl Grows for ls_model_options {
     const FIRST: usize = mem::offset_of!(ls_model_options, streamer) + size_of::<*const c_void>();
 }
@@ -73,7 +73,7 @@ pub struct ls_model_info {
     pub batch: usize,
 }
 
-// SAFETY: as asked.
+// SAFETY: `repr(C)`, all fields words, the first of them the size.
 unsafe impl Grows for ls_model_info {
     const FIRST: usize = mem::offset_of!(ls_model_info, batch) + size_of::<usize>();
 }
@@ -108,7 +108,7 @@ static MODELS: HandleTable<OpenModel> = HandleTable::new(Kind::Model);
 /// Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_options_init(options: *mut ls_model_options, size: usize) -> ls_status {
-    // SAFETY: the module's invariant.
+    // SAFETY: the caller says that so many bytes may be written.
     ffi(|| unsafe { write_options(options, size, "options", defaults()) })
 }
 
@@ -135,7 +135,7 @@ impl<'a> Asked<'a> {
     /// # Safety
     /// `folder` is NULL or starts a path that lives for `'a`, `options` is NULL or points to what the header says.
     unsafe fn read(folder: *const c_char, options: *const ls_model_options) -> Result<Self> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that each is NULL or points to what its reader asks for.
         unsafe {
             let folder = path(folder, "folder")?;
             let options = if options.is_null() { defaults() } else { read_options(options, "options", defaults())? };
@@ -194,7 +194,7 @@ pub unsafe extern "C" fn ls_model_open(
 ) -> ls_status {
     ffi(|| {
         let to = place(model, "model")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a path and, but for NULL, options lie there.
         let asked = unsafe { Asked::read(folder, options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let (observers, trace) = asked.streams.observers()?;
@@ -211,7 +211,7 @@ pub unsafe extern "C" fn ls_model_open(
         let remote = Remote { canceller: streamer.canceller(), meter: streamer.meter() };
         let made = OpenModel { decoder: RefCell::new(decoder), batch: *batch, trace };
         let made = MODELS.open(made, Some(remote))?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_model { id: made }) };
         Ok(())
     })
@@ -244,7 +244,7 @@ pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_
             context: decoder.context(),
             batch: opened.batch,
         };
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { write_sized(to, "info", info) }
     })
 }
@@ -254,9 +254,9 @@ pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_
 /// # Safety
 /// `sequences` is NULL or starts `count` of them, whose tokens live for `'a`.
 unsafe fn batch<'a>(sequences: *const ls_sequence, count: usize) -> Result<Vec<Sequence<'a>>> {
-    // SAFETY: the caller's.
+    // SAFETY: the caller promised that it is NULL or starts so many sequences.
     let sequences = unsafe { list(sequences, count, "sequences")? }.iter().map(|sequence| {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that each sequence has so many tokens.
         let tokens = unsafe { list(sequence.tokens, sequence.count, "tokens")? };
         Ok(Sequence { row: sequence.row, tokens })
     });
@@ -350,7 +350,7 @@ pub unsafe extern "C" fn ls_model_length(model: ls_model, row: usize, length: *m
         let opened = MODELS.enter(model.id)?;
         opened.check_row(row)?;
         let length = opened.decoder.borrow().length(row);
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(length) };
         Ok(())
     })
@@ -379,7 +379,7 @@ pub unsafe extern "C" fn ls_model_stats(model: ls_model, stats: *mut ls_stats) -
     ffi(|| {
         let to = place(stats, "stats")?;
         let stats = MODELS.stats(model.id)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { options::write_stats(to, &stats) }
     })
 }

@@ -157,7 +157,7 @@ pub struct ls_streamer_options {
     pub trace: *const c_char,
 }
 
-// SAFETY: as asked; two i32 are as long as a word.
+// SAFETY: `repr(C)`, the size first, words and pointers that may be NULL; two i32 in a row are as long as a word.
 unsafe impl Grows for ls_streamer_options {
     const FIRST: usize = mem::offset_of!(ls_streamer_options, device_budget) + size_of::<usize>();
 }
@@ -178,7 +178,7 @@ pub struct ls_memory {
     pub staging: usize,
 }
 
-// SAFETY: as asked.
+// SAFETY: `repr(C)`, all fields words, the first of them the size.
 unsafe impl Grows for ls_memory {
     const FIRST: usize = mem::offset_of!(ls_memory, staging) + size_of::<usize>();
 }
@@ -194,7 +194,7 @@ pub unsafe extern "C" fn ls_streamer_memory(
 ) -> ls_status {
     ffi(|| {
         let to = place(memory, "memory")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that options lie there, if it is not NULL.
         let chosen = unsafe { StreamOptions::read(options)? };
         if chosen.budgets != [0; 2] {
             return Err(Failure::invalid("host_budget", "is for memory of the library's own: leave it 0"));
@@ -205,7 +205,7 @@ pub unsafe extern "C" fn ls_streamer_memory(
         let [ram, pinned, gpu] = layout.spaces().map(Space::bytes);
         let staging = layout.staging.bytes();
         let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging };
-        // SAFETY: as above.
+        // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { write_sized(to, "memory", memory) }
     })
 }
@@ -248,7 +248,7 @@ pub struct ls_stats {
     pub reader: u64,
 }
 
-// SAFETY: as asked.
+// SAFETY: `repr(C)`, the size first, then counts that fill whole words.
 unsafe impl Grows for ls_stats {
     const FIRST: usize = mem::offset_of!(ls_stats, reader) + size_of::<u64>();
 }
@@ -257,7 +257,7 @@ unsafe impl Grows for ls_stats {
 /// and four in pinned RAM, which the disk fills directly; one unit per layer, all on disk.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_options_init(options: *mut ls_streamer_options, size: usize) -> ls_status {
-    // SAFETY: the module's invariant.
+    // SAFETY: the caller says that so many bytes may be written.
     ffi(|| unsafe { write_options(options, size, "options", defaults()) })
 }
 
@@ -318,9 +318,9 @@ impl StreamOptions {
         if options.is_null() {
             return Ok(Self::default());
         }
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised options of the size that they say.
         let options = unsafe { read_options(options, "options", defaults())? };
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that units and tiers are NULL or what the header says.
         let (units, tiers) = unsafe {
             let units = match NonNull::new(options.units.cast_mut()) {
                 None if options.unit_count > 0 => return Err(Failure::new(ls_status::LS_NULL, "units is NULL")),
@@ -352,7 +352,7 @@ impl StreamOptions {
             gpu: range(options.gpu_memory, options.gpu_bytes),
         };
         let budgets = [options.host_budget, options.device_budget];
-        // SAFETY: the caller's.
+        // SAFETY: the caller says that a path ends there, if it is not NULL.
         let trace = if options.trace.is_null() { None } else { Some(unsafe { path(options.trace, "trace")? }) };
         let trace = trace.map(Path::to_owned);
         Ok(Self { settings, units, tiers, budgets, progress, log, trace, lent })
@@ -419,7 +419,7 @@ impl ls_unit {
     /// # Safety
     /// It points to what the header says.
     unsafe fn read(&self) -> Result<Unit> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let mut unit = unsafe { tensors(text(self.name, "name of a unit")?, self.tensors, self.count)? };
         let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         unit.set_tier(choose(self.tier, &tiers, "tier")?);
@@ -433,9 +433,9 @@ impl ls_unit {
 /// They point to what the header says.
 pub(super) unsafe fn tensors(name: &str, tensors: *const ls_unit_tensor, count: usize) -> Result<Unit> {
     let mut unit = Unit::new(name);
-    // SAFETY: the caller's.
+    // SAFETY: the caller promised that so many tensors lie there.
     for tensor in unsafe { list(tensors, count, "tensors")? } {
-        // SAFETY: the caller's.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let (output, input) = unsafe { (text(tensor.name, "name")?, text(tensor.stored, "stored")?) };
         let op = match tensor.dtype {
             0 => ArrivalOp::Keep,
@@ -461,6 +461,6 @@ pub(super) unsafe fn write_stats(to: NonNull<ls_stats>, stats: &Stats) -> Result
     let (direct_bytes, buffered_bytes, reader) = (stats.direct_bytes, stats.buffered_bytes, stats.reader as u64);
     let size = size_of::<ls_stats>();
     let stats = ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader };
-    // SAFETY: the caller's.
+    // SAFETY: the caller says that as many bytes may be written as its size says.
     unsafe { write_sized(to, "stats", stats) }
 }

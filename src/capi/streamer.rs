@@ -147,14 +147,14 @@ pub unsafe extern "C" fn ls_streamer_open(
 ) -> ls_status {
     ffi(|| {
         let to = place(streamer, "streamer")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that options lie there, if it is not NULL.
         let chosen = unsafe { StreamOptions::read(options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let mut units = chosen.units(&checkpoint)?;
         let (observers, trace) = chosen.observers()?;
         let settings = &chosen.fit(&device, &checkpoint, &mut units)?;
-        // SAFETY: as above.
+        // SAFETY: the caller says that memory which is lent is the streamer's alone until it is closed, and how long it is.
         let mut streamer = unsafe {
             LayerStreamer::with_lent_memory(&device, &checkpoint, &units, settings, &observers, &chosen.lent)?
         };
@@ -173,7 +173,7 @@ pub unsafe extern "C" fn ls_streamer_open(
         let held = RefCell::new(Vec::with_capacity(settings.n_gpu));
         let made = Streamer { streamer, held, named, trace };
         let made = STREAMERS.open(made, Some(remote))?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_streamer { id: made }) };
         Ok(())
     })
@@ -215,7 +215,7 @@ pub unsafe extern "C" fn ls_streamer_unit_count(streamer: ls_streamer, count: *m
     ffi(|| {
         let to = place(count, "count")?;
         let count = STREAMERS.enter_lent(streamer.id)?.named.len();
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(count) };
         Ok(())
     })
@@ -229,7 +229,7 @@ pub unsafe extern "C" fn ls_streamer_unit(streamer: ls_streamer, unit: usize, in
         let streamer = STREAMERS.enter_lent(streamer.id)?;
         let named = streamer.named(unit)?;
         let bytes = streamer.streamer.plan().units[unit].disk_bytes;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_unit_info { name: named.unit.as_ptr(), tensors: named.tensors.len(), bytes }) };
         Ok(())
     })
@@ -246,12 +246,12 @@ pub unsafe extern "C" fn ls_streamer_tensor_index(
 ) -> ls_status {
     ffi(|| {
         let to = place(index, "index")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let name = unsafe { text(name, "name")? };
         let streamer = STREAMERS.enter_lent(streamer.id)?;
         streamer.named(unit)?;
         let index = streamer.streamer.plan().units[unit].find(name)?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(index) };
         Ok(())
     })
@@ -272,7 +272,7 @@ pub unsafe extern "C" fn ls_streamer_tensor_name(
         let name = named.tensors.get(index).ok_or_else(|| {
             Failure::invalid("index", format!("is {index}, the unit has {} tensors", named.tensors.len()))
         })?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(name.as_ptr()) };
         Ok(())
     })
@@ -284,7 +284,7 @@ pub unsafe extern "C" fn ls_streamer_stats(streamer: ls_streamer, stats: *mut ls
     ffi(|| {
         let to = place(stats, "stats")?;
         let stats = STREAMERS.stats(streamer.id)?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { options::write_stats(to, &stats) }
     })
 }
@@ -300,11 +300,11 @@ pub unsafe extern "C" fn ls_statics_load(
 ) -> ls_status {
     ffi(|| {
         let to = place(statics, "statics")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that so many tensors lie there.
         let unit = unsafe { options::tensors("the static tensors", tensors, count)? };
         let loaded = STREAMERS.enter(streamer.id)?.streamer.load_static_unit(&unit)?;
         let made = STATICS.open(loaded, None)?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_statics { id: made }) };
         Ok(())
     })
@@ -319,11 +319,11 @@ pub unsafe extern "C" fn ls_statics_tensor(
 ) -> ls_status {
     ffi(|| {
         let to = place(tensor, "tensor")?;
-        // SAFETY: the module's invariant.
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
         let name = unsafe { text(name, "name")? };
         let statics = STATICS.enter(statics.id)?;
         let found: TensorRef<'_, AnyDevice> = statics.tensor(name)?;
-        // SAFETY: as above.
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
         unsafe { to.write(ls_tensor::view(found)) };
         Ok(())
     })

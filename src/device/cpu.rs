@@ -75,13 +75,13 @@ unsafe impl Device for Cpu {
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, _: &CpuStream) -> Result<()> {
-        // SAFETY: the caller's, who also says that the ranges are distinct by giving one as the host's, one as the device's.
+        // SAFETY: the caller promised that both ranges are valid; one is the host's and one the device's, so they do not overlap.
         unsafe { ptr::copy_nonoverlapping(from, to.as_ptr(), bytes) };
         Ok(())
     }
 
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
-        // SAFETY: as above.
+        // SAFETY: the caller promised that both ranges are valid; one is the host's and one the device's, so they do not overlap.
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, bytes) };
         Ok(())
     }
@@ -93,7 +93,7 @@ unsafe impl Device for Cpu {
         elements: usize,
         _: &CpuStream,
     ) -> Result<()> {
-        // SAFETY: the caller's; the ranges do not overlap, and bytes have no alignment.
+        // SAFETY: the caller promised that both ranges are valid and apart; bytes have no alignment.
         let (src, dst) = unsafe {
             (
                 slice::from_raw_parts(from.as_ptr(), elements * from_type.size()),

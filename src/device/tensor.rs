@@ -15,7 +15,7 @@ pub struct DevicePtr(*mut u8);
 
 // SAFETY: an address is plain data; whoever follows it answers for the access.
 unsafe impl Send for DevicePtr {}
-// SAFETY: as above.
+// SAFETY: an address is plain data; whoever follows it answers for the access.
 unsafe impl Sync for DevicePtr {}
 
 impl DevicePtr {
@@ -252,7 +252,7 @@ pub fn download<D: Device, T: Element>(
 ) -> Result<()> {
     fits::<T>("download", data.len(), from.dtype(), from.elements())?;
     from.check_stream("download", device.stream_id(stream))?;
-    // SAFETY: as in `upload`.
+    // SAFETY: the lengths agree, and when `drain` returns, also with an error, the copy touches `data` no more: the trait's promise.
     unsafe { device.copy_to_host(data.as_mut_ptr().cast(), from.ptr(), size_of_val(data), stream)? };
     device.drain(stream)
 }

@@ -32,7 +32,7 @@ impl Engine {
             if wanted != backend && wanted != Reader::Auto {
                 continue;
             }
-            // SAFETY: the caller's.
+            // SAFETY: the caller promised that the buffers outlive the engine.
             match unsafe { Uring::new(sources, buffers) } {
                 Ok(ring) => return Ok((Self::Uring(Box::new(ring)), backend, reasons.join("; "))),
                 Err(error) => reasons.push(format!("{backend} refused: {error}")),
@@ -65,7 +65,7 @@ impl Engine {
     /// # Safety
     /// The chunk's memory is writable, and nobody else's until its `Done` comes back or [`quiesce`](Self::quiesce) returns true.
     pub(crate) unsafe fn submit(&mut self, chunk: Chunk) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that the chunk's memory is writable, and nobody else's until its read ends.
         unsafe {
             match self {
                 Self::Uring(engine) => engine.submit(chunk),

@@ -113,7 +113,7 @@ impl Faults {
         };
         let kept = *result.as_ref().unwrap_or(&0);
         assert!(kept <= read, "a fault brings no bytes");
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that as many bytes as were read may be written there.
         unsafe { to.add(kept).write_bytes(POISON, read - kept) };
         result
     }

@@ -122,7 +122,7 @@ fn try_direct(path: &Path, trial: &Arena) -> io::Result<File> {
         // SAFETY: the slot is a page long and nobody else's.
         let result = unsafe { pread(file.as_raw_fd(), to, PAGE, 0) };
         #[cfg(test)]
-        // SAFETY: as above.
+        // SAFETY: the slot is a page long and nobody else's.
         let result = unsafe {
             let attempt = faults::Attempt { path, offset: 0, len: PAGE, trial: true, result };
             faults::Faults::of_this_thread().apply(attempt, to)
@@ -166,7 +166,7 @@ fn is_cached(file: &File, offset: u64, len: usize) -> bool {
 /// # Safety
 /// `to` points to `len` writable bytes.
 unsafe fn pread(file: RawFd, to: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
-    // SAFETY: the caller's.
+    // SAFETY: the caller promised that so many bytes may be written there.
     let count = unsafe { libc::pread(file, to.cast(), len, offset as libc::off_t) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
@@ -322,7 +322,7 @@ pub(crate) unsafe fn chunk_at(source: &Source, extent: &Extent, position: usize,
     let part = extent.part(position, CHUNK);
     let Extent { file, offset, len, at, .. } = part;
     let need = part.needed();
-    // SAFETY: the caller's, and the slot holds the extent from its `at` on.
+    // SAFETY: the slot holds the extent from its `at` on, as the caller promised.
     let to = HostPtr(unsafe { slot.add(at) });
     Chunk { file, offset, len, need, to, direct: source.prefers_direct(offset, need), tag }
 }

@@ -126,7 +126,7 @@ impl PreadThreads {
 unsafe fn read(source: &Source, chunk: Chunk, stop: &AtomicBool) -> Option<(Result<usize, ReadFailure>, Duration)> {
     let mut flight = Flight::new(chunk);
     loop {
-        // SAFETY: the caller's.
+        // SAFETY: the chunk's memory is writable and nobody else's, as who submitted it promised.
         let result = unsafe { flight.read(source) };
         #[cfg(test)]
         while source.faults.never_ends(&source.path, chunk.offset) {

@@ -66,7 +66,7 @@ impl Uring {
             let iovecs: Vec<_> = (registered.iter())
                 .map(|&(start, len)| libc::iovec { iov_base: start as *mut libc::c_void, iov_len: len })
                 .collect();
-            // SAFETY: the caller's.
+            // SAFETY: the caller promised that the buffers outlive the ring.
             unsafe { ring.submitter().register_buffers(&iovecs) }.map_err(|error| match error.raw_os_error() {
                 Some(libc::ENOMEM) => {
                     let cause = format!("{error}; raise the limit on locked memory (ulimit -l)");

@@ -110,7 +110,7 @@ impl Copiers {
         // One piece is the calling thread's own.
         let helpers = &mut self.helpers[..self.active.min(len.saturating_sub(1) / PIECE)];
         if helpers.is_empty() {
-            // SAFETY: the caller's.
+            // SAFETY: the caller promised that both ranges are valid and do not overlap.
             return unsafe { ptr::copy_nonoverlapping(from, to, len) };
         }
         self.shared.next.store(0, Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl Copiers {
             debug_assert!(pushed, "a helper is idle when the copy before has returned");
             helper.wake.notify();
         }
-        // SAFETY: the caller's, to the end of this function, which waits for every helper.
+        // SAFETY: both ranges are valid to the end of this function, as the caller promised, and it waits for every helper.
         unsafe { self.shared.take_part(block) };
         loop {
             let ticket = self.shared.finished.ticket();

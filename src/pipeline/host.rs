@@ -65,7 +65,7 @@ impl HostMemory {
         let slots = |what, stage: &Option<StageLayout>, lent: Option<Range>| {
             let made = stage.as_ref().map(|stage| {
                 let arena = match lent {
-                    // SAFETY: the caller's.
+                    // SAFETY: what is lent is long enough for the slots, as was checked, and outlives this, as the caller promised.
                     Some((start, _)) => unsafe { Arena::lent(start, stage.slots, stage.slot_bytes) },
                     None => Arena::new(what, stage.slots, stage.slot_bytes)?,
                 };
@@ -75,7 +75,7 @@ impl HostMemory {
         };
         let residents = |what, Space { slots, kept }: Space, lent: Option<Range>| {
             let arena = || match lent {
-                // SAFETY: the caller's; it is long enough for the slots and, behind them, the residents.
+                // SAFETY: what is lent is long enough for the slots and, behind them, the residents, and outlives this.
                 Some((start, _)) => unsafe { Ok(Arena::lent(start.add(slots), 1, kept)) },
                 None => Arena::prefaulting(what, kept),
             };
@@ -98,7 +98,7 @@ impl HostMemory {
     /// The registration is dropped before the memory.
     pub(crate) unsafe fn register_slots<D: Device>(&self, device: &D) -> Result<Option<D::Registration>> {
         let pinned = self.pinned.as_ref().filter(|_| !self.pinned_is_lent);
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised to drop the registration before the memory.
         pinned.map(|(arena, _)| unsafe { device.register(arena.whole().0.as_ptr(), arena.whole().1) }).transpose()
     }
 
@@ -114,7 +114,7 @@ impl HostMemory {
         if self.pinned_is_lent || unit.host_bytes == 0 {
             return Ok(None);
         }
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised to drop the registration before the memory.
         unsafe { device.register(self.resident(unit).as_ptr(), unit.host_bytes) }.map(Some)
     }
 

@@ -191,7 +191,7 @@ impl<D: Device> LayerStreamer<D> {
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
         let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));
-        // SAFETY: the caller's.
+        // SAFETY: what is lent was checked, and outlives the streamer, as the caller promised.
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));

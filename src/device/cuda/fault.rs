@@ -44,7 +44,7 @@ unsafe fn text(string: *const c_char) -> &'static str {
     if string.is_null() {
         return "unknown error";
     }
-    // SAFETY: the caller's.
+    // SAFETY: the caller promised a terminated text that is never freed.
     unsafe { CStr::from_ptr(string) }.to_str().unwrap_or("unknown error")
 }
 

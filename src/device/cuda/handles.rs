@@ -35,7 +35,7 @@ pub struct CudaMemory {
 
 // SAFETY: an address that any thread may free; only the device follows it.
 unsafe impl Send for CudaMemory {}
-// SAFETY: as above; a shared reference only reads the address.
+// SAFETY: a shared reference only reads the address.
 unsafe impl Sync for CudaMemory {}
 
 impl CudaMemory {
@@ -84,7 +84,7 @@ impl CudaRegistration {
     pub(super) unsafe fn new(cuda: &Cuda, host: *mut u8, bytes: usize) -> Result<Self> {
         cuda.bind_thread()?;
         let start = host.cast();
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised memory of that length, which outlives the registration.
         match unsafe { sys::cudaHostRegister(start, bytes, sys::cudaHostRegisterPortable as c_uint) } {
             Code::cudaSuccess => Ok(Self { cuda: cuda.clone(), start }),
             code => {
@@ -194,7 +194,7 @@ pub struct CudaEvent {
 
 // SAFETY: a handle that any thread may use.
 unsafe impl Send for CudaEvent {}
-// SAFETY: as above; the runtime's calls on one event may come from several threads.
+// SAFETY: the runtime's calls on one event may come from several threads.
 unsafe impl Sync for CudaEvent {}
 
 impl CudaEvent {

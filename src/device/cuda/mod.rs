@@ -137,7 +137,7 @@ impl Cuda {
         let (to, from) = (to.as_ptr().cast(), from.as_ptr().cast());
         let (operation, kind) =
             (|| format!("copy {bytes} bytes on the device"), sys::cudaMemcpyKind::cudaMemcpyDeviceToDevice);
-        // SAFETY: the caller's.
+        // SAFETY: both ranges are on the device and valid until the copy is done, as the caller promised.
         self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from, bytes, kind, stream.raw()) })
     }
 
@@ -150,7 +150,7 @@ impl Cuda {
     /// # Safety
     /// The stream exists until this handle is dropped.
     pub unsafe fn stream_from_raw(&self, raw: *mut c_void) -> Result<CudaStream> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that the stream is one of this device and outlives the handle.
         unsafe { CudaStream::borrow(self, raw.cast()) }
     }
 
@@ -242,7 +242,7 @@ unsafe impl Device for Cuda {
     }
 
     unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<CudaRegistration> {
-        // SAFETY: the caller's.
+        // SAFETY: the caller promised that the memory outlives the registration.
         unsafe { CudaRegistration::new(self, host, bytes) }
     }
 
@@ -277,14 +277,14 @@ unsafe impl Device for Cuda {
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &CudaStream) -> Result<()> {
         let (to, kind) = (to.as_ptr().cast(), sys::cudaMemcpyKind::cudaMemcpyHostToDevice);
         let operation = || format!("copy {bytes} bytes to the device");
-        // SAFETY: the caller's.
+        // SAFETY: both ranges are valid until the copy is done, as the caller promised.
         self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from.cast(), bytes, kind, stream.raw()) })
     }
 
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &CudaStream) -> Result<()> {
         let (from, kind) = (from.as_ptr().cast(), sys::cudaMemcpyKind::cudaMemcpyDeviceToHost);
         let operation = || format!("copy {bytes} bytes from the device");
-        // SAFETY: the caller's.
+        // SAFETY: both ranges are valid until the copy is done, as the caller promised.
         self.call(operation, || unsafe { sys::cudaMemcpyAsync(to.cast(), from, bytes, kind, stream.raw()) })
     }
 
@@ -297,7 +297,7 @@ unsafe impl Device for Cuda {
     ) -> Result<()> {
         let (to, from) = (to.as_ptr().cast::<c_void>(), from.as_ptr().cast::<c_void>());
         let operation = || format!("convert {elements} elements from {from_type} to {to_type}");
-        // SAFETY: the caller's.
+        // SAFETY: both ranges are on the device, apart and valid until the cast is done, as the caller promised.
         let launch =
             || unsafe { sys::lsk_cast(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
         self.call(operation, launch)
