@@ -105,7 +105,7 @@ pub(super) struct Remote {
     pub(super) meter: Meter,
 }
 
-type Chunk<T> = OnceLock<Box<[CachePadded<HandleSlot<T>>]>>;
+type HandleChunk<T> = OnceLock<Box<[CachePadded<HandleSlot<T>>]>>;
 
 /// Which slots are free: those that were, and all from `unused` on.
 struct Free {
@@ -116,7 +116,7 @@ struct Free {
 /// All that is open of one kind.
 pub(super) struct HandleTable<T: 'static> {
     kind: Kind,
-    chunks: [Chunk<T>; CHUNKS],
+    chunks: [HandleChunk<T>; CHUNKS],
     free: Mutex<Free>,
 }
 

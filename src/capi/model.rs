@@ -117,7 +117,7 @@ fn defaults() -> ls_model_options {
 }
 
 /// What a call says of a model.
-struct Asked<'a> {
+struct ModelRequest<'a> {
     folder: &'a Path,
     options: ls_model_options,
     streams: StreamOptions,
@@ -131,7 +131,7 @@ struct Chosen {
     context: usize,
 }
 
-impl<'a> Asked<'a> {
+impl<'a> ModelRequest<'a> {
     /// # Safety
     /// `folder` is NULL or starts a path that lives for `'a`, `options` is NULL or points to what the header says.
     unsafe fn read(folder: *const c_char, options: *const ls_model_options) -> Result<Self> {
@@ -169,7 +169,7 @@ pub unsafe extern "C" fn ls_model_plan(
     ffi(|| {
         let to = place(placement, "placement")?;
         // SAFETY: the caller says that a path and, but for NULL, options lie there.
-        let asked = unsafe { Asked::read(folder, options)? };
+        let asked = unsafe { ModelRequest::read(folder, options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let planned = asked.choose(&device).and_then(|Chosen { model, settings, batch, context }| {
             let memory = Decoder::memory(&device, &model, &settings, batch, context)?;
@@ -195,7 +195,7 @@ pub unsafe extern "C" fn ls_model_open(
     ffi(|| {
         let to = place(model, "model")?;
         // SAFETY: the caller says that a path and, but for NULL, options lie there.
-        let asked = unsafe { Asked::read(folder, options)? };
+        let asked = unsafe { ModelRequest::read(folder, options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let (observers, trace) = asked.streams.observers()?;
         let Chosen { model, settings, batch, context } = &asked.choose(&device)?;

@@ -292,7 +292,7 @@ fn defaults() -> ls_streamer_options {
     }
 }
 
-type Observers = Vec<Arc<dyn Observer>>;
+type ObserverList = Vec<Arc<dyn Observer>>;
 
 /// What the options say, in Rust's terms.
 pub(super) struct StreamOptions {
@@ -401,7 +401,7 @@ impl StreamOptions {
 
     /// Who is to see what the streamer does, and the trace among them: to be asked before the long work, since a trace that cannot
     /// be written is refused here.
-    pub(super) fn observers(&self) -> Result<(Observers, Option<Traced>)> {
+    pub(super) fn observers(&self) -> Result<(ObserverList, Option<Traced>)> {
         let trace = self.trace.as_deref().map(Traced::create).transpose()?;
         let log = self.log.clone().map(|log| log as Arc<dyn Observer>);
         let timeline = trace.as_ref().map(|trace| trace.timeline.clone() as Arc<dyn Observer>);

@@ -23,7 +23,7 @@ pub(crate) struct Attempt<'a> {
 }
 
 /// Turns answers into others: an error, or a count that is no larger.
-type Plan = Box<dyn FnMut(Attempt<'_>) -> io::Result<usize> + Send>;
+type FaultPlan = Box<dyn FnMut(Attempt<'_>) -> io::Result<usize> + Send>;
 
 /// Turns calls of io_uring_enter into errors.
 type Enters = Box<dyn FnMut() -> Option<i32> + Send>;
@@ -34,7 +34,7 @@ type Never = Box<dyn FnMut(&Path, u64) -> bool + Send>;
 /// The plan that all files of one streamer share.
 #[derive(Clone, Default)]
 pub(crate) struct Faults {
-    answers: Arc<Mutex<Option<Plan>>>,
+    answers: Arc<Mutex<Option<FaultPlan>>>,
     enters: Arc<Mutex<Option<Enters>>>,
     never: Arc<Mutex<Option<Never>>>,
 }

@@ -10,7 +10,7 @@ mod tests;
 
 use std::path::Path;
 
-use raw::{OneOrMany, Raw, RawRope, Refusal, stop_tokens};
+use raw::{ConfigFault, OneOrMany, Raw, RawRope, stop_tokens};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -89,7 +89,7 @@ enum Windows {
 }
 
 impl Family {
-    fn windows(self, raw: &Raw) -> Result<Windows, Refusal> {
+    fn windows(self, raw: &Raw) -> Result<Windows, ConfigFault> {
         let enabled = match self.window {
             WindowRule::Never => false,
             WindowRule::Always => true,
@@ -99,13 +99,13 @@ impl Family {
         let layers = raw.num_hidden_layers;
         Ok(match (&raw.layer_types, self.window) {
             (Some(types), WindowRule::IfEnabled) if types.len() != layers => {
-                return Err(Refusal::Wrong(format!("layer_types names {} layers of {layers}", types.len())));
+                return Err(ConfigFault::Wrong(format!("layer_types names {} layers of {layers}", types.len())));
             }
             (Some(types), WindowRule::IfEnabled) => {
                 let of_type = |kind: &String| match kind.as_str() {
                     "full_attention" => Ok(None),
                     "sliding_attention" => Ok(window),
-                    other => Err(Refusal::Unsupported(format!("layer type {other:?}"))),
+                    other => Err(ConfigFault::Unsupported(format!("layer type {other:?}"))),
                 };
                 Windows::Each(types.iter().map(of_type).collect::<Result<_, _>>()?)
             }
@@ -140,7 +140,7 @@ impl ModelConfig {
     }
 
     /// What the file says of a model of this family; its own stop tokens.
-    fn of(family: Family, raw: Raw) -> Result<Self, Refusal> {
+    fn of(family: Family, raw: Raw) -> Result<Self, ConfigFault> {
         let [heads, kv_heads, head_dim] = raw.heads()?;
         raw.check_features()?;
         let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());

@@ -27,7 +27,7 @@ impl<D: Kernels> Decoder<D> {
         context: usize,
     ) -> Result<Settings> {
         let capacity = Capacity::new(&model.config, batch, context)?;
-        let fit = Fit { device, budget, bandwidths, capacity, settings: None };
+        let fit = BudgetFit { device, budget, bandwidths, capacity, settings: None };
         fit.fastest(model)
     }
 
@@ -45,13 +45,13 @@ impl<D: Kernels> Decoder<D> {
         settings: &Settings,
     ) -> Result<()> {
         let capacity = Capacity::new(&model.config, batch, context)?;
-        let fit = Fit { device, budget, bandwidths, capacity, settings: Some(settings) };
+        let fit = BudgetFit { device, budget, bandwidths, capacity, settings: Some(settings) };
         fit.fastest(model).map(drop)
     }
 }
 
 /// What a decoder is to fit into.
-struct Fit<'a, D> {
+struct BudgetFit<'a, D> {
     device: &'a D,
     budget: Budget,
     bandwidths: Bandwidths,
@@ -60,7 +60,7 @@ struct Fit<'a, D> {
     settings: Option<&'a Settings>,
 }
 
-impl<D: Kernels> Fit<'_, D> {
+impl<D: Kernels> BudgetFit<'_, D> {
     /// The model with these tables, and what it takes whatever its tiers.
     fn with(&self, model: &Model, tables: Tables) -> Result<(Model, FixedOverhead)> {
         let model = model.with_tables(tables);

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// The streams that tensors arrive by, and what they pass through on their way.
-pub(super) struct Arrival<D: Device> {
+pub(super) struct ArrivalStream<D: Device> {
     device: D,
     stream: D::Stream,
     staging: Option<StagingBlocks<D>>,
@@ -35,7 +35,7 @@ struct StagingBlocks<D: Device> {
     turn: usize,
 }
 
-impl<D: Device> Arrival<D> {
+impl<D: Device> ArrivalStream<D> {
     /// With these staging blocks, if any; tools show the stream of copies as `name`.
     pub(super) fn new(device: &D, sizes: Staging, name: &CStr) -> Result<Self> {
         let staging = || {

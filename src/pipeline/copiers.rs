@@ -16,14 +16,14 @@ const MOST: usize = 8;
 
 /// A block to copy.
 #[derive(Clone, Copy)]
-struct Block {
+struct CopyBlock {
     from: *const u8,
     to: *mut u8,
     len: usize,
 }
 
 // SAFETY: addresses are plain data; `Copiers::copy` answers for the accesses.
-unsafe impl Send for Block {}
+unsafe impl Send for CopyBlock {}
 
 /// What the threads share.
 struct CopierState {
@@ -40,7 +40,7 @@ impl CopierState {
     ///
     /// # Safety
     /// As [`Copiers::copy`]; `next` was set to 0 for this block.
-    unsafe fn take_part(&self, block: Block) {
+    unsafe fn take_part(&self, block: CopyBlock) {
         loop {
             let at = self.next.fetch_add(PIECE, Ordering::Relaxed);
             if at >= block.len {
@@ -53,7 +53,7 @@ impl CopierState {
 }
 
 struct Helper {
-    blocks: Producer<Block>,
+    blocks: Producer<CopyBlock>,
     wake: Arc<Signal>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -106,7 +106,7 @@ impl Copiers {
     /// # Safety
     /// Both ranges are valid, do not overlap, and nobody else touches them meanwhile.
     pub(crate) unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) {
-        let block = Block { from, to, len };
+        let block = CopyBlock { from, to, len };
         // One piece is the calling thread's own.
         let helpers = &mut self.helpers[..self.active.min(len.saturating_sub(1) / PIECE)];
         if helpers.is_empty() {
@@ -133,7 +133,7 @@ impl Copiers {
     }
 }
 
-fn help(shared: &CopierState, mut inbox: Consumer<Block>, wake: &Signal) {
+fn help(shared: &CopierState, mut inbox: Consumer<CopyBlock>, wake: &Signal) {
     loop {
         let ticket = wake.ticket();
         if shared.stop.load(Ordering::SeqCst) {

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Memory of the caller's: where it starts and how long it is (bytes).
-type Range = (NonNull<u8>, usize);
+type LentRange = (NonNull<u8>, usize);
 
 /// What the caller lends a streamer for its slots, and for the units that are kept there; the rest the streamer reserves. Each starts
 /// an address and has a length in bytes, of at least what [`Plan::slot_memory`] says.
@@ -62,7 +62,7 @@ impl HostMemory {
     /// # Safety
     /// What is lent outlives this, is used by nothing else meanwhile, and was [checked](LentMemory::check).
     pub(crate) unsafe fn new(plan: &Plan, lent: &LentMemory) -> Result<Arc<Self>> {
-        let slots = |what, stage: &Option<StageLayout>, lent: Option<Range>| {
+        let slots = |what, stage: &Option<StageLayout>, lent: Option<LentRange>| {
             let made = stage.as_ref().map(|stage| {
                 let arena = match lent {
                     // SAFETY: what is lent is long enough for the slots, as was checked, and outlives this, as the caller promised.
@@ -73,7 +73,7 @@ impl HostMemory {
             });
             made.transpose()
         };
-        let residents = |what, Space { slots, kept }: Space, lent: Option<Range>| {
+        let residents = |what, Space { slots, kept }: Space, lent: Option<LentRange>| {
             let arena = || match lent {
                 // SAFETY: what is lent is long enough for the slots and, behind them, the residents, and outlives this.
                 Some((start, _)) => unsafe { Ok(Arena::lent(start.add(slots), 1, kept)) },

@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     io::{self, BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, Staging, UnitLayout},
-    pipeline::{arrival::Arrival, compute::view},
+    pipeline::{arrival::ArrivalStream, compute::view},
     plan::{Reader, Settings, Unit},
 };
 
@@ -49,7 +49,7 @@ impl<D: Device> StaticTensors<D> {
         let blocks = Arc::new(Arena::new("static tensors on their way", BLOCKS, CHUNK)?);
         // A chunk comes at a time.
         let staging = Staging::of(slice::from_ref(&plan)).at_most(CHUNK);
-        let mut arrival = Arrival::new(device, staging, c"layer-streamer statics")?;
+        let mut arrival = ArrivalStream::new(device, staging, c"layer-streamer statics")?;
         let mut reader = BlockReader::new(reader, sources, &blocks, BLOCKS)?;
         if let Err(error) = fill(sources, &plan, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
@@ -82,7 +82,7 @@ impl<D: Device> StaticTensors<D> {
 fn fill<D: Device>(
     sources: &[Source],
     plan: &UnitLayout,
-    arrival: &mut Arrival<D>,
+    arrival: &mut ArrivalStream<D>,
     base: DevicePtr,
     blocks: &Arena,
     reader: &mut BlockReader<(usize, Range<usize>)>,

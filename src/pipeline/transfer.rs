@@ -17,7 +17,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     pipeline::{
-        arrival::Arrival,
+        arrival::ArrivalStream,
         device_time::DeviceTimer,
         host::HostMemory,
         link::{Entry, Inlet, Message, Outlet, Place, Slot},
@@ -51,7 +51,7 @@ pub(crate) struct TransferStage<D: Device> {
     states: Arc<Residencies>,
     inlet: Inlet,
     outlet: Outlet,
-    arrival: Arrival<D>,
+    arrival: ArrivalStream<D>,
     /// Oldest first: all that come from source slots, and of those from residents a pass.
     in_flight: VecDeque<CopyInFlight<D>>,
     /// Events for more of these; at least so many stay for source slots.
@@ -86,7 +86,7 @@ impl<D: Device> TransferStage<D> {
             states: states.clone(),
             inlet,
             outlet,
-            arrival: Arrival::new(device, plan.layout.staging, c"layer-streamer transfer")?,
+            arrival: ArrivalStream::new(device, plan.layout.staging, c"layer-streamer transfer")?,
             in_flight: VecDeque::with_capacity(most),
             idle: (0..most).map(|_| Ok([device.event()?, device.event()?])).collect::<Result<_>>()?,
             sources,

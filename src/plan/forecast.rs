@@ -27,14 +27,14 @@ impl Default for Bandwidths {
 /// What bytes go over. Prints as `disk` or `copy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Link {
+pub enum BindingLink {
     /// Disk to RAM.
     Disk,
     /// RAM to the device.
     Copy,
 }
 
-impl fmt::Display for Link {
+impl fmt::Display for BindingLink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Disk => "disk",
@@ -80,10 +80,10 @@ impl Forecast {
     }
 
     /// The link that a pass waits for; `None` if nothing moves.
-    pub fn binds(&self) -> Option<Link> {
+    pub fn binds(&self) -> Option<BindingLink> {
         match () {
-            () if self.disk_seconds >= self.copy_seconds && self.disk_bytes > 0 => Some(Link::Disk),
-            () if self.copy_bytes > 0 => Some(Link::Copy),
+            () if self.disk_seconds >= self.copy_seconds && self.disk_bytes > 0 => Some(BindingLink::Disk),
+            () if self.copy_bytes > 0 => Some(BindingLink::Copy),
             () => None,
         }
     }

@@ -14,7 +14,7 @@ mod settings;
 
 pub use budget::{Budget, FixedOverhead};
 pub(crate) use fastest::{Cost, fastest};
-pub use forecast::{Bandwidths, Forecast, Link};
+pub use forecast::{Bandwidths, BindingLink, Forecast};
 pub use part::{Part, Purpose};
 pub use placement::Placement;
 pub use settings::{CachePolicy, Reader, Settings};

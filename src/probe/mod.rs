@@ -18,7 +18,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
-    plan::{Bandwidths, Link},
+    plan::{Bandwidths, BindingLink},
 };
 
 /// What the disk of a checkpoint's largest file and the way to a device carry, when that was measured, and how far to trust it.
@@ -118,17 +118,19 @@ impl Probe {
     /// than a gigabyte or a second tells nothing.
     pub fn disagreement(&self, disk: Option<Seen>, copy: Option<Seen>) -> Option<Disagreement> {
         let Bandwidths { disk: reads, copy: copies } = self.bandwidths();
-        [(Link::Disk, disk, reads), (Link::Copy, copy, copies)].into_iter().find_map(|(link, seen, probed)| {
-            let Seen { bytes, seconds, bound } = seen?;
-            let rate = bytes as f64 / seconds;
-            let wrong = rate >= probed * WRONG || (bound && rate <= probed / WRONG);
-            (bytes >= ENOUGH_BYTES && seconds >= ENOUGH_SECONDS && wrong).then(|| Disagreement {
-                link,
-                probed,
-                seen: rate,
-                age: self.age(),
-            })
-        })
+        [(BindingLink::Disk, disk, reads), (BindingLink::Copy, copy, copies)].into_iter().find_map(
+            |(link, seen, probed)| {
+                let Seen { bytes, seconds, bound } = seen?;
+                let rate = bytes as f64 / seconds;
+                let wrong = rate >= probed * WRONG || (bound && rate <= probed / WRONG);
+                (bytes >= ENOUGH_BYTES && seconds >= ENOUGH_SECONDS && wrong).then(|| Disagreement {
+                    link,
+                    probed,
+                    seen: rate,
+                    age: self.age(),
+                })
+            },
+        )
     }
 
     /// As [`disagreement`](Self::disagreement). Where there is one, the probe is no longer kept, and the next start measures anew.
@@ -162,7 +164,7 @@ pub struct Seen {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Disagreement {
     /// The link.
-    pub link: Link,
+    pub link: BindingLink,
     /// What the probe says, in bytes per second.
     pub probed: f64,
     /// What passes moved.
@@ -175,8 +177,8 @@ impl fmt::Display for Disagreement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { link, probed, seen, age } = self;
         let did = match link {
-            Link::Disk => "read from disk",
-            Link::Copy => "copied to the device",
+            BindingLink::Disk => "read from disk",
+            BindingLink::Copy => "copied to the device",
         };
         let [probed, seen] = [probed, seen].map(|rate| rate / 1e9);
         write!(f, "passes {did} at {seen:.2} GB/s, not at {probed:.2} as measured {age}: the next start measures anew")

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::worker::{Message, Task, VARIABLE};
+use super::worker::{Task, VARIABLE, WorkerMessage};
 
 /// Longest line that a worker may write. Every message is far shorter.
 const LONGEST: usize = 1 << 16;
@@ -106,7 +106,7 @@ fn watch(
             Heard::Nonsense(text) => return End::Refused(text),
         };
         match serde_json::from_slice(&line) {
-            Ok(Message::Begun) if !begun => {
+            Ok(WorkerMessage::Begun) if !begun => {
                 begun = true;
                 let measured = limits
                     .measured
@@ -114,7 +114,7 @@ fn watch(
                     .and_then(|limit| Some(Duration::try_from_secs_f64(limit).ok()?.saturating_add(DELIVERY)));
                 deadline = after(measured.map_or(limits.patience, |limit| limit.min(limits.patience)));
             }
-            Ok(Message::Took(seconds)) if begun && seconds >= 0.0 => {
+            Ok(WorkerMessage::Took(seconds)) if begun && seconds >= 0.0 => {
                 begun = false;
                 runs.push(seconds);
                 let goes_on = tell(Some((runs.len(), seconds)));
@@ -130,7 +130,7 @@ fn watch(
                 }
                 deadline = after(limits.patience.saturating_add(sleep));
             }
-            Ok(Message::Refused(reason)) => return End::Refused(reason),
+            Ok(WorkerMessage::Refused(reason)) => return End::Refused(reason),
             _ => return End::Refused(nonsense(&line)),
         }
     }

@@ -35,7 +35,7 @@ pub(super) struct Task {
 /// What it says.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Message {
+pub(super) enum WorkerMessage {
     /// A run begins.
     Begun,
     /// It has ended, after so many seconds.
@@ -105,7 +105,7 @@ fn serve<P, E: Display>(
     setup: impl FnOnce(Placement) -> Result<P, E>,
     time: impl Fn(&mut P) -> Result<f64, E>,
 ) -> std::io::Result<()> {
-    let say = |message: &Message| {
+    let say = |message: &WorkerMessage| {
         let line = serde_json::to_string(message).map_err(std::io::Error::other)? + "\n";
         (&mut &*channel).write_all(line.as_bytes())
     };
@@ -114,16 +114,16 @@ fn serve<P, E: Display>(
     let task: Task = serde_json::from_str(&line).map_err(std::io::Error::other)?;
     let mut pass = match setup(task.placement) {
         Ok(pass) => pass,
-        Err(error) => return say(&Message::Refused(error.to_string())),
+        Err(error) => return say(&WorkerMessage::Refused(error.to_string())),
     };
     for run in 0..task.runs {
         if run > 0 {
             thread::sleep(Duration::try_from_secs_f64(task.sleep).unwrap_or_default());
         }
-        say(&Message::Begun)?;
+        say(&WorkerMessage::Begun)?;
         match time(&mut pass) {
-            Ok(took) => say(&Message::Took(took))?,
-            Err(error) => return say(&Message::Refused(error.to_string())),
+            Ok(took) => say(&WorkerMessage::Took(took))?,
+            Err(error) => return say(&WorkerMessage::Refused(error.to_string())),
         }
     }
     Ok(())

@@ -14,14 +14,14 @@ use crate::{
 const MOST_BYTES: u64 = 4 << 20;
 
 /// Why a configuration is refused.
-pub(super) enum Refusal {
+pub(super) enum ConfigFault {
     /// It says what cannot be.
     Wrong(String),
     /// It says what is not computed here.
     Unsupported(String),
 }
 
-impl Refusal {
+impl ConfigFault {
     /// As an error of this file.
     pub(super) fn at(self, path: &Path) -> Error {
         match self {
@@ -34,9 +34,9 @@ impl Refusal {
     }
 }
 
-/// [`Refusal::Wrong`] unless `holds`, or where the number is too large for F32.
-pub(super) fn within(key: &str, value: f64, holds: bool) -> Result<(), Refusal> {
-    if holds && (value as f32).is_finite() { Ok(()) } else { Err(Refusal::Wrong(format!("{key} is {value}"))) }
+/// [`ConfigFault::Wrong`] unless `holds`, or where the number is too large for F32.
+pub(super) fn within(key: &str, value: f64, holds: bool) -> Result<(), ConfigFault> {
+    if holds && (value as f32).is_finite() { Ok(()) } else { Err(ConfigFault::Wrong(format!("{key} is {value}"))) }
 }
 
 #[derive(Deserialize)]
@@ -92,7 +92,7 @@ pub(super) struct RawGeneration {
 
 impl Raw {
     /// Query heads, key heads and their width.
-    pub(super) fn heads(&self) -> Result<[usize; 3], Refusal> {
+    pub(super) fn heads(&self) -> Result<[usize; 3], ConfigFault> {
         let (heads, kv_heads) =
             (self.num_attention_heads, self.num_key_value_heads.unwrap_or(self.num_attention_heads));
         for (key, value) in [
@@ -105,27 +105,27 @@ impl Raw {
             ("max_position_embeddings", self.max_position_embeddings),
         ] {
             if value == 0 || value > u32::MAX as usize {
-                return Err(Refusal::Wrong(format!("{key} is {value}")));
+                return Err(ConfigFault::Wrong(format!("{key} is {value}")));
             }
         }
         if !heads.is_multiple_of(kv_heads) {
-            return Err(Refusal::Wrong(format!("{heads} query heads cannot share {kv_heads} key heads evenly")));
+            return Err(ConfigFault::Wrong(format!("{heads} query heads cannot share {kv_heads} key heads evenly")));
         }
         let head_dim = self.head_dim.unwrap_or(self.hidden_size / heads);
         if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 4096 {
-            return Err(Refusal::Wrong(format!("head_dim is {head_dim}, expected an even number up to 4096")));
+            return Err(ConfigFault::Wrong(format!("head_dim is {head_dim}, expected an even number up to 4096")));
         }
         Ok([heads, kv_heads, head_dim])
     }
 
     /// Whether norms, activation and rotation are those that are computed here.
-    pub(super) fn check_features(&self) -> Result<(), Refusal> {
+    pub(super) fn check_features(&self) -> Result<(), ConfigFault> {
         within("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps >= 0.0)?;
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
-            return Err(Refusal::Unsupported(format!("hidden_act {act:?}")));
+            return Err(ConfigFault::Unsupported(format!("hidden_act {act:?}")));
         }
         if self.partial_rotary_factor.is_some_and(|factor| factor != 1.0) {
-            return Err(Refusal::Unsupported("partial_rotary_factor".into()));
+            return Err(ConfigFault::Unsupported("partial_rotary_factor".into()));
         }
         Ok(())
     }

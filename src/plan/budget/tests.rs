@@ -6,7 +6,7 @@ use crate::{
     common::{self, cases},
     dtype::DType,
     layout::{DEVICE_ALIGN, PAGE},
-    plan::{Link, Part, Plan},
+    plan::{BindingLink, Part, Plan},
 };
 
 /// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order.
@@ -273,6 +273,6 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.
     assert_eq!(plan.count(Tier::Pinned), 35, "{:?}", plan.memory());
     let forecast = plan.forecast(FAST_LINK);
-    assert_eq!(forecast.binds(), Some(Link::Disk));
+    assert_eq!(forecast.binds(), Some(BindingLink::Disk));
     assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");
 }
