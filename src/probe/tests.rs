@@ -146,10 +146,10 @@ fn faster_passes_always_disagree_and_slower_ones_where_the_link_bound_them() {
         (seen(2.4, true), seen(8.5, true), None),
         (seen(1.7, true), seen(12.0, false), None),
         (seen(0.5, false), seen(1.0, false), None),
-        (seen(2.6, false), None, Some(Link::Disk)),
-        (seen(1.5, true), None, Some(Link::Disk)),
-        (seen(1.5, false), seen(13.0, false), Some(Link::Copy)),
-        (None, seen(7.5, true), Some(Link::Copy)),
+        (seen(2.6, false), None, Some(BindingLink::Disk)),
+        (seen(1.5, true), None, Some(BindingLink::Disk)),
+        (seen(1.5, false), seen(13.0, false), Some(BindingLink::Copy)),
+        (None, seen(7.5, true), Some(BindingLink::Copy)),
         (None, None, None),
     ] {
         assert_eq!(probe.disagreement(disk, copy).map(|found| found.link), link, "{disk:?} {copy:?}");
