@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     pipeline::{
         link::{Entry, Inlet, Message, Outlet, Place, Slot, link},
-        stage::{Advance, Control, Advanced, run},
+        stage::{Advance, Advanced, Control, run},
     },
     sync::Signal,
     trace::{Activity, Stage, Trace},
