@@ -708,7 +708,7 @@ ls_status ls_streamer_plan(struct ls_device device,
 // checkpoint may be closed before the streamer is. `options` may be NULL: the defaults.
 //
 // The streamer is used by one thread at a time (another gets LS_BUSY), not always the same; with CUDA its device must be the
-// thread's current one. Only ls_cancel may be called beside another call.
+// thread's current one. Only ls_cancel and ls_streamer_stats may be called beside another call.
 ls_status ls_streamer_open(struct ls_device device,
                            struct ls_checkpoint checkpoint,
                            const struct ls_streamer_options *options,
@@ -902,8 +902,8 @@ ls_status ls_model_plan(struct ls_device device,
 // Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
 // starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 //
-// The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel may be called
-// beside another call.
+// The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel and
+// ls_model_stats may be called beside another call.
 ls_status ls_model_open(struct ls_device device,
                         const char *folder,
                         const struct ls_model_options *options,

@@ -37,9 +37,10 @@
 //! # Guarantees
 //! - Units arrive in order, byte for byte, whatever the settings. A slot is never refilled while anything may still read it.
 //! - The pipeline does not drain between passes: while the last units of a pass compute, the first of the next are being read.
-//! - Pipeline threads, [`LayerStreamer::next`] and [`Layer::release`] allocate nothing once the first pass runs.
-//! - The first error of a pass is returned in its place in the order. It names unit, tensor, file and offset. The next pass
-//!   starts afresh. Nothing hangs, and no bad input panics.
+//! - Pipeline threads, [`LayerStreamer::next`] and [`Layer::release`] allocate nothing once the first pass runs, but for an error
+//!   that carries names, and device memory that cuBLAS may take when it first meets a new shape.
+//! - The first error of a pass is returned in its place in the order. A read that failed names unit, tensor, file and offset. The
+//!   next pass starts afresh. Nothing hangs, and no bad input panics.
 //!
 //! # The invariant of the `unsafe` code
 //! A slot has one owner at a time: free, or filled by one stage, or held by the next. The rings hand it on. Events of the device

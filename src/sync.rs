@@ -1,4 +1,4 @@
-//! The one door through which atomics, cells and blocking come, so that loom can stand in for them, and the
+//! All atomics, cells and blocking go through here, so that loom can replace them; and the
 //! [`Signal`] on which every pipeline thread sleeps.
 
 #[cfg(loom)]

@@ -1,4 +1,4 @@
-//! Whichever device was chosen at run time, as one device: everything above is compiled once.
+//! The device that was chosen at run time, behind one type: everything above is compiled once.
 #![allow(unreachable_patterns, reason = "a build without CUDA has one device")]
 
 #[cfg(not(feature = "cuda"))]

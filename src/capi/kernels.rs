@@ -1,5 +1,5 @@
-//! The kernels, on tensors in device memory and a stream: a declaration each, since the header is made of the source, and one
-//! line, since the rest follows from the method of [`Kernels`].
+//! The kernels, on tensors in device memory and a stream. Each is one declaration, of which the header is made, and one macro
+//! call, which does the rest by the method of [`Kernels`].
 #![allow(rustdoc::broken_intra_doc_links, reason = "brackets are shapes in C's comments, not links")]
 
 use super::{

@@ -137,7 +137,7 @@ impl Streamer {
 /// checkpoint may be closed before the streamer is. `options` may be NULL: the defaults.
 ///
 /// The streamer is used by one thread at a time (another gets LS_BUSY), not always the same; with CUDA its device must be the
-/// thread's current one. Only ls_cancel may be called beside another call.
+/// thread's current one. Only ls_cancel and ls_streamer_stats may be called beside another call.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_open(
     device: ls_device,

@@ -32,12 +32,12 @@ pub(crate) fn slot_bytes(largest: usize) -> usize {
 
 /// Things that lie one behind the other, each on a multiple of `align` bytes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Stack {
+pub(crate) struct Offsets {
     align: usize,
     bytes: usize,
 }
 
-impl Stack {
+impl Offsets {
     /// An empty one.
     pub(crate) fn aligned_to(align: usize) -> Self {
         Self { align, bytes: 0 }

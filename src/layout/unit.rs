@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{DEVICE_ALIGN, MOST, PAGE, Sizes, Stack};
+use super::{DEVICE_ALIGN, MOST, Offsets, PAGE, Sizes};
 use crate::{
     checkpoint::{Checkpoint, TensorEntry},
     dtype::DType,
@@ -159,7 +159,7 @@ impl UnitLayout {
             return Err(too_large());
         }
         let (mut copies, mut casts, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
-        let (mut stored, mut on_device, mut disk_bytes) = (Vec::new(), Stack::aligned_to(DEVICE_ALIGN), 0usize);
+        let (mut stored, mut on_device, mut disk_bytes) = (Vec::new(), Offsets::aligned_to(DEVICE_ALIGN), 0usize);
         for (arrival, input, entry) in inputs {
             let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
             let elements = entry.bytes / entry.dtype.size();

@@ -1,5 +1,4 @@
-//! Where the embedding table and the output head are kept, which of small models are most of the bytes, and of large ones
-//! gigabytes.
+//! Where the embedding table and the output head are kept. They are most of a small model's bytes, and gigabytes of a large one's.
 
 use std::str::FromStr;
 

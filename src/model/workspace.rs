@@ -6,7 +6,7 @@ use crate::{
     device::{Device, Shape, TensorMut, TensorRef},
     dtype::DType,
     error::{Error, Result},
-    layout::{DEVICE_ALIGN, Stack},
+    layout::{DEVICE_ALIGN, Offsets},
 };
 
 /// A part of a [`Workspace`], of one type, used with any shape that fits.
@@ -19,13 +19,13 @@ pub(super) struct Region {
 
 /// Adds up regions before anything is reserved.
 pub(super) struct Layout {
-    regions: Cell<Stack>,
+    regions: Cell<Offsets>,
     overflow: Cell<bool>,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { regions: Cell::new(Stack::aligned_to(DEVICE_ALIGN)), overflow: Cell::default() }
+        Self { regions: Cell::new(Offsets::aligned_to(DEVICE_ALIGN)), overflow: Cell::default() }
     }
 }
 

@@ -1,5 +1,5 @@
 //! The device's own time of copies and layers, for observers that ask for it: two timed events around each, from a pool that
-//! is made at the start. Nobody waits for them; when they have been reached is found out later, in passing.
+//! is made at the start. Nobody waits for them: they are polled later.
 
 use std::{
     collections::VecDeque,

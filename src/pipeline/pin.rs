@@ -1,5 +1,5 @@
 //! The pin stage: copies a unit from pageable RAM, slot or resident, into a pinned slot, which leaves a RAM slot free for the disk
-//! again. Units that are kept further on pass it by.
+//! again. Units that are kept in pinned RAM or on the device skip this stage.
 
 use std::sync::Arc;
 

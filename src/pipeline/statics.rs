@@ -20,7 +20,7 @@ pub(super) const BLOCKS: usize = 8;
 pub struct StaticTensors<D: Device> {
     device: D,
     memory: D::Memory,
-    plan: UnitLayout,
+    layout: UnitLayout,
 }
 
 impl<D: Device> StaticTensors<D> {
@@ -35,23 +35,23 @@ impl<D: Device> StaticTensors<D> {
         Self::load(device, &sources, settings.reader, UnitLayout::new(checkpoint, unit)?, &mut |_, _| Ok(()))
     }
 
-    /// Reads the tensors of `plan` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
+    /// Reads the tensors of `layout` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
     /// and again while it waits, with the file that it waits for and since when.
     pub(super) fn load(
         device: &D,
         sources: &Arc<[Source]>,
         reader: Reader,
-        plan: UnitLayout,
+        layout: UnitLayout,
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
-        let memory = device.allocate("static tensors", plan.device_bytes)?;
+        let memory = device.allocate("static tensors", layout.device_bytes)?;
         let base = device.address(&memory);
         let blocks = Arc::new(Arena::new("static tensors on their way", BLOCKS, CHUNK)?);
         // A chunk comes at a time.
-        let staging = Staging::of(slice::from_ref(&plan)).at_most(CHUNK);
+        let staging = Staging::of(slice::from_ref(&layout)).at_most(CHUNK);
         let mut arrival = ArrivalStream::new(device, staging, c"layer-streamer statics")?;
         let mut reader = BlockReader::new(reader, sources, &blocks, BLOCKS)?;
-        if let Err(error) = fill(sources, &plan, &mut arrival, base, &blocks, &mut reader, idle) {
+        if let Err(error) = fill(sources, &layout, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
             reader.end();
             if arrival.drain().is_err() {
@@ -59,29 +59,29 @@ impl<D: Device> StaticTensors<D> {
             }
             return Err(error);
         }
-        Ok(Self { device: device.clone(), memory, plan })
+        Ok(Self { device: device.clone(), memory, layout })
     }
 
     /// The tensor called `name`.
     ///
     /// # Errors
-    /// [`Error::NoTensor`] if there is none.
+    /// [`Error::NoTensor`](crate::Error::NoTensor) if there is none.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_, D>> {
-        let index = self.plan.find(name)?;
-        // SAFETY: the plan placed the tensor, aligned, inside the memory, which lives as long as this.
-        unsafe { view(self.device.address(&self.memory), &self.plan.tensors[index]) }
+        let index = self.layout.find(name)?;
+        // SAFETY: the layout placed the tensor, aligned, inside the memory, which lives as long as this.
+        unsafe { view(self.device.address(&self.memory), &self.layout.tensors[index]) }
     }
 
     /// Device memory taken, in bytes.
     pub fn bytes(&self) -> usize {
-        self.plan.device_bytes
+        self.layout.device_bytes
     }
 }
 
-/// Reads everything that `plan` names, chunk by chunk, and has it arrive where it belongs from `base` on.
+/// Reads everything that `layout` names, chunk by chunk, and has it arrive where it belongs from `base` on.
 fn fill<D: Device>(
     sources: &[Source],
-    plan: &UnitLayout,
+    layout: &UnitLayout,
     arrival: &mut ArrivalStream<D>,
     base: DevicePtr,
     blocks: &Arena,
@@ -89,7 +89,7 @@ fn fill<D: Device>(
     idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
 ) -> Result<()> {
     // Chunks may come in any order; a block is not used again before it was copied.
-    let mut parts = plan.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK));
+    let mut parts = layout.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK));
     let mut failure = None;
     loop {
         while failure.is_none() && reader.has_room() {
@@ -108,13 +108,13 @@ fn fill<D: Device>(
             Ok(_) => {
                 // SAFETY: the chunk holds the window, and a page more, in which its last element ends; the block and the memory
                 // stay until all is drained.
-                unsafe { arrival.enqueue(plan, window, blocks.slot(block).as_ptr(), base)? };
+                unsafe { arrival.enqueue(layout, window, blocks.slot(block).as_ptr(), base)? };
                 arrival.drain()?;
             }
         }
         reader.free(block);
     }
     failure.map_or(Ok(()), |(file, failure)| {
-        Err(failure.of(&plan.name, plan.tensor_at(file, failure.offset), &sources[file]))
+        Err(failure.of(&layout.name, layout.tensor_at(file, failure.offset), &sources[file]))
     })
 }

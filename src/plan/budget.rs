@@ -1,12 +1,12 @@
 //! From an amount of memory to the fastest plan: which units stay, where, and how deep the rings are.
 //!
-//! Units are used round and round, so the best cache keeps a fixed set: the share kept is the share saved, whereas what keeps
-//! the newest keeps nothing that is still there when its turn comes. And units that are still read should come at even
-//! distances, so that the disk and the link work all the time while rings stay short.
+//! Units are used cyclically, so the best cache keeps a fixed set: the share kept is the share saved, whereas a cache of the most
+//! recent units would never hit. Units that are still read should come at even distances, so that the disk and the link work all
+//! the time while rings stay short.
 //!
 //! [`choose`] goes through a family of plans that does not depend on the budget, and takes the fastest that fits. Hence more
-//! memory is never slower, and no plan is slower than the rings alone, which are one of the family: but for the sixty-fourth
-//! in which units that count as alike may differ.
+//! memory is never slower, and no plan is slower than the rings alone, which are one of the family. The exception: units whose
+//! sizes differ by up to 1/64 count as equal.
 
 use serde::{Deserialize, Serialize};
 

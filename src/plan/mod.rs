@@ -23,7 +23,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     error::{Error, Result},
-    layout::{PAGE, Space, Stack, Staging, StreamLayout, Tallies, UnitLayout},
+    layout::{Offsets, PAGE, Space, Staging, StreamLayout, Tallies, UnitLayout},
 };
 pub use crate::{
     layout::{DEVICE_ALIGN, Presence},
@@ -57,7 +57,7 @@ impl Plan {
             return Err(Error::setting("units", "there must be at least one"));
         }
         let mut units = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
-        let [mut ram, mut pinned, mut gpu] = [PAGE, PAGE, DEVICE_ALIGN].map(Stack::aligned_to);
+        let [mut ram, mut pinned, mut gpu] = [PAGE, PAGE, DEVICE_ALIGN].map(Offsets::aligned_to);
         for unit in &mut units {
             let at = match unit.tier {
                 Tier::Disk => continue,

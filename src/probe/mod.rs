@@ -2,8 +2,8 @@
 //!
 //! A probe reads and copies in short windows. Where the windows differ, or the kernel tells that others have the processors or the
 //! disk, it was disturbed: it goes on for about a second in search of a calm stretch, and what it finds otherwise is kept for ten
-//! minutes in place of thirty days. What passes move later is held against it ([`Probe::observe`]), since no probe sees a
-//! disk that gives more for a second than for a minute, or a machine that was slow all the while.
+//! minutes in place of thirty days. Later passes are compared with the probe ([`Probe::observe`]): a short
+//! probe cannot see a disk that slows down after a second, or a machine that was slow all the while.
 
 mod judge;
 mod kept;

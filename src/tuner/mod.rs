@@ -6,8 +6,8 @@
 //! best placement with each combination of the [`Values`]. So a candidate with shorter rings keeps more units, as it would in
 //! use. The fastest of many is often the luckiest, so it is no answer yet: it is measured again beside the default, the two
 //! started anew in turn. It becomes the answer if it is faster by 3 % in four of up to five rounds; else the next fastest has its
-//! turn, up to three of them. If none is clearly faster, the answer is the default. So it is also where the search is stopped
-//! before that is known.
+//! turn, up to three of them. If none is clearly faster, the answer is the default. The default is also the answer
+//! if the search is stopped early.
 //!
 //! # Example
 //! The program starts itself again to measure. The call of [`worker()`] at the top of its `main` takes over in those processes:

@@ -1,4 +1,4 @@
-//! What was measured, as JSON: it can be gone on with, and its answer used.
+//! What was measured, as JSON: a search can be resumed from it, and its result used.
 
 use std::{
     fmt,

@@ -1,4 +1,4 @@
-//! The files as they are, and what of them is refused whatever the family.
+//! The files as they are, and the checks that all families share.
 
 use std::{io, path::Path};
 
