@@ -4,6 +4,8 @@ mod common;
 #[path = "common/oracle.rs"]
 mod oracle;
 
+use std::{collections::BTreeSet, fs};
+
 use layer_streamer::device::Cpu;
 use oracle::{REFERENCES, ROWS, SMOLLM2, hold, rings};
 
@@ -16,6 +18,15 @@ fn every_model_gives_the_stored_logits_and_tokens_in_every_way() {
 fn the_speller_gives_them_with_every_combination_of_stages_and_batches() {
     let [.., speller] = REFERENCES;
     hold(&Cpu, &[speller], &rings());
+}
+
+#[test]
+fn whatever_is_stored_is_held_against_a_model() {
+    let folders = fs::read_dir(common::data("")).unwrap().map(|entry| entry.unwrap().path());
+    let stored = folders.filter(|folder| folder.join("expected.safetensors").exists());
+    let stored: BTreeSet<_> = stored.map(|folder| folder.file_name().unwrap().to_owned()).collect();
+    let held = REFERENCES.iter().chain([&SMOLLM2]).map(|reference| reference.name.into()).collect();
+    assert_eq!(stored, held);
 }
 
 #[test]

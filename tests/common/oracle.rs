@@ -299,7 +299,7 @@ fn near(
     let column = worst(&mut a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())));
     let (position, a, b, off_there) = (first + row, a[column], b[column], rows[row]);
     Err(format!(
-        "{what} are off by {off:.1e} where {tolerance:.0e} is tolerated; most at position {position}, by {off_there:.1e}: \
+        "{what}: off by {off:.1e}, tolerated {tolerance:.1e}; most at position {position}, by {off_there:.1e}: \
          value {column} is {a}, expected {b}"
     ))
 }
