@@ -26,7 +26,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     readme::command("cargo test")?.args(&options.more).run()?;
 
     let mut build = readme::command("cargo test")?;
-    build.args(&options.more).args(["-q", "--no-run", "--message-format=json-render-diagnostics"]);
+    build.args(["--no-run", "--message-format=json-render-diagnostics"]).args(&options.more);
     let mut counts = default_members()?.into_iter().map(|package| (package, 0)).collect::<BTreeMap<_, _>>();
     for test in executables(&build.read()?)? {
         *counts.entry(test.package).or_default() += list(&test.path)?.len();
