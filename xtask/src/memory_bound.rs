@@ -243,6 +243,23 @@ mod tests {
     }
 
     #[test]
+    fn more_than_was_said_is_a_failure() {
+        let check = Check { program: Path::new("program"), model: Path::new("model") };
+        let run = |fill: &str, budget| {
+            let script =
+                format!("{fill} echo '{{\"placement\": {{\"memory\": [{{\"bytes\": 1000}}]}}, \"tokens\": [7]}}'");
+            let before = ["sh", "-c", &script].map(str::to_owned);
+            check.run("fake", &[], &before, budget).map_err(|failure| failure.to_string())
+        };
+        assert_eq!(run("", None).unwrap(), serde_json::json!([7]));
+        assert!(run("", Some(999)).unwrap_err().contains("more than was said"), "it says more than the budget");
+        let fill = "x=$(head -c 100000000 /dev/zero | tr '\\0' x);";
+        assert!(run(fill, None).unwrap_err().contains("more than was said"), "it takes more than it says");
+        assert!(run("exit 1;", None).unwrap_err().contains("exit status: 1"));
+        assert!(same(&serde_json::json!([7]), &serde_json::json!([8])).is_err());
+    }
+
+    #[test]
     fn the_least_ram_is_what_the_refusal_says() {
         let refusal = r#"echo '{"refused":{"least":1234567}}'"#;
         let failing = format!("{refusal}; exit 1");
