@@ -6,12 +6,17 @@
 One sequence of T tokens, 28 query heads, 4 key and value heads of 128, BF16, causal. The backend knows no grouped heads
 in some versions: the keys' and values' heads are then repeated, outside what is timed, which costs it little at these
 lengths (it reads each of them once a tile of queries either way). The inputs go round in 512 MiB, as in bench_kernels.
+Exit status 77: there is no PyTorch.
 """
 import json
 import statistics
 import sys
 
-import torch
+try:
+    import torch
+except ImportError:
+    print("there is no PyTorch")
+    sys.exit(77)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
