@@ -119,19 +119,13 @@ impl<T> BlockReader<T> {
     pub(crate) fn free(&mut self, block: usize) {
         self.free.push(block);
     }
-
-    /// Starts no more reads, and waits for those under way. False if some do not end: then the blocks are left to them for good.
-    pub(crate) fn end(&mut self) -> bool {
-        let ended = self.engine.quiesce();
-        if !ended {
-            mem::forget(self.blocks.clone());
-        }
-        ended
-    }
 }
 
+/// Starts no more reads, and waits for those under way. If some do not end, the blocks are left to them for good.
 impl<T> Drop for BlockReader<T> {
     fn drop(&mut self) {
-        self.end();
+        if !self.engine.quiesce() {
+            mem::forget(self.blocks.clone());
+        }
     }
 }

@@ -65,9 +65,8 @@ impl<D: Device> Workspace<D> {
         let shape = Shape::new(shape)?;
         assert!(skip + shape.elements() <= region.elements, "{shape:?} from {skip} on in {region:?}");
         let ptr = self.device.address(&self.memory).offset(region.at + skip * region.dtype.size());
-        // SAFETY: the assertion keeps the view inside the region, which lies in this memory; the region starts at a multiple
-        // of DEVICE_ALIGN and elements follow without gaps, so it is aligned. All work on the memory is enqueued on the
-        // decoder's stream, in order, and the memory stays until what is enqueued is done, as every device promises.
+        // SAFETY: the assertion keeps the view inside the region, which is aligned and lies in this memory. Work on the memory is all on
+        // the decoder's stream, in order, and the memory stays until that is done, as every device promises.
         Ok(unsafe { TensorMut::from_raw(ptr, region.dtype, shape) })
     }
 

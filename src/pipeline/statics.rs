@@ -53,7 +53,7 @@ impl<D: Device> StaticTensors<D> {
         let mut reader = BlockReader::new(reader, sources, &blocks, BLOCKS)?;
         if let Err(error) = fill(sources, &layout, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
-            reader.end();
+            drop(reader);
             if arrival.drain().is_err() {
                 mem::forget((blocks, memory, arrival));
             }

@@ -52,7 +52,7 @@ pub(super) fn measure<D: Device>(device: &D, checkpoint: &Checkpoint, file: usiz
     let link = CopyLink::new(device, &blocks)?;
     let judged = rounds(&sources[file].path, &mut disk, &link);
     // Reads and copies that are under way end here, or what they use is left to them.
-    disk.reader.end();
+    drop(disk);
     if judged.is_err() && device.drain(&link.stream).is_err() {
         mem::forget(link);
         mem::forget(blocks);
