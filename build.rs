@@ -5,7 +5,7 @@
 //! `LAYER_STREAMER_CUDA_ARCHS=80,90` compiles for these architectures only, and for later ones through the newest's PTX.
 //!
 //! `LAYER_STREAMER_CUDA=emulated` is for this project's own tests: the host's C++ compiler compiles the kernels, and they run
-//! on the CPU, on the runtime in `tests/cuda_emulation`. Of the toolkit it takes the headers alone.
+//! on the CPU, on the runtime in `src/device/cuda/emulation`. Of the toolkit it takes the headers alone.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -32,7 +32,7 @@ mod cuda {
     const ARCHS: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
     /// The kernels' side of the emulation.
-    const EMULATION: &str = "tests/cuda_emulation/kernels";
+    const EMULATION: &str = "cuda/emulation";
 
     pub(super) fn build() -> Result<(), String> {
         println!("cargo::rerun-if-changed=cuda");

@@ -64,8 +64,7 @@ pub mod tuner;
 
 #[cfg(cuda_emulated)]
 #[doc(hidden)]
-#[path = "../tests/cuda_emulation/mod.rs"]
-pub mod cuda_emulation;
+pub use device::cuda::emulation as cuda_emulation;
 
 mod arena;
 mod checkpoint;
@@ -89,14 +88,9 @@ pub use plan::{Plan, Settings, Unit};
 #[cfg(test)]
 extern crate self as layer_streamer;
 #[cfg(test)]
-#[path = "../tests/common/mod.rs"]
-mod common;
-#[cfg(test)]
-#[path = "../tests/common/limits.rs"]
-mod limits;
+mod fixtures;
 
 #[cfg(doctest)]
-#[path = "../tests/rules.rs"]
 mod rules;
 
 /// The README's Rust code runs as a test.

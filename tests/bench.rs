@@ -10,8 +10,9 @@ use std::{
     time::Duration,
 };
 
-use common::{copy_of, example, speller};
+use common::example;
 use serde_json::Value;
+use support::{copy_of, speller};
 
 /// Every benchmark that is built without further features, with arguments that make it as short as it makes sense.
 fn benches() -> Vec<(&'static str, Vec<String>)> {
@@ -139,7 +140,7 @@ fn every_benchmark_has_examples_in_its_help_and_the_same_options() {
 
 #[test]
 fn curves_are_drawn_where_they_were_asked_for_and_a_file_that_cannot_be_written_is_refused_at_once() {
-    let folder = common::folder();
+    let folder = support::folder();
     for (name, mut arguments) in benches() {
         if ["bench_ffi", "bench_trace"].contains(&name) {
             continue;
@@ -346,7 +347,7 @@ fn refusal(command: &mut Command) -> String {
 
 #[test]
 fn what_cannot_be_measured_is_refused_by_name() {
-    let folder = common::folder();
+    let folder = support::folder();
     let [empty, nothing] = ["empty", "nothing"].map(|name| folder.path().join(name).to_str().unwrap().to_owned());
     fs::create_dir(&empty).unwrap();
     fs::write(&nothing, "").unwrap();

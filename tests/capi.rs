@@ -12,7 +12,7 @@ use std::{
     process::Command,
 };
 
-use common::{bytes_of, generate, speller};
+use common::{bytes_of, generate};
 use host::{Build, C11, CPP17, SANITIZED, libraries, printed};
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, Unit,
@@ -20,6 +20,7 @@ use layer_streamer::{
     model::{Decoder, Model},
     plan::{Arrival, ArrivalOp},
 };
+use support::speller;
 
 /// The sources of the header, in its order.
 const SOURCES: [&str; 10] =
@@ -73,7 +74,7 @@ fn tokens(prompt: &[u32]) -> String {
 
 /// Compiles both hosts, and holds what they print, run by `runner`, against what Rust prints.
 fn check_hosts(build: Build, runner: &[&str]) {
-    let folder = common::folder();
+    let folder = support::folder();
     let run = |name: &str| {
         let program = folder.path().join(name);
         if !program.exists() {

@@ -12,11 +12,11 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-use common::{
+use layer_streamer::capi::{ls_status::*, *};
+use support::{
     fuzz::{number, rounds},
     speller,
 };
-use layer_streamer::capi::{ls_status::*, *};
 
 /// As long as a structure may be, and a little more.
 const LONGEST: usize = 4096 + 64;
@@ -290,7 +290,7 @@ impl Pointed {
 
 #[test]
 fn options_of_anything_are_taken_or_refused_and_the_library_goes_on() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = CString::new(speller().into_os_string().into_encoded_bytes()).unwrap();
     // SAFETY: as the header asks, but for what is tested: lengths, numbers and handles.
     unsafe {

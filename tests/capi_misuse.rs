@@ -21,9 +21,10 @@ use std::{
 };
 
 use c_calls::{c, made, message};
-use common::{Fixture, SIZES, fixture, speller};
+use common::{Fixture, SIZES, fixture};
 use host::{CPP17, SANITIZED, printed};
 use layer_streamer::capi::{ls_status::*, *};
+use support::speller;
 
 const NO_DEVICE: ls_device = ls_device { id: 0 };
 const NO_LAYER: ls_layer = ls_layer { id: 0 };
@@ -238,7 +239,7 @@ int main(void)
 }}
 "#
     );
-    let folder = common::folder();
+    let folder = support::folder();
     let (source, object) = (folder.path().join("null.c"), folder.path().join("null"));
     fs::write(&source, program).unwrap();
     for build in [SANITIZED, CPP17] {

@@ -7,13 +7,13 @@ mod common;
 use std::{ffi::CString, mem, ptr};
 
 use c_calls::{c, made, message};
-use common::speller;
 use layer_streamer::{
     Error, Settings,
     capi::{ls_status::*, *},
     device::Cpu,
     model::{Decoder, Model, Sequence},
 };
+use support::speller;
 
 fn folder() -> CString {
     c(speller().to_str().unwrap())

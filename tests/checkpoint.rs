@@ -86,7 +86,7 @@ fn bytes_of(dtype: Dtype, shape: &[usize]) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(common::cases(256)))]
+    #![proptest_config(ProptestConfig::with_cases(support::cases(256)))]
 
     #[test]
     fn what_safetensors_writes_opens_as_written(tensors in tensors(), metadata: bool) {
@@ -174,7 +174,7 @@ fn every_single_damage_to_a_file_is_judged_as_safetensors_judges_it() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(common::cases(256)))]
+    #![proptest_config(ProptestConfig::with_cases(support::cases(256)))]
 
     #[test]
     fn garbage_is_judged_as_safetensors_judges_it(garbage: Vec<u8>, json in r#"[\[\]{}":,a0-9 _.\\-]{0,40}"#) {

@@ -14,13 +14,14 @@ use std::{
     time::Duration,
 };
 
-use common::{Fixture, cases, nothing_left, random_fixture};
+use common::{Fixture, random_fixture};
 use layer_streamer::{
     Canceller, DType, Error, Layer, LayerStreamer, Result, Settings, Unit,
     cuda_emulation::{self as emulation, Live, Operation},
     device::{Cpu, Cuda, CudaStream, Device, DevicePtr},
     plan::{Arrival, ArrivalOp, CachePolicy, Reader, Tier},
 };
+use support::{cases, nothing_left};
 
 /// A tensor as it must be on the device.
 struct Expected {

@@ -263,7 +263,7 @@ fn a_decoder_gives_back_everything_and_refuses_what_does_not_fit() {
     use layer_streamer::model::{Decoder, Model};
 
     let _alone = alone();
-    let (device, model) = (Cuda::new(1).unwrap(), Model::open(common::speller()).unwrap());
+    let (device, model) = (Cuda::new(1).unwrap(), Model::open(support::speller()).unwrap());
     let start = || Decoder::new(&device, &model, &Settings::default(), 2, 40);
     let mut decoder = start().unwrap();
     let before = common::generate(&mut decoder, &[&[5, 6, 7, 8], &[9]], 8, &[]);

@@ -1,4 +1,4 @@
-//! That the emulation of kernels finds what it is there to find: `tests/cuda_emulation/kernels/check.cpp` has a kernel for
+//! That the emulation of kernels finds what it is there to find: `cuda/emulation/check.cpp` has a kernel for
 //! each mistake.
 #![cfg(cuda_emulated)]
 

@@ -5,12 +5,13 @@ mod common;
 
 use std::time::Instant;
 
-use common::{descriptors, fixture, gpu, nothing_left, threads};
+use common::{fixture, gpu};
 use layer_streamer::{
     DType, Error, LayerStreamer, Settings,
     device::{Device, DevicePtr},
     plan::Tier,
 };
+use support::{descriptors, nothing_left, threads};
 
 #[test]
 fn after_a_fault_every_call_returns_the_first_error_and_the_streamer_ends() {
@@ -76,7 +77,7 @@ mod in_c {
 
     /// A streamer and a model through the C API, whose ends, once the device has failed, are to be called.
     pub fn opened() -> impl FnOnce() {
-        let folder = CString::new(crate::common::speller().to_str().unwrap()).unwrap();
+        let folder = CString::new(support::speller().to_str().unwrap()).unwrap();
         let [mut device, mut checkpoint, mut streamer, mut model] = [0u64; 4];
         // SAFETY: handles are structures of one word, and open when they are used.
         unsafe {

@@ -5,8 +5,8 @@
 mod common;
 
 use common::{
-    Words, cases, check_plans, data, distance, everywhere, expected, forget, generate, gpu, logits, numbers,
-    spelled_right, speller, with_more_tokens,
+    Words, check_plans, distance, everywhere, expected, forget, generate, gpu, logits, numbers, spelled_right,
+    with_more_tokens,
 };
 use layer_streamer::{
     Settings,
@@ -14,6 +14,7 @@ use layer_streamer::{
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
 };
+use support::{cases, data, speller};
 
 /// Where the CPU's two best logits are further apart than this, in units of the root mean square of the token's logits, the GPU
 /// must find the same: ten times what logits are off on average.
@@ -35,7 +36,7 @@ fn best(row: &[f32]) -> (usize, f32) {
 #[test]
 fn wherever_the_tables_live_logits_are_the_same_and_the_tokens_theirs() {
     let Some(device) = gpu() else { return };
-    let folder = common::folder();
+    let folder = support::folder();
     with_more_tokens("qwen2-tied", folder.path());
     let prompts: Vec<Vec<u32>> = (0..20).map(|i| (0..=i % 3).map(|j| 7 + 131 * i + j).collect()).collect();
     let batch: Vec<_> = prompts.iter().enumerate().map(|(row, tokens)| Sequence { row, tokens }).collect();

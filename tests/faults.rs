@@ -5,10 +5,6 @@
 #![cfg(target_arch = "x86_64")]
 
 mod common;
-#[path = "common/limits.rs"]
-mod limits;
-#[path = "common/trap.rs"]
-mod trap;
 
 use std::{
     fs,
@@ -20,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Fixture, bytes_of, fixture, settings, speller};
+use common::{Fixture, bytes_of, fixture, settings};
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
@@ -31,8 +27,9 @@ use layer_streamer::{
         timeline::{Timeline, TraceFile},
     },
 };
-use limits::{Holdings, in_child};
-use trap::{Call, Kind};
+use support::limits::{Holdings, in_child};
+use support::speller;
+use support::trap::{Call, Kind};
 
 /// Memory of arenas, rings and threads; the small change of the allocator, which nobody can do without, is left alone.
 fn is_large(arguments: &[usize; 6]) -> bool {
@@ -107,7 +104,7 @@ impl Life<'_> {
             let (mut counts, mut k) = (Counts::default(), 0);
             while self.one(number, k, before, &mut counts) {
                 // Every one in the long runs; of many a part in everyday ones.
-                k += if common::cases(1) > 1 { 1 } else { 1 + k / 6 };
+                k += if support::cases(1) > 1 { 1 } else { 1 + k / 6 };
             }
             let Counts { tried, right, refused } = counts;
             eprintln!("counted: {}, {}: {tried} tried, {right} right, {refused} errors, 0 wrong", self.name, kind.name);
@@ -119,9 +116,9 @@ impl Life<'_> {
         let kind = &KINDS[number];
         let what = format!("{}, {}, call {k}", self.name, kind.name);
         let start = Instant::now();
-        trap::arm(number, k, 1);
+        support::trap::arm(number, k, 1);
         let outcome = panic::catch_unwind(AssertUnwindSafe(self.live));
-        let fired = trap::disarm();
+        let fired = support::trap::disarm();
         assert!(start.elapsed() < SOON, "{what}: {:?}", start.elapsed());
         let outcome = outcome.unwrap_or_else(|_| panic!("{what}: a panic"));
         (self.check)(outcome.is_ok());
@@ -193,7 +190,7 @@ fn trapped(work: impl FnOnce() + Send) {
     }
     thread::scope(|scope| {
         let body = || {
-            trap::install(&KINDS);
+            support::trap::install(&KINDS);
             work();
         };
         scope.spawn(body).join().unwrap_or_else(|panic| panic::resume_unwind(panic));

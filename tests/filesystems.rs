@@ -3,24 +3,21 @@
 //! allowed the tests say so.
 
 mod common;
-#[path = "common/limits.rs"]
-mod limits;
-#[path = "common/mounts.rs"]
-mod mounts;
 
 use std::{fs, path::Path};
 
-use common::{checked_pass, example, fixture, settings, speller};
+use common::{checked_pass, example, fixture, settings};
 use layer_streamer::{LayerStreamer, Settings, StoredTensor, device::Cpu, plan::Reader};
-use limits::in_child;
-use mounts::{fill, mount, own_mounts, said};
+use support::limits::in_child;
+use support::mounts::{fill, mount, own_mounts, said};
+use support::speller;
 
 #[test]
 fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
     if !in_child("from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right") || !own_mounts() {
         return;
     }
-    let (mut fixture, folder) = (fixture(5, &common::SIZES, 31), common::folder());
+    let (mut fixture, folder) = (fixture(5, &common::SIZES, 31), support::folder());
     let place = |name: &str| {
         let place = folder.path().join(name);
         fs::create_dir_all(&place).unwrap();
@@ -81,7 +78,7 @@ fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
     if !in_child("a_full_disk_costs_what_was_to_be_written_there_and_nothing_else") || !own_mounts() {
         return;
     }
-    let full = common::folder();
+    let full = support::folder();
     fill(full.path());
     let file = |name: &str| full.path().join(name).to_str().unwrap().to_owned();
     let model = speller().to_str().unwrap().to_owned();

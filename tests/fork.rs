@@ -2,16 +2,13 @@
 //! the process that forks holds nothing else.
 #![cfg(target_os = "linux")]
 
-#[path = "common/limits.rs"]
-mod limits;
-
 use std::time::{Duration, Instant};
 
 use layer_streamer::{
     Checkpoint, DType, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
 };
-use limits::Holdings;
+use support::limits::Holdings;
 
 #[test]
 fn a_fork_with_a_gibibyte_of_slots_takes_less_than_20_ms() {

@@ -3,8 +3,6 @@
 //! tests say so.
 
 mod common;
-#[path = "common/limits.rs"]
-mod limits;
 
 use std::{
     ffi::{CStr, CString},
@@ -27,7 +25,7 @@ use layer_streamer::{
     plan::{CachePolicy, Reader},
     trace::{Mark, Observer},
 };
-use limits::in_child;
+use support::limits::in_child;
 
 /// What becomes of a read at an offset.
 #[derive(Clone, Copy)]
@@ -156,7 +154,7 @@ impl Mounted {
         let mut fixture = fixture(5, &common::SIZES, 31);
         // One file for all: the second begins where the first ends.
         let [first, second] = ["a.bin", "b.bin"].map(|name| std::fs::read(fixture.file(name)).unwrap());
-        let folder = common::folder();
+        let folder = support::folder();
         let moved = folder.path().join("weights");
         for tensor in fixture.table.values_mut() {
             let begins = if tensor.file.ends_with("b.bin") { first.len() as u64 } else { 0 };

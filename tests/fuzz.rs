@@ -16,11 +16,6 @@ use std::{
     path::Path,
 };
 
-use common::{
-    copy_of,
-    fuzz::{LARGEST, mutants},
-    speller,
-};
 use layer_streamer::{
     Checkpoint,
     model::{Model, ModelConfig},
@@ -28,6 +23,11 @@ use layer_streamer::{
     tuner::Record,
 };
 use safetensors::SafeTensors;
+use support::{
+    copy_of,
+    fuzz::{LARGEST, mutants},
+    speller,
+};
 
 /// Notes the largest block that was asked for.
 struct Watching;
@@ -65,7 +65,7 @@ fn weights() -> Vec<u8> {
 
 #[test]
 fn a_header_is_read_as_the_safetensors_crate_reads_it_or_refused() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = folder.path().join("model.safetensors");
     mutants("header", &weights(), |bytes| {
         write_anew(&path, bytes);
@@ -130,7 +130,7 @@ fn a_generation_configuration_is_read_or_refused() {
 
 #[test]
 fn a_record_of_a_search_is_read_or_refused() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = folder.path().join("record.json");
     let placement =
         r#"{"settings":{"n_gpu":2,"n_cpu_pinned":4},"units":8,"tiers":"0-3=gpu,5=ram","statics":"on-device"}"#;

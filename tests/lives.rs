@@ -7,8 +7,6 @@
 //! repeats a life.
 
 mod common;
-#[path = "common/limits.rs"]
-mod limits;
 
 use std::{
     env, fs, mem,
@@ -29,7 +27,7 @@ use layer_streamer::{
     device::{Cpu, CpuStream, Device},
     plan::{CachePolicy, Reader, Tier},
 };
-use limits::{Holdings, in_child};
+use support::limits::{Holdings, in_child};
 
 /// What happened in all lives.
 #[derive(Debug, Default)]

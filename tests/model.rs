@@ -4,10 +4,7 @@ mod common;
 
 use std::{collections::HashMap, fs, ops::ControlFlow, os::unix::fs::FileExt};
 
-use common::{
-    Dimensions, data, distance, everywhere, expected, forget, generate, hollow, least, logits, speller,
-    with_more_tokens,
-};
+use common::{Dimensions, distance, everywhere, expected, forget, generate, hollow, least, logits, with_more_tokens};
 use layer_streamer::{
     Error, MemoryKind, Settings,
     device::Cpu,
@@ -16,6 +13,7 @@ use layer_streamer::{
     trace::Stage,
 };
 use safetensors::SafeTensors;
+use support::{data, speller};
 
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
@@ -128,7 +126,7 @@ fn after_a_pass_that_failed_there_are_no_logits_and_the_sequence_goes_on_where_i
 #[test]
 fn an_embedding_whose_file_becomes_shorter_is_an_error_and_the_next_pass_works() {
     const NAME: &str = "model.embed_tokens.weight";
-    let folder = common::folder();
+    let folder = support::folder();
     let (whole, [table, rest]) = (fs::read(data("qwen2-tied").join("model.safetensors")).unwrap(), SHARDS);
     let tensors = SafeTensors::deserialize(&whole).unwrap();
     let map: HashMap<_, _> =
@@ -192,7 +190,7 @@ fn the_speller_is_right_on_at_least_995_in_1000_random_numbers() {
 #[test]
 fn a_head_in_several_parts_gives_what_the_whole_one_gives() {
     for name in ["mistral", "qwen2-tied"] {
-        let folder = common::folder();
+        let folder = support::folder();
         with_more_tokens(name, folder.path());
         let [whole, .., parts] = everywhere(folder.path());
         let units = |model: &Model| Decoder::plan(&Cpu, model, &Settings::default()).unwrap().units();
@@ -260,7 +258,7 @@ fn from_the_least_memory_on_more_of_it_brings_the_same_text_with_less_to_read() 
 
 #[test]
 fn a_70b_model_fits_8_gb_of_gpu_memory_and_less_where_its_head_is_streamed() {
-    let folder = common::folder();
+    let folder = support::folder();
     hollow(
         &Dimensions { hidden: 8192, ffn: 28672, layers: 80, heads: [64, 8], vocab: 128256, tied: false },
         folder.path(),
@@ -283,7 +281,7 @@ fn a_70b_model_fits_8_gb_of_gpu_memory_and_less_where_its_head_is_streamed() {
 
 #[test]
 fn the_least_memory_for_a_tied_half_billion_is_less_than_its_embedding_and_layers_took() {
-    let folder = common::folder();
+    let folder = support::folder();
     hollow(
         &Dimensions { hidden: 896, ffn: 4864, layers: 24, heads: [14, 2], vocab: 151936, tied: true },
         folder.path(),
@@ -298,5 +296,5 @@ fn the_least_memory_for_a_tied_half_billion_is_less_than_its_embedding_and_layer
 
 #[test]
 fn whatever_the_model_plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_more() {
-    common::check_plans(&Cpu, common::cases(40));
+    common::check_plans(&Cpu, support::cases(40));
 }

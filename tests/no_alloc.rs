@@ -11,13 +11,14 @@ mod tool;
 
 use std::{env, ffi::CStr, fs, path::Path, process::Command, slice, sync::Arc};
 
-use common::{Fixture, fixture, healed, whole};
+use common::{Fixture, fixture};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
     plan::{Arrival, ArrivalOp, CachePolicy, Reader, Tier},
     trace::{Observer, timeline::Timeline},
 };
+use support::{healed, whole};
 
 /// The shared object's counter.
 struct Counter {
@@ -163,7 +164,7 @@ fn nothing_is_allocated_where_a_tool_is_attached_or_cannot_be_loaded() {
     if let Some(counter) = Counter::loaded() {
         return count_everything(&counter);
     }
-    let folder = common::folder();
+    let folder = support::folder();
     let (tool, calls) = (tool::compile(folder.path(), &[]), folder.path().join("calls"));
     run_counted(name, &[(tool::ATTACH, &tool), (tool::OUT, &calls)]);
     assert!(fs::read_to_string(&calls).unwrap().matches("\tunit ").count() > 1000, "the tool saw little");
@@ -245,7 +246,7 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
         unsafe { (*lines.cast::<AtomicUsize>()).fetch_add(1, Ordering::Relaxed) };
     }
     let lines = AtomicUsize::new(0);
-    let speller = std::ffi::CString::new(common::speller().to_str().unwrap()).unwrap();
+    let speller = std::ffi::CString::new(support::speller().to_str().unwrap()).unwrap();
     let [mut device, mut checkpoint, mut stream, mut streamer] = [0u64; 4];
     // SAFETY: the handles are structures of one word, and open when they are used.
     let count = unsafe {

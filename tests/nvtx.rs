@@ -113,12 +113,12 @@ fn known_run(folder: &Path) {
     assert!(matches!(cancelled, Err(Error::Cancelled)));
     pass(&mut streamer).unwrap();
 
-    let before = common::whole(&path);
+    let before = support::whole(&path);
     fs::write(&path, "gone").unwrap();
     let failed = (0..99).find_map(|_| pass(&mut streamer).err());
     // The latter where all of it had been read before it was cut.
     assert!(matches!(failed, Some(Error::Read { .. } | Error::Checkpoint { .. })), "{failed:?}");
-    common::healed(&path, &before);
+    support::healed(&path, &before);
     pass(&mut streamer).unwrap();
     streamer.close().unwrap();
 
@@ -132,7 +132,7 @@ fn known_run(folder: &Path) {
 
 /// Runs the test called `name` in a process of its own with `variables`; returns the folder that the child was given.
 fn run_child(name: &str, variables: &[(&str, &Path)]) -> tempfile::TempDir {
-    let folder = common::folder();
+    let folder = support::folder();
     let mut child = Command::new(env::current_exe().unwrap());
     child.args(["--exact", name, "--nocapture", "--test-threads=1"]).env_remove(tool::ATTACH);
     child.env(CHILD, folder.path()).env(tool::OUT, folder.path().join("calls")).envs(variables.iter().copied());
@@ -234,7 +234,7 @@ fn a_tool_sees_each_range_of_a_known_run_with_its_end_its_bytes_and_its_thread()
     if let Some(folder) = child() {
         return known_run(&folder);
     }
-    let compiled = common::folder();
+    let compiled = support::folder();
     let tool = tool::compile(compiled.path(), &[]);
     let name = "a_tool_sees_each_range_of_a_known_run_with_its_end_its_bytes_and_its_thread";
     let folder = run_child(name, &[(tool::ATTACH, &tool)]);
@@ -374,7 +374,7 @@ fn without_a_tool_or_with_one_that_cannot_be_used_a_run_goes_as_ever_and_nothing
         return known_run(&folder);
     }
     let name = "without_a_tool_or_with_one_that_cannot_be_used_a_run_goes_as_ever_and_nothing_is_recorded";
-    let compiled = common::folder();
+    let compiled = support::folder();
     let refuses = tool::compile(compiled.path(), &["-DREFUSES"]);
     let [nowhere, text] = ["nowhere.so", "text.so"].map(|name| compiled.path().join(name));
     fs::write(&text, "no library").unwrap();
@@ -395,7 +395,7 @@ fn the_c_api_shows_the_same() {
     use layer_streamer::capi::{ls_status::LS_OK, *};
 
     if child().is_some() {
-        let speller = std::ffi::CString::new(common::speller().to_str().unwrap()).unwrap();
+        let speller = std::ffi::CString::new(support::speller().to_str().unwrap()).unwrap();
         let [mut device, mut checkpoint, mut stream, mut streamer] = [0u64; 4];
         extern "C" fn nothing(_: *mut libc::c_void, _: ls_layer) -> i32 {
             0
@@ -414,13 +414,13 @@ fn the_c_api_shows_the_same() {
         }
         return;
     }
-    let compiled = common::folder();
+    let compiled = support::folder();
     let tool = tool::compile(compiled.path(), &[]);
     let folder = run_child("the_c_api_shows_the_same", &[(tool::ATTACH, &tool)]);
     let calls = calls(folder.path());
     let layers = ranges(&calls).into_iter().filter(|(begun, _)| begun.category == 4 && begun.payload.is_some());
     let names: Vec<_> = layers.map(|(begun, _)| begun.message).collect();
-    let layers = Checkpoint::open(common::speller()).unwrap().layers().unwrap();
+    let layers = Checkpoint::open(support::speller()).unwrap().layers().unwrap();
     assert_eq!(names, layers.iter().map(|unit| unit.name().to_owned()).collect::<Vec<_>>());
     let marks: Vec<_> = calls.iter().filter(|call| call.kind == "mark").map(|call| call.message.as_str()).collect();
     assert_eq!(marks, ["pass begins", "pass ends"]);
@@ -456,7 +456,7 @@ fn streams_of_a_gpu_are_named() {
         let mut streamer = LayerStreamer::new(&device, &checkpoint, &[unit], &Settings::default()).unwrap();
         return streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap();
     }
-    let compiled = common::folder();
+    let compiled = support::folder();
     let tool = tool::compile(compiled.path(), &[]);
     let folder = run_child("streams_of_a_gpu_are_named", &[(tool::ATTACH, &tool)]);
     let mut streams: Vec<_> =

@@ -22,7 +22,7 @@ fn the_speller_gives_them_with_every_combination_of_stages_and_batches() {
 
 #[test]
 fn whatever_is_stored_is_held_against_a_model() {
-    let folders = fs::read_dir(common::data("")).unwrap().map(|entry| entry.unwrap().path());
+    let folders = fs::read_dir(support::data("")).unwrap().map(|entry| entry.unwrap().path());
     let stored = folders.filter(|folder| folder.join("expected.safetensors").exists());
     let stored: BTreeSet<_> = stored.map(|folder| folder.file_name().unwrap().to_owned()).collect();
     let held = REFERENCES.iter().chain([&SMOLLM2]).map(|reference| reference.name.into()).collect();

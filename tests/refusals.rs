@@ -3,8 +3,6 @@
 //! and the next start works. Each test limits a process of its own.
 
 mod common;
-#[path = "common/limits.rs"]
-mod limits;
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +19,7 @@ use layer_streamer::{
     plan::{CachePolicy, Reader, Tier},
     trace::Stats,
 };
-use limits::{Holdings, become_unique_user, forbidden, give_up, in_child, limited};
+use support::limits::{Holdings, become_unique_user, forbidden, give_up, in_child, limited};
 
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
@@ -427,7 +425,7 @@ fn a_tier_that_does_not_fit_is_refused_with_both_sizes() {
     let info = fs::read_to_string("/proc/meminfo").unwrap();
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap().trim().trim_end_matches(" kB");
     let count = 2 * 1024 * total.parse::<usize>().unwrap() / UNIT;
-    let (folder, bytes) = (common::folder(), count * UNIT);
+    let (folder, bytes) = (support::folder(), count * UNIT);
     let file = folder.path().join("huge");
     if let Err(error) = fs::File::create(&file).unwrap().set_len(bytes as u64) {
         eprintln!("skipped: this file system has no room for a hole of {bytes} bytes: {error}");

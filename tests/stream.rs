@@ -15,13 +15,14 @@ use std::{
     },
 };
 
-use common::{SIZES, bytes_of, check, checked_pass, fixture, healed, settings, whole};
+use common::{SIZES, bytes_of, check, checked_pass, fixture, settings};
 use layer_streamer::{
     DType, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::{Cpu, Device},
     plan::{Arrival, ArrivalOp, Presence, Tier},
     trace::Stage,
 };
+use support::{healed, whole};
 
 #[test]
 fn every_unit_of_every_pass_arrives_byte_for_byte_whatever_the_settings() {

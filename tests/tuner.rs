@@ -1,8 +1,6 @@
 //! The tuner with workers that misbehave in every way. `cli/tests/tune.rs` has the program's `tune`.
 
 mod common;
-#[path = "common/marked.rs"]
-mod marked;
 
 use std::{
     env,
@@ -23,7 +21,7 @@ use layer_streamer::{
     plan::Placement,
     tuner::{self, Candidate, Comparison, Ended, Outcome, Ranking, Record, SearchEvent, Trial, Tuner},
 };
-use marked::{marked, nothing_is_left};
+use support::marked::{marked, nothing_is_left};
 
 const GOOD: usize = 1;
 const GOOD_SLOWER: usize = 2;
@@ -255,7 +253,7 @@ fn were_refused(ranking: &Ranking, reasons: &[(usize, &str)]) {
 
 #[test]
 fn whatever_workers_do_the_search_goes_on_and_says_why_and_no_process_is_left() {
-    let folder = common::folder();
+    let folder = support::folder();
     let all: Vec<_> = (GOOD_SLOWER..=LEAVES).filter(|behaviour| *behaviour != SLOW).chain([GOOD]).collect();
     let ranking = run(&tuner(folder.path(), &all));
     nothing_is_left(folder.path());
@@ -288,7 +286,7 @@ fn ratio(verdict: &Comparison) -> f64 {
 
 #[test]
 fn the_answer_is_the_default_unless_another_wins_beside_it_and_a_comparison_goes_on_where_it_was_stopped() {
-    let folder = common::folder();
+    let folder = support::folder();
     for (behaviours, answer, verdict) in [
         (&[GOOD][..], GOOD, Comparison::Kept),
         (&[GOOD, GOOD_SLOWER], GOOD, Comparison::Kept),
@@ -349,7 +347,7 @@ fn what_a_worker_started_ends_with_it_however_it_ends_or_stops() {
     ];
     // One by one, as each has to leave nothing.
     for reason in reasons {
-        let folder = common::folder();
+        let folder = support::folder();
         let tuner = Tuner { sleep: Duration::from_millis(200), ..tuner(folder.path(), &[reason.0]) };
         // What it said is heard when it has ended already.
         let has_ended = || !marked(folder.path()).iter().any(|line| line.contains("worker"));
@@ -365,7 +363,7 @@ fn what_a_worker_started_ends_with_it_however_it_ends_or_stops() {
 
 #[test]
 fn a_run_is_not_said_to_be_over_a_limit_that_patience_did_not_wait_for() {
-    let folder = common::folder();
+    let folder = support::folder();
     // The times vary so much that the limit is a good second.
     let hasty = Tuner { runs: 3, patience: Duration::from_secs(1), ..tuner(folder.path(), &[VARIES, HANGS_IN_RUN_2]) };
     were_refused(&run(&hasty), &[(HANGS_IN_RUN_2, "hung: run 2 took more than 1 s; killed")]);
@@ -373,7 +371,7 @@ fn a_run_is_not_said_to_be_over_a_limit_that_patience_did_not_wait_for() {
 
 #[test]
 fn patience_may_be_without_end() {
-    let folder = common::folder();
+    let folder = support::folder();
     let ranking = run(&Tuner { patience: Duration::MAX, sleep: SLOWLY / 1000, ..tuner(folder.path(), &[GOOD]) });
     assert_eq!(trial(&ranking, GOOD).outcome, Outcome::Done);
 }
@@ -425,7 +423,7 @@ fn start_lone_tuner(mark: &Path, behaviour: usize) -> Child {
 fn a_tuner_may_die_of_anything_and_what_its_worker_started_dies_too() {
     for behaviour in [HANGS_WITH_A_CHILD, STOPS_WITH_A_CHILD, CLOSES_ITS_CHANNEL] {
         for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
-            let folder = common::folder();
+            let folder = support::folder();
             let mut tuner = start_lone_tuner(folder.path(), behaviour);
             both_run(folder.path());
             if behaviour == STOPS_WITH_A_CHILD {
@@ -444,14 +442,14 @@ fn a_tuner_may_die_of_anything_and_what_its_worker_started_dies_too() {
 #[test]
 fn what_is_short_for_a_moment_ends_the_search_and_a_lower_limit_of_the_user_stays() {
     for behaviour in [GOOD, SAYS_ITS_LIMIT] {
-        let folder = common::folder();
+        let folder = support::folder();
         assert!(start_lone_tuner(folder.path(), behaviour).wait().unwrap().success(), "{behaviour}");
     }
 }
 
 #[test]
 fn a_slow_configuration_ends_during_its_first_slow_run() {
-    let folder = common::folder();
+    let folder = support::folder();
     let patient = Tuner { patience: 10 * SLOWLY, ..tuner(folder.path(), &[GOOD, SLOW]) };
     let start = Instant::now();
     let ranking = run(&patient);
@@ -466,7 +464,7 @@ fn a_slow_configuration_ends_during_its_first_slow_run() {
 
 #[test]
 fn a_search_that_is_cancelled_or_out_of_time_ends_at_once_and_leaves_nothing() {
-    let folder = common::folder();
+    let folder = support::folder();
     let patient = Tuner { patience: 10 * SLOWLY, ..tuner(folder.path(), &[HANGS]) };
     let start = Instant::now();
     let mut asked = 0;
@@ -484,7 +482,7 @@ fn a_search_that_is_cancelled_or_out_of_time_ends_at_once_and_leaves_nothing() {
 
 #[test]
 fn options_that_make_no_sense_are_refused_before_anything_is_started() {
-    let folder = common::folder();
+    let folder = support::folder();
     let usual = tuner(folder.path(), &[GOOD]);
     for (tuner, cause) in [
         (Tuner { runs: 1, ..usual.clone() }, "the first is not measured"),

@@ -8,8 +8,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use common::{copy_of, data, program};
+use common::program;
 use serde_json::Value;
+use support::{copy_of, data};
 
 fn generate() -> Command {
     let mut command = program("generate");

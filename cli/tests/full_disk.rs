@@ -2,16 +2,13 @@
 //! where that is not allowed the test says so.
 
 mod common;
-#[path = "../../tests/common/limits.rs"]
-mod limits;
-#[path = "../../tests/common/mounts.rs"]
-mod mounts;
 
 use std::fs;
 
-use common::{folder, program};
-use limits::in_child;
-use mounts::{fill, own_mounts, said};
+use common::program;
+use support::folder;
+use support::limits::in_child;
+use support::mounts::{fill, own_mounts, said};
 
 #[test]
 fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {

@@ -12,9 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{copy_of, data, program, speller};
+use common::program;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
+use support::{copy_of, data, speller};
 
 /// A command on the CPU, whatever there is besides.
 fn on_cpu(command: &str) -> Command {

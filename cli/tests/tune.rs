@@ -1,8 +1,6 @@
 //! `tune`: stopped, killed and started again, its answer taken by `generate` and pasted into a shell.
 
 mod common;
-#[path = "../../tests/common/marked.rs"]
-mod marked;
 
 use std::{
     fs,
@@ -20,7 +18,7 @@ use layer_streamer::{
     plan::Placement,
     tuner::{Record, Trial},
 };
-use marked::{marked, nothing_is_left};
+use support::marked::{marked, nothing_is_left};
 
 /// Enough for about half of the speller's layers with the longest rings of the grid.
 const RAM: &str = "22.4MB";
@@ -62,7 +60,7 @@ fn recorded(record: &Path, count: usize) -> Vec<Trial> {
 
 #[test]
 fn a_search_stopped_by_ctrl_c_or_killed_leaves_no_process_and_goes_on_without_repeating_anything() {
-    let folder = common::folder();
+    let folder = support::folder();
     let record = folder.path().join("record.json");
     let mut before = Vec::new();
     for (signal, count) in [(libc::SIGINT, 1), (libc::SIGKILL, 3)] {
@@ -100,7 +98,7 @@ fn with_answer(path: &Path, placement: &Placement) {
 
 #[test]
 fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = folder.path().join("record.json");
     assert!(tune(&path, "0").wait_with_output().unwrap().status.success());
     let generate = |arguments: &[&str]| {
@@ -118,7 +116,7 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     assert!(said.contains(&slots) && said.contains("settings: found for ") && !said.contains("warning"), "{said}");
 
     // Rings, tiers and tables, whichever they are.
-    let mut model = Model::open(common::speller()).unwrap();
+    let mut model = Model::open(support::speller()).unwrap();
     for (words, tiers, lines) in [
         ("head-streamed", "1-2=gpu,5=pinned", &["2 units kept on the device", "1 unit kept in pinned RAM"][..]),
         ("embedding-in-file", "0=ram,7=gpu", &["1 unit kept in RAM", "embedding rows on their way"]),
@@ -143,7 +141,7 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
     let (done, _, said) = generate(&["4096="]);
     assert!(done && said.contains("warning: this machine is another"), "{said}");
     // What cannot be used is refused by name.
-    let tiny = common::data("qwen3");
+    let tiny = support::data("qwen3");
     for (text, model, cause) in [
         (text.as_str(), Some(&tiny), "record.json: was found for "),
         (r#"{"machine":"m","trials":[],"best":{"n_gpu":1}}"#, None, "another version"),
@@ -161,7 +159,7 @@ fn the_whole_answer_is_what_generate_uses_and_only_for_its_checkpoint() {
 
 #[test]
 fn the_answer_is_run_once_more_for_a_trace() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = folder.path().join("answer.json");
     let mut command = tune_alone();
     command.args(["--no-probe", "--n-gpu", "1", "--n-cpu-pinned", "2", "--n-cpu", "0", "--runs", "2", "--trace"]);
@@ -177,11 +175,11 @@ fn the_answer_is_run_once_more_for_a_trace() {
 
 #[test]
 fn the_last_line_can_be_pasted_into_a_shell() {
-    let folder = common::folder();
+    let folder = support::folder();
     // Names that a shell would take apart; one model has no tokenizer.
     let odd = folder.path().join("it's an odd $name");
     fs::create_dir(&odd).unwrap();
-    for entry in fs::read_dir(common::speller()).unwrap() {
+    for entry in fs::read_dir(support::speller()).unwrap() {
         let entry = entry.unwrap();
         if entry.file_name() != "tokenizer.json" {
             fs::copy(entry.path(), odd.join(entry.file_name())).unwrap();
@@ -208,7 +206,7 @@ fn the_last_line_can_be_pasted_into_a_shell() {
 
 #[test]
 fn what_the_command_line_cannot_mean_is_refused_at_once_and_a_search_that_finds_nothing_fails() {
-    let folder = common::folder();
+    let folder = support::folder();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let record = path("record.json");
     let mut first = tune(Path::new(&record), "0.3");

@@ -13,7 +13,6 @@ pub(crate) mod cuda;
 #[path = "cuda/absent.rs"]
 mod cuda;
 #[cfg(any(test, cuda_emulated))]
-#[path = "../../tests/cuda_emulation/streams.rs"]
 pub(crate) mod streams;
 mod tensor;
 

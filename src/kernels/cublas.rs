@@ -87,7 +87,7 @@ impl Library {
     #[cfg(cuda_emulated)]
     fn try_open() -> Result<Self> {
         // SAFETY: the symbols are functions of this program, which stay as long as it runs.
-        Ok(unsafe { Self::find(crate::cuda_emulation::cublas::symbol) }.expect("the emulation has them all"))
+        Ok(unsafe { Self::find(crate::device::cuda::emulation::cublas::symbol) }.expect("the emulation has them all"))
     }
 
     #[cfg(not(cuda_emulated))]

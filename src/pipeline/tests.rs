@@ -11,14 +11,15 @@ use std::{
     time::Duration,
 };
 
+use support::{cases, limits::in_child};
+
 use super::{Layer, LayerStreamer};
 use crate::{
-    common::{self, Fixture, cases, random_fixture},
     device::{Cpu, Device, async_cpu::AsyncCpu},
     dtype::{self, DType},
     error::Error,
+    fixtures::{self, Fixture, random_fixture},
     io::faults::{Attempt, Faults},
-    limits::in_child,
     plan::{
         Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Presence, Reader, Settings, Tier,
         Unit,
@@ -111,7 +112,7 @@ impl Case {
             units.push(changed);
             expected.push(tensors);
         }
-        let rings = common::random_rings(&mut rng);
+        let rings = fixtures::random_rings(&mut rng);
         let settings = Settings {
             reader: [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread][rng.usize(..4)],
             cache: [CachePolicy::Auto, CachePolicy::Direct, CachePolicy::Buffered][rng.usize(..3)],
@@ -291,7 +292,7 @@ fn tiers_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
 fn a_unit_of_whose_memory_only_the_beginning_is_there_is_late() {
     for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         // A megabyte each, of which much less is there at first.
-        let mut fixture = common::fixture(3, &[1 << 19], 7);
+        let mut fixture = fixtures::fixture(3, &[1 << 19], 7);
         fixture.units[..2].iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         let settings = Settings { n_cpu_pinned: 2, ..Settings::default() };
         let seen = reads_seen();
@@ -299,7 +300,7 @@ fn a_unit_of_whose_memory_only_the_beginning_is_there_is_late() {
         let first = &streamer.plan().units[0].extents[0];
         let begin = (fixture.checkpoint.files()[first.file].clone(), first.offset);
         for _ in 0..3 {
-            common::checked_pass(&fixture, &mut streamer);
+            fixtures::checked_pass(&fixture, &mut streamer);
         }
         drop(streamer);
         let times = seen.lock().unwrap().iter().filter(|at| **at == begin).count();

@@ -1,13 +1,14 @@
 //! The planner, asked for anything: tables that nobody has, numbers at the edge of what there is. It refuses with an error, or
 //! its plan reads what is needed once, puts it where nothing else lies, and keeps to the budget; and where a budget is too
-//! small, the least that it names is the least. How long, and from which seed: see `tests/common/fuzz.rs`.
+//! small, the least that it names is the least. How long, and from which seed: see `tests/support/src/fuzz.rs`.
 
 use std::{fs::File, path::PathBuf};
+
+use support::fuzz::{number, rounds};
 
 use super::{tests::hole, *};
 use crate::{
     checkpoint::StoredTensor,
-    common::fuzz::{number, rounds},
     dtype::DType,
     error::MemoryKind,
     layout::{Cast, CopyRange, Extent, MAX_GAP, Space, StageLayout},

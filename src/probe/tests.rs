@@ -4,18 +4,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use support::limits::{Holdings, in_child};
+
 use super::{
     kept::{VALID, VALID_DISTURBED},
     *,
 };
 use crate::{
-    common,
     device::Cpu,
     io::{
         CHUNK,
         faults::{Faults, no_rings},
     },
-    limits::{Holdings, in_child},
 };
 
 /// A probe of 2 and 10 GB/s, taken so long ago.
@@ -42,7 +42,7 @@ fn a_probe_whose_reads_may_still_come_leaves_them_the_memory_and_the_next_one_wo
     if no_rings() || !in_child(THIS) {
         return;
     }
-    let folder = common::folder();
+    let folder = support::folder();
     let checkpoint = checkpoint(folder.path());
     let before = Holdings::at_rest();
     let faults = Faults::of_a_ring_that_fails_with_reads_that_never_end();
@@ -56,7 +56,7 @@ fn a_probe_whose_reads_may_still_come_leaves_them_the_memory_and_the_next_one_wo
 
 #[test]
 fn a_probe_ends_in_time_and_finds_rates() {
-    let folder = common::folder();
+    let folder = support::folder();
     let checkpoint = checkpoint(folder.path());
     // About a second at most by itself; beside other tests the memory alone may take longer.
     let start = Instant::now();

@@ -18,7 +18,6 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, StoredTensor},
-    common,
     device::{Cpu, Device},
     dtype::DType,
     io::faults::{Attempt, Faults},
@@ -272,7 +271,7 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
     let _alone = PROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
     let (file, mut rng) = (tempfile::NamedTempFile::new().unwrap(), fastrand::Rng::with_seed(8));
     let (mut tried, mut of, mut matters) = (0, 0, 0);
-    for case in 0..common::cases(12) {
+    for case in 0..support::cases(12) {
         // Units of 64 MiB and up, of which none is read.
         let size = |_| 512 * if rng.u8(..3) == 0 { rng.usize(2..9) } else { 1 };
         let sizes: Vec<_> = (0..12).map(size).collect();
@@ -319,7 +318,7 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
         assert!(pick <= 1.03 * least && 3 * record.trials.len() <= all.len(), "{costs:?} {bandwidths:?} {sizes:?}");
         (tried, of, matters) = (tried + record.trials.len(), of + all.len(), matters + u32::from(most > 1.2 * least));
     }
-    assert!(matters * 2 > common::cases(12), "the settings mattered in {matters}");
+    assert!(matters * 2 > support::cases(12), "the settings mattered in {matters}");
     println!("{tried} of {of} configurations were tried");
 }
 
@@ -338,11 +337,11 @@ fn learning_from_many_trials_of_many_units_can_be_interrupted() {
         })
         .collect();
     let mut forecaster = Forecaster::new(Bandwidths::default());
-    let (start, mut asked) = (common::processor_time(), 0);
+    let (start, mut asked) = (support::processor_time(), 0);
     forecaster.learn(&trials.iter().map(|(line, trial)| (line, trial)).collect::<Vec<_>>(), || {
         asked += 1;
         asked < 3
     });
-    let took = common::processor_time() - start;
+    let took = support::processor_time() - start;
     assert!(asked >= 3 && took < Duration::from_secs(10), "{asked} times in {took:?}");
 }

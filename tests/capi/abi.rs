@@ -10,10 +10,7 @@ use std::{
 
 use layer_streamer::capi::*;
 
-use crate::{
-    common,
-    host::{C11, libraries, printed},
-};
+use crate::host::{C11, libraries, printed};
 
 const REMEDY: &str = "a line gone or changed breaks hosts that are compiled, a new one does not; to store the list anew: \
                       LAYER_STREAMER_WRITE_ABI=1 cargo test --features capi --test capi abi";
@@ -23,7 +20,7 @@ fn the_interface_is_the_stored_one_in_the_header_in_rust_and_in_the_libraries() 
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let header = root.join("include/layer_streamer.h");
     let declared = declarations(&header);
-    let folder = common::folder();
+    let folder = support::folder();
     let [source, program] = ["abi.c", "abi"].map(|name| folder.path().join(name));
     fs::write(&source, host_that_prints(&declared)).unwrap();
     C11.compile(&source, &program);

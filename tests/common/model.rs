@@ -10,7 +10,7 @@ use layer_streamer::{
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 
-use super::{data, folder, speller};
+use support::{data, folder, speller};
 
 /// A model with its tables in each of the places.
 pub fn everywhere(folder: &Path) -> [Model; 3] {

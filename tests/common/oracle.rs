@@ -12,7 +12,8 @@ use layer_streamer::{
     plan::{CachePolicy, Placement, Reader, Tier},
 };
 
-use crate::common::{data, distance, expected, logits, speller};
+use crate::common::{distance, expected, logits};
+use support::{data, speller};
 
 /// A checkpoint, and in `tests/data/NAME` what `make_reference.py` or `make_expected.py` computed for it in F32 or F64.
 pub struct Reference {

@@ -22,10 +22,7 @@ use layer_streamer::{
 };
 use serde_json::Value;
 
-use crate::common::{
-    self,
-    fuzz::{number, rounds},
-};
+use support::fuzz::{number, rounds};
 
 const PARTS: [&str; 26] = [
     "\"",
@@ -247,7 +244,7 @@ fn check_page(recording: &Recording, page: &str, plain: &str) {
 
 #[test]
 fn a_trace_of_anything_is_written_by_the_rules() {
-    let folder = common::folder();
+    let folder = support::folder();
     let written = |name: &str, recording: &Recording| {
         let path = folder.path().join(name);
         TraceFile::create(&path).unwrap().write(recording).unwrap();

@@ -1,12 +1,6 @@
 //! What the program's tests share.
 
-#[path = "../../../tests/common/folders.rs"]
-mod folders;
-
 use std::process::Command;
-
-#[allow(unused_imports, reason = "each test uses a part")]
-pub use folders::*;
 
 /// The program with one of its commands.
 pub fn program(command: &str) -> Command {

@@ -5,6 +5,8 @@
 //! first call that sees it keeps the error, every later one returns that same error without asking CUDA, and nothing is
 //! freed any more.
 
+#[cfg(cuda_emulated)]
+pub mod emulation;
 mod fault;
 mod handles;
 pub(crate) mod sys;

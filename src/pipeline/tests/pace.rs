@@ -17,7 +17,7 @@ const ON_DISK: usize = 8;
 /// Median seconds of a pass with rings of one over units that stay on disk where `reads` says so, else on the device;
 /// `between` runs between two passes.
 fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> f64 {
-    let fixture = common::fixture(UNITS, &[4_000], 5);
+    let fixture = fixtures::fixture(UNITS, &[4_000], 5);
     assert_eq!((0..UNITS).filter(|&unit| reads(unit)).count(), ON_DISK);
     pace_reads(READ);
     let mut units = fixture.units.clone();
@@ -30,7 +30,7 @@ fn pass(reads: fn(usize) -> bool, between: impl Fn(&mut LayerStreamer<Cpu>)) -> 
     for number in 0..5 {
         let start = simulated::now();
         let compute = |(), layer: &Layer<'_, Cpu>| {
-            common::check(&fixture, &Cpu, layer);
+            fixtures::check(&fixture, &Cpu, layer);
             simulated::sleep(COMPUTE);
             Ok::<_, Error>(())
         };

@@ -11,11 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use support::limits::{Holdings, in_child};
+
 use super::{faults::case, *};
 use crate::{
     StaticTensors,
     io::faults::no_rings,
-    limits::{Holdings, in_child},
     trace::{Begun, Mark, Observer, Span},
 };
 
@@ -333,7 +334,7 @@ fn static_tensors_whose_reads_may_still_come_leave_them_the_memory_and_the_next_
     faults.end();
     let (loaded, name) = (load().unwrap(), &units[0].arrivals()[0].output);
     let expected = &case.expected[0].iter().find(|(of, _)| of == name).unwrap().1;
-    assert!(common::bytes_of(&Cpu, loaded.tensor(name).unwrap()) == **expected);
+    assert!(fixtures::bytes_of(&Cpu, loaded.tensor(name).unwrap()) == **expected);
     drop(loaded);
     assert_eq!(Holdings::at_rest().arenas - before.arenas, left);
 }

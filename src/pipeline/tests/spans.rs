@@ -219,7 +219,7 @@ enum Slow {
 /// Steady passes on such a machine.
 fn judged(slow: Slow) -> Verdict {
     let elements = if slow == Slow::Pin { 6 << 20 } else { 4_000 };
-    let fixture = common::fixture(8, &[elements], 5);
+    let fixture = fixtures::fixture(8, &[elements], 5);
     let device = AsyncCpu::new(1);
     device.pace_copies(if slow == Slow::Copy { Duration::from_millis(5) } else { Duration::ZERO });
     let read = if slow == Slow::Disk { Duration::from_millis(5) } else { Duration::ZERO };
@@ -289,7 +289,7 @@ enum Waits {
 
 /// The verdict on passes over units that are copied, and computed by work that is only enqueued, in so long each.
 fn judged_behind_a_link(n_gpu: usize, waits: Waits, copy: Duration, compute: Duration) -> (Verdict, PassStats) {
-    let mut fixture = common::fixture(6, &[4_000], 5);
+    let mut fixture = fixtures::fixture(6, &[4_000], 5);
     fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Pinned));
     let device = AsyncCpu::new(1);
     device.pace_copies(copy);

@@ -1,10 +1,12 @@
 //! The planner against a plain reckoning of what its plans take and how long they need, over random tables and budgets.
 
+use support::cases;
+
 use super::*;
 use crate::{
     checkpoint::StoredTensor,
-    common::{self, cases},
     dtype::DType,
+    fixtures,
     layout::{DEVICE_ALIGN, PAGE},
     plan::{BindingLink, Part, Plan},
 };
@@ -202,7 +204,7 @@ fn each_tier_keeps_its_share_at_even_distances() {
 fn what_a_plan_reserves_is_what_was_counted() {
     for seed in 0..cases(60).into() {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let fixture = common::random_fixture(60_000, &mut rng);
+        let fixture = fixtures::random_fixture(60_000, &mut rng);
         let mut units = fixture.units.clone();
         for unit in &mut units {
             let mut wider = Unit::new(unit.name());
@@ -221,7 +223,7 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let planned = if rng.bool() {
             budget.plan(&fixture.checkpoint, &units, overhead, by)
         } else {
-            let settings = common::settings(1 + rng.usize(..3), rng.usize(..3), rng.usize(..3));
+            let settings = fixtures::settings(1 + rng.usize(..3), rng.usize(..3), rng.usize(..3));
             budget.plan_with(&fixture.checkpoint, &units, overhead, by, &settings)
         };
         let Ok(placement) = planned else { continue };
@@ -259,7 +261,7 @@ fn layers(folder: &std::path::Path, count: usize, shapes: &[[usize; 2]]) -> (Che
 
 #[test]
 fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
-    let folder = common::folder();
+    let folder = support::folder();
     let shapes = [[8192, 8192], [1024, 8192], [1024, 8192], [8192, 8192], [28672, 8192], [28672, 8192], [8192, 28672]];
     let (checkpoint, mut units) = layers(folder.path(), 80, &shapes);
     // The KV cache of 8192 tokens, and a gigabyte of the rest.

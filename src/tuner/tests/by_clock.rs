@@ -1,7 +1,10 @@
 //! The simulation beside another one: stages that look at a clock, as threads do, and know nothing of its recurrence.
 
 use super::*;
-use crate::layout::{StageLayout, UnitLayout};
+use crate::{
+    fixtures,
+    layout::{StageLayout, UnitLayout},
+};
 
 /// A stage with the ring after it.
 struct ClockedStage {
@@ -96,7 +99,7 @@ fn a_pass_takes_as_long_as_with_stages_that_look_at_a_clock() {
         let (checkpoint, mut units) = units(file.path(), &sizes);
         let tiers = [Tier::Disk, Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         units.iter_mut().for_each(|unit| _ = unit.set_tier(tiers[rng.usize(..tiers.len())]));
-        let settings = common::random_rings(&mut rng);
+        let settings = fixtures::random_rings(&mut rng);
         let plan = Plan::new(&checkpoint, &units, &settings, Presence::AtOnce).unwrap();
         let per_byte = |rng: &mut fastrand::Rng| 1e-9 * (1.0 + 9.0 * rng.f64());
         let parts = sizes.iter().sum::<usize>() as f64;

@@ -1,16 +1,17 @@
 //! Folders of the repository and folders to write to, for the tests of the library and of the program.
-#![allow(dead_code, reason = "each test uses a part")]
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
-/// A folder on a real file system where there is one: a temporary folder may lie in memory.
+/// A folder on a real file system where there is one, beside what cargo has built: a temporary folder may lie in memory.
 pub fn folder() -> tempfile::TempDir {
-    let built = option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from).filter(|folder| folder.exists());
-    let parent = built.unwrap_or_else(env::temp_dir);
-    tempfile::tempdir_in(parent).unwrap()
+    let program = env::current_exe().unwrap();
+    // It is target/PROFILE/deps/PROGRAM.
+    let beside = program.ancestors().nth(3).map(|target| target.join("tmp")).filter(|folder| folder.exists());
+    tempfile::tempdir_in(beside.unwrap_or_else(env::temp_dir)).unwrap()
 }
 
 /// The repository, or what was carried of it to a machine that only runs the tests.
@@ -40,4 +41,15 @@ pub fn copy_of(original: &Path) -> tempfile::TempDir {
         fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
     }
     copy
+}
+
+/// The whole file and when it was last changed, to be [`healed`] with.
+pub fn whole(path: &Path) -> (Vec<u8>, SystemTime) {
+    (fs::read(path).unwrap(), fs::metadata(path).unwrap().modified().unwrap())
+}
+
+/// A disk that had failed works again: the file is what it was, so that it is not taken for another one.
+pub fn healed(path: &Path, (bytes, modified): &(Vec<u8>, SystemTime)) {
+    fs::write(path, bytes).unwrap();
+    fs::File::options().write(true).open(path).unwrap().set_modified(*modified).unwrap();
 }

@@ -1,5 +1,4 @@
 //! Mounts that nobody but the test sees, and a disk that is full.
-#![allow(dead_code, reason = "each test uses a part")]
 
 use std::{
     ffi::CString,

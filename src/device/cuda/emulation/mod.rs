@@ -1,5 +1,5 @@
 //! The CUDA runtime, emulated on the CPU, so that every line that calls CUDA runs where no GPU is: the crate built with
-//! `LAYER_STREAMER_CUDA=emulated` finds these functions where it expects NVIDIA's. `kernels/` runs the kernels themselves.
+//! `LAYER_STREAMER_CUDA=emulated` finds these functions where it expects NVIDIA's. `cuda/emulation` runs the kernels themselves.
 //!
 //! The rules are CUDA's, and where those leave a choice the emulation takes the one that finds more mistakes:
 //! - Two devices. Current is a thread's own choice. A stream or event of one does not work with the other's.

@@ -1,5 +1,4 @@
 //! Ways in which a system refuses, for the thread or process that asks for it, and what a process holds.
-#![allow(dead_code, reason = "each test uses a part")]
 
 use std::{fs, io, process::Command, thread, time::Duration};
 

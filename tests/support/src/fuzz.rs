@@ -27,7 +27,7 @@ pub fn rounds(name: &str, target: impl FnMut(&mut fastrand::Rng) -> bool) {
 pub fn mutants(name: &str, seed: &[u8], mut target: impl FnMut(&[u8]) -> bool) {
     assert!(target(seed), "{name}: the seed itself is refused");
     let mut seeds = vec![seed.to_vec()];
-    if let Ok(entries) = fs::read_dir(super::data("fuzz").join(name)) {
+    if let Ok(entries) = fs::read_dir(crate::data("fuzz").join(name)) {
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         paths.sort();
         seeds.extend(paths.iter().map(|path| fs::read(path).unwrap()));

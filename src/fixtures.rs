@@ -1,0 +1,155 @@
+//! Checkpoints of random bytes, and a plain reading of them to compare with. Unit tests and integration tests share them, so
+//! they know the crate by its name.
+#![allow(dead_code, reason = "each test uses a part")]
+
+use std::{collections::HashMap, fs, os::unix::fs::FileExt, path::PathBuf};
+
+use layer_streamer::{
+    Checkpoint, DType, Error, Layer, LayerStreamer, Settings, StoredTensor, Unit,
+    device::{Cpu, Device, TensorRef},
+};
+use support::folder;
+
+/// Files of random bytes, the table of the tensors in them, and units over those.
+pub struct Fixture {
+    pub folder: tempfile::TempDir,
+    pub checkpoint: Checkpoint,
+    pub units: Vec<Unit>,
+    pub table: HashMap<String, StoredTensor>,
+}
+
+/// `units` units of BF16 tensors of these element counts, at odd offsets, dealt at random to two files.
+pub fn fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
+    let tensors = vec![elements.iter().map(|&count| (DType::BF16, count)).collect(); units];
+    lay_out(&tensors, 2, &mut fastrand::Rng::with_seed(seed))
+}
+
+/// Units that differ, of tensors from nothing up to `most` bytes, of several types, in any order in up to three files.
+pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
+    let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
+    let mut unit = || -> Vec<_> {
+        let tensors = 1 + rng.usize(..6);
+        (0..tensors)
+            .map(|_| {
+                let (dtype, scale) = (types[rng.usize(..types.len())], 1 + rng.usize(..most));
+                (dtype, rng.usize(..scale.max(2)) / dtype.size())
+            })
+            .collect()
+    };
+    let units: Vec<Vec<(DType, usize)>> = (0..9).map(|_| unit()).collect();
+    let (count, files) = (1 + rng.usize(..units.len()), 1 + rng.usize(..3));
+    lay_out(&units[..count], files, rng)
+}
+
+/// Tensors given by type and length, unit by unit, written to files of random bytes in any order.
+fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng) -> Fixture {
+    let folder = folder();
+    let files: Vec<_> = (0..files).map(|file| folder.path().join(format!("{}.bin", ["a", "b", "c"][file]))).collect();
+    let mut order: Vec<_> =
+        (0..units.len()).flat_map(|unit| (0..units[unit].len()).map(move |index| (unit, index))).collect();
+    rng.shuffle(&mut order);
+    let (mut ends, mut table) = (vec![0u64; files.len()], HashMap::new());
+    for (unit, index) in order {
+        let ((dtype, count), file) = (units[unit][index], rng.usize(..files.len()));
+        let offset = ends[file] + 2 * rng.u64(..40) + if rng.u8(..8) == 0 { 2 * rng.u64(..60_000) } else { 0 };
+        ends[file] = offset + (dtype.size() * count) as u64;
+        let name = format!("{unit}.{index}");
+        table.insert(name.clone(), StoredTensor { name, file: files[file].clone(), offset, dtype, shape: vec![count] });
+    }
+    for (file, end) in files.iter().zip(ends) {
+        let bytes: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(end as usize).collect();
+        fs::write(file, bytes).unwrap();
+    }
+    let named = |(number, tensors): (usize, &Vec<_>)| {
+        let mut unit = Unit::new(format!("unit {number}"));
+        (0..tensors.len()).for_each(|index| _ = unit.keep(format!("t{index}"), format!("{number}.{index}")));
+        unit
+    };
+    let units = units.iter().enumerate().map(named).collect();
+    Fixture { checkpoint: open(&table), folder, units, table }
+}
+
+/// In an order that the seed decides, like all else.
+fn open(table: &HashMap<String, StoredTensor>) -> Checkpoint {
+    let mut tensors: Vec<_> = table.values().cloned().collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Checkpoint::from_table(tensors).unwrap()
+}
+
+impl Fixture {
+    /// The checkpoint of the files as they are now.
+    pub fn opened_again(&self) -> Checkpoint {
+        open(&self.table)
+    }
+
+    /// The bytes of a stored tensor, by the plainest read there is.
+    pub fn stored(&self, name: &str) -> Vec<u8> {
+        let tensor = &self.table[name];
+        let bytes = tensor.dtype.bytes_of(&tensor.shape).unwrap();
+        let mut stored = vec![0; bytes];
+        fs::File::open(&tensor.file).unwrap().read_exact_at(&mut stored, tensor.offset).unwrap();
+        stored
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+/// A copy of a tensor's bytes.
+pub fn bytes_of(device: &Cpu, tensor: TensorRef<'_, Cpu>) -> Vec<u8> {
+    let mut bytes = vec![0; tensor.bytes()];
+    let stream = device.stream().unwrap();
+    // SAFETY: the vector has the tensor's length, and the copy is done when the call returns.
+    unsafe { device.copy_to_host(bytes.as_mut_ptr(), tensor.ptr(), bytes.len(), &stream).unwrap() };
+    bytes
+}
+
+/// Compares a layer with the files.
+pub fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
+    let unit = &fixture.units[layer.index()];
+    assert_eq!(layer.name(), unit.name());
+    assert_eq!(layer.tensors().count(), unit.arrivals().len());
+    for arrival in unit.arrivals() {
+        let tensor = layer.tensor(&arrival.output).unwrap();
+        let stored = &fixture.table[&arrival.inputs[0]];
+        assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype, stored.shape.as_slice()));
+        assert_eq!(tensor.ptr().as_ptr() as usize % 256, 0);
+        assert!(bytes_of(device, tensor) == fixture.stored(&stored.name), "{} of {}", arrival.output, layer.name());
+    }
+}
+
+/// One pass that checks every unit.
+pub fn checked_pass(fixture: &Fixture, streamer: &mut LayerStreamer<Cpu>) {
+    let device = Cpu;
+    let stream = device.stream().unwrap();
+    let mut expected = 0..fixture.units.len();
+    let seen = streamer.run_pass(&stream, 0, |count, layer| {
+        assert_eq!(Some(layer.index()), expected.next());
+        check(fixture, &device, layer);
+        Ok::<_, Error>(count + 1)
+    });
+    assert_eq!(seen.unwrap(), fixture.units.len());
+}
+
+/// Element counts of a unit's tensors: tiny ones between large ones.
+pub const SIZES: [usize; 6] = [1, 60_000, 3, 700_000, 40, 5_000];
+
+/// So many units ahead at each stage.
+pub fn settings(n_gpu: usize, n_cpu_pinned: usize, n_cpu: usize) -> Settings {
+    Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() }
+}
+
+/// Rings of up to four, each handed over in batches of any size that goes.
+pub fn random_rings(rng: &mut fastrand::Rng) -> Settings {
+    let (n_gpu, n_cpu_pinned, n_cpu) = (1 + rng.usize(..4), rng.usize(..4), rng.usize(..4));
+    Settings {
+        n_gpu,
+        n_cpu_pinned,
+        n_cpu,
+        batch_gpu: rng.usize(..=n_gpu),
+        batch_cpu_pinned: rng.usize(..=n_cpu_pinned),
+        batch_cpu: rng.usize(..=n_cpu),
+        ..Settings::default()
+    }
+}
