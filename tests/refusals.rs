@@ -370,6 +370,28 @@ impl Group {
         fs::write(group.at.join("cgroup.procs"), "0")?;
         Ok(group)
     }
+
+    /// The kernel takes rings apart in its own time, and until then counts the memory that was registered with them.
+    fn assert_freed(&self) {
+        let read = |name: &str| fs::read_to_string(self.at.join(name)).ok();
+        let stat = |stat: &str, name: &str| -> usize {
+            let value = stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+            value.unwrap_or_else(|| panic!("memory.stat has no {name}: {stat}"))
+        };
+        let used = || {
+            let used = read("memory.current").or_else(|| read("memory.usage_in_bytes")).expect("its usage");
+            let files = read("memory.stat").expect("its statistics");
+            let files = stat(&files, "active_file ") + stat(&files, "inactive_file ");
+            used.trim().parse::<usize>().unwrap().saturating_sub(files)
+        };
+        for _ in 0..1000 {
+            if used() < 16 << 20 {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{} bytes are not freed", used());
+    }
 }
 
 impl Drop for Group {
@@ -408,6 +430,7 @@ fn in_a_memory_cgroup_what_does_not_fit_is_refused_and_what_fits_is_not_killed()
     assert!(message.contains("bytes are available") && message.contains("free memory"), "{message}");
     assert!(few < 64 << 20, "{message}");
     before.assert_back(&message);
+    group.assert_freed();
     // A ring whose buffers cannot be registered within the group reads without.
     works(&fixture, &settings(2, 2, 1));
     before.assert_back("after passes");

@@ -81,10 +81,14 @@ impl Used {
         times.for_each(|(sum, more)| *sum += more);
     }
 
-    /// The stage that was at work most. Taking layers and nothing else, the compute side has no work to be bound by.
+    /// The stage that was at work most, of those that moved anything. Taking layers and nothing else, the compute side has no work
+    /// to be bound by.
     pub fn bottleneck(&self) -> Stage {
-        let stages = [Stage::Read, Stage::Pin, Stage::Transfer];
-        stages.into_iter().max_by_key(|&stage| self.stages[stage as usize].1).expect("there are three")
+        let at_work = |stage: &Stage| {
+            let (bytes, busy) = self.stages[*stage as usize];
+            (bytes > 0, busy)
+        };
+        [Stage::Read, Stage::Pin, Stage::Transfer].into_iter().max_by_key(at_work).expect("there are three")
     }
 
     /// CPU seconds per GB that a stage moved, if it moved any. Where the reader's work is done by threads of the

@@ -86,8 +86,8 @@ impl<T> BlockReader<T> {
         self.reads += 1;
     }
 
-    /// Starts the reads taken, and waits for one to end; `None` if none is under way. `idle` is called again and again while it waits, with the note of
-    /// the oldest read and how long none has ended.
+    /// Starts the reads taken, and waits for one to end; `None` if none is under way. `idle` is called again and again while it
+    /// waits, with the note of the oldest read and how long none has ended.
     ///
     /// # Errors
     /// The ring's own, or what `idle` returns: then reads are still under way.

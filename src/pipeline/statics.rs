@@ -13,8 +13,8 @@ use crate::{
     plan::{Reader, Settings, Unit},
 };
 
-/// Blocks through which static tensors pass on their way to the device.
-pub(super) const BLOCKS: usize = 8;
+/// Blocks through which static tensors pass on their way to the device, at most.
+const BLOCKS: usize = 8;
 
 /// Tensors in device memory, freed when this is dropped.
 pub struct StaticTensors<D: Device> {
@@ -46,11 +46,12 @@ impl<D: Device> StaticTensors<D> {
     ) -> Result<Self> {
         let memory = device.allocate("static tensors", layout.device_bytes)?;
         let base = device.address(&memory);
-        let blocks = Arc::new(Arena::new("static tensors on their way", BLOCKS, CHUNK)?);
+        let count = parts(&layout).take(BLOCKS).count().max(1);
+        let blocks = Arc::new(Arena::new("static tensors on their way", count, CHUNK)?);
         // A chunk comes at a time.
         let staging = Staging::of(slice::from_ref(&layout)).at_most(CHUNK);
         let mut arrival = ArrivalStream::new(device, staging, c"layer-streamer statics")?;
-        let mut reader = BlockReader::new(reader, sources, &blocks, BLOCKS)?;
+        let mut reader = BlockReader::new(reader, sources, &blocks, count)?;
         if let Err(error) = fill(sources, &layout, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
             drop(reader);
@@ -78,6 +79,11 @@ impl<D: Device> StaticTensors<D> {
     }
 }
 
+/// What there is to read, in parts of a chunk, each with the range of the slot for which it comes.
+fn parts(layout: &UnitLayout) -> impl Iterator<Item = (Extent, Range<usize>)> {
+    layout.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK))
+}
+
 /// Reads everything that `layout` names, chunk by chunk, and has it arrive where it belongs from `base` on.
 fn fill<D: Device>(
     sources: &[Source],
@@ -89,7 +95,7 @@ fn fill<D: Device>(
     idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
 ) -> Result<()> {
     // Chunks may come in any order; a block is not used again before it was copied.
-    let mut parts = layout.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK));
+    let mut parts = parts(layout);
     let mut failure = None;
     loop {
         while failure.is_none() && reader.has_room() {

@@ -54,7 +54,6 @@ impl Verdict {
     /// it is at work all the time that there are layers.
     pub fn of(passes: &PassStats, linked: bool) -> Self {
         let share = |stage: Stage, kind: usize| passes.stage_seconds[stage as usize][kind] / passes.seconds.max(1e-9);
-        let moved = passes.direct_bytes + passes.buffered_bytes + passes.pinned_bytes + passes.transferred_bytes;
         let reads = if passes.buffered_bytes > passes.direct_bytes { Bound::PageCache } else { Bound::Disk };
         let (called, blocked) = (share(Stage::Compute, BUSY), share(Stage::Transfer, BLOCKED));
         let compute = match linked && passes.transferred_bytes > 0.0 {
@@ -62,16 +61,18 @@ impl Verdict {
             true => blocked,
             false => called.max(blocked),
         };
-        let candidates = [
-            (Bound::Compute, compute),
-            (reads, share(Stage::Read, BUSY)),
-            (Bound::Pin, share(Stage::Pin, BUSY)),
-            (Bound::Transfer, share(Stage::Transfer, BUSY)),
+        let read_bytes = passes.direct_bytes + passes.buffered_bytes;
+        let stages = [
+            (reads, Stage::Read, read_bytes),
+            (Bound::Pin, Stage::Pin, passes.pinned_bytes),
+            (Bound::Transfer, Stage::Transfer, passes.transferred_bytes),
         ];
-        let (moves, first) = (moved > 0.0, candidates[0]);
+        // A stage that moves nothing still hands units on, for which a busy machine may take long; nobody waits for its bytes.
+        let moving = stages.into_iter().filter(|(_, _, bytes)| *bytes > 0.0);
+        let shares = moving.map(|(bound, stage, _)| (bound, share(stage, BUSY)));
         let most = |most: (Bound, f64), other: (Bound, f64)| if other.1 > most.1 { other } else { most };
-        let (bound, busy) = if moves { candidates.into_iter().fold(first, most) } else { first };
-        let reads = passes.direct_bytes + passes.buffered_bytes > 0.0;
+        let (bound, busy) = shares.fold((Bound::Compute, compute), most);
+        let (moves, reads) = (read_bytes + passes.pinned_bytes + passes.transferred_bytes > 0.0, read_bytes > 0.0);
         Self { bound, busy: busy.clamp(0.0, 1.0), moves, linked, reads, fills: false }
     }
 
@@ -126,3 +127,21 @@ impl fmt::Display for Verdict {
 /// Places in [`PassStats::stage_seconds`].
 const BUSY: usize = 0;
 const BLOCKED: usize = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_that_moves_nothing_bounds_nothing() {
+        let mut passes = PassStats { passes: 1, seconds: 1.0, transferred_bytes: 1e6, ..PassStats::default() };
+        passes.stage_seconds[Stage::Read as usize][BUSY] = 0.9;
+        passes.stage_seconds[Stage::Pin as usize][BUSY] = 0.8;
+        passes.stage_seconds[Stage::Transfer as usize][BUSY] = 0.3;
+        assert_eq!(Verdict::of(&passes, false).bound, Bound::Transfer);
+        passes.pinned_bytes = 1e6;
+        assert_eq!(Verdict::of(&passes, false).bound, Bound::Pin);
+        passes.direct_bytes = 1e6;
+        assert_eq!(Verdict::of(&passes, false).bound, Bound::Disk);
+    }
+}
