@@ -13,7 +13,7 @@ pub(crate) struct Cost {
 
 impl Cost {
     /// Of a time alone.
-    #[cfg(any(feature = "model", feature = "tuner"))]
+    #[cfg(feature = "tuner")]
     pub(crate) fn of_seconds(seconds: f64) -> Self {
         Self { seconds, burden: 0.0 }
     }
