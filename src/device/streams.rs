@@ -82,19 +82,19 @@ impl Node {
     }
 }
 
-struct Queue {
+struct WorkQueue {
     last: AtomicPtr<Node>,
     /// How many were pushed, to sleep on.
     pushed: AtomicU32,
 }
 
 /// A queue of work that a thread of its own runs in order.
-pub(crate) struct Stream(Arc<Queue>);
+pub(crate) struct Stream(Arc<WorkQueue>);
 
 impl Stream {
     pub(crate) fn new() -> io::Result<Self> {
         let first = Along(Node::new(None));
-        let queue = Arc::new(Queue { last: AtomicPtr::new(first.0), pushed: AtomicU32::new(0) });
+        let queue = Arc::new(WorkQueue { last: AtomicPtr::new(first.0), pushed: AtomicU32::new(0) });
         let inside = queue.clone();
         let run = move || {
             let Along(first) = { first };
@@ -131,8 +131,8 @@ impl Stream {
     }
 
     /// Enqueues a mark.
-    pub(crate) fn mark(&self) -> Arc<Mark> {
-        let mark = Arc::new(Mark::default());
+    pub(crate) fn mark(&self) -> Arc<Milestone> {
+        let mark = Arc::new(Milestone::default());
         let reached = mark.clone();
         self.push(move || reached.reach());
         mark
@@ -155,7 +155,7 @@ impl Stream {
 ///
 /// # Safety
 /// `first` is the queue's first node, and nobody else's.
-unsafe fn run(queue: &Queue, mut first: *mut Node) {
+unsafe fn run(queue: &WorkQueue, mut first: *mut Node) {
     loop {
         let seen = queue.pushed.load(Acquire);
         // SAFETY: the node is this thread's until a later one is.
@@ -179,13 +179,13 @@ unsafe fn run(queue: &Queue, mut first: *mut Node) {
 
 /// A place in a stream's work.
 #[derive(Default)]
-pub(crate) struct Mark {
+pub(crate) struct Milestone {
     reached: AtomicU32,
     /// When it was, in nanoseconds of the monotonic clock.
     at: AtomicU64,
 }
 
-impl Mark {
+impl Milestone {
     fn reach(&self) {
         self.at.store(now(), Relaxed);
         self.reached.store(1, Release);
@@ -212,16 +212,16 @@ fn now() -> u64 {
 }
 
 /// A record of an event, and those before it.
-struct Record {
-    mark: Arc<Mark>,
-    before: *mut Record,
+struct EventRecord {
+    mark: Arc<Milestone>,
+    before: *mut EventRecord,
 }
 
 /// A marker that streams and threads wait for: its newest record when they ask. Records are kept as long as the event is, so
 /// that asking takes no lock.
 #[derive(Default)]
 pub(crate) struct Event {
-    newest: AtomicPtr<Record>,
+    newest: AtomicPtr<EventRecord>,
     /// Whether it was made to tell when it is reached.
     #[cfg(cuda_emulated)]
     pub(crate) timed: bool,
@@ -233,14 +233,14 @@ impl Event {
         Self { timed, newest: AtomicPtr::default() }
     }
 
-    fn set(&self, mark: Arc<Mark>) {
-        let record = Box::into_raw(Box::new(Record { mark, before: ptr::null_mut() }));
+    fn set(&self, mark: Arc<Milestone>) {
+        let record = Box::into_raw(Box::new(EventRecord { mark, before: ptr::null_mut() }));
         let before = self.newest.swap(record, AcqRel);
         // SAFETY: the field is read by `forget` alone.
         unsafe { (*record).before = before };
     }
 
-    fn newest(&self) -> Option<Arc<Mark>> {
+    fn newest(&self) -> Option<Arc<Milestone>> {
         // SAFETY: records are freed by `forget` alone.
         unsafe { self.newest.load(Acquire).as_ref() }.map(|record| record.mark.clone())
     }

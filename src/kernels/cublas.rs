@@ -25,7 +25,7 @@ const NAMES: [&CStr; 2] = [c"libcublas.so.13", c"libcublas.so.12"];
 /// What NVIDIA recommends for Hopper (cuBLAS documentation, `cublasSetWorkspace`), and more than for any other.
 pub(super) const WORKSPACE: usize = 32 << 20;
 
-type Handle = *mut c_void;
+type CublasHandle = *mut c_void;
 type Status = c_int;
 
 // From cublas_api.h and library_types.h, where these numbers are part of the binary interface.
@@ -63,15 +63,15 @@ macro_rules! library {
     };
 }
 library! {
-    create = c"cublasCreate_v2": fn(*mut Handle) -> Status;
-    destroy = c"cublasDestroy_v2": fn(Handle) -> Status;
-    set_stream = c"cublasSetStream_v2": fn(Handle, *mut c_void) -> Status;
-    set_workspace = c"cublasSetWorkspace_v2": fn(Handle, *mut c_void, usize) -> Status;
-    set_math_mode = c"cublasSetMathMode": fn(Handle, c_int) -> Status;
+    create = c"cublasCreate_v2": fn(*mut CublasHandle) -> Status;
+    destroy = c"cublasDestroy_v2": fn(CublasHandle) -> Status;
+    set_stream = c"cublasSetStream_v2": fn(CublasHandle, *mut c_void) -> Status;
+    set_workspace = c"cublasSetWorkspace_v2": fn(CublasHandle, *mut c_void, usize) -> Status;
+    set_math_mode = c"cublasSetMathMode": fn(CublasHandle, c_int) -> Status;
     status_name = c"cublasGetStatusName": fn(Status) -> *const c_char;
     status_string = c"cublasGetStatusString": fn(Status) -> *const c_char;
     gemm = c"cublasGemmEx": fn(
-        Handle, c_int, c_int, c_int, c_int, c_int,
+        CublasHandle, c_int, c_int, c_int, c_int, c_int,
         *const f32, *const c_void, c_int, c_int, *const c_void, c_int, c_int,
         *const f32, *mut c_void, c_int, c_int, c_int, c_int
     ) -> Status;
@@ -148,7 +148,7 @@ unsafe fn text(string: *const c_char) -> &'static CStr {
 pub(super) struct Cublas {
     cuda: Cuda,
     library: Library,
-    handle: Handle,
+    handle: CublasHandle,
     _workspace: CudaMemory,
 }
 

@@ -8,15 +8,13 @@ use std::{
 
 use half::bf16;
 
-use super::{CURRENT, Code, current, runtime::Stream};
+use super::{CURRENT, Code, current, runtime::StreamHandle};
 use crate::device::streams::Along;
 
-type Status = c_int;
-
 // Of cublas_api.h and library_types.h.
-const SUCCESS: Status = 0;
-const INVALID_VALUE: Status = 7;
-const EXECUTION_FAILED: Status = 13;
+const SUCCESS: c_int = 0;
+const INVALID_VALUE: c_int = 7;
+const EXECUTION_FAILED: c_int = 13;
 const OP_N: c_int = 0;
 const OP_T: c_int = 1;
 const CUDA_R_32F: c_int = 0;
@@ -27,7 +25,7 @@ const COMPUTE_32F: c_int = 68;
 pub(super) static HANDLES: AtomicUsize = AtomicUsize::new(0);
 
 /// A handle: of one device, with the stream that it enqueues on.
-struct Handle {
+struct ProductHandle {
     device: usize,
     stream: *mut c_void,
 }
@@ -47,27 +45,27 @@ pub(crate) fn symbol(name: &CStr) -> *mut c_void {
     }
 }
 
-unsafe extern "C" fn create(to: *mut *mut c_void) -> Status {
+unsafe extern "C" fn create(to: *mut *mut c_void) -> c_int {
     if current().alive().is_err() {
         return EXECUTION_FAILED;
     }
     HANDLES.fetch_add(1, AcqRel);
-    let handle = Box::new(Handle { device: CURRENT.get(), stream: std::ptr::null_mut() });
+    let handle = Box::new(ProductHandle { device: CURRENT.get(), stream: std::ptr::null_mut() });
     // SAFETY: the caller's: results have a place.
     unsafe { to.write(Box::into_raw(handle).cast()) };
     SUCCESS
 }
 
-unsafe extern "C" fn destroy(handle: *mut c_void) -> Status {
+unsafe extern "C" fn destroy(handle: *mut c_void) -> c_int {
     HANDLES.fetch_sub(1, AcqRel);
     // SAFETY: the caller's: it was created, and is destroyed once.
-    drop(unsafe { Box::from_raw(handle.cast::<Handle>()) });
+    drop(unsafe { Box::from_raw(handle.cast::<ProductHandle>()) });
     SUCCESS
 }
 
-unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> Status {
+unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> c_int {
     // SAFETY: the caller's: handle and stream exist.
-    let (handle, found) = unsafe { (&mut *handle.cast::<Handle>(), Stream::of(stream)) };
+    let (handle, found) = unsafe { (&mut *handle.cast::<ProductHandle>(), StreamHandle::of(stream)) };
     match found {
         Ok(found) if std::ptr::eq(found.device(), &super::DEVICE[handle.device]) => {
             handle.stream = stream;
@@ -77,18 +75,18 @@ unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> Sta
     }
 }
 
-unsafe extern "C" fn set_workspace(handle: *mut c_void, start: *mut c_void, bytes: usize) -> Status {
+unsafe extern "C" fn set_workspace(handle: *mut c_void, start: *mut c_void, bytes: usize) -> c_int {
     // SAFETY: the caller's.
-    let stream = unsafe { Stream::of((*handle.cast::<Handle>()).stream) };
+    let stream = unsafe { StreamHandle::of((*handle.cast::<ProductHandle>()).stream) };
     let there = stream.is_ok_and(|stream| stream.reaches(start.addr(), bytes));
     if there && start.addr().is_multiple_of(256) { SUCCESS } else { INVALID_VALUE }
 }
 
-extern "C" fn set_math_mode(_handle: *mut c_void, _mode: c_int) -> Status {
+extern "C" fn set_math_mode(_handle: *mut c_void, _mode: c_int) -> c_int {
     SUCCESS
 }
 
-extern "C" fn status_name(status: Status) -> *const c_char {
+extern "C" fn status_name(status: c_int) -> *const c_char {
     let name = match status {
         SUCCESS => c"CUBLAS_STATUS_SUCCESS",
         INVALID_VALUE => c"CUBLAS_STATUS_INVALID_VALUE",
@@ -97,7 +95,7 @@ extern "C" fn status_name(status: Status) -> *const c_char {
     name.as_ptr()
 }
 
-extern "C" fn status_string(status: Status) -> *const c_char {
+extern "C" fn status_string(status: c_int) -> *const c_char {
     let text = match status {
         SUCCESS => c"success",
         INVALID_VALUE => c"an unsupported value or parameter was passed to the function",
@@ -121,7 +119,7 @@ impl Matrix {
     }
 
     /// Whether it lies in memory of the stream's device.
-    fn on(&self, stream: &Stream, element: usize) -> bool {
+    fn on(&self, stream: &StreamHandle, element: usize) -> bool {
         self.elements() == 0 || stream.reaches(self.start.addr(), self.elements() * element)
     }
 
@@ -190,9 +188,9 @@ unsafe extern "C" fn gemm(
     c_apart: c_int,
     compute: c_int,
     _algorithm: c_int,
-) -> Status {
+) -> c_int {
     // SAFETY: the caller's.
-    let (handle, alpha, beta) = unsafe { (&*handle.cast::<Handle>(), *alpha, *beta) };
+    let (handle, alpha, beta) = unsafe { (&*handle.cast::<ProductHandle>(), *alpha, *beta) };
     let asked = (transpose_a, transpose_b, a_type, b_type, compute, alpha);
     let wide = c_type == CUDA_R_32F;
     let sizes = [m, n, k, a_apart, b_apart, c_apart].map(|size| usize::try_from(size).unwrap_or(usize::MAX));
@@ -209,7 +207,7 @@ unsafe extern "C" fn gemm(
     let b = Matrix { start: b.cast_mut(), rows: k, columns: n, apart: b_apart };
     let c = Matrix { start: c, rows: m, columns: n, apart: c_apart };
     // SAFETY: the caller's: the stream exists.
-    let Ok(stream) = (unsafe { Stream::of(handle.stream) }) else { return EXECUTION_FAILED };
+    let Ok(stream) = (unsafe { StreamHandle::of(handle.stream) }) else { return EXECUTION_FAILED };
     let size = if wide { 4 } else { 2 };
     let there = a.on(stream, 2) && b.on(stream, 2) && c.on(stream, size);
     let matrices = Along([a, b, c]);

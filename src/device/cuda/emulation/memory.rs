@@ -15,7 +15,9 @@ use std::{
     thread,
 };
 
-use super::{CURRENT, Code, DEVICE as DEVICES, Device, Lock, MACHINE, Operation, code, current, fails, ranges::Ranges};
+use super::{
+    CURRENT, Code, DEVICE as DEVICES, EmulatedDevice, Lock, MACHINE, Operation, code, current, fails, ranges::Ranges,
+};
 
 /// Ranges as they were asked for.
 pub(super) static DEVICE: Ranges = Ranges::new();
@@ -35,7 +37,7 @@ const KEPT: usize = 256;
 static FREED: Lock<VecDeque<(usize, usize)>> = Lock::new(VecDeque::new());
 
 /// What of an allocation is where, as far as it follows from its size.
-struct Layout {
+struct AllocationLayout {
     /// The mapping, guard pages included.
     mapping: usize,
     /// From the start of the mapping to the allocation.
@@ -44,7 +46,7 @@ struct Layout {
     slack: usize,
 }
 
-impl Layout {
+impl AllocationLayout {
     fn of(bytes: usize) -> Self {
         let padded = bytes.next_multiple_of(ALIGN);
         let inner = (padded + ALIGN).next_multiple_of(PAGE);
@@ -54,7 +56,7 @@ impl Layout {
 
 /// Maps memory for an allocation; its address.
 fn map(bytes: usize) -> io::Result<usize> {
-    let layout = Layout::of(bytes);
+    let layout = AllocationLayout::of(bytes);
     let (none, private) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
     // SAFETY: a new mapping, of which nobody knows; the ranges below lie in it.
     unsafe {
@@ -78,7 +80,7 @@ fn map(bytes: usize) -> io::Result<usize> {
 
 /// Makes an allocation inaccessible, and unmaps one that was freed long ago.
 fn unmap(start: usize, bytes: usize) {
-    let layout = Layout::of(bytes);
+    let layout = AllocationLayout::of(bytes);
     let mapping = start - layout.before;
     let fixed = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
     let mut freed = FREED.lock();
@@ -95,7 +97,7 @@ fn unmap(start: usize, bytes: usize) {
 
 /// Says where bytes around an allocation were overwritten, if any were; whether none were.
 fn intact(start: usize, bytes: usize) -> bool {
-    let layout = Layout::of(bytes);
+    let layout = AllocationLayout::of(bytes);
     let head = layout.before - PAGE;
     // SAFETY: both ranges lie in the allocation's mapping, and no work that is right writes them.
     let around = unsafe {
@@ -125,7 +127,7 @@ fn exclusively<R>(work: impl FnOnce() -> R) -> R {
     result
 }
 
-impl Device {
+impl EmulatedDevice {
     /// Loses the context if the bytes around any of its allocations were overwritten.
     pub(super) fn check_memory(&self) {
         exclusively(|| {

@@ -85,14 +85,14 @@ pub fn device_memory(bytes: usize) {
 }
 
 /// The machine that programs find.
-struct Machine {
+struct EmulatedMachine {
     devices: AtomicI32,
     driver: AtomicI32,
     capability: AtomicI32,
     memory: AtomicUsize,
 }
 
-static MACHINE: Machine = Machine {
+static MACHINE: EmulatedMachine = EmulatedMachine {
     devices: AtomicI32::new(DEVICES as i32),
     driver: AtomicI32::new(sys::CUDART_VERSION),
     capability: AtomicI32::new(90),
@@ -136,7 +136,7 @@ pub struct Live {
 
 /// What is live now. Streams that were destroyed finish first.
 pub fn live() -> Live {
-    DEVICE.iter().for_each(Device::drain);
+    DEVICE.iter().for_each(EmulatedDevice::drain);
     Live {
         allocations: memory::DEVICE.count(),
         registrations: memory::HOST.count(),
@@ -152,9 +152,9 @@ pub fn live() -> Live {
 /// Ends everything there is, as `cudaDeviceReset` does, and forgets what the functions above have set. Handles and memory of
 /// before must not be used any more.
 pub fn reset() {
-    DEVICE.iter().for_each(Device::drain);
+    DEVICE.iter().for_each(EmulatedDevice::drain);
     runtime::end_all();
-    DEVICE.iter().for_each(Device::drain);
+    DEVICE.iter().for_each(EmulatedDevice::drain);
     memory::free_all();
     DEVICE.iter().for_each(|device| device.lost.store(0, Release));
     UNTIL_FAILURE.iter().for_each(|until| until.store(u64::MAX, Relaxed));
@@ -165,19 +165,20 @@ pub fn reset() {
 }
 
 /// A device and its context.
-struct Device {
+struct EmulatedDevice {
     /// The error that lost the context; 0 if none did.
     lost: AtomicU32,
     /// Bytes allocated.
     used: AtomicUsize,
     /// Streams whose thread has not ended.
-    streams: Lock<Vec<&'static runtime::Stream>>,
+    streams: Lock<Vec<&'static runtime::StreamHandle>>,
 }
 
-static DEVICE: [Device; DEVICES] =
-    [const { Device { lost: AtomicU32::new(0), used: AtomicUsize::new(0), streams: Lock::new(Vec::new()) } }; DEVICES];
+static DEVICE: [EmulatedDevice; DEVICES] =
+    [const { EmulatedDevice { lost: AtomicU32::new(0), used: AtomicUsize::new(0), streams: Lock::new(Vec::new()) } };
+        DEVICES];
 
-impl Device {
+impl EmulatedDevice {
     /// The error that lost the context, if one did.
     fn alive(&self) -> Result<(), Code> {
         match self.lost.load(Acquire) {
@@ -197,7 +198,7 @@ thread_local! {
 }
 
 /// The thread's device.
-fn current() -> &'static Device {
+fn current() -> &'static EmulatedDevice {
     &DEVICE[CURRENT.get()]
 }
 

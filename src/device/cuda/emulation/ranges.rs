@@ -9,7 +9,7 @@ use std::sync::atomic::{
 const MOST: usize = 8192;
 
 /// A range, if `start` is not 0. While it is [`CLAIMED`] the rest is being filled in.
-pub(super) struct Range {
+pub(super) struct MemoryRange {
     start: AtomicUsize,
     end: AtomicUsize,
     /// The device whose memory it is.
@@ -20,7 +20,7 @@ pub(super) struct Range {
 
 const CLAIMED: usize = 1;
 
-impl Range {
+impl MemoryRange {
     const fn none() -> Self {
         let [start, end, device, in_use] = [const { AtomicUsize::new(0) }; 4];
         Self { start, end, device, in_use }
@@ -45,14 +45,14 @@ impl Range {
 }
 
 pub(super) struct Ranges {
-    all: [Range; MOST],
+    all: [MemoryRange; MOST],
     /// How many were ever used at a time.
     high: AtomicUsize,
 }
 
 impl Ranges {
     pub(super) const fn new() -> Self {
-        Self { all: [const { Range::none() }; MOST], high: AtomicUsize::new(0) }
+        Self { all: [const { MemoryRange::none() }; MOST], high: AtomicUsize::new(0) }
     }
 
     /// Adds a range; whether there was room.
@@ -69,7 +69,7 @@ impl Ranges {
         true
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Range> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &MemoryRange> {
         self.all[..self.high.load(Acquire)].iter().filter(|range| range.start() > CLAIMED)
     }
 
@@ -78,12 +78,12 @@ impl Ranges {
     }
 
     /// The range that starts there.
-    pub(super) fn at(&self, start: usize) -> Option<&Range> {
+    pub(super) fn at(&self, start: usize) -> Option<&MemoryRange> {
         self.iter().find(|range| range.start() == start)
     }
 
     /// The range in which all of these bytes lie.
-    pub(super) fn around(&self, start: usize, bytes: usize) -> Option<&Range> {
+    pub(super) fn around(&self, start: usize, bytes: usize) -> Option<&MemoryRange> {
         self.iter().find(|range| {
             let begins = range.start();
             begins <= start && start.saturating_add(bytes) <= range.end.load(Relaxed) && range.start() == begins

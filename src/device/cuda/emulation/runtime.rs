@@ -14,9 +14,9 @@ use std::{
 };
 
 use super::{
-    CURRENT, Code, DEVICE, DEVICES, DICE, Device, Lock, Operation, RARITY, UNREGISTERED_COPIES, code, fails,
+    CURRENT, Code, DEVICE, DEVICES, DICE, EmulatedDevice, Lock, Operation, RARITY, UNREGISTERED_COPIES, code, fails,
     memory::{self, POISON},
-    ranges::Range,
+    ranges::MemoryRange,
     sys::{cudaEvent_t, cudaEventDisableTiming, cudaMemcpyKind as Kind, cudaStream_t, cudaStreamCaptureStatus},
 };
 use crate::device::streams::{self, Along, pause};
@@ -30,8 +30,8 @@ pub(super) struct Handle<T> {
     what: T,
 }
 
-pub(super) type Stream = Handle<streams::Stream>;
-type Event = Handle<streams::Event>;
+pub(super) type StreamHandle = Handle<streams::Stream>;
+type EventHandle = Handle<streams::Event>;
 
 /// What handles are made for.
 pub(super) trait Handled: Sized + 'static {
@@ -43,8 +43,8 @@ pub(super) trait Handled: Sized + 'static {
 impl Handled for streams::Stream {
     const MAGIC: usize = 0x5374_7265_616d;
 
-    fn all() -> &'static Lock<Vec<&'static Stream>> {
-        static ALL: Lock<Vec<&Stream>> = Lock::new(Vec::new());
+    fn all() -> &'static Lock<Vec<&'static StreamHandle>> {
+        static ALL: Lock<Vec<&StreamHandle>> = Lock::new(Vec::new());
         &ALL
     }
 }
@@ -52,8 +52,8 @@ impl Handled for streams::Stream {
 impl Handled for streams::Event {
     const MAGIC: usize = 0x4576_656e_7400;
 
-    fn all() -> &'static Lock<Vec<&'static Event>> {
-        static ALL: Lock<Vec<&Event>> = Lock::new(Vec::new());
+    fn all() -> &'static Lock<Vec<&'static EventHandle>> {
+        static ALL: Lock<Vec<&EventHandle>> = Lock::new(Vec::new());
         &ALL
     }
 }
@@ -65,7 +65,7 @@ pub(super) static EVENTS: AtomicUsize = AtomicUsize::new(0);
 pub(super) static TIMED_EVENTS: AtomicUsize = AtomicUsize::new(0);
 
 /// The devices' own streams, made when they are first used.
-static DEFAULT: [Lock<Option<&Stream>>; DEVICES] = [const { Lock::new(None) }; DEVICES];
+static DEFAULT: [Lock<Option<&StreamHandle>>; DEVICES] = [const { Lock::new(None) }; DEVICES];
 
 impl<T: Handled> Handle<T> {
     fn new(device: usize, what: T) -> &'static Self {
@@ -96,7 +96,7 @@ fn failed_to_start(error: std::io::Error) -> Code {
     Code::cudaErrorOperatingSystem
 }
 
-impl Stream {
+impl StreamHandle {
     fn start(device: usize) -> Result<&'static Self, Code> {
         let stream = Handle::new(device, streams::Stream::new().map_err(failed_to_start)?);
         DEVICE[device].streams.lock().push(stream);
@@ -127,7 +127,7 @@ impl Stream {
         DEFAULT[self.device].lock().is_some_and(|stream| ptr::eq(stream, self))
     }
 
-    pub(super) fn device(&self) -> &'static Device {
+    pub(super) fn device(&self) -> &'static EmulatedDevice {
         &DEVICE[self.device]
     }
 
@@ -161,7 +161,7 @@ impl Stream {
     }
 }
 
-impl Event {
+impl EventHandle {
     fn destroy(&self) {
         if self.alive.swap(false, AcqRel) {
             EVENTS.fetch_sub(1, AcqRel);
@@ -171,7 +171,7 @@ impl Event {
     }
 }
 
-impl Device {
+impl EmulatedDevice {
     /// Waits for all work of the device, and for streams that were destroyed to end.
     pub(super) fn drain(&self) {
         loop {
@@ -194,16 +194,16 @@ impl Device {
 /// Destroys every handle but the default streams.
 pub(super) fn end_all() {
     let streams: Vec<_> = streams::Stream::all().lock().clone();
-    streams.into_iter().filter(|stream| !stream.is_default()).for_each(Stream::destroy);
+    streams.into_iter().filter(|stream| !stream.is_default()).for_each(StreamHandle::destroy);
     let events: Vec<_> = streams::Event::all().lock().clone();
-    events.into_iter().for_each(Event::destroy);
+    events.into_iter().for_each(EventHandle::destroy);
 }
 
 /// A use of registered memory by work that is not done.
-struct Use(&'static Range);
+struct Use(&'static MemoryRange);
 
 impl Use {
-    fn of(range: &'static Range) -> Self {
+    fn of(range: &'static MemoryRange) -> Self {
         range.in_use.fetch_add(1, Relaxed);
         Self(range)
     }
@@ -219,7 +219,7 @@ impl Drop for Use {
 /// As `cudaMemcpyAsync`.
 unsafe fn copy(to: *mut c_void, from: *const c_void, bytes: usize, kind: Kind, raw: cudaStream_t) -> Result<(), Code> {
     // SAFETY: the caller's.
-    let stream = unsafe { Stream::of(raw.cast())? };
+    let stream = unsafe { StreamHandle::of(raw.cast())? };
     let reaches = |at: usize| stream.reaches(at, bytes);
     let is_host = |at: usize| at != 0 && !memory::DEVICE.touches(at, bytes);
     let (target, source) = (to.addr(), from.addr());
@@ -294,7 +294,7 @@ impl Drop for Grid {
 /// As [`Handle::find`].
 unsafe fn launch(raw: cudaStream_t, grid: Grid) -> Result<(), Code> {
     // SAFETY: the caller's.
-    let stream = unsafe { Stream::of(raw.cast())? };
+    let stream = unsafe { StreamHandle::of(raw.cast())? };
     if stream.device != CURRENT.get() {
         return Err(Code::cudaErrorInvalidResourceHandle);
     }
@@ -330,7 +330,7 @@ unsafe extern "C" fn cudaStreamCreateWithFlags(to: *mut cudaStream_t, flags: c_u
         return Code::cudaErrorInvalidValue;
     }
     let device = CURRENT.get();
-    code(DEVICE[device].alive().and_then(|()| Stream::start(device)).map(|stream| {
+    code(DEVICE[device].alive().and_then(|()| StreamHandle::start(device)).map(|stream| {
         STREAMS.fetch_add(1, AcqRel);
         // SAFETY: the caller's.
         unsafe { to.write(stream.raw().cast()) };
@@ -343,7 +343,7 @@ unsafe extern "C" fn cudaStreamDestroy(stream: cudaStream_t) -> Code {
         return Code::cudaErrorInvalidResourceHandle;
     }
     // SAFETY: the caller's.
-    code(unsafe { Stream::of(stream.cast()) }.map(Stream::destroy))
+    code(unsafe { StreamHandle::of(stream.cast()) }.map(StreamHandle::destroy))
 }
 
 #[unsafe(no_mangle)]
@@ -351,14 +351,15 @@ unsafe extern "C" fn cudaStreamIsCapturing(stream: cudaStream_t, to: *mut cudaSt
     // SAFETY: the caller's.
     unsafe {
         let none = cudaStreamCaptureStatus::cudaStreamCaptureStatusNone;
-        code(Stream::of(stream.cast()).map(|_| to.write(none)))
+        code(StreamHandle::of(stream.cast()).map(|_| to.write(none)))
     }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaStreamWaitEvent(stream: cudaStream_t, event: cudaEvent_t, _flags: c_uint) -> Code {
     // SAFETY: the caller's.
-    let found = unsafe { Stream::of(stream.cast()).and_then(|stream| Ok((stream, Event::find(event.cast())?))) };
+    let found =
+        unsafe { StreamHandle::of(stream.cast()).and_then(|stream| Ok((stream, EventHandle::find(event.cast())?))) };
     code(found.map(|(stream, event)| stream.what.wait(&event.what)))
 }
 
@@ -378,22 +379,22 @@ unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, flags: c_uin
 ///
 /// # Safety
 /// As [`Handle::find`].
-unsafe fn event(raw: cudaEvent_t) -> Result<&'static Event, Code> {
+unsafe fn event(raw: cudaEvent_t) -> Result<&'static EventHandle, Code> {
     // SAFETY: the caller's.
-    let event = unsafe { Event::find(raw.cast())? };
+    let event = unsafe { EventHandle::find(raw.cast())? };
     DEVICE[event.device].alive().map(|()| event)
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventDestroy(raw: cudaEvent_t) -> Code {
     // SAFETY: the caller's.
-    code(unsafe { event(raw) }.map(Event::destroy))
+    code(unsafe { event(raw) }.map(EventHandle::destroy))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventRecord(raw: cudaEvent_t, stream: cudaStream_t) -> Code {
     // SAFETY: the caller's.
-    let found = unsafe { event(raw).and_then(|event| Ok((event, Stream::of(stream.cast())?))) };
+    let found = unsafe { event(raw).and_then(|event| Ok((event, StreamHandle::of(stream.cast())?))) };
     code(found.and_then(|(event, stream)| {
         if event.device != stream.device {
             return Err(Code::cudaErrorInvalidResourceHandle);
