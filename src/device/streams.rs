@@ -167,7 +167,7 @@ unsafe fn run(queue: &WorkQueue, mut first: *mut Node) {
         // SAFETY: whoever pushed `next` has stored it, and was the last to touch `first`.
         drop(unsafe { Box::from_raw(first) });
         first = next;
-        // SAFETY: as above; it was filled before it was pushed.
+        // SAFETY: the node is this thread's, and was filled before it was pushed.
         match unsafe { (*first).work.get().as_mut() }.and_then(Option::take) {
             Some(work) => work(),
             None => break,
@@ -247,7 +247,7 @@ impl Event {
 
     /// Whether the newest record was reached; one that never was recorded counts as reached.
     pub(crate) fn is_reached(&self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: records are freed by `forget` alone.
         unsafe { self.newest.load(Acquire).as_ref() }.is_none_or(|record| record.mark.is_reached())
     }
 

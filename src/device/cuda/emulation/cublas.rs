@@ -51,20 +51,20 @@ unsafe extern "C" fn create(to: *mut *mut c_void) -> c_int {
     }
     HANDLES.fetch_add(1, AcqRel);
     let handle = Box::new(ProductHandle { device: CURRENT.get(), stream: std::ptr::null_mut() });
-    // SAFETY: the caller's: results have a place.
+    // SAFETY: a program gives the place for the handle.
     unsafe { to.write(Box::into_raw(handle).cast()) };
     SUCCESS
 }
 
 unsafe extern "C" fn destroy(handle: *mut c_void) -> c_int {
     HANDLES.fetch_sub(1, AcqRel);
-    // SAFETY: the caller's: it was created, and is destroyed once.
+    // SAFETY: `create` made it, and a program destroys it once.
     drop(unsafe { Box::from_raw(handle.cast::<ProductHandle>()) });
     SUCCESS
 }
 
 unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> c_int {
-    // SAFETY: the caller's: handle and stream exist.
+    // SAFETY: `create` made the handle, which one thread uses at a time; the stream was created, or is null.
     let (handle, found) = unsafe { (&mut *handle.cast::<ProductHandle>(), StreamHandle::of(stream)) };
     match found {
         Ok(found) if std::ptr::eq(found.device(), &super::DEVICE[handle.device]) => {
@@ -76,7 +76,7 @@ unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> c_i
 }
 
 unsafe extern "C" fn set_workspace(handle: *mut c_void, start: *mut c_void, bytes: usize) -> c_int {
-    // SAFETY: the caller's.
+    // SAFETY: `create` made the handle, and its stream was created or is null.
     let stream = unsafe { StreamHandle::of((*handle.cast::<ProductHandle>()).stream) };
     let there = stream.is_ok_and(|stream| stream.reaches(start.addr(), bytes));
     if there && start.addr().is_multiple_of(256) { SUCCESS } else { INVALID_VALUE }
@@ -129,7 +129,7 @@ impl Matrix {
     /// It is a matrix of BF16 that nobody writes.
     unsafe fn widened(&self) -> Vec<f32> {
         let column = |column: usize| {
-            // SAFETY: the caller's.
+            // SAFETY: the column lies in the matrix, which nobody writes.
             unsafe { slice::from_raw_parts(self.start.cast::<bf16>().add(column * self.apart), self.rows) }
         };
         (0..self.columns).flat_map(|at| column(at).iter().map(|x| x.to_f32())).collect()
@@ -141,7 +141,7 @@ impl Matrix {
 /// # Safety
 /// The matrices are what their sizes say; nobody else uses `c`.
 unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32) {
-    // SAFETY: the caller's.
+    // SAFETY: the two are matrices that nobody writes, by what this function asks of its caller.
     let (left, right) = unsafe { (a.widened(), b.widened()) };
     let mut sums = vec![0f32; c.rows * c.columns];
     // SAFETY: the vectors have `a.rows` elements for each of the product's rows and columns, and one for each of its elements.
@@ -154,7 +154,7 @@ unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32) {
             let at = column * c.apart + row;
             // What is multiplied by nothing is not read: it may be NaN.
             let add = |before: f32| if beta == 0.0 { *sum } else { sum + beta * before };
-            // SAFETY: the caller's.
+            // SAFETY: `at` is inside the matrix `c`, which nobody else uses.
             unsafe {
                 if wide {
                     let to = c.start.cast::<f32>().add(at);
@@ -189,7 +189,7 @@ unsafe extern "C" fn gemm(
     compute: c_int,
     _algorithm: c_int,
 ) -> c_int {
-    // SAFETY: the caller's.
+    // SAFETY: `create` made the handle, and a program gives both factors.
     let (handle, alpha, beta) = unsafe { (&*handle.cast::<ProductHandle>(), *alpha, *beta) };
     let asked = (transpose_a, transpose_b, a_type, b_type, compute, alpha);
     let wide = c_type == CUDA_R_32F;
@@ -206,7 +206,7 @@ unsafe extern "C" fn gemm(
     let a = Matrix { start: a.cast_mut(), rows: k, columns: m, apart: a_apart };
     let b = Matrix { start: b.cast_mut(), rows: k, columns: n, apart: b_apart };
     let c = Matrix { start: c, rows: m, columns: n, apart: c_apart };
-    // SAFETY: the caller's: the stream exists.
+    // SAFETY: the handle's stream was created, or is null; streams are never given back.
     let Ok(stream) = (unsafe { StreamHandle::of(handle.stream) }) else { return EXECUTION_FAILED };
     let size = if wide { 4 } else { 2 };
     let there = a.on(stream, 2) && b.on(stream, 2) && c.on(stream, size);

@@ -232,7 +232,7 @@ fn unregister(start: usize) -> Result<(), Code> {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaMalloc(to: *mut *mut c_void, bytes: usize) -> Code {
-    // SAFETY: the caller's, as everywhere in the runtime's functions: results have a place.
+    // SAFETY: a program gives the place for the address.
     code(allocate(bytes).map(|start| unsafe { to.write(ptr::with_exposed_provenance_mut(start)) }))
 }
 
@@ -244,7 +244,7 @@ extern "C" fn cudaFree(memory: *mut c_void) -> Code {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaMemGetInfo(free: *mut usize, total: *mut usize) -> Code {
     let (device, most) = (current(), MACHINE.memory.load(Relaxed));
-    // SAFETY: as above.
+    // SAFETY: a program gives the places for both sizes.
     code(device.alive().map(|()| unsafe {
         free.write(most.saturating_sub(device.used.load(Relaxed)));
         total.write(most);

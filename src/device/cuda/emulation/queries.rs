@@ -37,7 +37,7 @@ fn attribute(attribute: Attribute) -> Result<c_int, Code> {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaGetDeviceCount(to: *mut c_int) -> Code {
-    // SAFETY: results have a place, here and below.
+    // SAFETY: a program gives the place for the number.
     code(devices().map(|devices| unsafe { to.write(devices) }))
 }
 
@@ -51,14 +51,14 @@ extern "C" fn cudaSetDevice(ordinal: c_int) -> Code {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaDeviceGetAttribute(to: *mut c_int, which: Attribute, ordinal: c_int) -> Code {
-    // SAFETY: as above.
+    // SAFETY: a program gives the place for the value.
     code(check(ordinal).and_then(|()| attribute(which)).map(|value| unsafe { to.write(value) }))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaGetDeviceProperties(to: *mut sys::cudaDeviceProp, ordinal: c_int) -> Code {
     code(check(ordinal).map(|()| {
-        // SAFETY: as above; it is a structure of numbers, for which zeros will do.
+        // SAFETY: a program gives the place for the structure, which is one of numbers: zeros will do.
         let properties = unsafe {
             to.write_bytes(0, 1);
             &mut *to
@@ -70,14 +70,14 @@ unsafe extern "C" fn cudaGetDeviceProperties(to: *mut sys::cudaDeviceProp, ordin
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaDriverGetVersion(to: *mut c_int) -> Code {
-    // SAFETY: as above.
+    // SAFETY: a program gives the place for the version.
     unsafe { to.write(MACHINE.driver.load(Relaxed)) };
     Code::cudaSuccess
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaRuntimeGetVersion(to: *mut c_int) -> Code {
-    // SAFETY: as above.
+    // SAFETY: a program gives the place for the version.
     unsafe { to.write(sys::CUDART_VERSION) };
     Code::cudaSuccess
 }

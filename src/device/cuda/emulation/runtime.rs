@@ -81,7 +81,7 @@ impl<T: Handled> Handle<T> {
         if raw.addr() < 4096 || !raw.cast::<Self>().is_aligned() {
             return refused;
         }
-        // SAFETY: the caller's, and handles are never freed.
+        // SAFETY: the address of one that was created, which is never given back.
         let handle = unsafe { &*raw.cast::<Self>() };
         if handle.magic == T::MAGIC && handle.alive.load(Acquire) { Ok(handle) } else { refused }
     }
@@ -116,7 +116,7 @@ impl StreamHandle {
                 None => default.insert(Self::start(device)?),
             }
         } else {
-            // SAFETY: the caller's.
+            // SAFETY: a stream that was created, by what this function asks of its caller.
             unsafe { Self::find(raw)? }
         };
         stream.device().alive()?;
@@ -218,7 +218,7 @@ impl Drop for Use {
 /// # Safety
 /// As `cudaMemcpyAsync`.
 unsafe fn copy(to: *mut c_void, from: *const c_void, bytes: usize, kind: Kind, raw: cudaStream_t) -> Result<(), Code> {
-    // SAFETY: the caller's.
+    // SAFETY: null, or a stream that was created: its memory is never given back.
     let stream = unsafe { StreamHandle::of(raw.cast())? };
     let reaches = |at: usize| stream.reaches(at, bytes);
     let is_host = |at: usize| at != 0 && !memory::DEVICE.touches(at, bytes);
@@ -293,7 +293,7 @@ impl Drop for Grid {
 /// # Safety
 /// As [`Handle::find`].
 unsafe fn launch(raw: cudaStream_t, grid: Grid) -> Result<(), Code> {
-    // SAFETY: the caller's.
+    // SAFETY: null, or a stream that was created: its memory is never given back.
     let stream = unsafe { StreamHandle::of(raw.cast())? };
     if stream.device != CURRENT.get() {
         return Err(Code::cudaErrorInvalidResourceHandle);
@@ -307,7 +307,7 @@ unsafe fn launch(raw: cudaStream_t, grid: Grid) -> Result<(), Code> {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn emulation_enqueue(stream: cudaStream_t, grid: *mut c_void) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: the kernels give a grid that is theirs no more, and the stream that they were given.
     code(unsafe { launch(stream, Grid(grid)) })
 }
 
@@ -319,7 +319,7 @@ unsafe extern "C" fn cudaMemcpyAsync(
     kind: Kind,
     stream: cudaStream_t,
 ) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: the program gives ranges that stay until the copy is done, and a stream that was created.
     code(unsafe { copy(to, from, bytes, kind, stream) })
 }
 
@@ -332,7 +332,7 @@ unsafe extern "C" fn cudaStreamCreateWithFlags(to: *mut cudaStream_t, flags: c_u
     let device = CURRENT.get();
     code(DEVICE[device].alive().and_then(|()| StreamHandle::start(device)).map(|stream| {
         STREAMS.fetch_add(1, AcqRel);
-        // SAFETY: the caller's.
+        // SAFETY: a program gives the place for its stream.
         unsafe { to.write(stream.raw().cast()) };
     }))
 }
@@ -342,13 +342,13 @@ unsafe extern "C" fn cudaStreamDestroy(stream: cudaStream_t) -> Code {
     if stream.is_null() {
         return Code::cudaErrorInvalidResourceHandle;
     }
-    // SAFETY: the caller's.
+    // SAFETY: null, or a stream that was created: its memory is never given back.
     code(unsafe { StreamHandle::of(stream.cast()) }.map(StreamHandle::destroy))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaStreamIsCapturing(stream: cudaStream_t, to: *mut cudaStreamCaptureStatus) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: null or a stream that was created, and the place for the answer.
     unsafe {
         let none = cudaStreamCaptureStatus::cudaStreamCaptureStatusNone;
         code(StreamHandle::of(stream.cast()).map(|_| to.write(none)))
@@ -357,7 +357,7 @@ unsafe extern "C" fn cudaStreamIsCapturing(stream: cudaStream_t, to: *mut cudaSt
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaStreamWaitEvent(stream: cudaStream_t, event: cudaEvent_t, _flags: c_uint) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: a stream and an event that were created: their memory is never given back.
     let found =
         unsafe { StreamHandle::of(stream.cast()).and_then(|stream| Ok((stream, EventHandle::find(event.cast())?))) };
     code(found.map(|(stream, event)| stream.what.wait(&event.what)))
@@ -370,7 +370,7 @@ unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, flags: c_uin
         EVENTS.fetch_add(1, AcqRel);
         let timed = flags & cudaEventDisableTiming as c_uint == 0;
         TIMED_EVENTS.fetch_add(usize::from(timed), AcqRel);
-        // SAFETY: the caller's.
+        // SAFETY: a program gives the place for its event.
         unsafe { to.write(Handle::new(device, streams::Event::new(timed)).raw().cast()) };
     }))
 }
@@ -380,20 +380,20 @@ unsafe extern "C" fn cudaEventCreateWithFlags(to: *mut cudaEvent_t, flags: c_uin
 /// # Safety
 /// As [`Handle::find`].
 unsafe fn event(raw: cudaEvent_t) -> Result<&'static EventHandle, Code> {
-    // SAFETY: the caller's.
+    // SAFETY: an event that was created, by what this function asks of its caller.
     let event = unsafe { EventHandle::find(raw.cast())? };
     DEVICE[event.device].alive().map(|()| event)
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventDestroy(raw: cudaEvent_t) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: an event that was created: its memory is never given back.
     code(unsafe { event(raw) }.map(EventHandle::destroy))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventRecord(raw: cudaEvent_t, stream: cudaStream_t) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: a stream and an event that were created: their memory is never given back.
     let found = unsafe { event(raw).and_then(|event| Ok((event, StreamHandle::of(stream.cast())?))) };
     code(found.and_then(|(event, stream)| {
         if event.device != stream.device {
@@ -406,7 +406,7 @@ unsafe extern "C" fn cudaEventRecord(raw: cudaEvent_t, stream: cudaStream_t) -> 
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventQuery(raw: cudaEvent_t) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: an event that was created: its memory is never given back.
     match unsafe { event(raw) } {
         Ok(event) if event.what.is_reached() => code(DEVICE[event.device].alive()),
         Ok(_) => Code::cudaErrorNotReady,
@@ -416,14 +416,14 @@ unsafe extern "C" fn cudaEventQuery(raw: cudaEvent_t) -> Code {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventElapsedTime(to: *mut f32, from: cudaEvent_t, until: cudaEvent_t) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: two events that were created: their memory is never given back.
     let found = unsafe { event(from).and_then(|from| Ok((from, event(until)?))) };
     code(found.and_then(|(from, until)| {
         if !(from.what.timed && until.what.timed) || from.device != until.device {
             return Err(Code::cudaErrorInvalidResourceHandle);
         }
         let (from, until) = from.what.reached_at().zip(until.what.reached_at()).ok_or(Code::cudaErrorNotReady)?;
-        // SAFETY: as above.
+        // SAFETY: a program gives the place for the time.
         unsafe { to.write((until as f64 - from as f64) as f32 / 1e6) };
         Ok(())
     }))
@@ -431,7 +431,7 @@ unsafe extern "C" fn cudaEventElapsedTime(to: *mut f32, from: cudaEvent_t, until
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaEventSynchronize(raw: cudaEvent_t) -> Code {
-    // SAFETY: the caller's.
+    // SAFETY: an event that was created: its memory is never given back.
     code(unsafe { event(raw) }.and_then(|event| {
         event.what.synchronize();
         let device = &DEVICE[event.device];
