@@ -3,6 +3,9 @@
 //! That is why its few types and numbers are written down here and not bound by `cuda-sys`: a toolkit that can build the crate
 //! may have no `cublas_api.h`, as the one of `ci/cuda-toolkit` has none.
 
+#[cfg(cuda_emulated)]
+mod emulated;
+
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
     ptr,
@@ -87,7 +90,7 @@ impl Library {
     #[cfg(cuda_emulated)]
     fn try_open() -> Result<Self> {
         // SAFETY: the symbols are functions of this program, which stay as long as it runs.
-        Ok(unsafe { Self::find(crate::device::cuda::emulation::cublas::symbol) }.expect("the emulation has them all"))
+        Ok(unsafe { Self::find(emulated::symbol) }.expect("the emulation has them all"))
     }
 
     #[cfg(not(cuda_emulated))]

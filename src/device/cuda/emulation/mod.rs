@@ -12,12 +12,10 @@
 //!
 //! Tests steer it by the functions below, which hold for the whole process.
 
-#[cfg(feature = "model")]
-pub(crate) mod cublas;
 mod memory;
 mod queries;
 mod ranges;
-mod runtime;
+pub(crate) mod runtime;
 
 use std::{
     cell::{Cell, UnsafeCell},
@@ -107,6 +105,9 @@ pub fn machine(devices: i32, driver: i32, capability: i32) {
     MACHINE.capability.store(capability, Relaxed);
 }
 
+/// cuBLAS handles, which `kernels/cublas/emulated.rs` makes.
+pub(crate) static PRODUCTS: AtomicUsize = AtomicUsize::new(0);
+
 static UNREGISTERED_COPIES: AtomicU64 = AtomicU64::new(0);
 
 /// How many copies so far went from or to host memory that was not registered.
@@ -142,10 +143,7 @@ pub fn live() -> Live {
         registrations: memory::HOST.count(),
         streams: runtime::STREAMS.load(Acquire),
         events: runtime::EVENTS.load(Acquire),
-        #[cfg(feature = "model")]
-        products: cublas::HANDLES.load(Acquire),
-        #[cfg(not(feature = "model"))]
-        products: 0,
+        products: PRODUCTS.load(Acquire),
     }
 }
 
@@ -165,7 +163,7 @@ pub fn reset() {
 }
 
 /// A device and its context.
-struct EmulatedDevice {
+pub(crate) struct EmulatedDevice {
     /// The error that lost the context; 0 if none did.
     lost: AtomicU32,
     /// Bytes allocated.
@@ -174,13 +172,13 @@ struct EmulatedDevice {
     streams: Lock<Vec<&'static runtime::StreamHandle>>,
 }
 
-static DEVICE: [EmulatedDevice; DEVICES] =
+pub(crate) static DEVICE: [EmulatedDevice; DEVICES] =
     [const { EmulatedDevice { lost: AtomicU32::new(0), used: AtomicUsize::new(0), streams: Lock::new(Vec::new()) } };
         DEVICES];
 
 impl EmulatedDevice {
     /// The error that lost the context, if one did.
-    fn alive(&self) -> Result<(), Code> {
+    pub(crate) fn alive(&self) -> Result<(), Code> {
         match self.lost.load(Acquire) {
             0 => Ok(()),
             code => Err(Code(code)),
@@ -194,11 +192,11 @@ impl EmulatedDevice {
 }
 
 thread_local! {
-    static CURRENT: Cell<usize> = const { Cell::new(0) };
+    pub(crate) static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
 /// The thread's device.
-fn current() -> &'static EmulatedDevice {
+pub(crate) fn current() -> &'static EmulatedDevice {
     &DEVICE[CURRENT.get()]
 }
 
@@ -208,7 +206,7 @@ fn code(result: Result<(), Code>) -> Code {
 }
 
 /// A lock that spins, for what is rare and short: the thread sanitizer does not see inside the standard library's.
-struct Lock<T> {
+pub(crate) struct Lock<T> {
     held: AtomicBool,
     value: UnsafeCell<T>,
 }

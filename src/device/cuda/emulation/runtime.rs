@@ -23,18 +23,18 @@ use crate::device::streams::{self, Along, pause};
 
 /// A stream or an event, of one device.
 #[repr(align(64))]
-pub(super) struct Handle<T> {
+pub(crate) struct Handle<T> {
     magic: usize,
     device: usize,
     alive: AtomicBool,
     what: T,
 }
 
-pub(super) type StreamHandle = Handle<streams::Stream>;
+pub(crate) type StreamHandle = Handle<streams::Stream>;
 type EventHandle = Handle<streams::Event>;
 
 /// What handles are made for.
-pub(super) trait Handled: Sized + 'static {
+pub(crate) trait Handled: Sized + 'static {
     const MAGIC: usize;
     /// Every handle there ever was.
     fn all() -> &'static Lock<Vec<&'static Handle<Self>>>;
@@ -107,7 +107,7 @@ impl StreamHandle {
     ///
     /// # Safety
     /// As [`Handle::find`].
-    pub(super) unsafe fn of(raw: *mut c_void) -> Result<&'static Self, Code> {
+    pub(crate) unsafe fn of(raw: *mut c_void) -> Result<&'static Self, Code> {
         let device = CURRENT.get();
         let stream = if raw.is_null() {
             let mut default = DEFAULT[device].lock();
@@ -127,17 +127,17 @@ impl StreamHandle {
         DEFAULT[self.device].lock().is_some_and(|stream| ptr::eq(stream, self))
     }
 
-    pub(super) fn device(&self) -> &'static EmulatedDevice {
+    pub(crate) fn device(&self) -> &'static EmulatedDevice {
         &DEVICE[self.device]
     }
 
     /// Whether all of these bytes are memory of the stream's device.
-    pub(super) fn reaches(&self, start: usize, bytes: usize) -> bool {
+    pub(crate) fn reaches(&self, start: usize, bytes: usize) -> bool {
         memory::DEVICE.around(start, bytes).is_some_and(|range| range.device() == self.device)
     }
 
     /// Enqueues work that may fault.
-    pub(super) fn run(&self, work: impl FnOnce() -> Result<(), Code> + Send + 'static) {
+    pub(crate) fn run(&self, work: impl FnOnce() -> Result<(), Code> + Send + 'static) {
         let (device, delay) = (self.device(), DICE.delay(RARITY));
         self.what.push(move || {
             pause(delay);

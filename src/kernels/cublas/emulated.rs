@@ -1,15 +1,18 @@
-//! The part of cuBLAS that the crate uses: products of BF16, added up in F32.
+//! The part of cuBLAS that the crate uses, on the emulated runtime: products of BF16, added up in F32.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
     slice,
-    sync::atomic::{AtomicUsize, Ordering::AcqRel},
+    sync::atomic::Ordering::AcqRel,
 };
 
 use half::bf16;
 
-use super::{CURRENT, Code, current, runtime::StreamHandle};
-use crate::device::streams::Along;
+use crate::device::{
+    cuda::emulation::{CURRENT, DEVICE, PRODUCTS, current, runtime::StreamHandle},
+    cuda::sys::cudaError,
+    streams::Along,
+};
 
 // Of cublas_api.h and library_types.h.
 const SUCCESS: c_int = 0;
@@ -21,9 +24,6 @@ const CUDA_R_32F: c_int = 0;
 const CUDA_R_16BF: c_int = 14;
 const COMPUTE_32F: c_int = 68;
 
-/// How many handles there are.
-pub(super) static HANDLES: AtomicUsize = AtomicUsize::new(0);
-
 /// A handle: of one device, with the stream that it enqueues on.
 struct ProductHandle {
     device: usize,
@@ -31,7 +31,7 @@ struct ProductHandle {
 }
 
 /// The function of that name, as `dlsym` would find it.
-pub(crate) fn symbol(name: &CStr) -> *mut c_void {
+pub(super) fn symbol(name: &CStr) -> *mut c_void {
     match name.to_bytes() {
         b"cublasCreate_v2" => create as *mut c_void,
         b"cublasDestroy_v2" => destroy as *mut c_void,
@@ -49,7 +49,7 @@ unsafe extern "C" fn create(to: *mut *mut c_void) -> c_int {
     if current().alive().is_err() {
         return EXECUTION_FAILED;
     }
-    HANDLES.fetch_add(1, AcqRel);
+    PRODUCTS.fetch_add(1, AcqRel);
     let handle = Box::new(ProductHandle { device: CURRENT.get(), stream: std::ptr::null_mut() });
     // SAFETY: a program gives the place for the handle.
     unsafe { to.write(Box::into_raw(handle).cast()) };
@@ -57,7 +57,7 @@ unsafe extern "C" fn create(to: *mut *mut c_void) -> c_int {
 }
 
 unsafe extern "C" fn destroy(handle: *mut c_void) -> c_int {
-    HANDLES.fetch_sub(1, AcqRel);
+    PRODUCTS.fetch_sub(1, AcqRel);
     // SAFETY: `create` made it, and a program destroys it once.
     drop(unsafe { Box::from_raw(handle.cast::<ProductHandle>()) });
     SUCCESS
@@ -67,7 +67,7 @@ unsafe extern "C" fn set_stream(handle: *mut c_void, stream: *mut c_void) -> c_i
     // SAFETY: `create` made the handle, which one thread uses at a time; the stream was created, or is null.
     let (handle, found) = unsafe { (&mut *handle.cast::<ProductHandle>(), StreamHandle::of(stream)) };
     match found {
-        Ok(found) if std::ptr::eq(found.device(), &super::DEVICE[handle.device]) => {
+        Ok(found) if std::ptr::eq(found.device(), &DEVICE[handle.device]) => {
             handle.stream = stream;
             SUCCESS
         }
@@ -214,7 +214,7 @@ unsafe extern "C" fn gemm(
     stream.run(move || {
         let Along(matrices) = { matrices };
         if !there {
-            return Err(Code::cudaErrorIllegalAddress);
+            return Err(cudaError::cudaErrorIllegalAddress);
         }
         if m * n > 0 {
             // SAFETY: they lie in device memory, as was found above, ordered by the stream.
