@@ -337,3 +337,32 @@ fn behind_a_link_the_verdict_tells_copies_from_computation_though_the_caller_onl
         }
     }
 }
+
+#[test]
+fn a_copy_that_waits_for_computation_is_not_the_link_at_work() {
+    if !in_child("pipeline::tests::spans::a_copy_that_waits_for_computation_is_not_the_link_at_work") {
+        return;
+    }
+    simulated::begin();
+    let [copy, compute, host] = [2, 40, 15].map(Duration::from_millis);
+    let mut fixture = fixtures::fixture(2, &[4_000], 5);
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Pinned));
+    let device = AsyncCpu::new(1);
+    device.pace_copies(copy);
+    device.link();
+    let settings = Settings { n_gpu: 1, n_cpu_pinned: 2, ..Settings::default() };
+    let mut streamer = LayerStreamer::new(&device, &fixture.checkpoint, &fixture.units, &settings).unwrap();
+    let stream = device.stream().unwrap();
+    // The second copy waits for the first layer's work, while the caller, who has the second layer, wakes the stage.
+    let pass = streamer.run_pass(&stream, (), |(), layer| {
+        match layer.index() {
+            0 => device.enqueue(&stream, move || simulated::sleep(compute)),
+            _ => simulated::sleep(host),
+        }
+        Ok::<_, Error>(())
+    });
+    pass.unwrap();
+    device.drain(&stream).unwrap();
+    let link = *streamer.stats().stage(Stage::Transfer);
+    assert!(link.busy <= 3 * copy && link.blocked >= compute - 2 * copy, "two copies of {copy:?}: {link:?}");
+}
