@@ -39,6 +39,7 @@ rules! {
         "Cpu.add(stream, x, other).unwrap();";
     AnAddressIsBelievedUnderUnsafeAlone: "E0133",
         concat!(uses!(), "fn f(at: DevicePtr, shape: Shape) {\n"),
+        // SAFETY: a program that is compiled and never run.
         "let _: TensorRef<'_, Cpu> = unsafe { TensorRef::from_raw(at, DType::F32, shape) };",
         "let _: TensorRef<'_, Cpu> = TensorRef::from_raw(at, DType::F32, shape);";
     AnInputIsNoOutput: "E0502",

@@ -106,6 +106,8 @@ impl Copiers {
     /// # Safety
     /// Both ranges are valid, do not overlap, and nobody else touches them meanwhile.
     pub(crate) unsafe fn copy(&mut self, from: *const u8, to: *mut u8, len: usize) {
+        #[cfg(test)]
+        pace::keep();
         let block = CopyBlock { from, to, len };
         // One piece is the calling thread's own.
         let helpers = &mut self.helpers[..self.active.min(len.saturating_sub(1) / PIECE)];
@@ -156,6 +158,31 @@ impl Drop for Copiers {
         self.helpers.iter().for_each(|helper| helper.wake.notify());
         for helper in &mut self.helpers {
             let _ = helper.thread.take().map(thread::JoinHandle::join);
+        }
+    }
+}
+
+/// How long copies take besides, for tests on the simulated clock.
+#[cfg(test)]
+pub(super) mod pace {
+    use std::{
+        sync::atomic::{AtomicU64, Ordering::Relaxed},
+        time::Duration,
+    };
+
+    use crate::trace::clock::simulated;
+
+    static NANOSECONDS: AtomicU64 = AtomicU64::new(0);
+
+    /// From now on each copy of this process takes so much longer.
+    pub(crate) fn set(time: Duration) {
+        NANOSECONDS.store(time.as_nanos() as u64, Relaxed);
+    }
+
+    pub(super) fn keep() {
+        match NANOSECONDS.load(Relaxed) {
+            0 => {}
+            time => simulated::sleep(Duration::from_nanos(time)),
         }
     }
 }

@@ -9,6 +9,7 @@ use std::{
 use super::*;
 use crate::{
     io::faults::Attempt,
+    pipeline::copiers,
     trace::{Activity, Begun, Bound, Mark, Observer, PassStats, Span, Stage, Verdict},
 };
 
@@ -218,8 +219,8 @@ enum Slow {
 
 /// Steady passes on such a machine.
 fn judged(slow: Slow) -> Verdict {
-    let elements = if slow == Slow::Pin { 6 << 20 } else { 4_000 };
-    let fixture = fixtures::fixture(8, &[elements], 5);
+    let fixture = fixtures::fixture(8, &[4_000], 5);
+    copiers::pace::set(if slow == Slow::Pin { Duration::from_millis(5) } else { Duration::ZERO });
     let device = AsyncCpu::new(1);
     device.pace_copies(if slow == Slow::Copy { Duration::from_millis(5) } else { Duration::ZERO });
     let read = if slow == Slow::Disk { Duration::from_millis(5) } else { Duration::ZERO };
@@ -249,13 +250,6 @@ fn judged(slow: Slow) -> Verdict {
     streamer.verdict().unwrap()
 }
 
-/// By the system's clock, since these copies are the processor's own: what part of a pass they take is then also the system's.
-#[test]
-fn the_verdict_names_the_pin_stage_where_it_is_slow() {
-    let verdict = judged(Slow::Pin);
-    assert_eq!((verdict.bound, verdict.moves), (Bound::Pin, true), "{verdict}");
-}
-
 #[test]
 fn the_verdict_names_the_stage_that_is_slow() {
     if !in_child("pipeline::tests::spans::the_verdict_names_the_stage_that_is_slow") {
@@ -264,6 +258,7 @@ fn the_verdict_names_the_stage_that_is_slow() {
     simulated::begin();
     assert_named(&[
         (Slow::Disk, Bound::Disk),
+        (Slow::Pin, Bound::Pin),
         (Slow::Copy, Bound::Transfer),
         (Slow::Compute, Bound::Compute),
         (Slow::Nothing, Bound::Compute),
