@@ -57,7 +57,8 @@ fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng)
         table.insert(name.clone(), StoredTensor { name, file: files[file].clone(), offset, dtype, shape: vec![count] });
     }
     for (file, end) in files.iter().zip(ends) {
-        let bytes: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(end as usize).collect();
+        let mut bytes = vec![0; end as usize];
+        rng.fill(&mut bytes);
         fs::write(file, bytes).unwrap();
     }
     let named = |(number, tensors): (usize, &Vec<_>)| {

@@ -1,6 +1,5 @@
 //! The CUDA device by the rules that every device follows, on a real GPU. Without one the tests have nothing to test, and
 //! say so.
-#![cfg(feature = "cuda")]
 
 mod common;
 

@@ -1,5 +1,4 @@
 //! What remains after a kernel has faulted: an executable of its own, since the context dies with it.
-#![cfg(feature = "cuda")]
 
 mod common;
 

@@ -1,6 +1,5 @@
 //! Each kernel on a GPU beside its twin on the CPU, on fresh random data of any shape. Without a GPU there is nothing to test,
 //! and the tests say so.
-#![cfg(feature = "cuda")]
 
 mod common;
 #[path = "../examples/bench/twin.rs"]

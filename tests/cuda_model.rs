@@ -1,6 +1,5 @@
 //! The decoder on a GPU, in BF16, beside the CPU device, in F32; `tests/cuda_oracle.rs` holds both against what was computed
 //! elsewhere. Without a GPU there is nothing to test, and the tests say so.
-#![cfg(feature = "cuda")]
 
 mod common;
 

@@ -1,6 +1,5 @@
 //! The decoder, run in every way on a GPU, real or emulated, against what was computed elsewhere for the same checkpoints. Without
 //! a GPU there is nothing to test, and the tests say so.
-#![cfg(feature = "cuda")]
 
 mod common;
 #[path = "common/oracle.rs"]

@@ -345,8 +345,8 @@ fn what_a_worker_started_ends_with_it_however_it_ends_or_stops() {
         (TRICKLES, "hung: its set-up took more than 2 s; killed"),
         (CLOSES_ITS_CHANNEL, "closed its channel and did not end; killed"),
     ];
-    // One by one, as each has to leave nothing.
-    for reason in reasons {
+    // Each in a folder of its own, by whose name it is seen that nothing is left.
+    let check = |reason: (usize, &str)| {
         let folder = support::folder();
         let tuner = Tuner { sleep: Duration::from_millis(200), ..tuner(folder.path(), &[reason.0]) };
         // What it said is heard when it has ended already.
@@ -358,7 +358,8 @@ fn what_a_worker_started_ends_with_it_however_it_ends_or_stops() {
         });
         nothing_is_left(folder.path());
         were_refused(&ranking, &[reason]);
-    }
+    };
+    thread::scope(|scope| reasons.into_iter().for_each(|reason| _ = scope.spawn(move || check(reason))));
 }
 
 #[test]

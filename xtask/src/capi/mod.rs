@@ -1,5 +1,7 @@
 //! The C API as those who embed the library have it.
 
+#[cfg(test)]
+mod header;
 pub mod install;
 
 use std::{
