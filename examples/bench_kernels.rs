@@ -404,7 +404,7 @@ impl<D: Kernels> Bench<'_, D> {
         const SIZE: usize = 128;
         let here = self.on;
         let activation = here.device.precision().activation;
-        let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None };
+        let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None, soft_cap: None };
         // A cache that no other memory of the device is large enough to keep, used row by row.
         let pool = self.many(1 << 29);
         let contexts = [1 << 10, 2 << 10, 4 << 10, 8 << 10].map(|context| (0, context));

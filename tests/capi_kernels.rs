@@ -195,7 +195,7 @@ impl Both {
             |s, [x, a, b, c, cache]| unsafe { ls_append_kv(s, x, &batch(a, b, c), cache) },
         );
         for window in [None, Some(2)] {
-            let mask = AttentionMask { scale: 0.4, window };
+            let mask = AttentionMask { scale: 0.4, window, soft_cap: None };
             let tensors =
                 [q.clone(), cache.clone(), floats(&[2, 2, 5, 6]), offsets.clone(), lens.clone(), rows.clone()];
             let [t0, t1, t2, t3, t4, t5] = tensors;

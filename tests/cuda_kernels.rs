@@ -317,7 +317,7 @@ fn attention_case(
         written[1] = on.read(&keys)?;
         let q = on.activation(&[tokens, heads, size], &queries)?;
         let mut out = on.empty(on.device.precision().activation, &[tokens, heads, size])?;
-        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window };
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window, soft_cap: None };
         on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
         on.read(&out)?
     });
@@ -445,7 +445,7 @@ fn what_cannot_be_computed_is_refused_by_name() {
         assert!(refused.to_string().contains("F32"), "{refused}");
         let batch = Batch { lengths: vec![(0, 2)], rows: vec![0] }.on(on)?;
         let (q, cache, mut mixed) = (zeros(&[2, 1, 80])?, zeros(&[1, 1, 4, 80])?, zeros(&[2, 1, 80])?);
-        let mask = AttentionMask { scale: 1.0, window: None };
+        let mask = AttentionMask { scale: 1.0, window: None, soft_cap: None };
         let (keys, values) = (cache.get(), cache.get());
         let refused =
             on.device.attention(&on.stream, q.get(), keys, values, batch.get(), mask, mixed.out()).unwrap_err();

@@ -226,7 +226,7 @@ fn attention_case(
     }
     let (q, qs) = random.tensor(&[tokens, heads, size]);
     let mut out = Tensor::zeros(&[tokens, heads, size]);
-    let mask = AttentionMask { scale: 0.3, window };
+    let mask = AttentionMask { scale: 0.3, window, soft_cap: None };
     Cpu.attention(&stream, q.get(), caches[0].get(), caches[1].get(), batch, mask, out.out()).unwrap();
 
     let [keys, values] = caches.map(|cache| cache.values::<f32>());
@@ -284,7 +284,7 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
     ] {
         let (offsets, lens, rows) = (of(&offsets), of(&lens), of(&rows));
         let batch = Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), rows: rows.get() };
-        let mask = AttentionMask { scale: 1.0, window: None };
+        let mask = AttentionMask { scale: 1.0, window: None, soft_cap: None };
         let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();
         assert!(refused.to_string().contains(part), "{refused}");
     }

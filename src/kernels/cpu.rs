@@ -183,7 +183,10 @@ impl Kernels for Cpu {
             Call::RmsNormInPlace(call) => rms_norm_in_place(call),
             Call::Linear(call) => linear(call),
             Call::Rope(call) => rope(call),
-            Call::Swiglu(call) => swiglu(call),
+            Call::Swiglu(Swiglu { gate, up }) => gated(gate, up, |gate, up| gate * (up / (1.0 + (-gate).exp()))),
+            Call::Geglu(Geglu { gate, up }) => gated(gate, up, |gate, up| gelu(gate) * up),
+            Call::Scale(Scale { x, factor }) => in_place(x, |x| x * factor),
+            Call::SoftCap(SoftCap { x, cap }) => in_place(x, |x| soft_cap(x, cap)),
             Call::Add(call) => add(call),
             Call::AppendKv(call) => append_kv(call),
             Call::Attention(call) => attention(call),
@@ -200,27 +203,27 @@ fn cast(Cast { x, out }: Cast<'_, Cpu>) -> Result<()> {
     Ok(())
 }
 
-fn rms_norm(RmsNorm { x, weight, eps, mut out, H: width }: RmsNorm<'_, Cpu>) -> Result<()> {
+fn rms_norm(RmsNorm { x, weight, offset, eps, mut out, H: width }: RmsNorm<'_, Cpu>) -> Result<()> {
     let (weight, work) = (Weight::new(weight), x.elements());
     let x = read::<f32>(x);
     for_rows(write(&mut out), width, work, |index, row| {
         let x = &x[index * width..][..width];
         let factor = norm_factor(x, eps);
-        row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * weight.at(i));
+        row.iter_mut().enumerate().for_each(|(i, out)| *out = x[i] * factor * (offset + weight.at(i)));
     })?;
     Ok(())
 }
 
-fn add_rms_norm(AddRmsNorm { mut residual, y, weight, eps, out, H }: AddRmsNorm<'_, Cpu>) -> Result<()> {
+fn add_rms_norm(AddRmsNorm { mut residual, y, weight, offset, eps, out, H }: AddRmsNorm<'_, Cpu>) -> Result<()> {
     add(Add { residual: residual.borrow(), y })?;
-    rms_norm(RmsNorm { x: residual.as_ref(), weight, eps, out, H })
+    rms_norm(RmsNorm { x: residual.as_ref(), weight, offset, eps, out, H })
 }
 
-fn rms_norm_in_place(RmsNormInPlace { mut x, weight, eps, H: width }: RmsNormInPlace<'_, Cpu>) -> Result<()> {
+fn rms_norm_in_place(RmsNormInPlace { mut x, weight, offset, eps, H: width }: RmsNormInPlace<'_, Cpu>) -> Result<()> {
     let (weight, work) = (Weight::new(weight), x.elements());
     for_rows(write(&mut x), width, work, |_, row| {
         let factor = norm_factor(row, eps);
-        row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * weight.at(i));
+        row.iter_mut().enumerate().for_each(|(i, x)| *x *= factor * (offset + weight.at(i)));
     })?;
     Ok(())
 }
@@ -273,18 +276,23 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
     Ok(())
 }
 
-fn rope(Rope { x, positions, inv_freq, layout, mut out, T: tokens, heads, D: size, .. }: Rope<'_, Cpu>) -> Result<()> {
+fn rope(call: Rope<'_, Cpu>) -> Result<()> {
+    let Rope { x, positions, inv_freq, scale, layout, mut out, T: tokens, heads, D: size, half } = call;
     // Pair `i` is made of elements `i · step` and `i · step + apart`.
     let (step, apart) = match layout {
-        RopeLayout::Halves => (1, size / 2),
+        RopeLayout::Halves => (1, half),
         RopeLayout::Interleaved => (2, 1),
     };
     let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
     let (x, width) = (read::<f32>(x), heads * size);
     for_rows(write(&mut out), width, tokens * width * 8, |token, row| {
         let x = &x[token * width..][..width];
+        for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
+            head[2 * half..].copy_from_slice(&x[2 * half..]);
+        }
         for (i, &frequency) in inv_freq.iter().enumerate() {
             let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
+            let (sin, cos) = (sin * scale, cos * scale);
             let (first, second) = (i * step, i * step + apart);
             for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
                 let (a, b) = (x[first], x[second]);
@@ -296,12 +304,31 @@ fn rope(Rope { x, positions, inv_freq, layout, mut out, T: tokens, heads, D: siz
     Ok(())
 }
 
-fn swiglu(Swiglu { mut gate, up }: Swiglu<'_, Cpu>) -> Result<()> {
+/// `gate = f(gate, up)`.
+fn gated(
+    mut gate: TensorMut<'_, Cpu>,
+    up: TensorRef<'_, Cpu>,
+    f: impl Fn(f32, f32) -> f32 + Sync + Send,
+) -> Result<()> {
     let (up, width) = (read::<f32>(up), up.shape().last().copied().unwrap_or(1));
     for_rows(write(&mut gate), width, up.len() * 8, |index, row| {
         let up = &up[index * width..][..width];
-        row.iter_mut().zip(up).for_each(|(gate, up)| *gate *= up / (1.0 + (-*gate).exp()));
-    })?;
+        row.iter_mut().zip(up).for_each(|(gate, up)| *gate = f(*gate, *up));
+    })
+}
+
+/// The form with a hyperbolic tangent.
+fn gelu(x: f32) -> f32 {
+    const ROOT: f32 = 0.797_884_6; // √(2/π)
+    0.5 * x * (1.0 + (ROOT * (x + 0.044715 * x * x * x)).tanh())
+}
+
+fn soft_cap(x: f32, cap: f32) -> f32 {
+    cap * (x / cap).tanh()
+}
+
+fn in_place(mut x: TensorMut<'_, Cpu>, f: impl Fn(f32) -> f32) -> Result<()> {
+    write::<f32>(&mut x).iter_mut().for_each(|x| *x = f(*x));
     Ok(())
 }
 
@@ -348,6 +375,9 @@ fn attention(call: Attention<'_, Cpu>) -> Result<()> {
             SCORES.with_borrow_mut(|scores| {
                 scores.clear();
                 scores.extend((start..end).map(|place| dot(query, &keys[row(keys, place)]) * mask.scale));
+                if let Some(cap) = mask.soft_cap {
+                    scores.iter_mut().for_each(|score| *score = soft_cap(*score, cap));
+                }
                 let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 scores.iter_mut().for_each(|score| *score = (*score - greatest).exp());
                 let sum = lanes(scores.len(), |i| scores[i]);

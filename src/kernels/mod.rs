@@ -89,6 +89,8 @@ pub struct AttentionMask {
     pub scale: f32,
     /// Each token sees itself and this many less one before it; `None`: all before it.
     pub window: Option<usize>,
+    /// Scaled scores become `cap · tanh(score / cap)` before the softmax (Gemma 2); `None` in most models.
+    pub soft_cap: Option<f32>,
 }
 
 /// A device that computes.

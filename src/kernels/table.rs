@@ -33,11 +33,12 @@ macro_rules! kernels {
             where V > 0 || T == 0, "the table has no rows";
 
             /// Root mean square norm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467):
-            /// `out = x / sqrt(mean(x²) + eps) · weight`, with `x [.., H]` F32 (the residual stream), `weight [H]` and
-            /// `out [.., H]` an activation, rounded once.
+            /// `out = x / sqrt(mean(x²) + eps) · (offset + weight)`, with `x [.., H]` F32 (the residual stream), `weight [H]`
+            /// and `out [.., H]` an activation, rounded once. `offset` is 0 for most models, and 1 for Gemma.
             rms_norm RmsNorm [H] {
                 x: read F32 [.., H],
                 weight: read Weight [H],
+                offset: value f32,
                 eps: value f32,
                 out: write Activation [.., H],
             }
@@ -48,14 +49,16 @@ macro_rules! kernels {
                 residual: write F32 [.., H],
                 y: read Activation [.., H],
                 weight: read Weight [H],
+                offset: value f32,
                 eps: value f32,
                 out: write Activation [.., H],
             }
 
-            /// The norm of `x [.., H]`, F32, in place, for each head of a query or key.
+            /// The norm of `x [.., H]`, F32, in place, for each head of a query or key, or for all of a token's at once.
             rms_norm_in_place RmsNormInPlace [H] {
                 x: write F32 [.., H],
                 weight: read Weight [H],
+                offset: value f32,
                 eps: value f32,
             }
 
@@ -69,23 +72,45 @@ macro_rules! kernels {
             }
 
             /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
-            /// `positions[t] · inv_freq[i]`. `x [T, heads, D]` F32, `positions [T]` U32, `inv_freq [D/2]` F32, and
+            /// `positions[t] · inv_freq[i]`, and becomes `scale` times as long (1 for most models). Elements from twice the
+            /// number of frequencies on are passed on. `x [T, heads, D]` F32, `positions [T]` U32, `inv_freq [half]` F32, and
             /// `out [T, heads, D]` an activation: queries and keys are rounded here, once, since attention makes more of their
             /// errors than any other part.
             rope Rope [T, heads, D, half] {
                 x: read F32 [T, heads, D],
                 positions: read U32 [T],
                 inv_freq: read F32 [half],
+                scale: value f32,
                 layout: value RopeLayout,
                 out: write Activation [T, heads, D],
             }
-            where D == 2 * half, "{half} frequencies for heads of {D}";
+            where D >= 2 * half, "{half} frequencies for heads of {D}";
 
             /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.
             swiglu Swiglu [] {
                 gate: write Activation [..],
                 up: read Activation [..],
             }
+
+            /// `gate = gelu(gate) · up` in place, with the form of GELU that has a hyperbolic tangent (Hendrycks and Gimpel
+            /// 2016, arXiv:1606.08415): `x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`. Activations of one shape.
+            geglu Geglu [] {
+                gate: write Activation [..],
+                up: read Activation [..],
+            }
+
+            /// `x *= factor` in place: an activation, or F32.
+            scale Scale [] {
+                x: write ActivationOrF32 [..],
+                factor: value f32,
+            }
+
+            /// `x = cap · tanh(x / cap)` in place, F32 (Gemma 2's report, arXiv:2408.00118).
+            soft_cap SoftCap [] {
+                x: write F32 [..],
+                cap: value f32,
+            }
+            where cap > 0.0, "a cap of {cap}, expected more than 0";
 
             /// `residual += y`, of one shape: `residual` F32, `y` an activation.
             add Add [] {
@@ -113,6 +138,7 @@ macro_rules! kernels {
                 out: write Activation [T, HQ, D],
             }
             where G > 0 && HQ.is_multiple_of(G), "q is {:?} but the cache {:?}", q.shape(), keys.shape();
+            where mask.soft_cap.is_none_or(|cap| cap > 0.0), "a soft cap that is not above 0";
             where mask.window != Some(0), "a window of 0, in which a token does not see itself";
 
             /// Copies rows of the residual stream: `out[i] = x[indices[i]]`, with `x [T, H]` F32, `indices [R]` U32, `out [R, H]`
