@@ -1,5 +1,7 @@
 //! The CPU kernels against plain f64 arithmetic written from the papers' formulas, on fresh random data.
 
+use std::f64::consts::PI;
+
 use half::{bf16, f16};
 use layer_streamer::{
     DType, Element, Error,
@@ -114,27 +116,37 @@ fn linear_multiplies_every_shape_and_type_with_and_without_bias() {
 }
 
 #[test]
-fn norms_rope_swiglu_add_and_lookups_follow_their_formulas() {
+fn norms_gates_add_and_lookups_follow_their_formulas() {
     let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
-    for (tokens, width) in [(1, 2), (5, 36), (70, 1030)] {
+    for (tokens, width, offset) in [(1, 2, 0.0), (5, 36, 1.0), (70, 1030, -0.25), (3, 8192, 1.0)] {
         let ((mut x, xs), (w, ws)) = (random.tensor(&[tokens, width]), random.weight(&[width]));
         let expected: Vec<f64> = (0..tokens * width)
             .map(|at| {
                 let row = &xs[at / width * width..][..width];
                 let mean = row.iter().map(|x| x * x).sum::<f64>() / width as f64;
-                xs[at] / (mean + 1e-5).sqrt() * ws[at % width]
+                xs[at] / (mean + 1e-5).sqrt() * (f64::from(offset) + ws[at % width])
             })
             .collect();
         let mut out = Tensor::zeros(&[tokens, width]);
-        Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()).unwrap();
+        Cpu.rms_norm(&stream, x.get(), w.get(), offset, 1e-5, out.out()).unwrap();
         close("rms_norm", &out.values(), &expected, 1e-5);
-        Cpu.rms_norm_in_place(&stream, x.out(), w.get(), 1e-5).unwrap();
+        let (halves, mut out) = (x.values::<f32>().iter().map(|x| x / 2.0).collect::<Vec<_>>(), out);
+        let (mut half, y) = (Tensor::new(&[tokens, width], &halves), Tensor::new(&[tokens, width], &halves));
+        Cpu.add_rms_norm(&stream, half.out(), y.get(), w.get(), offset, 1e-5, out.out()).unwrap();
+        close("add_rms_norm", &out.values(), &expected, 1e-5);
+        Cpu.rms_norm_in_place(&stream, x.out(), w.get(), offset, 1e-5).unwrap();
         close("rms_norm in place", &x.values(), &expected, 1e-5);
 
         let ((mut gate, gates), (up, ups)) = (random.tensor(&[tokens, width]), random.tensor(&[tokens, width]));
         Cpu.swiglu(&stream, gate.out(), up.get()).unwrap();
         let expected: Vec<_> = gates.iter().zip(&ups).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
         close("swiglu", &gate.values(), &expected, 1e-6);
+        let gates: Vec<_> = gates.iter().map(|g| (g * 6.0) as f32).collect();
+        let mut gate = Tensor::new(&[tokens, width], &gates);
+        Cpu.geglu(&stream, gate.out(), up.get()).unwrap();
+        let gelu = |x: f64| x / 2.0 * (1.0 + ((2.0 / PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+        let expected: Vec<_> = gates.iter().zip(&ups).map(|(&g, u)| gelu(g.into()) * u).collect();
+        close("geglu", &gate.values(), &expected, 1e-6);
 
         let ((mut sum, sums), (y, ys)) = (random.tensor(&[tokens, width]), random.tensor(&[tokens, width]));
         Cpu.add(&stream, sum.out(), y.get()).unwrap();
@@ -146,30 +158,62 @@ fn norms_rope_swiglu_add_and_lookups_follow_their_formulas() {
         Cpu.embed(&stream, table.get(), Tensor::new(&[tokens], &ids).get(), out.out()).unwrap();
         let expected: Vec<f64> = ids.iter().flat_map(|&id| rows[id as usize * width..][..width].to_vec()).collect();
         close("embed", &out.values(), &expected, 0.0);
+    }
+    let x = Tensor::new(&[3, 4], &[1.0f32, 5.0, 5.0, 2.0, -4.0, -3.0, -9.0, -3.0, 0.0, 0.0, 0.0, 0.0]);
+    let mut best = Tensor::new(&[3], &[9u32; 3]);
+    Cpu.argmax(&stream, x.get(), best.out()).unwrap();
+    assert_eq!(best.values::<u32>(), [1, 1, 0], "the first of equals");
+}
 
-        let heads = 3;
+#[test]
+fn rope_turns_the_pairs_that_have_a_frequency_scales_them_and_passes_the_others_on() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    for (tokens, heads, size, half) in
+        [(1, 3, 2, 1), (5, 2, 36, 18), (70, 3, 1030, 515), (5, 3, 36, 9), (9, 1, 7, 3), (2, 4, 10, 1), (3, 2, 6, 0)]
+    {
         let positions: Vec<u32> = (0..tokens).map(|_| random.0.u32(..5000)).collect();
-        let frequencies = random.floats(width / 2);
-        let (p, f) = (Tensor::new(&[tokens], &positions), Tensor::new(&[width / 2], &frequencies));
-        for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
-            let (x, mut expected) = random.tensor(&[tokens, heads, width]);
-            let mut out = Tensor::zeros(&[tokens, heads, width]);
-            Cpu.rope(&stream, x.get(), p.get(), f.get(), layout, out.out()).unwrap();
-            for (head, values) in expected.chunks_mut(width).enumerate() {
+        let frequencies = random.floats(half);
+        let (p, f) = (Tensor::new(&[tokens], &positions), Tensor::new(&[half], &frequencies));
+        for (layout, scale) in
+            [RopeLayout::Halves, RopeLayout::Interleaved].into_iter().flat_map(|l| [(l, 1.0), (l, 1.25)])
+        {
+            let (x, mut expected) = random.tensor(&[tokens, heads, size]);
+            let mut out = Tensor::zeros(&[tokens, heads, size]);
+            Cpu.rope(&stream, x.get(), p.get(), f.get(), scale, layout, out.out()).unwrap();
+            for (head, values) in expected.chunks_mut(size).enumerate() {
                 for (i, frequency) in frequencies.iter().enumerate() {
                     let (sin, cos) = f64::from(positions[head / heads] as f32 * frequency).sin_cos();
-                    let pair = if layout == RopeLayout::Halves { [i, i + width / 2] } else { [2 * i, 2 * i + 1] };
-                    let [a, b] = pair.map(|at| values[at]);
+                    let pair = if layout == RopeLayout::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
+                    let [a, b] = pair.map(|at| values[at] * f64::from(scale));
                     (values[pair[0]], values[pair[1]]) = (a * cos - b * sin, b * cos + a * sin);
                 }
             }
             close("rope", &out.values(), &expected, 1e-5);
         }
     }
-    let x = Tensor::new(&[3, 4], &[1.0f32, 5.0, 5.0, 2.0, -4.0, -3.0, -9.0, -3.0, 0.0, 0.0, 0.0, 0.0]);
-    let mut best = Tensor::new(&[3], &[9u32; 3]);
-    Cpu.argmax(&stream, x.get(), best.out()).unwrap();
-    assert_eq!(best.values::<u32>(), [1, 1, 0], "the first of equals");
+}
+
+#[test]
+fn a_factor_and_a_soft_cap_change_every_element_in_place() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    for count in [1, 37, 4096, 20_011] {
+        let (mut x, xs) = random.tensor(&[1, count]);
+        Cpu.scale(&stream, x.out(), 48.5).unwrap();
+        close("scale", &x.values(), &xs.iter().map(|x| x * 48.5).collect::<Vec<_>>(), 1e-6);
+        // What is above the cap, far below it, and in between.
+        for cap in [0.5, 30.0, 1e9] {
+            let mut capped = Tensor::new(&[1, count], &x.values::<f32>());
+            Cpu.soft_cap(&stream, capped.out(), cap).unwrap();
+            let cap = f64::from(cap);
+            let expected: Vec<_> = x.values::<f32>().iter().map(|&x| cap * (f64::from(x) / cap).tanh()).collect();
+            close("soft_cap", &capped.values(), &expected, 1e-6);
+        }
+    }
+    let mut x = Tensor::zeros(&[4]);
+    for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let refused = Cpu.soft_cap(&stream, x.out(), cap).unwrap_err().to_string();
+        assert_eq!(refused, format!("soft_cap: a cap of {cap}, expected a number above 0"));
+    }
 }
 
 #[test]
@@ -192,7 +236,7 @@ fn attention_case(
     random: &mut Random,
     lengths: &[(usize, usize)],
     (heads, kv_heads, size): (usize, usize, usize),
-    window: Option<usize>,
+    (window, soft_cap): (Option<usize>, Option<f32>),
 ) {
     let stream = Cpu.stream().unwrap();
     let (rows, capacity) = (lengths.len() + 1, lengths.iter().map(|(before, new)| before + new).max().unwrap() + 3);
@@ -226,7 +270,7 @@ fn attention_case(
     }
     let (q, qs) = random.tensor(&[tokens, heads, size]);
     let mut out = Tensor::zeros(&[tokens, heads, size]);
-    let mask = AttentionMask { scale: 0.3, window, soft_cap: None };
+    let mask = AttentionMask { scale: 0.3, window, soft_cap };
     Cpu.attention(&stream, q.get(), caches[0].get(), caches[1].get(), batch, mask, out.out()).unwrap();
 
     let [keys, values] = caches.map(|cache| cache.values::<f32>());
@@ -240,7 +284,10 @@ fn attention_case(
                     ((places[s] as usize * kv_heads + head / (heads / kv_heads)) * capacity + place) * size
                 };
                 let query = &qs[((offsets[s] as usize + t) * heads + head) * size..][..size];
-                let score = |place| (0..size).map(|i| query[i] * f64::from(keys[at(place) + i])).sum::<f64>() * 0.3;
+                let score = |place| {
+                    let score = (0..size).map(|i| query[i] * f64::from(keys[at(place) + i])).sum::<f64>() * 0.3;
+                    soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                };
                 let weights: Vec<f64> = (start..end).map(|place| score(place).exp()).collect();
                 let sum: f64 = weights.iter().sum();
                 for i in 0..size {
@@ -254,12 +301,19 @@ fn attention_case(
 }
 
 #[test]
-fn attention_is_causal_grouped_windowed_and_ragged() {
+fn attention_is_causal_grouped_windowed_capped_and_ragged() {
     let mut random = Random::new();
     for heads in [(1, 1, 2), (4, 2, 64), (6, 2, 5), (7, 7, 33), (14, 2, 128)] {
-        for window in [None, Some(1), Some(4), Some(1000)] {
+        for mask in [
+            (None, None),
+            (Some(1), None),
+            (Some(4), None),
+            (Some(1000), None),
+            (None, Some(0.5)),
+            (Some(4), Some(2.0)),
+        ] {
             for lengths in [&[(0, 1)][..], &[(0, 9)], &[(30, 1), (0, 1), (7, 1)], &[(5, 4), (0, 11), (2, 0), (64, 3)]] {
-                attention_case(&mut random, lengths, heads, window);
+                attention_case(&mut random, lengths, heads, mask);
             }
         }
     }
@@ -271,7 +325,7 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
     let ((x, _), (w, _), mut out) = (random.tensor(&[2, 8]), random.tensor(&[4, 9]), Tensor::zeros(&[2, 4]));
     let refused = Cpu.linear(&stream, x.get(), w.get(), None, out.out()).unwrap_err().to_string();
     assert!(refused.contains("linear") && refused.contains("[2, 8]") && refused.contains("[4, 9]"), "{refused}");
-    assert!(Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()).is_err());
+    assert!(Cpu.rms_norm(&stream, x.get(), w.get(), 0.0, 1e-5, out.out()).is_err());
     assert!(Cpu.add(&stream, out.out(), x.get()).is_err());
     let (q, (cache, _)) = (Tensor::zeros(&[1, 2, 4]), random.tensor(&[1, 2, 5, 4]));
     let mut out = Tensor::zeros(&[1, 2, 4]);
@@ -288,6 +342,13 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
         let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();
         assert!(refused.to_string().contains(part), "{refused}");
     }
+    let (offsets, one, row) = (of(&[0, 1]), of(&[1]), of(&[0]));
+    let batch = Ragged { q_offsets: offsets.get(), kv_lens: one.get(), rows: row.get() };
+    for cap in [0.0, -50.0, f32::NAN, f32::INFINITY] {
+        let mask = AttentionMask { scale: 1.0, window: None, soft_cap: Some(cap) };
+        let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();
+        assert_eq!(refused.to_string(), format!("attention: a soft cap of {cap}, expected a number above 0"));
+    }
 }
 
 #[test]
@@ -295,10 +356,10 @@ fn a_refusal_says_which_tensor_is_what_and_what_was_expected() {
     let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
     let mut of = |shape: &[usize]| random.tensor(shape).0;
     let (x, y, w, p) = (of(&[2, 8]), of(&[3, 8]), of(&[9]), Tensor::new(&[2], &[0u32; 2]));
-    let (heads, f, mut out) = (of(&[2, 1, 8]), of(&[3]), of(&[2, 8]));
+    let (heads, f, mut out) = (of(&[2, 1, 8]), of(&[5]), of(&[2, 8]));
     let refused = |result: Result<(), Error>, message: &str| assert_eq!(result.unwrap_err().to_string(), message);
     refused(
-        Cpu.rms_norm(&stream, x.get(), w.get(), 1e-5, out.out()),
+        Cpu.rms_norm(&stream, x.get(), w.get(), 0.0, 1e-5, out.out()),
         "rms_norm: weight is F32 [9], expected F32 [8] beside x [2, 8]",
     );
     refused(
@@ -306,21 +367,21 @@ fn a_refusal_says_which_tensor_is_what_and_what_was_expected() {
         "swiglu: up is F32 [3, 8], expected F32 [2, 8] beside gate [2, 8]",
     );
     refused(
-        Cpu.rope(&stream, x.get(), p.get(), f.get(), RopeLayout::Halves, out.out()),
+        Cpu.rope(&stream, x.get(), p.get(), f.get(), 1.0, RopeLayout::Halves, out.out()),
         "rope: x is F32 [2, 8], expected F32 [T, heads, D]",
     );
     refused(
-        Cpu.rope(&stream, heads.get(), p.get(), f.get(), RopeLayout::Halves, of(&[2, 1, 8]).out()),
-        "rope: 3 frequencies for heads of 8",
+        Cpu.rope(&stream, heads.get(), p.get(), f.get(), 1.0, RopeLayout::Halves, of(&[2, 1, 8]).out()),
+        "rope: 5 frequencies for heads of 8",
     );
-    refused(Cpu.gather(&stream, x.get(), f.get(), out.out()), "gather: indices is F32 [3], expected U32 [3]");
+    refused(Cpu.gather(&stream, x.get(), f.get(), out.out()), "gather: indices is F32 [5], expected U32 [5]");
     refused(
         Cpu.linear(&stream, x.get(), p.get(), None, out.out()),
         "linear: weights of type U32; convert them on arrival",
     );
     let scalar = of(&[]);
     refused(
-        Cpu.rms_norm(&stream, scalar.get(), w.get(), 1e-5, out.out()),
+        Cpu.rms_norm(&stream, scalar.get(), w.get(), 0.0, 1e-5, out.out()),
         "rms_norm: x is F32 [], expected F32 [.., H]",
     );
 }

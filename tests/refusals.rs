@@ -283,7 +283,7 @@ fn kernels_whose_threads_cannot_be_started_say_so_and_work_once_they_can() {
     let norm = || {
         // SAFETY: as above, and the kernel alone has it.
         let out = unsafe { TensorMut::from_raw(tensor(&out).ptr(), DType::F32, shape(out.1)) };
-        Cpu.rms_norm(&stream, tensor(&x), tensor(&weight), 0.0, out)
+        Cpu.rms_norm(&stream, tensor(&x), tensor(&weight), 0.0, 0.0, out)
     };
     std::thread::scope(|scope| {
         let body = || {

@@ -304,7 +304,7 @@ fn rope(call: Rope<'_, Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// `gate = f(gate, up)`.
+/// `gate = f(gate, up)`, element by element.
 fn gated(
     mut gate: TensorMut<'_, Cpu>,
     up: TensorRef<'_, Cpu>,
@@ -319,7 +319,8 @@ fn gated(
 
 /// The form with a hyperbolic tangent.
 fn gelu(x: f32) -> f32 {
-    const ROOT: f32 = 0.797_884_6; // √(2/π)
+    // √(2/π)
+    const ROOT: f32 = 0.797_884_6;
     0.5 * x * (1.0 + (ROOT * (x + 0.044715 * x * x * x)).tanh())
 }
 
@@ -327,9 +328,12 @@ fn soft_cap(x: f32, cap: f32) -> f32 {
     cap * (x / cap).tanh()
 }
 
-fn in_place(mut x: TensorMut<'_, Cpu>, f: impl Fn(f32) -> f32) -> Result<()> {
-    write::<f32>(&mut x).iter_mut().for_each(|x| *x = f(*x));
-    Ok(())
+/// `x = f(x)`, element by element.
+fn in_place(mut x: TensorMut<'_, Cpu>, f: impl Fn(f32) -> f32 + Sync + Send) -> Result<()> {
+    // The logits of a token are one row, which is too much for one thread.
+    const PIECE: usize = 4096;
+    let work = x.elements() * 8;
+    for_rows(write(&mut x), PIECE, work, |_, piece| piece.iter_mut().for_each(|x| *x = f(*x)))
 }
 
 fn add(Add { mut residual, y }: Add<'_, Cpu>) -> Result<()> {

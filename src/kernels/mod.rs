@@ -42,7 +42,7 @@ pub struct Precision {
 /// Which elements of a head make a pair that rotates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeLayout {
-    /// Elements `i` and `i + D/2`, as checkpoints in Hugging Face's layout have it.
+    /// Elements `i` and `i + half`, of `half` frequencies, as checkpoints in Hugging Face's layout have it.
     Halves,
     /// Elements `2i` and `2i + 1`, as in the paper and in Meta's own checkpoints.
     Interleaved,
@@ -89,7 +89,8 @@ pub struct AttentionMask {
     pub scale: f32,
     /// Each token sees itself and this many less one before it; `None`: all before it.
     pub window: Option<usize>,
-    /// Scaled scores become `cap · tanh(score / cap)` before the softmax (Gemma 2); `None` in most models.
+    /// Scaled scores become `cap · tanh(score / cap)` before the softmax (Gemma 2's report, arXiv:2408.00118); `None`: they
+    /// stay as they are.
     pub soft_cap: Option<f32>,
 }
 

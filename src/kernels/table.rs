@@ -72,10 +72,10 @@ macro_rules! kernels {
             }
 
             /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair `i` of a head, by `layout`, turns by
-            /// `positions[t] · inv_freq[i]`, and becomes `scale` times as long (1 for most models). Elements from twice the
-            /// number of frequencies on are passed on. `x [T, heads, D]` F32, `positions [T]` U32, `inv_freq [half]` F32, and
-            /// `out [T, heads, D]` an activation: queries and keys are rounded here, once, since attention makes more of their
-            /// errors than any other part.
+            /// `positions[t] · inv_freq[i]` and becomes `scale` times as long, 1 for most models. The first `2 · half` elements
+            /// of a head are in pairs, up to all `D`; the others are passed on as they are. `x [T, heads, D]` F32,
+            /// `positions [T]` U32, `inv_freq [half]` F32, and `out [T, heads, D]` an activation: queries and keys are rounded
+            /// here, once, since attention makes more of their errors than any other part.
             rope Rope [T, heads, D, half] {
                 x: read F32 [T, heads, D],
                 positions: read U32 [T],
@@ -84,7 +84,7 @@ macro_rules! kernels {
                 layout: value RopeLayout,
                 out: write Activation [T, heads, D],
             }
-            where D >= 2 * half, "{half} frequencies for heads of {D}";
+            where half <= D / 2, "{half} frequencies for heads of {D}";
 
             /// `gate = silu(gate) · up` in place (Shazeer 2020, arXiv:2002.05202), activations of one shape.
             swiglu Swiglu [] {
@@ -110,7 +110,7 @@ macro_rules! kernels {
                 x: write F32 [..],
                 cap: value f32,
             }
-            where cap > 0.0, "a cap of {cap}, expected more than 0";
+            where cap > 0.0 && cap.is_finite(), "a cap of {cap}, expected a number above 0";
 
             /// `residual += y`, of one shape: `residual` F32, `y` an activation.
             add Add [] {
@@ -138,8 +138,9 @@ macro_rules! kernels {
                 out: write Activation [T, HQ, D],
             }
             where G > 0 && HQ.is_multiple_of(G), "q is {:?} but the cache {:?}", q.shape(), keys.shape();
-            where mask.soft_cap.is_none_or(|cap| cap > 0.0), "a soft cap that is not above 0";
             where mask.window != Some(0), "a window of 0, in which a token does not see itself";
+            where mask.soft_cap.is_none_or(|cap| cap > 0.0 && cap.is_finite()),
+                "a soft cap of {}, expected a number above 0", mask.soft_cap.unwrap_or_default();
 
             /// Copies rows of the residual stream: `out[i] = x[indices[i]]`, with `x [T, H]` F32, `indices [R]` U32, `out [R, H]`
             /// F32.

@@ -34,7 +34,7 @@ impl<D: Kernels> Head<'_, D> {
     /// Norms rows of the residual stream; they become the head's rows from `first` on.
     pub(super) fn norm(&self, residual: TensorRef<'_, D>, first: usize) -> Result<()> {
         let out = self.buffers.work.write(self.buffers.at.head_normed, first * self.config.hidden, residual.shape())?;
-        self.device.rms_norm(self.stream, residual, self.norm, self.config.rms_eps, out)
+        self.device.rms_norm(self.stream, residual, self.norm, 0.0, self.config.rms_eps, out)
     }
 
     /// Norms the last tokens of sequences `start..start + rows`; they become the head's rows from `first` on.

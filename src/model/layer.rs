@@ -53,11 +53,11 @@ impl<D: Kernels> LayerMath<'_, D> {
         let residual = || self.buffers.work.write(at.residual, block.start * hidden, &shape);
 
         let weight = layer.tensor("input_layernorm.weight")?;
-        device.rms_norm(stream, residual()?.as_ref(), weight, eps, self.write(at.normed, &shape)?)?;
+        device.rms_norm(stream, residual()?.as_ref(), weight, 0.0, eps, self.write(at.normed, &shape)?)?;
         self.attention(layer, block)?;
         let weight = layer.tensor("post_attention_layernorm.weight")?;
         let (attended, normed) = (self.read(at.branch, &shape)?, self.write(at.normed, &shape)?);
-        device.add_rms_norm(stream, residual()?, attended, weight, eps, normed)?;
+        device.add_rms_norm(stream, residual()?, attended, weight, 0.0, eps, normed)?;
         self.mlp(layer, block)?;
         device.add(stream, residual()?, self.read(at.branch, &shape)?)
     }
@@ -86,10 +86,10 @@ impl<D: Kernels> LayerMath<'_, D> {
             self.linear(layer, x, name, self.write(at.unrotated, &[tokens, heads * size])?)?;
             if config.family.qk_norm {
                 let x = self.write(at.unrotated, &shape)?;
-                device.rms_norm_in_place(stream, x, layer.tensor(norm)?, config.rms_eps)?;
+                device.rms_norm_in_place(stream, x, layer.tensor(norm)?, 0.0, config.rms_eps)?;
             }
             let (x, out) = (self.read(at.unrotated, &shape)?, self.write(region, &shape)?);
-            device.rope(stream, x, positions, inv_freq, RopeLayout::Halves, out)?;
+            device.rope(stream, x, positions, inv_freq, 1.0, RopeLayout::Halves, out)?;
         }
 
         let (keys, values) = (buffers.keys[layer.index()], buffers.values[layer.index()]);
@@ -99,7 +99,8 @@ impl<D: Kernels> LayerMath<'_, D> {
             device.append_kv(stream, new, batch, cache.write(to, 0, &cached)?)?;
         }
         let (q, out) = (self.read(at.query, &[tokens, heads, size])?, self.write(at.attn_out, &[tokens, heads, size])?);
-        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: config.window(layer.index()) };
+        let mask =
+            AttentionMask { scale: (size as f32).powf(-0.5), window: config.window(layer.index()), soft_cap: None };
         let (keys, values) = (cache.read(keys, 0, &cached)?, cache.read(values, 0, &cached)?);
         device.attention(stream, q, keys, values, batch, mask, out)?;
         let attn_out = self.read(at.attn_out, &[tokens, heads * size])?;
