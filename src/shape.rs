@@ -29,6 +29,12 @@ impl Shape {
         &self.dims[..self.rank]
     }
 
+    /// The same with another first dimension.
+    pub(crate) fn with_rows(mut self, rows: usize) -> Self {
+        self.dims[0] = rows;
+        self
+    }
+
     /// The product of the dimensions.
     pub fn elements(&self) -> usize {
         self.dims().iter().product()

@@ -1,6 +1,6 @@
 //! Tensors in device memory, and which device and stream may use them.
 
-use std::{fmt, marker::PhantomData, slice};
+use std::{fmt, marker::PhantomData, ops::Range, slice};
 
 use crate::{
     device::{Cpu, Device},
@@ -148,6 +148,18 @@ impl<'a, D: Device> TensorRef<'a, D> {
     /// The same tensor, for work on `stream` alone.
     pub(crate) fn only_on(self, stream: StreamId) -> Self {
         Self { stream: Some(stream), ..self }
+    }
+
+    /// Some rows of the first dimension, as a tensor of their own.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Self {
+        let (height, shape) = (self.shape()[0], self.shape.with_rows(rows.len()));
+        assert!(rows.start <= rows.end && rows.end <= height, "rows {rows:?} of {height}");
+        let row_bytes = self.bytes() / height.max(1);
+        // Inside the tensor, as the assertion found, and on a boundary of its elements.
+        Self { ptr: self.ptr.offset(rows.start * row_bytes), shape, ..self }
     }
 
     /// [`Error::Kernel`] where work on `stream` could come before the tensor is there, or after it is gone.

@@ -110,6 +110,18 @@ impl Pass {
         self.block_words(self.tokens.div_ceil(BLOCK))
     }
 
+    /// Where the tokens of each sequence lie in a block that has some there, with the sequence's row.
+    pub(super) fn spans(self, block: Block, batch: &[Sequence<'_>]) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let start = self.before + block.start;
+        let end = start + block.tokens;
+        let spans = batch.iter().scan(0, move |first, sequence| {
+            let own = *first..*first + sequence.tokens.len();
+            *first = own.end;
+            Some((sequence.row, own.start.clamp(start, end) - start..own.end.clamp(start, end) - start))
+        });
+        spans.filter(|(_, tokens)| !tokens.is_empty())
+    }
+
     /// How many words there are.
     pub(super) fn words(self) -> usize {
         self.last() + self.sequences

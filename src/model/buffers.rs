@@ -2,9 +2,10 @@
 
 use super::{
     batch::{BLOCK, Pass},
-    config::ModelConfig,
+    config::{ModelConfig, Norms},
     embedding::EmbeddingRows,
     exchange::Exchange,
+    renewal::Renewal,
     tables::Tables,
     weights::Model,
     workspace::{Layout, Region, Workspace},
@@ -70,11 +71,14 @@ pub(super) struct Regions {
     pub(super) residual: Region,
     /// The words of a [`Pass`].
     pub(super) words: Region,
-    pub(super) inv_freq: Region,
+    /// Of each rope its frequencies: `[pairs]`, or `[batch, pairs]` where they depend on the sequence's length.
+    pub(super) ropes: Vec<Region>,
     /// `[block, hidden]`: what attention, and then the MLP, start from.
     pub(super) normed: Region,
     /// `[block, hidden]`: what they add to the residual stream.
     pub(super) branch: Region,
+    /// The same in F32, in families that norm it before it is added.
+    pub(super) wide_branch: Region,
     /// `[block, heads, head_dim]`, F32, for queries, then for keys.
     pub(super) unrotated: Region,
     pub(super) query: Region,
@@ -117,8 +121,26 @@ impl<D: Kernels> Buffers<D> {
 
     /// Fills what never changes, and waits until it is there.
     pub(super) fn send_constants(&self, device: &D, stream: &D::Stream, config: &ModelConfig) -> Result<()> {
-        let mut inv_freq = self.work.write(self.at.inv_freq, 0, &[config.head_dim / 2])?;
-        device::upload(device, stream, &config.inv_freq, &mut inv_freq)
+        for (rope, at) in config.ropes.iter().zip(&self.at.ropes).filter(|(rope, _)| !rope.grows()) {
+            let mut table = self.work.write(*at, 0, &[rope.pairs()])?;
+            device::upload(device, stream, &rope.frequencies(0), &mut table)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the frequencies of a sequence that will have so many tokens, where they depend on that.
+    pub(super) fn send_frequencies(
+        &self,
+        device: &D,
+        stream: &D::Stream,
+        config: &ModelConfig,
+        (row, length): (usize, usize),
+    ) -> Result<()> {
+        for (rope, at) in config.ropes.iter().zip(&self.at.ropes).filter(|(rope, _)| rope.grows()) {
+            let mut table = self.work.write(*at, row * rope.pairs(), &[rope.pairs()])?;
+            device::upload(device, stream, &rope.frequencies(length), &mut table)?;
+        }
+        Ok(())
     }
 }
 
@@ -146,9 +168,10 @@ fn work_layout(model: &Model, precision: Precision, capacity: Capacity) -> (Layo
     let regions = Regions {
         residual: f32s(&[pass_tokens, config.hidden]),
         words: u32s(&[capacity.words()]),
-        inv_freq: f32s(&[config.head_dim / 2]),
+        ropes: config.ropes.iter().map(|rope| f32s(&[if rope.grows() { batch } else { 1 }, rope.pairs()])).collect(),
         normed: activations(&[block, config.hidden]),
         branch: activations(&[block, config.hidden]),
+        wide_branch: f32s(&[if config.family.norms == Norms::Before { 0 } else { block }, config.hidden]),
         unrotated: f32s(&[block, q]),
         query: activations(&[block, q]),
         key: activations(&[block, kv]),
@@ -177,7 +200,7 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
         part(Purpose::Statics, statics),
         part(Purpose::KvCache { sequences: batch, tokens: context }, cache.bytes()?),
         part(Purpose::Activations, work.bytes()?),
-        part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words())),
+        part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words()) + Renewal::bytes(&model.config, capacity)),
         part(Purpose::Scratch, device.scratch_bytes()),
     ];
     if model.tables.reads_rows() {

@@ -1,49 +1,24 @@
-//! What `config.json` and `generation_config.json` of a Hugging Face folder say about a decoder-only model.
-//!
-//! A model family is a row of [`FAMILIES`]: it states where the family differs, and the decoder does the rest. Both spellings
-//! of the rope and type keys are read: `rope_theta` + `rope_scaling`, and `rope_parameters` (transformers 5).
+//! What `config.json` and `generation_config.json` of a Hugging Face folder say about a decoder-only model, read as transformers 5
+//! reads them: what is absent has the default of the model's class, null has not, and of two blocks that say the same the one
+//! counts that counts there.
 
-mod raw;
+mod families;
+mod keys;
+mod layers;
 mod rope;
 #[cfg(test)]
 mod tests;
 
 use std::path::Path;
 
-use raw::{ConfigFault, OneOrMany, Raw, RawRope, stop_tokens};
-use serde_json::Value;
+use families::{Biases, Caps, FAMILIES, MINISTRAL, RopeRule};
+pub(crate) use families::{Family, HeadNorm, Norms};
+use keys::{ConfigFault, Keys, stop_tokens, within};
+use layers::LayerSet;
+pub use rope::Rope;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-
-/// Where a model family differs from the common decoder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Family {
-    pub(super) model_type: &'static str,
-    /// Query, key and value projections have biases whatever the configuration says.
-    qkv_bias: bool,
-    /// Each head's query and key are normed before they are rotated.
-    pub(crate) qk_norm: bool,
-    window: WindowRule,
-}
-
-/// When a configuration's `sliding_window` counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WindowRule {
-    Never,
-    Always,
-    /// If `use_sliding_window` is set; and then, where `layer_types` does not say, from layer `max_window_layers` on.
-    IfEnabled,
-}
-
-const FAMILIES: [Family; 4] = [
-    Family { model_type: "llama", qkv_bias: false, qk_norm: false, window: WindowRule::Never },
-    Family { model_type: "mistral", qkv_bias: false, qk_norm: false, window: WindowRule::Always },
-    Family { model_type: "qwen2", qkv_bias: true, qk_norm: false, window: WindowRule::IfEnabled },
-    Family { model_type: "qwen3", qkv_bias: false, qk_norm: true, window: WindowRule::IfEnabled },
-];
-
-/// What transformers assumes where `max_window_layers` is left out.
-const MAX_WINDOW_LAYERS: usize = 28;
 
 /// A decoder-only model's dimensions and constants.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,54 +40,82 @@ pub struct ModelConfig {
     pub vocab: usize,
     /// What the norms add under the root.
     pub rms_eps: f32,
-    /// Rotation per position of each pair of a head's elements, in radians: `head_dim / 2` of them.
-    pub inv_freq: Vec<f32>,
+    /// Rotary position embeddings, one or two: [`rope_of`](Self::rope_of) tells which a layer has.
+    pub ropes: Vec<Rope>,
     /// The output head is the embedding table.
     pub tied: bool,
-    windows: Windows,
-    /// The longest context the model was made for.
+    /// The longest context the model was made for, in tokens: 2^32 - 1 where its rotary frequencies follow the length.
     pub max_positions: usize,
     /// Tokens that end a text.
     pub stop: Vec<u32>,
+    /// What the embedding, the scores before the softmax, what a layer's halves add to the residual stream, and the logits are
+    /// multiplied by.
+    pub multipliers: Multipliers,
+    /// The soft caps of scores and of logits: `cap · tanh(x / cap)`.
+    pub soft_caps: SoftCaps,
+    pub(crate) activation: Activation,
+    windows: (LayerSet, Option<usize>),
+    second_rope: LayerSet,
     pub(crate) qkv_bias: bool,
     pub(crate) o_bias: bool,
     pub(crate) mlp_bias: bool,
 }
 
-/// How many tokens each layer sees. No longer than what says so, however many layers there are said to be.
-#[derive(Clone, Debug, PartialEq)]
-enum Windows {
-    /// Layers from this one on see so many, those before it all.
-    From(usize, Option<usize>),
-    /// By layer.
-    Each(Vec<Option<usize>>),
+/// What parts of the computation are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// The embedding; 1 for most.
+    pub embedding: f32,
+    /// The scores before the softmax; `1 / sqrt(head_dim)` for most.
+    pub scores: f32,
+    /// What attention and MLP add to the residual stream; 1 for most.
+    pub branch: f32,
+    /// The logits; 1 for most.
+    pub logits: f32,
 }
 
-impl Family {
-    fn windows(self, raw: &Raw) -> Result<Windows, ConfigFault> {
-        let enabled = match self.window {
-            WindowRule::Never => false,
-            WindowRule::Always => true,
-            WindowRule::IfEnabled => raw.use_sliding_window.unwrap_or(false),
-        };
-        let window = raw.sliding_window.filter(|&window| enabled && window > 0);
-        let layers = raw.num_hidden_layers;
-        Ok(match (&raw.layer_types, self.window) {
-            (Some(types), WindowRule::IfEnabled) if types.len() != layers => {
-                return Err(ConfigFault::Wrong(format!("layer_types names {} layers of {layers}", types.len())));
-            }
-            (Some(types), WindowRule::IfEnabled) => {
-                let of_type = |kind: &String| match kind.as_str() {
-                    "full_attention" => Ok(None),
-                    "sliding_attention" => Ok(window),
-                    other => Err(ConfigFault::Unsupported(format!("layer type {other:?}"))),
-                };
-                Windows::Each(types.iter().map(of_type).collect::<Result<_, _>>()?)
-            }
-            (_, WindowRule::IfEnabled) => Windows::From(raw.max_window_layers.unwrap_or(MAX_WINDOW_LAYERS), window),
-            _ => Windows::From(0, window),
-        })
+/// Soft caps (Gemma 2's report, arXiv:2408.00118): `None` where there is none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SoftCaps {
+    /// Of the scores before the softmax.
+    pub scores: Option<f32>,
+    /// Of the logits.
+    pub logits: Option<f32>,
+}
+
+/// The activation of the MLP's gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activation {
+    Silu,
+    /// The form with a hyperbolic tangent.
+    Gelu,
+}
+
+/// The configuration of the language model, where it is a part of another, and its family.
+fn language_model(config: &Map<String, Value>) -> Option<(Family, Map<String, Value>)> {
+    let of = |config: &Map<String, Value>| {
+        let model_type = config.get("model_type").and_then(Value::as_str)?;
+        // As transformers takes it.
+        if model_type == "mistral" && config.contains_key("layer_types") {
+            return Some(MINISTRAL);
+        }
+        FAMILIES.into_iter().find(|family| family.model_type == model_type)
+    };
+    if let Some(family) = of(config) {
+        return Some((family, config.clone()));
     }
+    let Some(Value::Object(text)) = config.get("text_config") else { return None };
+    let mut text = text.clone();
+    if let (Some(whole), false) = (config.get("model_type").and_then(Value::as_str), text.contains_key("model_type")) {
+        text.insert("model_type".into(), format!("{whole}_text").into());
+    }
+    // What the whole says counts for the text, unless that has its own.
+    for key in ["tie_word_embeddings", "eos_token_id", "quantization_config"] {
+        if let (Some(value), false) = (config.get(key), text.contains_key(key)) {
+            text.insert(key.into(), value.clone());
+        }
+    }
+    of(&text).map(|family| (family, text))
 }
 
 impl ModelConfig {
@@ -124,86 +127,177 @@ impl ModelConfig {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("config.json");
-        let value = raw::read(&path)?;
-        let model_type = value.get("model_type").and_then(Value::as_str).unwrap_or("(none)").to_owned();
-        let Some(family) = FAMILIES.into_iter().find(|family| family.model_type == model_type) else {
+        let config = keys::read(&path)?;
+        let Some((family, config)) = language_model(&config) else {
+            let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
             let known = FAMILIES.map(|family| family.model_type).join(", ");
             return Err(Error::Unsupported {
                 what: format!("{}: model_type {model_type:?}", path.display()),
                 remedy: format!("the model types known are {known}"),
             });
         };
-        let raw: Raw = serde_json::from_value(value)
-            .map_err(|e| Error::checkpoint(&path, format!("is no {model_type} configuration: {e}")))?;
-        let config = Self::of(family, raw).map_err(|refusal| refusal.at(&path))?;
+        let config = Self::of(family, &config).map_err(|fault| fault.at(&path))?;
         Ok(Self { stop: stop_tokens(folder, config.stop)?, ..config })
     }
 
     /// What the file says of a model of this family; its own stop tokens.
-    fn of(family: Family, raw: Raw) -> Result<Self, ConfigFault> {
-        let [heads, kv_heads, head_dim] = raw.heads()?;
-        raw.check_features()?;
-        let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-        let inv_freq = rope::frequencies(rope.unwrap_or(&RawRope::default()), raw.rope_theta, head_dim)?;
-        let windows = family.windows(&raw)?;
-        let attention_bias = raw.attention_bias.unwrap_or(false);
+    fn of(family: Family, config: &Map<String, Value>) -> Result<Self, ConfigFault> {
+        let keys = Keys::new(config, family.fallbacks);
+        let [heads, kv_heads, head_dim] = heads(&keys)?;
+        let rms_eps = keys.number("rms_norm_eps")?.ok_or_else(|| ConfigFault::Wrong("rms_norm_eps is null".into()))?;
+        within("rms_norm_eps", rms_eps, rms_eps >= 0.0)?;
+        if keys.flag("use_bidirectional_attention")? && family.caps != Caps::None {
+            return Err(ConfigFault::Unsupported("use_bidirectional_attention".into()));
+        }
+        let ropes = rope::ropes(family.rope, &keys, head_dim)?;
+        let unrotated = match family.rope {
+            RopeRule::SomeLayers => layers::unrotated(&keys)?,
+            _ => LayerSet::None,
+        };
+        let windows = layers::windows(&family, &keys, &unrotated)?;
+        let attention_bias = keys.flag("attention_bias")?;
+        let hidden = keys.size("hidden_size")?;
         Ok(Self {
-            hidden: raw.hidden_size,
-            layers: raw.num_hidden_layers,
+            hidden,
+            layers: keys.size("num_hidden_layers")?,
             heads,
             kv_heads,
             head_dim,
-            ffn: raw.intermediate_size,
-            vocab: raw.vocab_size,
-            rms_eps: raw.rms_norm_eps as f32,
-            inv_freq,
-            tied: raw.tie_word_embeddings.unwrap_or(false),
+            ffn: keys.size("intermediate_size")?,
+            vocab: keys.size("vocab_size")?,
+            rms_eps: rms_eps as f32,
+            max_positions: rope::max_positions(&ropes, keys.size("max_position_embeddings")?),
+            tied: keys.flag("tie_word_embeddings")?,
+            stop: keys.stop()?.unwrap_or_default(),
+            multipliers: multipliers(&family, &keys, hidden, head_dim)?,
+            soft_caps: soft_caps(&family, &keys)?,
+            activation: activation(&family, &keys)?,
+            second_rope: if family.rope == RopeRule::ByType { windows.0.clone() } else { unrotated },
             windows,
-            max_positions: raw.max_position_embeddings,
-            stop: raw.eos_token_id.map_or_else(Vec::new, OneOrMany::into_vec),
-            qkv_bias: family.qkv_bias || attention_bias,
-            o_bias: !family.qkv_bias && attention_bias,
-            mlp_bias: raw.mlp_bias.unwrap_or(false),
+            ropes,
+            qkv_bias: match family.biases {
+                Biases::None => false,
+                Biases::Qkv => true,
+                Biases::Attention | Biases::AttentionAndMlp => attention_bias,
+            },
+            o_bias: attention_bias && matches!(family.biases, Biases::Attention | Biases::AttentionAndMlp),
+            mlp_bias: family.biases == Biases::AttentionAndMlp && keys.flag("mlp_bias")?,
             family,
         })
     }
 
     /// How many tokens a layer sees, itself included; `None`: all before it.
     pub fn window(&self, layer: usize) -> Option<usize> {
-        match &self.windows {
-            Windows::From(first, window) => window.filter(|_| layer >= *first),
-            Windows::Each(windows) => windows.get(layer).copied().flatten(),
-        }
+        self.windows.1.filter(|_| self.windows.0.has(layer))
     }
 
-    /// A layer's tensors with their shapes, named by what follows `model.layers.N.`.
+    /// Which of [`ropes`](Self::ropes) a layer has.
+    pub fn rope_of(&self, layer: usize) -> usize {
+        usize::from(self.ropes.len() > 1 && self.second_rope.has(layer))
+    }
+
+    /// Two lengths of a sequence with the same have the same frequencies.
+    pub(crate) fn regime(&self, length: usize) -> [usize; 2] {
+        let mut regimes = self.ropes.iter().map(|rope| rope.regime(length));
+        [(); 2].map(|()| regimes.next().unwrap_or(0))
+    }
+
+    /// A layer's tensors with their shapes, named by what follows the layer's number.
     pub(crate) fn layer_tensors(&self) -> Vec<(&'static str, Vec<usize>)> {
         let (h, q, kv, f) = (self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.ffn);
-        let mut tensors = vec![
-            ("input_layernorm.weight", vec![h]),
-            ("self_attn.q_proj.weight", vec![q, h]),
-            ("self_attn.k_proj.weight", vec![kv, h]),
-            ("self_attn.v_proj.weight", vec![kv, h]),
-            ("self_attn.o_proj.weight", vec![h, q]),
-            ("post_attention_layernorm.weight", vec![h]),
-            ("mlp.gate_proj.weight", vec![f, h]),
-            ("mlp.up_proj.weight", vec![f, h]),
-            ("mlp.down_proj.weight", vec![h, f]),
+        let family = &self.family;
+        let [of_query, of_key] = match family.head_norm {
+            HeadNorm::Together => [q, kv],
+            HeadNorm::Each | HeadNorm::None => [self.head_dim; 2],
+        };
+        let (before, after) = (family.norms != Norms::After, family.norms != Norms::Before);
+        let matrices = [
+            (!family.is_fused, "self_attn.q_proj.weight", [q, h]),
+            (!family.is_fused, "self_attn.k_proj.weight", [kv, h]),
+            (!family.is_fused, "self_attn.v_proj.weight", [kv, h]),
+            (family.is_fused, "self_attn.qkv_proj.weight", [q + 2 * kv, h]),
+            (true, "self_attn.o_proj.weight", [h, q]),
+            (!family.is_fused, "mlp.gate_proj.weight", [f, h]),
+            (!family.is_fused, "mlp.up_proj.weight", [f, h]),
+            (family.is_fused, "mlp.gate_up_proj.weight", [2 * f, h]),
+            (true, "mlp.down_proj.weight", [h, f]),
         ];
-        for (present, more) in [
-            (
-                self.qkv_bias,
-                vec![("self_attn.q_proj.bias", q), ("self_attn.k_proj.bias", kv), ("self_attn.v_proj.bias", kv)],
-            ),
-            (self.o_bias, vec![("self_attn.o_proj.bias", h)]),
-            (self.mlp_bias, vec![("mlp.gate_proj.bias", f), ("mlp.up_proj.bias", f), ("mlp.down_proj.bias", h)]),
-            (
-                self.family.qk_norm,
-                vec![("self_attn.q_norm.weight", self.head_dim), ("self_attn.k_norm.weight", self.head_dim)],
-            ),
-        ] {
-            tensors.extend(more.into_iter().filter(|_| present).map(|(name, len)| (name, vec![len])));
-        }
-        tensors
+        let vectors = [
+            (before, "input_layernorm.weight", h),
+            // After attention in families that norm there, else before the MLP.
+            (true, "post_attention_layernorm.weight", h),
+            (before && after, "pre_feedforward_layernorm.weight", h),
+            (after, "post_feedforward_layernorm.weight", h),
+            (self.qkv_bias, "self_attn.q_proj.bias", q),
+            (self.qkv_bias, "self_attn.k_proj.bias", kv),
+            (self.qkv_bias, "self_attn.v_proj.bias", kv),
+            (self.o_bias, "self_attn.o_proj.bias", h),
+            (self.mlp_bias, "mlp.gate_proj.bias", f),
+            (self.mlp_bias, "mlp.up_proj.bias", f),
+            (self.mlp_bias, "mlp.down_proj.bias", h),
+            (family.head_norm != HeadNorm::None, "self_attn.q_norm.weight", of_query),
+            (family.head_norm != HeadNorm::None, "self_attn.k_norm.weight", of_key),
+        ];
+        let matrices = matrices.into_iter().map(|(there, name, shape)| (there, name, shape.to_vec()));
+        let all = matrices.chain(vectors.into_iter().map(|(there, name, len)| (there, name, vec![len])));
+        all.filter_map(|(there, name, shape)| there.then_some((name, shape))).collect()
+    }
+}
+
+/// Query heads, key heads and their width.
+fn heads(keys: &Keys<'_>) -> Result<[usize; 3], ConfigFault> {
+    let heads = keys.size("num_attention_heads")?;
+    let kv_heads = match keys.count("num_key_value_heads")? {
+        Some(_) => keys.size("num_key_value_heads")?,
+        None => heads,
+    };
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(ConfigFault::Wrong(format!("{heads} query heads cannot share {kv_heads} key heads evenly")));
+    }
+    let head_dim = match keys.count("head_dim")? {
+        Some(size) => size,
+        None => keys.size("hidden_size")? / heads,
+    };
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > 4096 {
+        return Err(ConfigFault::Wrong(format!("head_dim is {head_dim}, expected an even number up to 4096")));
+    }
+    Ok([heads, kv_heads, head_dim])
+}
+
+fn multipliers(family: &Family, keys: &Keys<'_>, hidden: usize, head_dim: usize) -> Result<Multipliers, ConfigFault> {
+    let or_one = |key| Ok(if family.has_multipliers { keys.number(key)?.unwrap_or(1.0) } else { 1.0 });
+    let divided_by = match family.query_scalar {
+        true => keys.positive("query_pre_attn_scalar")?.unwrap_or(head_dim as f64),
+        false => head_dim as f64,
+    };
+    let scores = match family.has_multipliers {
+        true => or_one("attention_multiplier")?,
+        false => divided_by.powf(-0.5),
+    };
+    within("attention_multiplier", scores, scores > 0.0)?;
+    let embedding = if family.scales_embedding { (hidden as f64).sqrt() } else { or_one("embedding_multiplier")? };
+    let logits = or_one("logits_scaling")?;
+    within("logits_scaling", logits, logits != 0.0)?;
+    Ok(Multipliers {
+        embedding: embedding as f32,
+        scores: scores as f32,
+        branch: or_one("residual_multiplier")? as f32,
+        logits: (1.0 / logits) as f32,
+    })
+}
+
+fn soft_caps(family: &Family, keys: &Keys<'_>) -> Result<SoftCaps, ConfigFault> {
+    let cap = |counts, key| Ok(if counts { keys.positive(key)?.map(|cap| cap as f32) } else { None });
+    Ok(SoftCaps {
+        scores: cap(family.caps == Caps::ScoresAndLogits, "attn_logit_softcapping")?,
+        logits: cap(family.caps != Caps::None, "final_logit_softcapping")?,
+    })
+}
+
+fn activation(family: &Family, keys: &Keys<'_>) -> Result<Activation, ConfigFault> {
+    match keys.word(family.activation)? {
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Ok(Activation::Gelu),
+        other => Err(ConfigFault::Unsupported(format!("{} {:?}", family.activation, other.unwrap_or("null")))),
     }
 }

@@ -10,6 +10,7 @@ use super::{
     buffers::{self, Buffers, Capacity},
     embedding::EmbeddingRows,
     exchange::Exchange,
+    renewal::Renewal,
     weights::{EMBED, Model},
 };
 use crate::{
@@ -55,6 +56,8 @@ pub struct Decoder<D: Kernels> {
     pub(super) buffers: Buffers<D>,
     /// Tokens that each row of the cache holds.
     pub(super) lengths: Vec<usize>,
+    /// Of a model whose rotary frequencies depend on how long a sequence is.
+    pub(super) renewal: Option<Renewal>,
     /// The last pass of the batch before; without tokens if there was none, or it failed.
     pub(super) pass: Pass,
     /// Whether the logits of that batch's last tokens are where the parts of a streamed head left them.
@@ -134,6 +137,7 @@ impl<D: Kernels> Decoder<D> {
             stream,
             buffers,
             lengths: vec![0; capacity.batch],
+            renewal: Renewal::of(&model.config, capacity),
             pass: Pass::default(),
             last_logits_there: false,
             exchange,

@@ -19,6 +19,11 @@ impl<D: Kernels> Decoder<D> {
     /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values. More tokens
     /// than [`pass_tokens`](Self::pass_tokens) take more passes, and give the same.
     ///
+    /// Where a model's rotary frequencies depend on how long a sequence is ([`Rope::grows`](super::Rope::grows)), and these tokens
+    /// change them, the sequence is computed anew from its first token on: what comes of it is always what one pass over the
+    /// whole sequence gives. Its tokens so far are then among those that are observed, and among
+    /// [`all_logits`](Self::all_logits).
+    ///
     /// # Errors
     /// [`Error::Setting`] if a row is out of range or named twice, a sequence has no token or would outgrow the context, or
     /// a token is not in the vocabulary; else the streamer's. After an error the cache is as it was before.
@@ -34,10 +39,19 @@ impl<D: Kernels> Decoder<D> {
     pub fn forward_observed(
         &mut self,
         batch: &[Sequence<'_>],
-        mut observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
+        observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
         self.check_batch(batch)?;
         self.device.bind_thread()?;
+        if self.renewal.is_some() { self.forward_renewing(batch, observe) } else { self.forward_passes(batch, observe) }
+    }
+
+    /// Runs a batch that was checked.
+    pub(super) fn forward_passes(
+        &mut self,
+        batch: &[Sequence<'_>],
+        mut observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
+    ) -> Result<()> {
         (self.pass.tokens, self.last_logits_there) = (0, false);
         let mut last = Pass::default();
         for pass in passes(batch, self.buffers.capacity.pass_tokens) {
@@ -71,7 +85,10 @@ impl<D: Kernels> Decoder<D> {
                 device.embed(stream, statics.tensor(EMBED)?, ids, residual)?;
             }
         }
-        let math = LayerMath { device, stream, config, buffers, pass };
+        if config.multipliers.embedding != 1.0 {
+            device.scale(stream, work.write(at.residual, 0, &shape)?, config.multipliers.embedding)?;
+        }
+        let math = LayerMath { device, stream, config, buffers, pass, batch };
         let head = Head { device, stream, config, buffers, norm: statics.tensor(NORM)? };
         let compute = |column, layer: &Layer<'_, D>| {
             let number = layer.index();

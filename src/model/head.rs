@@ -6,7 +6,12 @@ use super::{
     config::ModelConfig,
     weights::PART,
 };
-use crate::{device::TensorRef, error::Result, kernels::Kernels, pipeline::Layer};
+use crate::{
+    device::{TensorMut, TensorRef},
+    error::Result,
+    kernels::Kernels,
+    pipeline::Layer,
+};
 
 /// What the head computes with, apart from its weights.
 pub(super) struct Head<'a, D: Kernels> {
@@ -34,7 +39,8 @@ impl<D: Kernels> Head<'_, D> {
     /// Norms rows of the residual stream; they become the head's rows from `first` on.
     pub(super) fn norm(&self, residual: TensorRef<'_, D>, first: usize) -> Result<()> {
         let out = self.buffers.work.write(self.buffers.at.head_normed, first * self.config.hidden, residual.shape())?;
-        self.device.rms_norm(self.stream, residual, self.norm, 0.0, self.config.rms_eps, out)
+        let offset = self.config.family.norm_offset;
+        self.device.rms_norm(self.stream, residual, self.norm, offset, self.config.rms_eps, out)
     }
 
     /// Norms the last tokens of sequences `start..start + rows`; they become the head's rows from `first` on.
@@ -86,15 +92,26 @@ impl<D: Kernels> Head<'_, D> {
             if rows == 1 || width == vocab {
                 let out = work.write(at.logits, start * vocab + column, &[rows, width])?;
                 device.linear(stream, x, weight, None, out)?;
+                self.finish(work.write(at.logits, start * vocab + column, &[rows, width])?)?;
                 continue;
             }
             device.linear(stream, x, weight, None, work.write(at.part, 0, &[rows, width])?)?;
+            self.finish(work.write(at.part, 0, &[rows, width])?)?;
             for row in 0..rows {
                 let to = work.write(at.logits, (start + row) * vocab + column, &[width])?;
                 device.cast(stream, work.read(at.part, row * width, &[width])?, to)?;
             }
         }
         Ok(())
+    }
+
+    /// What the model does to its logits.
+    fn finish(&self, mut logits: TensorMut<'_, D>) -> Result<()> {
+        let (factor, cap) = (self.config.multipliers.logits, self.config.soft_caps.logits);
+        if factor != 1.0 {
+            self.device.scale(self.stream, logits.borrow(), factor)?;
+        }
+        cap.map_or(Ok(()), |cap| self.device.soft_cap(self.stream, logits, cap))
     }
 
     /// The most likely token by each of the first `rows` rows of logits, for the sequences from `first` on.

@@ -1,9 +1,9 @@
-//! The mathematics of a layer, as calls of kernels: attention and MLP, each between a norm and the residual stream.
+//! The mathematics of a layer, as calls of kernels: attention and MLP, each between norms and the residual stream.
 
 use super::{
-    batch::{Block, Pass},
+    batch::{Block, Pass, Sequence},
     buffers::Buffers,
-    config::ModelConfig,
+    config::{Activation, HeadNorm, ModelConfig, Norms},
     workspace::Region,
 };
 use crate::{
@@ -25,9 +25,11 @@ projections! {
     Q: "self_attn.q_proj";
     K: "self_attn.k_proj";
     V: "self_attn.v_proj";
+    QKV: "self_attn.qkv_proj";
     O: "self_attn.o_proj";
     GATE: "mlp.gate_proj";
     UP: "mlp.up_proj";
+    GATE_UP: "mlp.gate_up_proj";
     DOWN: "mlp.down_proj";
 }
 
@@ -38,6 +40,7 @@ pub(super) struct LayerMath<'a, D: Kernels> {
     pub(super) config: &'a ModelConfig,
     pub(super) buffers: &'a Buffers<D>,
     pub(super) pass: Pass,
+    pub(super) batch: &'a [Sequence<'a>],
 }
 
 impl<D: Kernels> LayerMath<'_, D> {
@@ -47,19 +50,52 @@ impl<D: Kernels> LayerMath<'_, D> {
     }
 
     fn block(&self, layer: &Layer<'_, D>, block: Block) -> Result<()> {
-        let Self { device, stream, .. } = *self;
-        let (at, hidden, eps) = (&self.buffers.at, self.config.hidden, self.config.rms_eps);
-        let shape = [block.tokens, hidden];
-        let residual = || self.buffers.work.write(at.residual, block.start * hidden, &shape);
-
-        let weight = layer.tensor("input_layernorm.weight")?;
-        device.rms_norm(stream, residual()?.as_ref(), weight, 0.0, eps, self.write(at.normed, &shape)?)?;
+        let (device, stream, norms) = (self.device, self.stream, self.config.family.norms);
+        let normed = self.write(self.buffers.at.normed, &self.shape(block))?;
+        match norms {
+            Norms::Before | Norms::Around => {
+                self.norm(layer, "input_layernorm.weight", self.residual(block)?, normed)?
+            }
+            Norms::After => device.cast(stream, self.residual(block)?.as_ref(), normed)?,
+        }
         self.attention(layer, block)?;
-        let weight = layer.tensor("post_attention_layernorm.weight")?;
-        let (attended, normed) = (self.read(at.branch, &shape)?, self.write(at.normed, &shape)?);
-        device.add_rms_norm(stream, residual()?, attended, weight, 0.0, eps, normed)?;
+        self.end_branch(layer, block, "post_attention_layernorm.weight")?;
+
+        let (branch, normed) = (self.branch(block)?, self.write(self.buffers.at.normed, &self.shape(block))?);
+        let before_mlp = match norms {
+            Norms::Before => "post_attention_layernorm.weight",
+            Norms::Around => "pre_feedforward_layernorm.weight",
+            Norms::After => {
+                device.add(stream, self.residual(block)?, branch)?;
+                device.cast(stream, self.residual(block)?.as_ref(), normed)?;
+                return self.feed_forward(layer, block);
+            }
+        };
+        let (weight, offset) = (layer.tensor(before_mlp)?, self.config.family.norm_offset);
+        device.add_rms_norm(stream, self.residual(block)?, branch, weight, offset, self.config.rms_eps, normed)?;
+        self.feed_forward(layer, block)
+    }
+
+    /// The second half: normed → the residual stream.
+    fn feed_forward(&self, layer: &Layer<'_, D>, block: Block) -> Result<()> {
         self.mlp(layer, block)?;
-        device.add(stream, residual()?, self.read(at.branch, &shape)?)
+        self.end_branch(layer, block, "post_feedforward_layernorm.weight")?;
+        self.device.add(self.stream, self.residual(block)?, self.branch(block)?)
+    }
+
+    /// What is done to a branch before it is added: its norm, where the family has one there, and the multiplier.
+    fn end_branch(&self, layer: &Layer<'_, D>, block: Block, norm: &str) -> Result<()> {
+        let (at, shape, factor) = (&self.buffers.at, self.shape(block), self.config.multipliers.branch);
+        if self.config.family.norms != Norms::Before {
+            let wide = self.write(at.wide_branch, &shape)?;
+            self.norm(layer, norm, wide, self.write(at.branch, &shape)?)?;
+        }
+        if factor == 1.0 { Ok(()) } else { self.device.scale(self.stream, self.write(at.branch, &shape)?, factor) }
+    }
+
+    fn norm(&self, layer: &Layer<'_, D>, name: &str, x: TensorMut<'_, D>, out: TensorMut<'_, D>) -> Result<()> {
+        let (weight, offset, eps) = (layer.tensor(name)?, self.config.family.norm_offset, self.config.rms_eps);
+        self.device.rms_norm(self.stream, x.as_ref(), weight, offset, eps, out)
     }
 
     /// What the block's normed tokens see in the cache, after their own keys and values went there: normed → branch.
@@ -74,22 +110,23 @@ impl<D: Kernels> LayerMath<'_, D> {
             kv_lens: self.words(lengths, pass.sequences)?,
             rows: self.words(rows, pass.sequences)?,
         };
-        let positions = self.words(pass.positions() + block.start, tokens)?;
-        let inv_freq = self.read(at.inv_freq, &[size / 2])?;
-
+        let (q, kv) = (heads * size, kv_heads * size);
         let x = self.read(at.normed, &[tokens, hidden])?;
-        self.linear(layer, x, V, self.write(at.value, &[tokens, kv_heads * size])?)?;
-        for (region, heads, name, norm) in
-            [(at.query, heads, Q, "self_attn.q_norm.weight"), (at.key, kv_heads, K, "self_attn.k_norm.weight")]
+        self.linear(layer, x, V, (QKV, q + kv), self.write(at.value, &[tokens, kv])?)?;
+        for (region, heads, name, first, norm) in
+            [(at.query, heads, Q, 0, "self_attn.q_norm.weight"), (at.key, kv_heads, K, q, "self_attn.k_norm.weight")]
         {
-            let shape = [tokens, heads, size];
-            self.linear(layer, x, name, self.write(at.unrotated, &[tokens, heads * size])?)?;
-            if config.family.qk_norm {
-                let x = self.write(at.unrotated, &shape)?;
-                device.rms_norm_in_place(stream, x, layer.tensor(norm)?, 0.0, config.rms_eps)?;
+            self.linear(layer, x, name, (QKV, first), self.write(at.unrotated, &[tokens, heads * size])?)?;
+            let normed_together: &[usize] = match config.family.head_norm {
+                HeadNorm::None => &[],
+                HeadNorm::Each => &[tokens, heads, size],
+                HeadNorm::Together => &[tokens, heads * size],
+            };
+            if !normed_together.is_empty() {
+                let (x, weight) = (self.write(at.unrotated, normed_together)?, layer.tensor(norm)?);
+                device.rms_norm_in_place(stream, x, weight, config.family.norm_offset, config.rms_eps)?;
             }
-            let (x, out) = (self.read(at.unrotated, &shape)?, self.write(region, &shape)?);
-            device.rope(stream, x, positions, inv_freq, 1.0, RopeLayout::Halves, out)?;
+            self.rotate(layer.index(), block, heads, region)?;
         }
 
         let (keys, values) = (buffers.keys[layer.index()], buffers.values[layer.index()]);
@@ -99,33 +136,83 @@ impl<D: Kernels> LayerMath<'_, D> {
             device.append_kv(stream, new, batch, cache.write(to, 0, &cached)?)?;
         }
         let (q, out) = (self.read(at.query, &[tokens, heads, size])?, self.write(at.attn_out, &[tokens, heads, size])?);
-        let mask =
-            AttentionMask { scale: (size as f32).powf(-0.5), window: config.window(layer.index()), soft_cap: None };
+        let (scale, window) = (config.multipliers.scores, config.window(layer.index()));
+        let mask = AttentionMask { scale, window, soft_cap: config.soft_caps.scores };
         let (keys, values) = (cache.read(keys, 0, &cached)?, cache.read(values, 0, &cached)?);
         device.attention(stream, q, keys, values, batch, mask, out)?;
         let attn_out = self.read(at.attn_out, &[tokens, heads * size])?;
-        self.linear(layer, attn_out, O, self.write(at.branch, &[tokens, hidden])?)
+        self.linear(layer, attn_out, O, (O, 0), self.branch_out(block)?)
+    }
+
+    /// Rotates the block's queries or keys: unrotated → `to`. Where frequencies depend on the length of a sequence, each sequence
+    /// has its own.
+    fn rotate(&self, layer: usize, block: Block, heads: usize, to: Region) -> Result<()> {
+        let (number, size) = (self.config.rope_of(layer), self.config.head_dim);
+        let (rope, table) = (&self.config.ropes[number], self.buffers.at.ropes[number]);
+        let rotate = |start: usize, tokens: usize, row: usize| {
+            let (skip, shape) = (start * heads * size, [tokens, heads, size]);
+            let work = &self.buffers.work;
+            let x = work.read(self.buffers.at.unrotated, skip, &shape)?;
+            let positions = self.words(self.pass.positions() + block.start + start, tokens)?;
+            let inv_freq = work.read(table, row * rope.pairs(), &[rope.pairs()])?;
+            let out = work.write(to, skip, &shape)?;
+            self.device.rope(self.stream, x, positions, inv_freq, rope.scale, RopeLayout::Halves, out)
+        };
+        if !rope.grows() {
+            return rotate(0, block.tokens, 0);
+        }
+        self.pass.spans(block, self.batch).try_for_each(|(row, tokens)| rotate(tokens.start, tokens.len(), row))
     }
 
     /// The gated feed-forward part: normed → branch.
     fn mlp(&self, layer: &Layer<'_, D>, block: Block) -> Result<()> {
-        let (at, shape, wide) = (&self.buffers.at, [block.tokens, self.config.hidden], [block.tokens, self.config.ffn]);
-        let x = self.read(at.normed, &shape)?;
-        self.linear(layer, x, GATE, self.write(at.gate, &wide)?)?;
-        self.linear(layer, x, UP, self.write(at.up, &wide)?)?;
-        self.device.swiglu(self.stream, self.write(at.gate, &wide)?, self.read(at.up, &wide)?)?;
-        self.linear(layer, self.read(at.gate, &wide)?, DOWN, self.write(at.branch, &shape)?)
+        let Self { device, stream, config, .. } = *self;
+        let (at, wide) = (&self.buffers.at, [block.tokens, config.ffn]);
+        let x = self.read(at.normed, &self.shape(block))?;
+        self.linear(layer, x, GATE, (GATE_UP, 0), self.write(at.gate, &wide)?)?;
+        self.linear(layer, x, UP, (GATE_UP, config.ffn), self.write(at.up, &wide)?)?;
+        let (gate, up) = (self.write(at.gate, &wide)?, self.read(at.up, &wide)?);
+        match config.activation {
+            Activation::Silu => device.swiglu(stream, gate, up)?,
+            Activation::Gelu => device.geglu(stream, gate, up)?,
+        }
+        self.linear(layer, self.read(at.gate, &wide)?, DOWN, (DOWN, 0), self.branch_out(block)?)
     }
 
-    /// `x` by a projection of the layer, with its bias where there is one.
+    /// `x` by a projection of the layer, with its bias where there is one. In a family whose projections are fused it is the
+    /// part of `fused` whose first row is given.
     fn linear(
         &self,
         layer: &Layer<'_, D>,
         x: TensorRef<'_, D>,
         [weight, bias]: Projection,
+        ([fused, _], first): (Projection, usize),
         out: TensorMut<'_, D>,
     ) -> Result<()> {
-        self.device.linear(self.stream, x, layer.tensor(weight)?, layer.get(bias), out)
+        let weight = match self.config.family.is_fused {
+            true => layer.tensor(fused)?.rows(first..first + out.shape()[1]),
+            false => layer.tensor(weight)?,
+        };
+        self.device.linear(self.stream, x, weight, layer.get(bias), out)
+    }
+
+    fn shape(&self, block: Block) -> [usize; 2] {
+        [block.tokens, self.config.hidden]
+    }
+
+    fn residual(&self, block: Block) -> Result<TensorMut<'_, D>> {
+        let (at, hidden) = (self.buffers.at.residual, self.config.hidden);
+        self.buffers.work.write(at, block.start * hidden, &self.shape(block))
+    }
+
+    fn branch(&self, block: Block) -> Result<TensorRef<'_, D>> {
+        self.read(self.buffers.at.branch, &self.shape(block))
+    }
+
+    /// Where attention and MLP leave what they made: in F32 where it is normed before it is added.
+    fn branch_out(&self, block: Block) -> Result<TensorMut<'_, D>> {
+        let (at, norms) = (&self.buffers.at, self.config.family.norms);
+        self.write(if norms == Norms::Before { at.branch } else { at.wide_branch }, &self.shape(block))
     }
 
     fn read(&self, region: Region, shape: &[usize]) -> Result<TensorRef<'_, D>> {

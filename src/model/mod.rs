@@ -1,7 +1,7 @@
 //! Decoder-only models on top of the streamer and the kernels.
 //!
 //! A [`Model`] is what a folder says, checked; a [`Decoder`] holds the memory and computes; [`Decoder::generate`] decodes
-//! greedily. Llama, Mistral, Qwen2 and Qwen3 differ by a row of a table in `config.rs`.
+//! greedily. Families of models differ by a row of a table in `config/families.rs`.
 
 mod batch;
 mod buffers;
@@ -15,12 +15,13 @@ mod generate;
 mod head;
 mod layer;
 mod logits;
+mod renewal;
 mod tables;
 mod weights;
 mod workspace;
 
 pub use batch::Sequence;
-pub use config::ModelConfig;
+pub use config::{ModelConfig, Multipliers, Rope, SoftCaps};
 pub use decoder::Decoder;
 pub use tables::Tables;
 pub use weights::Model;

@@ -1,0 +1,170 @@
+//! Sequences that are computed anew: where a model's rotary frequencies depend on how long a sequence is, keys that were rotated
+//! when it was shorter are wrong for it now.
+
+use super::{batch::Sequence, buffers::Capacity, config::ModelConfig, decoder::Decoder};
+use crate::{device::TensorRef, error::Result, kernels::Kernels};
+
+/// What is needed to compute sequences anew. By row of the KV cache:
+pub(super) struct Renewal {
+    /// The tokens that it holds, the first ones of these.
+    tokens: Vec<Vec<u32>>,
+    /// The regime of the length for which its keys were rotated; `None`: nothing is there that counts.
+    regimes: Vec<Option<[usize; 2]>>,
+}
+
+impl Renewal {
+    /// For a model that needs it.
+    pub(super) fn of(config: &ModelConfig, capacity: Capacity) -> Option<Self> {
+        let Capacity { batch, context, .. } = capacity;
+        config.ropes.iter().any(|rope| rope.grows()).then(|| Self {
+            tokens: (0..batch).map(|_| Vec::with_capacity(context)).collect(),
+            regimes: vec![None; batch],
+        })
+    }
+
+    /// What it takes in RAM.
+    pub(super) fn bytes(config: &ModelConfig, Capacity { batch, context, .. }: Capacity) -> usize {
+        let grows = config.ropes.iter().any(|rope| rope.grows());
+        if grows { batch.saturating_mul(context).saturating_mul(size_of::<u32>()) } else { 0 }
+    }
+}
+
+impl<D: Kernels> Decoder<D> {
+    /// Runs a batch that was checked, and with each of its sequences what came before, where that must be rotated anew.
+    pub(super) fn forward_renewing(
+        &mut self,
+        batch: &[Sequence<'_>],
+        observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
+    ) -> Result<()> {
+        let held = self.lengths.clone();
+        let passed = self.rotated_for(batch).and_then(|whole| {
+            let whole: Vec<_> = (batch.iter().zip(&whole))
+                .map(|(given, whole)| Sequence { row: given.row, tokens: whole.as_deref().unwrap_or(given.tokens) })
+                .collect();
+            self.forward_passes(&whole, observe)
+        });
+        if passed.is_err() {
+            self.lengths = held;
+            return passed;
+        }
+        let Self { renewal, lengths, model, .. } = self;
+        let Some(Renewal { tokens, regimes }) = renewal else { return Ok(()) };
+        for Sequence { row, tokens: new } in batch {
+            tokens[*row].truncate(held[*row]);
+            tokens[*row].extend_from_slice(new);
+            regimes[*row] = Some(model.config.regime(lengths[*row]));
+        }
+        Ok(())
+    }
+
+    /// Sends the frequencies of sequences whose new length changes them. Those of them that hold tokens hold none from now on:
+    /// all their tokens are returned.
+    fn rotated_for(&mut self, batch: &[Sequence<'_>]) -> Result<Vec<Option<Vec<u32>>>> {
+        let Self { renewal, lengths, model, buffers, device, stream, .. } = self;
+        let Some(Renewal { tokens, regimes }) = renewal else { return Ok(vec![None; batch.len()]) };
+        let whole = batch.iter().map(|&Sequence { row, tokens: new }| {
+            let length = lengths[row] + new.len();
+            if lengths[row] > 0 && regimes[row] == Some(model.config.regime(length)) {
+                return Ok(None);
+            }
+            // Until a pass has succeeded.
+            regimes[row] = None;
+            buffers.send_frequencies(device, stream, &model.config, (row, length))?;
+            let held = std::mem::take(&mut lengths[row]);
+            Ok((held > 0).then(|| [&tokens[row][..held], new].concat()))
+        });
+        whole.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{device::Cpu, error::Error, model::Model, plan::Settings};
+
+    /// The speller with a rope that changes at 20 tokens.
+    fn growing(kind: &str) -> (tempfile::TempDir, Model) {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir("examples/speller").unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        let path = folder.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["rope_parameters"] = match kind {
+            "dynamic" => serde_json::json!({ "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0 }),
+            _ => serde_json::json!({ "rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0,
+                "short_factor": vec![1.0; 32], "long_factor": vec![3.0; 32], "original_max_position_embeddings": 20 }),
+        };
+        config["max_position_embeddings"] = if kind == "dynamic" { 20.into() } else { 80.into() };
+        fs::write(path, config.to_string()).unwrap();
+        let model = Model::open(folder.path()).unwrap();
+        (folder, model)
+    }
+
+    fn last(decoder: &mut Decoder<Cpu>) -> Vec<Vec<f32>> {
+        let mut rows = Vec::new();
+        let told = decoder.last_logits(|row| {
+            rows.push(row.to_vec());
+            Ok::<_, Error>(())
+        });
+        told.unwrap();
+        rows
+    }
+
+    #[test]
+    fn what_comes_of_a_sequence_is_what_one_pass_over_it_gives_however_it_grew_or_was_cut() {
+        let ids: Vec<u32> = (0..60u32).map(|i| 3 + i * 7919 % 300).collect();
+        for kind in ["dynamic", "longrope"] {
+            let (_folder, model) = growing(kind);
+            let fresh = |lengths: [usize; 2]| {
+                let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 2, 70).unwrap();
+                let batch = [0, 1].map(|row| Sequence { row, tokens: &ids[row..][..lengths[row]] });
+                decoder.forward(&batch).unwrap();
+                last(&mut decoder)
+            };
+            let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 2, 70).unwrap();
+            let mut held = [0, 0];
+            // Below, at and across the threshold, back below it, across it again.
+            for lengths in [[5, 19], [20, 20], [21, 22], [40, 23], [41, 58]] {
+                grow(&mut decoder, &ids, &mut held, lengths);
+                assert_near(&last(&mut decoder), &fresh(lengths), kind);
+            }
+            for row in [0, 1] {
+                decoder.truncate(row, 10).unwrap();
+            }
+            held = [10, 10];
+            for lengths in [[12, 20], [30, 21]] {
+                grow(&mut decoder, &ids, &mut held, lengths);
+                assert_near(&last(&mut decoder), &fresh(lengths), kind);
+            }
+            // A pass that fails may leave keys of either kind: the next one has them right.
+            let mut layers = 0;
+            let failed = decoder.forward_observed(&[Sequence { row: 1, tokens: &ids[22..30] }], |_, _, _| {
+                layers += 1;
+                let cause = "on purpose".into();
+                if layers < 4 { Ok(()) } else { Err(Error::Kernel { kernel: "test", cause }) }
+            });
+            assert!(failed.is_err() && decoder.length(1) == 21);
+            grow(&mut decoder, &ids, &mut held, [31, 22]);
+            assert_near(&last(&mut decoder), &fresh([31, 22]), kind);
+        }
+    }
+
+    /// Gives each row the tokens that it lacks.
+    fn grow(decoder: &mut Decoder<Cpu>, ids: &[u32], held: &mut [usize; 2], lengths: [usize; 2]) {
+        let batch = [0, 1].map(|row| Sequence { row, tokens: &ids[row..][held[row]..lengths[row]] });
+        decoder.forward(&batch).unwrap();
+        *held = lengths;
+        assert_eq!([decoder.length(0), decoder.length(1)], lengths);
+    }
+
+    fn assert_near(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
+        for (found, expected) in found.iter().zip(expected) {
+            let apart = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(apart < 1e-3, "{what}: {apart}");
+        }
+    }
+}
