@@ -16,6 +16,7 @@ struct Attention {
   int sequences, tokens, heads, kv_heads;
   int64_t capacity;
   float scale;    // of scores as powers of two: log2(e) included
+  float bend;     // of a soft cap: a score becomes tanh_fast(bend · score) before that; 0: it does not
   int window;     // INT_MAX: none
   int splits;     // parts that a context is cut into, at most
   float* partial;  // what the parts gave: [tokens, heads, splits, size] sums, then [tokens, heads, splits] State
@@ -48,6 +49,16 @@ inline cudaError_t with_size(int size, Launch launch) {
     case 256: return launch(std::integral_constant<int, 256>());
     default: return cudaErrorInvalidValue;
   }
+}
+
+// The same with each of them, up to the first error.
+template <typename Launch>
+inline cudaError_t with_sizes(Launch launch) {
+  for (const int size : {32, 64, 96, 128, 256}) {
+    const cudaError_t error = with_size(size, launch);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 // How many parts fit the scratch, no more than `wanted` and one at least.
@@ -197,6 +208,18 @@ struct Softmax {
           mma_16x8x16_bf16(scores[t][2 * n], a[t], b[0], b[1]);
           mma_16x8x16_bf16(scores[t][2 * n + 1], a[t], b[2], b[3]);
         }
+      }
+    }
+  }
+
+  // A soft cap, but for the factor that is in Attention::scale. It comes before the mask, which it would lift.
+  __device__ static void cap(float (&scores)[M][KEYS / 8][4], float bend) {
+#pragma unroll
+    for (int t = 0; t < M; ++t) {
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[t][n][i] = tanh_fast(scores[t][n][i] * bend);
       }
     }
   }

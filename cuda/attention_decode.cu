@@ -29,7 +29,8 @@ struct Shape {
   static_assert(kHeads * (kStride * sizeof(float) + sizeof(State)) <= kWarpBytes, "sums take the place of tiles");
 };
 
-template <int D>
+// With kCap, scores are capped: apart, so that the others need no register for it.
+template <int D, bool kCap>
 __global__ void __launch_bounds__(Shape<D>::kThreads) decode(Attention call) {
   using Shape = Shape<D>;
   constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages;
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(Shape<D>::kThreads) decode(Attention call) {
     float scores[1][kKeys / 8][4];
     uint32_t weights[1][kKeys / 16][4];
     softmax.score(scores, query, keys);
+    if constexpr (kCap) softmax.cap(scores, call.bend);
     if (key + kKeys > part.end) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -220,8 +222,9 @@ cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
   const int64_t parts = (blocks * 4 <= wave ? wave : wave * 4) / blocks, most = (call.capacity + kLeast - 1) / kLeast;
   call.splits = parts_that_fit(call, D, scratch_bytes, parts < most ? parts : most);
   if (blocks * call.splits > INT_MAX) return cudaErrorInvalidValue;
-  const cudaError_t error = lsk_launch(decode<D>, dim3(unsigned(blocks * call.splits)), dim3(Shape<D>::kThreads),
-                                       Shape<D>::kBytes, stream, call);
+  const cudaError_t error =
+      lsk_launch(call.bend > 0.0f ? decode<D, true> : decode<D, false>, dim3(unsigned(blocks * call.splits)),
+                 dim3(Shape<D>::kThreads), Shape<D>::kBytes, stream, call);
   if (error != cudaSuccess) return error;
   return attention_combine(call, D, 1, kLeast, stream);
 }
@@ -246,10 +249,14 @@ size_t lsk_attention_scratch(int multiprocessors) {
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
                           int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
-                          void* scratch, size_t scratch_bytes, cudaStream_t stream) {
+                          float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  // With a cap, scores become cap · tanh(scale / cap · score).
+  const float bend = soft_cap != 0.0f ? scale / soft_cap * 2.0f * kLog2E : 0.0f;
   // A greatest score is found before it is scaled, so the scale keeps order.
   const bool valid = sequences >= 0 && tokens >= 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 &&
-                     capacity >= 0 && capacity <= INT_MAX && scale > 0.0f && window >= 0;
+                     capacity >= 0 && capacity <= INT_MAX && scale > 0.0f && window >= 0 && soft_cap >= 0.0f &&
+                     isfinite(bend);
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0) return cudaSuccess;
   lsk::Attention call = {};
@@ -258,7 +265,7 @@ cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys
   call.q_offsets = q_offsets, call.kv_lens = kv_lens, call.rows = rows;
   call.sequences = sequences, call.tokens = tokens, call.heads = heads, call.kv_heads = kv_heads;
   call.capacity = capacity;
-  call.scale = scale * 1.44269504088896341f;
+  call.scale = (soft_cap > 0.0f ? soft_cap : scale) * kLog2E, call.bend = bend;
   call.window = window == 0 || window > INT_MAX ? INT_MAX : int(window);
   call.splits = 1;
   call.partial = static_cast<float*>(scratch);
@@ -268,6 +275,8 @@ cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys
 }
 
 static const Loader loader([] {
-  return load_kernels(lsk::decode<32>, lsk::decode<64>, lsk::decode<96>, lsk::decode<128>, lsk::decode<256>,
-                      lsk::combine<32>, lsk::combine<64>, lsk::combine<96>, lsk::combine<128>, lsk::combine<256>);
+  return lsk::with_sizes([](auto d) {
+    constexpr int D = decltype(d)::value;
+    return load_kernels(lsk::decode<D, false>, lsk::decode<D, true>, lsk::combine<D>);
+  });
 });

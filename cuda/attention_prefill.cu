@@ -25,7 +25,8 @@ struct Shape {
   static constexpr bool kHeld = D * M <= 128;
 };
 
-template <int D, int M>
+// With kCap, scores are capped: apart, so that the others need no register for it.
+template <int D, int M, bool kCap>
 __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   using Shape = Shape<D, M>;
   constexpr int kKeys = Shape::kKeys, kRows = Shape::kRows;
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
     if (seen) {
       float scores[M][kKeys / 8][4];
       softmax.score(scores, query, shared + key_tile);
+      if constexpr (kCap) softmax.cap(scores, call.bend);
       const int ahead = first + lane / 4 - key - lane % 4 * 2;  // of this lane's first query over its first key
       if (key + kKeys - 1 > first || key <= last - call.window) {
 #pragma unroll
@@ -179,8 +181,9 @@ cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
   const int64_t parts = int64_t(scratch_bytes / kScratch) * 2 / blocks, most = (call.capacity + kLeast - 1) / kLeast;
   call.splits = parts_that_fit(call, D, scratch_bytes, parts < most ? parts : most);
   if (blocks * call.splits > INT_MAX) return cudaErrorInvalidValue;
-  const cudaError_t error = lsk_launch(prefill<D, M>, dim3(unsigned(blocks * call.splits)), dim3(kThreads),
-                                       Shape<D, M>::kBytes, stream, call);
+  const cudaError_t error =
+      lsk_launch(call.bend > 0.0f ? prefill<D, M, true> : prefill<D, M, false>,
+                 dim3(unsigned(blocks * call.splits)), dim3(kThreads), Shape<D, M>::kBytes, stream, call);
   if (error != cudaSuccess) return error;
   return attention_combine(call, D, kRows, kLeast, stream);
 }
@@ -203,7 +206,11 @@ cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cu
 }  // namespace lsk
 
 static const Loader loader([] {
-  return load_kernels(lsk::prefill<32, 1>, lsk::prefill<32, 2>, lsk::prefill<64, 1>, lsk::prefill<64, 2>,
-                      lsk::prefill<96, 1>, lsk::prefill<96, 2>, lsk::prefill<128, 1>, lsk::prefill<128, 2>,
-                      lsk::prefill<256, 1>);
+  return lsk::with_sizes([](auto d) {
+    constexpr int D = decltype(d)::value;
+    // Of large heads there are none with M = 2, as above.
+    constexpr int kMost = D <= 128 ? 2 : 1;
+    return load_kernels(lsk::prefill<D, 1, false>, lsk::prefill<D, 1, true>, lsk::prefill<D, kMost, false>,
+                        lsk::prefill<D, kMost, true>);
+  });
 });

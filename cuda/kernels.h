@@ -35,17 +35,17 @@ cudaError_t lsk_embed(float* out, const void* table_bf16, const uint32_t* ids, i
 cudaError_t lsk_gather(float* out, const float* x, const uint32_t* indices, int64_t rows, int64_t hidden,
                        cudaStream_t stream);
 
-/* out = x / sqrt(mean(x^2) + eps) * weight over each row: x, out [rows, hidden], weight [hidden]. */
-cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float eps, int64_t rows,
+/* out = x / sqrt(mean(x^2) + eps) * (offset + weight) over each row: x, out [rows, hidden], weight [hidden]. */
+cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float offset, float eps, int64_t rows,
                          int64_t hidden, cudaStream_t stream);
 
 /* residual += y, then out = the norm of residual, in one kernel. */
-cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float eps,
-                             int64_t rows, int64_t hidden, cudaStream_t stream);
+cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float offset,
+                             float eps, int64_t rows, int64_t hidden, cudaStream_t stream);
 
-/* The norm in place, for heads: x [rows, size]. */
-cudaError_t lsk_rms_norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
-                               cudaStream_t stream);
+/* The norm in place: x [rows, size], most often heads. */
+cudaError_t lsk_rms_norm_in_place(float* x, const lsk_bf16* weight, float offset, float eps, int64_t rows, int64_t size,
+                                  cudaStream_t stream);
 
 /* x += y. */
 cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
@@ -54,12 +54,22 @@ cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
 cudaError_t lsk_broadcast_row(void* out, int out_dtype, const lsk_bf16* bias, int64_t rows, int64_t columns,
                               cudaStream_t stream);
 
-/* Rotary embedding: x, out [tokens, heads, size], positions [tokens], inv_freq [size / 2]. */
-cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, int64_t tokens,
-                     int heads, int size, int interleaved, cudaStream_t stream);
+/* Rotary embedding: x, out [tokens, heads, size], positions [tokens], inv_freq [half]. The first 2 * half elements of a
+ * head turn and become `scale` times as long, the others are passed on. */
+cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, float scale,
+                     int64_t tokens, int heads, int size, int half, int interleaved, cudaStream_t stream);
 
 /* gate = silu(gate) * up. */
 cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);
+
+/* gate = gelu(gate) * up, the form with a hyperbolic tangent. */
+cudaError_t lsk_geglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);
+
+/* x *= factor: LSK_F32 or LSK_BF16. */
+cudaError_t lsk_scale(void* x, int dtype, float factor, size_t n, cudaStream_t stream);
+
+/* x = cap * tanh(x / cap). */
+cudaError_t lsk_soft_cap(float* x, float cap, size_t n, cudaStream_t stream);
 
 /* Puts a block's keys or values [tokens, kv_heads, size] where they belong in cache [.., kv_heads, capacity, size].
  * Sequence i owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] in row rows[i] of the cache. */
@@ -71,11 +81,12 @@ cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream);
 
 /* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, capacity, size],
- * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none. */
+ * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none.
+ * soft_cap 0: none, others are exact to 3e-7 of themselves. */
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
                           int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
-                          void* scratch, size_t scratch_bytes, cudaStream_t stream);
+                          float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream);
 
 /* The most scratch, in bytes, that lsk_attention uses on a device with so many multiprocessors. */
 size_t lsk_attention_scratch(int multiprocessors);

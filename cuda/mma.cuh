@@ -21,6 +21,20 @@ __device__ inline float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x, to within one unit in the last place; that of infinity is 0.
+__device__ inline float reciprocal_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// tanh(x / (2 · log2(e))), to within 3e-7: near 0 that is much of it.
+__device__ inline float tanh_fast(float x) { return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(x)); }
+
 // Two floats, rounded to bf16: `low` in the lower half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

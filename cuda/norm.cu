@@ -1,5 +1,5 @@
 // Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467): of the residual stream, alone or after something was
-// added to it, and of each head of a query or key, in place.
+// added to it, and of each head of a query or key, or of all of a token's together, in place.
 #include "common.cuh"
 
 namespace {
@@ -21,18 +21,19 @@ __device__ inline float sum_over_row(float x) {
   return sum_over_lanes(lane < int(blockDim.x / 32) ? sums[lane] : 0.0f, 32);
 }
 
+template <typename Out>
 struct Norm {
-  lsk_bf16* out;
+  Out* out;  // may be x: a thread writes what it alone has read, and after that
   const float* x;
   float* sum;  // where x + y goes, x itself; not used without y
   const lsk_bf16 *y, *weight;
-  float eps;
+  float offset, eps;
   int64_t rows, hidden;
 };
 
 // One row for each value of threadIdx.y, read once: hidden is a multiple of 4.
-template <bool kAdd>
-__global__ void __launch_bounds__(1024) norm(Norm call) {
+template <typename Out, bool kAdd>
+__global__ void __launch_bounds__(1024) norm(Norm<Out> call) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool live = row < call.rows;
   const int hidden = live ? int(call.hidden) : 0;
@@ -68,15 +69,15 @@ __global__ void __launch_bounds__(1024) norm(Norm call) {
       float scaled[4];
       widen(load<4>(call.weight + column), scaled);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) scaled[k] *= x[i].at[k] * factor;
-      store(call.out + begin + column, narrow<lsk_bf16>(scaled));
+      for (int k = 0; k < 4; ++k) scaled[k] = (call.offset + scaled[k]) * (x[i].at[k] * factor);
+      store(call.out + begin + column, narrow<Out>(scaled));
     }
   }
 }
 
 // Any row, read twice.
-template <bool kAdd>
-__global__ void __launch_bounds__(1024) norm_any(Norm call) {
+template <typename Out, bool kAdd>
+__global__ void __launch_bounds__(1024) norm_any(Norm<Out> call) {
   const int64_t begin = int64_t(blockIdx.x) * call.hidden;
   float squares = 0.0f;
 #pragma unroll 4
@@ -92,26 +93,28 @@ __global__ void __launch_bounds__(1024) norm_any(Norm call) {
   const float* const source = kAdd ? call.sum : call.x;
 #pragma unroll 4
   for (int64_t column = threadIdx.x; column < call.hidden; column += blockDim.x) {
-    narrow(source[begin + column] * factor * widen(call.weight[column]), &call.out[begin + column]);
+    const float weight = call.offset + widen(call.weight[column]);
+    narrow(source[begin + column] * factor * weight, &call.out[begin + column]);
   }
 }
 
-template <bool kAdd>
-cudaError_t launch(const Norm& call, cudaStream_t stream) {
+template <bool kAdd, typename Out>
+cudaError_t launch(const Norm<Out>& call, cudaStream_t stream) {
   if (call.rows == 0 || call.hidden == 0) return cudaSuccess;
   const bool wide = call.hidden % 4 == 0 && call.hidden <= kMostInRegisters && aligned_for<4>(call.x) &&
                     aligned_for<4>(call.out) && aligned_for<4>(call.weight) && (!kAdd || aligned_for<4>(call.y));
   const unsigned threads = unsigned(((wide ? call.hidden : 4096) + 32 * kVecs * 4 - 1) / (32 * kVecs * 4) * 32);
-  if (!wide) return lsk_launch(norm_any<kAdd>, dim3(unsigned(call.rows)), dim3(threads), 0, stream, call);
+  if (!wide) return lsk_launch(norm_any<Out, kAdd>, dim3(unsigned(call.rows)), dim3(threads), 0, stream, call);
   const unsigned rows = threads == 32 ? kWarps : 1;
-  return lsk_launch(norm<kAdd>, dim3(unsigned((call.rows + rows - 1) / rows)), dim3(threads, rows), 0, stream, call);
+  const dim3 grid(unsigned((call.rows + rows - 1) / rows));
+  return lsk_launch(norm<Out, kAdd>, grid, dim3(threads, rows), 0, stream, call);
 }
 
 constexpr int kHeadBlock = 256;
 
 // `lanes` neighbours, a power of two, share a row of up to 8 · lanes elements, a multiple of 4.
 __global__ void __launch_bounds__(kHeadBlock)
-    norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int size, int lanes) {
+    norm_heads(float* x, const lsk_bf16* weight, float offset, float eps, int64_t rows, int size, int lanes) {
   const int lane = int(threadIdx.x) % lanes;
   const int64_t row = (int64_t(blockIdx.x) * kHeadBlock + threadIdx.x) / lanes;
   x += row * size;
@@ -136,49 +139,37 @@ __global__ void __launch_bounds__(kHeadBlock)
     if (row < rows && column < size) {
       const Vec<lsk_bf16, 4> scale = load<4>(weight + column);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) values[i].at[k] *= factor * widen(scale.at[k]);
+      for (int k = 0; k < 4; ++k) values[i].at[k] *= factor * (offset + widen(scale.at[k]));
       store(x + column, values[i]);
     }
   }
 }
 
-// Any row, by one warp that reads it twice; each lane writes what it alone has read.
-__global__ void __launch_bounds__(kHeadBlock)
-    norm_heads_any(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t(blockIdx.x) * (kHeadBlock / 32) + threadIdx.x / 32;
-  if (row >= rows) return;
-  x += row * size;
-  float squares = 0.0f;
-  for (int64_t column = lane; column < size; column += 32) squares += x[column] * x[column];
-  const float factor = 1.0f / sqrtf(sum_over_lanes(squares, 32) / float(size) + eps);
-  for (int64_t column = lane; column < size; column += 32) x[column] *= factor * widen(weight[column]);
-}
-
 }  // namespace
 
-cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float eps, int64_t rows,
+cudaError_t lsk_rms_norm(lsk_bf16* out, const float* x, const lsk_bf16* weight, float offset, float eps, int64_t rows,
                          int64_t hidden, cudaStream_t stream) {
-  return launch<false>({out, x, nullptr, nullptr, weight, eps, rows, hidden}, stream);
+  return launch<false>(Norm<lsk_bf16>{out, x, nullptr, nullptr, weight, offset, eps, rows, hidden}, stream);
 }
 
-cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float eps,
-                             int64_t rows, int64_t hidden, cudaStream_t stream) {
-  return launch<true>({out, residual, residual, y, weight, eps, rows, hidden}, stream);
+cudaError_t lsk_add_rms_norm(lsk_bf16* out, float* residual, const lsk_bf16* y, const lsk_bf16* weight, float offset,
+                             float eps, int64_t rows, int64_t hidden, cudaStream_t stream) {
+  return launch<true>(Norm<lsk_bf16>{out, residual, residual, y, weight, offset, eps, rows, hidden}, stream);
 }
 
-cudaError_t lsk_rms_norm_heads(float* x, const lsk_bf16* weight, float eps, int64_t rows, int64_t size,
-                               cudaStream_t stream) {
+cudaError_t lsk_rms_norm_in_place(float* x, const lsk_bf16* weight, float offset, float eps, int64_t rows, int64_t size,
+                                  cudaStream_t stream) {
+  const bool heads = size % 4 == 0 && size <= 256 && aligned_for<4>(x) && aligned_for<4>(weight);
+  if (!heads) return launch<false>(Norm<float>{x, x, nullptr, nullptr, weight, offset, eps, rows, size}, stream);
   if (rows == 0 || size == 0) return cudaSuccess;
-  const bool wide = size % 4 == 0 && size <= 256 && aligned_for<4>(x) && aligned_for<4>(weight);
-  int lanes = wide ? 1 : 32;
-  while (lanes * 8 < size && wide) lanes *= 2;
+  int lanes = 1;
+  while (lanes * 8 < size) lanes *= 2;
   const int64_t each = kHeadBlock / lanes;
   const dim3 grid(unsigned((rows + each - 1) / each));
-  if (!wide) return lsk_launch(norm_heads_any, grid, dim3(kHeadBlock), 0, stream, x, weight, eps, rows, size);
-  return lsk_launch(norm_heads, grid, dim3(kHeadBlock), 0, stream, x, weight, eps, rows, int(size), lanes);
+  return lsk_launch(norm_heads, grid, dim3(kHeadBlock), 0, stream, x, weight, offset, eps, rows, int(size), lanes);
 }
 
 static const Loader loader([] {
-  return load_kernels(norm<false>, norm<true>, norm_any<false>, norm_any<true>, norm_heads, norm_heads_any);
+  return load_kernels(norm<lsk_bf16, false>, norm<lsk_bf16, true>, norm<float, false>, norm_any<lsk_bf16, false>,
+                      norm_any<lsk_bf16, true>, norm_any<float, false>, norm_heads);
 });

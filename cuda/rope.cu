@@ -14,8 +14,9 @@ struct Rope {
   const float* x;
   const uint32_t* positions;
   const float* inv_freq;
+  float scale;
   int64_t tokens;
-  int heads, size, each;  // `each` tokens a block
+  int heads, size, half, each;  // `half` pairs a head, `each` tokens a block
 };
 
 // Of an F32 angle up to 2^32, to 1e-6. Its turns are taken off in double precision: sincosf does that for great angles with
@@ -25,11 +26,11 @@ __device__ inline void sine_and_cosine(float angle, float* sine, float* cosine) 
   sincospif(2.0f * float(turns - rint(turns)), sine, cosine);
 }
 
-// A thread takes N pairs at once: size is a multiple of 2 · N.
+// A thread takes N pairs at once: half and size are multiples of N.
 template <int N, bool kInterleaved>
 __global__ void __launch_bounds__(kBlock) rope(Rope call) {
   LSK_DYNAMIC_SHARED(shared);
-  const int half = call.size / 2, packs = half / N;
+  const int half = call.half, packs = half / N;
   const int64_t first = int64_t(blockIdx.x) * call.each, begin = first * call.heads * call.size;
   const int tokens = int(call.tokens - first < call.each ? call.tokens - first : call.each);
   float* const cosines = reinterpret_cast<float*>(shared);
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
       for (int i = threadIdx.x; i < tokens * half; i += kBlock) {
         const int token = int(unsigned(i) / unsigned(half));
         sine_and_cosine(float(call.positions[first + token]) * call.inv_freq[i - token * half], &sines[i], &cosines[i]);
+        sines[i] *= call.scale, cosines[i] *= call.scale;
       }
       __syncthreads();
       ready = true;
@@ -78,28 +80,35 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
       }
     }
   }
+  // What is in no pair is passed on.
+  const int others = call.size / N - 2 * packs, copies = tokens * call.heads * others;
+  for (int i = threadIdx.x; i < copies; i += kBlock) {
+    const int row = int(unsigned(i) / unsigned(others));
+    const int64_t at = begin + int64_t(row) * call.size + (2 * packs + i - row * others) * N;
+    store(call.out + at, narrow<lsk_bf16>(load<N>(call.x + at).at));
+  }
 }
 
 template <int N>
 cudaError_t launch(Rope call, bool interleaved, cudaStream_t stream) {
-  // As many tokens as give every thread its share of pairs.
-  const int64_t share = kBlock * kUnroll / (int64_t(call.heads) * (call.size / 2 / N));
+  // As many tokens as give every thread its share of pairs, those counted in that do not turn.
+  const int64_t share = kBlock * kUnroll / (int64_t(call.heads) * ((call.size + 2 * N - 1) / (2 * N)));
   call.each = int(share < 1 ? 1 : share < kMostTokens ? share : kMostTokens);
-  const size_t shared_bytes = size_t(call.each) * call.size * sizeof(float);
+  const size_t shared_bytes = size_t(call.each) * call.half * 2 * sizeof(float);
   const dim3 grid(unsigned((call.tokens + call.each - 1) / call.each));
   return lsk_launch(interleaved ? rope<N, true> : rope<N, false>, grid, dim3(kBlock), shared_bytes, stream, call);
 }
 
 }  // namespace
 
-cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, int64_t tokens,
-                     int heads, int size, int interleaved, cudaStream_t stream) {
+cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, float scale,
+                     int64_t tokens, int heads, int size, int half, int interleaved, cudaStream_t stream) {
   // The sines of a token must fit shared memory.
-  if (size < 0 || size % 2 != 0 || size > 4096 || heads < 0 || heads > 65536) return cudaErrorInvalidValue;
+  if (half < 0 || size < 2 * half || size > 4096 || heads < 0 || heads > 65536) return cudaErrorInvalidValue;
   if (tokens == 0 || heads == 0 || size == 0) return cudaSuccess;
-  const Rope call = {out, x, positions, inv_freq, tokens, heads, size, 1};
-  return size % 8 == 0 && aligned_for<4>(x) && aligned_for<4>(out) ? launch<4>(call, interleaved != 0, stream)
-                                                                   : launch<1>(call, interleaved != 0, stream);
+  const Rope call = {out, x, positions, inv_freq, scale, tokens, heads, size, half, 1};
+  const bool wide = size % 4 == 0 && half % 4 == 0 && aligned_for<4>(x) && aligned_for<4>(out);
+  return wide ? launch<4>(call, interleaved != 0, stream) : launch<1>(call, interleaved != 0, stream);
 }
 
 static const Loader loader([] {

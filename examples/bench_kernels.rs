@@ -47,7 +47,7 @@ struct Options {
 }
 
 /// Rows of the table, for the progress bar.
-const ROWS: u64 = 31;
+const ROWS: u64 = 37;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
 const OFF: f64 = 1e-2;
@@ -85,7 +85,7 @@ struct Row {
     copies: Vec<f64>,
     bytes: usize,
     operations: f64,
-    /// Of attention: tokens that are there already, and new ones.
+    /// Of attention without a soft cap, for the plot: tokens that are there already, and new ones.
     tokens: Option<(usize, usize)>,
 }
 
@@ -174,7 +174,7 @@ fn run<D: Kernels>(device: &D, options: &Options, divisor: usize) -> Result<Repo
     let ratios: Vec<_> = moving().map(|row| Spread::of(&row.of_copy()).median).collect();
     report.compare(
         Figure::new(
-            "casts, norms, rope and swiglu, which only move memory",
+            "casts, norms, rope, gates, scale and soft_cap, which only move memory",
             "GB/s",
             &moving().flat_map(Row::rates).collect::<Vec<_>>(),
         ),
@@ -223,6 +223,14 @@ fn seconds<D: Kernels>(on: &On<D>, time: f64, mut launch: impl FnMut(usize) -> R
     of_some(1)?;
     let guess = of_some(2)?;
     of_some(((time / guess) as usize).clamp(2, 10_000))
+}
+
+/// The gate by its name.
+fn gated<D: Kernels>(on: &On<D>, name: &str, gate: &mut Tensor<D>, up: &Tensor<D>) -> Result<()> {
+    match name {
+        "swiglu" => on.device.swiglu(&on.stream, gate.out(), up.get()),
+        _ => on.device.geglu(&on.stream, gate.out(), up.get()),
+    }
 }
 
 impl<D: Kernels> Bench<'_, D> {
@@ -293,9 +301,9 @@ impl<D: Kernels> Bench<'_, D> {
                     (on.values(DType::F32, &[few, hidden], &values)?, on.activation(&[few, hidden], &added)?);
                 let weight = on.weight(&[hidden], &weights)?;
                 let mut out = on.empty(on.device.precision().activation, &[few, hidden])?;
-                on.device.rms_norm(&on.stream, x.get(), weight.get(), 1e-6, out.out())?;
+                on.device.rms_norm(&on.stream, x.get(), weight.get(), 0.0, 1e-6, out.out())?;
                 let mut found = on.read(&out)?;
-                on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())?;
+                on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 0.0, 1e-6, out.out())?;
                 found.extend(on.read(&out)?);
                 found
             });
@@ -305,11 +313,11 @@ impl<D: Kernels> Bench<'_, D> {
             let (weight, mut out) = (here.weight(&[hidden], &weights)?, here.empty(activation, &shape)?);
             let moved = x.bytes() + out.bytes();
             self.record(Row::new("rms_norm", format!("[{rows}, {hidden}]"), checked, moved), |_| {
-                here.device.rms_norm(&here.stream, x.get(), weight.get(), 1e-6, out.out())
+                here.device.rms_norm(&here.stream, x.get(), weight.get(), 0.0, 1e-6, out.out())
             })?;
             let moved = 2 * x.bytes() + y.bytes() + out.bytes();
             self.record(Row::new("add_rms_norm", format!("[{rows}, {hidden}]"), checked, moved), |_| {
-                here.device.add_rms_norm(&here.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())
+                here.device.add_rms_norm(&here.stream, x.out(), y.get(), weight.get(), 0.0, 1e-6, out.out())
             })?;
             let moved = 2 * x.bytes() + y.bytes();
             self.record(Row::new("add", format!("[{rows}, {hidden}]"), None, moved), |_| {
@@ -332,7 +340,7 @@ impl<D: Kernels> Bench<'_, D> {
                 let (x, mut out) =
                     (on.values(DType::F32, &shape, &values)?, on.empty(on.device.precision().activation, &shape)?);
                 let (at, frequencies) = (on.tensor(&[few], &positions[..few])?, on.tensor(&[size / 2], &inv_freq)?);
-                on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), layout, out.out())?;
+                on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), 1.0, layout, out.out())?;
                 on.read(&out)?
             });
             let shape = [tokens, heads, size];
@@ -342,32 +350,56 @@ impl<D: Kernels> Bench<'_, D> {
             let moved = x.bytes() + out.bytes();
             let shape = format!("[{tokens}, {heads}, {size}], {layout:?}");
             self.record(Row::new("rope", shape, Some(off(&both.0, &both.1)), moved), |_| {
-                here.device.rope(&here.stream, x.get(), at.get(), frequencies.get(), layout, out.out())
+                here.device.rope(&here.stream, x.get(), at.get(), frequencies.get(), 1.0, layout, out.out())
             })?;
         }
-        let rows = tokens * 28;
-        let weight = self.fill(DType::BF16, &[size])?;
-        let mut x = self.fill(DType::F32, &[rows, size])?;
-        let row = Row::new("rms_norm_in_place", format!("[{rows}, {size}]"), None, 2 * x.bytes());
-        self.record(row, |_| here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 1e-6))?;
+        // Each head by itself, and all of a token's together.
+        for (rows, size) in [(tokens * 28, size), (tokens, 28 * size)] {
+            let weight = self.fill(DType::BF16, &[size])?;
+            let mut x = self.fill(DType::F32, &[rows, size])?;
+            let row = Row::new("rms_norm_in_place", format!("[{rows}, {size}]"), None, 2 * x.bytes());
+            self.record(row, |_| here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 0.0, 1e-6))?;
+        }
 
         let (rows, ffn) = (self.many(8192), 18_944);
         let (gates, ups) = (random(&mut self.rng, few * ffn), random(&mut self.rng, few * ffn));
-        let both = on_both!(here, |on| {
-            let (mut gate, up) = (on.activation(&[few, ffn], &gates)?, on.activation(&[few, ffn], &ups)?);
-            on.device.swiglu(&on.stream, gate.out(), up.get())?;
-            on.read(&gate)?
-        });
-        let (mut gate, up) = (self.fill(activation, &[rows, ffn])?, self.fill(activation, &[rows, ffn])?);
-        let moved = 3 * gate.bytes();
-        let row = Row::new("swiglu", format!("[{rows}, {ffn}]"), Some(off(&both.0, &both.1)), moved);
-        self.record(row, |_| here.device.swiglu(&here.stream, gate.out(), up.get()))?;
+        for name in ["swiglu", "geglu"] {
+            let both = on_both!(here, |on| {
+                let (mut gate, up) = (on.activation(&[few, ffn], &gates)?, on.activation(&[few, ffn], &ups)?);
+                gated(on, name, &mut gate, &up)?;
+                on.read(&gate)?
+            });
+            let (mut gate, up) = (self.fill(activation, &[rows, ffn])?, self.fill(activation, &[rows, ffn])?);
+            let moved = 3 * gate.bytes();
+            let row = Row::new(name, format!("[{rows}, {ffn}]"), Some(off(&both.0, &both.1)), moved);
+            self.record(row, |_| gated(here, name, &mut gate, &up))?;
+        }
+        self.in_place(few)?;
 
         let vocab = 152_064;
         let (x, mut best) = (self.fill(DType::F32, &[16, vocab])?, here.empty(DType::U32, &[16])?);
         self.record(Row::new("argmax", format!("[16, {vocab}]"), None, x.bytes()), |_| {
             here.device.argmax(&here.stream, x.get(), best.out())
         })
+    }
+
+    /// A factor and a soft cap, of logits.
+    fn in_place(&mut self, few: usize) -> Result<()> {
+        let (here, rows, width) = (self.on, self.many(512), 152_064);
+        let values: Vec<f32> = random(&mut self.rng, few * width).iter().map(|x| x * 40.0).collect();
+        let both = on_both!(here, |on| {
+            let mut x = on.values(DType::F32, &[few, width], &values)?;
+            on.device.scale(&on.stream, x.out(), 1.5)?;
+            on.device.soft_cap(&on.stream, x.out(), 30.0)?;
+            on.read(&x)?
+        });
+        let checked = Some(off(&both.0, &both.1));
+        let mut x = self.fill(DType::F32, &[rows, width])?;
+        let (shape, moved) = (format!("[{rows}, {width}]"), 2 * x.bytes());
+        self.record(Row::new("scale", shape.clone(), checked, moved), |_| {
+            here.device.scale(&here.stream, x.out(), -1.0)
+        })?;
+        self.record(Row::new("soft_cap", shape, checked, moved), |_| here.device.soft_cap(&here.stream, x.out(), 30.0))
     }
 
     fn products(&mut self) -> Result<()> {
@@ -404,12 +436,15 @@ impl<D: Kernels> Bench<'_, D> {
         const SIZE: usize = 128;
         let here = self.on;
         let activation = here.device.precision().activation;
-        let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None, soft_cap: None };
         // A cache that no other memory of the device is large enough to keep, used row by row.
         let pool = self.many(1 << 29);
         let contexts = [1 << 10, 2 << 10, 4 << 10, 8 << 10].map(|context| (0, context));
         let decodes = [4 << 10, 8 << 10, 32 << 10, 128 << 10].map(|context| (context - 1, 1));
-        for (before, new) in contexts.into_iter().chain(decodes) {
+        // What a soft cap costs, beside two of these.
+        let capped = [contexts[3], decodes[2]].map(|lengths| (lengths, Some(50.0)));
+        let plain = contexts.into_iter().chain(decodes).map(|lengths| (lengths, None));
+        for ((before, new), soft_cap) in plain.chain(capped) {
+            let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None, soft_cap };
             let (before, new) = (before / self.divisor.min(64), (new / self.divisor.min(64)).max(1));
             let capacity = before + new;
             // Held against the twin with a short context, where it is prefill, and with one that is split, where it is not.
@@ -438,9 +473,11 @@ impl<D: Kernels> Bench<'_, D> {
             let pairs = new * before + new * (new + 1) / 2;
             let (moved, operations) = (cached + q.bytes() + out.bytes(), 4.0 * (pairs * HEADS * SIZE) as f64);
             let what = if new == 1 { format!("decoding at {capacity}") } else { format!("a prompt of {new}") };
-            let shape = format!("{HEADS}/{GROUPS} heads of {SIZE}, {what}");
+            let with = if soft_cap.is_some() { ", soft cap" } else { "" };
+            let shape = format!("{HEADS}/{GROUPS} heads of {SIZE}, {what}{with}");
             let row = Row::new("attention", shape, Some(off(&both.0, &both.1)), moved);
-            self.record(Row { operations, tokens: Some((before, new)), ..row }, |number| {
+            let tokens = soft_cap.is_none().then_some((before, new));
+            self.record(Row { operations, tokens, ..row }, |number| {
                 let of = batches[number % rows].get();
                 here.device.attention(&here.stream, q.get(), keys.get(), values.get(), of, mask, out.out())
             })?;

@@ -228,7 +228,7 @@ enum ls_rope_layout
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-    // Elements i and i + D/2, as checkpoints in Hugging Face's layout have it.
+    // Elements i and i + half, of `half` frequencies, as checkpoints in Hugging Face's layout have it.
     LS_ROPE_HALVES = 0,
     // Elements 2i and 2i + 1, as in Meta's own checkpoints.
     LS_ROPE_INTERLEAVED = 1,
@@ -813,11 +813,12 @@ ls_status ls_embed(struct ls_stream stream,
                    const struct ls_tensor *ids,
                    const struct ls_tensor *out);
 
-// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · weight, with `x` [.., H] F32 (the residual
-// stream), `weight` [H] and `out` [.., H] an activation.
+// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · (offset + weight), with `x` [.., H] F32 (the
+// residual stream), `weight` [H] and `out` [.., H] an activation. `offset` is 0 for most models, and 1 for Gemma.
 ls_status ls_rms_norm(struct ls_stream stream,
                       const struct ls_tensor *x,
                       const struct ls_tensor *weight,
+                      float offset,
                       float eps,
                       const struct ls_tensor *out);
 
@@ -827,13 +828,15 @@ ls_status ls_add_rms_norm(struct ls_stream stream,
                           const struct ls_tensor *residual,
                           const struct ls_tensor *y,
                           const struct ls_tensor *weight,
+                          float offset,
                           float eps,
                           const struct ls_tensor *out);
 
-// The norm of `x` [.., H], F32, in place, for each head of a query or key.
+// The norm of `x` [.., H], F32, in place, for each head of a query or key, or for all of a token's at once.
 ls_status ls_rms_norm_in_place(struct ls_stream stream,
                                const struct ls_tensor *x,
                                const struct ls_tensor *weight,
+                               float offset,
                                float eps);
 
 // residual += y, of one shape: `residual` F32, `y` an activation.
@@ -842,12 +845,25 @@ ls_status ls_add(struct ls_stream stream, const struct ls_tensor *residual, cons
 // gate = silu(gate) · up in place, activations of one shape.
 ls_status ls_swiglu(struct ls_stream stream, const struct ls_tensor *gate, const struct ls_tensor *up);
 
-// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i].
-// `x` [T, heads, D] F32, `positions` [T] U32, `inv_freq` [D/2] F32, and `out` [T, heads, D] an activation.
+// gate = gelu(gate) · up in place, with gelu(x) = x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), activations of one shape.
+ls_status ls_geglu(struct ls_stream stream,
+                   const struct ls_tensor *gate,
+                   const struct ls_tensor *up);
+
+// x *= factor in place: `x` an activation, or F32.
+ls_status ls_scale(struct ls_stream stream, const struct ls_tensor *x, float factor);
+
+// x = cap · tanh(x / cap) in place, F32; `cap` is above 0.
+ls_status ls_soft_cap(struct ls_stream stream, const struct ls_tensor *x, float cap);
+
+// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i] and becomes
+// `scale` times as long, 1 for most models. The first 2 · half elements of a head are in pairs, up to all D; the others are
+// passed on as they are. `x` [T, heads, D] F32, `positions` [T] U32, `inv_freq` [half] F32, and `out` [T, heads, D] an activation.
 ls_status ls_rope(struct ls_stream stream,
                   const struct ls_tensor *x,
                   const struct ls_tensor *positions,
                   const struct ls_tensor *inv_freq,
+                  float scale,
                   int32_t layout,
                   const struct ls_tensor *out);
 
@@ -876,7 +892,8 @@ ls_status ls_append_kv(struct ls_stream stream,
 
 // Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
 // `q` and `out` [T, HQ, D], `keys` and `values` [rows, G, capacity, D]. Scores are multiplied by `scale`, usually
-// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it.
+// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it. Scaled scores become
+// soft_cap · tanh(score / soft_cap) before the softmax; `soft_cap` 0: they stay as they are.
 ls_status ls_attention(struct ls_stream stream,
                        const struct ls_tensor *q,
                        const struct ls_tensor *keys,
@@ -884,6 +901,7 @@ ls_status ls_attention(struct ls_stream stream,
                        const struct ls_ragged *batch,
                        float scale,
                        size_t window,
+                       float soft_cap,
                        const struct ls_tensor *out);
 
 // Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.

@@ -400,7 +400,21 @@ fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
         let multiplies = ["linear", "attention"].contains(&row["kernel"].as_str().unwrap());
         assert_eq!(row["tflop_s"].is_number(), multiplies, "{row}");
     }
-    for kernel in ["cast", "rms_norm", "add_rms_norm", "rope", "swiglu", "argmax", "linear", "attention"] {
+    for kernel in [
+        "cast",
+        "rms_norm",
+        "add_rms_norm",
+        "rms_norm_in_place",
+        "add",
+        "rope",
+        "swiglu",
+        "geglu",
+        "scale",
+        "soft_cap",
+        "argmax",
+        "linear",
+        "attention",
+    ] {
         assert!(rows(&measured).iter().any(|row| row["kernel"] == kernel), "{kernel} is missing");
     }
 }

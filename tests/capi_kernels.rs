@@ -111,26 +111,39 @@ impl Both {
         self.run(
             "rms_norm",
             [x.clone(), w.clone(), y.clone()],
-            |s, [x, w, out]| Cpu.rms_norm(s, x.get(), w.get(), 1e-5, out.out()),
-            |s, [x, w, out]| unsafe { ls_rms_norm(s, x, w, 1e-5, out) },
+            |s, [x, w, out]| Cpu.rms_norm(s, x.get(), w.get(), 1.0, 1e-5, out.out()),
+            |s, [x, w, out]| unsafe { ls_rms_norm(s, x, w, 1.0, 1e-5, out) },
         );
         self.run(
             "add_rms_norm",
             [x.clone(), y.clone(), w.clone(), floats(&[3, 6])],
-            |s, [x, y, w, out]| Cpu.add_rms_norm(s, x.out(), y.get(), w.get(), 1e-5, out.out()),
-            |s, [x, y, w, out]| unsafe { ls_add_rms_norm(s, x, y, w, 1e-5, out) },
+            |s, [x, y, w, out]| Cpu.add_rms_norm(s, x.out(), y.get(), w.get(), 1.0, 1e-5, out.out()),
+            |s, [x, y, w, out]| unsafe { ls_add_rms_norm(s, x, y, w, 1.0, 1e-5, out) },
         );
         self.run(
             "rms_norm_in_place",
             [x.clone(), w],
-            |s, [x, w]| Cpu.rms_norm_in_place(s, x.out(), w.get(), 1e-5),
-            |s, [x, w]| unsafe { ls_rms_norm_in_place(s, x, w, 1e-5) },
+            |s, [x, w]| Cpu.rms_norm_in_place(s, x.out(), w.get(), 1.0, 1e-5),
+            |s, [x, w]| unsafe { ls_rms_norm_in_place(s, x, w, 1.0, 1e-5) },
         );
         self.run(
             "swiglu",
             [x.clone(), y.clone()],
             |s, [x, y]| Cpu.swiglu(s, x.out(), y.get()),
             |s, [x, y]| unsafe { ls_swiglu(s, x, y) },
+        );
+        self.run(
+            "geglu",
+            [x.clone(), y.clone()],
+            |s, [x, y]| Cpu.geglu(s, x.out(), y.get()),
+            |s, [x, y]| unsafe { ls_geglu(s, x, y) },
+        );
+        self.run("scale", [x.clone()], |s, [x]| Cpu.scale(s, x.out(), 2.5), |s, [x]| unsafe { ls_scale(s, x, 2.5) });
+        self.run(
+            "soft_cap",
+            [x.clone()],
+            |s, [x]| Cpu.soft_cap(s, x.out(), 0.5),
+            |s, [x]| unsafe { ls_soft_cap(s, x, 0.5) },
         );
         self.run("add", [x, y], |s, [x, y]| Cpu.add(s, x.out(), y.get()), |s, [x, y]| unsafe { ls_add(s, x, y) });
     }
@@ -175,12 +188,12 @@ impl Both {
         }
         let (q, cache) = (floats(&[3, 4, 6]), floats(&[2, 2, 5, 6]));
         let [offsets, lens, rows] = [numbers(&[0, 1, 3]), numbers(&[4, 2]), numbers(&[1, 0])];
-        for (layout, code) in [(RopeLayout::Halves, 0), (RopeLayout::Interleaved, 1)] {
+        for (layout, code, half) in [(RopeLayout::Halves, 0, 3), (RopeLayout::Interleaved, 1, 2)] {
             self.run(
                 "rope",
-                [q.clone(), numbers(&[7, 8, 0]), floats(&[3]), floats(&[3, 4, 6])],
-                |s, [x, p, f, out]| Cpu.rope(s, x.get(), p.get(), f.get(), layout, out.out()),
-                |s, [x, p, f, out]| unsafe { ls_rope(s, x, p, f, code, out) },
+                [q.clone(), numbers(&[7, 8, 0]), floats(&[half]), floats(&[3, 4, 6])],
+                |s, [x, p, f, out]| Cpu.rope(s, x.get(), p.get(), f.get(), 1.25, layout, out.out()),
+                |s, [x, p, f, out]| unsafe { ls_rope(s, x, p, f, 1.25, code, out) },
             );
         }
         let batch = |offsets: &ls_tensor, lens: &ls_tensor, rows: &ls_tensor| ls_ragged {
@@ -194,8 +207,8 @@ impl Both {
             |s, [x, a, b, c, cache]| Cpu.append_kv(s, x.get(), ragged([a, b, c]), cache.out()),
             |s, [x, a, b, c, cache]| unsafe { ls_append_kv(s, x, &batch(a, b, c), cache) },
         );
-        for window in [None, Some(2)] {
-            let mask = AttentionMask { scale: 0.4, window, soft_cap: None };
+        for (window, soft_cap) in [(None, None), (Some(2), None), (None, Some(0.5))] {
+            let mask = AttentionMask { scale: 0.4, window, soft_cap };
             let tensors =
                 [q.clone(), cache.clone(), floats(&[2, 2, 5, 6]), offsets.clone(), lens.clone(), rows.clone()];
             let [t0, t1, t2, t3, t4, t5] = tensors;
@@ -206,7 +219,7 @@ impl Both {
                     Cpu.attention(s, q.get(), k.get(), v.get(), ragged([a, b, c]), mask, out.out())
                 },
                 |s, [q, k, v, a, b, c, out]| unsafe {
-                    ls_attention(s, q, k, v, &batch(a, b, c), 0.4, window.unwrap_or(0), out)
+                    ls_attention(s, q, k, v, &batch(a, b, c), 0.4, window.unwrap_or(0), soft_cap.unwrap_or(0.0), out)
                 },
             );
         }

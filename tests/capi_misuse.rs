@@ -627,7 +627,7 @@ fn kernels_compute_and_refuse_tensors_that_are_none() {
             assert_eq!(ls_add(stream, &residual, &wrong), LS_INVALID, "{}", message());
         }
         assert_eq!(ls_add(stream, &residual, &ls_tensor { data: ptr::null_mut(), ..other }), LS_NULL);
-        assert_eq!(ls_rope(stream, &residual, &other, &other, 2, &residual), LS_INVALID);
+        assert_eq!(ls_rope(stream, &residual, &other, &other, 1.0, 2, &residual), LS_INVALID);
         assert_eq!(x, [11.0, 22.0, 33.0, 44.0]);
         let mut raw = ptr::null_mut();
         assert_eq!(ls_stream_to_cuda(stream, &mut raw), LS_UNSUPPORTED);

@@ -95,13 +95,14 @@ fn norms_of_any_width() {
         let scale = 2f32.powi(rng.i32(-6..7));
         let values: Vec<f32> = (0..count).map(|_| (rng.f32() - 0.5) * scale).collect();
         let (weights, added, eps) = (random(rng, width), random(rng, count), 1e-6);
+        let offset = [0.0, 1.0, -0.5][rng.usize(..3)];
         let what = format!("[{rows}, {width}]");
         near(
             &format!("rms_norm of {what}"),
             on_both!(gpu, |on| {
                 let (x, weight) = (on.values(DType::F32, &[rows, width], &values)?, on.weight(&[width], &weights)?);
                 let mut out = on.empty(on.device.precision().activation, &[rows, width])?;
-                on.device.rms_norm(&on.stream, x.get(), weight.get(), eps, out.out())?;
+                on.device.rms_norm(&on.stream, x.get(), weight.get(), offset, eps, out.out())?;
                 on.read(&out)?
             }),
         );
@@ -112,7 +113,7 @@ fn norms_of_any_width() {
                 let (mut x, weight) = (on.values(DType::F32, &[rows, width], &values)?, on.weight(&[width], &weights)?);
                 let y = on.activation(&[rows, width], &added)?;
                 let mut out = on.empty(on.device.precision().activation, &[rows, width])?;
-                on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), eps, out.out())?;
+                on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), offset, eps, out.out())?;
                 sums.swap(0, 1);
                 sums[1] = on.read(&x)?;
                 on.read(&out)?
@@ -124,7 +125,7 @@ fn norms_of_any_width() {
             &format!("rms_norm_in_place of {what}"),
             on_both!(gpu, |on| {
                 let (mut x, weight) = (on.values(DType::F32, &[rows, width], &added)?, on.weight(&[width], &weights)?);
-                on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), eps)?;
+                on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), offset, eps)?;
                 on.read(&x)?
             }),
         );
@@ -133,21 +134,29 @@ fn norms_of_any_width() {
 }
 
 #[test]
-fn rope_in_both_layouts_for_any_size_and_position() {
+fn rope_in_both_layouts_for_any_size_share_and_position() {
     on_gpu(60, |gpu, rng| {
         let (tokens, heads) = (length(rng, 70), 1 + rng.usize(..33));
-        let size = if rng.bool() { [32, 64, 96, 128, 256][rng.usize(..5)] } else { 2 * length(rng, 100) };
+        let size = if rng.bool() { [32, 64, 96, 128, 256][rng.usize(..5)] } else { length(rng, 200) };
+        // All pairs turn, or some, most often a number of them that goes with wide accesses, or none.
+        let half = match rng.u8(..6) {
+            0 => 0,
+            1 => rng.usize(..=size / 2),
+            2 => size / 4 / 4 * 4,
+            _ => size / 2,
+        };
+        let scale = if rng.bool() { 1.0 } else { 1.19 };
         let positions: Vec<u32> = (0..tokens).map(|_| rng.u32(..131_072)).collect();
-        let inv_freq: Vec<f32> = (0..size / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / size as f32)).collect();
+        let inv_freq: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-2.0 * i as f32 / size as f32)).collect();
         let values = random(rng, tokens * heads * size);
         for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
             near(
-                &format!("rope of [{tokens}, {heads}, {size}], {layout:?}"),
+                &format!("rope of [{tokens}, {heads}, {size}], {half} pairs, {layout:?}"),
                 on_both!(gpu, |on| {
                     let x = on.values(DType::F32, &[tokens, heads, size], &values)?;
-                    let (at, frequencies) = (on.tensor(&[tokens], &positions)?, on.tensor(&[size / 2], &inv_freq)?);
+                    let (at, frequencies) = (on.tensor(&[tokens], &positions)?, on.tensor(&[half], &inv_freq)?);
                     let mut out = on.empty(on.device.precision().activation, &[tokens, heads, size])?;
-                    on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), layout, out.out())?;
+                    on.device.rope(&on.stream, x.get(), at.get(), frequencies.get(), scale, layout, out.out())?;
                     on.read(&out)?
                 }),
             );
@@ -157,19 +166,48 @@ fn rope_in_both_layouts_for_any_size_and_position() {
 }
 
 #[test]
-fn swiglu_and_add_of_any_length() {
+fn gates_factors_soft_caps_and_add_of_any_length() {
     on_gpu(40, |gpu, rng| {
         let (rows, width) = (length(rng, 40), length(rng, 3000));
         let gates: Vec<f32> = random(rng, rows * width).into_iter().map(|x| x * 64.0).collect();
         let (ups, values) = (random(rng, rows * width), random(rng, rows * width));
-        near(
-            &format!("swiglu of [{rows}, {width}]"),
-            on_both!(gpu, |on| {
-                let (mut gate, up) = (on.activation(&[rows, width], &gates)?, on.activation(&[rows, width], &ups)?);
-                on.device.swiglu(&on.stream, gate.out(), up.get())?;
-                on.read(&gate)?
-            }),
-        );
+        // GELU turns where SiLU does, nearer to 0.
+        for (name, by) in [("swiglu", 1.0), ("geglu", 1.0 / 16.0)] {
+            let gates: Vec<f32> = gates.iter().map(|x| x * by).collect();
+            near(
+                &format!("{name} of [{rows}, {width}]"),
+                on_both!(gpu, |on| {
+                    let (mut gate, up) = (on.activation(&[rows, width], &gates)?, on.activation(&[rows, width], &ups)?);
+                    match name {
+                        "swiglu" => on.device.swiglu(&on.stream, gate.out(), up.get())?,
+                        _ => on.device.geglu(&on.stream, gate.out(), up.get())?,
+                    }
+                    on.read(&gate)?
+                }),
+            );
+        }
+        let (count, factor, cap) = (rows * width, rng.f32() * 90.0, [0.25, 30.0, 1e6][rng.usize(..3)]);
+        for (wide, most) in [(false, OFF), (true, 1e-6)] {
+            // Not from the first element on.
+            let skip = rng.usize(..9).min(count);
+            let both = on_both!(gpu, |on| {
+                let dtype = if wide { DType::F32 } else { on.device.precision().activation };
+                let mut x = on.values(dtype, &[count], &values)?;
+                let (at, shape) = (x.out().ptr().offset(skip * dtype.size()), device::Shape::new(&[count - skip])?);
+                // SAFETY: a part of the tensor, which outlives the kernels.
+                let mut part = unsafe { device::TensorMut::from_raw(at, dtype, shape) };
+                on.device.scale(&on.stream, part.borrow(), factor)?;
+                let scaled = on.read(&x)?;
+                if wide {
+                    on.device.soft_cap(&on.stream, part, cap)?;
+                }
+                [scaled, on.read(&x)?]
+            });
+            for (i, what) in [format!("scale by {factor}"), format!("soft_cap at {cap}")].into_iter().enumerate() {
+                let off = off(&both.0[i], &both.1[i]);
+                assert!(off <= most, "{what} of [{count}] from {skip} on, F32 {wide}, is off by {off:.1e}");
+            }
+        }
         same(
             &format!("add of [{rows}, {width}]"),
             on_both!(gpu, |on| {
@@ -288,7 +326,7 @@ fn attention_case(
     rng: &mut fastrand::Rng,
     batch: &Batch,
     [heads, kv_heads, size]: [usize; 3],
-    window: Option<usize>,
+    (window, soft_cap): (Option<usize>, Option<f32>),
 ) -> Result<()> {
     let capacity = batch.lengths.iter().map(|(before, new)| before + new).max().unwrap_or(0) + rng.usize(..40);
     let (rows, tokens) = (batch.rows.len() + 1, batch.tokens());
@@ -304,7 +342,7 @@ fn attention_case(
     let scale = |i: usize| if (i / size % heads).is_multiple_of(2) { 4.0 } else { 1024.0 };
     let queries: Vec<f32> =
         random(rng, tokens * heads * size).into_iter().enumerate().map(|(i, x)| x * scale(i)).collect();
-    let what = format!("{batch:?}, {heads} heads, {kv_heads} key heads of {size}, window {window:?}");
+    let what = format!("{batch:?}, {heads} heads, {kv_heads} key heads of {size}, window {window:?}, cap {soft_cap:?}");
     let mut written = [Vec::new(), Vec::new()];
     let both = on_both!(gpu, |on| {
         let of = batch.on(on)?;
@@ -317,7 +355,7 @@ fn attention_case(
         written[1] = on.read(&keys)?;
         let q = on.activation(&[tokens, heads, size], &queries)?;
         let mut out = on.empty(on.device.precision().activation, &[tokens, heads, size])?;
-        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window, soft_cap: None };
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window, soft_cap };
         on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
         on.read(&out)?
     });
@@ -341,7 +379,7 @@ fn random_batch(rng: &mut fastrand::Rng, sequences: usize, before: usize, new: u
 }
 
 #[test]
-fn attention_is_causal_grouped_windowed_and_ragged_for_every_head_size() {
+fn attention_is_causal_grouped_windowed_capped_and_ragged_for_every_head_size() {
     on_gpu(4, |gpu, rng| {
         for size in [32, 64, 96, 128, 256] {
             for (sequences, before, new) in
@@ -350,8 +388,10 @@ fn attention_is_causal_grouped_windowed_and_ragged_for_every_head_size() {
                 let kv_heads = 1 + rng.usize(..4);
                 let heads = kv_heads * (1 + rng.usize(..8));
                 let window = [None, None, Some(1), Some(1 + rng.usize(..100)), Some(5000)][rng.usize(..5)];
+                // Next to caps of models, one that scores reach in every head, and one that none does.
+                let cap = [None, None, Some(50.0), Some(1.0), Some(1e4)][rng.usize(..5)];
                 let batch = random_batch(rng, sequences, before, new);
-                attention_case(gpu, rng, &batch, [heads, kv_heads, size], window)?;
+                attention_case(gpu, rng, &batch, [heads, kv_heads, size], (window, cap))?;
             }
         }
         Ok(())
@@ -363,26 +403,33 @@ fn attention_at_the_edges_of_tables_tiles_and_parts() {
     on_gpu(2, |gpu, rng| {
         // Tables that fill what is allocated for them: nobody may look beyond.
         let many = random_batch(rng, 63, 20, 1);
-        attention_case(gpu, rng, &many, [2, 1, 32], None)?;
+        attention_case(gpu, rng, &many, [2, 1, 32], (None, None))?;
         // As many parts as there is room for, beside those of a head whose scores are far greater.
         let batch = Batch { lengths: vec![(820, 1)], rows: vec![0] };
-        attention_case(gpu, rng, &batch, [2, 1, 64], None)?;
+        attention_case(gpu, rng, &batch, [2, 1, 64], (None, None))?;
         // Tiles that end a few tokens before or behind the end of a part.
         for (before, new) in [(150, 100), (100, 200), (60, 200), (200, 60)] {
             let batch = Batch { lengths: vec![(2000, 0), (before, new)], rows: vec![1, 0] };
             let size = [32, 64, 96, 128, 256][rng.usize(..5)];
-            attention_case(gpu, rng, &batch, [1, 1, size], None)?;
+            attention_case(gpu, rng, &batch, [1, 1, size], (None, None))?;
         }
         // Windows that begin where a tile of keys does, or next to it.
         for window in [63, 64, 65, 78, 79, 80, 95, 111, 127, 128, 129] {
             let batch = Batch { lengths: vec![(64, 60)], rows: vec![0] };
-            attention_case(gpu, rng, &batch, [2, 1, 64], Some(window))?;
+            attention_case(gpu, rng, &batch, [2, 1, 64], (Some(window), None))?;
         }
         // Lengths around a tile.
         for new in [1, 8, 9, 15, 16, 17, 63, 64, 65] {
             let batch = Batch { lengths: vec![(new / 2, new), (127, 1)], rows: vec![2, 0] };
             let size = [32, 64, 96, 128, 256][rng.usize(..5)];
-            attention_case(gpu, rng, &batch, [17, 1, size], None)?;
+            attention_case(gpu, rng, &batch, [17, 1, size], (None, None))?;
+        }
+        // A cap, of few tokens and of many, at every head size: masked scores stay masked.
+        for size in [32, 64, 96, 128, 256] {
+            for new in [1, 40, 150] {
+                let batch = Batch { lengths: vec![(30, new)], rows: vec![0] };
+                attention_case(gpu, rng, &batch, [2, 1, size], (Some(33), Some(2.0)))?;
+            }
         }
         Ok(())
     });
@@ -399,7 +446,7 @@ fn attention_over_long_contexts_and_more_heads_to_a_group_than_a_tile_has() {
             (vec![(0, 2000)], [2, 1, 128]),
         ] {
             let rows = (0..lengths.len() as u32).collect();
-            attention_case(gpu, rng, &Batch { lengths, rows }, shape, None)?;
+            attention_case(gpu, rng, &Batch { lengths, rows }, shape, (None, None))?;
         }
         Ok(())
     });
@@ -412,10 +459,14 @@ fn nothing_to_do_is_done_without_a_launch() {
         let (mut x, y) = (none(DType::F32, &[0, 64])?, none(DType::BF16, &[0, 64])?);
         let (weight, mut out) = (on.weight(&[64], &[1.0; 64])?, none(DType::BF16, &[0, 64])?);
         let ids = none(DType::U32, &[0])?;
-        on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 1e-6, out.out())?;
-        on.device.rms_norm(&on.stream, x.get(), weight.get(), 1e-6, out.out())?;
-        on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), 1e-6)?;
+        on.device.add_rms_norm(&on.stream, x.out(), y.get(), weight.get(), 0.0, 1e-6, out.out())?;
+        on.device.rms_norm(&on.stream, x.get(), weight.get(), 0.0, 1e-6, out.out())?;
+        on.device.rms_norm_in_place(&on.stream, x.out(), weight.get(), 0.0, 1e-6)?;
         on.device.swiglu(&on.stream, out.out(), y.get())?;
+        on.device.geglu(&on.stream, out.out(), y.get())?;
+        on.device.scale(&on.stream, out.out(), 2.0)?;
+        on.device.scale(&on.stream, x.out(), 2.0)?;
+        on.device.soft_cap(&on.stream, x.out(), 30.0)?;
         on.device.cast(&on.stream, y.get(), x.out())?;
         let table = on.weight(&[1, 64], &[0.0; 64])?;
         on.device.embed(&on.stream, table.get(), ids.get(), x.out())?;
@@ -450,6 +501,14 @@ fn what_cannot_be_computed_is_refused_by_name() {
         let refused =
             on.device.attention(&on.stream, q.get(), keys, values, batch.get(), mask, mixed.out()).unwrap_err();
         assert!(refused.to_string().contains("heads of 80"), "{refused}");
+        let (q, cache, mut mixed) = (zeros(&[2, 1, 64])?, zeros(&[1, 1, 4, 64])?, zeros(&[2, 1, 64])?);
+        for cap in [1e-5, 2e4] {
+            let (keys, values, mask) = (cache.get(), cache.get(), AttentionMask { soft_cap: Some(cap), ..mask });
+            let refused =
+                on.device.attention(&on.stream, q.get(), keys, values, batch.get(), mask, mixed.out()).unwrap_err();
+            let said = format!("a soft cap of {cap} on a GPU, which computes those from 0.0001 to 10000;");
+            assert!(refused.to_string().contains(&said), "{refused}");
+        }
         Ok(())
     });
 }

@@ -19,7 +19,7 @@ use crate::{
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ls_rope_layout {
-    /// Elements i and i + D/2, as checkpoints in Hugging Face's layout have it.
+    /// Elements i and i + half, of `half` frequencies, as checkpoints in Hugging Face's layout have it.
     LS_ROPE_HALVES = 0,
     /// Elements 2i and 2i + 1, as in Meta's own checkpoints.
     LS_ROPE_INTERLEAVED = 1,
@@ -132,7 +132,11 @@ macro_rules! values {
 values! {
     f32: |c: f32, _name| Ok(c);
     RopeLayout: |c: i32, name| choose(c, &[RopeLayout::Halves, RopeLayout::Interleaved], name);
-    AttentionMask: |c: (f32, usize), _name| Ok(Self { scale: c.0, window: (c.1 > 0).then_some(c.1) });
+    AttentionMask: |c: (f32, usize, f32), _name| Ok(Self {
+        scale: c.0,
+        window: (c.1 > 0).then_some(c.1),
+        soft_cap: (c.2 != 0.0).then_some(c.2),
+    });
 }
 
 /// What C passed as an argument of type `A`, checked.
@@ -202,17 +206,18 @@ pub unsafe extern "C" fn ls_embed(
     kernel!(stream, embed(table, ids, out))
 }
 
-/// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · weight, with `x` [.., H] F32 (the residual
-/// stream), `weight` [H] and `out` [.., H] an activation.
+/// Root mean square norm over the last dimension: out = x / sqrt(mean(x²) + eps) · (offset + weight), with `x` [.., H] F32 (the
+/// residual stream), `weight` [H] and `out` [.., H] an activation. `offset` is 0 for most models, and 1 for Gemma.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_rms_norm(
     stream: ls_stream,
     x: *const ls_tensor,
     weight: *const ls_tensor,
+    offset: f32,
     eps: f32,
     out: *const ls_tensor,
 ) -> ls_status {
-    kernel!(stream, rms_norm(x, weight, eps, out))
+    kernel!(stream, rms_norm(x, weight, offset, eps, out))
 }
 
 /// residual += y, then out = the norm of it, as ls_add and ls_rms_norm in one go: `residual` [.., H] F32, `y` and `out` [.., H]
@@ -223,21 +228,23 @@ pub unsafe extern "C" fn ls_add_rms_norm(
     residual: *const ls_tensor,
     y: *const ls_tensor,
     weight: *const ls_tensor,
+    offset: f32,
     eps: f32,
     out: *const ls_tensor,
 ) -> ls_status {
-    kernel!(stream, add_rms_norm(residual, y, weight, eps, out))
+    kernel!(stream, add_rms_norm(residual, y, weight, offset, eps, out))
 }
 
-/// The norm of `x` [.., H], F32, in place, for each head of a query or key.
+/// The norm of `x` [.., H], F32, in place, for each head of a query or key, or for all of a token's at once.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_rms_norm_in_place(
     stream: ls_stream,
     x: *const ls_tensor,
     weight: *const ls_tensor,
+    offset: f32,
     eps: f32,
 ) -> ls_status {
-    kernel!(stream, rms_norm_in_place(x, weight, eps))
+    kernel!(stream, rms_norm_in_place(x, weight, offset, eps))
 }
 
 /// residual += y, of one shape: `residual` F32, `y` an activation.
@@ -252,18 +259,38 @@ pub unsafe extern "C" fn ls_swiglu(stream: ls_stream, gate: *const ls_tensor, up
     kernel!(stream, swiglu(gate, up))
 }
 
-/// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i].
-/// `x` [T, heads, D] F32, `positions` [T] U32, `inv_freq` [D/2] F32, and `out` [T, heads, D] an activation.
+/// gate = gelu(gate) · up in place, with gelu(x) = x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), activations of one shape.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_geglu(stream: ls_stream, gate: *const ls_tensor, up: *const ls_tensor) -> ls_status {
+    kernel!(stream, geglu(gate, up))
+}
+
+/// x *= factor in place: `x` an activation, or F32.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_scale(stream: ls_stream, x: *const ls_tensor, factor: f32) -> ls_status {
+    kernel!(stream, scale(x, factor))
+}
+
+/// x = cap · tanh(x / cap) in place, F32; `cap` is above 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_soft_cap(stream: ls_stream, x: *const ls_tensor, cap: f32) -> ls_status {
+    kernel!(stream, soft_cap(x, cap))
+}
+
+/// Rotary position embedding: pair i of a head, by `layout` (an ls_rope_layout), turns by positions[t] · inv_freq[i] and becomes
+/// `scale` times as long, 1 for most models. The first 2 · half elements of a head are in pairs, up to all D; the others are
+/// passed on as they are. `x` [T, heads, D] F32, `positions` [T] U32, `inv_freq` [half] F32, and `out` [T, heads, D] an activation.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_rope(
     stream: ls_stream,
     x: *const ls_tensor,
     positions: *const ls_tensor,
     inv_freq: *const ls_tensor,
+    scale: f32,
     layout: i32,
     out: *const ls_tensor,
 ) -> ls_status {
-    kernel!(stream, rope(x, positions, inv_freq, layout, out))
+    kernel!(stream, rope(x, positions, inv_freq, scale, layout, out))
 }
 
 /// Copies rows of the residual stream: out[i] = x[indices[i]], with `x` [T, H] F32, `indices` [R] U32, `out` [R, H] F32.
@@ -309,7 +336,8 @@ pub unsafe extern "C" fn ls_append_kv(
 
 /// Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
 /// `q` and `out` [T, HQ, D], `keys` and `values` [rows, G, capacity, D]. Scores are multiplied by `scale`, usually
-/// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it.
+/// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it. Scaled scores become
+/// soft_cap · tanh(score / soft_cap) before the softmax; `soft_cap` 0: they stay as they are.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_attention(
     stream: ls_stream,
@@ -319,8 +347,9 @@ pub unsafe extern "C" fn ls_attention(
     batch: *const ls_ragged,
     scale: f32,
     window: usize,
+    soft_cap: f32,
     out: *const ls_tensor,
 ) -> ls_status {
-    let mask = (scale, window);
+    let mask = (scale, window, soft_cap);
     kernel!(stream, attention(q, keys, values, batch, mask, out))
 }

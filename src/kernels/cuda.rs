@@ -3,7 +3,7 @@
 //! **Invariant** for every `unsafe` here: a tensor view of a CUDA device stands for aligned, allocated device memory that is
 //! ordered with the stream, as its constructor demanded, and the checks that made a [`Call`] found its tensors to fit together.
 
-use std::ffi::c_int;
+use std::{ffi::c_int, ops::RangeInclusive};
 
 use super::{
     Kernels, Precision, RopeLayout,
@@ -28,6 +28,9 @@ const PRECISION: Precision = Precision { activation: DType::BF16, cache: DType::
 
 /// Head sizes that attention is compiled for.
 const HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// Caps of scores whose hyperbolic tangent, which is off by 3e-7, gives no score that is off by more than BF16 rounds.
+const SOFT_CAPS: RangeInclusive<f32> = 1e-4..=1e4;
 
 /// What a stream that was prepared has of its own.
 struct Math {
@@ -82,6 +85,11 @@ impl Cuda {
     fn attention(&self, stream: &CudaStream, call: Attention<'_, Cuda>) -> Result<()> {
         let Attention { q, keys, values, batch, mask, out, T, HQ, D, S, G, capacity, .. } = call;
         self.check_head_size(D)?;
+        let (cap, known) = (mask.soft_cap.unwrap_or(0.0), mask.soft_cap.is_none_or(|cap| SOFT_CAPS.contains(&cap)));
+        check("attention", known, || {
+            let (least, most) = SOFT_CAPS.into_inner();
+            format!("a soft cap of {cap} on a GPU, which computes those from {least} to {most}; use the CPU device")
+        })?;
         let int = |dimension| int("attention", dimension);
         let [sequences, tokens, heads, kv_heads, size] = [int(S)?, int(T)?, int(HQ)?, int(G)?, int(D)?];
         let window = mask.window.map_or(0, |window| window as i64);
@@ -105,6 +113,7 @@ impl Cuda {
                 size,
                 mask.scale,
                 window,
+                cap,
                 scratch.cast(),
                 self.attention_scratch(),
                 stream.raw(),
@@ -170,26 +179,47 @@ impl Kernels for Cuda {
                 Call::Embed(Embed { table, ids, out, T, H, V }) => {
                     self.launch(name, || sys::lsk_embed(to(&out), at(table), at(ids), T as i64, H as i64, V as i64, on))
                 }
-                Call::RmsNorm(RmsNorm { x, weight, eps, out, H }) => {
-                    self.launch(name, || sys::lsk_rms_norm(to(&out), at(x), at(weight), eps, rows(x, H), H as i64, on))
-                }
-                Call::AddRmsNorm(AddRmsNorm { residual: x, y, weight, eps, out, H }) => self.launch(name, || {
-                    sys::lsk_add_rms_norm(to(&out), to(&x), at(y), at(weight), eps, rows(y, H), H as i64, on)
+                Call::RmsNorm(RmsNorm { x, weight, offset, eps, out, H }) => self.launch(name, || {
+                    sys::lsk_rms_norm(to(&out), at(x), at(weight), offset, eps, rows(x, H), H as i64, on)
                 }),
-                Call::RmsNormInPlace(RmsNormInPlace { x, weight, eps, H }) => self.launch(name, || {
-                    sys::lsk_rms_norm_heads(to(&x), at(weight), eps, rows(x.as_ref(), H), H as i64, on)
+                Call::AddRmsNorm(AddRmsNorm { residual: x, y, weight, offset, eps, out, H }) => {
+                    self.launch(name, || {
+                        sys::lsk_add_rms_norm(
+                            to(&out),
+                            to(&x),
+                            at(y),
+                            at(weight),
+                            offset,
+                            eps,
+                            rows(y, H),
+                            H as i64,
+                            on,
+                        )
+                    })
+                }
+                Call::RmsNormInPlace(RmsNormInPlace { x, weight, offset, eps, H }) => self.launch(name, || {
+                    sys::lsk_rms_norm_in_place(to(&x), at(weight), offset, eps, rows(x.as_ref(), H), H as i64, on)
                 }),
                 Call::Linear(call) => self.linear(stream, call),
-                Call::Rope(Rope { x, positions, inv_freq, layout, out, T, heads, D, .. }) => {
-                    let (x, positions, inv_freq, heads, size) =
-                        (at(x), at(positions), at(inv_freq), int(heads)?, int(D)?);
+                Call::Rope(Rope { x, positions, inv_freq, scale, layout, out, T, heads, D, half }) => {
+                    let (x, positions, inv_freq) = (at(x), at(positions), at(inv_freq));
+                    let (heads, size, half) = (int(heads)?, int(D)?, int(half)?);
                     let pairs = c_int::from(layout == RopeLayout::Interleaved);
                     self.launch(name, || {
-                        sys::lsk_rope(to(&out), x, positions, inv_freq, T as i64, heads, size, pairs, on)
+                        sys::lsk_rope(to(&out), x, positions, inv_freq, scale, T as i64, heads, size, half, pairs, on)
                     })
                 }
                 Call::Swiglu(Swiglu { gate, up }) => {
                     self.launch(name, || sys::lsk_swiglu(to(&gate), at(up), up.elements(), on))
+                }
+                Call::Geglu(Geglu { gate, up }) => {
+                    self.launch(name, || sys::lsk_geglu(to(&gate), at(up), up.elements(), on))
+                }
+                Call::Scale(Scale { x, factor }) => {
+                    self.launch(name, || sys::lsk_scale(to(&x), code_of(x.dtype()), factor, x.elements(), on))
+                }
+                Call::SoftCap(SoftCap { x, cap }) => {
+                    self.launch(name, || sys::lsk_soft_cap(to(&x), cap, x.elements(), on))
                 }
                 Call::Add(Add { residual, y }) => {
                     self.launch(name, || sys::lsk_add(to(&residual), at(y), y.elements(), on))

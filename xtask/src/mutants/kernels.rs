@@ -14,8 +14,8 @@ const TESTS: &[(&[&str], &[&str], usize)] = &[
     (&["append_kv"], &["attention_at", "attention_is"], 1),
     (&["norm"], &["norms"], 5),
     (&["rope"], &["rope"], 5),
-    (&["rows"], &["lookups", "an_id", "argmax", "swiglu_and_add", "linear"], 5),
-    (&["elementwise", "cast", "swiglu"], &["swiglu_and_add", "cast"], 5),
+    (&["rows"], &["lookups", "an_id", "argmax", "gates_factors", "linear"], 5),
+    (&["elementwise", "cast", "gated", "in_place"], &["gates_factors", "cast"], 5),
 ];
 
 pub fn run(pattern: &Regex) -> Result<(), Failure> {
