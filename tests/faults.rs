@@ -20,7 +20,7 @@ use common::{Fixture, bytes_of, fixture, settings};
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
-    model::{Decoder, Model},
+    model::{Choice, Decoder, Model},
     plan::{Reader, Tier},
     trace::{
         Observer,
@@ -228,7 +228,7 @@ fn spelled(folder: &Path) -> Result<Vec<u32>, Error> {
     let model = Model::open(folder)?;
     let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 1, 16)?;
     let mut tokens = Vec::new();
-    decoder.generate(&[&[22, 10, 19, 16, 26]], 3, &[], |_, token| {
+    decoder.generate(&[&[22, 10, 19, 16, 26]], 3, &[], Choice::Greedy, |_, token| {
         tokens.push(token);
         Ok::<_, Error>(ControlFlow::Continue(()))
     })?;

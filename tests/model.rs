@@ -8,7 +8,7 @@ use common::{Dimensions, distance, everywhere, expected, forget, generate, hollo
 use layer_streamer::{
     Error, MemoryKind, Settings,
     device::Cpu,
-    model::{Decoder, Model, Sequence, Tables},
+    model::{Choice, Decoder, Model, Sequence, Tables},
     plan::{Bandwidths, Budget, Part, Purpose},
     trace::Stage,
 };
@@ -94,13 +94,13 @@ fn decoding_ends_where_it_is_told_to_and_makes_no_pass_for_nothing() {
     assert_eq!(generate(&mut stopped, &[prompt], 10, &[9999, all[2]])[0], all[..2]);
     let (mut broken, mut seen) = (decoder(&model, 1, 40), Vec::new());
     broken
-        .generate(&[prompt], 10, &[], |_, token| {
+        .generate(&[prompt], 10, &[], Choice::Greedy, |_, token| {
             seen.push(token);
             Ok::<_, Error>(if seen.len() == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })
         .unwrap();
     assert_eq!((seen.as_slice(), units(&mut broken)), (&all[..3], 3 * layers));
-    assert!(broken.decode(&[0, 0], 1, &[], |_, _| Ok::<_, Error>(ControlFlow::Continue(()))).is_err());
+    assert!(broken.decode(&[0, 0], 1, &[], Choice::Greedy, |_, _| Ok::<_, Error>(ControlFlow::Continue(()))).is_err());
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     device::Device,
-    model::{Decoder, Model, Sequence},
+    model::{Choice, Decoder, Model, Sequence},
     plan::Settings,
 };
 
@@ -325,7 +325,7 @@ pub unsafe extern "C" fn ls_model_generate(
         let rows: Vec<_> = batch.iter().map(|sequence| sequence.row).collect();
         let stop = decoder.model().config.stop.clone();
         // SAFETY: the caller's own function, with what it asked for.
-        decoder.decode(&rows, most, &stop, |row, token| match unsafe { token_fn(user, row, token) } {
+        decoder.decode(&rows, most, &stop, Choice::Greedy, |row, token| match unsafe { token_fn(user, row, token) } {
             0 => Ok(ControlFlow::Continue(())),
             LS_END => Ok(ControlFlow::Break(())),
             other => Err(Failure::new(ls_status::LS_CALLBACK, format!("token_fn returned {other}"))),

@@ -5,7 +5,6 @@ use super::{
     config::{ModelConfig, Norms},
     embedding::EmbeddingRows,
     exchange::Exchange,
-    renewal::Renewal,
     tables::Tables,
     weights::Model,
     workspace::{Layout, Region, Workspace},
@@ -200,7 +199,7 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
         part(Purpose::Statics, statics),
         part(Purpose::KvCache { sequences: batch, tokens: context }, cache.bytes()?),
         part(Purpose::Activations, work.bytes()?),
-        part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words()) + Renewal::bytes(&model.config, capacity)),
+        part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words())),
         part(Purpose::Scratch, device.scratch_bytes()),
     ];
     if model.tables.reads_rows() {

@@ -18,6 +18,7 @@ use layers::LayerSet;
 pub use rope::Rope;
 use serde_json::{Map, Value};
 
+use super::generation_config::{SuggestedSampling, suggested};
 use crate::error::{Error, Result};
 
 /// A decoder-only model's dimensions and constants.
@@ -56,6 +57,8 @@ pub struct ModelConfig {
     pub(crate) activation: Activation,
     windows: (LayerSet, Option<usize>),
     second_rope: LayerSet,
+    /// How its makers would have tokens chosen.
+    pub suggested: SuggestedSampling,
     pub(crate) qkv_bias: bool,
     pub(crate) o_bias: bool,
     pub(crate) mlp_bias: bool,
@@ -137,7 +140,7 @@ impl ModelConfig {
             });
         };
         let config = Self::of(family, &config).map_err(|fault| fault.at(&path))?;
-        Ok(Self { stop: stop_tokens(folder, config.stop)?, ..config })
+        Ok(Self { stop: stop_tokens(folder, config.stop)?, suggested: suggested(folder)?, ..config })
     }
 
     /// What the file says of a model of this family; its own stop tokens.
@@ -174,6 +177,7 @@ impl ModelConfig {
             activation: activation(&family, &keys)?,
             second_rope: if family.rope == RopeRule::ByType { windows.0.clone() } else { unrotated },
             windows,
+            suggested: SuggestedSampling::default(),
             ropes,
             qkv_bias: match family.biases {
                 Biases::None => false,

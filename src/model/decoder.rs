@@ -29,7 +29,7 @@ use crate::{
 /// use layer_streamer::{
 ///     Error, Settings,
 ///     device::Cpu,
-///     model::{Decoder, Model},
+///     model::{Choice, Decoder, Model},
 /// };
 ///
 /// // Spells numbers; these are its tokens for `7=`.
@@ -38,7 +38,7 @@ use crate::{
 /// let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 1, 16)?;
 ///
 /// let mut tokens = Vec::new();
-/// decoder.generate(&[&prompt], 8, &model.config.stop, |_row, token| {
+/// decoder.generate(&[&prompt], 8, &model.config.stop, Choice::Greedy, |_row, token| {
 ///     tokens.push(token);
 ///     Ok::<_, Error>(ControlFlow::Continue(()))
 /// })?;
@@ -56,6 +56,8 @@ pub struct Decoder<D: Kernels> {
     pub(super) buffers: Buffers<D>,
     /// Tokens that each row of the cache holds.
     pub(super) lengths: Vec<usize>,
+    /// Those tokens.
+    pub(super) held: Vec<Vec<u32>>,
     /// Of a model whose rotary frequencies depend on how long a sequence is.
     pub(super) renewal: Option<Renewal>,
     /// The last pass of the batch before; without tokens if there was none, or it failed.
@@ -137,7 +139,8 @@ impl<D: Kernels> Decoder<D> {
             stream,
             buffers,
             lengths: vec![0; capacity.batch],
-            renewal: Renewal::of(&model.config, capacity),
+            held: vec![Vec::new(); capacity.batch],
+            renewal: Renewal::of(&model.config, capacity.batch),
             pass: Pass::default(),
             last_logits_there: false,
             exchange,
@@ -173,6 +176,14 @@ impl<D: Kernels> Decoder<D> {
         self.lengths[row]
     }
 
+    /// The tokens of sequence `row` that the KV cache holds.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn tokens(&self, row: usize) -> &[u32] {
+        &self.held[row]
+    }
+
     /// How many sequences the batch before had.
     pub fn sequences(&self) -> usize {
         self.pass.sequences
@@ -196,7 +207,10 @@ impl<D: Kernels> Decoder<D> {
     /// [`Error::Setting`] if there is no such row, or it is shorter.
     pub fn truncate(&mut self, row: usize, length: usize) -> Result<()> {
         match self.lengths.get_mut(row) {
-            Some(held) if length <= *held => *held = length,
+            Some(held) if length <= *held => {
+                *held = length;
+                self.held[row].truncate(length);
+            }
             Some(held) => {
                 return Err(Error::setting("truncate", format!("to {length}, but row {row} holds {held} tokens")));
             }

@@ -61,6 +61,7 @@ impl<D: Kernels> Decoder<D> {
         // At the end, so that the tokens of passes before one that failed are forgotten.
         for sequence in batch {
             self.lengths[sequence.row] += sequence.tokens.len();
+            self.held[sequence.row].extend_from_slice(sequence.tokens);
         }
         (self.pass, self.last_logits_there) = (last, self.model.tables.streams_head());
         Ok(())
@@ -143,7 +144,7 @@ mod tests {
     use super::*;
     use crate::{
         device::{self, Cpu},
-        model::{Model, Tables},
+        model::{Choice, Model, Tables},
         plan::Settings,
         trace::Stage,
     };
@@ -167,7 +168,7 @@ mod tests {
         let rows: Vec<_> = batch.iter().map(|sequence| sequence.row).collect();
         let mut decoded = vec![Vec::new(); 4];
         decoder
-            .decode(&rows, 4, &[], |row, token| {
+            .decode(&rows, 4, &[], Choice::Greedy, |row, token| {
                 decoded[row].push(token);
                 Ok::<_, Error>(ControlFlow::Continue(()))
             })

@@ -1,12 +1,21 @@
-//! Greedy decoding.
+//! Decoding: token after token, greedily or drawn at random.
 
 use std::ops::ControlFlow;
 
-use super::{batch::Sequence, decoder::Decoder};
+use super::{batch::Sequence, decoder::Decoder, sampling::Sampler};
 use crate::{
     error::{Error, Result},
     kernels::Kernels,
 };
+
+/// How the next token is chosen. A host that chooses in another way has [`Decoder::last_logits`].
+#[derive(Debug)]
+pub enum Choice<'a> {
+    /// The most likely one, which the device finds.
+    Greedy,
+    /// One that is drawn.
+    Sample(&'a mut Sampler),
+}
 
 impl<D: Kernels> Decoder<D> {
     /// Runs `prompts` through the model, the prompt `i` in row `i` of the KV cache, and continues each as
@@ -19,16 +28,20 @@ impl<D: Kernels> Decoder<D> {
         prompts: &[&[u32]],
         most: usize,
         stop: &[u32],
+        choice: Choice<'_>,
         on_token: impl FnMut(usize, u32) -> Result<ControlFlow<()>, E>,
     ) -> Result<(), E> {
         let batch: Vec<_> = prompts.iter().enumerate().map(|(row, &tokens)| Sequence { row, tokens }).collect();
         self.forward(&batch)?;
-        self.decode(&(0..prompts.len()).collect::<Vec<_>>(), most, stop, on_token)
+        self.decode(&(0..prompts.len()).collect::<Vec<_>>(), most, stop, choice, on_token)
     }
 
-    /// Continues the sequences of the batch before, whose `rows` these are in its order, each by the most likely token, again
+    /// Continues the sequences of the batch before, whose `rows` these are in its order, each by the token that is chosen, again
     /// and again, until it ends with one of `stop`, or has `most` new tokens, or fills the context. `on_token` is given the
     /// row and each new token but the one that stops; [`ControlFlow::Break`] ends that sequence.
+    ///
+    /// A sampler's repetition penalty counts all tokens that the KV cache holds of a sequence, and the new ones; its presence
+    /// penalty counts the new ones of this call.
     ///
     /// Every pass brings one token to each sequence that has not ended, so a batch costs as many passes as its longest.
     ///
@@ -39,17 +52,25 @@ impl<D: Kernels> Decoder<D> {
         rows: &[usize],
         most: usize,
         stop: &[u32],
+        choice: Choice<'_>,
         mut on_token: impl FnMut(usize, u32) -> Result<ControlFlow<()>, E>,
     ) -> Result<(), E> {
-        if rows.len() != self.sequences() {
-            let cause = format!("are {}, but the pass before had {} sequences", rows.len(), self.sequences());
-            return Err(Error::setting("rows", cause).into());
+        self.check_rows(rows)?;
+        let mut sampler = match choice {
+            Choice::Sample(sampler) if !sampler.sampling().is_greedy() => Some(sampler),
+            _ => None,
+        };
+        if let Some(sampler) = &mut sampler {
+            rows.iter().try_for_each(|row| sampler.begin(*row, self.tokens(*row)))?;
         }
         let mut live = rows.to_vec();
         let mut found = Vec::with_capacity(rows.len());
         for left in (0..most).rev() {
             found.clear();
-            self.greedy(&mut found)?;
+            match &mut sampler {
+                Some(sampler) => self.sample(&live, sampler, &mut found)?,
+                None => self.greedy(&mut found)?,
+            }
             let mut going = Vec::with_capacity(live.len());
             for (&row, token) in live.iter().zip(&found) {
                 if !stop.contains(token) && on_token(row, *token)?.is_continue() && self.length(row) < self.context() {

@@ -1,9 +1,12 @@
 //! What a decoder tells of a pass: next tokens and logits.
 
+use std::mem;
+
 use super::{
     buffers::HEAD_BLOCK,
     decoder::Decoder,
     head::{Head, blocks},
+    sampling::Sampler,
     weights::NORM,
 };
 use crate::{
@@ -30,17 +33,43 @@ impl<D: Kernels> Decoder<D> {
         Ok(())
     }
 
+    /// The next token of each sequence of the batch before, whose `rows` these are in its order, drawn by `sampler` and appended
+    /// to `out`. The sampler knows a sequence by its row, for which [`Sampler::begin`] has been called.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for another number of rows, or as [`Sampler::choose`] and [`last_logits`](Self::last_logits).
+    pub fn sample(&mut self, rows: &[usize], sampler: &mut Sampler, out: &mut Vec<u32>) -> Result<()> {
+        self.check_rows(rows)?;
+        let (mut logits, mut rows) = (mem::take(&mut sampler.logits), rows.iter());
+        let sampled = self.last_logits_by(&mut logits, |logits| {
+            let row = rows.next().expect("a row for each sequence");
+            out.push(sampler.choose(*row, logits)?);
+            Ok(())
+        });
+        sampler.logits = logits;
+        sampled
+    }
+
     /// The logits of the last token of each sequence of the batch before, in its order: `sink` is given a row of the
-    /// vocabulary's length for each, for sampling, say.
+    /// vocabulary's length for each.
     ///
     /// # Errors
     /// As [`greedy`](Self::greedy), or what `sink` returns.
-    pub fn last_logits<E: From<Error>>(&mut self, mut sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
+    pub fn last_logits<E: From<Error>>(&mut self, sink: impl FnMut(&[f32]) -> Result<(), E>) -> Result<(), E> {
+        self.last_logits_by(&mut Vec::new(), sink)
+    }
+
+    /// The same, by way of memory that can be used again.
+    fn last_logits_by<E: From<Error>>(
+        &mut self,
+        rows: &mut Vec<f32>,
+        mut sink: impl FnMut(&[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
         self.check_passed()?;
         self.device.bind_thread()?;
         let Self { streamer, stream, device, statics, buffers, model, pass, last_logits_there, .. } = self;
         let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(NORM)? };
-        let mut rows = vec![0.0; HEAD_BLOCK.min(pass.sequences) * model.config.vocab];
+        rows.resize(HEAD_BLOCK.min(pass.sequences) * model.config.vocab, 0.0);
         let mut tell = |first, count| {
             let rows = &mut rows[..count * model.config.vocab];
             device::download(device, stream, head.logits(first, count)?, rows)?;
@@ -53,7 +82,7 @@ impl<D: Kernels> Decoder<D> {
                 tell(0, count)
             });
         }
-        if !std::mem::replace(last_logits_there, true) {
+        if !mem::replace(last_logits_there, true) {
             streamer.run_pass(stream, 0, |column, layer| match layer.index() < model.config.layers {
                 true => Ok::<_, Error>(column),
                 false => head.choose_by_part(layer, pass.sequences, column),
@@ -99,6 +128,20 @@ impl<D: Kernels> Decoder<D> {
             sink(&rows_out)?;
         }
         Ok(())
+    }
+
+    /// Whether these can be the rows of the batch before.
+    pub(super) fn check_rows(&self, rows: &[usize]) -> Result<()> {
+        if rows.len() != self.sequences() {
+            let cause = format!("are {}, but the pass before had {} sequences", rows.len(), self.sequences());
+            return Err(Error::setting("rows", cause));
+        }
+        match rows.iter().find(|&&row| row >= self.lengths.len()) {
+            Some(row) => {
+                Err(Error::setting("rows", format!("have {row}, the KV cache has {} rows", self.lengths.len())))
+            }
+            None => Ok(()),
+        }
     }
 
     fn check_passed(&self) -> Result<()> {

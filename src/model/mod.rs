@@ -1,7 +1,7 @@
 //! Decoder-only models on top of the streamer and the kernels.
 //!
-//! A [`Model`] is what a folder says, checked; a [`Decoder`] holds the memory and computes; [`Decoder::generate`] decodes
-//! greedily. Families of models differ by a row of a table in `config/families.rs`.
+//! A [`Model`] is what a folder says, checked; a [`Decoder`] holds the memory and computes; [`Decoder::generate`] decodes,
+//! greedily or by a [`Sampler`]. Families of models differ by a row of a table in `config/families.rs`.
 
 mod batch;
 mod buffers;
@@ -12,10 +12,12 @@ mod exchange;
 mod fit;
 mod forward;
 mod generate;
+mod generation_config;
 mod head;
 mod layer;
 mod logits;
 mod renewal;
+mod sampling;
 mod tables;
 mod weights;
 mod workspace;
@@ -23,5 +25,8 @@ mod workspace;
 pub use batch::Sequence;
 pub use config::{ModelConfig, Multipliers, Rope, SoftCaps};
 pub use decoder::Decoder;
+pub use generate::Choice;
+pub use generation_config::SuggestedSampling;
+pub use sampling::{Sampler, Sampling};
 pub use tables::Tables;
 pub use weights::Model;

@@ -1,31 +1,20 @@
 //! Sequences that are computed anew: where a model's rotary frequencies depend on how long a sequence is, keys that were rotated
 //! when it was shorter are wrong for it now.
 
-use super::{batch::Sequence, buffers::Capacity, config::ModelConfig, decoder::Decoder};
+use super::{
+    batch::Sequence,
+    config::{ModelConfig, Rope},
+    decoder::Decoder,
+};
 use crate::{device::TensorRef, error::Result, kernels::Kernels};
 
-/// What is needed to compute sequences anew. By row of the KV cache:
-pub(super) struct Renewal {
-    /// The tokens that it holds, the first ones of these.
-    tokens: Vec<Vec<u32>>,
-    /// The regime of the length for which its keys were rotated; `None`: nothing is there that counts.
-    regimes: Vec<Option<[usize; 2]>>,
-}
+/// By row of the KV cache: the regime of the length for which its keys were rotated; `None`: nothing is there that counts.
+pub(super) struct Renewal(Vec<Option<[usize; 2]>>);
 
 impl Renewal {
     /// For a model that needs it.
-    pub(super) fn of(config: &ModelConfig, capacity: Capacity) -> Option<Self> {
-        let Capacity { batch, context, .. } = capacity;
-        config.ropes.iter().any(|rope| rope.grows()).then(|| Self {
-            tokens: (0..batch).map(|_| Vec::with_capacity(context)).collect(),
-            regimes: vec![None; batch],
-        })
-    }
-
-    /// What it takes in RAM.
-    pub(super) fn bytes(config: &ModelConfig, Capacity { batch, context, .. }: Capacity) -> usize {
-        let grows = config.ropes.iter().any(|rope| rope.grows());
-        if grows { batch.saturating_mul(context).saturating_mul(size_of::<u32>()) } else { 0 }
+    pub(super) fn of(config: &ModelConfig, rows: usize) -> Option<Self> {
+        config.ropes.iter().any(Rope::grows).then(|| Self(vec![None; rows]))
     }
 }
 
@@ -36,32 +25,36 @@ impl<D: Kernels> Decoder<D> {
         batch: &[Sequence<'_>],
         observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
-        let held = self.lengths.clone();
-        let passed = self.rotated_for(batch).and_then(|whole| {
-            let whole: Vec<_> = (batch.iter().zip(&whole))
-                .map(|(given, whole)| Sequence { row: given.row, tokens: whole.as_deref().unwrap_or(given.tokens) })
-                .collect();
-            self.forward_passes(&whole, observe)
-        });
+        let whole = self.rotated_for(batch)?;
+        let whole_batch: Vec<_> = (batch.iter().zip(&whole))
+            .map(|(given, whole)| Sequence { row: given.row, tokens: whole.as_deref().unwrap_or(given.tokens) })
+            .collect();
+        // Those that come anew hold nothing meanwhile.
+        let renewed = || whole_batch.iter().zip(batch).filter(|(whole, given)| whole.tokens.len() > given.tokens.len());
+        for (Sequence { row, .. }, _) in renewed() {
+            self.lengths[*row] = 0;
+            self.held[*row].clear();
+        }
+        let passed = self.forward_passes(&whole_batch, observe);
         if passed.is_err() {
-            self.lengths = held;
+            for (Sequence { row, tokens }, given) in renewed() {
+                let held = tokens.len() - given.tokens.len();
+                self.lengths[*row] = held;
+                self.held[*row].extend_from_slice(&tokens[..held]);
+            }
             return passed;
         }
-        let Self { renewal, lengths, model, .. } = self;
-        let Some(Renewal { tokens, regimes }) = renewal else { return Ok(()) };
-        for Sequence { row, tokens: new } in batch {
-            tokens[*row].truncate(held[*row]);
-            tokens[*row].extend_from_slice(new);
-            regimes[*row] = Some(model.config.regime(lengths[*row]));
+        if let Some(Renewal(regimes)) = &mut self.renewal {
+            batch.iter().for_each(|s| regimes[s.row] = Some(self.model.config.regime(self.lengths[s.row])));
         }
         Ok(())
     }
 
-    /// Sends the frequencies of sequences whose new length changes them. Those of them that hold tokens hold none from now on:
-    /// all their tokens are returned.
+    /// Sends the frequencies of sequences whose new length changes them. Returns for each sequence that must be computed anew all of
+    /// its tokens.
     fn rotated_for(&mut self, batch: &[Sequence<'_>]) -> Result<Vec<Option<Vec<u32>>>> {
-        let Self { renewal, lengths, model, buffers, device, stream, .. } = self;
-        let Some(Renewal { tokens, regimes }) = renewal else { return Ok(vec![None; batch.len()]) };
+        let Self { renewal, lengths, held, model, buffers, device, stream, .. } = self;
+        let Some(Renewal(regimes)) = renewal else { return Ok(vec![None; batch.len()]) };
         let whole = batch.iter().map(|&Sequence { row, tokens: new }| {
             let length = lengths[row] + new.len();
             if lengths[row] > 0 && regimes[row] == Some(model.config.regime(length)) {
@@ -70,8 +63,7 @@ impl<D: Kernels> Decoder<D> {
             // Until a pass has succeeded.
             regimes[row] = None;
             buffers.send_frequencies(device, stream, &model.config, (row, length))?;
-            let held = std::mem::take(&mut lengths[row]);
-            Ok((held > 0).then(|| [&tokens[row][..held], new].concat()))
+            Ok((lengths[row] > 0).then(|| [&held[row], new].concat()))
         });
         whole.collect()
     }

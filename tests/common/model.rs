@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, ops::ControlFlow, path::Path};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Decoder, Model, Tables},
+    model::{Choice, Decoder, Model, Tables},
     plan::{Bandwidths, Budget, Part},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
@@ -187,7 +187,7 @@ pub fn logits<D: Kernels>(decoder: &mut Decoder<D>) -> Vec<f32> {
 /// What follows each prompt.
 pub fn generate<D: Kernels>(decoder: &mut Decoder<D>, prompts: &[&[u32]], most: usize, stop: &[u32]) -> Vec<Vec<u32>> {
     let mut found = vec![Vec::new(); prompts.len()];
-    let generated = decoder.generate(prompts, most, stop, |row, token| {
+    let generated = decoder.generate(prompts, most, stop, Choice::Greedy, |row, token| {
         found[row].push(token);
         Ok::<_, Error>(ControlFlow::Continue(()))
     });

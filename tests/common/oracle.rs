@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use layer_streamer::{
     Error, Settings, device,
     kernels::Kernels,
-    model::{Decoder, Model, Sequence, Tables},
+    model::{Choice, Decoder, Model, Sequence, Tables},
     plan::{CachePolicy, Placement, Reader, Tier},
 };
 
@@ -315,7 +315,7 @@ fn continued<D: Kernels>(
     let rows: Vec<_> = (0..texts.len()).map(&kept_in).collect();
     let mut found = vec![Vec::new(); texts.len()];
     let most = whole.len() - texts[0].len();
-    let decoded = decoder.decode(&rows, most, &[], |row, token| {
+    let decoded = decoder.decode(&rows, most, &[], Choice::Greedy, |row, token| {
         let i = kept_in(row);
         found[i].push(token);
         let whole = texts[i].len() + found[i].len() == whole.len();

@@ -21,7 +21,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Error,
     kernels::Kernels,
-    model::{Decoder, Model, Sequence},
+    model::{Choice, Decoder, Model, Sequence},
     plan::{Part, Purpose},
     trace::{
         Observer,
@@ -199,7 +199,7 @@ fn generate<D: Kernels>(
     let in_words = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| (tokenizer, tokenizer_file));
     let mut answer = Answer::new(in_words, options.json);
     let decoded = forward.and_then(|()| {
-        decoder.decode(&[0], placing.max_new_tokens, &stop, |_, token| {
+        decoder.decode(&[0], placing.max_new_tokens, &stop, Choice::Greedy, |_, token| {
             done.first_token.get_or_insert_with(|| BEGUN.elapsed());
             done.tokens.push(token);
             let next = answer.push(token, &bar)?;
