@@ -17,6 +17,7 @@ mod make_checkpoint;
 mod placing;
 mod plan;
 mod prompt;
+mod sampling;
 mod tune;
 #[allow(dead_code, reason = "benchmarks use the rest")]
 mod units;

@@ -21,7 +21,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Error,
     kernels::Kernels,
-    model::{Choice, Decoder, Model, Sequence},
+    model::{Choice, Decoder, Model, Sampler, Sequence},
     plan::{Part, Purpose},
     trace::{
         Observer,
@@ -38,6 +38,7 @@ use crate::{
     interrupt::{self, Interrupts},
     placing::Placing,
     prompt::Source,
+    sampling::SamplingOptions,
     units,
     waiting::{Silence, Waiting},
 };
@@ -52,6 +53,7 @@ Examples:
   layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
   layer-streamer generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
   layer-streamer generate --model DIR --prompt-file story.txt         a long prompt; - is standard input
+  layer-streamer generate --model DIR --sample 'Once upon a'          drawn at random, as the model's makers suggest
   layer-streamer generate --model DIR --trace run.html 'Once upon a'  a picture of what every stage did and waited for
   layer-streamer generate --model DIR --json 'Once upon a' | jq .verdict
   layer-streamer generate --vram 8GB --ram 32GB --model DIR …         the best plan for so much memory [default: for what is free]
@@ -66,6 +68,9 @@ pub struct Options {
 
     #[command(flatten)]
     source: Source,
+
+    #[command(flatten)]
+    sampling: SamplingOptions,
 
     /// Print token ids, comma separated, in place of text
     #[arg(long)]
@@ -98,13 +103,15 @@ fn run_on<D: Kernels>(
     options: &Options,
     memory: &dyn Fn() -> Option<(usize, usize)>,
 ) -> Result<(), Failure> {
-    let Options { placing, source, print_ids, dump_logits, trace, json } = options;
+    let Options { placing, source, sampling, print_ids, dump_logits, trace, json } = options;
     let before = memory();
     // Opened before the long work, so that paths that cannot be written are known at once.
     let trace = trace.as_deref().map(TraceFile::create).transpose()?;
     let dump = dump_logits.as_deref().map(Dump::create).transpose()?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
     let mut model = Model::open(&placing.model)?;
+    let sampling = sampling.chosen(&model)?;
+    let sampler = sampling.map(|sampling| Sampler::new(sampling, model.config.vocab)).transpose()?;
     let (tokenizer, prompt) = source.read(&placing.model, !print_ids, placing.quiet)?;
     if prompt.is_empty() {
         return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
@@ -128,7 +135,7 @@ fn run_on<D: Kernels>(
     }
     let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
     drop(waiting);
-    let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), dump).map(|mut run| {
+    let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), dump, sampler).map(|mut run| {
         run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
         let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
         if *json {
@@ -164,6 +171,7 @@ fn generate<D: Kernels>(
     prompt: &[u32],
     tokenizer: Option<&Tokenizer>,
     dump: Option<Dump>,
+    mut sampler: Option<Sampler>,
 ) -> Result<Generated, Failure> {
     let placing = &options.placing;
     let bar = progress_bar(placing.quiet, decoder.streamer().plan().units());
@@ -189,6 +197,7 @@ fn generate<D: Kernels>(
         first_token: None,
         interrupted: false,
         device_memory: None,
+        sampling: sampler.as_ref().map(|sampler| *sampler.sampling()),
     };
     let mut forward = forward.map_err(Failure::from);
     if let Some(dump) = dump.filter(|_| forward.is_ok()) {
@@ -199,7 +208,8 @@ fn generate<D: Kernels>(
     let in_words = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| (tokenizer, tokenizer_file));
     let mut answer = Answer::new(in_words, options.json);
     let decoded = forward.and_then(|()| {
-        decoder.decode(&[0], placing.max_new_tokens, &stop, Choice::Greedy, |_, token| {
+        let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
+        decoder.decode(&[0], placing.max_new_tokens, &stop, choice, |_, token| {
             done.first_token.get_or_insert_with(|| BEGUN.elapsed());
             done.tokens.push(token);
             let next = answer.push(token, &bar)?;

@@ -4,14 +4,14 @@ use std::{fmt::Write, time::Duration};
 
 use layer_streamer::{
     kernels::Kernels,
-    model::Decoder,
+    model::{Decoder, Sampling},
     plan::{Bandwidths, Part, Settings, Tier},
     probe::{Disagreement, Probe, Seen},
     trace::{Bound, PassStats, Stage, Stats, Verdict},
 };
 use serde_json::{Value, json};
 
-use crate::units;
+use crate::{sampling, units};
 
 /// What was generated, and how long that took.
 pub struct Run {
@@ -24,6 +24,8 @@ pub struct Run {
     pub interrupted: bool,
     /// Of a device that has its own memory: bytes free before the model was loaded, free now, and in all.
     pub device_memory: Option<[usize; 3]>,
+    /// How tokens were drawn, where they were.
+    pub sampling: Option<Sampling>,
 }
 
 /// A run, and what the streamer counted meanwhile.
@@ -90,6 +92,9 @@ impl Report {
             tokens.len(),
             per_second(tokens.len(), decode_time),
         ));
+        if let Some(used) = &self.run.sampling {
+            line(sampling::describe(used));
+        }
         if let Some(table) = self.passes() {
             line(table);
         }
@@ -202,7 +207,7 @@ impl Report {
             })
         });
         json!({
-            "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device,
+            "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device, "sampling": self.run.sampling,
             "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),
             "decode_seconds": decode_time.as_secs_f64(), "first_token_seconds": first_token.map(|at| at.as_secs_f64()),
             "tokens_per_second": tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9),
