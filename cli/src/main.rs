@@ -12,6 +12,7 @@ macro_rules! say {
 mod budget;
 mod device;
 mod generate;
+mod hub;
 mod interrupt;
 mod make_checkpoint;
 mod placing;

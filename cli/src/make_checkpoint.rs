@@ -280,7 +280,8 @@ fn cannot(verb: &str, path: &Path) -> impl Fn(io::Error) -> String {
     move |error| format!("cannot {verb} {}: {error}", path.display())
 }
 
-fn free_bytes(dir: &Path) -> io::Result<u64> {
+/// What a file system has for its users, in bytes.
+pub fn free_bytes(dir: &Path) -> io::Result<u64> {
     let dir = File::open(dir)?;
     let mut stat = MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: the descriptor is open and `stat` is room for what the call writes.

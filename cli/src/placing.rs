@@ -19,14 +19,17 @@ use crate::{
     Failure,
     budget::{self, Amount, Measure},
     device::{self, Chosen, Wanted},
+    hub::{self, ModelFolder},
     waiting::Waiting,
 };
 
 #[derive(Args)]
 pub struct Placing {
-    /// Folder with config.json, safetensors shards and tokenizer.json
-    #[arg(long, value_name = "DIR", default_value_os_t = crate::speller(), hide_default_value = true)]
-    pub model: PathBuf,
+    /// Folder with config.json, safetensors shards and tokenizer.json; or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub,
+    /// which is downloaded once
+    #[arg(long, value_name = "MODEL", value_parser = hub::parser(), default_value_os_t = crate::speller().into(),
+          hide_default_value = true)]
+    pub model: ModelFolder,
 
     /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
     #[arg(long)]

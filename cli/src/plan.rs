@@ -28,6 +28,7 @@ It takes the options of `generate` that choose model, memory and pipeline. A pro
 
 Examples:
   layer-streamer plan --model DIR                            for the memory that is free
+  layer-streamer plan --model Qwen/Qwen2.5-7B-Instruct       of a model that is downloaded if it is not there
   layer-streamer plan --model DIR --ram 4GB                  for so much of it
   layer-streamer plan --model DIR --vram 8GB --context 8192  on a GPU, with a longer KV cache
   layer-streamer plan --model DIR --tier 0-7=gpu --n-gpu 1   for a pipeline of your own
@@ -53,6 +54,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 }
 
 fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -> Result<(), Failure> {
+    placing.model.fetch(placing.quiet)?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
     let mut model = Model::open(&placing.model)?;
     let (_, prompt) = source.read(&placing.model, false, placing.quiet)?;

@@ -51,6 +51,7 @@ use crate::{
 Examples:
   layer-streamer generate '4096='                                     the speller that comes with the project
   layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
+  layer-streamer generate --model Qwen/Qwen2.5-7B-Instruct 'Once …'   the same by its name there, downloaded once
   layer-streamer generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
   layer-streamer generate --model DIR --prompt-file story.txt         a long prompt; - is standard input
   layer-streamer generate --model DIR --sample 'Once upon a'          drawn at random, as the model's makers suggest
@@ -108,6 +109,7 @@ fn run_on<D: Kernels>(
     // Opened before the long work, so that paths that cannot be written are known at once.
     let trace = trace.as_deref().map(TraceFile::create).transpose()?;
     let dump = dump_logits.as_deref().map(Dump::create).transpose()?;
+    placing.model.fetch(placing.quiet)?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
     let mut model = Model::open(&placing.model)?;
     let sampling = sampling.chosen(&model)?;

@@ -36,6 +36,7 @@ use crate::{
     Failure,
     budget::{self, Amount, Measure},
     device::{self, Chosen, Wanted},
+    hub::{self, ModelFolder},
     interrupt::{self, Interrupts},
     placing::checkpoint_id,
 };
@@ -54,6 +55,7 @@ search, and the default is the answer; with --json the same command goes on from
 
 Examples:
   layer-streamer tune                                                   the speller that comes with the project, under a minute
+  layer-streamer tune --model Qwen/Qwen2.5-7B-Instruct                  a model of the hub, downloaded once
   layer-streamer tune --model DIR --ram 8GB                             the fastest within so much memory [default: within what is free]
   layer-streamer tune --model DIR --search plan --minutes 10            measure the promising ones alone
   layer-streamer tune --model DIR --n-gpu 1,2 --n-cpu-pinned 2,4,8      values of your own
@@ -61,9 +63,11 @@ Examples:
   layer-streamer tune --model DIR --trace tuned.html                    see what the answer's passes wait for
   layer-streamer generate --model DIR --config tuned.json …             and use the answer")]
 pub struct Options {
-    /// Folder with config.json and safetensors shards
-    #[arg(long, value_name = "DIR", default_value_os_t = crate::speller(), hide_default_value = true)]
-    model: PathBuf,
+    /// Folder with config.json and safetensors shards; or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, which is
+    /// downloaded once
+    #[arg(long, value_name = "MODEL", value_parser = hub::parser(), default_value_os_t = crate::speller().into(),
+          hide_default_value = true)]
+    model: ModelFolder,
 
     /// Where to compute: cpu, cuda or cuda:N [default: cuda if there is one]
     #[arg(long)]
@@ -321,7 +325,9 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
         budget: Some(budget),
         bandwidths: Some(bandwidths),
         // A worker that finds no GPU shall say so, not measure the CPU.
-        arguments: Some(env::args_os().skip(1).chain(chosen.map(OsString::from)).collect()),
+        arguments: Some(
+            options.model.resolved(env::args_os().skip(1)).into_iter().chain(chosen.map(OsString::from)).collect(),
+        ),
         ..Tuner::default()
     };
     Ok((tuner, candidates))
@@ -331,6 +337,8 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
 fn run_on<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(), Failure> {
     // First of all: a worker is this program, started with the same words, and goes no further.
     tuner::worker(|placement| worker(device, options, &placement));
+    // Before Ctrl-C is only noted: what has been downloaded is kept however it ends.
+    options.model.fetch(false)?;
     interrupt::listen();
     let (tuner, candidates) = prepare(device, name, options)?;
     // Before the long work, so that a path that cannot be written is known at once.
@@ -378,7 +386,7 @@ fn run_on<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(), F
     }
     // After the answer, which a disk that is full does not cost.
     if let Some(file) = plot {
-        let folder = Path::new(&tuner.checkpoint.name);
+        let folder = options.model.hub_name().unwrap_or(Path::new(&tuner.checkpoint.name));
         let title = format!("{} on {}", folder.file_name().unwrap_or_default().display(), tuner.device);
         write(file, &plot::draw(&title, &ranking)?)?;
     }

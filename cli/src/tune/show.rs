@@ -109,7 +109,8 @@ pub fn command(options: &Options, device: &str, answer: &Answer) -> Vec<u8> {
     };
     add(&["generate", "--device", device, "--model"].map(OsStr::new));
     // What begins with a dash would be taken for an option.
-    add(&[Path::new(".").join(&options.model).as_os_str()]);
+    let folder = || Path::new(".").join(&*options.model);
+    add(&[options.model.hub_name().map_or_else(folder, Path::to_owned).as_os_str()]);
     match &options.json {
         Some(path) => add(&[OsStr::new("--config"), Path::new(".").join(path).as_os_str()]),
         None => flags(&answer.placement).iter().for_each(|word| add(&[OsStr::new(word)])),
