@@ -7,6 +7,7 @@ mod common;
 mod host;
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
