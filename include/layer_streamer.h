@@ -544,6 +544,27 @@ typedef struct ls_ragged {
     struct ls_tensor rows;
 } ls_ragged;
 
+// How tokens are drawn. Fill it with ls_sampling_init, whose values have no effect, or with ls_model_suggested_sampling, then change
+// what should differ. Both penalties come first, then the others in the order of the fields.
+typedef struct ls_sampling {
+    // sizeof(ls_sampling).
+    size_t size;
+    // By which logits are divided; 0: the most likely token. By default 1.
+    double temperature;
+    // Keeps the so many most likely tokens, and those as likely as the last of them; 0, the default: all.
+    size_t top_k;
+    // Keeps the most likely tokens that together reach this probability, and at least one. From 0 to 1, by default 1.
+    double top_p;
+    // Keeps tokens whose probability is so many times the largest one, or more. From 0, the default, to 1.
+    double min_p;
+    // Positive logits of tokens that the sequence has are divided by it, others multiplied. Above 0, by default 1.
+    double repetition_penalty;
+    // Subtracted from the logits of tokens that this call has chosen for the sequence. From -2 to 2, by default 0.
+    double presence_penalty;
+    // The same seed gives the same tokens, whatever else is in the batch. By default 0.
+    uint64_t seed;
+} ls_sampling;
+
 // What a model is opened with. Fill it with ls_model_options_init, then change what should differ.
 typedef struct ls_model_options {
     // sizeof(ls_model_options).
@@ -904,6 +925,9 @@ ls_status ls_attention(struct ls_stream stream,
                        float soft_cap,
                        const struct ls_tensor *out);
 
+// Fills `sampling`, which is `size` bytes long (sizeof(ls_sampling)), with values that have no effect.
+ls_status ls_sampling_init(struct ls_sampling *sampling, size_t size);
+
 // Fills `options`, which is `size` bytes long (sizeof(ls_model_options)), with the defaults.
 ls_status ls_model_options_init(struct ls_model_options *options, size_t size);
 
@@ -960,6 +984,23 @@ ls_status ls_model_generate(struct ls_model model,
                             size_t most,
                             ls_token_fn token_fn,
                             void *user);
+
+// As ls_model_generate, by tokens that are drawn as `sampling` says. The repetition penalty counts all tokens that the KV cache
+// holds of a sequence, and the new ones; the presence penalty counts those that this call chooses. A draw depends on the seed, the
+// row, and the number of tokens before it alone: to draw others for the same prompt in the same row, change the seed. LS_INVALID
+// for a value out of range, or for logits that are not numbers.
+ls_status ls_model_sample(struct ls_model model,
+                          const struct ls_sequence *sequences,
+                          size_t count,
+                          size_t most,
+                          const struct ls_sampling *sampling,
+                          ls_token_fn token_fn,
+                          void *user);
+
+// What the model's generation_config.json suggests to those who sample; what it leaves out has no effect. Set `sampling->size` to
+// sizeof(ls_sampling) before.
+ls_status ls_model_suggested_sampling(struct ls_model model,
+                                      struct ls_sampling *sampling);
 
 // How many tokens row `row` of the KV cache holds.
 ls_status ls_model_length(struct ls_model model, size_t row, size_t *length);

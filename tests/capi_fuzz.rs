@@ -384,6 +384,18 @@ fn options_of_anything_are_taken_or_refused_and_the_library_goes_on() {
     }
 }
 
+/// Any numbers, most of them within their range.
+fn any_sampling(rng: &mut fastrand::Rng) -> ls_sampling {
+    let mut float = |most: f64| match rng.u8(..24) {
+        0 => f64::from_bits(rng.u64(..)),
+        1 => [f64::NAN, f64::INFINITY, -0.0, -1.0, f64::MAX, f64::MIN_POSITIVE][rng.usize(..6)],
+        _ => most * rng.f64(),
+    };
+    let [temperature, top_p, min_p, repetition_penalty, presence_penalty] = [2.0, 1.0, 1.0, 2.0, 2.0].map(&mut float);
+    let (top_k, seed) = (number(rng), rng.u64(..));
+    ls_sampling { size: 0, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed }
+}
+
 /// A token or two of a model, which is closed.
 ///
 /// # Safety
@@ -398,6 +410,10 @@ unsafe fn use_model(model: ls_model, rng: &mut fastrand::Rng) {
         let row = if rng.u8(..9) == 0 { number(rng) } else { 0 };
         let sequence = ls_sequence { row, tokens: tokens.as_ptr(), count };
         did(ls_model_generate(model, &sequence, 1, 1 + rng.usize(..2), Some(on_token), ptr::null_mut()));
+        let mut suggested = Structure::of(mem::zeroed::<ls_sampling>(), rng);
+        did(ls_model_suggested_sampling(model, suggested.at(rng)));
+        let mut sampling = Structure::of(any_sampling(rng), rng);
+        did(ls_model_sample(model, &sequence, 1, 2, sampling.at(rng), Some(on_token), ptr::null_mut()));
         assert!(did(ls_model_close(model)));
     }
 }

@@ -1,19 +1,25 @@
-//! The C API asked beforehand what it would take, and for what a host needs to choose tokens by itself.
+//! The C API asked beforehand what it would take, for what a host needs to choose tokens by itself, and for tokens that are drawn.
 
 #[path = "common/c.rs"]
 mod c_calls;
 mod common;
 
-use std::{ffi::CString, mem, ptr};
+use std::{
+    ffi::{CString, c_void},
+    fs, mem,
+    ops::ControlFlow,
+    os::unix::ffi::OsStrExt,
+    ptr,
+};
 
 use c_calls::{c, made, message};
 use layer_streamer::{
     Error, Settings,
     capi::{ls_status::*, *},
     device::Cpu,
-    model::{Decoder, Model, Sequence},
+    model::{Choice, Decoder, Model, Sampler, Sampling, Sequence},
 };
-use support::speller;
+use support::{copy_of, speller};
 
 fn folder() -> CString {
     c(speller().to_str().unwrap())
@@ -113,6 +119,81 @@ fn a_host_has_the_logits_from_which_it_chooses() {
         assert!(logits == expected);
         let row = ls_sequence { row: 7, ..sequences[0] };
         assert_eq!(ls_model_forward(model, &row, 1), LS_INVALID);
+        assert_eq!((ls_model_close(model), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+}
+
+/// Tokens by row.
+type Drawn = [Vec<u32>; 2];
+
+extern "C" fn keep(user: *mut c_void, row: usize, token: u32) -> i32 {
+    // SAFETY: what `drawn_by_c` passes.
+    let drawn = unsafe { &mut *user.cast::<Drawn>() };
+    drawn[row].push(token);
+    0
+}
+
+/// What ls_model_sample draws after these prompts, in an empty cache.
+fn drawn_by_c(model: ls_model, prompts: [&[u32]; 2], sampling: *const ls_sampling) -> (ls_status, Drawn) {
+    let sequences = [0, 1].map(|row| ls_sequence { row, tokens: prompts[row].as_ptr(), count: prompts[row].len() });
+    let mut drawn = Drawn::default();
+    let user = (&raw mut drawn).cast();
+    assert_eq!([0, 1].map(|row| ls_model_truncate(model, row, 0)), [LS_OK; 2]);
+    // SAFETY: as the header asks.
+    let status = unsafe { ls_model_sample(model, sequences.as_ptr(), 2, 20, sampling, Some(keep), user) };
+    (status, drawn)
+}
+
+#[test]
+fn tokens_are_drawn_as_in_rust_by_values_that_a_host_or_the_model_s_makers_choose() {
+    let copy = copy_of(&speller());
+    let suggestion =
+        r#"{ "eos_token_id": 0, "do_sample": true, "temperature": 1.5, "top_k": 40, "repetition_penalty": 1.05 }"#;
+    fs::write(copy.path().join("generation_config.json"), suggestion).unwrap();
+    let prompts: [&[u32]; 2] = [&[22, 10, 19, 16, 26], &[23, 29]];
+    let model = Model::open(copy.path()).unwrap();
+    let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 2, 128).unwrap();
+    let mut drawn_by_rust = |sampling| {
+        let mut sampler = Sampler::new(sampling, model.config.vocab).unwrap();
+        common::forget(&mut decoder, 2);
+        let mut drawn = Drawn::default();
+        let generated =
+            decoder.generate(&prompts, 20, &model.config.stop, Choice::Sample(&mut sampler), |row, token| {
+                drawn[row].push(token);
+                Ok::<_, Error>(ControlFlow::Continue(()))
+            });
+        generated.unwrap();
+        drawn
+    };
+    // SAFETY: as the header asks, but for what is tested.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let mut options: ls_model_options = made(|to| ls_model_options_init(to, size_of::<ls_model_options>()));
+        (options.batch, options.context) = (2, 128);
+        let folder = c(copy.path().as_os_str().as_bytes());
+        let model = made(|to| ls_model_open(device, folder.as_ptr(), &options, to));
+        let none: ls_sampling = made(|to| ls_sampling_init(to, size_of::<ls_sampling>()));
+        assert_eq!((Sampling::from(none), none.size), (Sampling::default(), size_of::<ls_sampling>()));
+        let mut suggested = none;
+        assert_eq!(ls_model_suggested_sampling(model, &mut suggested), LS_OK, "{}", message());
+        assert_eq!((suggested.temperature, suggested.top_k, suggested.repetition_penalty), (1.5, 40, 1.05));
+        let wild = ls_sampling { temperature: 4.0, top_p: 0.99, min_p: 1e-4, presence_penalty: 0.5, seed: 5, ..none };
+        for sampling in [none, suggested, wild, ls_sampling { seed: 6, ..wild }] {
+            let drawn = drawn_by_rust(Sampling::from(sampling));
+            assert_eq!(drawn_by_c(model, prompts, &sampling), (LS_OK, drawn), "{sampling:?}: {}", message());
+        }
+        assert_ne!(drawn_by_c(model, prompts, &wild), drawn_by_c(model, prompts, &ls_sampling { seed: 6, ..wild }));
+        for (wrong, part) in [
+            (ls_sampling { temperature: -1.0, ..none }, "temperature: is -1"),
+            (ls_sampling { top_p: f64::NAN, ..none }, "top_p"),
+            (ls_sampling { repetition_penalty: 0.0, ..none }, "repetition_penalty"),
+            (ls_sampling { size: 8, ..none }, "sampling: its size is 8"),
+        ] {
+            assert_eq!(drawn_by_c(model, prompts, &wrong), (LS_INVALID, Drawn::default()), "{part}");
+            assert!(message().contains(part), "{}", message());
+            assert_eq!(made(|to| ls_model_length(model, 0, to)), 0, "nothing went through the model");
+        }
+        assert_eq!(drawn_by_c(model, prompts, ptr::null()).0, LS_NULL);
         assert_eq!((ls_model_close(model), ls_device_close(device)), (LS_OK, LS_OK));
     }
 }

@@ -18,6 +18,7 @@ mod kernels;
 mod layers;
 mod model;
 mod options;
+mod sampling;
 mod streamer;
 mod traced;
 
@@ -30,4 +31,5 @@ pub use kernels::*;
 pub use layers::*;
 pub use model::*;
 pub use options::*;
+pub use sampling::*;
 pub use streamer::*;

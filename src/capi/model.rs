@@ -1,4 +1,4 @@
-//! One level up: a decoder-only model, its KV cache, and greedy decoding.
+//! One level up: a decoder-only model, its KV cache, and decoding.
 
 use std::{
     cell::RefCell,
@@ -18,11 +18,12 @@ use super::{
     },
     handles::{HandleTable, Kind, Remote},
     options::{self, StreamOptions, ls_stats, ls_streamer_options},
+    sampling::ls_sampling,
     traced::{self, Traced},
 };
 use crate::{
     device::Device,
-    model::{Choice, Decoder, Model, Sequence},
+    model::{Choice, Decoder, Model, Sampler, Sampling, Sequence},
     plan::Settings,
 };
 
@@ -319,21 +320,73 @@ pub unsafe extern "C" fn ls_model_generate(
         let token_fn = callback(token_fn, "token_fn")?;
         // SAFETY: the caller says that so many sequences lie there.
         let batch = unsafe { batch(sequences, count)? };
-        let opened = MODELS.enter(model.id)?;
-        let mut decoder = opened.decoder.borrow_mut();
-        decoder.forward(&batch)?;
-        let rows: Vec<_> = batch.iter().map(|sequence| sequence.row).collect();
-        let stop = decoder.model().config.stop.clone();
         // SAFETY: the caller's own function, with what it asked for.
-        decoder.decode(&rows, most, &stop, Choice::Greedy, |row, token| match unsafe { token_fn(user, row, token) } {
-            0 => Ok(ControlFlow::Continue(())),
-            LS_END => Ok(ControlFlow::Break(())),
-            other => Err(Failure::new(ls_status::LS_CALLBACK, format!("token_fn returned {other}"))),
-        })
+        MODELS.enter(model.id)?.continue_by(None, &batch, most, |row, token| unsafe { token_fn(user, row, token) })
+    })
+}
+
+/// As ls_model_generate, by tokens that are drawn as `sampling` says. The repetition penalty counts all tokens that the KV cache
+/// holds of a sequence, and the new ones; the presence penalty counts those that this call chooses. A draw depends on the seed, the
+/// row, and the number of tokens before it alone: to draw others for the same prompt in the same row, change the seed. LS_INVALID
+/// for a value out of range, or for logits that are not numbers.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_sample(
+    model: ls_model,
+    sequences: *const ls_sequence,
+    count: usize,
+    most: usize,
+    sampling: *const ls_sampling,
+    token_fn: ls_token_fn,
+    user: *mut c_void,
+) -> ls_status {
+    ffi(|| {
+        let token_fn = callback(token_fn, "token_fn")?;
+        // SAFETY: the caller says that so many sequences lie there.
+        let batch = unsafe { batch(sequences, count)? };
+        // SAFETY: the caller says that as many bytes lie there as its size says.
+        let sampling = unsafe { read_options(sampling, "sampling", Sampling::default().into())? };
+        let sampling = Some(Sampling::from(sampling));
+        // SAFETY: the caller's own function, with what it asked for.
+        MODELS.enter(model.id)?.continue_by(sampling, &batch, most, |row, token| unsafe { token_fn(user, row, token) })
+    })
+}
+
+/// What the model's generation_config.json suggests to those who sample; what it leaves out has no effect. Set `sampling->size` to
+/// sizeof(ls_sampling) before.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_model_suggested_sampling(model: ls_model, sampling: *mut ls_sampling) -> ls_status {
+    ffi(|| {
+        let to = place(sampling, "sampling")?;
+        let opened = MODELS.enter(model.id)?;
+        let suggested = opened.decoder.borrow().model().config.suggested.sampling;
+        // SAFETY: the caller says that as many bytes may be written as its size says.
+        unsafe { write_sized(to, "sampling", suggested.into()) }
     })
 }
 
 impl OpenModel {
+    /// Runs a batch, and continues it; `told` is C's callback. Greedily without `sampling`.
+    fn continue_by(
+        &self,
+        sampling: Option<Sampling>,
+        batch: &[Sequence<'_>],
+        most: usize,
+        mut told: impl FnMut(usize, u32) -> i32,
+    ) -> Result<()> {
+        let mut decoder = self.decoder.borrow_mut();
+        let config = &decoder.model().config;
+        let (stop, vocab) = (config.stop.clone(), config.vocab);
+        let mut sampler = sampling.map(|sampling| Sampler::new(sampling, vocab)).transpose()?;
+        decoder.forward(batch)?;
+        let rows: Vec<_> = batch.iter().map(|sequence| sequence.row).collect();
+        let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
+        decoder.decode(&rows, most, &stop, choice, |row, token| match told(row, token) {
+            0 => Ok(ControlFlow::Continue(())),
+            LS_END => Ok(ControlFlow::Break(())),
+            other => Err(Failure::new(ls_status::LS_CALLBACK, format!("token_fn returned {other}"))),
+        })
+    }
+
     fn check_row(&self, row: usize) -> Result<()> {
         if row < self.batch {
             return Ok(());

@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 
 /// How tokens are drawn. The defaults have no effect: every token is drawn with the probability that the model gives it.
 ///
-/// Let `x` be a token's logit, and `p` its probability: `exp(x)` over the sum of all `exp(x)` that are left. What is said below
-/// happens in the order of the fields, but for the temperature, which comes after both penalties.
+/// Let `x` be a token's logit, and `p` its probability: `exp(x)` over the sum of all `exp(x)` that are left. Both penalties come
+/// first, then the others in the order of the fields.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Sampling {
     /// `x / temperature`: below 1 likely tokens become more likely, above 1 less. 0: the most likely token, and of equal ones the

@@ -187,6 +187,7 @@ fn for_rust() -> Vec<String> {
     struct ls_model_options { size, batch, context, streamer }
     struct ls_model { id }
     struct ls_model_info { size, vocab, hidden, layers, max_positions, context, batch }
+    struct ls_sampling { size, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed }
     struct ls_sequence { row, tokens, count }
     }
 }

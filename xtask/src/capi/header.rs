@@ -6,8 +6,19 @@ use std::{env, fs};
 use crate::run::root;
 
 /// The sources of the header, in its order.
-const SOURCES: [&str; 10] =
-    ["ffi", "checkpoint", "device", "callbacks", "options", "budget", "streamer", "layers", "kernels", "model"];
+const SOURCES: [&str; 11] = [
+    "ffi",
+    "checkpoint",
+    "device",
+    "callbacks",
+    "options",
+    "budget",
+    "streamer",
+    "layers",
+    "kernels",
+    "sampling",
+    "model",
+];
 
 #[test]
 fn the_header_is_what_the_sources_declare() {
