@@ -195,6 +195,12 @@ fn the_token_goes_to_the_hub_and_to_no_other_host() {
     };
     assert_eq!(said(true), [Some("Bearer of-the-file".into())].into());
     assert_eq!(said(false), [None].into());
+    let path = world.cache.path().join("another");
+    fs::write(&path, "of-another-file").unwrap();
+    let hub = only(Answer::status(401));
+    let done = World::new(&hub).generate().env("HF_TOKEN_PATH", &path).output().unwrap();
+    assert_says(&text(&done.stderr), &["check the token of ", path.to_str().unwrap()]);
+    assert_eq!(hub.asked()[0].header("authorization"), Some("Bearer of-another-file"));
     let hub = only(Answer::status(401));
     let done = World::new(&hub).generate().env("HF_TOKEN", "of-the-variable").output().unwrap();
     assert_says(&text(&done.stderr), &["401", "check the token of HF_TOKEN"]);
@@ -206,6 +212,11 @@ fn the_token_goes_to_the_hub_and_to_no_other_host() {
 fn a_download_that_breaks_goes_on_where_it_was() {
     let hub = spoilt(FIRST, 1, |answer| Answer { cut: Some(1_000_000), ..answer });
     World::new(&hub).prints();
+    assert_eq!(ranges(&hub.asked(), FIRST), [None, Some("bytes=1000000-".into())]);
+    // So does one that falls silent.
+    let hub = spoilt(FIRST, 1, |answer| Answer { cut: Some(1_000_000), holds: true, ..answer });
+    let done = World::new(&hub).generate().env("HF_HUB_DOWNLOAD_TIMEOUT", "0.3").output().unwrap();
+    assert_eq!((text(&done.stdout), text(&done.stderr)), (TEXT.into(), String::new()));
     assert_eq!(ranges(&hub.asked(), FIRST), [None, Some("bytes=1000000-".into())]);
     // In the next run too.
     let hub = Servers::start(|asked, answer| match asked.header("range") {
@@ -385,7 +396,7 @@ fn a_full_disk_is_known_before_the_weights_are_begun() {
     // Room for nothing.
     let world = World::new(&hub);
     fill(world.cache.path());
-    assert_says(&world.refusal(), &["No space left on device", "free some, or set HF_HUB_CACHE"]);
+    assert_says(&world.refusal(), &[" are missing: the model takes ", "free some, or set HF_HUB_CACHE"]);
     // A disk that fills up meanwhile: by what it says itself, as much as is needed is free.
     let cache = folder();
     mount("none", cache.path(), Some("tmpfs"), 0, "size=3600k").unwrap();
@@ -425,6 +436,23 @@ fn two_processes_at_once_download_each_file_once() {
         assert_eq!(ranges(&hub.asked(), file), [None], "{file}");
     }
     world.without_network().prints();
+}
+
+#[test]
+fn a_file_that_another_process_has_begun_anew_gets_no_name() {
+    let place = folder();
+    let partial = place.path().join("hub/models--org--speller/blobs").join(format!("{}.incomplete", etag(FIRST)));
+    let begun_anew = partial.clone();
+    // As it happens where locks do nothing.
+    let hub = spoilt(FIRST, 1, move |answer| {
+        fs::remove_file(&begun_anew).unwrap();
+        fs::write(&begun_anew, &held(FIRST)[..1000]).unwrap();
+        answer
+    });
+    let world = World { cache: place, ..World::new(&hub) };
+    assert_says(&world.refusal(), &[".incomplete", "locks do nothing", "try again"]);
+    assert_eq!(fs::read(partial).unwrap(), held(FIRST)[..1000]);
+    world.with(&right()).prints();
 }
 
 #[test]
@@ -492,6 +520,24 @@ fn offline_and_not_in_the_cache_is_refused_with_the_command_that_downloads() {
     // The blob is there, so nothing comes but the link.
     world.prints();
     assert_eq!(ranges(&hub.asked(), SECOND), [None]);
+}
+
+#[test]
+fn the_cache_lies_where_pythons_does() {
+    let world = World::new(&right());
+    let (model, home) = ("models--org--speller", [("HOME", "/h")]);
+    for (variables, folder) in [
+        (&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/f"), ("XDG_CACHE_HOME", "/x")][..], "/c/"),
+        (&[("HF_HOME", "/f"), ("XDG_CACHE_HOME", "/x")], "/f/hub/"),
+        (&[("HF_HOME", "~/f"), ("HF_HUB_CACHE", "")], "/h/f/hub/"),
+        (&[("XDG_CACHE_HOME", "/x")], "/x/huggingface/hub/"),
+        (&[], "/h/.cache/huggingface/hub/"),
+    ] {
+        let mut command = world.generate();
+        command.env_remove("HF_HOME").env_remove("XDG_CACHE_HOME").env("HF_HUB_OFFLINE", "on").envs(home);
+        let done = command.envs(variables.iter().copied()).output().unwrap();
+        assert_says(&text(&done.stderr), &[&format!("({folder}{model})")]);
+    }
 }
 
 #[test]

@@ -163,8 +163,8 @@ impl Cache {
         if bytes == 0 {
             return Ok(());
         }
-        // Small files are there already, so the folder is.
-        let free = free_bytes(&self.folder).map_err(|error| self.cannot("inspect", &self.folder, &error))?;
+        let free = fs::create_dir_all(&self.folder).and_then(|()| free_bytes(&self.folder));
+        let free = free.map_err(|error| self.cannot("use", &self.folder, &error))?;
         if bytes <= free {
             return Ok(());
         }

@@ -2,7 +2,9 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Write},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
 };
 
 use indicatif::ProgressBar;
@@ -76,12 +78,14 @@ fn receive(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> R
     }
     // Before it gets the name: a machine that loses power may have kept the name and not the bytes.
     partial.file.sync_all().map_err(cannot("write"))?;
+    partial.check_place()?;
     fs::rename(&path, cache.blob(meta)).map_err(cannot("rename"))
 }
 
 /// A blob's beginning.
 struct Partial<'a> {
     file: File,
+    path: PathBuf,
     meta: &'a Meta,
     length: u64,
     /// Of the bytes so far, where the ETag is their hash.
@@ -92,8 +96,7 @@ struct Partial<'a> {
 impl<'a> Partial<'a> {
     fn open(cache: &Cache, meta: &'a Meta, bar: ProgressBar) -> io::Result<Self> {
         let path = cache.partial(meta);
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        let mut partial = Self { file, meta, length: 0, hash: hash(meta), bar };
+        let mut partial = Self { file: opened(&path)?, path, meta, length: 0, hash: hash(meta), bar };
         if partial.file.metadata()?.len() > meta.length {
             partial.restart()?;
         }
@@ -117,8 +120,8 @@ impl<'a> Partial<'a> {
 
     /// As if there had been nothing.
     fn restart(&mut self) -> io::Result<()> {
-        self.file.set_len(0)?;
-        self.file.rewind()?;
+        fs::remove_file(&self.path)?;
+        self.file = opened(&self.path)?;
         self.bar.set_position(self.bar.position().saturating_sub(self.length));
         (self.length, self.hash) = (0, hash(self.meta));
         Ok(())
@@ -126,7 +129,7 @@ impl<'a> Partial<'a> {
 
     /// Takes what comes in one answer.
     fn go_on(&mut self, hub: &Hub, cache: &Cache, commit: &str, file: &str) -> Result<(), Fault> {
-        let path = cache.partial(self.meta);
+        let path = self.path.clone();
         let failed = |error: io::Error| Fault::Final(cache.cannot("write", &path, &error));
         let all = self.meta.length;
         let (start, mut body) = hub.open(commit, file, self.meta, self.length)?;
@@ -159,12 +162,29 @@ impl<'a> Partial<'a> {
         }
     }
 
+    /// Makes sure that the file that has the name is the one that was written. Where a file system's locks do nothing, as on some
+    /// shared ones, another process may have begun anew.
+    fn check_place(&self) -> Result<(), Failure> {
+        let is_own = |found: fs::Metadata| {
+            self.file.metadata().is_ok_and(|own| own.ino() == found.ino() && own.len() == self.meta.length)
+        };
+        if fs::metadata(&self.path).is_ok_and(is_own) {
+            return Ok(());
+        }
+        let cause = "another process downloads it at the same time, since locks do nothing on this file system";
+        Err(format!("{}: {cause}; try again when that one is done", self.path.display()).into())
+    }
+
     /// Whether all bytes are those that the ETag stands for, as far as it says.
     fn is_right(&self) -> bool {
         let found = self.hash.clone().map(|hash| hash.finish());
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         found.is_none_or(|found| hex(found.as_ref()).eq_ignore_ascii_case(&self.meta.etag))
     }
+}
+
+fn opened(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
 }
 
 /// The ETag of a large file is its SHA-256. That of a small one depends on who serves it.

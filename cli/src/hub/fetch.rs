@@ -354,11 +354,8 @@ impl Patience {
             Fault::Passing(cause, pause) => (cause, pause),
         };
         if !hub.answered.get() {
-            return Err(format!(
-                "cannot reach {}: {cause}; check the network (HTTPS_PROXY, HF_ENDPOINT), or give --model a folder",
-                hub.endpoint
-            )
-            .into());
+            let remedy = "check the network (HTTPS_PROXY, HF_ENDPOINT), or give --model a folder that is there";
+            return Err(format!("cannot reach {cause}; {remedy}").into());
         }
         self.tries += 1;
         if self.tries == TRIES {

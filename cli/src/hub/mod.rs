@@ -172,6 +172,7 @@ impl Name {
         let weights = needed(&listing, &self.repository)?;
         let get = |file: &str| {
             let meta = hub.meta(&listing.commit, file)?;
+            cache.check_space(meta.length.saturating_sub(cache.there(&meta)))?;
             download::file(&hub, &cache, &listing.commit, file, &meta)
         };
         for file in SMALL.iter().filter(|file| listing.has(file) && !cache.has(&listing.commit, file)) {
