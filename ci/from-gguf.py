@@ -1,5 +1,5 @@
-"""Turns a GGUF file of a Llama into a Hugging Face folder without a tokenizer: weights as their blocks stand for them, rounded to
-BF16. Takes gguf and numpy; ci/smollm2 runs it.
+"""Turns a GGUF file of SmolLM2 into a Hugging Face folder: weights as their blocks stand for them, rounded to BF16, tokenizer and
+chat template. Takes gguf and numpy; ci/smollm2 runs it.
 
     python3 from-gguf.py FILE FOLDER
 """
@@ -59,6 +59,22 @@ config = {
     "rms_norm_eps": round(of_llama("attention.layer_norm_rms_epsilon"), 9), "rope_theta": of_llama("rope.freq_base"),
     "tie_word_embeddings": "lm_head.weight" not in state, "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
 }
+tokens, special = fields["tokenizer.ggml.tokens"], 3
+byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+tokenizer = {
+    "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None, "decoder": byte_level,
+    "added_tokens": [
+        {"id": number, "content": tokens[number], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True} for number, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == special],
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
+    "model": {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)},
+              "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]},
+}
+with open(f"{folder}/tokenizer.json", "w") as file:
+    json.dump(tokenizer, file, ensure_ascii=False)
+with open(f"{folder}/tokenizer_config.json", "w") as file:
+    json.dump({"eos_token": tokens[config["eos_token_id"]], "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
+               "chat_template": fields["tokenizer.chat_template"]}, file, indent=1)
 # Last, so that a folder with a configuration is whole.
 with open(f"{folder}/config.json", "w") as file:
     json.dump(config, file, indent=1)

@@ -10,6 +10,7 @@ macro_rules! say {
 }
 
 mod budget;
+mod chat;
 mod device;
 mod generate;
 mod hub;
@@ -18,7 +19,9 @@ mod make_checkpoint;
 mod placing;
 mod plan;
 mod prompt;
+mod run;
 mod sampling;
+mod text;
 mod tune;
 #[allow(dead_code, reason = "benchmarks use the rest")]
 mod units;
@@ -63,6 +66,7 @@ macro_rules! subcommands {
 // In the order of the help.
 subcommands! {
     Generate in generate,
+    Chat in chat,
     Plan in plan,
     Tune in tune,
     MakeCheckpoint in make_checkpoint,

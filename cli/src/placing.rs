@@ -37,7 +37,7 @@ pub struct Placing {
 
     /// Tokens that the KV cache holds [default: prompt + new tokens]
     #[arg(long, value_name = "N")]
-    context: Option<usize>,
+    pub context: Option<usize>,
 
     /// Stop after this many tokens
     #[arg(long, value_name = "N", default_value_t = 32)]

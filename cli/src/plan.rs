@@ -57,8 +57,8 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
     placing.model.fetch(placing.quiet)?;
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
     let mut model = Model::open(&placing.model)?;
-    let (_, prompt) = source.read(&placing.model, false, placing.quiet)?;
-    let context = placing.context(prompt.len(), &model)?;
+    let prompt = source.read(&placing.model, false, placing.quiet)?;
+    let context = placing.context(prompt.tokens.len(), &model)?;
     drop(waiting);
     // The forecast goes by what the links carry.
     let settled = placing.settle(device, &mut model, context, Measure::Always);

@@ -3,54 +3,110 @@
 use std::{
     fs,
     io::{self, Read},
-    panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
 };
 
 use clap::Args;
-use layer_streamer::files;
-use tokenizers::Tokenizer;
 
-use crate::Failure;
+use crate::{
+    Failure,
+    text::{Message, Text},
+};
 
 #[derive(Args)]
 pub struct Source {
     /// The prompt as token ids, comma separated, in place of PROMPT
-    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "system", "thinking"])]
     prompt_ids: Option<Vec<u32>>,
 
     /// Read the prompt from a file (UTF-8, up to 64 MB); - is standard input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_ids"])]
     prompt_file: Option<PathBuf>,
 
-    /// The text to continue (after --, if it begins with a dash)
+    /// The text to continue; what the user says, where the model has a chat template (after --, if it begins with a dash)
     prompt: Option<String>,
+
+    /// Send the text as it is, even if the model has a chat template
+    #[arg(long, conflicts_with_all = ["prompt_ids", "system", "thinking"])]
+    raw: bool,
+
+    #[command(flatten)]
+    talk: Talk,
+}
+
+/// What a conversation begins with.
+#[derive(Args)]
+pub struct Talk {
+    /// The system prompt, which comes before what the user says
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    /// Whether the model is to think before it answers, for templates that ask for that (enable_thinking) [default: the template's]
+    #[arg(long, value_name = "true|false")]
+    pub thinking: Option<bool>,
+}
+
+/// What is to be answered.
+pub struct Prompt {
+    pub text: Option<Text>,
+    pub tokens: Vec<u32>,
+    /// The file with the chat template that it went through, if it did.
+    pub template: Option<PathBuf>,
+}
+
+/// Says how to do without a chat template that fails.
+fn or_raw(error: Failure) -> Failure {
+    format!("{error}; --raw sends the text as it is").into()
 }
 
 impl Source {
-    /// The tokenizer of the model in that folder, where one is needed: for a prompt in words, or as the answer is to be in words.
-    /// And the prompt's tokens, none where there is no prompt.
-    pub fn read(&self, model: &Path, in_words: bool, quiet: bool) -> Result<(Option<Tokenizer>, Vec<u32>), Failure> {
-        let text = match &self.prompt_file {
+    /// The prompt's tokens, none where there is no prompt; with the tokenizer of the model in that folder, where one is needed: for
+    /// a prompt in words, or as the answer is to be in words.
+    pub fn read(&self, model: &Path, in_words: bool, quiet: bool) -> Result<Prompt, Failure> {
+        let prompt = match &self.prompt_file {
             Some(path) => Some(read_prompt(path)?),
             None => self.prompt.clone(),
         };
-        let tokenizer =
-            if text.is_some() || in_words { load_tokenizer(model, self.prompt_ids.is_some(), quiet)? } else { None };
-        let prompt = match (&self.prompt_ids, &text, &tokenizer) {
-            (Some(ids), _, _) => ids.clone(),
-            (None, Some(text), Some(tokenizer)) => {
-                let path = model.join("tokenizer.json");
-                guarded(&path, || tokenizer.encode(text.as_str(), true))?.get_ids().to_vec()
+        let text = if prompt.is_some() || in_words { self.open(model, quiet)? } else { None };
+        match (&self.prompt_ids, prompt, text) {
+            (None, Some(prompt), Some(text)) => self.encode(prompt, text),
+            (ids, _, text) => Ok(Prompt { text, tokens: ids.clone().unwrap_or_default(), template: None }),
+        }
+    }
+
+    /// A prompt in words: a user's turn where the model has a chat template, unless it is to be left as it is.
+    fn encode(&self, prompt: String, text: Text) -> Result<Prompt, Failure> {
+        let template = if self.raw { None } else { text.template().map_err(or_raw)? };
+        let Some(template) = template else {
+            if self.talk.system.is_some() || self.talk.thinking.is_some() {
+                return Err(
+                    "--system and --thinking: the model has no chat template, so it takes nothing but text".into()
+                );
             }
-            _ => Vec::new(),
+            let tokens = text.encode(&prompt)?;
+            return Ok(Prompt { text: Some(text), tokens, template: None });
         };
-        Ok((tokenizer, prompt))
+        let mut turns: Vec<_> = self.talk.system.iter().map(|system| Message::new("system", system)).collect();
+        turns.push(Message::new("user", prompt));
+        let tokens = text.encode_turns(&template.render(&turns, self.talk.thinking).map_err(or_raw)?)?;
+        Ok(Prompt { tokens, template: Some(template.file().to_owned()), text: Some(text) })
+    }
+
+    /// The model's tokenizer. Without one, a prompt of ids can still go in, and ids out.
+    fn open(&self, model: &Path, quiet: bool) -> Result<Option<Text>, Failure> {
+        let text = Text::open(model)?;
+        if text.is_none() && self.prompt_ids.is_none() {
+            let path = model.join("tokenizer.json");
+            let message =
+                format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
+            return Err(message.into());
+        }
+        if text.is_none() && !quiet {
+            say!("no tokenizer.json in {}: printing token ids", model.display());
+        }
+        Ok(text)
     }
 }
-
-/// The largest tokenizer.json that is read, in bytes; those of vocabularies of 262,144 tokens have 33 million.
-const LARGEST_TOKENIZER: u64 = 256 << 20;
 
 /// The longest prompt that is read from a file, in bytes.
 const LONGEST_PROMPT: u64 = 64_000_000;
@@ -75,35 +131,4 @@ fn read_prompt(path: &Path) -> Result<String, Failure> {
         let at = error.utf8_error().valid_up_to();
         format!("--prompt-file {}: is not UTF-8 from byte {at} on", path.display()).into()
     })
-}
-
-/// Reads `tokenizer.json`. Without one, a prompt of ids (`has_ids`) can still go in, and ids out.
-fn load_tokenizer(model: &Path, has_ids: bool, quiet: bool) -> Result<Option<Tokenizer>, Failure> {
-    let path = model.join("tokenizer.json");
-    let Some(text) = files::read_small(&path, LARGEST_TOKENIZER)? else {
-        if !has_ids {
-            let message =
-                format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
-            return Err(message.into());
-        }
-        if !quiet {
-            say!("no tokenizer.json in {}: printing token ids", model.display());
-        }
-        return Ok(None);
-    };
-    guarded(&path, || Tokenizer::from_bytes(text)).map(Some)
-}
-
-/// What the tokenizer is asked. A file that it does not understand can make it panic: that is the file's fault, which is named.
-pub fn guarded<T>(path: &Path, ask: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, Failure> {
-    // One thread asks, and the message of its panic would say nothing to people.
-    let told = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
-    let answer = panic::catch_unwind(AssertUnwindSafe(ask));
-    panic::set_hook(told);
-    match answer {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => Err(format!("{}: {error}", path.display()).into()),
-        Err(_) => Err(format!("{}: is malformed: the tokenizer cannot work with it", path.display()).into()),
-    }
 }

@@ -291,6 +291,58 @@ fn a_closed_stderr_is_no_reason_to_stop() {
     assert_eq!(text(&done.stdout), " seventy-seven\n");
 }
 
+/// Edits a copy of the speller, and generates with it: what is said to `98765=`, and how many tokens that was.
+fn said_by(edit: impl FnOnce(&Path)) -> (String, u64) {
+    let folder = copy_of(&speller());
+    edit(folder.path());
+    let done = generate(&["--model", folder.path().to_str().unwrap(), "--json", "98765="]);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let said: Value = serde_json::from_slice(&done.stdout).unwrap();
+    (said["text"].as_str().unwrap().to_owned(), said["prompt_tokens"].as_u64().unwrap())
+}
+
+#[test]
+fn padding_and_truncation_that_a_tokenizer_was_saved_with_are_not_for_prompts() {
+    let plain = said_by(|_| ());
+    assert_eq!(plain.1, 6);
+    for direction in ["Left", "Right"] {
+        let padding = json!({
+            "strategy": { "Fixed": 16 }, "direction": direction, "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        });
+        assert_eq!(said_by(|folder| edit_json(folder.join("tokenizer.json"), |t| t["padding"] = padding)), plain);
+    }
+    let cut = json!({ "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 });
+    assert_eq!(said_by(|folder| edit_json(folder.join("tokenizer.json"), |t| t["truncation"] = cut)), plain);
+}
+
+#[test]
+fn a_bos_token_that_tokenizer_config_json_alone_asks_for_is_put_first_once() {
+    let count = |config: Value, edit: fn(&mut Value)| {
+        let with = |folder: &Path| {
+            fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+            edit_json(folder.join("tokenizer.json"), edit);
+        };
+        said_by(with).1
+    };
+    let bos = json!("<|endoftext|>");
+    assert_eq!(count(json!({ "add_bos_token": true, "bos_token": bos }), |_| ()), 7);
+    assert_eq!(count(json!({ "add_bos_token": true, "bos_token": { "content": bos } }), |_| ()), 7);
+    assert_eq!(count(json!({ "add_bos_token": false, "bos_token": bos }), |_| ()), 6);
+    assert_eq!(count(json!({ "add_bos_token": true, "bos_token": null }), |_| ()), 6);
+    let itself = |tokenizer: &mut Value| {
+        let special = json!({ "SpecialToken": { "id": "<|endoftext|>", "type_id": 0 } });
+        tokenizer["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": [special, { "Sequence": { "id": "A", "type_id": 0 } }], "pair": [],
+            "special_tokens": { "<|endoftext|>": { "id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"] } },
+        });
+    };
+    assert_eq!(count(json!({ "add_bos_token": true, "bos_token": bos }), itself), 7);
+    let unknown = json!({ "add_bos_token": true, "bos_token": "<none>" });
+    let said = spoiled(|folder| fs::write(folder.join("tokenizer_config.json"), unknown.to_string()).unwrap());
+    assert_says(&said, &["tokenizer_config.json", "add_bos_token", "<none>"]);
+}
+
 /// Runs with a limit on time: a bad input must not hang.
 fn refusal(arguments: &[&str]) -> String {
     let mut child = on_cpu("generate").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -396,7 +448,13 @@ fn bad_checkpoints_are_refused_with_file_tensor_and_cause() {
         assert!(said.contains("tokenizer.json") && !said.contains("panicked"), "{said}");
     }
     // What would be waited for, or fill the memory.
-    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"] {
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors.index.json",
+    ] {
         let pipe = spoiled(|folder| {
             let path = CString::new(folder.join(file).as_os_str().as_bytes()).unwrap();
             let _ = fs::remove_file(folder.join(file));

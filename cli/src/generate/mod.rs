@@ -2,45 +2,30 @@
 //!
 //! Only the generated text goes to stdout; the memory table, the progress bar and the closing line go to stderr.
 
-mod answer;
 mod dump;
-mod report;
 
 use std::{
-    io::{self, IsTerminal, Write},
-    ops::ControlFlow,
+    io::{self, Write},
     path::PathBuf,
-    sync::Arc,
-    time::{Duration, Instant},
 };
 
-use answer::Answer;
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 use dump::Dump;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
-    Error,
     kernels::Kernels,
-    model::{Choice, Decoder, Model, Sampler, Sequence},
-    plan::{Part, Purpose},
-    trace::{
-        Observer,
-        timeline::{Timeline, TraceFile},
-    },
+    model::{Choice, Model, Sampler},
+    trace::timeline::{Timeline, TraceFile},
 };
-use report::{Report, Run};
-use tokenizers::Tokenizer;
 
 use crate::{
-    BEGUN, Failure,
-    budget::Measure,
+    Failure,
     device::Chosen,
-    interrupt::{self, Interrupts},
     placing::Placing,
     prompt::Source,
+    run::{self, Answer, Limits, Loaded, Report},
     sampling::SamplingOptions,
-    units,
-    waiting::{Silence, Waiting},
+    text::Text,
+    waiting::Waiting,
 };
 
 /// Generate text with a model whose layers are streamed from disk while they compute
@@ -50,8 +35,9 @@ use crate::{
     after_help = "\
 Examples:
   layer-streamer generate '4096='                                     the speller that comes with the project
-  layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   any Llama, Mistral, Qwen2 or Qwen3 folder from the hub
+  layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   a folder from the hub, of any family that is known
   layer-streamer generate --model Qwen/Qwen2.5-7B-Instruct 'Once …'   the same by its name there, downloaded once
+  layer-streamer generate --model DIR --system 'Be brief' 'Why?'      a chat model is asked; with --raw it goes on from the text
   layer-streamer generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
   layer-streamer generate --model DIR --prompt-file story.txt         a long prompt; - is standard input
   layer-streamer generate --model DIR --sample 'Once upon a'          drawn at random, as the model's makers suggest
@@ -76,6 +62,10 @@ pub struct Options {
     /// Print token ids, comma separated, in place of text
     #[arg(long)]
     print_ids: bool,
+
+    /// End the answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
 
     /// Write the prompt's logits to a safetensors file: `logits`, F32 [tokens, vocabulary]
     #[arg(long, value_name = "FILE")]
@@ -104,7 +94,7 @@ fn run_on<D: Kernels>(
     options: &Options,
     memory: &dyn Fn() -> Option<(usize, usize)>,
 ) -> Result<(), Failure> {
-    let Options { placing, source, sampling, print_ids, dump_logits, trace, json } = options;
+    let Options { placing, source, sampling, print_ids, stop, dump_logits, trace, json } = options;
     let before = memory();
     // Opened before the long work, so that paths that cannot be written are known at once.
     let trace = trace.as_deref().map(TraceFile::create).transpose()?;
@@ -113,36 +103,43 @@ fn run_on<D: Kernels>(
     let waiting = Waiting::on("reading the checkpoint's headers and the prompt", placing.quiet);
     let mut model = Model::open(&placing.model)?;
     let sampling = sampling.chosen(&model)?;
-    let sampler = sampling.map(|sampling| Sampler::new(sampling, model.config.vocab)).transpose()?;
-    let (tokenizer, prompt) = source.read(&placing.model, !print_ids, placing.quiet)?;
-    if prompt.is_empty() {
+    let mut sampler = sampling.map(|sampling| Sampler::new(sampling, model.config.vocab)).transpose()?;
+    let prompt = source.read(&placing.model, !print_ids, placing.quiet)?;
+    if prompt.tokens.is_empty() {
         return Err("the prompt is empty; give some text, or --prompt-ids 1,2,3".into());
     }
-    let context = placing.context(prompt.len(), &model)?;
+    let context = placing.context(prompt.tokens.len(), &model)?;
     drop(waiting);
-    // What the links carry is shown in the picture too.
-    let measure = if trace.is_some() { Measure::Always } else { Measure::IfItCounts };
-    let (settings, probe) = placing.settle(device, &mut model, context, measure)?;
-    placing.tell(probe.as_ref(), placing.probe);
-    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let in_words = prompt.text.as_ref().filter(|_| !print_ids);
+    if in_words.is_none() && !stop.is_empty() {
+        return Err("--stop: the answer is token ids, in which there is no text to look for".into());
+    }
+    let mut stop_tokens = model.config.stop.clone();
+    if let Some(template) = &prompt.template {
+        stop_tokens.extend(prompt.text.as_ref().and_then(Text::end_of_turn));
+        if !placing.quiet {
+            say!("the prompt is a user's turn by the chat template of {}; --raw sends it as it is", template.display());
+        }
+    }
     let timeline = trace.as_ref().map(|_| Timeline::new());
-    parts.extend(timeline.as_ref().map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
-    if !placing.quiet {
-        print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
-    }
-    let waiting = Waiting::on("reserving memory and loading what stays", placing.quiet);
-    let mut observers: Vec<_> = timeline.iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
-    if !placing.quiet {
-        observers.push(Arc::new(Silence));
-    }
-    let mut decoder = Decoder::with_observers(device, &model, &settings, 1, context, &observers)?;
-    drop(waiting);
-    let ran = generate(&mut decoder, options, &prompt, tokenizer.as_ref(), dump, sampler).map(|mut run| {
-        run.done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
-        let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), run.done);
+    let Loaded { mut decoder, settings, parts, probe } =
+        run::load(device, placing, &mut model, context, timeline.as_ref())?;
+    let limits = Limits { most: placing.max_new_tokens, stop: &stop_tokens };
+    let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
+    let answer = Answer::new(in_words, stop, !json);
+    let ran = run::answer(&mut decoder, &prompt.tokens, &limits, choice, answer, placing.quiet, |decoder| {
+        dump.map_or(Ok(()), |dump| dump.write(decoder, prompt.tokens.len()))
+    });
+    let ran = ran.map(|(mut done, text)| {
+        done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
+        let why_empty = run::why_empty(&done, text.as_deref(), prompt.text.as_ref(), prompt.template.is_some());
+        let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), done);
         if *json {
             // Whoever reads it may have gone away.
-            let _ = io::stdout().write_all(format!("{}\n", report.json(run.text.as_deref())).as_bytes());
+            let _ = io::stdout().write_all(format!("{}\n", report.json(text.as_deref())).as_bytes());
+        }
+        if let Some(why) = why_empty {
+            say!("{why}");
         }
         if !placing.quiet {
             say!("{}", report.text());
@@ -158,95 +155,4 @@ fn run_on<D: Kernels>(
         file.write(&recording)
     });
     ran.and(written.map_err(Failure::from))
-}
-
-/// A run, and the text it gave, where text is kept.
-struct Generated {
-    done: Run,
-    text: Option<String>,
-}
-
-/// Reads the prompt and continues it, token by token, to stdout; with `--json` the text is kept.
-fn generate<D: Kernels>(
-    decoder: &mut Decoder<D>,
-    options: &Options,
-    prompt: &[u32],
-    tokenizer: Option<&Tokenizer>,
-    dump: Option<Dump>,
-    mut sampler: Option<Sampler>,
-) -> Result<Generated, Failure> {
-    let placing = &options.placing;
-    let bar = progress_bar(placing.quiet, decoder.streamer().plan().units());
-    let hook = bar.clone();
-    decoder.streamer().track_progress(move |progress| {
-        if progress.done == 1 {
-            hook.set_message(format!("pass {}", progress.passes + 1));
-        }
-        hook.set_position(progress.done as u64);
-    });
-    let interrupts = Interrupts::cancel(decoder.streamer().canceller());
-    let start = Instant::now();
-    // On a terminal the bar shows it.
-    let waiting = Waiting::on("reading the prompt", placing.quiet || io::stderr().is_terminal());
-    let forward = decoder.forward(&[Sequence { row: 0, tokens: prompt }]);
-    drop(waiting);
-    let prompt_time = start.elapsed();
-    let mut done = Run {
-        prompt_tokens: prompt.len(),
-        prompt_time,
-        tokens: Vec::new(),
-        decode_time: Duration::ZERO,
-        first_token: None,
-        interrupted: false,
-        device_memory: None,
-        sampling: sampler.as_ref().map(|sampler| *sampler.sampling()),
-    };
-    let mut forward = forward.map_err(Failure::from);
-    if let Some(dump) = dump.filter(|_| forward.is_ok()) {
-        forward = dump.write(decoder, prompt.len());
-    }
-    let decoding = Instant::now();
-    let (stop, tokenizer_file) = (decoder.model().config.stop.clone(), placing.model.join("tokenizer.json"));
-    let in_words = tokenizer.filter(|_| !options.print_ids).map(|tokenizer| (tokenizer, tokenizer_file));
-    let mut answer = Answer::new(in_words, options.json);
-    let decoded = forward.and_then(|()| {
-        let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
-        decoder.decode(&[0], placing.max_new_tokens, &stop, choice, |_, token| {
-            done.first_token.get_or_insert_with(|| BEGUN.elapsed());
-            done.tokens.push(token);
-            let next = answer.push(token, &bar)?;
-            done.interrupted = interrupt::is_noted();
-            Ok::<_, Failure>(if done.interrupted { ControlFlow::Break(()) } else { next })
-        })
-    });
-    done.decode_time = decoding.elapsed();
-    bar.finish_and_clear();
-    match decoded {
-        // By Ctrl-C: what came is the answer.
-        Err(error) if interrupt::is_noted() && matches!(error.downcast_ref(), Some(Error::Cancelled)) => {
-            done.interrupted = true;
-        }
-        other => other?,
-    }
-    drop(interrupts);
-    Ok(Generated { done, text: answer.end()? })
-}
-
-fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
-    say!("device: {device}");
-    if hidden_slot {
-        say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
-    }
-    let rows: Vec<_> = rows.iter().map(|part| (part.purpose.to_string(), part.bytes)).collect();
-    let total = rows.iter().map(|(_, bytes)| bytes).sum();
-    let width = rows.iter().map(|(what, _)| what.chars().count()).max().unwrap_or(0);
-    for (what, bytes) in rows.into_iter().chain([("total".into(), total)]) {
-        say!("  {what:width$}  {:>10}", units::bytes(bytes as u64));
-    }
-}
-
-fn progress_bar(quiet: bool, layers: usize) -> ProgressBar {
-    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template");
-    ProgressBar::with_draw_target(Some(layers as u64), target).with_style(style.progress_chars("=> "))
 }

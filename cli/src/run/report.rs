@@ -11,9 +11,11 @@ use layer_streamer::{
 };
 use serde_json::{Value, json};
 
+use super::End;
 use crate::{sampling, units};
 
 /// What was generated, and how long that took.
+#[derive(Clone)]
 pub struct Run {
     pub prompt_tokens: usize,
     pub prompt_time: Duration,
@@ -21,7 +23,7 @@ pub struct Run {
     pub decode_time: Duration,
     /// From the start of the program to the first token.
     pub first_token: Option<Duration>,
-    pub interrupted: bool,
+    pub end: End,
     /// Of a device that has its own memory: bytes free before the model was loaded, free now, and in all.
     pub device_memory: Option<[usize; 3]>,
     /// How tokens were drawn, where they were.
@@ -191,7 +193,7 @@ impl Report {
 
     /// The same for programs.
     pub fn json(&self, text: Option<&str>) -> Value {
-        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, interrupted, .. } = &self.run;
+        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, end, .. } = &self.run;
         let limits = self.probe.as_ref().map(Probe::bandwidths);
         let links = self.links(limits).map(|(name, all, of, limit)| {
             let pass = |passes: &PassStats| json!({ "bytes": of(passes), "gb_s": of(passes) / 1e9 / passes.seconds.max(1e-9) });
@@ -207,7 +209,8 @@ impl Report {
             })
         });
         json!({
-            "text": text, "tokens": tokens, "interrupted": interrupted, "device": self.device, "sampling": self.run.sampling,
+            "text": text, "tokens": tokens, "interrupted": *end == End::Interrupt, "end": end.name(), "device": self.device,
+            "sampling": self.run.sampling,
             "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),
             "decode_seconds": decode_time.as_secs_f64(), "first_token_seconds": first_token.map(|at| at.as_secs_f64()),
             "tokens_per_second": tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9),
