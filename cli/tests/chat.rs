@@ -211,22 +211,27 @@ fn on_a_terminal_ctrl_c_stops_an_answer_and_clears_a_line_and_ctrl_d_ends() {
 fn a_real_chat_model_answers_can_be_stopped_and_remembers_what_was_said() {
     let folder = std::env::var_os("LAYER_STREAMER_SMOLLM2").expect("LAYER_STREAMER_SMOLLM2 names SmolLM2's folder");
     let model = PathBuf::from(folder);
-    let input = "What is the capital of France?\nWhat country did I ask about?\n/reset\nWhat is 1+1?\n";
-    let out = answers(&model, &["--quiet", "--max-new-tokens", "40"], input);
-    assert!(out.contains("Paris") && out.matches("France").count() >= 2, "{out}");
+    let (first, second) = ("What is the capital of France?", "And of Italy?");
+    let out =
+        answers(&model, &["--quiet", "--max-new-tokens", "40"], &format!("{first}\n{second}\n/reset\n{second}\n"));
+    let mut lines = out.lines();
+    assert!(lines.next().unwrap().contains("Paris") && lines.next().unwrap().contains("Rome"), "{out}");
+    assert!(!lines.any(|line| line.contains("The capital of Italy")), "what was forgotten: {out}");
     let mut terminal = Terminal::start(on_cpu("chat", &model, &["--context", "2048"]));
     terminal.expect("/help lists commands");
     terminal.expect("> ");
-    terminal.send("Tell me a very long story about the city of Paris.\r");
-    terminal.expect("Paris");
+    terminal.send("Tell me a very long story.\r");
     terminal.expect(" the ");
     terminal.send("\x03");
     terminal.expect("stopped");
     terminal.expect("> ");
-    terminal.send("In one sentence: which city was that about?\r");
-    terminal.expect("sentence");
-    terminal.expect("Paris");
-    terminal.send("\x03");
+    terminal.send("/reset\r");
+    terminal.expect("a new conversation");
+    for (question, answer) in [(first, "Paris"), (second, "Rome")] {
+        terminal.expect("> ");
+        terminal.send(&format!("{question}\r"));
+        terminal.expect(answer);
+    }
     terminal.expect("> ");
     terminal.send("/exit\r");
     assert_eq!(terminal.end().code(), Some(0));
