@@ -420,7 +420,10 @@ const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-0
 fn bad_checkpoints_are_refused_with_file_tensor_and_cause() {
     let config =
         |key: &'static str, value: Value| spoiled(|folder| edit_json(folder.join("config.json"), |c| c[key] = value));
-    assert_says(&config("model_type", "gpt_neox".into()), &["config.json", "gpt_neox", "llama, mistral, ministral, qwen2, qwen3"]);
+    assert_says(
+        &config("model_type", "gpt_neox".into()),
+        &["config.json", "gpt_neox", "llama, mistral, ministral, qwen2, qwen3"],
+    );
     assert_says(&config("rms_norm_eps", (-1.0).into()), &["config.json", "rms_norm_eps is -1"]);
     assert_says(&config("num_attention_heads", 0.into()), &["config.json", "num_attention_heads is 0"]);
     assert_says(&config("num_key_value_heads", 0.into()), &["config.json", "num_key_value_heads is 0"]);
@@ -437,8 +440,8 @@ fn bad_checkpoints_are_refused_with_file_tensor_and_cause() {
     assert_says(&config("hidden_size", 256.into()), &["model.embed_tokens.weight", "[343, 128]", "[343, 256]"]);
     assert_says(&config("hidden_act", "gelu".into()), &["hidden_act", "gelu"]);
     assert_says(&config("vocab_size", "many".into()), &["config.json", "many"]);
-    let rope = serde_json::json!({ "rope_type": "yarn", "factor": 4.0 });
-    assert_says(&config("rope_parameters", rope), &["config.json", "yarn"]);
+    let rope = serde_json::json!({ "rope_type": "xpos", "factor": 4.0 });
+    assert_says(&config("rope_parameters", rope), &["config.json", "rope scaling", "xpos"]);
     assert_says(&spoiled(|f| fs::write(f.join("config.json"), "{").unwrap()), &["config.json", "JSON"]);
     assert_says(&spoiled(|f| fs::write(f.join("tokenizer.json"), "{").unwrap()), &["tokenizer.json"]);
     // Of these the tokenizers crate panics.
