@@ -13,9 +13,14 @@ use std::{
     process,
 };
 
+use serde_json::{Map, Value};
+
 use crate::error::{Error, Result};
 
-/// Reads a small regular file whole; `None` if there is no such file.
+/// The longest `config.json` that is read, in bytes: far more than any has.
+pub(crate) const LONGEST_CONFIG: u64 = 4 << 20;
+
+/// Reads a small regular file that comes with a model; `None` if there is no such file.
 ///
 /// ```
 /// let text = layer_streamer::files::read_small("examples/speller/config.json".as_ref(), 1 << 20)?;
@@ -26,8 +31,26 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Io`] where it cannot be read; [`Error::Checkpoint`] for what is no regular file (a pipe, a device, a folder), which is
-/// not waited for, and for one of more than `most` bytes, which is not read.
+/// not waited for, for one of more than `most` bytes, which is not read, and for one that is empty or has
+/// [something else](wrong_contents) in it.
 pub fn read_small(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
+    let Some(bytes) = read_up_to(path, most)? else {
+        return Ok(None);
+    };
+    if bytes.is_empty() {
+        return Err(Error::checkpoint(path, "is empty; take it anew from where it came from"));
+    }
+    match wrong_contents(&bytes) {
+        Some(cause) => Err(Error::checkpoint(path, cause)),
+        None => Ok(Some(bytes)),
+    }
+}
+
+/// As [`read_small`], whatever is in it: of a file that comes from elsewhere.
+///
+/// # Errors
+/// As there, but for the contents.
+pub(crate) fn read_up_to(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
     // Without O_NONBLOCK a pipe would be waited for until someone writes to it.
     let file = match OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Ok(file) => file,
@@ -46,7 +69,80 @@ pub fn read_small(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
     // It may grow meanwhile.
     file.take(most + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    if bytes.len() as u64 > most { Err(too_long(bytes.len() as u64)) } else { Ok(Some(bytes)) }
+    if bytes.len() as u64 > most {
+        return Err(too_long(bytes.len() as u64));
+    }
+    Ok(Some(bytes))
+}
+
+/// What files begin with that often lie in the place of a model's file.
+const BEGINNINGS: [(&[u8], &str); 6] = [
+    (
+        b"version https://git-lfs",
+        "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the file again",
+    ),
+    (b"GGUF", "is a GGUF file; take the model's safetensors version"),
+    (b"PK\x03\x04", "is a zip archive, such as PyTorch's; take the model's safetensors version"),
+    (b"\x80\x02\x8a\x0a", "is a Python pickle, such as PyTorch's; take the model's safetensors version"),
+    (b"\x89HDF", "is an HDF5 file; take the model's safetensors version"),
+    (b"\x1f\x8b\x08", "is compressed by gzip; unpack it"),
+];
+
+/// How web pages begin, in small letters.
+const PAGES: [&str; 4] = ["<!doctype html", "<html", "<?xml", "<error"];
+
+/// What servers answer in plain text in place of a file.
+const ANSWERS: [&str; 7] = [
+    "Entry not found",
+    "Repository not found",
+    "Access to model",
+    "Invalid username or password",
+    "Invalid credentials",
+    "Not Found",
+    "404: Not Found",
+];
+
+/// The longest message of a server that is looked for, in bytes.
+const LONGEST_ANSWER: usize = 4096;
+
+/// What lies in the place of a model's file, if that is something well known: a git-lfs pointer, a web page, a server's error
+/// message, weights of another format. `contents` may be the first kilobyte alone. The text says what to do, as an error does
+/// after the file's name; `None`: nothing is wrong that can be seen from the beginning.
+///
+/// ```
+/// let said = layer_streamer::files::wrong_contents(b"version https://git-lfs.github.com/spec/v1\noid sha256:…");
+/// assert!(said.is_some_and(|said| said.contains("git lfs pull")));
+/// assert_eq!(layer_streamer::files::wrong_contents(b"{}"), None);
+/// ```
+pub fn wrong_contents(contents: &[u8]) -> Option<String> {
+    if let Some((_, cause)) = BEGINNINGS.iter().find(|(beginning, _)| contents.starts_with(beginning)) {
+        return Some((*cause).into());
+    }
+    let contents = contents.strip_prefix(b"\xef\xbb\xbf").unwrap_or(contents).trim_ascii_start();
+    let begins =
+        |text: &str| contents.get(..text.len()).is_some_and(|start| start.eq_ignore_ascii_case(text.as_bytes()));
+    if PAGES.iter().any(|page| begins(page)) {
+        return Some("is a web page (HTML or XML), such as a server's error page; download the file again".into());
+    }
+    let message = match ANSWERS.iter().any(|answer| begins(answer)) {
+        true => String::from_utf8_lossy(contents).into_owned(),
+        false => error_message(contents)?,
+    };
+    let shown: String = message.trim().chars().take(160).collect();
+    Some(format!("is a server's error message, {shown:?}; download the file again"))
+}
+
+/// The message of a JSON object that has nothing but an error to tell.
+fn error_message(contents: &[u8]) -> Option<String> {
+    if contents.first() != Some(&b'{') || contents.len() > LONGEST_ANSWER {
+        return None;
+    }
+    let fields = serde_json::from_slice::<Map<String, Value>>(contents).ok()?;
+    let told = fields.get("error").or_else(|| {
+        let told = fields.get("message").or_else(|| fields.get("detail"));
+        told.filter(|told| told.is_string() && fields.len() <= 3)
+    })?;
+    Some(told.as_str().map_or_else(|| told.to_string(), str::to_owned))
 }
 
 /// A file that has no name until it is whole: whatever ends the process before that leaves nothing behind, and what had the name
@@ -172,6 +268,35 @@ mod tests {
             assert!(error.contains(said) && error.contains(name), "{name}: {error}");
         }
         assert!(start.elapsed().as_secs() < 5);
+    }
+
+    #[test]
+    fn what_lies_in_the_place_of_a_file_is_told_from_what_the_file_may_be() {
+        for (contents, said) in [
+            (&b"version https://git-lfs.github.com/spec/v1\noid"[..], "git lfs pull"),
+            (b"\xef\xbb\xbf \n<!doctype HTML><p>", "web page"),
+            (b"<HTML>", "web page"),
+            (br#"{"error": {"code": 401}}"#, r#"{\"code\":401}"#),
+            (br#"{"statusCode": 404, "message": "Not here"}"#, "Not here"),
+            (b"Access to model x is restricted", "is restricted"),
+            (b"GGUF\x03\0\0\0", "GGUF"),
+        ] {
+            let found = wrong_contents(contents).unwrap_or_default();
+            assert!(found.contains(said) && !found.contains('\n'), "{found:?} lacks {said:?}");
+        }
+        for contents in [
+            &b""[..],
+            b"{}",
+            br#"{"errors": "replace", "model_max_length": 512}"#,
+            br#"{"message": "a", "model_type": "llama", "x": 1, "y": 2}"#,
+            br#"{"detail": 3}"#,
+            b"<|im_start|>system",
+            b"{% for message in messages %}",
+            b"version 2",
+            b"\x80\x02\0\0\0\0\0\0{",
+        ] {
+            assert_eq!(wrong_contents(contents), None, "{:?}", String::from_utf8_lossy(contents));
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! JSON that maps each name to its type, shape and byte range in the rest of the file.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     fs::{self, File},
     os::unix::fs::FileExt,
@@ -15,20 +15,60 @@ use serde::{
 };
 
 use crate::{
-    checkpoint::StoredTensor,
+    checkpoint::{StoredTensor, bytes_within},
     dtype::DType,
     error::{Error, Result},
+    files,
 };
 
 /// The format's own limit on the JSON's length.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// The tensors of one file.
+pub(super) struct FileTensors {
+    pub(super) known: Vec<StoredTensor>,
+    /// Those of a type that [`DType`] lacks: name, and the type as the file spells it.
+    pub(super) unknown: Vec<(String, String)>,
+}
+
 /// Reads and checks the header of the file at `path`. The byte ranges must follow one another without hole or overlap up to
-/// the end of the file, as the format demands; whether they leave the file is for [`super::Checkpoint`] to see.
+/// the end of the file, as the format demands.
 ///
-/// What the `safetensors` crate refuses is refused, except in fields of a tensor that the format does not have: those are
-/// skipped unread. Of what it accepts, duplicate names and types that [`DType`] lacks are refused.
-pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
+/// What the `safetensors` crate refuses is refused, with two exceptions: fields of a tensor that the format does not have are
+/// skipped unread, and a type that is not known keeps only its own tensor from being read. Duplicate names are refused.
+///
+/// # Errors
+/// [`Error::Io`] where the file cannot be read, [`Error::Checkpoint`] where it is malformed. That error says what the file is
+/// instead, if it is something well known.
+pub(super) fn read(path: &Path) -> Result<FileTensors> {
+    parse(path).map_err(|error| match error {
+        Error::Checkpoint { .. } => instead(path).map_or(error, |cause| Error::checkpoint(path, cause)),
+        other => other,
+    })
+}
+
+/// What the file is, if no safetensors file but something that often lies in its place.
+fn instead(path: &Path) -> Option<String> {
+    // A pipe would be waited for.
+    if !fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
+    let mut start = [0; 1024];
+    let read = File::open(path).ok()?.read_at(&mut start, 0).ok()?;
+    let start = &start[..read];
+    // The length that a safetensors file begins with is no text: its upper half is zero.
+    let of_text = |byte: &u8| byte.is_ascii_graphic() || byte.is_ascii_whitespace();
+    let text = || {
+        let shown = &start[..read.min(80)];
+        (read >= 8 && shown.iter().all(of_text)).then(|| {
+            let shown = String::from_utf8_lossy(shown);
+            format!("is text in place of weights, which begins with {:?}; download the file again", shown.trim())
+        })
+    };
+    files::wrong_contents(start).or_else(text)
+}
+
+fn parse(path: &Path) -> Result<FileTensors> {
     let malformed = |cause: String| Error::checkpoint(path, cause);
     let metadata = fs::metadata(path).map_err(Error::io("open", path))?;
     if !metadata.is_file() {
@@ -36,7 +76,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
     }
     let length = metadata.len();
     if length < 8 {
-        return Err(malformed(format!("is {length} bytes long, too short for a safetensors file; is it truncated?")));
+        return Err(malformed(format!(
+            "is {length} bytes long, too short for a safetensors file; is it truncated? Download it again"
+        )));
     }
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut prefix = [0; 8];
@@ -56,25 +98,45 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
     let Header(records) =
         serde_json::from_slice(&json).map_err(|e| malformed(format!("its header is malformed: {e}")))?;
 
-    let mut tensors = Vec::with_capacity(records.len());
-    let mut ranges = Vec::with_capacity(records.len());
-    for (name, HeaderEntry { dtype: dtype_name, shape, data_offsets: [start, end] }) in records {
-        let tensor_error = |cause: String| Error::tensor(path, &name, cause);
-        let dtype =
-            DType::from_name(&dtype_name).ok_or_else(|| tensor_error(format!("has the unknown type {dtype_name}")))?;
-        let bytes = dtype.bytes_of(&shape).map(|bytes| bytes as u64);
-        if end.checked_sub(start).is_none_or(|span| Some(span) != bytes) {
-            return Err(tensor_error(format!("its range {start}..{end} does not fit {dtype} {shape:?}")));
+    check(path, &records, data, length)?;
+    let (mut known, mut unknown) = (Vec::with_capacity(records.len()), Vec::new());
+    for (name, HeaderEntry { dtype, shape, data_offsets: [start, _] }) in records {
+        match DType::from_name(&dtype) {
+            Some(dtype) => {
+                known.push(StoredTensor { name, file: PathBuf::from(path), offset: data + start, dtype, shape });
+            }
+            None => unknown.push((name, dtype)),
         }
-        let offset =
-            data.checked_add(start).ok_or_else(|| tensor_error(format!("starts at {start}, outside any file")))?;
-        ranges.push((start, end, tensors.len()));
-        tensors.push(StoredTensor { name, file: PathBuf::from(path), offset, dtype, shape });
+    }
+    Ok(FileTensors { known, unknown })
+}
+
+/// Whether each name comes once, and each range fits its tensor, lies in the file of `length` bytes, whose data begin at `data`,
+/// and begins where the one before ends.
+fn check(path: &Path, records: &[(String, HeaderEntry)], data: u64, length: u64) -> Result<()> {
+    let mut names = HashSet::with_capacity(records.len());
+    let mut ranges = Vec::with_capacity(records.len());
+    for (name, HeaderEntry { dtype, shape, data_offsets: [start, end] }) in records {
+        let fault = |cause: String| Error::tensor(path, name, cause);
+        let span = end.checked_sub(*start).and_then(|span| usize::try_from(span).ok());
+        // How large the elements of an unknown type are is not known either.
+        let fits = match DType::from_name(dtype) {
+            Some(known) => span.is_some() && known.bytes_of(shape) == span,
+            None => span.is_some(),
+        };
+        if !fits {
+            return Err(fault(format!("its range {start}..{end} does not fit {dtype} {shape:?}")));
+        }
+        let offset = data.checked_add(*start).ok_or_else(|| fault(format!("starts at {start}, outside any file")))?;
+        bytes_within(path, name, span, format_args!("{dtype} {shape:?}"), offset, length)?;
+        if !names.insert(name) {
+            return Err(fault("is listed twice".into()));
+        }
+        ranges.push((*start, *end, name));
     }
     ranges.sort_unstable();
     let (mut filled, mut before) = (0, "");
-    for (start, end, index) in ranges {
-        let name = &tensors[index].name;
+    for (start, end, name) in ranges {
         if start > filled {
             return Err(Error::tensor(path, name, format!("a hole of {} bytes lies before it", start - filled)));
         }
@@ -83,11 +145,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>> {
         }
         (filled, before) = (end, name);
     }
-    // A range past the end is left to the caller's check, which names the tensor.
     if filled < length - data {
-        return Err(malformed(format!("has {} bytes after its last tensor", length - data - filled)));
+        let cause = format!("has {} bytes after its last tensor", length - data - filled);
+        return Err(Error::checkpoint(path, cause));
     }
-    Ok(tensors)
+    Ok(())
 }
 
 #[derive(Deserialize)]

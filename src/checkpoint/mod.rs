@@ -3,11 +3,13 @@
 //! It comes from a Hugging Face folder ([`Checkpoint::open`]) or from the caller ([`Checkpoint::from_table`]). Both pass the
 //! same checks before anything is reserved, so that whatever is planned from a table can be read as planned.
 
+mod decoder;
 mod folder;
 mod header;
 
 use std::{
     collections::HashMap,
+    fmt,
     fs::{File, Metadata},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -17,7 +19,6 @@ use std::{
 use crate::{
     dtype::DType,
     error::{Error, Result},
-    unit::Unit,
 };
 
 /// Where one tensor lies, what it holds, and how it is shaped (row-major).
@@ -87,16 +88,57 @@ struct TensorTable {
     /// By file: what it was when the table was checked against it.
     states: Vec<FileState>,
     entries: HashMap<String, TensorEntry>,
+    /// Tensors that the folder names and that cannot be read. That is no fault as long as nobody asks for them.
+    unreadable: HashMap<String, Unreadable>,
+}
+
+/// Why a tensor that a folder names cannot be read.
+#[derive(Clone, Debug)]
+enum Unreadable {
+    /// The index places it in this shard, which does not have it.
+    Absent(Arc<Path>),
+    /// It is in this file, of a type that [`DType`] lacks.
+    Type(Arc<Path>, String),
+    /// Both of these shards have it, and the index names neither.
+    Twice(Arc<Path>, Arc<Path>),
+    /// Its shard cannot be read.
+    Shard(Arc<Error>),
+}
+
+impl Unreadable {
+    fn error(&self, name: &str) -> Error {
+        match self {
+            Self::Absent(shard) => {
+                Error::tensor(&**shard, name, "is not in this file, where the index places it; download both again")
+            }
+            Self::Type(file, dtype) => Error::tensor(&**file, name, format!("has the unknown type {dtype}")),
+            Self::Twice(one, other) => {
+                let cause = format!("is in {} too, and the index does not say which counts", other.display());
+                Error::tensor(&**one, name, cause)
+            }
+            Self::Shard(error) => (**error).clone(),
+        }
+    }
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder: `model.safetensors.index.json` with its shards, or a lone `model.safetensors`.
+    /// Opens a Hugging Face folder: `model.safetensors`, or else `model.safetensors.index.json` with its shards, as transformers
+    /// does. Shards may lie in subfolders. A link must lead to a file in the folder, or to the hub's cache that the folder is in.
+    ///
+    /// A shard that is missing or malformed, a tensor of an unknown type, and one that the index lists and no shard has are
+    /// errors for those alone who ask for such a tensor: see [`unreadable`](Self::unreadable).
     ///
     /// # Errors
     /// [`Error::Io`] where a file cannot be read, [`Error::Checkpoint`] where one is malformed, naming file and tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        Self::build(folder, folder::read(folder)?)
+        let folder::Found { tensors, unreadable } = folder::read(folder)?;
+        if tensors.is_empty()
+            && let Some((name, why)) = unreadable.iter().min_by_key(|(name, _)| *name)
+        {
+            return Err(why.error(name));
+        }
+        Self::build(folder, tensors, unreadable)
     }
 
     /// Takes the caller's own table, for weights in files of any layout. Tensors must lie inside their files and must not
@@ -105,10 +147,10 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn from_table(tensors: impl IntoIterator<Item = StoredTensor>) -> Result<Self> {
-        Self::build(Path::new("tensor table"), tensors.into_iter().collect())
+        Self::build(Path::new("tensor table"), tensors.into_iter().collect(), HashMap::new())
     }
 
-    fn build(source: &Path, tensors: Vec<StoredTensor>) -> Result<Self> {
+    fn build(source: &Path, tensors: Vec<StoredTensor>, unreadable: HashMap<String, Unreadable>) -> Result<Self> {
         if tensors.is_empty() {
             return Err(Error::checkpoint(source, "holds no tensor"));
         }
@@ -129,33 +171,32 @@ impl Checkpoint {
                     files.len() - 1
                 }
             };
-            let bytes = dtype.bytes_of(&shape).filter(|&bytes| bytes <= isize::MAX as usize).ok_or_else(|| {
-                Error::tensor(&path, &name, format!("{dtype} {shape:?} is more than can be addressed"))
-            })?;
-            if offset.checked_add(bytes as u64).is_none_or(|end| end > states[file].0) {
-                let length = states[file].0;
-                let cause = format!(
-                    "its {bytes} bytes from byte {offset} on do not fit in the file of {length} bytes; is it truncated?"
-                );
-                return Err(Error::tensor(&path, &name, cause));
-            }
+            let (bytes, length) = (dtype.bytes_of(&shape), states[file].0);
+            let bytes = bytes_within(&path, &name, bytes, format_args!("{dtype} {shape:?}"), offset, length)?;
             if entries.contains_key(&name) {
                 return Err(Error::tensor(&path, &name, "is listed twice"));
             }
             entries.insert(name, TensorEntry { file, offset, bytes, dtype, shape });
         }
         refuse_overlap(&files, &entries)?;
-        Ok(Self(Arc::new(TensorTable { source: source.to_owned(), files, states, entries })))
+        Ok(Self(Arc::new(TensorTable { source: source.to_owned(), files, states, entries, unreadable })))
     }
 
-    /// The tensors, by name.
+    /// The tensors that can be read, by name.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let mut names: Vec<_> = self.0.entries.keys().map(String::as_str).collect();
         names.sort_unstable();
         names.into_iter()
     }
 
-    /// Element type and shape of a tensor, if there is one of that name.
+    /// Tensors that the folder names and that cannot be read, by name, with the reason: what is said to those who ask for one.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&str, Error)> {
+        let mut unreadable: Vec<_> = self.0.unreadable.iter().collect();
+        unreadable.sort_unstable_by_key(|(name, _)| *name);
+        unreadable.into_iter().map(|(name, why)| (name.as_str(), why.error(name)))
+    }
+
+    /// Element type and shape of a tensor, if there is one of that name that can be read.
     pub fn describe(&self, name: &str) -> Option<(DType, &[usize])> {
         self.0.entries.get(name).map(|entry| (entry.dtype, entry.shape.as_slice()))
     }
@@ -163,45 +204,6 @@ impl Checkpoint {
     /// The file that holds a tensor, and where in it the tensor starts (bytes).
     pub fn location(&self, name: &str) -> Option<(&Path, u64)> {
         self.0.entries.get(name).map(|entry| (self.0.files[entry.file].as_path(), entry.offset))
-    }
-
-    /// One unit per transformer layer: all tensors under `model.layers.N.`, named by what follows that.
-    ///
-    /// # Errors
-    /// [`Error::Checkpoint`] if there is no such tensor, a number between 0 and the highest is missing, or one has leading
-    /// zeros.
-    pub fn layers(&self) -> Result<Vec<Unit>> {
-        const PREFIX: &str = "model.layers.";
-        let (mut units, mut numbered) = (Vec::<Unit>::new(), Vec::new());
-        for name in self.names() {
-            let Some((number, rest)) = name.strip_prefix(PREFIX).and_then(|tail| tail.split_once('.')) else {
-                continue;
-            };
-            match number.parse::<usize>() {
-                // One spelling for each number, or two tensors could claim one place in a layer.
-                Ok(parsed) if parsed.to_string() == number => numbered.push((parsed, rest, name)),
-                _ if number.bytes().all(|digit| digit.is_ascii_digit()) => {
-                    let cause = format!("{number:?} is no layer number; write it without leading zeros");
-                    return Err(Error::tensor(&self.0.source, name, cause));
-                }
-                _ => {}
-            }
-        }
-        numbered.sort_unstable();
-        for (number, rest, name) in numbered {
-            if number > units.len() {
-                let cause = format!("has tensors of layer {number} but none of layer {}", units.len());
-                return Err(Error::checkpoint(&self.0.source, cause));
-            }
-            if number == units.len() {
-                units.push(Unit::new(format!("{PREFIX}{number}")));
-            }
-            units[number].keep(rest, name);
-        }
-        if units.is_empty() {
-            return Err(Error::checkpoint(&self.0.source, format!("has no tensor under {PREFIX}N.")));
-        }
-        Ok(units)
     }
 
     /// The same table, in which the rows of the matrix `name` are tensors of their own besides, `rows` at a time, under the names
@@ -248,8 +250,38 @@ impl Checkpoint {
     }
 
     pub(crate) fn entry(&self, name: &str) -> Result<&TensorEntry> {
-        self.0.entries.get(name).ok_or_else(|| Error::tensor(&self.0.source, name, "is not in the checkpoint"))
+        let none = || Error::tensor(&self.0.source, name, "is not in the checkpoint");
+        self.0.entries.get(name).ok_or_else(|| self.why_unreadable(name).unwrap_or_else(none))
     }
+
+    /// Why this tensor cannot be read, if the folder names it.
+    pub(crate) fn why_unreadable(&self, name: &str) -> Option<Error> {
+        self.0.unreadable.get(name).map(|why| why.error(name))
+    }
+}
+
+/// `bytes`, those of a tensor at `offset`, which is `described`, in a file of `length` bytes.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if they are more than can be addressed (`None`), or do not lie in the file.
+fn bytes_within(
+    path: &Path,
+    name: &str,
+    bytes: Option<usize>,
+    described: fmt::Arguments<'_>,
+    offset: u64,
+    length: u64,
+) -> Result<usize> {
+    let Some(bytes) = bytes.filter(|&bytes| bytes <= isize::MAX as usize) else {
+        return Err(Error::tensor(path, name, format!("{described} is more than can be addressed")));
+    };
+    if offset.checked_add(bytes as u64).is_none_or(|end| end > length) {
+        let cause = format!(
+            "its {bytes} bytes from byte {offset} on do not fit in the file of {length} bytes; is it truncated?"
+        );
+        return Err(Error::tensor(path, name, cause));
+    }
+    Ok(bytes)
 }
 
 fn refuse_overlap(files: &[PathBuf], entries: &HashMap<String, TensorEntry>) -> Result<()> {

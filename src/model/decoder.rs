@@ -11,7 +11,7 @@ use super::{
     embedding::EmbeddingRows,
     exchange::Exchange,
     renewal::Renewal,
-    weights::{EMBED, Model},
+    weights::Model,
 };
 use crate::{
     error::{Error, Result},
@@ -124,7 +124,7 @@ impl<D: Kernels> Decoder<D> {
         let buffers = Buffers::new(device, model, capacity)?;
         let exchange = Exchange::new(device, "tokens on their way", capacity.words())?;
         let rows = match model.tables.reads_rows() {
-            true => Some(EmbeddingRows::new(device, &model.checkpoint, EMBED, precision.weight, tokens)?),
+            true => Some(EmbeddingRows::new(device, &model.checkpoint, &model.names.embed, precision.weight, tokens)?),
             false => None,
         };
         // First, while nothing else reads.

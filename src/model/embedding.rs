@@ -20,7 +20,7 @@ pub(super) struct EmbeddingRows<D: Device> {
     /// What it was when the checkpoint was opened.
     state: FileState,
     /// For messages.
-    name: &'static str,
+    name: String,
     path: PathBuf,
     offset: u64,
     dtype: DType,
@@ -44,7 +44,7 @@ impl<D: Device> EmbeddingRows<D> {
     pub(super) fn new(
         device: &D,
         checkpoint: &Checkpoint,
-        name: &'static str,
+        name: &str,
         weight: Option<DType>,
         tokens: usize,
     ) -> Result<Self> {
@@ -55,7 +55,7 @@ impl<D: Device> EmbeddingRows<D> {
         let reader = Self {
             file,
             state,
-            name,
+            name: name.to_owned(),
             path: path.clone(),
             offset: entry.offset,
             dtype: entry.dtype,
@@ -84,7 +84,7 @@ impl<D: Device> EmbeddingRows<D> {
                 let at = *offset + u64::from(id) * row.len() as u64;
                 file.read_exact_at(row, at).map_err(|source| Error::Read {
                     unit: "the embedding".into(),
-                    tensor: (*name).to_owned(),
+                    tensor: name.clone(),
                     path: path.clone(),
                     offset: at,
                     source: Arc::new(source),

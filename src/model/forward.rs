@@ -6,7 +6,6 @@ use super::{
     decoder::Decoder,
     head::Head,
     layer::LayerMath,
-    weights::{EMBED, NORM},
 };
 use crate::{
     device::TensorRef,
@@ -83,14 +82,14 @@ impl<D: Kernels> Decoder<D> {
             Some(rows) => rows.send(pass.ids(batch), work, at.residual, stream)?,
             None => {
                 let (ids, residual) = (work.read(at.words, 0, &[pass.tokens])?, work.write(at.residual, 0, &shape)?);
-                device.embed(stream, statics.tensor(EMBED)?, ids, residual)?;
+                device.embed(stream, statics.tensor(&model.names.embed)?, ids, residual)?;
             }
         }
         if config.multipliers.embedding != 1.0 {
             device.scale(stream, work.write(at.residual, 0, &shape)?, config.multipliers.embedding)?;
         }
         let math = LayerMath { device, stream, config, buffers, pass, batch };
-        let head = Head { device, stream, config, buffers, norm: statics.tensor(NORM)? };
+        let head = Head { device, stream, config, buffers, norm: statics.tensor(&model.names.norm)? };
         let compute = |column, layer: &Layer<'_, D>| {
             let number = layer.index();
             if number < config.layers {

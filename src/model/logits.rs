@@ -7,7 +7,6 @@ use super::{
     decoder::Decoder,
     head::{Head, blocks},
     sampling::Sampler,
-    weights::NORM,
 };
 use crate::{
     device,
@@ -25,8 +24,9 @@ impl<D: Kernels> Decoder<D> {
         self.device.bind_thread()?;
         let Self { stream, device, statics, buffers, model, exchange, pass, .. } = self;
         if !model.tables.streams_head() {
-            let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(NORM)? };
-            head.choose_by(statics.tensor(model.head_name())?, pass.sequences)?;
+            let head =
+                Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
+            head.choose_by(statics.tensor(&model.names.head)?, pass.sequences)?;
         }
         let best = buffers.work.read(buffers.at.best, 0, &[pass.sequences])?;
         out.extend_from_slice(exchange.receive(best, stream)?);
@@ -68,7 +68,7 @@ impl<D: Kernels> Decoder<D> {
         self.check_passed()?;
         self.device.bind_thread()?;
         let Self { streamer, stream, device, statics, buffers, model, pass, last_logits_there, .. } = self;
-        let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(NORM)? };
+        let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
         rows.resize(HEAD_BLOCK.min(pass.sequences) * model.config.vocab, 0.0);
         let mut tell = |first, count| {
             let rows = &mut rows[..count * model.config.vocab];
@@ -76,7 +76,7 @@ impl<D: Kernels> Decoder<D> {
             rows.chunks_exact(model.config.vocab).try_for_each(&mut sink)
         };
         if !model.tables.streams_head() {
-            let weight = statics.tensor(model.head_name())?;
+            let weight = statics.tensor(&model.names.head)?;
             return blocks(pass.sequences).try_for_each(|(start, count)| {
                 head.project_last(weight, start, count)?;
                 tell(0, count)
@@ -109,7 +109,7 @@ impl<D: Kernels> Decoder<D> {
         let Self { streamer, stream, device, statics, buffers, model, pass, .. } = self;
         let (config, streams_head) = (&model.config, model.tables.streams_head());
         let (hidden, vocab, tokens) = (config.hidden, config.vocab, pass.tokens);
-        let head = Head { device, stream, config, buffers, norm: statics.tensor(NORM)? };
+        let head = Head { device, stream, config, buffers, norm: statics.tensor(&model.names.norm)? };
         let most = if streams_head { buffers.capacity.batch.max(HEAD_BLOCK.min(tokens)) } else { HEAD_BLOCK };
         let mut rows_out = Vec::new();
         for start in (0..tokens).step_by(most) {
@@ -121,7 +121,7 @@ impl<D: Kernels> Decoder<D> {
                     false => head.part(layer, rows, column),
                 })?;
             } else {
-                head.project(statics.tensor(model.head_name())?, rows, 0)?;
+                head.project(statics.tensor(&model.names.head)?, rows, 0)?;
             }
             rows_out.resize(rows * vocab, 0.0);
             device::download(device, stream, head.logits(0, rows)?, &mut rows_out)?;

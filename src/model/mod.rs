@@ -9,6 +9,7 @@ mod config;
 mod decoder;
 mod embedding;
 mod exchange;
+mod extras;
 mod fit;
 mod forward;
 mod generate;

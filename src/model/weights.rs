@@ -1,9 +1,13 @@
 //! A model as its folder has it: which tensors there must be, and which of them are streamed, as what units, or stay on the
 //! device.
 
-use std::path::Path;
+use std::{io, path::Path};
 
-use super::{config::ModelConfig, tables::Tables};
+use super::{
+    config::ModelConfig,
+    extras::{self, Packing},
+    tables::Tables,
+};
 use crate::{
     checkpoint::Checkpoint,
     dtype::DType,
@@ -12,10 +16,39 @@ use crate::{
     plan::{Placement, Settings, Tier, Unit},
 };
 
-/// The embedding table, the norm before the output head, and the output head of untied models.
-pub(super) const EMBED: &str = "model.embed_tokens.weight";
-pub(super) const NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
+/// What the tensors are called in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Names {
+    /// The embedding table: `model.embed_tokens.weight`, as a rule.
+    pub(super) embed: String,
+    /// The norm before the output head.
+    pub(super) norm: String,
+    /// The output head; of tied models the same as `embed`.
+    pub(super) head: String,
+    /// What comes before a layer's number.
+    pub(super) layers: String,
+}
+
+impl Names {
+    /// Finds the decoder of a checkpoint. `tied` is what the configuration says. As in transformers, what is stored counts for
+    /// more: a head that is there is used, and where one of embedding and head is missing the other is both.
+    fn find(checkpoint: &Checkpoint, tied: bool) -> Result<Self> {
+        let prefix = checkpoint.decoder_prefix()?;
+        let [embed, norm, layers] =
+            ["embed_tokens.weight", "norm.weight", "layers."].map(|name| format!("{prefix}{name}"));
+        // Beside the part that the prefix names, or beside one that this is in; of a decoder alone, beside its tensors.
+        let above = prefix.match_indices('.').map(|(dot, _)| &prefix[..=dot]).filter(|above| *above != prefix);
+        let mut heads = [""].into_iter().chain(above).map(|above| format!("{above}lm_head.weight"));
+        let usual = prefix.strip_suffix("model.").filter(|above| above.is_empty() || above.ends_with('.'));
+        let usual = format!("{}lm_head.weight", usual.unwrap_or_default());
+        let head = heads.find(|name| checkpoint.stores(name));
+        Ok(match (tied, head) {
+            (true, None) => Self { head: embed.clone(), embed, norm, layers },
+            (true, Some(head)) if !checkpoint.stores(&embed) => Self { embed: head.clone(), norm, head, layers },
+            (_, head) => Self { embed, norm, head: head.unwrap_or(usual), layers },
+        })
+    }
+}
 
 /// The name of a head unit's only tensor.
 pub(super) const PART: &str = "weight";
@@ -31,69 +64,48 @@ pub struct Model {
     pub units: Vec<Unit>,
     /// Where the embedding table and the output head are kept.
     pub tables: Tables,
+    pub(super) names: Names,
     /// The output head as units, none larger than a layer, and the checkpoint that has their tensors.
     head: (Checkpoint, Vec<Unit>),
 }
 
 impl Model {
     /// Opens a Hugging Face folder and checks that every tensor that the configuration calls for is there, with its shape,
-    /// and that no layer has one that would be left out of the computation.
+    /// and that no layer has a bias or norm that would be left out of the computation. Other tensors are left alone.
     ///
     /// # Errors
     /// [`Error::Checkpoint`], [`Error::Io`] or [`Error::Unsupported`], naming file and tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let config = ModelConfig::read(folder)?;
+        let mut config = ModelConfig::read(folder).map_err(|error| without_config(folder, error))?;
+        extras::refuse_quantised(folder)?;
         let checkpoint = Checkpoint::open(folder)?;
-        let require = |name: &str, shape: &[usize]| {
-            let Some(((dtype, stored), (file, _))) = checkpoint.describe(name).zip(checkpoint.location(name)) else {
-                return Err(Error::tensor(folder, name, "config.json calls for it, but the checkpoint lacks it"));
-            };
-            if stored != shape {
-                return Err(Error::tensor(file, name, format!("is {stored:?}, but {shape:?} by config.json")));
-            }
-            if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-                return Err(Error::tensor(
-                    file,
-                    name,
-                    format!("is of type {dtype}; F32, F16 and BF16 can be computed with"),
-                ));
-            }
-            Ok(())
-        };
-        require(EMBED, &[config.vocab, config.hidden])?;
-        require(NORM, &[config.hidden])?;
-        if !config.tied {
-            require(HEAD, &[config.vocab, config.hidden])?;
+        let names = Names::find(&checkpoint, config.tied)?;
+        let needed = Needed { folder, checkpoint: &checkpoint };
+        needed.require(&names.embed, &[config.vocab, config.hidden])?;
+        needed.require(&names.norm, &[config.hidden])?;
+        if !config.tied && checkpoint.describe(&names.head).is_none() {
+            let cause = "config.json calls for it, but the checkpoint lacks it; download the checkpoint anew, or set \
+                         tie_word_embeddings to true in config.json if the model's output head is its embedding";
+            return Err(needed.lacks(&names.head, cause));
         }
+        needed.require(&names.head, &[config.vocab, config.hidden])?;
+        config.tied = names.head == names.embed;
         let tensors = config.layer_tensors();
         let units = (0..config.layers).map(|layer| {
             let mut unit = Unit::new(format!("layer {layer}"));
             for (name, shape) in &tensors {
-                let full = format!("model.layers.{layer}.{name}");
-                require(&full, shape)?;
+                let full = format!("{}{layer}.{name}", names.layers);
+                needed.require(&full, shape)?;
                 unit.keep(*name, full);
             }
             Ok(unit)
         });
         let units = units.collect::<Result<Vec<_>>>()?;
-        for name in checkpoint.names() {
-            let Some((layer, local)) = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
-                continue;
-            };
-            let used = layer.parse::<usize>().is_ok_and(|layer| layer < config.layers)
-                && tensors.iter().any(|(known, _)| *known == local);
-            // Older Llama checkpoints carry the rotation frequencies, which follow from the configuration.
-            if !used && local != "self_attn.rotary_emb.inv_freq" {
-                return Err(Error::tensor(
-                    folder,
-                    name,
-                    "config.json knows no such tensor; the model would compute without it",
-                ));
-            }
-        }
-        let head = head_units(&checkpoint, if config.tied { EMBED } else { HEAD }, &units)?;
-        Ok(Self { config, checkpoint, units, tables: Tables::default(), head })
+        let known: Vec<_> = tensors.iter().map(|(name, _)| *name).collect();
+        extras::refuse_left_out(folder, &checkpoint, &names.layers, config.layers, &known)?;
+        let head = head_units(&checkpoint, &names.head, &units)?;
+        Ok(Self { config, checkpoint, units, tables: Tables::default(), names, head })
     }
 
     /// The units, with weights of the type that the device wants: the layers, then the output head if that is streamed. Their
@@ -122,19 +134,13 @@ impl Model {
     pub(crate) fn statics_for(&self, precision: Precision) -> Unit {
         let mut unit = Unit::new("the static tensors");
         let (embed, head) = (!self.tables.reads_rows(), !self.tables.streams_head());
-        for (name, kept) in
-            [(NORM, true), (EMBED, embed || head && self.config.tied), (HEAD, head && !self.config.tied)]
-        {
+        let (Names { norm, embed: table, head: weights, .. }, tied) = (&self.names, self.config.tied);
+        for (name, kept) in [(norm, true), (table, embed || head && tied), (weights, head && !tied)] {
             if kept {
                 unit.keep(name, name);
             }
         }
         converted(unit, precision)
-    }
-
-    /// The name of the output head's weights.
-    pub(super) fn head_name(&self) -> &'static str {
-        if self.config.tied { EMBED } else { HEAD }
     }
 
     /// Rows of the largest part of the head.
@@ -164,6 +170,53 @@ impl Model {
         self.tables = model.tables;
         self.settle(placement.tiers.iter().copied());
         Ok(())
+    }
+}
+
+/// What is said of a folder without `config.json`: rather what is wrong with its weights, if they are no safetensors at all.
+fn without_config(folder: &Path, error: Error) -> Error {
+    let missing = matches!(&error, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound);
+    match Checkpoint::open(folder) {
+        Err(weights @ Error::Checkpoint { .. }) if missing => weights,
+        _ => error,
+    }
+}
+
+/// Tensors that there must be.
+struct Needed<'a> {
+    folder: &'a Path,
+    checkpoint: &'a Checkpoint,
+}
+
+impl Needed<'_> {
+    /// Refuses a checkpoint without this tensor in this shape, and of a type that can be computed with.
+    fn require(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let Some(((dtype, stored), (file, _))) = self.checkpoint.describe(name).zip(self.checkpoint.location(name))
+        else {
+            return Err(self.lacks(name, "config.json calls for it, but the checkpoint lacks it"));
+        };
+        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(match Packing::of(self.checkpoint, name) {
+                Some(packing) => packing.refusal(file, name),
+                None => {
+                    let cause =
+                        format!("is of type {dtype}; take a model in F32, F16 or BF16, which are computed with");
+                    Error::tensor(file, name, cause)
+                }
+            });
+        }
+        if stored != shape {
+            return Err(Error::tensor(file, name, format!("is {stored:?}, but {shape:?} by config.json")));
+        }
+        Ok(())
+    }
+
+    /// Why this tensor is not there: quantised, not to be read, or else the `cause`.
+    fn lacks(&self, name: &str, cause: &str) -> Error {
+        if let Some(packing) = Packing::of(self.checkpoint, name) {
+            return packing.refusal(self.folder, name);
+        }
+        self.checkpoint.why_unreadable(name).unwrap_or_else(|| Error::tensor(self.folder, name, cause))
     }
 }
 

@@ -200,7 +200,7 @@ impl Record {
             1
         }
         let path = path.as_ref();
-        let text = files::read_small(path, LONGEST)?
+        let text = files::read_up_to(path, LONGEST)?
             .ok_or_else(|| Error::io("read", path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
         let wrong = |cause: String| Error::setting("record", format!("{}: {cause}", path.display()));
         let none = |error: serde_json::Error| wrong(format!("is no record of a search: {error}"));

@@ -1,0 +1,107 @@
+//! Tensors that a checkpoint has besides those that are computed with: which of them are left alone, and which show that the
+//! model is another one than its configuration says, or that its weights are quantised.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    files,
+};
+
+/// Weights that are stored in fewer bits, with what restores them beside: by the name of their method.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Packing(String);
+
+/// What stands in the place of `weight` in the names of tensors of quantised weights, and the methods that store them so.
+const PACKED: [(&str, &str); 12] = [
+    ("qweight", "GPTQ or AWQ"),
+    ("weight_packed", "compressed-tensors"),
+    ("weight.absmax", "bitsandbytes"),
+    ("SCB", "bitsandbytes"),
+    ("weight_scale_inv", "FP8 with a scale for each block"),
+    ("weight_scale", "FP8 or INT8 with scales"),
+    ("weight_scales", "INT8 with scales"),
+    ("weight._data", "quanto"),
+    ("scales", "MLX, or another method with scales"),
+    ("W_q", "HQQ"),
+    ("codebooks", "AQLM"),
+    ("codes", "AQLM"),
+];
+
+impl Packing {
+    /// The packing of the weights of this name, by what is stored beside them or in their place.
+    pub(super) fn of(checkpoint: &Checkpoint, name: &str) -> Option<Self> {
+        let module = name.strip_suffix("weight")?;
+        let packed = PACKED.iter().find(|(stored, _)| checkpoint.stores(&format!("{module}{stored}")));
+        packed.map(|(_, method)| Self((*method).into()))
+    }
+
+    /// What `quantization_config` of a configuration says, or `None` if the weights are stored as they are.
+    fn configured(config: &Value) -> Option<Self> {
+        let quantised = config.get("quantization_config").filter(|value| !value.is_null())?;
+        let on = |key| quantised.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let method = quantised.get("quant_method").and_then(Value::as_str);
+        // It is written also by those who had it turned off.
+        let off = method == Some("bitsandbytes") && !on("load_in_4bit") && !on("load_in_8bit");
+        let loads = on("load_in_4bit") || on("load_in_8bit");
+        let unnamed = if loads { "bitsandbytes" } else { "a method without a name" };
+        (!off).then(|| Self(method.unwrap_or(unnamed).into()))
+    }
+
+    /// The refusal of a tensor that is packed.
+    pub(super) fn refusal(&self, path: &Path, tensor: &str) -> Error {
+        self.refused(format!("{}: tensor {tensor}", path.display()))
+    }
+
+    fn refused(&self, place: String) -> Error {
+        Error::Unsupported {
+            what: format!("{place}: weights quantised by {}", self.0),
+            remedy: "take the unquantised model, whose weights are F32, F16 or BF16".into(),
+        }
+    }
+}
+
+/// Refuses a folder whose configuration says that the weights are quantised.
+pub(super) fn refuse_quantised(folder: &Path) -> Result<()> {
+    let path = folder.join("config.json");
+    let text = files::read_small(&path, files::LONGEST_CONFIG)?.unwrap_or_default();
+    let config = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+    match Packing::configured(&config) {
+        Some(packing) => Err(packing.refused(format!("{}: quantization_config", path.display()))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses biases and norms in the first `layers` layers that are not among `known`: they show that the configuration is another
+/// model's. What else is there (frequencies of the rotation, masks, scales of a KV cache, layers that predict more tokens)
+/// changes nothing in the computation that the configuration describes.
+pub(super) fn refuse_left_out(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    prefix: &str,
+    layers: usize,
+    known: &[&str],
+) -> Result<()> {
+    let counts = |local: &str| {
+        let (module, parameter) = local.rsplit_once('.').unwrap_or(("", local));
+        let of_module = known.iter().any(|known| known.rsplit_once('.').is_some_and(|(known, _)| known == module));
+        matches!(parameter, "weight" | "bias") && (of_module || module.contains("norm") || module.ends_with("_proj"))
+    };
+    let left_out = checkpoint.stored_names().filter(|name| {
+        let in_layer = name.strip_prefix(prefix).and_then(|rest| rest.split_once('.'));
+        in_layer.is_some_and(|(layer, local)| {
+            layer.parse::<usize>().is_ok_and(|layer| layer < layers) && !known.contains(&local) && counts(local)
+        })
+    });
+    match left_out.min() {
+        Some(name) => {
+            let cause = "config.json knows no such tensor; the model would compute without it: take the config.json that \
+                         belongs to these weights";
+            Err(Error::tensor(folder, name, cause))
+        }
+        None => Ok(()),
+    }
+}
