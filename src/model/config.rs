@@ -118,6 +118,8 @@ fn language_model(config: &Map<String, Value>) -> Option<(Family, Map<String, Va
             text.insert(key.into(), value.clone());
         }
     }
+    // transformers caps logits in Gemma 3's language model by itself, and not where it is a part.
+    text.insert("final_logit_softcapping".into(), Value::Null);
     of(&text).map(|family| (family, text))
 }
 
