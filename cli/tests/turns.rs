@@ -43,6 +43,8 @@ fn a_prompt_is_a_user_s_turn_where_there_is_a_template_and_that_is_said_in_one_l
     // No token is put around a turn: what the template made is all there is.
     let [out, _] = told(&generate(TEMPLATE, &["--json", "4096"]));
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt_tokens"], 5);
+    let [out, said] = told(&generate(TEMPLATE, &["--max-new-tokens", "2", "4096"]));
+    assert!(out == " four thousand\n" && said.contains("cut off after 2 tokens: --max-new-tokens"), "{said}");
     for (arguments, expected) in [
         (&["--quiet", "4096"][..], " four thousand ninety-six\n"),
         (&["--quiet", "--system", "40", "96"], " four thousand ninety-six\n"),

@@ -22,7 +22,7 @@ use crate::{
     device::Chosen,
     placing::Placing,
     prompt::Source,
-    run::{self, Answer, Limits, Loaded, Report},
+    run::{self, Answer, End, Limits, Loaded, Report},
     sampling::SamplingOptions,
     text::Text,
     waiting::Waiting,
@@ -132,6 +132,9 @@ fn run_on<D: Kernels>(
     });
     let ran = ran.map(|(mut done, text)| {
         done.device_memory = before.zip(memory()).map(|((before, _), (free, all))| [before, free, all]);
+        if done.end == End::Limit && prompt.template.is_some() && !placing.quiet {
+            say!("cut off after {} tokens: --max-new-tokens N allows more", done.tokens.len());
+        }
         let why_empty = run::why_empty(&done, text.as_deref(), prompt.text.as_ref(), prompt.template.is_some());
         let report = Report::new(&mut decoder, &settings, &parts, probe.clone(), done);
         if *json {

@@ -12,25 +12,29 @@ pub fn text(value: &Value) -> String {
     match value.kind() {
         ValueKind::Undefined => String::new(),
         ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
-        _ => repr(value),
+        _ => repr(value, 0),
     }
 }
 
-/// A value as it is printed within a list.
-fn repr(value: &Value) -> String {
+/// The most lists within lists that are printed: a template could nest them without end.
+const DEEPEST: usize = 100;
+
+/// A value as it is printed within so many lists.
+fn repr(value: &Value, depth: usize) -> String {
     match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map if depth == DEEPEST => "...".into(),
         ValueKind::None => "None".into(),
         ValueKind::Bool => if value.is_true() { "True" } else { "False" }.into(),
         ValueKind::Number => number(value),
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
         ValueKind::Seq | ValueKind::Iterable => {
-            let items: Vec<_> = value.try_iter().into_iter().flatten().map(|item| repr(&item)).collect();
+            let items: Vec<_> = value.try_iter().into_iter().flatten().map(|item| repr(&item, depth + 1)).collect();
             format!("[{}]", items.join(", "))
         }
         ValueKind::Map => {
             let pair = |key: Value| {
                 let value = value.get_item(&key).unwrap_or_default();
-                format!("{}: {}", repr(&key), repr(&value))
+                format!("{}: {}", repr(&key, depth + 1), repr(&value, depth + 1))
             };
             let pairs: Vec<_> = value.try_iter().into_iter().flatten().map(pair).collect();
             format!("{{{}}}", pairs.join(", "))
@@ -106,6 +110,10 @@ struct Json {
 
 impl Json {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        if depth > DEEPEST {
+            let cause = format!("tojson: more than {DEEPEST} lists within lists");
+            return Err(Error::new(ErrorKind::InvalidOperation, cause));
+        }
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),

@@ -5,8 +5,9 @@
 
 use std::{
     error::Error as _,
-    fmt,
+    fmt, panic,
     path::{Path, PathBuf},
+    thread,
     time::SystemTime,
 };
 
@@ -23,8 +24,13 @@ use crate::Failure;
 /// The largest chat_template.jinja that is read, in bytes.
 const LARGEST: u64 = 4 << 20;
 
-/// What a template may cost, in steps of it and in pieces of 64 bytes: one that never ends is an error.
-const FUEL: u64 = 10_000_000;
+/// What a template may cost, in steps of it and in pieces of 64 bytes, beside what its conversation's text costs: one that never
+/// ends is an error.
+const FUEL: u64 = 2_000_000;
+
+/// The stack that a template is rendered on, in bytes; what is not used takes no memory. Values within values are freed by
+/// functions that call themselves, and so many steps can nest some 200,000 of them.
+const STACK: usize = 256 << 20;
 
 /// The name of the one template in its environment.
 const NAME: &str = "chat";
@@ -79,7 +85,6 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, _, value| out.write_str(&python::text(value)).map_err(Error::from));
-        environment.set_fuel(Some(FUEL));
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("string", |value: &Value| python::text(value));
         environment.add_function("strftime_now", move |format: &str| python::strftime(format, clock()));
@@ -114,20 +119,30 @@ impl ChatTemplate {
         answers: bool,
         variables: impl IntoIterator<Item = (String, Json)>,
     ) -> Result<String, Failure> {
-        let message = |Message { role, content }: &Message| {
-            Value::from_pairs([("role", Value::from(role)), ("content", Value::from(content))])
+        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(FUEL + bytes as u64 / 2));
+        let others: Vec<_> = self.tokens.clone().into_iter().chain(variables).collect();
+        let render = || {
+            let message = |Message { role, content }: &Message| {
+                Value::from_pairs([("role", Value::from(role)), ("content", Value::from(content))])
+            };
+            let mut context: Vec<(String, Value)> = vec![
+                ("messages".into(), messages.iter().map(message).collect()),
+                // transformers sets these, if only to None.
+                ("tools".into(), Value::from(())),
+                ("documents".into(), Value::from(())),
+                ("add_generation_prompt".into(), answers.into()),
+            ];
+            context.extend(others.into_iter().map(|(name, value)| (name, Value::from(Serde(value)))));
+            environment.get_template(NAME).and_then(|chat| chat.render(Value::from_pairs(context)))
         };
-        let mut context: Vec<(String, Value)> = vec![
-            ("messages".into(), messages.iter().map(message).collect()),
-            // transformers sets these, if only to None.
-            ("tools".into(), Value::from(())),
-            ("documents".into(), Value::from(())),
-            ("add_generation_prompt".into(), answers.into()),
-        ];
-        let others = self.tokens.clone().into_iter().chain(variables);
-        context.extend(others.map(|(name, value)| (name, Value::from(Serde(value)))));
-        let rendered = self.environment.get_template(NAME).and_then(|chat| chat.render(Value::from_pairs(context)));
-        rendered.map_err(|error| failed(&self.file, &error))
+        let rendered = thread::scope(|scope| {
+            let thread = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
+            thread.map(|thread| thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic)))
+        });
+        let failed_to_start = |error| format!("cannot start a thread to render the chat template: {error}");
+        rendered.map_err(failed_to_start)?.map_err(|error| failed(&self.file, &error))
     }
 }
 
@@ -294,6 +309,16 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_template_is_told_with_file_and_line() {
+        // As deep as one loop makes it, and as deep as the steps allow.
+        let nested = |loops: usize, end: &str| {
+            let deeper = "{% set ns.x = [ns.x] %}";
+            let looped = format!(
+                "{{% for again in range({loops}) %}}{{% for i in range(99999) %}}{deeper}{{% endfor %}}{{% endfor %}}"
+            );
+            format!("{{% set ns = namespace(x=[]) %}}{looped}{{{{ ns.x | {end} }}}}")
+        };
+        assert!(said(&nested(1, "string")).unwrap().contains("[...]"));
+        assert!(said(&nested(99, "string")).unwrap_err().contains("too long"));
         for (source, parts) in [
             ("a\n{% if %}", &["some/file: line 2 of the chat template", "syntax error"][..]),
             ("a\nb\n{{ messages.nothing.more }}", &["some/file: line 3 of the chat template", "undefined"]),
@@ -302,6 +327,7 @@ mod tests {
             ("{% macro m() %}{{ raise_exception('No') }}{% endmacro %}{{ m() }}", &["some/file", "refuses", "No"]),
             ("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}", &["too long"]),
             ("{{ 'x' * 99999999999 }}", &["some/file: line 1"]),
+            (&nested(1, "tojson"), &["some/file: line 1", "lists within lists"]),
         ] {
             let error = said(source).unwrap_err();
             assert!(parts.iter().all(|part| error.contains(part)), "{source}: {error}");
