@@ -103,7 +103,11 @@ impl<'a> Partial<'a> {
         let mut chunk = vec![0; CHUNK];
         loop {
             match partial.file.read(&mut chunk)? {
-                0 => return Ok(partial),
+                0 => {
+                    // What was there says nothing of how fast the rest comes.
+                    partial.bar.reset_eta();
+                    return Ok(partial);
+                }
                 read => partial.count(&chunk[..read]),
             }
         }
