@@ -1,146 +1,27 @@
 //! `--model ORG/NAME`: downloaded once from a hub, here one on this machine, and never used half.
 
 mod common;
+#[path = "hub/refusals.rs"]
+mod refusals;
 #[path = "hub/server.rs"]
 mod server;
+#[path = "hub/world.rs"]
+mod world;
 
 use std::{
     collections::BTreeSet,
     fs,
-    net::TcpListener,
     os::unix::fs::symlink,
-    path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    path::Path,
+    process::Stdio,
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
     thread,
     time::{Duration, Instant},
 };
 
-use common::program;
-use server::{Answer, Asked, COMMIT, NEEDED, Servers, etag, held};
-use support::limits::in_child;
-use support::mounts::{fill, mount, own_mounts};
-use support::{folder, speller};
-
-const TEXT: &str = " four thousand ninety-six\n";
-const FIRST: &str = NEEDED[4];
-const SECOND: &str = NEEDED[5];
-
-/// A cache, and a hub to fill it from.
-struct World {
-    cache: tempfile::TempDir,
-    hub: String,
-}
-
-impl World {
-    fn new(servers: &Servers) -> Self {
-        Self { cache: folder(), hub: servers.address.clone() }
-    }
-
-    /// The same cache where there is no network: nobody listens there, nor does a server of another test.
-    fn without_network(self) -> Self {
-        Self { hub: "http://127.0.0.1:1".into(), ..self }
-    }
-
-    fn with(self, servers: &Servers) -> Self {
-        Self { hub: servers.address.clone(), ..self }
-    }
-
-    fn command(&self, command: &str, model: &str) -> Command {
-        let mut program = program(command);
-        // Whatever the machine's user has set.
-        for (name, _) in std::env::vars() {
-            if name.starts_with("HF_") || name.to_ascii_lowercase().ends_with("_proxy") {
-                program.env_remove(name);
-            }
-        }
-        program.args(["--device", "cpu", "--model", model]);
-        program.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("HF_HOME", self.cache.path());
-        program.env("HF_ENDPOINT", &self.hub);
-        program
-    }
-
-    fn generate(&self) -> Command {
-        let mut command = self.command("generate", "org/speller");
-        command.args(["--quiet", "4096="]);
-        command
-    }
-
-    /// A run that must give the speller's text, and says nothing else.
-    fn prints(&self) {
-        let done = self.generate().output().unwrap();
-        assert_eq!((text(&done.stdout), text(&done.stderr)), (TEXT.into(), String::new()));
-        assert_eq!(fs::read_to_string(self.model("refs/main")).unwrap(), COMMIT);
-        assert_eq!(self.whole(), NEEDED.iter().map(ToString::to_string).collect());
-    }
-
-    /// A run that must fail, and leaves nothing that is not whole: its error.
-    fn refusal(&self) -> String {
-        let done = self.generate().output().unwrap();
-        let said = text(&done.stderr);
-        assert!(!done.status.success() && done.stdout.is_empty() && !said.contains("panicked"), "{said}");
-        assert!(said.starts_with("error: ") && said.lines().count() == 1, "{said}");
-        assert!(!self.model("refs/main").exists(), "{said}");
-        self.whole();
-        said
-    }
-
-    fn model(&self, path: &str) -> PathBuf {
-        self.cache.path().join("hub/models--org--speller").join(path)
-    }
-
-    fn partial(&self, file: &str) -> PathBuf {
-        self.model("blobs").join(format!("{}.incomplete", etag(file)))
-    }
-
-    /// The snapshot's files: each is what the hub has, by a link that holds wherever the cache is moved to. And what is no
-    /// snapshot's has a name that says so.
-    fn whole(&self) -> BTreeSet<String> {
-        let names = |folder: &str| {
-            let entries = fs::read_dir(self.model(folder)).into_iter().flatten();
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
-        };
-        let snapshot = names(&format!("snapshots/{COMMIT}"));
-        for file in &snapshot {
-            let path = self.model("snapshots").join(COMMIT).join(file);
-            assert_eq!(fs::read_link(&path).unwrap(), Path::new("../../blobs").join(etag(file)), "{file}");
-            assert!(fs::read(&path).unwrap() == held(file), "{file}");
-        }
-        let blobs = names("blobs").into_iter().filter(|name| !name.ends_with(".incomplete"));
-        assert_eq!(blobs.collect::<BTreeSet<_>>(), snapshot.iter().map(|file| etag(file)).collect());
-        snapshot
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn assert_says(said: &str, parts: &[&str]) {
-    parts.iter().for_each(|part| assert!(said.contains(part), "{said} lacks {part}"));
-}
-
-/// A hub that is as it should be.
-fn right() -> Servers {
-    Servers::start(|_, answer| answer)
-}
-
-/// Spoils what comes for the bytes of a file, the first so many times.
-fn spoilt(file: &'static str, times: usize, spoil: impl Fn(Answer) -> Answer + Send + Sync + 'static) -> Servers {
-    let left = AtomicUsize::new(times);
-    let is_left = move || left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok();
-    Servers::start(move |asked, answer| if asked.is_bytes_of(file) && is_left() { spoil(answer) } else { answer })
-}
-
-/// A hub that answers every question with this status.
-fn only(answer: Answer) -> Servers {
-    Servers::start(move |_, _| answer.clone())
-}
-
-/// The ranges of a file that were asked for.
-fn ranges(asked: &[Asked], file: &str) -> Vec<Option<String>> {
-    asked.iter().filter(|asked| asked.is_bytes_of(file)).map(|asked| asked.header("range").map(str::to_owned)).collect()
-}
+use server::{Answer, COMMIT, NEEDED, Servers, etag, held};
+use support::speller;
+use world::{FIRST, SECOND, TEXT, World, assert_says, only, ranges, right, spoilt, text};
 
 #[test]
 fn a_model_is_downloaded_once_and_needs_no_network_from_then_on() {
@@ -265,60 +146,6 @@ fn what_came_before_and_is_wrong_is_downloaded_anew() {
 }
 
 #[test]
-fn a_file_of_another_length_or_hash_is_refused_and_deleted() {
-    let longer = |mut answer: Answer| {
-        answer.body.push(0);
-        answer
-    };
-    let shorter = |mut answer: Answer| {
-        answer.body.pop();
-        answer
-    };
-    let other = |mut answer: Answer| {
-        answer.body[1000] ^= 1;
-        answer
-    };
-    // It does not say how long it is.
-    let unsaid = move |answer| longer(answer).with("Content-Length", "");
-    for (hub, cause) in [
-        (spoilt(FIRST, 9, longer), "has 1669937 bytes, not the 1669936 that the hub announced"),
-        (spoilt(FIRST, 9, shorter), "has 1669935 bytes, not the 1669936 that the hub announced"),
-        (spoilt(FIRST, 9, unsaid), "more than the 1669936 bytes come that the hub announced"),
-        (spoilt(FIRST, 9, other), "has another hash than the hub announced"),
-    ] {
-        let world = World::new(&hub);
-        assert_says(&world.refusal(), &[FIRST, cause, "deleted", "try again"]);
-        assert!(!world.partial(FIRST).exists(), "{cause}");
-        assert!(!world.whole().contains(FIRST), "{cause}");
-        world.with(&right()).prints();
-    }
-}
-
-#[test]
-fn each_refusal_of_the_hub_has_its_remedy() {
-    for (answer, parts) in [
-        (Answer::status(401), &["no model org/speller", "does not exist, or is private or gated", "set HF_TOKEN"][..]),
-        (
-            Answer::status(403).with("X-Error-Code", "GatedRepo"),
-            &["is gated", "accept its licence at http", "set HF_TOKEN"],
-        ),
-        (Answer::status(404), &["no such model or revision", "404", "no folder either"]),
-        (Answer::status(404).with("X-Error-Code", "RevisionNotFound"), &["no such revision"]),
-        (Answer::status(429).with("Retry-After", "0"), &["answers 429", "5 times in a row"]),
-        (Answer::status(500).with("Retry-After", "0"), &["answers 500", "5 times in a row"]),
-        (Answer::status(418), &["answers 418", "HF_ENDPOINT"]),
-        (Answer::status(302).with("Location", "/again"), &["more than 10 redirects"]),
-        (Answer::status(302), &["points to no address"]),
-        (Answer { body: b"<html>".to_vec(), ..Answer::status(200) }, &["makes no sense"]),
-    ] {
-        let hub = only(answer);
-        let world = World::new(&hub);
-        assert_says(&world.refusal(), parts);
-        assert!(!world.cache.path().join("hub").exists(), "{parts:?}");
-    }
-}
-
-#[test]
 fn what_passes_by_itself_is_asked_again() {
     for status in [429, 500, 503] {
         let left = AtomicUsize::new(3);
@@ -331,86 +158,6 @@ fn what_passes_by_itself_is_asked_again() {
         });
         World::new(&hub).prints();
     }
-}
-
-#[test]
-fn names_that_lead_out_of_the_models_folder_are_refused() {
-    let listing = |files: &'static str| {
-        let body = format!(r#"{{"sha": "{COMMIT}", "siblings": [{files}]}}"#).into_bytes();
-        Servers::start(move |asked, answer| match asked.path.starts_with("/api/") {
-            true => Answer { body: body.clone(), ..Answer::status(200) },
-            false => answer,
-        })
-    };
-    for file in ["../evil", "a/../../evil", "/evil", "a//evil", "..\\\\evil"] {
-        let file = format!(r#"{{"rfilename": "config.json"}}, {{"rfilename": "{file}"}}"#);
-        let world = World::new(&listing(file.leak()));
-        assert_says(&world.refusal(), &["evil", "outside the model's folder", "nothing is taken"]);
-        assert!(!world.cache.path().join("hub").exists());
-    }
-    // Names that the hub's other answers give to files.
-    let index = br#"{"weight_map": {"a": "../evil.safetensors"}}"#;
-    let hub = Servers::start(move |asked, answer| match asked.path.ends_with("index.json") {
-        true => Answer { body: index.to_vec(), ..answer },
-        false => answer,
-    });
-    let world = World::new(&hub);
-    let done = world.generate().output().unwrap();
-    assert_says(&text(&done.stderr), &["model.safetensors.index.json", "no plain file name"]);
-    let hub = Servers::start(|asked, answer| match asked.path.ends_with("tokenizer.json") {
-        true => answer.with("ETag", "\"../../evil\""),
-        false => answer,
-    });
-    assert_says(&World::new(&hub).refusal(), &["tokenizer.json", "no ETag"]);
-    let hub = only(Answer { body: br#"{"sha": "../evil", "siblings": []}"#.to_vec(), ..Answer::status(200) });
-    assert_says(&World::new(&hub).refusal(), &["no commit"]);
-}
-
-#[test]
-fn a_model_without_safetensors_is_refused_with_what_it_has() {
-    let files = ["config.json", "pytorch_model.bin", "q4.gguf", "README.md"];
-    let files = files.map(|file| format!(r#"{{"rfilename": "{file}"}}"#)).join(",");
-    let body = format!(r#"{{"sha": "{COMMIT}", "siblings": [{files}]}}"#).into_bytes();
-    let hub = only(Answer { body, ..Answer::status(200) });
-    let said = World::new(&hub).refusal();
-    assert_says(
-        &said,
-        &["neither", "but pytorch_model.bin, q4.gguf;", "name a repository of this model that has safetensors"],
-    );
-    assert_eq!(hub.asked().len(), 1, "nothing is taken");
-}
-
-#[test]
-fn a_full_disk_is_known_before_the_weights_are_begun() {
-    let name = "a_full_disk_is_known_before_the_weights_are_begun";
-    if !in_child(name) || !own_mounts() {
-        return;
-    }
-    let hub = right();
-    let world = World::new(&hub);
-    // Room for what is small.
-    mount("none", world.cache.path(), Some("tmpfs"), 0, "size=1m").unwrap();
-    let said = world.refusal();
-    assert_says(&said, &["models--org--speller: ", "MB are missing: the model takes 3.25 MB more", "HF_HUB_CACHE"]);
-    assert!(hub.asked().iter().all(|asked| asked.of_hub), "no weights are asked for");
-    // Room for nothing.
-    let world = World::new(&hub);
-    fill(world.cache.path());
-    assert_says(&world.refusal(), &[" are missing: the model takes ", "free some, or set HF_HUB_CACHE"]);
-    // A disk that fills up meanwhile: by what it says itself, as much as is needed is free.
-    let cache = folder();
-    mount("none", cache.path(), Some("tmpfs"), 0, "size=3600k").unwrap();
-    let filler = cache.path().join("filler");
-    let hub = Servers::start(move |asked, answer| {
-        if asked.is_bytes_of(FIRST) {
-            fs::write(&filler, vec![0; 3 << 20]).unwrap();
-        }
-        answer
-    });
-    let world = World { cache, ..World::new(&hub) };
-    assert_says(&world.refusal(), &[".incomplete", "No space left on device", "MB more are needed"]);
-    fs::remove_file(world.cache.path().join("filler")).unwrap();
-    world.with(&right()).prints();
 }
 
 #[test]
@@ -439,23 +186,6 @@ fn two_processes_at_once_download_each_file_once() {
 }
 
 #[test]
-fn a_file_that_another_process_has_begun_anew_gets_no_name() {
-    let place = folder();
-    let partial = place.path().join("hub/models--org--speller/blobs").join(format!("{}.incomplete", etag(FIRST)));
-    let begun_anew = partial.clone();
-    // As it happens where locks do nothing.
-    let hub = spoilt(FIRST, 1, move |answer| {
-        fs::remove_file(&begun_anew).unwrap();
-        fs::write(&begun_anew, &held(FIRST)[..1000]).unwrap();
-        answer
-    });
-    let world = World { cache: place, ..World::new(&hub) };
-    assert_says(&world.refusal(), &[".incomplete", "locks do nothing", "try again"]);
-    assert_eq!(fs::read(partial).unwrap(), held(FIRST)[..1000]);
-    world.with(&right()).prints();
-}
-
-#[test]
 fn ctrl_c_keeps_what_has_come() {
     let hub = Servers::start(|asked, answer| match asked.is_bytes_of(SECOND) && asked.header("range").is_none() {
         // The rest never comes.
@@ -478,51 +208,6 @@ fn ctrl_c_keeps_what_has_come() {
 }
 
 #[test]
-fn a_name_without_an_owner_and_a_folder_that_is_missing_are_not_asked_for() {
-    let hub = right();
-    let world = World::new(&hub);
-    let refusal = |model: &str| {
-        let done = world.command("generate", model).args(["--quiet", "4096="]).output().unwrap();
-        assert!(!done.status.success());
-        text(&done.stderr)
-    };
-    let said = refusal("speller");
-    assert_says(&said, &["speller: there is no such folder", "layer-streamer generate --model ORG/speller"]);
-    for folder in ["./org/speller", "/org/speller", "~/speller", "a/b/c"] {
-        assert_says(&refusal(folder), &[folder, "config.json", "No such file"]);
-    }
-    assert!(hub.asked().is_empty());
-    // A folder is a folder, whatever its name looks like.
-    let place = folder();
-    fs::create_dir(place.path().join("org")).unwrap();
-    symlink(speller(), place.path().join("org/speller")).unwrap();
-    let done = world.generate().current_dir(place.path()).output().unwrap();
-    assert_eq!(text(&done.stdout), TEXT, "{}", text(&done.stderr));
-    assert!(hub.asked().is_empty());
-}
-
-#[test]
-fn offline_and_not_in_the_cache_is_refused_with_the_command_that_downloads() {
-    let hub = right();
-    let offline = |world: &World| {
-        let done = world.generate().env("HF_HUB_OFFLINE", "1").output().unwrap();
-        assert!(!done.status.success());
-        text(&done.stderr)
-    };
-    let world = World::new(&hub);
-    let online = "HF_HUB_OFFLINE=0 ";
-    assert_says(&offline(&world), &["org/speller is not in the cache", online, "generate --model org/speller"]);
-    assert!(hub.asked().is_empty());
-    // Nor is a part of it enough.
-    world.prints();
-    fs::remove_file(world.model("snapshots").join(COMMIT).join(SECOND)).unwrap();
-    assert_says(&offline(&world), &["or not all of it", online]);
-    // The blob is there, so nothing comes but the link.
-    world.prints();
-    assert_eq!(ranges(&hub.asked(), SECOND), [None]);
-}
-
-#[test]
 fn the_cache_lies_where_pythons_does() {
     let world = World::new(&right());
     let (model, home) = ("models--org--speller", [("HOME", "/h")]);
@@ -538,18 +223,6 @@ fn the_cache_lies_where_pythons_does() {
         let done = command.envs(variables.iter().copied()).output().unwrap();
         assert_says(&text(&done.stderr), &[&format!("({folder}{model})")]);
     }
-}
-
-#[test]
-fn no_network_is_said_at_once() {
-    let world = World::new(&right()).without_network();
-    assert_says(&world.refusal(), &["cannot reach http://127.0.0.1", "refused", "check the network"]);
-    // Somebody who takes the call and never speaks.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let world = World { hub: format!("http://{}", silent.local_addr().unwrap()), ..world };
-    let output = |command: &mut Command| command.env("HF_HUB_DOWNLOAD_TIMEOUT", "0.2").output().unwrap();
-    let Output { stderr, .. } = output(&mut world.generate());
-    assert_says(&text(&stderr), &["cannot reach http://127.0.0.1", "check the network"]);
 }
 
 #[test]
