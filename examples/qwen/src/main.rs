@@ -2,11 +2,13 @@
 //! learn how an engine with layers of its own embeds the streamer.
 //!
 //! ```sh
-//! cargo run --release -p qwen -- ~/models/Qwen2.5-Coder-7B-Instruct "Write a quicksort in Rust"
-//! cargo run --release -p qwen -- examples/speller "4096="      # three megabytes, no download
+//! cargo run --release -- plan --model Qwen/Qwen2.5-Coder-7B-Instruct     # downloads it, once
+//! cargo run --release -p qwen                                            # takes it from where that put it
+//! cargo run --release -p qwen -- ~/models/Qwen2.5-0.5B-Instruct "Write a quicksort in Rust."
+//! cargo run --release -p qwen -- examples/speller "4096="                # three megabytes, no download
 //! ```
 //!
-//! Any Qwen2 or Qwen2.5 folder will do. One prompt, one sequence, greedy.
+//! Any folder of a Qwen2 or Qwen2.5 model will do, or its name, if it is in the hub's cache. One prompt, one sequence, greedy.
 
 mod memory;
 
@@ -34,6 +36,23 @@ const HEAD: &str = "lm_head.weight";
 
 /// Tokens of prompt and answer together.
 const CONTEXT: usize = 2048;
+
+const USUAL_MODEL: &str = "Qwen/Qwen2.5-Coder-7B-Instruct";
+
+/// The folder of a model: that folder, or what the cache of the Hugging Face hub has under that name.
+fn find(model: &Path) -> Result<PathBuf, Failure> {
+    if model.is_dir() {
+        return Ok(model.to_owned());
+    }
+    let home = env::var_os("HF_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache/huggingface")));
+    let name = model.display().to_string();
+    let cached = home.unwrap_or_default().join("hub").join(format!("models--{}", name.replace('/', "--")));
+    let commit = fs::read_to_string(cached.join("refs/main")).map_err(|_| {
+        format!("{name} is no folder, and not in the hub's cache: `layer-streamer plan --model {name}` downloads it")
+    })?;
+    Ok(cached.join("snapshots").join(commit.trim()))
+}
 
 /// What the folder's `config.json` says of the model's shape.
 #[derive(Deserialize)]
@@ -86,7 +105,8 @@ impl Config {
 
 fn main() -> Result<(), Failure> {
     let mut arguments = env::args_os().skip(1);
-    let folder = arguments.next().map(PathBuf::from).ok_or("usage: qwen FOLDER [PROMPT]")?;
+    let model = arguments.next().unwrap_or_else(|| USUAL_MODEL.into());
+    let folder = find(Path::new(&model))?;
     let prompt = arguments
         .next()
         .map_or_else(|| "Write a quicksort in Rust.".into(), |text| text.to_string_lossy().into_owned());
