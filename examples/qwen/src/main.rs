@@ -16,6 +16,7 @@ use std::{
     env, fs,
     io::{self, Write},
     path::{Path, PathBuf},
+    process::ExitCode,
 };
 
 use layer_streamer::{
@@ -103,7 +104,17 @@ impl Config {
     }
 }
 
-fn main() -> Result<(), Failure> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Failure> {
     let mut arguments = env::args_os().skip(1);
     let model = arguments.next().unwrap_or_else(|| USUAL_MODEL.into());
     let folder = find(Path::new(&model))?;
@@ -214,7 +225,7 @@ impl<D: Kernels> Qwen<D> {
         // The layers, each as it arrives: the next are on their way meanwhile.
         let pass = Pass::new(state, count)?;
         let residual = streamer.run_pass(stream, residual, |mut residual, layer| {
-            state.layer(&layer, &mut residual, &pass)?;
+            state.layer(layer, &mut residual, &pass)?;
             Ok::<_, Error>(residual)
         })?;
 
