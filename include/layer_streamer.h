@@ -354,8 +354,8 @@ typedef struct ls_streamer_options {
     int32_t reader;
     // An ls_cache.
     int32_t cache;
-    // The units. NULL: one per layer of the checkpoint, "model.layers.N", of all tensors
-    // under that, named by what follows it.
+    // The units. NULL: one per layer of the checkpoint, "model.layers.N" or whatever its
+    // decoder's layers are called, of all tensors under that, named by what follows it.
     const struct ls_unit *units;
     // How many units.
     size_t unit_count;
@@ -629,8 +629,8 @@ const char *ls_status_name(int32_t status);
 // failed, and what to do. The text is the library's, UTF-8, and stays until the next call of this thread that fails.
 const char *ls_last_error(void);
 
-// Opens a Hugging Face folder: model.safetensors.index.json with its shards, or a lone model.safetensors. Headers are read
-// and checked, no weights. Close the checkpoint with ls_checkpoint_close.
+// Opens a Hugging Face folder: model.safetensors, or else model.safetensors.index.json with its shards. Headers are read and
+// checked, no weights. What cannot be read of it is an error for those who ask for such a tensor. Close the checkpoint with ls_checkpoint_close.
 ls_status ls_checkpoint_open(const char *folder,
                              struct ls_checkpoint *checkpoint);
 

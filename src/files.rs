@@ -110,7 +110,7 @@ const LONGEST_ANSWER: usize = 4096;
 /// after the file's name; `None`: nothing is wrong that can be seen from the beginning.
 ///
 /// ```
-/// let said = layer_streamer::files::wrong_contents(b"version https://git-lfs.github.com/spec/v1\noid sha256:…");
+/// let said = layer_streamer::files::wrong_contents(b"version https://git-lfs.github.com/spec/v1\noid sha256:0");
 /// assert!(said.is_some_and(|said| said.contains("git lfs pull")));
 /// assert_eq!(layer_streamer::files::wrong_contents(b"{}"), None);
 /// ```

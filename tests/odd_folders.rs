@@ -176,6 +176,7 @@ fn tensors_that_nothing_is_computed_with_are_left_alone_but_for_biases_and_norms
             "model.layers.1.self_attn.bias",
             "model.layers.2.self_attn.k_proj.k_scale",
             "model.layers.2.self_attn.k_proj.input_scale",
+            "model.layers.2.self_attn.other_proj.weight",
             "model.layers.3.self_attn.q_proj.bias",
             "model.layers.3.input_layernorm.weight",
             "model.layers.00.input_layernorm.bias2",

@@ -112,8 +112,8 @@ pub struct ls_streamer_options {
     pub reader: i32,
     /// An ls_cache.
     pub cache: i32,
-    /// The units. NULL: one per layer of the checkpoint, "model.layers.N", of all tensors
-    /// under that, named by what follows it.
+    /// The units. NULL: one per layer of the checkpoint, "model.layers.N" or whatever its
+    /// decoder's layers are called, of all tensors under that, named by what follows it.
     pub units: *const ls_unit,
     /// How many units.
     pub unit_count: usize,

@@ -224,7 +224,7 @@ fn files_instead(folder: &Path) -> String {
         format!("{holds}, but {name}: if that is the model, give it the name {SINGLE}")
     } else if let Some(name) = with(&|name| ends(name, &[".gguf", ".ggml"])) {
         format!("{holds}, but {name}, a GGUF file: take the model's safetensors version")
-    } else if let Some(name) = with(&|name| ends(name, &[".bin", ".pth", ".pt", ".ckpt"])) {
+    } else if let Some(name) = with(&|name| ends(name, &[".bin", ".bin.index.json", ".pth", ".pt", ".ckpt"])) {
         format!("{holds}, but {name}, which is PyTorch's: take the safetensors version, or save the model as such")
     } else if let Some(name) = with(&|name| ends(name, &[".h5", ".msgpack", ".onnx", ".npz"])) {
         format!("{holds}, but {name}, which is not read: take the model's safetensors version")

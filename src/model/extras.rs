@@ -88,7 +88,11 @@ pub(super) fn refuse_left_out(
     let counts = |local: &str| {
         let (module, parameter) = local.rsplit_once('.').unwrap_or(("", local));
         let of_module = known.iter().any(|known| known.rsplit_once('.').is_some_and(|(known, _)| known == module));
-        matches!(parameter, "weight" | "bias") && (of_module || module.contains("norm") || module.ends_with("_proj"))
+        match parameter {
+            "weight" => module.contains("norm"),
+            "bias" => of_module || module.contains("norm") || module.ends_with("_proj"),
+            _ => false,
+        }
     };
     let left_out = checkpoint.stored_names().filter(|name| {
         let in_layer = name.strip_prefix(prefix).and_then(|rest| rest.split_once('.'));
