@@ -104,7 +104,8 @@ cudaError_t launch(Rope call, bool interleaved, cudaStream_t stream) {
 cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, float scale,
                      int64_t tokens, int heads, int size, int half, int interleaved, cudaStream_t stream) {
   // The sines of a token must fit shared memory.
-  if (half < 0 || size < 2 * half || size > 4096 || heads < 0 || heads > 65536) return cudaErrorInvalidValue;
+  const bool valid = size >= 0 && size <= 4096 && half >= 0 && half <= size / 2 && heads >= 0 && heads <= 65536;
+  if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0 || heads == 0 || size == 0) return cudaSuccess;
   const Rope call = {out, x, positions, inv_freq, scale, tokens, heads, size, half, 1};
   const bool wide = size % 4 == 0 && half % 4 == 0 && aligned_for<4>(x) && aligned_for<4>(out);
