@@ -73,8 +73,7 @@ class Drawing:
             self.head_dim = HEAD_DIM[self.family]
             hidden = heads * self.rng.randint(-(-32 // heads), 96 // heads)
         elif own == "derived" and self.family not in HEAD_DIM:
-            self.head_dim = 2 * self.rng.randint(max(1, 16 // heads), max(2, 48 // heads)) if heads < 16 else 2
-            self.head_dim = max(self.head_dim, 4)
+            self.head_dim = 2 * self.rng.randint(max(2, -(-16 // heads)), max(2, 48 // heads))
             hidden = heads * self.head_dim
             self.put("head_dim", None, absent=70)
         else:
@@ -103,7 +102,7 @@ class Drawing:
 
     def window(self, absent=20, null=20):
         """A window that hides something, mostly."""
-        self.put("sliding_window", self.one(1, 2, self.rng.randint(3, 12), self.tokens, 4096), absent, null)
+        self.put("sliding_window", self.one(1, 2, *(self.rng.randint(3, 12) for _ in range(4)), self.tokens, 4096), absent, null)
 
     def layer_types(self, absent):
         kinds = [self.one("sliding_attention", "full_attention") for _ in range(self.layers)]
@@ -155,15 +154,24 @@ class Drawing:
 
     def named(self, values):
         """With the kind's name, as `type`, `rope_type` or both."""
-        kind = "su" if self.family == "phi3" and self.rope == "longrope" and self.chance(20) else self.rope
+        kind = self.rope
+        if self.family == "phi3" and kind == "longrope" and self.chance(30):
+            # What older checkpoints call it.
+            kind = self.one("su", "yarn")
         keys = self.one(["type"], ["rope_type"], ["rope_type"], ["type", "rope_type"])
-        return values | dict.fromkeys(keys, kind)
+        named = values | dict.fromkeys(keys, kind)
+        if len(keys) == 2 and self.chance(20):
+            named["type"] = "linear"
+        return named
 
     def rope_keys(self):
         """Rope keys in the old spelling, the new one, or both."""
         self.partial = 1.0
         if self.family == "phi3":
             self.partial = self.one(1.0, 1.0, 0.75, 0.5, 0.25)
+            # Nothing could turn.
+            if int(self.head_dim * self.partial) < 2:
+                self.partial = 1.0
         values = self.rope_values()
         if self.rope in ("yarn", "longrope", "llama3"):
             where = self.one("inside", "inside", "inside", "outside", "both", "neither")
@@ -188,7 +196,7 @@ class Drawing:
         if spelling == "old" and self.rope == "default":
             self.put("rope_scaling", self.named({}), absent=40, null=50)
         elif spelling == "old":
-            self.config["rope_scaling"] = self.named(values)
+            self.config["rope_scaling"] = self.named(values | ({"rope_theta": self.theta()} if self.chance(10) else {}))
         else:
             theta = {"rope_theta": self.theta()} if self.chance(85) else {}
             self.config["rope_parameters"] = self.named(values | theta | partial_inside)
@@ -220,7 +228,11 @@ class Drawing:
         elif self.rope == "default":
             self.put("rope_scaling", self.named({}), absent=40, null=50)
         else:
-            self.config["rope_scaling"] = self.named(values)
+            named = self.named(values)
+            # Here transformers takes no notice of `type` alone; without a rope that stretches, the prompt would be too long.
+            if self.rope == "dynamic":
+                named["rope_type"] = "dynamic"
+            self.config["rope_scaling"] = named
 
     def gemma(self):
         third = self.family == "gemma3_text"
@@ -254,8 +266,8 @@ class Drawing:
         if family.startswith("gemma"):
             self.gemma()
         if family == "smollm3":
-            put("use_sliding_window", chance(60), absent=40)
-            self.window()
+            put("use_sliding_window", chance(80), absent=20)
+            self.window(absent=10, null=10)
             put("max_window_layers", 28, absent=50)
             put("no_rope_layer_interval", self.rng.randint(1, 5), absent=40)
             put("no_rope_layers", [self.one(0, 1) for _ in range(self.layers + self.one(0, 0, 2))], absent=50, null=10)
@@ -335,7 +347,8 @@ def values(family, name, shape, shift):
 
 
 def computed(config, family, ids, shift, as_is):
-    """The checkpoint's tensors, and all logits; an exception of transformers if it cannot take the configuration."""
+    """The checkpoint's tensors, and all logits; an exception if transformers cannot take the configuration, or if F32 is too coarse
+    for it to tell right from wrong."""
     import torch, transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -352,9 +365,12 @@ def computed(config, family, ids, shift, as_is):
             stored = stored_name(name, family, as_is)
             tensor.copy_(torch.from_numpy(values(family, stored, tuple(tensor.shape), shift)))
             tensors.append([stored, list(tensor.shape)])
-        logits = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        finer = model.double()(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     if not np.isfinite(logits).all():
         raise ValueError("the logits are not finite")
+    if np.linalg.norm(logits - finer) > 1e-5 * np.linalg.norm(finer):
+        raise ValueError("so sensitive that the rounding of F32 shows")
     return tensors, logits
 
 
