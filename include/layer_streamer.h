@@ -941,7 +941,7 @@ ls_status ls_model_plan(struct ls_device device,
                         int32_t *tiers,
                         size_t room);
 
-// Opens a Hugging Face folder (Llama, Mistral, Qwen2 or Qwen3), reserves everything, loads what stays on the device, and
+// Opens a Hugging Face folder (of a family that docs/models.md names), reserves everything, loads what stays on the device, and
 // starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 //
 // The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel and
