@@ -30,6 +30,7 @@ impl Shape {
     }
 
     /// The same with another first dimension.
+    #[cfg(feature = "model")]
     pub(crate) fn with_rows(mut self, rows: usize) -> Self {
         self.dims[0] = rows;
         self

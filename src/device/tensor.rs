@@ -1,6 +1,6 @@
 //! Tensors in device memory, and which device and stream may use them.
 
-use std::{fmt, marker::PhantomData, ops::Range, slice};
+use std::{fmt, marker::PhantomData, slice};
 
 use crate::{
     device::{Cpu, Device},
@@ -154,7 +154,8 @@ impl<'a, D: Device> TensorRef<'a, D> {
     ///
     /// # Panics
     /// If there are no such rows.
-    pub(crate) fn rows(self, rows: Range<usize>) -> Self {
+    #[cfg(feature = "model")]
+    pub(crate) fn rows(self, rows: std::ops::Range<usize>) -> Self {
         let (height, shape) = (self.shape()[0], self.shape.with_rows(rows.len()));
         assert!(rows.start <= rows.end && rows.end <= height, "rows {rows:?} of {height}");
         let row_bytes = self.bytes() / height.max(1);

@@ -113,10 +113,16 @@ fn language_model(config: &Map<String, Value>) -> Option<(Family, Map<String, Va
         text.insert("model_type".into(), format!("{whole}_text").into());
     }
     // What the whole says counts for the text, unless that has its own.
-    for key in ["tie_word_embeddings", "eos_token_id", "quantization_config"] {
+    for key in ["eos_token_id", "quantization_config"] {
         if let (Some(value), false) = (config.get(key), text.contains_key(key)) {
             text.insert(key.into(), value.clone());
         }
+    }
+    // Of the heads the whole decides.
+    match config.get("tie_word_embeddings") {
+        Some(tied) => _ = text.insert("tie_word_embeddings".into(), tied.clone()),
+        None if text.get("model_type").is_some_and(|of| of == "gemma3_text") => _ = text.remove("tie_word_embeddings"),
+        None => {}
     }
     // transformers caps logits in Gemma 3's language model by itself, and not where it is a part.
     text.insert("final_logit_softcapping".into(), Value::Null);
