@@ -149,7 +149,12 @@ impl Bundle<'_> {
 
     /// Models, what tests read, and the scripts.
     fn data(&self) -> Result<(), Failure> {
-        for (from, to) in [("examples/speller", "examples"), ("tests/data", "tests"), ("tests/nvtx", "tests")] {
+        for (from, to) in [
+            ("examples/speller", "examples"),
+            ("tests/data", "tests"),
+            ("tests/families", "tests"),
+            ("tests/nvtx", "tests"),
+        ] {
             run::command("cp", &["-r", from]).arg(self.folder.join(to)).run()?;
         }
         let ci = run::root().join("ci");
