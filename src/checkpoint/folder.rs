@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -44,23 +44,37 @@ pub(super) fn read(folder: &Path) -> Result<Found> {
         return if named.ends_with(".json") { sharded(&root, &path) } else { single(&root, &path) };
     }
     let (one, index) = (folder.join(SINGLE), folder.join(INDEX));
-    if one.is_file() || !index.exists() && one.symlink_metadata().is_ok() {
+    let is_file = found(&one, fs::metadata(&one))?.is_some_and(|metadata| metadata.is_file());
+    let has_index = found(&index, fs::metadata(&index))?.is_some();
+    if is_file || !has_index && found(&one, one.symlink_metadata())?.is_some() {
         return single(&root, &one);
     }
-    if index.symlink_metadata().is_err() {
+    if found(&index, index.symlink_metadata())?.is_none() {
         return Err(Error::checkpoint(folder, files_instead(folder)));
     }
     sharded(&root, &index)
 }
 
-/// The file that `config.json` names. A configuration that cannot be read is for those to refuse who need it.
+/// What was found out of a file; `None` if there is none. That it could not be found out is no reason to take another file.
+fn found<T>(path: &Path, answer: io::Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("examine", path)(error)),
+    }
+}
+
+/// The file that `config.json` names. A configuration that makes no sense is for those to refuse who need it.
 fn named_by_config(folder: &Path) -> Result<Option<String>> {
     #[derive(Deserialize)]
     struct Config {
         transformers_weights: Option<String>,
     }
     let path = folder.join("config.json");
-    let text = files::read_small(&path, files::LONGEST_CONFIG).ok().flatten();
+    let text = match files::read_small(&path, files::LONGEST_CONFIG) {
+        Err(error @ Error::Io { .. }) => return Err(error),
+        other => other.ok().flatten(),
+    };
     let config = text.and_then(|text| serde_json::from_slice::<Config>(&text).ok());
     let Some(named) = config.and_then(|config| config.transformers_weights) else {
         return Ok(None);
@@ -99,7 +113,7 @@ struct Copy {
 fn sharded(root: &Root, path: &Path) -> Result<Found> {
     root.check(path)?;
     let json = files::read_small(path, LONGEST_INDEX)?;
-    let json = json.ok_or_else(|| Error::io("open", path)(std::io::Error::from_raw_os_error(libc::ENOENT)))?;
+    let json = json.ok_or_else(|| Error::io("open", path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
     let Index { weight_map } =
         serde_json::from_slice(&json).map_err(|e| Error::checkpoint(path, format!("is no valid index: {e}")))?;
     if let Some((name, shard)) = weight_map.iter().find(|(_, shard)| !is_inside(shard)) {
@@ -181,14 +195,15 @@ impl<'a> Root<'a> {
         let real = fs::canonicalize(folder).map_err(Error::io("open", folder))?;
         // The cache's layout: models--NAME/snapshots/COMMIT/FILE is a link to models--NAME/blobs/HASH.
         let snapshots = real.ancestors().skip(1).find(|above| above.ends_with("snapshots"));
-        let blobs = snapshots.and_then(|snapshots| fs::canonicalize(snapshots.with_file_name("blobs")).ok());
+        let blobs = snapshots.map(|snapshots| snapshots.with_file_name("blobs"));
+        let blobs = blobs.map_or(Ok(None), |blobs| found(&blobs, fs::canonicalize(&blobs)))?;
         Ok(Self { folder, allowed: [real].into_iter().chain(blobs).collect() })
     }
 
     /// Whether this is a regular file, and lies where files of the folder may lie.
     fn check(&self, path: &Path) -> Result<()> {
         if let Ok(target) = fs::read_link(path)
-            && !path.exists()
+            && matches!(path.try_exists(), Ok(false))
         {
             let none = "there is nothing (No such file or directory); download the file again";
             return Err(Error::checkpoint(path, format!("is a link to {}, where {none}", target.display())));
