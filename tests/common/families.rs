@@ -1,6 +1,7 @@
 //! Random small models of all families, and what Hugging Face transformers computes with them. `tests/families/draw.py` makes
 //! the drawings: a configuration, a prompt, and logits. Some are stored beside it; LAYER_STREAMER_FAMILIES names a folder of others,
 //! which are held instead.
+#![allow(dead_code, reason = "each test uses a part")]
 
 use std::{
     collections::BTreeMap,
