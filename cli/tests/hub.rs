@@ -12,6 +12,7 @@ use std::{
     collections::BTreeSet,
     fs,
     os::unix::fs::symlink,
+    os::unix::process::CommandExt,
     path::Path,
     process::Stdio,
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
@@ -193,7 +194,16 @@ fn ctrl_c_keeps_what_has_come() {
         false => answer,
     });
     let world = World::new(&hub);
-    let mut child = world.generate().stderr(Stdio::null()).spawn().unwrap();
+    let mut command = world.generate();
+    // A shell that started the tests in the background left Ctrl-C ignored.
+    // SAFETY: the call is one that may be made between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            Ok(())
+        })
+    };
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     while fs::metadata(world.partial(SECOND)).map_or(0, |partial| partial.len()) < 1_000_000 {
         assert!(Instant::now() < deadline && child.try_wait().unwrap().is_none());
