@@ -207,7 +207,7 @@ fn on_a_terminal_ctrl_c_stops_an_answer_and_clears_a_line_and_ctrl_d_ends() {
 }
 
 #[test]
-#[ignore = "takes SmolLM2, which ci/smollm2 makes: LAYER_STREAMER_SMOLLM2 names its folder; ci/full runs it"]
+#[ignore = "takes SmolLM2, which ci/smollm2 makes: LAYER_STREAMER_SMOLLM2 names its folder; .ci/run runs it"]
 fn a_real_chat_model_answers_can_be_stopped_and_remembers_what_was_said() {
     let folder = std::env::var_os("LAYER_STREAMER_SMOLLM2").expect("LAYER_STREAMER_SMOLLM2 names SmolLM2's folder");
     let model = PathBuf::from(folder);
