@@ -8,7 +8,7 @@ use common::{Dimensions, distance, everywhere, expected, forget, generate, hollo
 use layer_streamer::{
     Error, MemoryKind, Settings,
     device::Cpu,
-    model::{Choice, Decoder, Model, Sequence, Tables},
+    model::{Choice, Decoder, Fit, Model, Sequence, Tables},
     plan::{Bandwidths, Budget, Part, Purpose},
     trace::Stage,
 };
@@ -223,7 +223,8 @@ fn from_the_least_memory_on_more_of_it_brings_the_same_text_with_less_to_read() 
     let context = reference.prompt.len() + 16;
     let by = Bandwidths { disk: 1e9, copy: 10e9 };
     let fit = |model: &mut Model, host_bytes: usize| {
-        Decoder::fit(&Cpu, model, Budget { device_bytes: None, host_bytes }, by, 1, context)
+        let budget = Budget { device_bytes: None, host_bytes };
+        Fit { bandwidths: by, ..Fit::new(&Cpu, budget, 1, context) }.fastest(model)
     };
     let total = |model: &Model, settings: &Settings| -> usize {
         Decoder::memory(&Cpu, model, settings, 1, context).unwrap().iter().map(|part| part.bytes).sum()
@@ -266,7 +267,7 @@ fn a_70b_model_fits_8_gb_of_gpu_memory_and_less_where_its_head_is_streamed() {
     let fit = |device_bytes: usize| {
         let mut model = Model::open(folder.path()).unwrap();
         let budget = Budget { device_bytes: Some(device_bytes), host_bytes: 64_000_000_000 };
-        let settings = Decoder::fit(&Cpu, &mut model, budget, Bandwidths::default(), 1, 2048)?;
+        let settings = Fit::new(&Cpu, budget, 1, 2048).fastest(&mut model)?;
         let parts = Decoder::memory(&Cpu, &model, &settings, 1, 2048)?;
         let [device, _] = Part::totals(&parts);
         assert!(device <= device_bytes, "{parts:?}");

@@ -6,8 +6,8 @@ use layer_streamer::{
     Settings,
     device::Device,
     kernels::Kernels,
-    model::{Decoder, Model, Tables},
-    plan::{Bandwidths, Budget, Part, Plan, Tier},
+    model::{Decoder, Fit, Model, Tables},
+    plan::{Bandwidths, Budget, FixedOverhead, Part, Plan, Tier},
     probe::Probe,
 };
 
@@ -86,25 +86,28 @@ pub fn probe<D: Device>(device: &D, model: &Model, measure: Measure) -> layer_st
     }
 }
 
+/// What the program's own parts take of a budget.
+pub fn overhead(own: &[Part]) -> FixedOverhead {
+    let [device_bytes, host_bytes] = Part::totals(own);
+    FixedOverhead { device_bytes, host_bytes }
+}
+
 /// The settings with which the model runs fastest within the budget, for which its layers get tiers and its tables their place;
 /// and what the links carry, where that was measured.
-pub fn fit<D: Kernels>(
-    device: &D,
+pub fn fastest<D: Kernels>(
+    fit: Fit<'_, D>,
     model: &mut Model,
-    budget: Budget,
-    context: usize,
     measure: Measure,
 ) -> layer_streamer::Result<(Settings, Option<Probe>)> {
-    let assumed = Bandwidths::default();
-    let settings = Decoder::fit(device, model, budget, assumed, 1, context)?;
-    let forecast = Decoder::plan(device, model, &settings)?.forecast(assumed);
-    let is_linked = !device.memory_is_ram();
+    let settings = fit.fastest(model)?;
+    let forecast = Decoder::plan(fit.device, model, &settings)?.forecast(fit.bandwidths);
+    let is_linked = !fit.device.memory_is_ram();
     let counts = forecast.disk_bytes > 0 || is_linked && forecast.copy_bytes > 0;
     if measure == Measure::IfItCounts && !counts {
         return Ok((settings, None));
     }
-    match probe(device, model, measure)? {
-        Some(probe) => Ok((Decoder::fit(device, model, budget, probe.bandwidths(), 1, context)?, Some(probe))),
+    match probe(fit.device, model, measure)? {
+        Some(probe) => Ok((Fit { bandwidths: probe.bandwidths(), ..fit }.fastest(model)?, Some(probe))),
         None => Ok((settings, None)),
     }
 }

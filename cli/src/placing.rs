@@ -9,8 +9,8 @@ use clap::Args;
 use layer_streamer::{
     Settings,
     kernels::Kernels,
-    model::{Model, Tables},
-    plan::Placement,
+    model::{Fit, Model, Tables},
+    plan::{Part, Placement},
     probe::Probe,
     tuner::{self, CheckpointId, Record},
 };
@@ -121,12 +121,14 @@ impl Placing {
     }
 
     /// The settings that were given, else the fastest for the memory there is, for which layers get tiers; and what the links
-    /// carry, where that was measured. `measure` is when to do so unless an option says it.
+    /// carry, where that was measured. `own` is what the program takes of RAM besides the model. `measure` is when to do so unless
+    /// an option says it.
     pub fn settle<D: Kernels>(
         &self,
         device: &D,
         model: &mut Model,
         context: usize,
+        own: &[Part],
         measure: Measure,
     ) -> Result<(Settings, Option<Probe>), Failure> {
         let placement = self.placement(device, model)?;
@@ -142,7 +144,9 @@ impl Placing {
         match placement {
             None => {
                 let budget = budget::budget(device, self.vram, self.ram)?;
-                Ok(budget::fit(device, model, budget, context, measure)?)
+                // What is free may lack the tokenizer already: then so much more stays free.
+                let fit = Fit { overhead: budget::overhead(own), ..Fit::new(device, budget, 1, context) };
+                Ok(budget::fastest(fit, model, measure)?)
             }
             Some(placement) => {
                 model.place(&placement)?;

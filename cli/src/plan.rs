@@ -18,6 +18,7 @@ use crate::{
     device::Chosen,
     placing::Placing,
     prompt::Source,
+    text,
     waiting::Waiting,
 };
 
@@ -61,14 +62,16 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
     let context = placing.context(prompt.tokens.len(), &model)?;
     drop(waiting);
     // The forecast goes by what the links carry.
-    let settled = placing.settle(device, &mut model, context, Measure::Always);
+    let own = Vec::from_iter(text::memory(&placing.model, &model));
+    let settled = placing.settle(device, &mut model, context, &own, Measure::Always);
     if let (true, Err(error)) = (*json, &settled) {
         refused(error);
     }
     let (settings, probe) = settled?;
     // The table says what was measured and when, but not what disturbed it.
     placing.tell(probe.as_ref(), false);
-    let parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    parts.extend(own);
     let plan = Decoder::plan(device, &model, &settings)?;
     let own = !device.memory_is_ram();
     print(&match *json {

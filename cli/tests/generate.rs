@@ -49,6 +49,7 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
         "8 units kept on the device",
         "static tensors",
         "KV cache of 37 tokens",
+        "tokenizer",
         "total",
         "tokens/s",
         "GB/s",

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
-    model::{Decoder, Model},
+    model::{Fit, Model},
     plan::{Bandwidths, Budget, FixedOverhead, Part, Placement, Plan, Presence, Settings, Tier, Unit},
 };
 
@@ -194,6 +194,6 @@ impl StreamOptions {
         context: usize,
     ) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        Ok(self.within(Decoder::fit(device, model, budget, Bandwidths::default(), batch, context)?))
+        Ok(self.within(Fit::new(device, budget, batch, context).fastest(model)?))
     }
 }

@@ -12,65 +12,78 @@ use crate::{
     plan::{Bandwidths, Budget, FixedOverhead, Forecast, Part, Placement, Settings, fastest},
 };
 
-impl<D: Kernels> Decoder<D> {
-    /// The settings with which the model runs fastest within `budget`, for which its layers are given tiers and its
-    /// [tables](Model::tables) their place.
-    ///
-    /// # Errors
-    /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as [`Decoder::memory`].
-    pub fn fit(
-        device: &D,
-        model: &mut Model,
-        budget: Budget,
-        bandwidths: Bandwidths,
-        batch: usize,
-        context: usize,
-    ) -> Result<Settings> {
-        let capacity = Capacity::new(&model.config, batch, context)?;
-        let fit = BudgetFit { device, budget, bandwidths, capacity, settings: None };
-        fit.fastest(model)
-    }
-
-    /// As [`fit`](Self::fit) where the settings are given: what they leave of the budget decides on tiers and tables.
-    ///
-    /// # Errors
-    /// As there; the minimum is that with these settings.
-    pub fn fit_with(
-        device: &D,
-        model: &mut Model,
-        budget: Budget,
-        bandwidths: Bandwidths,
-        batch: usize,
-        context: usize,
-        settings: &Settings,
-    ) -> Result<()> {
-        let capacity = Capacity::new(&model.config, batch, context)?;
-        let fit = BudgetFit { device, budget, bandwidths, capacity, settings: Some(settings) };
-        fit.fastest(model).map(drop)
-    }
+/// How a decoder becomes the fastest that fits into a budget of memory.
+///
+/// ```no_run
+/// use layer_streamer::{
+///     device::Cpu,
+///     model::{Decoder, Fit, Model},
+///     plan::Budget,
+/// };
+///
+/// let mut model = Model::open("model".as_ref())?;
+/// let fit = Fit::new(&Cpu, Budget::free(&Cpu)?, 1, 4096);
+/// let settings = fit.fastest(&mut model)?;
+/// let decoder = Decoder::new(&Cpu, &model, &settings, fit.batch, fit.context)?;
+/// # Ok::<(), layer_streamer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Fit<'a, D> {
+    /// Where it computes.
+    pub device: &'a D,
+    /// What it may take, together with `overhead`.
+    pub budget: Budget,
+    /// What else is taken of the budget: a host's tokenizer, for example.
+    pub overhead: FixedOverhead,
+    /// What disk and link carry.
+    pub bandwidths: Bandwidths,
+    /// As for [`Decoder::new`].
+    pub batch: usize,
+    /// As there, in tokens.
+    pub context: usize,
+    /// Where they are given: what they leave of the budget decides on tiers and tables.
+    pub settings: Option<&'a Settings>,
 }
 
-/// What a decoder is to fit into.
-struct BudgetFit<'a, D> {
-    device: &'a D,
-    budget: Budget,
-    bandwidths: Bandwidths,
-    capacity: Capacity,
-    /// Where they are given.
-    settings: Option<&'a Settings>,
-}
+impl<'a, D: Kernels> Fit<'a, D> {
+    /// Nothing else is taken, bandwidths are assumed, and settings are free.
+    pub fn new(device: &'a D, budget: Budget, batch: usize, context: usize) -> Self {
+        let (overhead, bandwidths) = (FixedOverhead::default(), Bandwidths::default());
+        Self { device, budget, overhead, bandwidths, batch, context, settings: None }
+    }
 
-impl<D: Kernels> BudgetFit<'_, D> {
+    /// The settings with which the model runs fastest. Its layers are given tiers, and its [tables](Model::tables) their place.
+    ///
+    /// # Errors
+    /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as
+    /// [`Decoder::memory`].
+    pub fn fastest(&self, model: &mut Model) -> Result<Settings> {
+        let capacity = Capacity::new(&model.config, self.batch, self.context)?;
+        let plan = |tables: Tables| self.plan(model, capacity, tables);
+        let plans = Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok());
+        let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);
+        // Where none fits, the error of that which lacks least of the device's memory, then of RAM.
+        let lacking = |tables: Tables| self.lacking(model, capacity, tables).unwrap_or((usize::MAX, usize::MAX));
+        let nearest = || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables)).unwrap_or_default();
+        let (fitted, settings, _) = best.map_or_else(|| plan(nearest()), Ok)?;
+        *model = fitted;
+        Ok(settings)
+    }
+
     /// The model with these tables, and what it takes whatever its tiers.
-    fn with(&self, model: &Model, tables: Tables) -> Result<(Model, FixedOverhead)> {
+    fn with(&self, model: &Model, capacity: Capacity, tables: Tables) -> Result<(Model, FixedOverhead)> {
         let model = model.with_tables(tables);
-        let [device_bytes, host_bytes] = Part::totals(&buffers::parts(self.device, &model, self.capacity)?);
-        Ok((model, FixedOverhead { device_bytes, host_bytes }))
+        let [device, host] = Part::totals(&buffers::parts(self.device, &model, capacity)?);
+        let overhead = FixedOverhead {
+            device_bytes: self.overhead.device_bytes.saturating_add(device),
+            host_bytes: self.overhead.host_bytes.saturating_add(host),
+        };
+        Ok((model, overhead))
     }
 
     /// The fastest with these tables.
-    fn plan(&self, model: &Model, tables: Tables) -> Result<(Model, Settings, Forecast)> {
-        let (mut model, overhead) = self.with(model, tables)?;
+    fn plan(&self, model: &Model, capacity: Capacity, tables: Tables) -> Result<(Model, Settings, Forecast)> {
+        let (mut model, overhead) = self.with(model, capacity, tables)?;
         let (source, units) = (model.source(), model.units_for(self.device.precision()));
         let Placement { settings, tiers, .. } = match self.settings {
             None => self.budget.plan(source, &units, overhead, self.bandwidths)?,
@@ -82,24 +95,12 @@ impl<D: Kernels> BudgetFit<'_, D> {
     }
 
     /// How much of the device's memory is missing with these tables, and how much RAM it takes at least.
-    fn lacking(&self, model: &Model, tables: Tables) -> Result<(usize, usize)> {
-        let (model, overhead) = self.with(model, tables)?;
+    fn lacking(&self, model: &Model, capacity: Capacity, tables: Tables) -> Result<(usize, usize)> {
+        let (model, overhead) = self.with(model, capacity, tables)?;
         let units = model.units_for(self.device.precision());
         let least = self.budget.least_with(model.source(), &units, overhead, self.settings)?;
         let device = least.device_bytes.zip(self.budget.device_bytes);
         let device = device.map(|(least, given)| least.saturating_sub(given));
         Ok((device.unwrap_or(0), least.host_bytes))
-    }
-
-    /// The fastest of all tables: their place and the tiers go to the model.
-    fn fastest(&self, model: &mut Model) -> Result<Settings> {
-        let plans = Tables::ALL.into_iter().filter_map(|tables| self.plan(model, tables).ok());
-        let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);
-        // Where none fits, the error of that which lacks least of the device's memory, then of RAM.
-        let lacking = |tables: Tables| self.lacking(model, tables).unwrap_or((usize::MAX, usize::MAX));
-        let nearest = || Tables::ALL.into_iter().min_by_key(|tables| lacking(*tables)).unwrap_or_default();
-        let (fitted, settings, _) = best.map_or_else(|| self.plan(model, nearest()), Ok)?;
-        *model = fitted;
-        Ok(settings)
     }
 }

@@ -26,6 +26,7 @@ mod workspace;
 pub use batch::Sequence;
 pub use config::{ModelConfig, Multipliers, Rope, SoftCaps};
 pub use decoder::Decoder;
+pub use fit::Fit;
 pub use generate::Choice;
 pub use generation_config::SuggestedSampling;
 pub use sampling::{Sampler, Sampling};

@@ -14,7 +14,11 @@ use std::{collections::BTreeMap, fmt};
 use candidates::Candidates;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use super::buffers::HEAD_BLOCK;
+use crate::{
+    error::{Error, Result},
+    plan::{Part, Purpose},
+};
 
 /// How tokens are drawn. The defaults have no effect: every token is drawn with the probability that the model gives it.
 ///
@@ -141,6 +145,10 @@ struct History {
 struct TokenSet(Vec<u64>);
 
 impl TokenSet {
+    fn bytes(vocab: usize) -> usize {
+        vocab.div_ceil(64) * size_of::<u64>()
+    }
+
     /// An empty one, in the same memory if there is some.
     fn clear(&mut self, vocab: usize) {
         self.0.clear();
@@ -169,6 +177,14 @@ impl Sampler {
             return Err(Error::setting("vocab", format!("is {vocab} tokens")));
         }
         Ok(Self { sampling, vocab, sequences: BTreeMap::new(), candidates: Candidates::default(), logits: Vec::new() })
+    }
+
+    /// What it takes of RAM at most, for so many sequences at once.
+    pub fn memory(&self, sequences: usize) -> Part {
+        let logits = HEAD_BLOCK.min(sequences) * size_of::<f32>();
+        let tokens = self.vocab.saturating_mul(logits + Candidates::BYTES);
+        let sets = TokenSet::bytes(self.vocab).saturating_mul(2).saturating_mul(sequences);
+        Part { purpose: Purpose::Sampler, bytes: tokens.saturating_add(sets) }
     }
 
     /// How it draws.

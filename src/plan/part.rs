@@ -47,6 +47,10 @@ pub enum Purpose {
     EmbeddingRows,
     /// Events for a picture of the run.
     Trace,
+    /// A host's tokenizer.
+    Tokenizer,
+    /// What tokens are drawn at random with.
+    Sampler,
 }
 
 impl Purpose {
@@ -55,7 +59,7 @@ impl Purpose {
         match self {
             Self::Slots { tier, .. } | Self::Kept { tier, .. } => *tier == Tier::Gpu,
             Self::Staging | Self::Statics | Self::KvCache { .. } | Self::Activations | Self::Scratch => true,
-            Self::Tokens | Self::EmbeddingRows | Self::Trace => false,
+            Self::Tokens | Self::EmbeddingRows | Self::Trace | Self::Tokenizer | Self::Sampler => false,
         }
     }
 }
@@ -83,6 +87,8 @@ impl fmt::Display for Purpose {
             Self::Tokens => "tokens on their way".into(),
             Self::EmbeddingRows => "embedding rows on their way".into(),
             Self::Trace => "the trace".into(),
+            Self::Tokenizer => "tokenizer".into(),
+            Self::Sampler => "drawing tokens".into(),
         };
         f.pad(&text)
     }

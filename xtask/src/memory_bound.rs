@@ -19,7 +19,7 @@ use crate::run::{self, Failure, Run};
 
 /// Check that the memory which `generate` says it takes, and 64 MiB, bounds what it takes.
 ///
-/// Makes a checkpoint of the shape below the folder, or takes the one that is there, and generates four tokens from it: with
+/// Makes a checkpoint of the shape below the folder, or takes the model that is there, and generates four tokens from it: with
 /// settings of its own, within two budgets, and within what a control group leaves, where one can be set.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -29,7 +29,7 @@ pub struct Options {
     /// Where the checkpoint lies or is made, as FOLDER/SHAPE
     #[arg(value_parser = run::absolute)]
     folder: PathBuf,
-    /// A shape that `layer-streamer make-checkpoint` knows
+    /// A shape that `layer-streamer make-checkpoint` knows, or the name of a model's folder that is there
     shape: String,
     /// Further options of `make-checkpoint`
     #[arg(last = true)]
@@ -104,13 +104,17 @@ impl Check<'_> {
             }
             [] => run::command(self.program, &[]),
         };
-        command.arg("generate").args(self.options()).args(["--print-ids", "--json"]);
+        command.arg("generate").args(self.options()).arg("--json");
         command
     }
 
-    /// Which model runs on what, and how many tokens there are.
+    /// Which model runs on what, and how many tokens there are; in words, where it has a tokenizer.
     fn options(&self) -> Vec<OsString> {
-        let options = "--device cpu --prompt-ids 1,2,3 --max-new-tokens 4".split(' ').map(OsString::from);
+        let prompt: &[&str] = match self.model.join("tokenizer.json").exists() {
+            true => &["What is the capital of France?"],
+            false => &["--prompt-ids", "1,2,3"],
+        };
+        let options = ["--device", "cpu", "--max-new-tokens", "4"].iter().chain(prompt).map(OsString::from);
         options.chain(["--model".into(), self.model.into()]).collect()
     }
 

@@ -24,7 +24,7 @@ use crate::{
     prompt::Source,
     run::{self, Answer, End, Limits, Loaded, Report},
     sampling::SamplingOptions,
-    text::Text,
+    text::{self, Text},
     waiting::Waiting,
 };
 
@@ -122,8 +122,10 @@ fn run_on<D: Kernels>(
         }
     }
     let timeline = trace.as_ref().map(|_| Timeline::new());
+    let tokenizer = prompt.text.as_ref().and_then(|_| text::memory(&placing.model, &model));
+    let own = tokenizer.into_iter().chain(sampler.as_ref().map(|sampler| sampler.memory(1))).collect();
     let Loaded { mut decoder, settings, parts, probe } =
-        run::load(device, placing, &mut model, context, timeline.as_ref())?;
+        run::load(device, placing, &mut model, context, own, timeline.as_ref())?;
     let limits = Limits { most: placing.max_new_tokens, stop: &stop_tokens };
     let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
     let answer = Answer::new(in_words, stop, !json);

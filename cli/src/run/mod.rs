@@ -40,20 +40,23 @@ pub struct Loaded<D: Kernels> {
     pub probe: Option<Probe>,
 }
 
-/// Places the model and reserves its memory, for one sequence of `context` tokens; says on stderr what that takes.
+/// Places the model and reserves its memory, for one sequence of `context` tokens; says on stderr what that takes, with what the
+/// program takes itself, `own`.
 pub fn load<D: Kernels>(
     device: &D,
     placing: &Placing,
     model: &mut Model,
     context: usize,
+    mut own: Vec<Part>,
     timeline: Option<&Arc<Timeline>>,
 ) -> Result<Loaded<D>, Failure> {
+    own.extend(timeline.map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
     // What the links carry is shown in the picture too.
     let measure = if timeline.is_some() { Measure::Always } else { Measure::IfItCounts };
-    let (settings, probe) = placing.settle(device, model, context, measure)?;
+    let (settings, probe) = placing.settle(device, model, context, &own, measure)?;
     placing.tell(probe.as_ref(), placing.probe);
     let mut parts = Decoder::memory(device, model, &settings, 1, context)?;
-    parts.extend(timeline.map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
+    parts.extend(own);
     if !placing.quiet {
         print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
     }

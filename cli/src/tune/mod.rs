@@ -22,7 +22,7 @@ use layer_streamer::{
     Error, Settings,
     files::NewFile,
     kernels::Kernels,
-    model::{Decoder, Model, Sequence},
+    model::{Decoder, Fit, Model, Sequence},
     plan::{Bandwidths, Placement, Tier},
     trace::{
         Observer, Stage,
@@ -39,6 +39,7 @@ use crate::{
     hub::{self, ModelFolder},
     interrupt::{self, Interrupts},
     placing::checkpoint_id,
+    text,
 };
 
 /// Find the fastest way to decode with a model within an amount of memory, by measuring
@@ -280,17 +281,20 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
     values.validate()?;
     let mut model = Model::open(&options.model)?;
     let context = context(options, &model);
+    // What is found is for runs with a tokenizer.
+    let overhead = budget::overhead(&Vec::from_iter(text::memory(&options.model, &model)));
+    let fit = |budget| Fit { overhead, ..Fit::new(device, budget, 1, context) };
     // A search that goes on has the memory that it began with: what is free varies.
     let begun = options.json.as_deref().filter(|path| path.exists()).map(Record::read).transpose()?;
     let is_auto = |amount: Option<Amount>| amount.is_none_or(|amount| amount == Amount::Auto);
     let known = begun.and_then(|record| record.budget.zip(record.bandwidths));
     let known = known.filter(|_| is_auto(options.vram) && is_auto(options.ram));
     let (budget, (settings, bandwidths)) = match known {
-        Some((budget, known)) => (budget, (Decoder::fit(device, &mut model, budget, known, 1, context)?, known)),
+        Some((budget, known)) => (budget, (Fit { bandwidths: known, ..fit(budget) }.fastest(&mut model)?, known)),
         None => {
             let budget = budget::budget(device, options.vram, options.ram)?;
             let measure = if options.no_probe { Measure::Never } else { Measure::IfItCounts };
-            let (settings, probe) = budget::fit(device, &mut model, budget, context, measure)?;
+            let (settings, probe) = budget::fastest(fit(budget), &mut model, measure)?;
             (budget, (settings, probe.map_or_else(Bandwidths::default, |probe| probe.bandwidths())))
         }
     };
@@ -303,7 +307,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
     };
     let candidates = Candidates::new(candidate(&model, &settings)?, &values, |settings| {
         let mut model = model.clone();
-        Decoder::fit_with(device, &mut model, budget, bandwidths, 1, context, settings)?;
+        Fit { bandwidths, settings: Some(settings), ..fit(budget) }.fastest(&mut model)?;
         candidate(&model, settings)
     })?;
     let chosen = ["--device", name].into_iter().filter(|_| options.device.is_none());

@@ -36,6 +36,9 @@ pub(super) struct Candidates {
 }
 
 impl Candidates {
+    /// What it takes for each token of the vocabulary.
+    pub(super) const BYTES: usize = 2 * size_of::<Candidate>();
+
     /// Begins with all tokens, by their logits, none NaN or +∞, but those with -∞.
     pub(super) fn fill(&mut self, logits: impl ExactSizeIterator<Item = f64>) {
         self.kept.clear();
@@ -150,9 +153,9 @@ impl Candidates {
         all
     }
 
-    /// Where its memory lies.
+    /// Where its memory lies, and how many bytes that are.
     #[cfg(test)]
-    pub(super) fn memory(&self) -> [usize; 2] {
-        [self.kept.as_ptr().addr(), self.order.as_ptr().addr()]
+    pub(super) fn memory(&self) -> [(usize, usize); 2] {
+        [&self.kept, &self.order].map(|of| (of.as_ptr().addr(), of.capacity() * size_of::<Candidate>()))
     }
 }

@@ -285,7 +285,7 @@ fn tokens_are_drawn_as_often_as_their_probabilities_say() {
 }
 
 #[test]
-fn the_first_draw_is_the_last_that_allocates() {
+fn the_first_draw_is_the_last_that_allocates_and_takes_what_was_said() {
     let logits: Vec<f32> = (0..3000).map(|i| (i * 7919 % 997) as f32 / 200.0).collect();
     let sampling =
         Sampling { top_k: 2000, top_p: 0.95, repetition_penalty: 1.1, presence_penalty: 0.1, ..Sampling::default() };
@@ -293,14 +293,17 @@ fn the_first_draw_is_the_last_that_allocates() {
     sampler.begin(0, &[1, 2, 3]).unwrap();
     let memory = |sampler: &Sampler| {
         let History { seen, chosen, .. } = &sampler.sequences[&0];
-        [seen.0.as_ptr(), chosen.0.as_ptr()]
-            .map(|at| at.addr())
+        [seen, chosen]
+            .map(|set| (set.0.as_ptr().addr(), 8 * set.0.capacity()))
             .into_iter()
             .chain(sampler.candidates.memory())
             .collect()
     };
     sampler.choose(0, &logits).unwrap();
-    let before: Vec<usize> = memory(&sampler);
+    let before: Vec<(usize, usize)> = memory(&sampler);
+    let logits_of_a_decoder = 3000 * 4;
+    let taken: usize = before.iter().map(|(_, bytes)| bytes).sum();
+    assert_eq!(taken + logits_of_a_decoder, sampler.memory(1).bytes);
     for _ in 0..200 {
         sampler.choose(0, &logits).unwrap();
     }
