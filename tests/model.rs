@@ -124,6 +124,24 @@ fn after_a_pass_that_failed_there_are_no_logits_and_the_sequence_goes_on_where_i
 }
 
 #[test]
+fn a_cancel_ends_a_pass_before_the_next_block_of_tokens_even_in_the_last_layer() {
+    let model = Model::open(data("qwen2-tied")).unwrap();
+    let mut decoder = decoder(&model, 1, 400);
+    let (layers, ids) = (model.config.layers, (0..390u32).map(|i| 3 + i * 7919 % 300).collect::<Vec<_>>());
+    let canceller = decoder.streamer().canceller();
+    decoder.streamer().track_progress(move |progress| {
+        if progress.done == layers {
+            canceller.cancel();
+        }
+    });
+    let batch = [Sequence { row: 0, tokens: &ids }];
+    assert!(matches!(decoder.forward(&batch), Err(Error::Cancelled)));
+    assert_eq!(decoder.length(0), 0);
+    decoder.streamer().track_progress(|_| {});
+    decoder.forward(&batch).unwrap();
+}
+
+#[test]
 fn an_embedding_whose_file_becomes_shorter_is_an_error_and_the_next_pass_works() {
     const NAME: &str = "model.embed_tokens.weight";
     let folder = support::folder();

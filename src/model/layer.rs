@@ -46,7 +46,10 @@ pub(super) struct LayerMath<'a, D: Kernels> {
 impl<D: Kernels> LayerMath<'_, D> {
     /// Sends the pass's tokens through a layer, block by block.
     pub(super) fn layer(&self, layer: &Layer<'_, D>) -> Result<()> {
-        self.pass.blocks().try_for_each(|block| self.block(layer, block))
+        self.pass.blocks().try_for_each(|block| {
+            layer.check_cancelled()?;
+            self.block(layer, block)
+        })
     }
 
     fn block(&self, layer: &Layer<'_, D>, block: Block) -> Result<()> {

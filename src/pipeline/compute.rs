@@ -133,6 +133,10 @@ impl<D: Device> ComputeSide<D> {
         })
     }
 
+    pub(super) fn check_cancelled(&self) -> Result<()> {
+        if self.control.is_cancelled(self.epoch) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
     /// Waits for the next unit; `stream` will not run ahead of its arrival.
     pub(super) fn next(&mut self, stream: &D::Stream) -> Result<(Taken, Progress)> {
         if let Some(error) = &self.failed {
@@ -362,6 +366,14 @@ impl<'s, D: Device> Layer<'s, D> {
     fn tensor_at(&self, index: usize) -> Result<TensorRef<'_, D>> {
         let tensor = self.streamer.tensor_at(self.taken, index)?;
         Ok(tensor.only_on(self.streamer.device.stream_id(self.stream)))
+    }
+
+    /// For a layer function that computes for long, which nothing else ends early: it asks now and then.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] if the pass was [cancelled](LayerStreamer::canceller).
+    pub fn check_cancelled(&self) -> Result<()> {
+        self.streamer.compute.borrow().check_cancelled()
     }
 
     /// The layer as a value that borrows neither the streamer nor the stream.

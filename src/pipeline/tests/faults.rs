@@ -225,11 +225,13 @@ fn a_pass_cancelled_at_any_unit_ends_there_and_the_next_is_exact() {
                     for elsewhere in [false, true] {
                         let pass = streamer.run_pass(&streams[0], 0, |count, layer| {
                             case.verify(layer, &streams[0]);
+                            layer.check_cancelled()?;
                             if layer.index() == at && elsewhere {
                                 thread::scope(|scope| _ = scope.spawn(|| canceller.cancel()));
                             } else if layer.index() == at {
                                 canceller.cancel();
                             }
+                            assert_eq!(layer.check_cancelled().is_err(), layer.index() == at);
                             assert!(layer.index() <= at, "it went on");
                             Ok(count + 1)
                         });
