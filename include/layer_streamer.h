@@ -527,9 +527,9 @@ typedef struct ls_layer {
 // Called by ls_run_pass for each layer in order. It enqueues its work on the stream that ls_run_pass was given, and returns
 // 0; anything else ends the pass with LS_CALLBACK. `layer` is released when it returns.
 //
-// In it ls_layer_index, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin, ls_streamer_stats, kernels on the
-// stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither longjmp nor an exception may
-// leave it.
+// In it ls_layer_index, ls_layer_check_cancelled, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin,
+// ls_streamer_stats, kernels on the stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither
+// longjmp nor an exception may leave it.
 typedef int32_t (*ls_layer_fn)(void *user, struct ls_layer layer);
 
 // One block of tokens of several sequences, and where their keys and values lie: sequence i owns tokens q_offsets[i] to
@@ -801,6 +801,9 @@ ls_status ls_release_layer(struct ls_layer layer,
 
 // The layer's number in the pass, from 0.
 ls_status ls_layer_index(struct ls_layer layer, size_t *index);
+
+// LS_CANCELLED if the layer's pass was cancelled, for work on a layer that takes long: nothing else ends it early.
+ls_status ls_layer_check_cancelled(struct ls_layer layer);
 
 // The layer's tensor called `name`, or LS_NO_TENSOR. Its memory is the library's: to be read, by work on the layer's stream,
 // until the layer is released.

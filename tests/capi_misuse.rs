@@ -691,7 +691,10 @@ fn the_log_tells_what_was_opened_and_what_went_wrong_each_with_a_level() {
         tells(&opened, warning, "is read through the page cache alone: ");
 
         let layer = made(|to| ls_next_layer(streamer, stream, to));
+        assert_eq!((ls_layer_check_cancelled(layer), ls_cancel(streamer)), (LS_OK, LS_OK));
+        assert_eq!(ls_layer_check_cancelled(layer), LS_CANCELLED);
         assert_eq!((ls_release_layer(layer, stream), ls_rewind(streamer)), (LS_OK, LS_OK));
+        assert_eq!(ls_layer_check_cancelled(layer), LS_CLOSED);
         let rewound = said();
         assert_eq!(rewound.len(), 1, "{rewound:?}");
         tells(&rewound, info, "rewound");

@@ -100,9 +100,9 @@ pub unsafe extern "C" fn ls_tensor_bytes(tensor: *const ls_tensor, bytes: *mut u
 /// Called by ls_run_pass for each layer in order. It enqueues its work on the stream that ls_run_pass was given, and returns
 /// 0; anything else ends the pass with LS_CALLBACK. `layer` is released when it returns.
 ///
-/// In it ls_layer_index, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin, ls_streamer_stats, kernels on the
-/// stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither longjmp nor an exception may
-/// leave it.
+/// In it ls_layer_index, ls_layer_check_cancelled, ls_layer_tensor, ls_layer_tensor_at, ls_streamer_unit and its kin,
+/// ls_streamer_stats, kernels on the stream and ls_cancel may be called; any other call on the streamer returns LS_BUSY. Neither
+/// longjmp nor an exception may leave it.
 pub type ls_layer_fn = Option<unsafe extern "C" fn(user: *mut c_void, layer: ls_layer) -> i32>;
 
 /// Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
@@ -165,6 +165,12 @@ pub unsafe extern "C" fn ls_layer_index(layer: ls_layer, index: *mut usize) -> l
         unsafe { to.write(unit) };
         Ok(())
     })
+}
+
+/// LS_CANCELLED if the layer's pass was cancelled, for work on a layer that takes long: nothing else ends it early.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_layer_check_cancelled(layer: ls_layer) -> ls_status {
+    ffi(|| look(layer, |streamer, _| Ok(streamer.streamer.check_cancelled()?)))
 }
 
 /// The layer's tensor called `name`, or LS_NO_TENSOR. Its memory is the library's: to be read, by work on the layer's stream,

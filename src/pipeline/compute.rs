@@ -373,7 +373,7 @@ impl<'s, D: Device> Layer<'s, D> {
     /// # Errors
     /// [`Error::Cancelled`] if the pass was [cancelled](LayerStreamer::canceller).
     pub fn check_cancelled(&self) -> Result<()> {
-        self.streamer.compute.borrow().check_cancelled()
+        self.streamer.check_cancelled()
     }
 
     /// The layer as a value that borrows neither the streamer nor the stream.

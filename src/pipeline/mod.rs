@@ -376,6 +376,11 @@ impl<D: Device> LayerStreamer<D> {
         self.compute.borrow_mut().release(taken, stream)
     }
 
+    /// As [`Layer::check_cancelled`].
+    pub(crate) fn check_cancelled(&self) -> Result<()> {
+        self.compute.borrow().check_cancelled()
+    }
+
     /// Something with which another thread can cancel the pass under way.
     pub fn canceller(&self) -> Canceller {
         Canceller(self.control.clone())
