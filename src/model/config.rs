@@ -113,10 +113,8 @@ fn language_model(config: &Map<String, Value>) -> Option<(Family, Map<String, Va
         text.insert("model_type".into(), format!("{whole}_text").into());
     }
     // What the whole says counts for the text, unless that has its own.
-    for key in ["eos_token_id", "quantization_config"] {
-        if let (Some(value), false) = (config.get(key), text.contains_key(key)) {
-            text.insert(key.into(), value.clone());
-        }
+    if let (Some(stop), false) = (config.get("eos_token_id"), text.contains_key("eos_token_id")) {
+        text.insert("eos_token_id".into(), stop.clone());
     }
     // Of the heads the whole decides.
     match config.get("tie_word_embeddings") {
@@ -157,9 +155,7 @@ impl ModelConfig {
         let [heads, kv_heads, head_dim] = heads(&keys)?;
         let rms_eps = keys.number("rms_norm_eps")?.ok_or_else(|| ConfigFault::Wrong("rms_norm_eps is null".into()))?;
         within("rms_norm_eps", rms_eps, rms_eps >= 0.0)?;
-        if keys.flag("use_bidirectional_attention")? && family.caps != Caps::None {
-            return Err(ConfigFault::Unsupported("use_bidirectional_attention".into()));
-        }
+        refuse_later_tokens(&family, &keys)?;
         let ropes = rope::ropes(family.rope, &keys, head_dim)?;
         let unrotated = match family.rope {
             RopeRule::SomeLayers => layers::unrotated(&keys)?,
@@ -254,6 +250,20 @@ impl ModelConfig {
         let all = matrices.chain(vectors.into_iter().map(|(there, name, len)| (there, name, vec![len])));
         all.filter_map(|(there, name, shape)| there.then_some((name, shape))).collect()
     }
+}
+
+/// Refuses a model whose tokens see those after them too: it makes embeddings, and continues no text.
+fn refuse_later_tokens(family: &Family, keys: &Keys<'_>) -> Result<(), ConfigFault> {
+    let refusal = |key| Err(ConfigFault::Unsupported(format!("attention to later tokens ({key})")));
+    // Null is not true either.
+    if keys.has("is_causal") && !keys.flag("is_causal")? {
+        return refusal("is_causal");
+    }
+    // Gemma alone has this key.
+    if family.caps != Caps::None && keys.flag("use_bidirectional_attention")? {
+        return refusal("use_bidirectional_attention");
+    }
+    Ok(())
 }
 
 /// Query heads, key heads and their width.

@@ -65,6 +65,11 @@ impl<'a> Keys<'a> {
         Self { given, fallbacks }
     }
 
+    /// Whether a key is there, if only as null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.given.contains_key(key)
+    }
+
     /// The value of a key that is there and not null.
     pub(super) fn given(&self, key: &str) -> Option<&'a Value> {
         self.given.get(key).filter(|value| !value.is_null())
@@ -72,7 +77,7 @@ impl<'a> Keys<'a> {
 
     /// The default of a key that is absent. One that is null has none.
     fn fallback(&self, key: &str) -> Option<Fallback> {
-        let found = self.fallbacks.iter().find(|(name, _)| *name == key && !self.given.contains_key(key));
+        let found = self.fallbacks.iter().find(|(name, _)| *name == key && !self.has(key));
         found.map(|(_, fallback)| *fallback)
     }
 

@@ -146,6 +146,24 @@ fn numbers_that_cannot_be_computed_with_are_refused_by_key() {
 }
 
 #[test]
+fn a_model_whose_tokens_see_later_ones_is_refused() {
+    let config = |family: &str, key: &str, value: Value| {
+        let mut config = Map::from_iter([("num_hidden_layers".into(), 2.into())]);
+        config.insert(key.into(), value);
+        let family = FAMILIES.into_iter().find(|known| known.model_type == family).unwrap();
+        ModelConfig::of(family, &config).map_err(|fault| format!("{fault:?}"))
+    };
+    for family in FAMILIES {
+        for value in [false.into(), Value::Null] {
+            assert!(config(family.model_type, "is_causal", value).unwrap_err().contains("later tokens (is_causal)"));
+        }
+        assert!(config(family.model_type, "is_causal", true.into()).is_ok());
+        let refused = config(family.model_type, "use_bidirectional_attention", true.into()).is_err();
+        assert_eq!(refused, family.model_type.starts_with("gemma"), "{}", family.model_type);
+    }
+}
+
+#[test]
 fn what_is_absent_has_the_default_of_the_class_and_what_is_null_has_not() {
     let without = |key: &str, changes: Value| {
         let mut changes = changes;
