@@ -95,6 +95,12 @@ fn a_message_may_have_several_lines() {
 }
 
 #[test]
+fn what_begins_with_a_space_is_a_message_even_if_it_reads_like_a_command() {
+    let model = chat_model("{{ messages[-1].content | replace(' /exit', '4096=') }}");
+    assert_eq!(answers(model.path(), &["--quiet"], " /exit\n/exit \nnever read\n"), ANSWER);
+}
+
+#[test]
 fn a_conversation_is_saved_and_goes_on_from_its_file() {
     let model = chat_model(TEMPLATE);
     let file = model.path().join("saved.json");

@@ -133,11 +133,12 @@ fn converse<D: Kernels>(input: &mut Input, mut conversation: Conversation<'_, D>
         wait_for_user(input.is_terminal());
         input.message()?
     } {
-        let done = match message.trim().split_once(char::is_whitespace).unwrap_or((message.trim(), "")) {
+        let words = message.trim();
+        let done = match words.split_once(char::is_whitespace).unwrap_or((words, "")) {
+            _ if words.is_empty() => Ok(()),
+            _ if !message.starts_with('/') => conversation.say(message),
             ("/exit" | "/quit", _) => return Ok(()),
-            _ if message.trim().is_empty() => Ok(()),
-            (command, words) if message.starts_with('/') => obey(&mut conversation, command, words.trim()),
-            _ => conversation.say(message),
+            (command, words) => obey(&mut conversation, command, words.trim()),
         };
         if conversation.is_unread() {
             return Ok(());
