@@ -112,8 +112,13 @@ impl Placing {
 
     /// How many tokens the KV cache holds, where the prompt has so many.
     pub fn context(&self, prompt: usize, model: &Model) -> Result<usize, Failure> {
-        let wanted = prompt.saturating_add(self.max_new_tokens);
-        let context = self.context.unwrap_or_else(|| wanted.clamp(1, model.config.max_positions).max(prompt));
+        let (wanted, most) = (prompt.saturating_add(self.max_new_tokens), model.config.max_positions);
+        if prompt > most {
+            return Err(
+                format!("the prompt is {prompt} tokens long, this model takes {most}; give a shorter one").into()
+            );
+        }
+        let context = self.context.unwrap_or(wanted.clamp(1, most));
         if prompt > context {
             return Err(format!("the prompt is {prompt} tokens long, the context {context}; raise --context").into());
         }

@@ -20,7 +20,7 @@ pub struct SamplingOptions {
     temperature: Option<f64>,
 
     /// Keep the K most likely tokens; 0 is all
-    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    #[arg(long, value_name = "K", help_heading = "Sampling", allow_negative_numbers = true)]
     top_k: Option<usize>,
 
     /// Keep the most likely tokens that together reach probability P
@@ -40,7 +40,7 @@ pub struct SamplingOptions {
     presence_penalty: Option<f64>,
 
     /// The same seed gives the same text [default: drawn, and printed with the figures]
-    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    #[arg(long, value_name = "N", help_heading = "Sampling", allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 

@@ -385,7 +385,7 @@ fn bad_arguments_are_refused_by_name() {
         (&["--context", "3", "4096="], &["5 tokens", "context 3", "--context"]),
         (&["--context", "0", "4096="], &["context 0"]),
         (&["--context", "1000", "4096="], &["context", "1 to 128"]),
-        (&[&long], &["tokens", "128"]),
+        (&[&long], &["the prompt is 220 tokens long", "this model takes 128", "shorter"]),
         (&["--model", "/nowhere/at/all", "1="], &["/nowhere/at/all/config.json", "No such file"]),
         (&["--vram", "1GB", "1="], &["--vram", "cpu", "--ram alone"]),
         (&["--ram", "1GB", "--n-gpu", "1", "1="], &["--vram and --ram", "your own"]),

@@ -115,7 +115,9 @@ fn values_out_of_range_are_refused_by_name_before_anything_is_loaded() {
         (["--repetition-penalty", "0"], "repetition_penalty: is 0"),
         (["--presence-penalty", "-3"], "presence_penalty: is -3"),
         (["--top-k", "half"], "--top-k"),
+        (["--top-k", "-1"], "'-1' for '--top-k"),
         (["--seed", "1.5"], "--seed"),
+        (["--seed", "-1"], "'-1' for '--seed"),
     ] {
         let refused = generate(&speller(), &arguments);
         let said = text(&refused.stderr);
