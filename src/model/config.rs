@@ -3,6 +3,7 @@
 //! counts that counts there.
 
 mod families;
+mod generation;
 mod keys;
 mod layers;
 mod rope;
@@ -13,12 +14,12 @@ use std::path::Path;
 
 use families::{Biases, Caps, FAMILIES, MINISTRAL, RopeRule};
 pub(crate) use families::{Family, HeadNorm, Norms};
-use keys::{ConfigFault, Keys, stop_tokens, within};
+pub use generation::SuggestedSampling;
+use keys::{ConfigFault, Keys, within};
 use layers::LayerSet;
 pub use rope::Rope;
 use serde_json::{Map, Value};
 
-use super::generation_config::{SuggestedSampling, suggested};
 use crate::error::{Error, Result};
 
 /// A decoder-only model's dimensions and constants.
@@ -146,7 +147,8 @@ impl ModelConfig {
             });
         };
         let config = Self::of(family, &config).map_err(|fault| fault.at(&path))?;
-        Ok(Self { stop: stop_tokens(folder, config.stop)?, suggested: suggested(folder)?, ..config })
+        let (stop, suggested) = generation::read(folder)?;
+        Ok(Self { stop: stop.unwrap_or(config.stop), suggested, ..config })
     }
 
     /// What the file says of a model of this family; its own stop tokens.

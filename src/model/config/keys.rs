@@ -11,9 +11,6 @@ use crate::{
     files,
 };
 
-/// Far more than any configuration has.
-const MOST_BYTES: u64 = 4 << 20;
-
 /// The most layers, heads, tokens and so on that a configuration may speak of.
 const MOST: u64 = u32::MAX as u64;
 
@@ -208,7 +205,7 @@ impl OneOrMany {
 }
 
 /// The object that a file holds.
-fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
+pub(super) fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
     let malformed = |error| Error::checkpoint(path, format!("is no valid JSON: {error}"));
     match serde_json::from_slice(text).map_err(malformed)? {
         Value::Object(object) => Ok(object),
@@ -218,16 +215,7 @@ fn parse(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
 
 /// What `config.json` says.
 pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
-    let text = files::read_small(path, MOST_BYTES)?;
+    let text = files::read_small(path, files::LONGEST_CONFIG)?;
     let text = text.ok_or_else(|| Error::io("read", path)(io::Error::from_raw_os_error(libc::ENOENT)))?;
     parse(path, &text)
-}
-
-/// `eos_token_id` of `generation_config.json`, else of `config.json`.
-pub(super) fn stop_tokens(folder: &Path, of_config: Vec<u32>) -> Result<Vec<u32>> {
-    let path = folder.join("generation_config.json");
-    let Some(text) = files::read_small(&path, MOST_BYTES)? else { return Ok(of_config) };
-    let object = parse(&path, &text)?;
-    let stop = Keys::new(&object, &[]).stop().map_err(|fault| fault.at(&path))?;
-    Ok(stop.unwrap_or(of_config))
 }

@@ -1,17 +1,15 @@
-//! What `generation_config.json` of a Hugging Face folder suggests to those who sample.
+//! What `generation_config.json` of a Hugging Face folder says: which tokens end a text, and what it suggests to those who sample.
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::sampling::Sampling;
+use super::keys::{Keys, parse};
 use crate::{
     error::{Error, Result},
     files,
+    model::sampling::Sampling,
 };
-
-/// Far more than any such file has.
-const MOST_BYTES: u64 = 4 << 20;
 
 /// How a model's makers would have its tokens chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -23,19 +21,19 @@ pub struct SuggestedSampling {
     pub sampling: Sampling,
 }
 
-/// What a folder suggests; without the file it is nothing.
+/// The tokens that end a text, if the folder's file names any, and what it suggests; without the file it is nothing.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] that names the file and the key at fault, or [`Error::Io`].
-pub(super) fn suggested(folder: &Path) -> Result<SuggestedSampling> {
+pub(super) fn read(folder: &Path) -> Result<(Option<Vec<u32>>, SuggestedSampling)> {
     let path = folder.join("generation_config.json");
-    let Some(text) = files::read_small(&path, MOST_BYTES)? else { return Ok(SuggestedSampling::default()) };
-    let file: Value = serde_json::from_slice(&text)
-        .map_err(|e| Error::checkpoint(&path, format!("is no valid generation configuration: {e}")))?;
-    of(&file).map_err(|cause| Error::checkpoint(&path, cause))
+    let Some(text) = files::read_small(&path, files::LONGEST_CONFIG)? else { return Ok(Default::default()) };
+    let file = parse(&path, &text)?;
+    let stop = Keys::new(&file, &[]).stop().map_err(|fault| fault.at(&path))?;
+    Ok((stop, suggested(&file).map_err(|cause| Error::checkpoint(&path, cause))?))
 }
 
-fn of(file: &Value) -> Result<SuggestedSampling, String> {
+fn suggested(file: &Map<String, Value>) -> Result<SuggestedSampling, String> {
     let mut found = SuggestedSampling::default();
     let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, .. } = &mut found.sampling;
     take(file, "do_sample", "true or false", Value::as_bool, &mut found.do_sample)?;
@@ -49,7 +47,13 @@ fn of(file: &Value) -> Result<SuggestedSampling, String> {
 }
 
 /// Puts a key's value there, if the file has one.
-fn take<T>(file: &Value, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>, to: &mut T) -> Result<(), String> {
+fn take<T>(
+    file: &Map<String, Value>,
+    key: &str,
+    kind: &str,
+    read: impl Fn(&Value) -> Option<T>,
+    to: &mut T,
+) -> Result<(), String> {
     if let Some(value) = file.get(key).filter(|value| !value.is_null()) {
         *to = read(value).ok_or_else(|| format!("{key}: is {value}, must be {kind}"))?;
     }
@@ -68,12 +72,13 @@ mod tests {
             "eos_token_id": [1, 2], "transformers_version": "4.37.0" });
         let expected =
             Sampling { temperature: 0.7, top_k: 20, top_p: 0.8, repetition_penalty: 1.05, ..Sampling::default() };
-        assert_eq!(of(&qwen).unwrap(), SuggestedSampling { do_sample: true, sampling: expected });
+        let of = |file: &Value| suggested(file.as_object().unwrap()).unwrap();
+        assert_eq!(of(&qwen), SuggestedSampling { do_sample: true, sampling: expected });
         let nulls = json!({ "do_sample": null, "temperature": null, "top_k": null, "min_p": 0.1, "top_p": 1 });
         let expected = Sampling { min_p: 0.1, ..Sampling::default() };
-        assert_eq!(of(&nulls).unwrap(), SuggestedSampling { do_sample: false, sampling: expected });
-        assert_eq!(suggested(Path::new("examples/speller")).unwrap(), SuggestedSampling::default());
-        assert_eq!(suggested(Path::new("tests")).unwrap(), SuggestedSampling::default(), "there is no such file");
+        assert_eq!(of(&nulls), SuggestedSampling { do_sample: false, sampling: expected });
+        assert_eq!(read(Path::new("examples/speller")).unwrap(), (Some(vec![0]), SuggestedSampling::default()));
+        assert_eq!(read(Path::new("tests")).unwrap(), (None, SuggestedSampling::default()), "there is no such file");
     }
 
     #[test]
@@ -92,11 +97,11 @@ mod tests {
             ("repetition_penalty", json!([1.1]), "a number"),
         ] {
             std::fs::write(&path, json!({ key: value }).to_string()).unwrap();
-            let said = suggested(folder.path()).unwrap_err().to_string();
+            let said = read(folder.path()).unwrap_err().to_string();
             assert!(said.contains(&format!("generation_config.json: {key}: is {value}")), "{said}");
             assert!(said.contains(part), "{said}");
         }
         std::fs::write(&path, "{").unwrap();
-        assert!(suggested(folder.path()).unwrap_err().to_string().contains("generation_config.json: is no valid"));
+        assert!(read(folder.path()).unwrap_err().to_string().contains("generation_config.json: is no valid"));
     }
 }
