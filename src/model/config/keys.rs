@@ -38,7 +38,11 @@ impl ConfigFault {
 
 /// [`ConfigFault::Wrong`] unless `holds`, or where the number is too large for F32.
 pub(super) fn within(key: &str, value: f64, holds: bool) -> Result<(), ConfigFault> {
-    if holds && (value as f32).is_finite() { Ok(()) } else { Err(ConfigFault::Wrong(format!("{key} is {value}"))) }
+    if holds && (value as f32).is_finite() {
+        Ok(())
+    } else {
+        Err(ConfigFault::Wrong(format!("{key} is {value}, out of range")))
+    }
 }
 
 /// What a key has that is absent.
@@ -93,9 +97,9 @@ impl<'a> Keys<'a> {
     /// A whole number of at least 1, which must be there.
     pub(super) fn size(&self, key: &str) -> Result<usize, ConfigFault> {
         match self.count(key)? {
-            Some(0) => Err(ConfigFault::Wrong(format!("{key} is 0"))),
+            Some(0) => Err(ConfigFault::Wrong(format!("{key} is 0, expected at least 1"))),
             Some(size) => Ok(size),
-            None => Err(ConfigFault::Wrong(format!("{key} is null"))),
+            None => Err(ConfigFault::Wrong(format!("{key} is null, expected a whole number"))),
         }
     }
 
