@@ -127,11 +127,11 @@ impl Pass {
         self.last() + self.sequences
     }
 
-    /// Writes the words, where row `r` of the KV cache holds `lengths[r]` tokens before the batch.
-    pub(super) fn fill(self, words: &mut [u32], batch: &[Sequence<'_>], lengths: &[usize]) {
+    /// Writes the words, where row `r` of the KV cache holds `length(r)` tokens before the batch.
+    pub(super) fn fill(self, words: &mut [u32], batch: &[Sequence<'_>], length: impl Fn(usize) -> usize) {
         let (pass, mut first) = (self.before..self.before + self.tokens, 0);
         for (i, sequence) in batch.iter().enumerate() {
-            let (after, held) = (first + sequence.tokens.len(), lengths[sequence.row]);
+            let (after, held) = (first + sequence.tokens.len(), length(sequence.row));
             // Those of its tokens that are in the pass.
             let own = first.max(pass.start)..after.min(pass.end);
             if !own.is_empty() {
@@ -164,7 +164,7 @@ mod tests {
 
     fn words(pass: Pass, batch: &[Sequence<'_>]) -> Vec<u32> {
         let mut words = vec![u32::MAX; pass.words()];
-        pass.fill(&mut words, batch, &[9, 0, 4, 2]);
+        pass.fill(&mut words, batch, |row| [9, 0, 4, 2][row]);
         words
     }
 

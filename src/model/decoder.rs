@@ -54,9 +54,7 @@ pub struct Decoder<D: Kernels> {
     pub(super) statics: StaticTensors<D>,
     pub(super) stream: D::Stream,
     pub(super) buffers: Buffers<D>,
-    /// Tokens that each row of the cache holds.
-    pub(super) lengths: Vec<usize>,
-    /// Those tokens.
+    /// The tokens that each row of the cache holds.
     pub(super) held: Vec<Vec<u32>>,
     /// Of a model whose rotary frequencies depend on how long a sequence is.
     pub(super) renewal: Option<Renewal>,
@@ -138,7 +136,6 @@ impl<D: Kernels> Decoder<D> {
             statics,
             stream,
             buffers,
-            lengths: vec![0; capacity.batch],
             held: vec![Vec::new(); capacity.batch],
             renewal: Renewal::of(&model.config, capacity.batch),
             pass: Pass::default(),
@@ -173,7 +170,7 @@ impl<D: Kernels> Decoder<D> {
     /// # Panics
     /// If there is no such row.
     pub fn length(&self, row: usize) -> usize {
-        self.lengths[row]
+        self.held[row].len()
     }
 
     /// The tokens of sequence `row` that the KV cache holds.
@@ -206,12 +203,10 @@ impl<D: Kernels> Decoder<D> {
     /// # Errors
     /// [`Error::Setting`] if there is no such row, or it is shorter.
     pub fn truncate(&mut self, row: usize, length: usize) -> Result<()> {
-        match self.lengths.get_mut(row) {
-            Some(held) if length <= *held => {
-                *held = length;
-                self.held[row].truncate(length);
-            }
+        match self.held.get_mut(row) {
+            Some(held) if length <= held.len() => held.truncate(length),
             Some(held) => {
+                let held = held.len();
                 return Err(Error::setting("truncate", format!("to {length}, but row {row} holds {held} tokens")));
             }
             None => {

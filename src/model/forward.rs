@@ -59,7 +59,6 @@ impl<D: Kernels> Decoder<D> {
         }
         // At the end, so that the tokens of passes before one that failed are forgotten.
         for sequence in batch {
-            self.lengths[sequence.row] += sequence.tokens.len();
             self.held[sequence.row].extend_from_slice(sequence.tokens);
         }
         (self.pass, self.last_logits_there) = (last, self.model.tables.streams_head());
@@ -73,9 +72,9 @@ impl<D: Kernels> Decoder<D> {
         pass: Pass,
         observe: &mut impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
-        let Self { streamer, stream, device, statics, buffers, model, exchange, rows, lengths, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, exchange, rows, held, .. } = self;
         let (work, at, config) = (&buffers.work, &buffers.at, &model.config);
-        pass.fill(exchange.words()?, batch, lengths);
+        pass.fill(exchange.words()?, batch, |row| held[row].len());
         exchange.send(work.write(at.words, 0, &[pass.words()])?, stream)?;
         let shape = [pass.tokens, config.hidden];
         match rows {
@@ -113,7 +112,7 @@ impl<D: Kernels> Decoder<D> {
         }
         let Capacity { batch: cached, context, .. } = self.buffers.capacity;
         for (number, sequence) in batch.iter().enumerate() {
-            let Some(&length) = self.lengths.get(sequence.row) else {
+            let Some(length) = self.held.get(sequence.row).map(Vec::len) else {
                 return Err(Error::setting("row", format!("is {}, the KV cache has {} rows", sequence.row, cached)));
             };
             if batch[..number].iter().any(|other| other.row == sequence.row) {

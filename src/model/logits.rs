@@ -136,10 +136,8 @@ impl<D: Kernels> Decoder<D> {
             let cause = format!("are {}, but the pass before had {} sequences", rows.len(), self.sequences());
             return Err(Error::setting("rows", cause));
         }
-        match rows.iter().find(|&&row| row >= self.lengths.len()) {
-            Some(row) => {
-                Err(Error::setting("rows", format!("have {row}, the KV cache has {} rows", self.lengths.len())))
-            }
+        match rows.iter().find(|&&row| row >= self.held.len()) {
+            Some(row) => Err(Error::setting("rows", format!("have {row}, the KV cache has {} rows", self.held.len()))),
             None => Ok(()),
         }
     }

@@ -32,20 +32,17 @@ impl<D: Kernels> Decoder<D> {
         // Those that come anew hold nothing meanwhile.
         let renewed = || whole_batch.iter().zip(batch).filter(|(whole, given)| whole.tokens.len() > given.tokens.len());
         for (Sequence { row, .. }, _) in renewed() {
-            self.lengths[*row] = 0;
             self.held[*row].clear();
         }
         let passed = self.forward_passes(&whole_batch, observe);
         if passed.is_err() {
             for (Sequence { row, tokens }, given) in renewed() {
-                let held = tokens.len() - given.tokens.len();
-                self.lengths[*row] = held;
-                self.held[*row].extend_from_slice(&tokens[..held]);
+                self.held[*row].extend_from_slice(&tokens[..tokens.len() - given.tokens.len()]);
             }
             return passed;
         }
         if let Some(Renewal(regimes)) = &mut self.renewal {
-            batch.iter().for_each(|s| regimes[s.row] = Some(self.model.config.regime(self.lengths[s.row])));
+            batch.iter().for_each(|s| regimes[s.row] = Some(self.model.config.regime(self.held[s.row].len())));
         }
         Ok(())
     }
@@ -53,17 +50,17 @@ impl<D: Kernels> Decoder<D> {
     /// Sends the frequencies of sequences whose new length changes them. Returns for each sequence that must be computed anew all of
     /// its tokens.
     fn rotated_for(&mut self, batch: &[Sequence<'_>]) -> Result<Vec<Option<Vec<u32>>>> {
-        let Self { renewal, lengths, held, model, buffers, device, stream, .. } = self;
+        let Self { renewal, held, model, buffers, device, stream, .. } = self;
         let Some(Renewal(regimes)) = renewal else { return Ok(vec![None; batch.len()]) };
         let whole = batch.iter().map(|&Sequence { row, tokens: new }| {
-            let length = lengths[row] + new.len();
-            if lengths[row] > 0 && regimes[row] == Some(model.config.regime(length)) {
+            let (before, length) = (&held[row], held[row].len() + new.len());
+            if !before.is_empty() && regimes[row] == Some(model.config.regime(length)) {
                 return Ok(None);
             }
             // Until a pass has succeeded.
             regimes[row] = None;
             buffers.send_frequencies(device, stream, &model.config, (row, length))?;
-            Ok((lengths[row] > 0).then(|| [&held[row], new].concat()))
+            Ok((!before.is_empty()).then(|| [before, new].concat()))
         });
         whole.collect()
     }
