@@ -220,6 +220,10 @@ fn quantised_weights_are_refused_by_their_method_with_what_to_take_instead() {
         (false, Dtype::I8, "SCB", "bitsandbytes"),
         (false, Dtype::U32, "scales", "MLX"),
         (true, Dtype::I32, "weight_packed", "compressed-tensors"),
+        (false, Dtype::I8, "weight_scales", "INT8 with scales"),
+        (true, Dtype::I8, "weight._data", "quanto"),
+        (true, Dtype::U8, "W_q", "HQQ"),
+        (true, Dtype::I16, "codebooks", "AQLM"),
     ] {
         let packed = changed("mistral", |_, tensors| {
             let weight = tensors.remove(&format!("{NAME}weight")).unwrap();
@@ -228,6 +232,9 @@ fn quantised_weights_are_refused_by_their_method_with_what_to_take_instead() {
                 tensors.insert(format!("{NAME}weight"), (dtype, vec![bytes * 8 / dtype.bitsize()], vec![0; bytes]));
             }
             tensors.insert(format!("{NAME}{beside}"), byte(Dtype::U8));
+            if method == "AQLM" {
+                tensors.insert(format!("{NAME}scales"), byte(Dtype::U8));
+            }
         });
         assert_refused(packed.path(), &[&format!("{NAME}weight"), "weights quantised by", method, remedy]);
     }

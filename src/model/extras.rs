@@ -16,7 +16,7 @@ use crate::{
 pub(super) struct Packing(String);
 
 /// What stands in the place of `weight` in the names of tensors of quantised weights, and the methods that store them so.
-const PACKED: [(&str, &str); 12] = [
+const PACKED: [(&str, &str); 11] = [
     ("qweight", "GPTQ or AWQ"),
     ("weight_packed", "compressed-tensors"),
     ("weight.absmax", "bitsandbytes"),
@@ -25,10 +25,10 @@ const PACKED: [(&str, &str); 12] = [
     ("weight_scale", "FP8 or INT8 with scales"),
     ("weight_scales", "INT8 with scales"),
     ("weight._data", "quanto"),
-    ("scales", "MLX, or another method with scales"),
     ("W_q", "HQQ"),
     ("codebooks", "AQLM"),
-    ("codes", "AQLM"),
+    // Last, since others have scales too.
+    ("scales", "MLX, or another method with scales"),
 ];
 
 impl Packing {
