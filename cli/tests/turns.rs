@@ -2,11 +2,16 @@
 
 mod common;
 
-use std::{fs, path::Path, process::Output};
+use std::{
+    env, fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+};
 
 use common::program;
 use serde_json::Value;
-use support::{copy_of, speller};
+use support::{copy_of, data, speller};
 
 /// What a question becomes for a model that spells numbers: `4096` is asked as `4096=`.
 const TEMPLATE: &str = "{% for m in messages %}{{ m.content }}{% endfor %}=";
@@ -103,4 +108,58 @@ fn an_empty_answer_is_explained_even_where_all_else_is_quiet() {
     assert!(out == "\n" && said.contains("--stop names, \" four\""), "{said}");
     let [out, said] = told(&run(&speller(), &["--quiet", "--max-new-tokens", "0", "4096="]));
     assert!(out == "\n" && said.contains("--max-new-tokens is 0"), "{said}");
+}
+
+/// What `chat` answers to these lines, sent through a pipe.
+fn chat(model: &Path, lines: &str) -> String {
+    let mut command = program("chat");
+    command.args(["--device", "cpu", "--no-probe", "--quiet", "--max-new-tokens", "200", "--model"]).arg(model);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()
+}
+
+/// What `generate` answers to a turn of a conversation: to the first by the model's template, to a later one by the whole text.
+fn answer(model: &Path, system: Option<&str>, turn: usize, expected: &Value) -> Value {
+    let mut arguments = vec!["--quiet", "--json", "--max-new-tokens", "200"];
+    match system {
+        _ if turn > 0 => arguments.push("--raw"),
+        Some(system) => arguments.extend(["--system", system]),
+        None => {}
+    }
+    arguments.extend(["--", expected[if turn == 0 { "asked" } else { "prompt" }].as_str().unwrap()]);
+    let [out, said] = told(&run(model, &arguments));
+    serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{said}"))
+}
+
+#[test]
+#[ignore = "takes SmolLM2, which ci/smollm2 makes: LAYER_STREAMER_SMOLLM2 names its folder; .ci/run runs it"]
+fn a_real_chat_model_answers_as_transformers_does() {
+    let model = env::var_os("LAYER_STREAMER_SMOLLM2").expect("LAYER_STREAMER_SMOLLM2 names SmolLM2's folder");
+    let model = PathBuf::from(model);
+    // tests/data/make_answers.py made it, and explains the fields.
+    let stored = fs::read(data("smollm2/answers.json")).unwrap();
+    for conversation in serde_json::from_slice::<Vec<Value>>(&stored).unwrap() {
+        let turns = conversation["turns"].as_array().unwrap();
+        for (turn, expected) in turns.iter().enumerate() {
+            let found = answer(&model, conversation["system"].as_str(), turn, expected);
+            let [tokens, known] = [&found, expected].map(|of| of["tokens"].as_array().unwrap());
+            let same = tokens.iter().zip(known).take_while(|(a, b)| a == b).count();
+            println!("{same} of {} tokens are the same: {}", known.len(), expected["asked"]);
+            assert_eq!(found["prompt_tokens"], expected["ids"], "{expected}");
+            match expected["certain"].as_u64() {
+                Some(certain) => assert!(same as u64 >= certain, "{found} in place of {expected}"),
+                None => {
+                    for key in ["tokens", "end", "text"] {
+                        assert_eq!(found[key], expected[key], "{expected}");
+                    }
+                }
+            }
+        }
+        if turns.len() > 1 {
+            let of_all =
+                |key| turns.iter().map(|turn| turn[key].as_str().unwrap().to_owned() + "\n").collect::<String>();
+            assert_eq!(chat(&model, &of_all("asked")), of_all("text"));
+        }
+    }
 }
