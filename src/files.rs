@@ -5,6 +5,7 @@ use std::{
     ffi::{CString, OsString},
     fs::{self, File, OpenOptions},
     io::{self, Read},
+    mem::MaybeUninit,
     os::{
         fd::AsRawFd,
         unix::{ffi::OsStrExt, fs::OpenOptionsExt},
@@ -143,6 +144,22 @@ fn error_message(contents: &[u8]) -> Option<String> {
         told.filter(|told| told.is_string() && fields.len() <= 3)
     })?;
     Some(told.as_str().map_or_else(|| told.to_string(), str::to_owned))
+}
+
+/// What a file system has for its users, in bytes; `u64::MAX` where it keeps no count (ramfs, some in user space).
+///
+/// # Errors
+/// The operating system's, for a folder that is not there.
+pub fn free_bytes(folder: &Path) -> io::Result<u64> {
+    let folder = File::open(folder)?;
+    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the descriptor is open and `stat` is room for what the call writes.
+    if unsafe { libc::fstatvfs(folder.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so it filled `stat`.
+    let stat = unsafe { stat.assume_init() };
+    Ok(if stat.f_blocks == 0 { u64::MAX } else { stat.f_bavail * stat.f_frsize })
 }
 
 /// A file that has no name until it is whole: whatever ends the process before that leaves nothing behind, and what had the name

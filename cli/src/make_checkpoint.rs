@@ -11,7 +11,6 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, Write as _},
-    mem::MaybeUninit,
     os::{fd::AsRawFd, unix::fs::FileExt, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -24,6 +23,7 @@ use clap::{
     builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
 };
 use indicatif::{DecimalBytes, ProgressBar, ProgressFinish, ProgressStyle};
+use layer_streamer::files;
 use memmap2::MmapMut;
 use serde_json::json;
 
@@ -280,20 +280,6 @@ fn cannot(verb: &str, path: &Path) -> impl Fn(io::Error) -> String {
     move |error| format!("cannot {verb} {}: {error}", path.display())
 }
 
-/// What a file system has for its users, in bytes.
-pub fn free_bytes(dir: &Path) -> io::Result<u64> {
-    let dir = File::open(dir)?;
-    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: the descriptor is open and `stat` is room for what the call writes.
-    if unsafe { libc::fstatvfs(dir.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded, so it filled `stat`.
-    let stat = unsafe { stat.assume_init() };
-    // Some file systems (ramfs, a few in user space) keep no count and report a size of zero.
-    Ok(if stat.f_blocks == 0 { u64::MAX } else { stat.f_bavail * stat.f_frsize })
-}
-
 /// Opens a file of `bytes` bytes for writes past the page cache, or, where one page shows that the file system cannot, for
 /// writes that return when the disk has them: either way no more than the chunks in flight is ever dirty.
 fn create(path: &Path, bytes: u64, page: &[u8]) -> io::Result<File> {
@@ -384,7 +370,7 @@ fn refuse_checkpoint(dir: &Path) -> Result<(), String> {
 }
 
 fn write_all(dir: &Path, shards: &[Shard], side_files: &[SideFile], seed: u64, bytes: u64) -> Result<(), String> {
-    let free = free_bytes(dir).map_err(cannot("inspect", dir))?;
+    let free = files::free_bytes(dir).map_err(cannot("inspect", dir))?;
     if bytes > free {
         let (free, need) = (DecimalBytes(free), DecimalBytes(bytes));
         return Err(format!("{} has {free} free, the checkpoint takes {need}", dir.display()));

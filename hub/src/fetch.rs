@@ -3,7 +3,14 @@
 //! Redirects are followed here, not by the HTTP library: the hub's own headers come with the first answer, before a redirect to
 //! another host, and the token goes to no host but the hub's.
 
-use std::{cell::Cell, env, io, sync::Once, thread, time::Duration};
+use std::{
+    cell::Cell,
+    env,
+    io::{self, Write},
+    sync::Once,
+    thread,
+    time::Duration,
+};
 
 use indicatif::ProgressBar;
 use serde_json::Value;
@@ -13,8 +20,10 @@ use ureq::{
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
-use super::cache::{is_plain, token};
-use crate::Failure;
+use crate::{
+    cache::{is_plain, token},
+    error::{Error, Result},
+};
 
 /// Tries of one question, unless bytes have come meanwhile.
 const TRIES: u32 = 5;
@@ -33,7 +42,7 @@ pub enum Fault {
     Passing(String, Option<Duration>),
     /// What comes is not the file that was announced.
     WrongLength(String),
-    Final(Failure),
+    Final(Error),
 }
 
 /// The files of a commit.
@@ -64,6 +73,7 @@ pub struct Hub {
     origin: Uri,
     repository: String,
     token: Option<(String, String)>,
+    /// Nothing is shown.
     pub quiet: bool,
     /// What is on the terminal while something is said.
     pub bar: ProgressBar,
@@ -72,22 +82,20 @@ pub struct Hub {
 }
 
 impl Hub {
-    pub fn new(repository: &str, quiet: bool) -> Result<Self, Failure> {
+    pub fn new(repository: &str, quiet: bool) -> Result<Self> {
         let said = env::var("HF_ENDPOINT").ok().filter(|endpoint| !endpoint.is_empty());
         let endpoint = said.as_deref().unwrap_or("https://huggingface.co").trim_end_matches('/').to_owned();
         let origin = endpoint.parse::<Uri>().ok().filter(|uri| ["http", "https"].map(Some).contains(&uri.scheme_str()));
         let Some(origin) = origin.filter(|uri| uri.host().is_some()) else {
-            return Err(format!(
-                "HF_ENDPOINT is {endpoint}, which is no address; give one such as https://huggingface.co"
-            )
-            .into());
+            let remedy = "give one such as https://huggingface.co";
+            return Err(Error::Variable(format!("HF_ENDPOINT is {endpoint}, which is no address; {remedy}")));
         };
         let silence = env::var("HF_HUB_DOWNLOAD_TIMEOUT").ok().filter(|seconds| !seconds.is_empty());
         let silence = silence.map_or(Ok(Duration::from_secs(10)), |seconds| {
             let parsed = seconds.parse().ok().filter(|seconds: &f64| (0.1..1e6).contains(seconds));
             parsed
                 .map(Duration::from_secs_f64)
-                .ok_or(format!("HF_HUB_DOWNLOAD_TIMEOUT is {seconds}; give seconds, such as 10"))
+                .ok_or(Error::Variable(format!("HF_HUB_DOWNLOAD_TIMEOUT is {seconds}; give seconds, such as 10")))
         })?;
         let config = Agent::config_builder()
             .tls_config(TlsConfig::builder().root_certs(certificates(origin.scheme_str() == Some("https"))?).build())
@@ -100,7 +108,7 @@ impl Hub {
             .timeout_per_write(Some(silence))
             .timeout_recv_response(Some(3 * silence))
             .build();
-        Ok(Self {
+        let mut hub = Self {
             agent: config.new_agent(),
             endpoint,
             origin,
@@ -109,21 +117,34 @@ impl Hub {
             quiet,
             bar: ProgressBar::hidden(),
             answered: Cell::new(false),
-        })
+        };
+        if !quiet {
+            hub.bar = ProgressBar::new_spinner().with_message("asking the hub for the model's files …");
+            hub.bar.enable_steady_tick(Duration::from_millis(100));
+        }
+        Ok(hub)
+    }
+
+    /// Says something on stderr, which may be closed or full: that is no reason to stop.
+    pub fn say(&self, line: &str) {
+        if !self.quiet {
+            // In one piece, since stderr passes on each part as it comes.
+            let _ = self.bar.suspend(|| io::stderr().write_all(format!("{line}\n").as_bytes()));
+        }
     }
 
     /// The files of a revision.
     ///
     /// # Errors
     /// Where there is no such model or revision, the hub does not answer, or what it lists lies outside a folder.
-    pub fn listing(&self, revision: &str) -> Result<Listing, Failure> {
+    pub fn listing(&self, revision: &str) -> Result<Listing> {
         let at = format!("{}/api/models/{}/revision/{revision}", self.endpoint, self.repository);
         let json = self.patiently(|| {
             let mut answer = self.ask(&Method::GET, &at, 0, |_| false)?;
             let body = answer.body_mut().with_config().limit(LONGEST_LISTING).read_to_vec();
             body.map_err(|error| self.unreachable(&at, &error))
         })?;
-        let malformed = |cause: &str| Failure::from(format!("{at}: the hub's answer makes no sense: {cause}"));
+        let malformed = |cause: &str| Error::Answer(format!("{at}: the hub's answer makes no sense: {cause}"));
         let listing: Value = serde_json::from_slice(&json).map_err(|error| malformed(&error.to_string()))?;
         let commit = listing["sha"].as_str().filter(|commit| is_plain(commit)).ok_or_else(|| malformed("no commit"))?;
         let mut files = Vec::new();
@@ -140,7 +161,7 @@ impl Hub {
     }
 
     /// What a file is, without its bytes.
-    pub fn meta(&self, commit: &str, file: &str) -> Result<Meta, Failure> {
+    pub fn meta(&self, commit: &str, file: &str) -> Result<Meta> {
         let at = self.address(commit, file);
         let (etag, length, from) = self.patiently(|| {
             let (mut etag, mut length, mut from) = (None, None, None);
@@ -154,7 +175,7 @@ impl Hub {
             let or = |known: Option<String>, name| known.or_else(|| text(answer.headers(), name));
             Ok((or(etag, "etag"), or(length, "content-length"), from))
         })?;
-        let malformed = |cause: &str| Failure::from(format!("{at}: the hub's answer makes no sense: {cause}"));
+        let malformed = |cause: &str| Error::Answer(format!("{at}: the hub's answer makes no sense: {cause}"));
         let etag = etag.unwrap_or_default();
         let etag = etag.trim_start_matches("W/").trim_matches('"').to_owned();
         if !is_plain(&etag) {
@@ -195,7 +216,7 @@ impl Hub {
             Some(begins) if begins == 0 || begins == start => Ok((begins, answer.into_body().into_reader())),
             _ => {
                 let error = format!("{at}: bytes from {start} on were asked for, but \"{range}\" came; check proxies");
-                Err(Fault::Final(error.into()))
+                Err(Fault::Final(Error::Answer(error)))
             }
         }
     }
@@ -212,7 +233,7 @@ impl Hub {
         start: u64,
         mut enough: impl FnMut(&HeaderMap) -> bool,
     ) -> Result<Response<Body>, Fault> {
-        let final_ = |cause: String| Fault::Final(cause.into());
+        let final_ = |cause: String| Fault::Final(Error::Answer(cause));
         let mut to: Uri = at.parse().map_err(|error| final_(format!("{at} is no address: {error}")))?;
         for _ in 0..=HOPS {
             let is_hub = same_origin(&to, &self.origin);
@@ -224,7 +245,7 @@ impl Hub {
             if let Some((token, _)) = self.token.as_ref().filter(|_| is_hub) {
                 request = request.header("authorization", format!("Bearer {token}"));
             }
-            let request = request.body(()).map_err(|_| final_(self.bad_token()))?;
+            let request = request.body(()).map_err(|_| Fault::Final(self.bad_token()))?;
             let answer = self.agent.run(request).map_err(|error| self.unreachable(at, &error))?;
             self.answered.set(true);
             let status = answer.status();
@@ -294,27 +315,26 @@ impl Hub {
             }
             _ => format!("{at} answers {status}; check HF_ENDPOINT and proxies"),
         };
-        Fault::Final(error.into())
+        Fault::Final(Error::Refused(error))
     }
 
-    fn bad_token(&self) -> String {
+    fn bad_token(&self) -> Error {
         let from = self.token.as_ref().map_or("HF_TOKEN", |(_, from)| from);
-        format!(
-            "the token of {from} has characters that no token has; take a new one from the settings of your account"
-        )
+        let remedy = "take a new one from the settings of your account";
+        Error::Variable(format!("the token of {from} has characters that no token has; {remedy}"))
     }
 
     /// No answer, or none that is complete.
     pub fn unreachable(&self, at: &str, error: &ureq::Error) -> Fault {
         match error {
             ureq::Error::Rustls(rustls::Error::InvalidCertificate(_)) => {
-                Fault::Final(format!("{at}: {error}; {CERTIFICATES}").into())
+                Fault::Final(Error::Certificate(format!("{at}: {error}; {CERTIFICATES}")))
             }
             ureq::Error::Io(io) if is_about_certificates(io) => {
-                Fault::Final(format!("{at}: {io}; {CERTIFICATES}").into())
+                Fault::Final(Error::Certificate(format!("{at}: {io}; {CERTIFICATES}")))
             }
             ureq::Error::BodyExceedsLimit(most) => {
-                Fault::Final(format!("{at}: the answer is longer than {most} bytes").into())
+                Fault::Final(Error::Answer(format!("{at}: the answer is longer than {most} bytes")))
             }
             ureq::Error::Io(io) => Fault::Passing(format!("{at}: {io}"), None),
             error => Fault::Passing(format!("{at}: {error}"), None),
@@ -322,7 +342,7 @@ impl Hub {
     }
 
     /// Asks until there is an answer that lasts.
-    fn patiently<T>(&self, mut ask: impl FnMut() -> Result<T, Fault>) -> Result<T, Failure> {
+    fn patiently<T>(&self, mut ask: impl FnMut() -> Result<T, Fault>) -> Result<T> {
         let mut patience = Patience::new();
         loop {
             match ask() {
@@ -347,24 +367,22 @@ impl Patience {
     ///
     /// # Errors
     /// What will not pass, has not passed in all the tries, or comes before the hub has ever answered.
-    pub fn wait(&mut self, hub: &Hub, fault: Fault) -> Result<(), Failure> {
+    pub fn wait(&mut self, hub: &Hub, fault: Fault) -> Result<()> {
         let (cause, pause) = match fault {
             Fault::Final(error) => return Err(error),
-            Fault::WrongLength(cause) => return Err(cause.into()),
+            Fault::WrongLength(cause) => return Err(Error::Answer(cause)),
             Fault::Passing(cause, pause) => (cause, pause),
         };
         if !hub.answered.get() {
-            let remedy = "check the network (HTTPS_PROXY, HF_ENDPOINT), or give --model a folder that is there";
-            return Err(format!("cannot reach {cause}; {remedy}").into());
+            return Err(Error::Unreachable(cause));
         }
         self.tries += 1;
         if self.tries == TRIES {
-            return Err(format!("{cause}, {TRIES} times in a row; try again later, what has come is kept").into());
+            let remedy = "try again later, what has come is kept";
+            return Err(Error::Answer(format!("{cause}, {TRIES} times in a row; {remedy}")));
         }
         let pause = pause.unwrap_or(Duration::from_secs(1 << (self.tries - 1))).min(LONGEST_PAUSE);
-        if !hub.quiet {
-            hub.bar.suspend(|| say!("{cause}; again in {} s", pause.as_secs()));
-        }
+        hub.say(&format!("{cause}; again in {} s", pause.as_secs()));
         thread::sleep(pause);
         Ok(())
     }
@@ -374,7 +392,7 @@ const CERTIFICATES: &str =
     "if a proxy stands between, set SSL_CERT_FILE to a file with its certificate; else install ca-certificates";
 
 /// The certificates of authorities that the system trusts.
-fn certificates(needed: bool) -> Result<RootCerts, Failure> {
+fn certificates(needed: bool) -> Result<RootCerts> {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
         // Refused if there is one: then that one will do.
@@ -383,7 +401,8 @@ fn certificates(needed: bool) -> Result<RootCerts, Failure> {
     let found = rustls_native_certs::load_native_certs();
     if found.certs.is_empty() && needed {
         let cause = found.errors.first().map(|error| format!(" ({error})")).unwrap_or_default();
-        return Err(format!("the system has no certificates to know the hub by{cause}; {CERTIFICATES}").into());
+        let cause = format!("the system has no certificates to know the hub by{cause}");
+        return Err(Error::Certificate(format!("{cause}; {CERTIFICATES}")));
     }
     Ok(RootCerts::from(found.certs.iter().map(|certificate| Certificate::from_der(certificate).to_owned())))
 }

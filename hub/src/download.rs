@@ -7,26 +7,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use indicatif::ProgressBar;
+use indicatif::{DecimalBytes, ProgressBar};
 use ring::digest::{Context, SHA256};
 
-use super::{
-    cache::{Cache, ROOM},
+use crate::{
+    cache::Cache,
+    error::{Error, ROOM, Result, cannot},
     fetch::{Fault, Hub, Meta, Patience},
 };
-use crate::{Failure, units};
 
 /// Bytes of one read.
 const CHUNK: usize = 256 << 10;
 
 /// Makes sure that a commit's file is in the cache. Other processes may do the same: one of them downloads.
-pub fn file(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> Result<(), Failure> {
+pub fn file(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> Result<()> {
     if !cache.has_blob(meta) {
-        let waiting = || {
-            if !hub.quiet {
-                hub.bar.suspend(|| say!("{file}: another process downloads it; waiting"));
-            }
-        };
+        let waiting = || hub.say(&format!("{file}: another process downloads it; waiting"));
         let _lock = cache.lock(meta, waiting)?;
         if cache.has_blob(meta) {
             hub.bar.inc(meta.length);
@@ -40,26 +36,24 @@ pub fn file(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> 
 }
 
 /// Downloads a blob, from where an earlier try has ended. The caller has its lock.
-fn receive(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> Result<(), Failure> {
+fn receive(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> Result<()> {
     let path = cache.partial(meta);
-    let cannot = |what: &'static str| {
-        let path = &path;
-        move |error: io::Error| cache.cannot(what, path, &error)
-    };
-    let mut partial = Partial::open(cache, meta, hub.bar.clone()).map_err(cannot("open"))?;
+    let mut partial = Partial::open(cache, meta, hub.bar.clone()).map_err(cannot("open", &path))?;
     let (mut patience, mut most_so_far, mut from_before) = (Patience::new(), 0, partial.length > 0);
     loop {
         while partial.length < meta.length {
             let most = most_so_far.max(partial.length);
             most_so_far = most;
-            match partial.go_on(hub, cache, commit, file) {
+            match partial.go_on(hub, commit, file) {
                 Ok(()) => {}
                 // A break after more bytes than ever is another one, not the same again.
                 Err(Fault::Passing(..)) if partial.length > most => patience = Patience::new(),
                 // What is there may be of the same wrong file.
                 Err(Fault::WrongLength(cause)) => {
-                    fs::remove_file(&path).map_err(cannot("remove"))?;
-                    return Err(format!("{cause}; what had come was deleted: try again, and check proxies").into());
+                    fs::remove_file(&path).map_err(cannot("remove", &path))?;
+                    return Err(Error::Answer(format!(
+                        "{cause}; what had come was deleted: try again, and check proxies"
+                    )));
                 }
                 Err(fault) => patience.wait(hub, fault)?,
             }
@@ -68,18 +62,18 @@ fn receive(hub: &Hub, cache: &Cache, commit: &str, file: &str, meta: &Meta) -> R
             break;
         }
         if !from_before {
-            fs::remove_file(&path).map_err(cannot("remove"))?;
+            fs::remove_file(&path).map_err(cannot("remove", &path))?;
             let cause = format!("{file}: what came has another hash than the hub announced, {}", meta.etag);
-            return Err(format!("{cause}; it was deleted: try again, and check proxies").into());
+            return Err(Error::Answer(format!("{cause}; it was deleted: try again, and check proxies")));
         }
         // The bytes from before may have been wrong: once more, all of it.
         from_before = false;
-        partial.restart().map_err(cannot("truncate"))?;
+        partial.restart().map_err(cannot("truncate", &path))?;
     }
     // Before it gets the name: a machine that loses power may have kept the name and not the bytes.
-    partial.file.sync_all().map_err(cannot("write"))?;
+    partial.file.sync_all().map_err(cannot("write", &path))?;
     partial.check_place()?;
-    fs::rename(&path, cache.blob(meta)).map_err(cannot("rename"))
+    fs::rename(&path, cache.blob(meta)).map_err(cannot("rename", &path))
 }
 
 /// A blob's beginning.
@@ -132,9 +126,9 @@ impl<'a> Partial<'a> {
     }
 
     /// Takes what comes in one answer.
-    fn go_on(&mut self, hub: &Hub, cache: &Cache, commit: &str, file: &str) -> Result<(), Fault> {
+    fn go_on(&mut self, hub: &Hub, commit: &str, file: &str) -> Result<(), Fault> {
         let path = self.path.clone();
-        let failed = |error: io::Error| Fault::Final(cache.cannot("write", &path, &error));
+        let failed = |error: io::Error| Fault::Final(cannot("write", &path)(error));
         let all = self.meta.length;
         let (start, mut body) = hub.open(commit, file, self.meta, self.length)?;
         if start != self.length {
@@ -157,8 +151,8 @@ impl<'a> Partial<'a> {
             }
             self.file.write_all(&chunk[..read]).map_err(|error| match error.kind() {
                 io::ErrorKind::StorageFull => {
-                    let (path, missing) = (path.display(), units::bytes(missing));
-                    Fault::Final(format!("cannot write {path}: {error}: {missing} more are needed; {ROOM}").into())
+                    let remedy = format!(": {} more are needed; {ROOM}", DecimalBytes(missing));
+                    Fault::Final(Error::Cache { operation: "write", path: path.clone(), source: error, remedy })
                 }
                 _ => failed(error),
             })?;
@@ -168,7 +162,7 @@ impl<'a> Partial<'a> {
 
     /// Makes sure that the file that has the name is the one that was written. Where a file system's locks do nothing, as on some
     /// shared ones, another process may have begun anew.
-    fn check_place(&self) -> Result<(), Failure> {
+    fn check_place(&self) -> Result<()> {
         let is_own = |found: fs::Metadata| {
             self.file.metadata().is_ok_and(|own| own.ino() == found.ino() && own.len() == self.meta.length)
         };
@@ -176,7 +170,7 @@ impl<'a> Partial<'a> {
             return Ok(());
         }
         let cause = "another process downloads it at the same time, since locks do nothing on this file system";
-        Err(format!("{}: {cause}; try again when that one is done", self.path.display()).into())
+        Err(Error::Answer(format!("{}: {cause}; try again when that one is done", self.path.display())))
     }
 
     /// Whether all bytes are those that the ETag stands for, as far as it says.

@@ -21,8 +21,10 @@ use std::{
 
 use layer_streamer::files::{self, NewFile};
 
-use super::fetch::Meta;
-use crate::{Failure, make_checkpoint::free_bytes, units};
+use crate::{
+    error::{Error, Result, cannot},
+    fetch::Meta,
+};
 
 /// One model's part of the cache.
 pub struct Cache {
@@ -32,7 +34,7 @@ pub struct Cache {
 
 impl Cache {
     /// The place of `ORG/NAME`. Nothing is made there yet.
-    pub fn of(repository: &str) -> Result<Self, Failure> {
+    pub fn of(repository: &str) -> Result<Self> {
         let hub = hub_folder()?;
         let name = format!("models--{}", repository.replace('/', "--"));
         Ok(Self { folder: hub.join(&name), locks: hub.join(".locks").join(name) })
@@ -58,7 +60,7 @@ impl Cache {
     }
 
     /// From now on a revision stands for this commit.
-    pub fn note_commit(&self, revision: &str, commit: &str) -> Result<(), Failure> {
+    pub fn note_commit(&self, revision: &str, commit: &str) -> Result<()> {
         let path = self.folder.join("refs").join(revision);
         let write = || {
             fs::create_dir_all(self.folder.join("refs"))?;
@@ -66,7 +68,7 @@ impl Cache {
             new.file().write_all(commit.as_bytes())?;
             new.keep()
         };
-        write().map_err(|error| self.cannot("write", &path, &error))
+        write().map_err(cannot("write", &path))
     }
 
     /// Whether a commit's file is there, whole.
@@ -79,11 +81,11 @@ impl Cache {
         self.absent(commit).join(file).exists()
     }
 
-    pub fn note_absent(&self, commit: &str, file: &str) -> Result<(), Failure> {
+    pub fn note_absent(&self, commit: &str, file: &str) -> Result<()> {
         let folder = self.absent(commit);
         let path = folder.join(file);
         let write = || fs::create_dir_all(&folder).and_then(|()| File::create(&path));
-        write().map(drop).map_err(|error| self.cannot("write", &path, &error))
+        write().map(drop).map_err(cannot("write", &path))
     }
 
     fn absent(&self, commit: &str) -> PathBuf {
@@ -113,7 +115,7 @@ impl Cache {
     }
 
     /// Gives a commit's file its blob, which is whole.
-    pub fn link(&self, commit: &str, file: &str, meta: &Meta) -> Result<(), Failure> {
+    pub fn link(&self, commit: &str, file: &str, meta: &Meta) -> Result<()> {
         let (folder, target) = (self.snapshot(commit), Path::new("../../blobs").join(&meta.etag));
         let path = folder.join(file);
         let link = || {
@@ -129,11 +131,11 @@ impl Cache {
                 linked => linked,
             }
         };
-        link().map_err(|error| self.cannot("link", &path, &error))
+        link().map_err(cannot("link", &path))
     }
 
     /// Waits until nobody else writes this blob, and keeps others from it until the lock is dropped.
-    pub fn lock(&self, meta: &Meta, tell: impl Fn()) -> Result<File, Failure> {
+    pub fn lock(&self, meta: &Meta, tell: impl Fn()) -> Result<File> {
         let path = self.locks.join(format!("{}.lock", meta.etag));
         let lock = || {
             for folder in [&self.locks, &self.folder.join("blobs")] {
@@ -155,39 +157,19 @@ impl Cache {
                 }
             }
         };
-        lock().map_err(|error| self.cannot("lock", &path, &error))
+        lock().map_err(cannot("lock", &path))
     }
 
     /// Refuses a download of so many bytes where there is no room for them.
-    pub fn check_space(&self, bytes: u64) -> Result<(), Failure> {
+    pub fn check_space(&self, bytes: u64) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        let free = fs::create_dir_all(&self.folder).and_then(|()| free_bytes(&self.folder));
-        let free = free.map_err(|error| self.cannot("use", &self.folder, &error))?;
-        if bytes <= free {
-            return Ok(());
-        }
-        let [missing, bytes, free] = [bytes - free, bytes, free].map(units::bytes);
-        let folder = self.folder.display();
-        Err(format!("{folder}: {missing} are missing: the model takes {bytes} more, and {free} are free; {ROOM}")
-            .into())
-    }
-
-    /// What failed in the cache, on what and why.
-    pub fn cannot(&self, what: &str, path: &Path, error: &io::Error) -> Failure {
-        let remedy = match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => format!("; {ROOM}"),
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                "; set HF_HUB_CACHE to a folder that you may write to".into()
-            }
-            _ => String::new(),
-        };
-        format!("cannot {what} {}: {error}{remedy}", path.display()).into()
+        let free = fs::create_dir_all(&self.folder).and_then(|()| files::free_bytes(&self.folder));
+        let free = free.map_err(cannot("use", &self.folder))?;
+        if bytes <= free { Ok(()) } else { Err(Error::NoRoom { folder: self.folder.clone(), needed: bytes, free }) }
     }
 }
-
-pub const ROOM: &str = "free some, or set HF_HUB_CACHE to a folder with more room";
 
 /// Whether a word can be the name of a file, and of nothing else.
 pub fn is_plain(word: &str) -> bool {
@@ -220,16 +202,17 @@ fn home() -> Option<PathBuf> {
 }
 
 /// Where models of the hub are kept.
-fn hub_folder() -> Result<PathBuf, Failure> {
+fn hub_folder() -> Result<PathBuf> {
     let folder = path_of("HF_HUB_CACHE").or_else(|| home().map(|home| home.join("hub")));
-    folder.ok_or_else(|| "there is no place for models of the hub: set HF_HUB_CACHE to a folder".into())
+    folder
+        .ok_or_else(|| Error::Variable("there is no place for models of the hub: set HF_HUB_CACHE to a folder".into()))
 }
 
 /// The user's token, and where it was found.
 ///
 /// # Errors
 /// Where the file that should have it cannot be read.
-pub fn token() -> Result<Option<(String, String)>, Failure> {
+pub fn token() -> Result<Option<(String, String)>> {
     let trimmed = |text: &str| Some(text.trim().to_owned()).filter(|text| !text.is_empty());
     if let Some(token) = env::var("HF_TOKEN").ok().as_deref().and_then(trimmed) {
         return Ok(Some((token, "HF_TOKEN".into())));
