@@ -5,6 +5,8 @@ mod common;
 mod refusals;
 #[path = "hub/server.rs"]
 mod server;
+#[path = "hub/tls.rs"]
+mod tls;
 #[path = "hub/world.rs"]
 mod world;
 

@@ -13,6 +13,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
+use rustls::CertificateError;
 use serde_json::Value;
 use ureq::{
     Agent, Body, BodyReader,
@@ -326,13 +327,16 @@ impl Hub {
 
     /// No answer, or none that is complete.
     pub fn unreachable(&self, at: &str, error: &ureq::Error) -> Fault {
+        if let Some(cause) = invalid_certificate(error) {
+            let remedy = match cause {
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                    "check HF_ENDPOINT and proxies"
+                }
+                _ => CERTIFICATES,
+            };
+            return Fault::Final(Error::Certificate(format!("{at}: invalid peer certificate: {cause}; {remedy}")));
+        }
         match error {
-            ureq::Error::Rustls(rustls::Error::InvalidCertificate(_)) => {
-                Fault::Final(Error::Certificate(format!("{at}: {error}; {CERTIFICATES}")))
-            }
-            ureq::Error::Io(io) if is_about_certificates(io) => {
-                Fault::Final(Error::Certificate(format!("{at}: {io}; {CERTIFICATES}")))
-            }
             ureq::Error::BodyExceedsLimit(most) => {
                 Fault::Final(Error::Answer(format!("{at}: the answer is longer than {most} bytes")))
             }
@@ -407,9 +411,14 @@ fn certificates(needed: bool) -> Result<RootCerts> {
     Ok(RootCerts::from(found.certs.iter().map(|certificate| Certificate::from_der(certificate).to_owned())))
 }
 
-fn is_about_certificates(error: &io::Error) -> bool {
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-    matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
+/// What is wrong with the server's certificate, if the error is about that.
+fn invalid_certificate(error: &ureq::Error) -> Option<&CertificateError> {
+    let error = match error {
+        ureq::Error::Rustls(error) => error,
+        ureq::Error::Io(error) => error.get_ref()?.downcast_ref()?,
+        _ => return None,
+    };
+    if let rustls::Error::InvalidCertificate(cause) = error { Some(cause) } else { None }
 }
 
 fn text(headers: &HeaderMap, name: &str) -> Option<String> {

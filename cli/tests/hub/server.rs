@@ -74,6 +74,13 @@ impl Answer {
 /// Makes of a right answer what a test wants to see.
 pub type Twist = Box<dyn Fn(&Asked, Answer) -> Answer + Send + Sync>;
 
+/// A connection as HTTP sees it: as it comes, or within TLS.
+pub trait Connection: Read + Write {}
+
+impl<T: Read + Write> Connection for T {}
+
+type Wrap = fn(TcpStream) -> Box<dyn Connection>;
+
 pub struct Servers {
     pub address: String,
     asked: Arc<Mutex<Vec<Asked>>>,
@@ -81,8 +88,13 @@ pub struct Servers {
 
 impl Servers {
     pub fn start(twist: impl Fn(&Asked, Answer) -> Answer + Send + Sync + 'static) -> Self {
+        Self::behind("http://127.0.0.1", |connection| Box::new(connection), twist)
+    }
+
+    /// Servers of this origin, which is one of this machine. Connections are what `wrap` makes of them.
+    pub fn behind(origin: &str, wrap: Wrap, twist: impl Fn(&Asked, Answer) -> Answer + Send + Sync + 'static) -> Self {
         let (hub, cdn) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
-        let address = |of: &TcpListener| format!("http://{}", of.local_addr().unwrap());
+        let address = |of: &TcpListener| format!("{origin}:{}", of.local_addr().unwrap().port());
         let (of_hub, of_cdn) = (address(&hub), address(&cdn));
         let (asked, twist) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Box::new(twist) as Twist));
         for (listener, is_hub) in [(hub, true), (cdn, false)] {
@@ -90,7 +102,7 @@ impl Servers {
             thread::spawn(move || {
                 for connection in listener.incoming() {
                     let (asked, twist, of_cdn) = (asked.clone(), twist.clone(), of_cdn.clone());
-                    thread::spawn(move || serve(&connection.unwrap(), is_hub, &of_cdn, &asked, &twist));
+                    thread::spawn(move || serve(&mut *wrap(connection.unwrap()), is_hub, &of_cdn, &asked, &twist));
                 }
             });
         }
@@ -104,8 +116,8 @@ impl Servers {
 }
 
 /// Answers one question.
-fn serve(connection: &TcpStream, of_hub: bool, cdn: &str, asked: &Mutex<Vec<Asked>>, twist: &Twist) {
-    let mut lines = BufReader::new(connection).lines().map_while(Result::ok);
+fn serve(connection: &mut dyn Connection, of_hub: bool, cdn: &str, asked: &Mutex<Vec<Asked>>, twist: &Twist) {
+    let mut lines = BufReader::new(&mut *connection).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
     let mut words = first.split(' ').map(str::to_owned);
     let (method, path) = (words.next().unwrap(), words.next().unwrap());
@@ -126,9 +138,9 @@ fn serve(connection: &TcpStream, of_hub: bool, cdn: &str, asked: &Mutex<Vec<Aske
     text.push_str("\r\n");
     let body = if question.method == "HEAD" { &[] } else { &answer.body[..answer.cut.unwrap_or(answer.body.len())] };
     // Whoever asked may have gone away.
-    let _ = { connection }.write_all(text.as_bytes()).and_then(|()| { connection }.write_all(body));
+    let _ = connection.write_all(text.as_bytes()).and_then(|()| connection.write_all(body));
     if answer.holds {
-        let _ = { connection }.read(&mut [0]);
+        let _ = connection.read(&mut [0]);
     }
 }
 

@@ -23,11 +23,13 @@ pub const SECOND: &str = NEEDED[5];
 pub struct World {
     pub cache: tempfile::TempDir,
     pub hub: String,
+    /// The certificates to trust, if not the system's.
+    pub authority: Option<PathBuf>,
 }
 
 impl World {
     pub fn new(servers: &Servers) -> Self {
-        Self { cache: folder(), hub: servers.address.clone() }
+        Self { cache: folder(), hub: servers.address.clone(), authority: None }
     }
 
     /// The same cache where there is no network: nobody listens there, nor does a server of another test.
@@ -43,13 +45,15 @@ impl World {
         let mut program = program(command);
         // Whatever the machine's user has set.
         for (name, _) in std::env::vars() {
-            if name.starts_with("HF_") || name.to_ascii_lowercase().ends_with("_proxy") {
+            if name.starts_with("HF_") || name.starts_with("SSL_CERT_") || name.to_ascii_lowercase().ends_with("_proxy")
+            {
                 program.env_remove(name);
             }
         }
         program.args(["--device", "cpu", "--model", model]);
         program.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("HF_HOME", self.cache.path());
         program.env("HF_ENDPOINT", &self.hub);
+        self.authority.iter().for_each(|file| _ = program.env("SSL_CERT_FILE", file));
         program
     }
 
