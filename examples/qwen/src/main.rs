@@ -2,13 +2,12 @@
 //! learn how an engine with layers of its own embeds the streamer.
 //!
 //! ```sh
-//! cargo run --release -- plan --model Qwen/Qwen2.5-Coder-7B-Instruct     # downloads it, once
-//! cargo run --release -p qwen                                            # takes it from where that put it
-//! cargo run --release -p qwen -- ~/models/Qwen2.5-0.5B-Instruct "Write a quicksort in Rust."
-//! cargo run --release -p qwen -- examples/speller "4096="                # three megabytes, no download
+//! cargo run --release -p qwen                                   # Qwen2.5-Coder-7B-Instruct, 15 GB, downloaded once
+//! cargo run --release -p qwen -- Qwen/Qwen2.5-0.5B-Instruct "Write a quicksort in Rust."
+//! cargo run --release -p qwen -- examples/speller "4096="       # three megabytes, no download
 //! ```
 //!
-//! Any folder of a Qwen2 or Qwen2.5 model will do, or its name, if it is in the hub's cache. One prompt, one sequence, greedy.
+//! Any folder of a Qwen2 or Qwen2.5 model will do, or its name on the Hugging Face hub. One prompt, one sequence, greedy.
 
 mod memory;
 
@@ -25,6 +24,7 @@ use layer_streamer::{
     kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
     plan::{Bandwidths, Budget, FixedOverhead},
 };
+use layer_streamer_hub::Name;
 use memory::Buffer;
 use serde::Deserialize;
 use tokenizers::Tokenizer;
@@ -40,19 +40,14 @@ const CONTEXT: usize = 2048;
 
 const USUAL_MODEL: &str = "Qwen/Qwen2.5-Coder-7B-Instruct";
 
-/// The folder of a model: that folder, or what the cache of the Hugging Face hub has under that name.
-fn find(model: &Path) -> Result<PathBuf, Failure> {
-    if model.is_dir() {
-        return Ok(model.to_owned());
+/// A model's folder: what is said, if it is one; or else that of the hub's model of this name, which is downloaded once.
+fn find(said: &Path) -> Result<PathBuf, Failure> {
+    if said.is_dir() {
+        return Ok(said.to_owned());
     }
-    let home = env::var_os("HF_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache/huggingface")));
-    let name = model.display().to_string();
-    let cached = home.unwrap_or_default().join("hub").join(format!("models--{}", name.replace('/', "--")));
-    let commit = fs::read_to_string(cached.join("refs/main")).map_err(|_| {
-        format!("{name} is no folder, and not in the hub's cache: `layer-streamer plan --model {name}` downloads it")
-    })?;
-    Ok(cached.join("snapshots").join(commit.trim()))
+    let text = said.display().to_string();
+    let name = Name::parse(&text).ok_or_else(|| format!("{text} is no folder, nor a name such as {USUAL_MODEL}"))?;
+    Ok(name.folder(false)?)
 }
 
 /// What the folder's `config.json` says of the model's shape.
