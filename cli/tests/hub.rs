@@ -85,6 +85,10 @@ fn the_token_goes_to_the_hub_and_to_no_other_host() {
     let done = World::new(&hub).generate().env("HF_TOKEN_PATH", &path).output().unwrap();
     assert_says(&text(&done.stderr), &["check the token of ", path.to_str().unwrap()]);
     assert_eq!(hub.asked()[0].header("authorization"), Some("Bearer of-another-file"));
+    fs::write(&path, "").unwrap();
+    let hub = right();
+    assert!(World::new(&hub).generate().env("HF_TOKEN_PATH", &path).status().unwrap().success());
+    assert_eq!(hub.asked()[0].header("authorization"), None);
     let hub = only(Answer::status(401));
     let done = World::new(&hub).generate().env("HF_TOKEN", "of-the-variable").output().unwrap();
     assert_says(&text(&done.stderr), &["401", "check the token of HF_TOKEN"]);

@@ -220,6 +220,10 @@ pub fn token() -> Result<Option<(String, String)>> {
     let Some(path) = path_of("HF_TOKEN_PATH").or_else(|| home().map(|home| home.join("token"))) else {
         return Ok(None);
     };
+    // An empty one is none, as it is to huggingface_hub.
+    if fs::metadata(&path).is_ok_and(|file| file.len() == 0) {
+        return Ok(None);
+    }
     let text = files::read_small(&path, 4 << 10)?.unwrap_or_default();
     Ok(trimmed(&String::from_utf8_lossy(&text)).map(|token| (token, path.display().to_string())))
 }
