@@ -21,7 +21,7 @@ use crate::{
 ///     plan::Budget,
 /// };
 ///
-/// let mut model = Model::open("model".as_ref())?;
+/// let mut model = Model::open("model")?;
 /// let fit = Fit::new(&Cpu, Budget::free(&Cpu)?, 1, 4096);
 /// let settings = fit.fastest(&mut model)?;
 /// let decoder = Decoder::new(&Cpu, &model, &settings, fit.batch, fit.context)?;
