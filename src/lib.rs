@@ -73,6 +73,7 @@ mod error;
 mod io;
 mod layout;
 mod memory;
+pub mod packed;
 mod ring;
 mod shape;
 mod sync;

@@ -1,0 +1,160 @@
+//! Any bits in, the same bits out, in every way of decoding; what is no packed tensor is refused, and no byte beside it is read.
+
+use std::{array, iter};
+
+use proptest::prelude::*;
+
+use super::{
+    encode::{Index, encode},
+    *,
+};
+
+fn table_of(weights: &[u16]) -> Table {
+    let mut counts = [0; 256];
+    count(weights, &mut counts);
+    Table::new(&counts)
+}
+
+fn supported() -> impl Iterator<Item = Decoding> {
+    Decoding::ALL.into_iter().filter(|decoding| decoding.is_supported())
+}
+
+/// By every way of decoding, which agree.
+fn decoded(table: Table, weights: usize, bytes: &[u8]) -> Result<Vec<u16>, Corrupt> {
+    let all = supported().map(|decoding| {
+        // A way that reads further than the bytes go meets the end of an allocation.
+        let bytes: Box<[u8]> = bytes.into();
+        let mut out = vec![0x1234; weights];
+        Packed::new(table, weights, &bytes)?.decoded_by(decoding).decode(&mut out)?;
+        Ok(out)
+    });
+    let all: Vec<_> = all.collect();
+    assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "ways of decoding disagree");
+    all.into_iter().next().unwrap()
+}
+
+fn assert_returns(table: Table, weights: &[u16]) {
+    let bytes = encode(table, weights).unwrap();
+    assert!(decoded(table, weights.len(), &bytes).unwrap() == weights, "{} weights", weights.len());
+}
+
+/// Weights whose exponents are met about as often as in a trained model: the middle one of ten mostly.
+fn like_a_model(count: usize, seed: u64) -> Vec<u16> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let normal = |rng: &mut fastrand::Rng| (0..12).map(|_| rng.f32()).sum::<f32>() - 6.0;
+    iter::repeat_with(|| (normal(&mut rng).to_bits() >> 16) as u16).take(count).collect()
+}
+
+#[test]
+fn every_length_about_a_block_returns() {
+    let lengths = [0, 1, 2, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 8191, 8192, 8193, 12_345];
+    for length in lengths {
+        let weights = like_a_model(length, length as u64);
+        assert_returns(table_of(&weights), &weights);
+    }
+}
+
+#[test]
+fn every_number_returns_whatever_the_table() {
+    let all: Vec<u16> = (0..=u16::MAX).collect();
+    for first in [0, 100, 243] {
+        assert_returns(Table(array::from_fn(|rank| first + rank as u8)), &all);
+    }
+    // Exponents side by side, and each of them alone.
+    let turned: Vec<u16> = all.iter().map(|number| number.rotate_left(9)).collect();
+    assert_returns(table_of(&turned), &turned);
+    for exponent in 0..=255u8 {
+        let weights: Vec<u16> = (0..5000u32).map(|at| weight(exponent, (at * 7919 >> 3) as u8)).collect();
+        assert_returns(table_of(&weights), &weights);
+        // None of them has a code.
+        let other = Table(array::from_fn(|rank| exponent.wrapping_add(1 + rank as u8)));
+        assert_returns(other, &weights);
+    }
+}
+
+#[test]
+fn each_kind_of_code_fills_a_block() {
+    let table = Table(array::from_fn(|rank| 120 + rank as u8));
+    for rank in 0..14 {
+        let weights: Vec<u16> = (0..BLOCK).map(|at| weight(120 + rank, at as u8)).collect();
+        assert_returns(table, &weights);
+        // At one place of the block alone.
+        for at in [0, 7, 8, 31, 32, 63, 64, 2047, 4095] {
+            let mut weights = vec![weight(120, 0x81); BLOCK];
+            weights[at] = weight(120 + rank, 0x7f);
+            assert_returns(table, &weights);
+        }
+    }
+}
+
+#[test]
+fn normal_weights_take_no_more_than_the_bound_says() {
+    let weights = like_a_model(1 << 20, 1);
+    let bytes = encode(table_of(&weights), &weights).unwrap();
+    let ratio = (2 * weights.len()) as f64 / bytes.len() as f64;
+    assert!(ratio > 1.49, "{ratio:.4}");
+}
+
+proptest! {
+    #[test]
+    fn any_bits_return_with_any_table(
+        exponents in prop::array::uniform13(any::<u8>()),
+        weights in prop::collection::vec(any::<u16>(), 0..9000),
+        narrow in 0u32..8,
+    ) {
+        // From all exponents to two of them.
+        let weights: Vec<_> = weights.iter().map(|x| weight(exponent(*x) >> narrow, rest(*x))).collect();
+        assert_returns(table_of(&weights), &weights);
+        assert_returns(Table(exponents), &weights);
+    }
+
+    #[test]
+    fn bytes_that_changed_or_were_cut_off_give_weights_or_an_error_and_nothing_else(
+        seed in any::<u64>(),
+        length in 1usize..9000,
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..20),
+        in_index in any::<bool>(),
+        cut in any::<prop::sample::Index>(),
+        cuts in any::<bool>(),
+    ) {
+        let weights = like_a_model(length, seed);
+        let table = table_of(&weights);
+        let mut bytes = encode(table, &weights).unwrap();
+        let among = if in_index { index_bytes(length) } else { bytes.len() };
+        for (at, byte) in changes {
+            bytes[at.index(among)] = byte;
+        }
+        if cuts {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        // Each way is held against the others in there.
+        let _ = decoded(table, length, &bytes);
+    }
+}
+
+#[test]
+fn an_index_that_disagrees_with_its_blocks_is_refused() {
+    let weights = like_a_model(3 * BLOCK, 7);
+    let table = table_of(&weights);
+    let whole = encode(table, &weights).unwrap();
+    let refused = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = whole.clone();
+        change(&mut bytes);
+        decoded(table, weights.len(), &bytes).expect_err("it was refused")
+    };
+    // Where the second block begins, and its two numbers of escapes.
+    assert_eq!(refused(&|bytes| bytes[8..12].fill(0)).block, 0);
+    assert_eq!(refused(&|bytes| bytes[12] ^= 1).block, 1);
+    assert_eq!(refused(&|bytes| bytes[14] ^= 1).block, 1);
+    assert_eq!(refused(&|bytes| bytes.truncate(index_bytes(weights.len()) - 1)).block, 3);
+    assert_eq!(refused(&|bytes| bytes.truncate(bytes.len() - 16)).block, 2);
+    // A first code that becomes an escape.
+    let codes = index_bytes(weights.len()) + BLOCK;
+    assert_eq!(refused(&|bytes| bytes[codes] = 0xff).block, 0);
+}
+
+#[test]
+#[should_panic = "blocks are missing"]
+fn an_index_is_finished_with_all_blocks_alone() {
+    Index::new(5 * BLOCK).finish();
+}
