@@ -71,7 +71,7 @@ struct Codes {
 impl Codes {
     fn push(&mut self, code: u8, length: usize) {
         for bit in 0..length {
-            if self.bits % 8 == 0 {
+            if self.bits.is_multiple_of(8) {
                 self.bytes.push(0);
             }
             *self.bytes.last_mut().expect("a byte was pushed for the first bit") |=

@@ -5,6 +5,20 @@
 //! weights of ten. These have codes of two bits; the fourth code says that another two bits follow elsewhere, for the next three,
 //! and so on. So decoding is counting: where a weight's further codes lie is the number of escapes before it.
 //!
+//! ```
+//! use layer_streamer::packed::{Packed, Table, count, encode};
+//!
+//! let weights: Vec<u16> = (0..100_000).map(|i| 0x3c00 | (i % 128) as u16).collect();
+//! let mut counts = [0; 256];
+//! count(&weights, &mut counts);
+//! let table = Table::new(&counts);
+//! let bytes = encode(table, &weights).expect("it is shorter than 64 GiB");
+//! let mut same = vec![0; weights.len()];
+//! Packed::new(table, weights.len(), &bytes)?.decode(&mut same)?;
+//! assert!(same == weights && bytes.len() < weights.len() * 3 / 2);
+//! # Ok::<(), layer_streamer::packed::Corrupt>(())
+//! ```
+//!
 //! | file | what |
 //! | --- | --- |
 //! | `mod.rs` | a packed tensor: its index and its blocks |
@@ -19,10 +33,10 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::fmt;
+use std::{cmp::Reverse, fmt};
 
 pub use decode::Decoding;
-pub use encode::Encoder;
+pub use encode::{Block, Encoder, Index, encode};
 
 /// Weights of a block.
 pub const BLOCK: usize = 4096;
@@ -43,7 +57,7 @@ impl Table {
     pub fn new(counts: &[u64; 256]) -> Self {
         let mut exponents: [u8; 256] = std::array::from_fn(|exponent| exponent as u8);
         // Stable: of those that are met equally often the smaller comes first.
-        exponents.sort_by_key(|&exponent| std::cmp::Reverse(counts[usize::from(exponent)]));
+        exponents.sort_by_key(|&exponent| Reverse(counts[usize::from(exponent)]));
         Self(std::array::from_fn(|rank| exponents[rank]))
     }
 }

@@ -4,10 +4,7 @@ use std::{array, iter};
 
 use proptest::prelude::*;
 
-use super::{
-    encode::{Index, encode},
-    *,
-};
+use super::*;
 
 fn table_of(weights: &[u16]) -> Table {
     let mut counts = [0; 256];
@@ -64,7 +61,7 @@ fn every_number_returns_whatever_the_table() {
     let turned: Vec<u16> = all.iter().map(|number| number.rotate_left(9)).collect();
     assert_returns(table_of(&turned), &turned);
     for exponent in 0..=255u8 {
-        let weights: Vec<u16> = (0..5000u32).map(|at| weight(exponent, (at * 7919 >> 3) as u8)).collect();
+        let weights: Vec<u16> = (0..5000u32).map(|at| weight(exponent, ((at * 7919) >> 3) as u8)).collect();
         assert_returns(table_of(&weights), &weights);
         // None of them has a code.
         let other = Table(array::from_fn(|rank| exponent.wrapping_add(1 + rank as u8)));

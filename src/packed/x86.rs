@@ -178,9 +178,9 @@ impl Codes<'_> {
         // The bytes of eight codes, and the one after, in each 64 bits; of these the eight bits from where each code begins.
         let from: [i64; 8] = std::array::from_fn(|group| {
             let first = BITS * group as i64;
-            first | first + 1 << 8 | first + 2 << 16 | first + 3 << 24
+            first | ((first + 1) << 8) | ((first + 2) << 16) | ((first + 3) << 24)
         });
-        let codes: i64 = (0..8).fold(0, |all, code| all | (BITS * code) << (8 * code));
+        let codes: i64 = (0..8).fold(0, |all, code| all | ((BITS * code) << (8 * code)));
         // SAFETY: 64 bytes lie there.
         let from = unsafe { _mm512_loadu_si512(from.as_ptr().cast()) };
         let spread = _mm512_permutexvar_epi8(from, _mm512_castsi256_si512(bytes));
