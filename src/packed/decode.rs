@@ -43,10 +43,10 @@ impl Decoding {
         let planes = Planes::new(block, escapes)?;
         let found = match self {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has what it is compiled for.
+            // SAFETY: the processor has AVX-512 with the extensions that the function is compiled for.
             Self::Avx512 if x86::has_avx512() => unsafe { x86::avx512(table, planes, out) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
+            // SAFETY: the processor has AVX2, BMI2 and POPCNT, for which the function is compiled.
             Self::Avx2 if x86::has_avx2() => unsafe { x86::avx2(table, planes, out) },
             _ => plain(table, planes, out),
         };
