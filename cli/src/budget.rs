@@ -7,7 +7,7 @@ use layer_streamer::{
     device::Device,
     kernels::Kernels,
     model::{Decoder, Fit, Model, Tables},
-    plan::{Bandwidths, Budget, FixedOverhead, Part, Plan, Tier},
+    plan::{Bandwidths, Budget, Part, Plan, Tier},
     probe::Probe,
 };
 
@@ -84,12 +84,6 @@ pub fn probe<D: Device>(device: &D, model: &Model, measure: Measure) -> layer_st
         Measure::IfItCounts | Measure::Always => Probe::recent(device, &model.checkpoint),
         Measure::Anew => Probe::measure(device, &model.checkpoint),
     }
-}
-
-/// What the program's own parts take of a budget.
-pub fn overhead(own: &[Part]) -> FixedOverhead {
-    let [device_bytes, host_bytes] = Part::totals(own);
-    FixedOverhead { device_bytes, host_bytes }
 }
 
 /// The settings with which the model runs fastest within the budget, for which its layers get tiers and its tables their place;

@@ -10,7 +10,7 @@ use layer_streamer::{
     Settings,
     kernels::Kernels,
     model::{Fit, Model, Tables},
-    plan::{Part, Placement},
+    plan::{FixedOverhead, Part, Placement},
     probe::Probe,
     tuner::{self, CheckpointId, Record},
 };
@@ -150,7 +150,7 @@ impl Placing {
             None => {
                 let budget = budget::budget(device, self.vram, self.ram)?;
                 // What is free may lack the tokenizer already: then so much more stays free.
-                let fit = Fit { overhead: budget::overhead(own), ..Fit::new(device, budget, 1, context) };
+                let fit = Fit { overhead: FixedOverhead::of(own), ..Fit::new(device, budget, 1, context) };
                 Ok(budget::fastest(fit, model, measure)?)
             }
             Some(placement) => {

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::Result,
     kernels::Kernels,
-    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Part, Placement, Settings, fastest},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Placement, Settings, fastest},
 };
 
 /// How a decoder becomes the fastest that fits into a budget of memory.
@@ -73,10 +73,10 @@ impl<'a, D: Kernels> Fit<'a, D> {
     /// The model with these tables, and what it takes whatever its tiers.
     fn with(&self, model: &Model, capacity: Capacity, tables: Tables) -> Result<(Model, FixedOverhead)> {
         let model = model.with_tables(tables);
-        let [device, host] = Part::totals(&buffers::parts(self.device, &model, capacity)?);
+        let own = FixedOverhead::of(&buffers::parts(self.device, &model, capacity)?);
         let overhead = FixedOverhead {
-            device_bytes: self.overhead.device_bytes.saturating_add(device),
-            host_bytes: self.overhead.host_bytes.saturating_add(host),
+            device_bytes: self.overhead.device_bytes.saturating_add(own.device_bytes),
+            host_bytes: self.overhead.host_bytes.saturating_add(own.host_bytes),
         };
         Ok((model, overhead))
     }

@@ -5,7 +5,7 @@
 //! exponent without a code. What remains is to put each further code beneath the escape that it belongs to: `pdep` does that for
 //! eight weights at a time, `vpexpandb` for 64.
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, slice};
 
 use super::{
     BLOCK, Escapes, Table,
@@ -13,7 +13,7 @@ use super::{
 };
 
 /// The place of exponents that have no code.
-const PLAIN: u8 = 15;
+const PLAIN: i8 = 15;
 
 /// The table by places.
 fn places(Table(exponents): Table) -> [u8; 16] {
@@ -39,6 +39,15 @@ pub(super) fn has_avx512() -> bool {
 /// A one in each of eight bytes.
 const ONES: u64 = 0x0101_0101_0101_0101;
 
+/// Puts exponents that have no code where `unknown` has a bit.
+fn fill_in(exponents: &mut [u8], mut unknown: u64, plain: &mut slice::Iter<'_, u8>) -> Option<()> {
+    while unknown != 0 {
+        exponents[unknown.trailing_zeros() as usize] = *plain.next()?;
+        unknown &= unknown - 1;
+    }
+    Some(())
+}
+
 /// As [`plain`](super::decode::Decoding::Plain), 32 weights at a time.
 #[target_feature(enable = "avx2,bmi2,popcnt")]
 pub(super) fn avx2(table: Table, mut planes: Planes<'_>, out: &mut [u16; BLOCK]) -> Option<Escapes> {
@@ -49,7 +58,7 @@ pub(super) fn avx2(table: Table, mut planes: Planes<'_>, out: &mut [u16; BLOCK])
     let groups = planes.first.chunks_exact(8).zip(planes.rest.chunks_exact(32)).zip(out.chunks_exact_mut(32));
     for ((codes, rest), out) in groups {
         let codes = u64::from_le_bytes(codes.try_into().expect("eight of them"));
-        let (mut at, mut unknown) = ([0u64; 4], false);
+        let mut at = [0u64; 4];
         for (eighth, at) in at.iter_mut().enumerate() {
             let first = _pdep_u64(codes >> (16 * eighth), 3 * ONES);
             let escaped = first & first >> 1 & ONES;
@@ -65,23 +74,19 @@ pub(super) fn avx2(table: Table, mut planes: Planes<'_>, out: &mut [u16; BLOCK])
                 planes.third.bit += 3 * count;
                 escapes.second += count;
                 *at += escaped + third;
-                unknown |= third & third >> 1 & third >> 2 & ONES != 0;
             }
         }
         // SAFETY: 32 bytes lie there.
-        let at_vector = unsafe { _mm256_loadu_si256(at.as_ptr().cast()) };
-        let mut exponents = _mm256_shuffle_epi8(table, at_vector);
-        if unknown {
-            let mut patched = [0u8; 32];
+        let at = unsafe { _mm256_loadu_si256(at.as_ptr().cast()) };
+        let mut exponents = _mm256_shuffle_epi8(table, at);
+        let unknown = _mm256_movemask_epi8(_mm256_cmpeq_epi8(at, _mm256_set1_epi8(PLAIN))).cast_unsigned();
+        if unknown != 0 {
+            let mut known = [0u8; 32];
             // SAFETY: 32 bytes lie there.
-            unsafe { _mm256_storeu_si256(patched.as_mut_ptr().cast(), exponents) };
-            for (exponent, at) in patched.iter_mut().zip(at.iter().flat_map(|at| at.to_le_bytes())) {
-                if at == PLAIN {
-                    *exponent = *plain.next()?;
-                }
-            }
+            unsafe { _mm256_storeu_si256(known.as_mut_ptr().cast(), exponents) };
+            fill_in(&mut known, unknown.into(), &mut plain)?;
             // SAFETY: 32 bytes lie there.
-            exponents = unsafe { _mm256_loadu_si256(patched.as_ptr().cast()) };
+            exponents = unsafe { _mm256_loadu_si256(known.as_ptr().cast()) };
         }
         // SAFETY: 32 bytes lie there.
         let rest = unsafe { _mm256_loadu_si256(rest.as_ptr().cast()) };
@@ -131,15 +136,12 @@ pub(super) fn avx512(table: Table, mut planes: Planes<'_>, out: &mut [u16; BLOCK
         }
         let mut exponents = _mm512_shuffle_epi8(table, at);
         if unknown != 0 {
-            let mut patched = [0u8; 64];
+            let mut known = [0u8; 64];
             // SAFETY: 64 bytes lie there.
-            unsafe { _mm512_storeu_si512(patched.as_mut_ptr().cast(), exponents) };
-            while unknown != 0 {
-                patched[unknown.trailing_zeros() as usize] = *plain.next()?;
-                unknown &= unknown - 1;
-            }
+            unsafe { _mm512_storeu_si512(known.as_mut_ptr().cast(), exponents) };
+            fill_in(&mut known, unknown, &mut plain)?;
             // SAFETY: 64 bytes lie there.
-            exponents = unsafe { _mm512_loadu_si512(patched.as_ptr().cast()) };
+            exponents = unsafe { _mm512_loadu_si512(known.as_ptr().cast()) };
         }
         // SAFETY: 64 bytes lie there.
         let rest = unsafe { _mm512_loadu_si512(rest.as_ptr().cast()) };

@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, Forecast, Placement, Presence, Settings, Tier, Unit, fastest};
+use super::{Bandwidths, Forecast, Part, Placement, Presence, Settings, Tier, Unit, fastest};
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
@@ -37,6 +37,14 @@ pub struct FixedOverhead {
     pub device_bytes: usize,
     /// In RAM.
     pub host_bytes: usize,
+}
+
+impl FixedOverhead {
+    /// What these take.
+    pub fn of<'a>(parts: impl IntoIterator<Item = &'a Part>) -> Self {
+        let [device_bytes, host_bytes] = Part::totals(parts);
+        Self { device_bytes, host_bytes }
+    }
 }
 
 impl Budget {

@@ -23,7 +23,7 @@ use layer_streamer::{
     files::NewFile,
     kernels::Kernels,
     model::{Decoder, Fit, Model, Sequence},
-    plan::{Bandwidths, Placement, Tier},
+    plan::{Bandwidths, FixedOverhead, Placement, Tier},
     trace::{
         Observer, Stage,
         timeline::{Timeline, TraceFile},
@@ -282,7 +282,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
     let mut model = Model::open(&options.model)?;
     let context = context(options, &model);
     // What is found is for runs with a tokenizer.
-    let overhead = budget::overhead(&Vec::from_iter(text::memory(&options.model, &model)));
+    let overhead = FixedOverhead::of(&text::memory(&options.model, &model));
     let fit = |budget| Fit { overhead, ..Fit::new(device, budget, 1, context) };
     // A search that goes on has the memory that it began with: what is free varies.
     let begun = options.json.as_deref().filter(|path| path.exists()).map(Record::read).transpose()?;
