@@ -6,13 +6,13 @@
 //! and so on. So decoding is counting: where a weight's further codes lie is the number of escapes before it.
 //!
 //! ```
-//! use layer_streamer::packed::{Packed, Table, count, encode};
+//! use layer_streamer::packed::{Encoder, Packed, Table, count};
 //!
 //! let weights: Vec<u16> = (0..100_000).map(|i| 0x3c00 | (i % 128) as u16).collect();
 //! let mut counts = [0; 256];
 //! count(&weights, &mut counts);
 //! let table = Table::new(&counts);
-//! let bytes = encode(table, &weights).expect("it is shorter than 64 GiB");
+//! let bytes = Encoder::new(table).part(&weights);
 //! let mut same = vec![0; weights.len()];
 //! Packed::new(table, weights.len(), &bytes)?.decode(&mut same)?;
 //! assert!(same == weights && bytes.len() < weights.len() * 3 / 2);
@@ -21,30 +21,40 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `mod.rs` | a packed tensor: its index and its blocks |
-//! | `encode.rs` | weights → blocks |
+//! | `mod.rs` | a part of a tensor: its index and its blocks |
+//! | `description.rs` | a tensor: its parts, and what a file says of it beside its bytes |
+//! | `encode.rs` | weights → a part |
 //! | `decode.rs` | a block → weights, in plain code |
 //! | `x86.rs` | the same with AVX2 and BMI2, and with AVX-512 |
 
 mod decode;
+mod description;
 mod encode;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+#[cfg(feature = "model")]
+use std::ops::Range;
 use std::{cmp::Reverse, fmt};
 
 pub use decode::Decoding;
-pub use encode::{Block, Encoder, Index, encode};
+pub use description::{Description, KEY, Parts, VERSION};
+pub use encode::Encoder;
 
 /// Weights of a block.
 pub const BLOCK: usize = 4096;
+
+/// The most weights of a part.
+pub const PART: usize = 64 * BLOCK;
 
 /// Blocks begin at multiples of this, in bytes.
 const ALIGN: usize = 16;
 /// Bytes of a block's first two planes: sign and mantissa of each weight, and a code of two bits for its exponent.
 const FIXED: usize = BLOCK + BLOCK / 4;
+/// Bytes of a block whose weights all have the longest code.
+const LONGEST: usize = FIXED + BLOCK / 4 + 3 * BLOCK / 8 + BLOCK;
 /// Bytes of an entry of the index.
 const ENTRY: usize = 8;
 
@@ -83,7 +93,7 @@ pub fn count(weights: &[u16], counts: &mut [u64; 256]) {
     }
 }
 
-/// Why bytes are no packed tensor, or not the one that was packed.
+/// Why bytes are no packed weights, or not those that were packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Corrupt {
     /// Which block; the number of blocks if it is the index.
@@ -126,7 +136,7 @@ struct Entry {
 
 impl Entry {
     fn to_bytes(self) -> [u8; ENTRY] {
-        let start = u32::try_from(self.start / ALIGN).expect("the encoder ends before that").to_le_bytes();
+        let start = ((self.start / ALIGN) as u32).to_le_bytes();
         let [first, second] = [self.escapes.first, self.escapes.second].map(|count| (count as u16).to_le_bytes());
         [start[0], start[1], start[2], start[3], first[0], first[1], second[0], second[1]]
     }
@@ -138,12 +148,12 @@ impl Entry {
     }
 }
 
-/// Bytes of the index of a tensor of so many weights.
-pub const fn index_bytes(weights: usize) -> usize {
+/// Bytes of the index of a part of so many weights.
+pub(crate) const fn index_bytes(weights: usize) -> usize {
     (weights.div_ceil(BLOCK) * ENTRY).next_multiple_of(ALIGN)
 }
 
-/// A packed tensor in memory.
+/// A packed part in memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Packed<'a> {
     decoding: Decoding,
@@ -186,7 +196,7 @@ impl<'a> Packed<'a> {
         let length = BLOCK.min(self.weights - block * BLOCK);
         assert_eq!(out.len(), length, "the length of block {block}");
         let corrupt = |what| Corrupt { block, what };
-        let (bytes, escapes) = self.block(block).ok_or(corrupt("lies outside the tensor"))?;
+        let (bytes, escapes) = self.block(block).ok_or(corrupt("lies outside its part"))?;
         let decoded = match <&mut [u16; BLOCK]>::try_from(&mut *out) {
             Ok(out) => self.decoding.decode(self.table, bytes, escapes, out),
             Err(_) => {
@@ -209,6 +219,14 @@ impl<'a> Packed<'a> {
     pub fn decode(&self, out: &mut [u16]) -> Result<(), Corrupt> {
         assert_eq!(out.len(), self.weights);
         out.chunks_mut(BLOCK).enumerate().try_for_each(|(block, out)| self.decode_block(block, out))
+    }
+
+    /// Where the bytes of a block lie among those of the part; `None` if the index says nonsense.
+    #[cfg(feature = "model")]
+    pub(crate) fn place(&self, block: usize) -> Option<Range<usize>> {
+        let (bytes, _) = self.block(block)?;
+        let start = self.index.len() + self.entry(block)?.start;
+        Some(start..start + bytes.len())
     }
 
     /// The bytes of a block, to its end or a little further, and its escapes.

@@ -16,6 +16,14 @@ fn supported() -> impl Iterator<Item = Decoding> {
     Decoding::ALL.into_iter().filter(|decoding| decoding.is_supported())
 }
 
+/// As a tensor of one dimension, in parts of so many weights.
+fn packed(weights: &[u16], part: usize) -> (Description, Vec<u8>) {
+    let table = table_of(weights);
+    let parts: Vec<_> = weights.chunks(part).map(|weights| Encoder::new(table).part(weights)).collect();
+    let lengths = parts.iter().map(|part| part.len() as u32).collect();
+    (Description { shape: vec![weights.len()], table, checksum: 0x0123, part, lengths }, parts.concat())
+}
+
 /// By every way of decoding, which agree.
 fn decoded(table: Table, weights: usize, bytes: &[u8]) -> Result<Vec<u16>, Corrupt> {
     let all = supported().map(|decoding| {
@@ -31,7 +39,7 @@ fn decoded(table: Table, weights: usize, bytes: &[u8]) -> Result<Vec<u16>, Corru
 }
 
 fn assert_returns(table: Table, weights: &[u16]) {
-    let bytes = encode(table, weights).unwrap();
+    let bytes = Encoder::new(table).part(weights);
     assert!(decoded(table, weights.len(), &bytes).unwrap() == weights, "{} weights", weights.len());
 }
 
@@ -87,7 +95,7 @@ fn each_kind_of_code_fills_a_block() {
 #[test]
 fn normal_weights_take_no_more_than_the_bound_says() {
     let weights = like_a_model(1 << 20, 1);
-    let bytes = encode(table_of(&weights), &weights).unwrap();
+    let bytes = packed(&weights, PART).1;
     let ratio = (2 * weights.len()) as f64 / bytes.len() as f64;
     assert!(ratio > 1.49, "{ratio:.4}");
 }
@@ -116,7 +124,7 @@ proptest! {
     ) {
         let weights = like_a_model(length, seed);
         let table = table_of(&weights);
-        let mut bytes = encode(table, &weights).unwrap();
+        let mut bytes = Encoder::new(table).part(&weights);
         let among = if in_index { index_bytes(length) } else { bytes.len() };
         for (at, byte) in changes {
             bytes[at.index(among)] = byte;
@@ -133,7 +141,7 @@ proptest! {
 fn an_index_that_disagrees_with_its_blocks_is_refused() {
     let weights = like_a_model(3 * BLOCK, 7);
     let table = table_of(&weights);
-    let whole = encode(table, &weights).unwrap();
+    let whole = Encoder::new(table).part(&weights);
     let refused = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = whole.clone();
         change(&mut bytes);
@@ -151,7 +159,62 @@ fn an_index_that_disagrees_with_its_blocks_is_refused() {
 }
 
 #[test]
-#[should_panic = "blocks are missing"]
-fn an_index_is_finished_with_all_blocks_alone() {
-    Index::new(5 * BLOCK).finish();
+fn a_tensor_returns_from_its_description_and_its_bytes() {
+    let weights = like_a_model(3 * PART + 12_345, 9);
+    let (description, mut bytes) = packed(&weights, PART / 2);
+    let description =
+        Description::from_json(&description.to_json()).inspect(|same| assert_eq!(*same, description)).unwrap();
+    assert_eq!((description.lengths.len(), description.bytes()), (7, bytes.len()));
+    let mut out = vec![0; weights.len()];
+    description.parts().decode(&bytes, &mut out).unwrap();
+    assert!(out == weights);
+    // The third block of the second part.
+    let entry = description.lengths[0] as usize + 2 * ENTRY;
+    bytes[entry + 4] ^= 1;
+    assert_eq!(description.parts().decode(&bytes, &mut out).unwrap_err().block, 32 + 2);
+}
+
+#[test]
+fn parts_are_whole_rows_where_these_fill_whole_blocks() {
+    for (shape, part) in [
+        (&[3584, 3584][..], 72 * 3584),
+        (&[49_152, 576], 448 * 576),
+        (&[100, 28_672], 9 * 28_672),
+        (&[10, 4096, 64], PART),
+        // No number of rows of 4095 weights that is small enough fills whole blocks.
+        (&[5000, 4095], PART),
+        (&[3, 1 << 20], PART),
+        (&[1_000_000], PART),
+        (&[], PART),
+    ] {
+        assert_eq!(Description::part_of(shape), part, "{shape:?}");
+    }
+}
+
+#[test]
+fn a_description_that_its_tensor_cannot_have_is_refused() {
+    let (good, _) = packed(&like_a_model(3 * BLOCK, 5), 2 * BLOCK);
+    let refused = |from: &str, to: &str, cause: &str| {
+        let text = good.to_json().replacen(from, to, 1);
+        assert_ne!(text, good.to_json());
+        let said = Description::from_json(&text).expect_err(&text);
+        assert!(said.contains(cause), "{said}");
+    };
+    refused("BF16", "F32", "F32 is no type");
+    refused("[12288]", "[]", "2 parts for 1 weights");
+    refused("[12288]", "[0]", "shape [0] is not packed");
+    refused("[12288]", "[4294967296,4294967296]", "is not packed");
+    refused("[12288]", "[12288,2]", "2 parts for 24576 weights, which have 3");
+    refused("\"part\":8192", "\"part\":8191", "a multiple of 4096");
+    refused("\"part\":8192", "\"part\":0", "a multiple of 4096");
+    refused("\"part\":8192", "\"part\":524288", "262144 at most");
+    refused("0123", "012", "no checksum");
+    refused("000123", "+00123", "no checksum");
+    refused("\"part\"", "\"parts\"", "unknown field");
+    let [first, second] = good.lengths[..] else { panic!("two parts") };
+    refused(&second.to_string(), &(second + 1).to_string(), "part 1 of 4096 weights cannot be");
+    refused(&second.to_string(), "5120", "part 1 of 4096 weights cannot be 5120");
+    refused(&first.to_string(), "23600", "part 0 of 8192 weights cannot be 23600");
+    let exponents = format!("{:?}", good.table.0).replace(' ', "");
+    refused(&exponents, "[1,2,3]", "invalid length 3");
 }
