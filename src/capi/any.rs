@@ -12,6 +12,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     kernels::{Kernels, Precision, call::Call},
+    packed::Parts,
 };
 
 /// Something of the CPU's or of a GPU's.
@@ -187,6 +188,19 @@ unsafe impl Device for AnyDevice {
     ) -> Result<()> {
         // SAFETY: both ranges are on this device, apart, and valid until the cast is done, as the caller promised.
         on!(self, stream => |device| unsafe { device.cast_raw(to, from, elements, stream) })
+    }
+
+    unsafe fn unpack_raw(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        parts: Parts<'_>,
+        report: *mut u32,
+        stream: &AnyStream,
+    ) -> Result<()> {
+        // SAFETY: both ranges are on this device, apart, and valid until the weights are decoded, and it knows the word, as the caller
+        // promised.
+        on!(self, stream => |device| unsafe { device.unpack_raw(to, from, parts, report, stream) })
     }
 
     fn record(&self, event: &AnyEvent, stream: &AnyStream) -> Result<()> {

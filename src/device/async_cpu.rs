@@ -17,6 +17,7 @@ use crate::{
     },
     dtype::DType,
     error::{Error, Result},
+    packed::Parts,
     trace::clock::simulated,
 };
 
@@ -206,6 +207,25 @@ unsafe impl Device for AsyncCpu {
             let synchronous: CpuStream = Cpu.stream().unwrap();
             // SAFETY: the contract of this call, passed on.
             unsafe { Cpu.cast_raw(to, from, elements, &synchronous).unwrap() };
+        });
+        Ok(())
+    }
+
+    unsafe fn unpack_raw(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        parts: Parts<'_>,
+        report: *mut u32,
+        stream: &AsyncStream,
+    ) -> Result<()> {
+        let (ranges, lengths) = (Along((to, from, report)), parts.lengths.to_vec());
+        let Parts { table, part, weights, .. } = parts;
+        self.enqueue(stream, move || {
+            let Along((to, from, report)) = { ranges };
+            let (parts, synchronous) = (Parts { table, part, weights, lengths: &lengths }, Cpu.stream().unwrap());
+            // SAFETY: the contract of this call, passed on.
+            unsafe { Cpu.unpack_raw(to, from, parts, report, &synchronous).unwrap() };
         });
         Ok(())
     }

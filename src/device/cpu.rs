@@ -1,7 +1,10 @@
 //! The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it, before the
 //! call returns. The reference for every other device, and the default where there is none.
 
-use std::{ptr, slice};
+use std::{
+    ptr, slice,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use crate::{
     arena::Arena,
@@ -9,6 +12,7 @@ use crate::{
     dtype::{self, DType},
     error::Result,
     memory,
+    packed::Parts,
 };
 
 /// The CPU device.
@@ -101,6 +105,29 @@ unsafe impl Device for Cpu {
             )
         };
         dtype::convert(from_type, src, to_type, dst);
+        Ok(())
+    }
+
+    unsafe fn unpack_raw(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        parts: Parts<'_>,
+        report: *mut u32,
+        _: &CpuStream,
+    ) -> Result<()> {
+        // SAFETY: the caller promised that both ranges are valid and apart, and where the weights go the device's alignment is more
+        // than theirs.
+        let (packed, weights) = unsafe {
+            (
+                slice::from_raw_parts(from.as_ptr(), parts.bytes()),
+                slice::from_raw_parts_mut(to.as_ptr().cast::<u16>(), parts.weights),
+            )
+        };
+        if parts.decode(packed, weights).is_err() {
+            // SAFETY: the caller promised a word that is only read meanwhile, and by whom may read atomics.
+            unsafe { AtomicU32::from_ptr(report) }.store(1, Ordering::Release);
+        }
         Ok(())
     }
 

@@ -25,7 +25,7 @@ pub use cuda::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 pub use tensor::{DevicePtr, StreamId, TensorMut, TensorRef, download, upload};
 
 pub use crate::shape::Shape;
-use crate::{dtype::DType, error::Result};
+use crate::{dtype::DType, error::Result, packed::Parts};
 
 /// What the pipeline needs of a device, and no more. Cloning gives another handle of the same device.
 ///
@@ -118,6 +118,21 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
         to: (DevicePtr, DType),
         from: (DevicePtr, DType),
         elements: usize,
+        stream: &Self::Stream,
+    ) -> Result<()>;
+
+    /// Enqueues the decoding of packed `parts`, which lie at `from` on a boundary of 16 bytes, to weights of BF16 at `to`. Where a
+    /// block is [corrupt](crate::packed::Corrupt) its weights are any, and a 1 is written to `report`.
+    ///
+    /// # Safety
+    /// As [`Device::copy_to_device`], with both ranges on the device; `report` is memory of the host's that the device
+    /// [knows](Device::register), and only read meanwhile.
+    unsafe fn unpack_raw(
+        &self,
+        to: DevicePtr,
+        from: DevicePtr,
+        parts: Parts<'_>,
+        report: *mut u32,
         stream: &Self::Stream,
     ) -> Result<()>;
 

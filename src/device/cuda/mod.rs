@@ -25,6 +25,7 @@ use crate::{
     device::{Device, DevicePtr, StreamId},
     dtype::DType,
     error::{Error, Result},
+    packed::Parts,
 };
 
 /// One GPU. Cloning gives another handle of the same.
@@ -303,6 +304,17 @@ unsafe impl Device for Cuda {
         let launch =
             || unsafe { sys::lsk_cast(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
         self.call(operation, launch)
+    }
+
+    unsafe fn unpack_raw(
+        &self,
+        _to: DevicePtr,
+        _from: DevicePtr,
+        _parts: Parts<'_>,
+        _report: *mut u32,
+        _stream: &CudaStream,
+    ) -> Result<()> {
+        self.call(|| "unpack weights".into(), || Code::cudaErrorNotSupported)
     }
 
     fn record(&self, event: &CudaEvent, stream: &CudaStream) -> Result<()> {
