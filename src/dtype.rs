@@ -63,7 +63,7 @@ impl DType {
     }
 
     /// Bytes of one element.
-    pub fn size(self) -> usize {
+    pub const fn size(self) -> usize {
         TABLE[self as usize].2
     }
 

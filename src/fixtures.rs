@@ -7,6 +7,7 @@ use std::{collections::HashMap, fs, os::unix::fs::FileExt, path::PathBuf};
 use layer_streamer::{
     Checkpoint, DType, Error, Layer, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device, TensorRef},
+    packed::{self, BLOCK, Description, Encoder, Table},
 };
 use support::folder;
 
@@ -16,15 +17,26 @@ pub struct Fixture {
     pub checkpoint: Checkpoint,
     pub units: Vec<Unit>,
     pub table: HashMap<String, StoredTensor>,
+    /// Those that are packed.
+    pub packed: HashMap<String, Description>,
 }
+
+/// A tensor to be: its type, how many elements it has, and whether they are stored packed.
+type Wanted = (DType, usize, bool);
 
 /// `units` units of BF16 tensors of these element counts, at odd offsets, dealt at random to two files.
 pub fn fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
-    let tensors = vec![elements.iter().map(|&count| (DType::BF16, count)).collect(); units];
+    let tensors = vec![elements.iter().map(|&count| (DType::BF16, count, false)).collect(); units];
     lay_out(&tensors, 2, &mut fastrand::Rng::with_seed(seed))
 }
 
-/// Units that differ, of tensors from nothing up to `most` bytes, of several types, in any order in up to three files.
+/// The same of packed tensors, none of which may be empty.
+pub fn packed_fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
+    let tensors = vec![elements.iter().map(|&count| (DType::BF16, count, true)).collect(); units];
+    lay_out(&tensors, 2, &mut fastrand::Rng::with_seed(seed))
+}
+
+/// Units that differ, of tensors from nothing up to `most` bytes, of several types, some packed, in any order in up to three files.
 pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
     let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
     let mut unit = || -> Vec<_> {
@@ -32,28 +44,47 @@ pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
         (0..tensors)
             .map(|_| {
                 let (dtype, scale) = (types[rng.usize(..types.len())], 1 + rng.usize(..most));
-                (dtype, rng.usize(..scale.max(2)) / dtype.size())
+                let count = rng.usize(..scale.max(2)) / dtype.size();
+                (dtype, count, dtype == DType::BF16 && count > 0 && count.is_multiple_of(2))
             })
             .collect()
     };
-    let units: Vec<Vec<(DType, usize)>> = (0..9).map(|_| unit()).collect();
+    let units: Vec<Vec<Wanted>> = (0..9).map(|_| unit()).collect();
     let (count, files) = (1 + rng.usize(..units.len()), 1 + rng.usize(..3));
     lay_out(&units[..count], files, rng)
 }
 
+/// Random weights, most of them of a few magnitudes, packed in parts of a few blocks.
+fn packed(count: usize, rng: &mut fastrand::Rng) -> (Description, Vec<u8>) {
+    let weights: Vec<u16> = (0..count).map(|_| rng.u16(..) >> [0, 2][usize::from(rng.u8(..8) > 0)] | 0x3000).collect();
+    let (mut counts, part) = ([0; 256], BLOCK * (1 + rng.usize(..4)));
+    packed::count(&weights, &mut counts);
+    let table = Table::new(&counts);
+    let parts: Vec<_> = weights.chunks(part).map(|weights| Encoder::new(table).part(weights)).collect();
+    let lengths = parts.iter().map(|part| part.len() as u32).collect();
+    (Description { shape: vec![count], table, checksum: 0, part, lengths }, parts.concat())
+}
+
 /// Tensors given by type and length, unit by unit, written to files of random bytes in any order.
-fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng) -> Fixture {
+fn lay_out(units: &[Vec<Wanted>], files: usize, rng: &mut fastrand::Rng) -> Fixture {
     let folder = folder();
     let files: Vec<_> = (0..files).map(|file| folder.path().join(format!("{}.bin", ["a", "b", "c"][file]))).collect();
     let mut order: Vec<_> =
         (0..units.len()).flat_map(|unit| (0..units[unit].len()).map(move |index| (unit, index))).collect();
     rng.shuffle(&mut order);
-    let (mut ends, mut table) = (vec![0u64; files.len()], HashMap::new());
+    let (mut ends, mut table, mut all_packed) = (vec![0u64; files.len()], HashMap::new(), HashMap::new());
+    let mut contents = Vec::new();
     for (unit, index) in order {
-        let ((dtype, count), file) = (units[unit][index], rng.usize(..files.len()));
+        let ((mut dtype, mut count, is_packed), file) = (units[unit][index], rng.usize(..files.len()));
         let offset = ends[file] + 2 * rng.u64(..40) + if rng.u8(..8) == 0 { 2 * rng.u64(..60_000) } else { 0 };
-        ends[file] = offset + (dtype.size() * count) as u64;
         let name = format!("{unit}.{index}");
+        if is_packed {
+            let (description, bytes) = packed(count, &mut fastrand::Rng::with_seed(offset));
+            (dtype, count) = (DType::U8, bytes.len());
+            all_packed.insert(name.clone(), description);
+            contents.push((file, offset, bytes));
+        }
+        ends[file] = offset + (dtype.size() * count) as u64;
         table.insert(name.clone(), StoredTensor { name, file: files[file].clone(), offset, dtype, shape: vec![count] });
     }
     for (file, end) in files.iter().zip(ends) {
@@ -61,35 +92,47 @@ fn lay_out(units: &[Vec<(DType, usize)>], files: usize, rng: &mut fastrand::Rng)
         rng.fill(&mut bytes);
         fs::write(file, bytes).unwrap();
     }
+    for (file, offset, bytes) in contents {
+        fs::OpenOptions::new().write(true).open(&files[file]).unwrap().write_all_at(&bytes, offset).unwrap();
+    }
     let named = |(number, tensors): (usize, &Vec<_>)| {
         let mut unit = Unit::new(format!("unit {number}"));
         (0..tensors.len()).for_each(|index| _ = unit.keep(format!("t{index}"), format!("{number}.{index}")));
         unit
     };
     let units = units.iter().enumerate().map(named).collect();
-    Fixture { checkpoint: open(&table), folder, units, table }
+    Fixture { checkpoint: open(&table, &all_packed), folder, units, table, packed: all_packed }
 }
 
 /// In an order that the seed decides, like all else.
-fn open(table: &HashMap<String, StoredTensor>) -> Checkpoint {
+fn open(table: &HashMap<String, StoredTensor>, packed: &HashMap<String, Description>) -> Checkpoint {
     let mut tensors: Vec<_> = table.values().cloned().collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    Checkpoint::from_table(tensors).unwrap()
+    Checkpoint::from_table(tensors).unwrap().with_packed(packed.clone()).unwrap()
 }
 
 impl Fixture {
     /// The checkpoint of the files as they are now.
     pub fn opened_again(&self) -> Checkpoint {
-        open(&self.table)
+        open(&self.table, &self.packed)
     }
 
-    /// The bytes of a stored tensor, by the plainest read there is.
+    /// The bytes of a stored tensor, by the plainest read there is; those that were packed, if it is.
     pub fn stored(&self, name: &str) -> Vec<u8> {
+        self.tensor(name).2
+    }
+
+    /// Type, shape and bytes of the same.
+    pub fn tensor(&self, name: &str) -> (DType, Vec<usize>, Vec<u8>) {
         let tensor = &self.table[name];
         let bytes = tensor.dtype.bytes_of(&tensor.shape).unwrap();
         let mut stored = vec![0; bytes];
         fs::File::open(&tensor.file).unwrap().read_exact_at(&mut stored, tensor.offset).unwrap();
-        stored
+        let Some(description) = self.packed.get(name) else { return (tensor.dtype, tensor.shape.clone(), stored) };
+        let mut weights = vec![0; description.weights()];
+        description.parts().decode(&stored, &mut weights).unwrap();
+        let bytes = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        (DType::BF16, description.shape.clone(), bytes)
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
@@ -113,10 +156,10 @@ pub fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
     assert_eq!(layer.tensors().count(), unit.arrivals().len());
     for arrival in unit.arrivals() {
         let tensor = layer.tensor(&arrival.output).unwrap();
-        let stored = &fixture.table[&arrival.inputs[0]];
-        assert_eq!((tensor.dtype(), tensor.shape()), (stored.dtype, stored.shape.as_slice()));
+        let (dtype, shape, bytes) = fixture.tensor(&arrival.inputs[0]);
+        assert_eq!((tensor.dtype(), tensor.shape()), (dtype, shape.as_slice()));
         assert_eq!(tensor.ptr().as_ptr() as usize % 256, 0);
-        assert!(bytes_of(device, tensor) == fixture.stored(&stored.name), "{} of {}", arrival.output, layer.name());
+        assert!(bytes_of(device, tensor) == bytes, "{} of {}", arrival.output, layer.name());
     }
 }
 

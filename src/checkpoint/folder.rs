@@ -13,6 +13,7 @@ use crate::{
     checkpoint::{StoredTensor, Unreadable, header},
     error::{Error, Result},
     files,
+    packed::Description,
 };
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,6 +30,8 @@ struct Index {
 /// What a folder has: tensors by name, each once, and those that it names but that cannot be read.
 pub(super) struct Found {
     pub(super) tensors: Vec<StoredTensor>,
+    /// What is said of those of them that are packed, by name.
+    pub(super) packed: HashMap<String, Description>,
     pub(super) unreadable: HashMap<String, Unreadable>,
 }
 
@@ -93,15 +96,16 @@ fn is_inside(path: &str) -> bool {
 
 fn single(root: &Root, path: &Path) -> Result<Found> {
     root.check(path)?;
-    let header::FileTensors { known, unknown } = header::read(path)?;
+    let header::FileTensors { known, unknown, packed } = header::read(path)?;
     let path = Arc::<Path>::from(path);
     let unreadable = unknown.into_iter().map(|(name, dtype)| (name, Unreadable::Type(path.clone(), dtype)));
-    Ok(Found { tensors: known, unreadable: unreadable.collect() })
+    Ok(Found { tensors: known, packed, unreadable: unreadable.collect() })
 }
 
 /// What a shard has of a tensor.
 struct Copy {
     tensor: Result<StoredTensor, Unreadable>,
+    packed: Option<Description>,
     shard: Arc<Path>,
     /// The index places the tensor in this shard.
     listed: bool,
@@ -133,14 +137,18 @@ fn sharded(root: &Root, path: &Path) -> Result<Found> {
         }
     }
     let (mut tensors, mut unreadable) = (Vec::with_capacity(copies.len()), HashMap::new());
-    for (name, Copy { tensor, shard, listed, twin }) in copies {
+    let mut all_packed = HashMap::new();
+    for (name, Copy { tensor, packed, shard, listed, twin }) in copies {
         // An old copy elsewhere must not stand in for one that is there and cannot be read.
         let instead = weight_map.get(&name).and_then(|place| failed.get(place.as_str())).filter(|_| !listed);
         match (instead, twin, tensor) {
             (Some(error), ..) => _ = unreadable.insert(name, Unreadable::Shard(error.clone())),
             (None, Some(twin), _) => _ = unreadable.insert(name, Unreadable::Twice(shard, twin)),
             (None, None, Err(why)) => _ = unreadable.insert(name, why),
-            (None, None, Ok(tensor)) => tensors.push(tensor),
+            (None, None, Ok(tensor)) => {
+                tensors.push(tensor);
+                all_packed.extend(packed.map(|description| (name, description)));
+            }
         }
     }
     tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -159,21 +167,21 @@ fn sharded(root: &Root, path: &Path) -> Result<Found> {
         };
         unreadable.insert(name.clone(), why);
     }
-    Ok(Found { tensors, unreadable })
+    Ok(Found { tensors, packed: all_packed, unreadable })
 }
 
 /// Adds what a shard has. `listed` says which of its tensors the index places in it.
 fn collect(
     copies: &mut HashMap<String, Copy>,
-    tensors: header::FileTensors,
+    header::FileTensors { known, unknown, mut packed }: header::FileTensors,
     shard: &Arc<Path>,
     listed: impl Fn(&str) -> bool,
 ) {
-    let known = tensors.known.into_iter().map(|tensor| (tensor.name.clone(), Ok(tensor)));
-    let unknown = tensors.unknown.into_iter().map(|(name, dtype)| (name, Err(Unreadable::Type(shard.clone(), dtype))));
+    let known = known.into_iter().map(|tensor| (tensor.name.clone(), Ok(tensor)));
+    let unknown = unknown.into_iter().map(|(name, dtype)| (name, Err(Unreadable::Type(shard.clone(), dtype))));
     for (name, tensor) in known.chain(unknown) {
         let listed = listed(&name);
-        let copy = Copy { tensor, shard: shard.clone(), listed, twin: None };
+        let copy = Copy { tensor, packed: packed.remove(&name), shard: shard.clone(), listed, twin: None };
         match copies.entry(name) {
             Entry::Vacant(place) => _ = place.insert(copy),
             Entry::Occupied(mut there) if listed => _ = there.insert(copy),

@@ -19,6 +19,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     files,
+    packed::{self, Description},
 };
 
 /// The format's own limit on the JSON's length.
@@ -29,6 +30,8 @@ pub(super) struct FileTensors {
     pub(super) known: Vec<StoredTensor>,
     /// Those of a type that [`DType`] lacks: name, and the type as the file spells it.
     pub(super) unknown: Vec<(String, String)>,
+    /// What the file says of those of `known` that are packed, by name.
+    pub(super) packed: HashMap<String, Description>,
 }
 
 /// Reads and checks the header of the file at `path`. The byte ranges must follow one another without hole or overlap up to
@@ -95,10 +98,11 @@ fn parse(path: &Path) -> Result<FileTensors> {
     }
     let mut json = vec![0; json_bytes as usize];
     file.read_exact_at(&mut json, 8).map_err(Error::io("read", path))?;
-    let Header(records) =
+    let Header { records, metadata } =
         serde_json::from_slice(&json).map_err(|e| malformed(format!("its header is malformed: {e}")))?;
 
     check(path, &records, data, length)?;
+    let packed = packed(path, &records, &metadata)?;
     let (mut known, mut unknown) = (Vec::with_capacity(records.len()), Vec::new());
     for (name, HeaderEntry { dtype, shape, data_offsets: [start, _] }) in records {
         match DType::from_name(&dtype) {
@@ -108,7 +112,42 @@ fn parse(path: &Path) -> Result<FileTensors> {
             None => unknown.push((name, dtype)),
         }
     }
-    Ok(FileTensors { known, unknown })
+    Ok(FileTensors { known, unknown, packed })
+}
+
+/// What the file's metadata say of packed tensors (`docs/packed.md`).
+fn packed(
+    path: &Path,
+    records: &[(String, HeaderEntry)],
+    metadata: &HashMap<String, String>,
+) -> Result<HashMap<String, Description>> {
+    let version = metadata.get(packed::KEY).map(String::as_str);
+    let described = metadata.iter().filter_map(|(key, value)| {
+        let name = key.strip_prefix(packed::KEY)?.strip_prefix(':')?;
+        Some((name, value))
+    });
+    let mut described = described.peekable();
+    match version {
+        None if described.peek().is_none() => return Ok(HashMap::new()),
+        Some(packed::VERSION) => {}
+        other => {
+            let version = other.map_or("no version".into(), |version| format!("version {version:?}"));
+            let what = format!("{}: packed weights in {version} of their format", path.display());
+            let remedy =
+                format!("this program reads version {:?}; take a newer one, or pack the model anew", packed::VERSION);
+            return Err(Error::Unsupported { what, remedy });
+        }
+    }
+    let parse = |(name, value): (&str, &String)| {
+        if !records.iter().any(|(stored, _)| stored == name) {
+            return Err(Error::tensor(path, name, "is not in the file, which describes its packed weights"));
+        }
+        let description = Description::from_json(value).map_err(|cause| {
+            Error::tensor(path, name, format!("the file's description of its packed weights is malformed: {cause}"))
+        })?;
+        Ok((name.to_owned(), description))
+    };
+    described.map(parse).collect()
 }
 
 /// Whether each name comes once, and each range fits its tensor, lies in the file of `length` bytes, whose data begin at `data`,
@@ -159,8 +198,13 @@ struct HeaderEntry {
     data_offsets: [u64; 2],
 }
 
-/// The JSON object in file order, duplicates kept so that they can be refused; `__metadata__` is checked and dropped.
-struct Header(Vec<(String, HeaderEntry)>);
+/// The JSON object.
+struct Header {
+    /// In file order, duplicates kept so that they can be refused.
+    records: Vec<(String, HeaderEntry)>,
+    /// `__metadata__`.
+    metadata: HashMap<String, String>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -182,7 +226,7 @@ impl<'de> Deserialize<'de> for Header {
                         return Err(A::Error::duplicate_field("__metadata__"));
                     }
                 }
-                Ok(Header(records))
+                Ok(Header { records, metadata: metadata.flatten().unwrap_or_default() })
             }
         }
         deserializer.deserialize_map(Records)

@@ -11,6 +11,7 @@ use std::{
     collections::HashMap,
     fmt,
     fs::{File, Metadata},
+    ops::Range,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,6 +20,7 @@ use std::{
 use crate::{
     dtype::DType,
     error::{Error, Result},
+    packed::{Description, Parts},
 };
 
 /// Where one tensor lies, what it holds, and how it is shaped (row-major).
@@ -41,14 +43,66 @@ pub struct StoredTensor {
 pub(crate) struct TensorEntry {
     pub(crate) file: usize,
     pub(crate) offset: u64,
+    /// As it is stored.
     pub(crate) bytes: usize,
     pub(crate) dtype: DType,
     pub(crate) shape: Vec<usize>,
+    /// How, if its bytes are packed.
+    pub(crate) packed: Option<PackedRange>,
 }
 
 impl TensorEntry {
     pub(crate) fn end(&self) -> u64 {
         self.offset + self.bytes as u64
+    }
+
+    pub(crate) fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// So many rows of this matrix of rows of `width` elements, from row `start` on: whole parts, where it is packed.
+    fn rows(&self, start: usize, count: usize, width: usize) -> Self {
+        let (before, bytes, packed) = match &self.packed {
+            None => {
+                let row = width * self.dtype.size();
+                (start * row, count * row, None)
+            }
+            Some(packed) => {
+                let (all, part) = (packed.parts(), packed.parts().part);
+                let range = start * width / part..((start + count) * width).div_ceil(part);
+                let bytes = |lengths: &[u32]| lengths.iter().map(|length| *length as usize).sum();
+                let (before, of_rows) = (bytes(&all.lengths[..range.start]), bytes(&all.lengths[range.clone()]));
+                (before, of_rows, Some(packed.among(range)))
+            }
+        };
+        Self { offset: self.offset + before as u64, bytes, shape: vec![count, width], packed, ..*self }
+    }
+}
+
+/// Parts of a packed tensor that follow one another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PackedRange {
+    of: Arc<Description>,
+    parts: Range<usize>,
+}
+
+impl PackedRange {
+    fn all(of: Description) -> Self {
+        Self { parts: 0..of.lengths.len(), of: Arc::new(of) }
+    }
+
+    /// Those among these parts, by number.
+    fn among(&self, range: Range<usize>) -> Self {
+        let first = self.parts.start;
+        Self { of: self.of.clone(), parts: first + range.start..first + range.end }
+    }
+
+    /// What they are.
+    pub(crate) fn parts(&self) -> Parts<'_> {
+        let whole = self.of.parts();
+        let Range { start, end } = self.parts;
+        let weights = (end * whole.part).min(whole.weights) - start * whole.part;
+        Parts { weights, lengths: &whole.lengths[start..end], ..whole }
     }
 }
 
@@ -132,13 +186,13 @@ impl Checkpoint {
     /// [`Error::Io`] where a file cannot be read, [`Error::Checkpoint`] where one is malformed, naming file and tensor.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let folder::Found { tensors, unreadable } = folder::read(folder)?;
+        let folder::Found { tensors, packed, unreadable } = folder::read(folder)?;
         if tensors.is_empty()
             && let Some((name, why)) = unreadable.iter().min_by_key(|(name, _)| *name)
         {
             return Err(why.error(name));
         }
-        Self::build(folder, tensors, unreadable)
+        Self::build(folder, tensors, unreadable)?.with_packed(packed)
     }
 
     /// Takes the caller's own table, for weights in files of any layout. Tensors must lie inside their files and must not
@@ -176,10 +230,41 @@ impl Checkpoint {
             if entries.contains_key(&name) {
                 return Err(Error::tensor(&path, &name, "is listed twice"));
             }
-            entries.insert(name, TensorEntry { file, offset, bytes, dtype, shape });
+            entries.insert(name, TensorEntry { file, offset, bytes, dtype, shape, packed: None });
         }
         refuse_overlap(&files, &entries)?;
         Ok(Self(Arc::new(TensorTable { source: source.to_owned(), files, states, entries, unreadable })))
+    }
+
+    /// The same table, in which the bytes of these tensors, of [`DType::U8`] in one dimension, are packed weights. They are tensors of
+    /// [`DType::BF16`] then.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is no such tensor, or its bytes are others than its description says.
+    pub fn with_packed(self, packed: impl IntoIterator<Item = (String, Description)>) -> Result<Self> {
+        let mut packed = packed.into_iter().peekable();
+        if packed.peek().is_none() {
+            return Ok(self);
+        }
+        let mut table = Arc::unwrap_or_clone(self.0);
+        for (name, description) in packed {
+            let Some(entry) = table.entries.get_mut(&name) else {
+                return Err(Error::tensor(
+                    &table.source,
+                    &name,
+                    "is not in the file that describes its packed weights",
+                ));
+            };
+            if entry.dtype != DType::U8 || entry.shape != [description.bytes()] {
+                let (dtype, shape, bytes) = (entry.dtype, &entry.shape, description.bytes());
+                let cause =
+                    format!("is {dtype} {shape:?}, but its packed weights are U8 [{bytes}] by their description");
+                return Err(Error::tensor(&table.files[entry.file], &name, cause));
+            }
+            let (dtype, shape) = (DType::BF16, description.shape.clone());
+            *entry = TensorEntry { dtype, shape, packed: Some(PackedRange::all(description)), ..*entry };
+        }
+        Ok(Self(Arc::new(table)))
     }
 
     /// The tensors that can be read, by name.
@@ -201,13 +286,19 @@ impl Checkpoint {
         self.0.entries.get(name).map(|entry| (entry.dtype, entry.shape.as_slice()))
     }
 
+    /// What is known of a tensor's packed weights; `None` if it is stored as it is, or there is none of that name.
+    pub fn packing(&self, name: &str) -> Option<&Description> {
+        self.0.entries.get(name)?.packed.as_ref().map(|packed| &*packed.of)
+    }
+
     /// The file that holds a tensor, and where in it the tensor starts (bytes).
     pub fn location(&self, name: &str) -> Option<(&Path, u64)> {
         self.0.entries.get(name).map(|entry| (self.0.files[entry.file].as_path(), entry.offset))
     }
 
     /// The same table, in which the rows of the matrix `name` are tensors of their own besides, `rows` at a time, under the names
-    /// that are returned, in order: for units of a part of an output head, say.
+    /// that are returned, in order: for units of a part of an output head, say. Of a packed matrix as many as whole parts of it
+    /// have: up to `rows`, or one part; all, if its parts are no whole rows.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if there is no such tensor, or it is no matrix.
@@ -216,17 +307,18 @@ impl Checkpoint {
         let [height, width] = whole.shape[..] else {
             return Err(Error::tensor(&self.0.source, name, format!("has the shape {:?}, no rows", whole.shape)));
         };
-        // Nothing of rows too long to be addressed is nothing.
-        let row_bytes = if height == 0 { 0 } else { width * whole.dtype.size() };
-        let parts = (0..height).step_by(rows.max(1)).map(|start| {
-            let count = rows.max(1).min(height - start);
+        let rows = match whole.packed.as_ref().map(|packed| packed.parts().part) {
+            None => rows.max(1),
+            Some(part) if part.is_multiple_of(width) => (rows / (part / width)).max(1) * (part / width),
+            Some(_) => height,
+        };
+        let mut parts = Vec::new();
+        for start in (0..height).step_by(rows) {
+            let count = rows.min(height - start);
             let part = format!("{name}[{start}..{}]", start + count);
-            let offset = whole.offset + (start * row_bytes) as u64;
-            let entry = TensorEntry { offset, bytes: count * row_bytes, shape: vec![count, width], ..whole };
-            table.entries.insert(part.clone(), entry);
-            part
-        });
-        let parts = parts.collect();
+            table.entries.insert(part.clone(), whole.rows(start, count, width));
+            parts.push(part);
+        }
         Ok((Self(Arc::new(table)), parts))
     }
 

@@ -90,6 +90,16 @@ impl AsyncCpu {
         self.0.copies_left.store(copies, SeqCst);
     }
 
+    /// Fails if it is a copy's turn to fail.
+    fn count_down(&self) -> Result<()> {
+        let left = self.0.copies_left.load(SeqCst);
+        if left == 0 {
+            return Err(Error::Unsupported { what: "this copy".into(), remedy: "it fails on purpose".into() });
+        }
+        self.0.copies_left.store(left.saturating_sub(u64::from(left != u64::MAX)), SeqCst);
+        Ok(())
+    }
+
     /// Enqueues the caller's own work.
     pub(crate) fn enqueue(&self, stream: &AsyncStream, work: impl FnOnce() + Send + 'static) {
         let delay = if self.is_paced() { Duration::ZERO } else { self.0.dice.delay(RARITY) };
@@ -163,11 +173,7 @@ unsafe impl Device for AsyncCpu {
     }
 
     unsafe fn copy_to_device(&self, to: DevicePtr, from: *const u8, bytes: usize, stream: &AsyncStream) -> Result<()> {
-        let left = self.0.copies_left.load(SeqCst);
-        if left == 0 {
-            return Err(Error::Unsupported { what: "this copy".into(), remedy: "it fails on purpose".into() });
-        }
-        self.0.copies_left.store(left.saturating_sub(u64::from(left != u64::MAX)), SeqCst);
+        self.count_down()?;
         if self.is_paced() {
             let time = Duration::from_micros(self.0.copy_micros.load(SeqCst));
             self.enqueue(stream, move || simulated::sleep(time));
@@ -219,6 +225,13 @@ unsafe impl Device for AsyncCpu {
         report: *mut u32,
         stream: &AsyncStream,
     ) -> Result<()> {
+        // Where they are not copied before.
+        if self.memory_is_ram() {
+            self.count_down()?;
+        }
+        if self.is_paced() {
+            return Ok(());
+        }
         let (ranges, lengths) = (Along((to, from, report)), parts.lengths.to_vec());
         let Parts { table, part, weights, .. } = parts;
         self.enqueue(stream, move || {

@@ -1,6 +1,6 @@
 //! What a stream of units takes: the slots of its stages, the units that are kept in each tier, the staging blocks.
 
-use super::{DEVICE_ALIGN, Sizes, UnitLayout, pages, slot_bytes};
+use super::{DEVICE_ALIGN, Sizes, UnitLayout, pages, slot_bytes, unit::Unpack};
 use crate::unit::Tier;
 
 /// When the memory that units are kept in on the device can be written without waiting for page faults. It decides whether such
@@ -79,26 +79,28 @@ impl StageLayout {
     }
 }
 
-/// The two staging blocks through which stored bytes pass on their way to a cast.
+/// The two staging blocks through which stored bytes pass on their way to a cast, or to being unpacked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Staging {
-    /// Of one block; 0 if nothing is cast, and then there is none.
+    /// Of one block; 0 if nothing passes through them, and then there are none.
     pub(crate) block_bytes: usize,
 }
 
 impl Staging {
     pub(crate) const BLOCKS: usize = 2;
 
-    /// Largest piece of a tensor that is cast at once (bytes, before the cast).
+    /// Largest piece of a tensor that is cast or unpacked at once (bytes, before that): many parts of a packed one.
     const MOST: usize = 8 << 20;
 
-    /// Those that these units need.
-    pub(crate) fn of(units: &[UnitLayout]) -> Self {
-        let largest = units.iter().flat_map(|unit| &unit.casts).map(|cast| cast.bytes()).max();
+    /// Those that these units need. Packed weights need none where the device's memory is RAM: it unpacks them from where they lie.
+    pub(crate) fn of(units: &[UnitLayout], presence: Presence) -> Self {
+        let casts = units.iter().flat_map(|unit| &unit.casts).map(|cast| cast.bytes());
+        let unpacks = units.iter().filter(|_| presence == Presence::AtOnce).flat_map(|unit| &unit.unpacks);
+        let largest = casts.chain(unpacks.map(Unpack::bytes)).max();
         Self { block_bytes: largest.unwrap_or(0).min(Self::MOST).next_multiple_of(DEVICE_ALIGN) }
     }
 
-    /// The same where no piece is larger than this, a multiple of [`DEVICE_ALIGN`].
+    /// The same where no piece is larger than this, a multiple of [`DEVICE_ALIGN`] of at least a packed part.
     pub(crate) fn at_most(self, piece: usize) -> Self {
         Self { block_bytes: self.block_bytes.min(piece) }
     }

@@ -1,12 +1,13 @@
 //! Where the bytes of one unit lie: in files, in a host slot, in a device slot.
 
-use std::ops::Range;
+use std::{iter, ops::Range};
 
 use super::{DEVICE_ALIGN, MOST, Offsets, PAGE, Sizes};
 use crate::{
-    checkpoint::{Checkpoint, TensorEntry},
+    checkpoint::{Checkpoint, PackedRange, TensorEntry},
     dtype::DType,
     error::{Error, Result},
+    packed::Parts,
     shape::Shape,
     unit::{Arrival, ArrivalOp, Tier, Unit},
 };
@@ -43,16 +44,6 @@ impl Extent {
     pub(crate) fn part(&self, position: usize, most: usize) -> Self {
         let (offset, len) = (self.offset + position as u64, most.min(self.len - position));
         Self { offset, len, end: self.end.min(offset + len as u64), at: self.at + position, ..*self }
-    }
-
-    /// It in parts of up to `most` bytes that overlap by a page, so that every element lies whole in the part in which it begins;
-    /// and the range of the host slot in which elements of that part begin.
-    pub(crate) fn overlapping_parts(&self, most: usize) -> impl Iterator<Item = (Self, Range<usize>)> {
-        let (extent, step) = (*self, most - PAGE);
-        (0..extent.len).step_by(step).map(move |position| {
-            let part = extent.part(position, most);
-            (part, part.at..part.at + part.len.min(step))
-        })
     }
 
     /// How many of its bytes must come.
@@ -112,6 +103,69 @@ impl Cast {
     }
 }
 
+/// A tensor that is unpacked on the device: its parts, at `from` in the host slot, become weights of BF16 at `to`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unpack {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) packed: PackedRange,
+    /// For messages.
+    pub(crate) file: usize,
+    pub(crate) tensor: String,
+}
+
+/// Some of its parts, likewise.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UnpackPiece<'a> {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) parts: Parts<'a>,
+}
+
+impl Unpack {
+    /// Bytes before it is unpacked.
+    pub(crate) fn bytes(&self) -> usize {
+        self.packed.parts().bytes()
+    }
+
+    /// Each part by itself.
+    fn parts(&self) -> impl Iterator<Item = UnpackPiece<'_>> {
+        let all = self.packed.parts();
+        let (mut from, mut to, mut left) = (self.from, self.to, all.weights);
+        all.lengths.chunks(1).map(move |lengths| {
+            let parts = Parts { weights: all.part.min(left), lengths, ..all };
+            let piece = UnpackPiece { from, to, parts };
+            (from, to, left) = (from + parts.bytes(), to + WEIGHT * parts.weights, left - parts.weights);
+            piece
+        })
+    }
+
+    /// The parts that begin in `window`, a range of the host slot, as many at a time as lie in `block_bytes`: one at least.
+    pub(crate) fn pieces(&self, window: &Range<usize>, block_bytes: usize) -> impl Iterator<Item = UnpackPiece<'_>> {
+        let lengths = self.packed.parts().lengths;
+        let (mut first, window) = (0, window.clone());
+        let mut parts = self.parts().peekable();
+        iter::from_fn(move || {
+            while parts.next_if(|part| part.from < window.start).is_some() {
+                first += 1;
+            }
+            let mut piece = parts.next_if(|part| part.from < window.end)?;
+            let (begin, end) = (first, piece.from.saturating_add(block_bytes));
+            first += 1;
+            while let Some(next) = parts.next_if(|next| next.from < window.end && next.from + next.parts.bytes() <= end)
+            {
+                piece.parts.weights += next.parts.weights;
+                first += 1;
+            }
+            piece.parts.lengths = &lengths[begin..first];
+            Some(piece)
+        })
+    }
+}
+
+/// Bytes of a weight that was unpacked.
+const WEIGHT: usize = DType::BF16.size();
+
 /// A tensor in a device slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Placed {
@@ -128,6 +182,9 @@ pub(crate) struct UnitLayout {
     pub(crate) extents: Vec<Extent>,
     pub(crate) copies: Vec<CopyRange>,
     pub(crate) casts: Vec<Cast>,
+    pub(crate) unpacks: Vec<Unpack>,
+    /// Where its reports of corrupt weights begin among those of all units: one for each of `unpacks`.
+    pub(crate) reports_at: usize,
     /// Sorted by name.
     pub(crate) tensors: Vec<Placed>,
     /// What the tensors take in their files, where each counts once.
@@ -158,16 +215,20 @@ impl UnitLayout {
         if host_bytes > MOST {
             return Err(too_large());
         }
-        let (mut copies, mut casts, mut tensors) = (Vec::<CopyRange>::new(), Vec::new(), Vec::new());
+        let (mut copies, mut casts, mut unpacks, mut tensors) =
+            (Vec::<CopyRange>::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut stored, mut on_device, mut disk_bytes) = (Vec::new(), Offsets::aligned_to(DEVICE_ALIGN), 0usize);
         for (arrival, input, entry) in inputs {
             let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
-            let elements = entry.bytes / entry.dtype.size();
+            let elements = entry.elements();
             let bytes = elements.checked_mul(dtype.size());
             let at = bytes.and_then(|bytes| on_device.push(bytes)).ok_or_else(too_large)?;
             if elements > 0 {
                 let from = host_position(&extents, entry);
-                if dtype == entry.dtype {
+                if let Some(packed) = &entry.packed {
+                    let (packed, tensor) = (packed.clone(), input.to_owned());
+                    unpacks.push(Unpack { from, to: at, packed, file: entry.file, tensor });
+                } else if dtype == entry.dtype {
                     match copies.last_mut() {
                         Some(last) if last.from + last.bytes == from && last.to + last.bytes == at => {
                             last.bytes += entry.bytes
@@ -195,6 +256,8 @@ impl UnitLayout {
             extents,
             copies,
             casts,
+            unpacks,
+            reports_at: 0,
             tensors,
             disk_bytes,
             host_bytes,
@@ -208,6 +271,33 @@ impl UnitLayout {
     /// What it moves and takes.
     pub(crate) fn sizes(&self) -> Sizes {
         Sizes { read: self.read_bytes, copied: self.disk_bytes, host: self.host_bytes, device: self.device_bytes }
+    }
+
+    /// What there is to read, in parts of up to `most` bytes, each with the range of the host slot for which it comes: elements and
+    /// parts of packed tensors that begin there lie whole in it. None of these may be longer than `most` less a page.
+    pub(crate) fn reads(&self, most: usize) -> impl Iterator<Item = (Extent, Range<usize>)> {
+        self.extents.iter().flat_map(move |extent| {
+            let (mut start, end) = (extent.at, extent.at + extent.len);
+            iter::from_fn(move || {
+                let position = (start - extent.at) / PAGE * PAGE;
+                let limit = extent.at + position + most;
+                let cut = if limit < end { self.whole_up_to(limit) } else { end };
+                let window = start..cut;
+                start = cut;
+                let bytes = (cut - extent.at).next_multiple_of(PAGE) - position;
+                (!window.is_empty()).then(|| (extent.part(position, bytes), window))
+            })
+        })
+    }
+
+    /// The last place of the host slot up to `limit` that is not within an element that is cast, or a packed part.
+    fn whole_up_to(&self, limit: usize) -> usize {
+        let across = |from: usize, bytes: usize| from < limit && limit < from + bytes;
+        let casts = self.casts.iter().filter(|cast| across(cast.from, cast.bytes()));
+        let elements = casts.map(|cast| limit - (limit - cast.from) % cast.from_type.size());
+        let unpacks = self.unpacks.iter().filter(|unpack| across(unpack.from, unpack.bytes()));
+        let parts = unpacks.flat_map(Unpack::parts).filter(|part| across(part.from, part.parts.bytes()));
+        elements.chain(parts.map(|part| part.from)).min().unwrap_or(limit)
     }
 
     /// Index of the tensor called `name`.
@@ -249,10 +339,10 @@ fn input<'a>(
     }
     if let ArrivalOp::To(to) = arrival.op
         && to != entry.dtype
-        && !entry.dtype.converts_to(to)
+        && (entry.packed.is_some() || !entry.dtype.converts_to(to))
     {
-        let file = &checkpoint.files()[entry.file];
-        return Err(Error::tensor(file, input, format!("cannot be converted from {} to {to}", entry.dtype)));
+        let (file, packed) = (&checkpoint.files()[entry.file], if entry.packed.is_some() { "packed " } else { "" });
+        return Err(Error::tensor(file, input, format!("cannot be converted from {packed}{} to {to}", entry.dtype)));
     }
     Ok((arrival, input, entry))
 }

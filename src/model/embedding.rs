@@ -1,6 +1,6 @@
 //! The embedding of tokens where the table stays in its file.
 
-use std::{fs::File, os::unix::fs::FileExt, path::PathBuf, slice, sync::Arc};
+use std::{fs::File, mem, os::unix::fs::FileExt, path::PathBuf, slice, sync::Arc};
 
 use super::{
     batch::BLOCK,
@@ -8,10 +8,11 @@ use super::{
     workspace::{Region, Workspace},
 };
 use crate::{
-    checkpoint::{Checkpoint, FileState},
+    checkpoint::{Checkpoint, FileState, PackedRange},
     device::Device,
     dtype::{self, DType},
     error::{Error, Result},
+    packed::{self, CORRUPT, Packed},
 };
 
 /// An embedding table in its file, whose rows are read as they are needed: a few kilobytes a token.
@@ -24,10 +25,62 @@ pub(super) struct EmbeddingRows<D: Device> {
     path: PathBuf,
     offset: u64,
     dtype: DType,
-    /// One row as it is stored, and in the type that the table would have on the device: results do not depend on where it is.
+    packed: Option<PackedRows>,
+    /// One row, and the same in the type that the table would have on the device: results do not depend on where it is.
     row: Vec<u8>,
     rounded: (DType, Vec<u8>),
     exchange: Exchange<D>,
+}
+
+/// What reading rows of a packed table takes.
+struct PackedRows {
+    range: PackedRange,
+    /// Where each part begins, from the table's first byte.
+    starts: Vec<u64>,
+    /// A part, of which only what is needed is read.
+    part: Vec<u8>,
+    block: Vec<u16>,
+}
+
+impl PackedRows {
+    fn new(range: PackedRange) -> Self {
+        let lengths = range.parts().lengths;
+        let starts = lengths.iter().scan(0, |end, length| Some(mem::replace(end, *end + u64::from(*length))));
+        let longest = lengths.iter().max().map_or(0, |length| *length as usize);
+        Self { starts: starts.collect(), part: vec![0; longest], block: vec![0; packed::BLOCK], range }
+    }
+
+    /// Reads the weights from number `first` on that fill `row`, with `read`, which is given bytes of the table and where they begin.
+    /// False if they are corrupt.
+    fn read(
+        &mut self,
+        first: usize,
+        row: &mut [u8],
+        mut read: impl FnMut(&mut [u8], u64) -> Result<()>,
+    ) -> Result<bool> {
+        let (mut at, mut row) = (first, row.as_chunks_mut::<2>().0);
+        let all = self.range.parts();
+        while !row.is_empty() {
+            let (number, in_part) = (at / all.part, at % all.part);
+            let (block, in_block) = (in_part / packed::BLOCK, in_part % packed::BLOCK);
+            let weights = all.part.min(all.weights - number * all.part);
+            let (start, bytes) = (self.starts[number], &mut self.part[..all.lengths[number] as usize]);
+            read(&mut bytes[..packed::index_bytes(weights)], start)?;
+            let Some(place) = Packed::new(all.table, weights, bytes).ok().and_then(|part| part.place(block)) else {
+                return Ok(false);
+            };
+            read(&mut bytes[place.clone()], start + place.start as u64)?;
+            let decoded = &mut self.block[..packed::BLOCK.min(weights - block * packed::BLOCK)];
+            if Packed::new(all.table, weights, bytes).and_then(|part| part.decode_block(block, decoded)).is_err() {
+                return Ok(false);
+            }
+            let found = &decoded[in_block..];
+            let (filled, rest) = row.split_at_mut(found.len().min(row.len()));
+            filled.iter_mut().zip(found).for_each(|(bytes, weight)| *bytes = weight.to_le_bytes());
+            (at, row) = (at + filled.len(), rest);
+        }
+        Ok(true)
+    }
 }
 
 impl<D: Device> EmbeddingRows<D> {
@@ -59,6 +112,7 @@ impl<D: Device> EmbeddingRows<D> {
             path: path.clone(),
             offset: entry.offset,
             dtype: entry.dtype,
+            packed: entry.packed.clone().map(PackedRows::new),
             row: vec![0; width * entry.dtype.size()],
             rounded: (weight, vec![0; width * weight.size()]),
             exchange: Exchange::new(device, "embedding rows on their way", Self::words(tokens, width))?,
@@ -77,18 +131,31 @@ impl<D: Device> EmbeddingRows<D> {
     ) -> Result<()> {
         let (width, mut ids, mut first) = (self.row.len() / self.dtype.size(), ids.peekable(), 0);
         while ids.peek().is_some() {
-            let Self { file, name, path, offset, dtype, row, rounded: (weight, rounded), exchange, .. } = self;
-            let words = exchange.words()?;
-            let mut count = 0;
-            for (id, words) in ids.by_ref().take(words.len() / width).zip(words.chunks_exact_mut(width)) {
-                let at = *offset + u64::from(id) * row.len() as u64;
-                file.read_exact_at(row, at).map_err(|source| Error::Read {
+            let Self { file, name, path, offset, dtype, packed, row, rounded: (weight, rounded), exchange, .. } = self;
+            let read = |bytes: &mut [u8], at: u64| {
+                file.read_exact_at(bytes, at).map_err(|source| Error::Read {
                     unit: "the embedding".into(),
                     tensor: name.clone(),
                     path: path.clone(),
                     offset: at,
                     source: Arc::new(source),
-                })?;
+                })
+            };
+            let words = exchange.words()?;
+            let mut count = 0;
+            for (id, words) in ids.by_ref().take(words.len() / width).zip(words.chunks_exact_mut(width)) {
+                match packed {
+                    None => {
+                        let at = *offset + u64::from(id) * row.len() as u64;
+                        read(row, at)?
+                    }
+                    Some(packed) => {
+                        let is_whole = packed.read(id as usize * width, row, |bytes, at| read(bytes, *offset + at))?;
+                        if !is_whole {
+                            return Err(Error::tensor(&**path, name, CORRUPT));
+                        }
+                    }
+                }
                 dtype::convert(*dtype, row, *weight, rounded);
                 widen(*weight, rounded, words);
                 count += 1;

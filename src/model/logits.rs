@@ -12,6 +12,7 @@ use crate::{
     device,
     error::{Error, Result},
     kernels::Kernels,
+    pipeline::LayerStreamer,
 };
 
 impl<D: Kernels> Decoder<D> {
@@ -22,14 +23,16 @@ impl<D: Kernels> Decoder<D> {
     pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
         self.check_passed()?;
         self.device.bind_thread()?;
-        let Self { stream, device, statics, buffers, model, exchange, pass, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, exchange, pass, .. } = self;
         if !model.tables.streams_head() {
             let head =
                 Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
             head.choose_by(statics.tensor(&model.names.head)?, pass.sequences)?;
         }
         let best = buffers.work.read(buffers.at.best, 0, &[pass.sequences])?;
-        out.extend_from_slice(exchange.receive(best, stream)?);
+        let best = exchange.receive(best, stream)?;
+        streamer.check_arrivals()?;
+        out.extend_from_slice(best);
         Ok(())
     }
 
@@ -70,16 +73,17 @@ impl<D: Kernels> Decoder<D> {
         let Self { streamer, stream, device, statics, buffers, model, pass, last_logits_there, .. } = self;
         let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
         rows.resize(HEAD_BLOCK.min(pass.sequences) * model.config.vocab, 0.0);
-        let mut tell = |first, count| {
+        let mut tell = |streamer: &LayerStreamer<D>, first, count| {
             let rows = &mut rows[..count * model.config.vocab];
             device::download(device, stream, head.logits(first, count)?, rows)?;
+            streamer.check_arrivals()?;
             rows.chunks_exact(model.config.vocab).try_for_each(&mut sink)
         };
         if !model.tables.streams_head() {
             let weight = statics.tensor(&model.names.head)?;
             return blocks(pass.sequences).try_for_each(|(start, count)| {
                 head.project_last(weight, start, count)?;
-                tell(0, count)
+                tell(streamer, 0, count)
             });
         }
         if !mem::replace(last_logits_there, true) {
@@ -88,7 +92,7 @@ impl<D: Kernels> Decoder<D> {
                 false => head.choose_by_part(layer, pass.sequences, column),
             })?;
         }
-        blocks(pass.sequences).try_for_each(|(start, count)| tell(start, count))
+        blocks(pass.sequences).try_for_each(|(start, count)| tell(streamer, start, count))
     }
 
     /// The logits of every token of the batch before, in order, as rows of the vocabulary's length, a few rows at a time. Where
@@ -125,6 +129,7 @@ impl<D: Kernels> Decoder<D> {
             }
             rows_out.resize(rows * vocab, 0.0);
             device::download(device, stream, head.logits(0, rows)?, &mut rows_out)?;
+            streamer.check_arrivals()?;
             sink(&rows_out)?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, TensorEntry},
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
@@ -231,12 +231,13 @@ fn converted(mut unit: Unit, precision: Precision) -> Unit {
 /// checkpoint that has their tensors.
 fn head_units(checkpoint: &Checkpoint, name: &str, layers: &[Unit]) -> Result<(Checkpoint, Vec<Unit>)> {
     let entry = checkpoint.entry(name)?;
+    let unpacked = |entry: &TensorEntry| entry.elements() * entry.dtype.size();
     let bytes = |unit: &Unit| -> usize {
         let inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
-        inputs.filter_map(|name| Some(checkpoint.entry(name).ok()?.bytes)).sum()
+        inputs.filter_map(|name| Some(unpacked(checkpoint.entry(name).ok()?))).sum()
     };
     let (largest, rows) = (layers.iter().map(bytes).max().unwrap_or(0), entry.shape[0]);
-    let most = (largest / (entry.bytes / rows.max(1)).max(1)).clamp(1, rows.max(1));
+    let most = (largest / (unpacked(entry) / rows.max(1)).max(1)).clamp(1, rows.max(1));
     // A multiple of this where that is possible, so that parts of the logits start on good boundaries.
     let step = if most < 64 { 1 } else { 64 };
     let most = most / step * step;

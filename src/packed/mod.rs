@@ -101,6 +101,9 @@ pub struct Corrupt {
     what: &'static str,
 }
 
+/// The same of a tensor, for people.
+pub(crate) const CORRUPT: &str = "its packed weights are corrupt; download the file, or pack the model, again";
+
 impl fmt::Display for Corrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "block {}: {}", self.block, self.what)
@@ -221,7 +224,7 @@ impl<'a> Packed<'a> {
         out.chunks_mut(BLOCK).enumerate().try_for_each(|(block, out)| self.decode_block(block, out))
     }
 
-    /// Where the bytes of a block lie among those of the part; `None` if the index says nonsense.
+    /// Where the bytes of a block lie among those of the part; `None` if the index, which may be all that is there yet, says nonsense.
     #[cfg(feature = "model")]
     pub(crate) fn place(&self, block: usize) -> Option<Range<usize>> {
         let (bytes, _) = self.block(block)?;

@@ -2,19 +2,22 @@
 //! those that are kept, and for static tensors.
 //!
 //! ```text
-//! copy stream       copies of what stays as it is, then for each piece that is cast: wait(consumed) → copy → record(staged)
-//! cast stream       for each piece: wait(staged) → cast → record(consumed)        only if tensors change on arrival
+//! copy stream       copies of what stays as it is, then for each piece that is staged: wait(consumed) → copy → record(staged)
+//! convert stream    for each piece: wait(staged) → cast or unpack → record(consumed)   only if tensors change on arrival
 //! ```
 //!
-//! **Invariant**: of the two staging blocks each is written again only once the cast that read it has been enqueued and is waited
+//! A device that computes in RAM unpacks weights from where they lie, on the first of the two.
+//!
+//! **Invariant**: of the two staging blocks each is written again only once the work that read it has been enqueued and is waited
 //! for.
 
-use std::{ffi::CStr, ops::Range};
+use std::{ffi::CStr, ops::Range, sync::Arc};
 
 use crate::{
     device::{Device, DevicePtr},
     error::Result,
     layout::{Staging, UnitLayout},
+    pipeline::reports::Reports,
 };
 
 /// The streams that tensors arrive by, and what they pass through on their way.
@@ -22,10 +25,12 @@ pub(super) struct ArrivalStream<D: Device> {
     device: D,
     stream: D::Stream,
     staging: Option<StagingBlocks<D>>,
+    /// Where packed tensors arrive.
+    reports: Option<Arc<Reports<D>>>,
 }
 
-/// Two blocks through which stored bytes pass on their way to a cast, on a stream of their own, so that the copies of the next
-/// piece need not wait for it.
+/// Two blocks through which stored bytes pass on their way to a cast, or to being unpacked, on a stream of their own, so that the
+/// copies of the next piece need not wait for it.
 struct StagingBlocks<D: Device> {
     memory: D::Memory,
     sizes: Staging,
@@ -36,8 +41,8 @@ struct StagingBlocks<D: Device> {
 }
 
 impl<D: Device> ArrivalStream<D> {
-    /// With these staging blocks, if any; tools show the stream of copies as `name`.
-    pub(super) fn new(device: &D, sizes: Staging, name: &CStr) -> Result<Self> {
+    /// With these staging blocks and reports, if any; tools show the stream of copies as `name`.
+    pub(super) fn new(device: &D, sizes: Staging, reports: Option<Arc<Reports<D>>>, name: &CStr) -> Result<Self> {
         let staging = || {
             Ok(StagingBlocks {
                 memory: device.allocate("staging blocks", sizes.bytes())?,
@@ -51,6 +56,7 @@ impl<D: Device> ArrivalStream<D> {
         Ok(Self {
             stream: device.named_stream(name)?,
             staging: (sizes.bytes() > 0).then(staging).transpose()?,
+            reports,
             device: device.clone(),
         })
     }
@@ -81,34 +87,82 @@ impl<D: Device> ArrivalStream<D> {
                 self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
             }
         }
-        let Some(staging) = &mut self.staging else { return Ok(()) };
-        for piece in unit.casts.iter().flat_map(|cast| cast.pieces(&window, staging.sizes.block_bytes)) {
-            let turn = staging.turn;
-            staging.turn = 1 - turn;
-            let block = self.device.address(&staging.memory).offset(staging.sizes.block_at(turn));
-            let (to, from) = ((target.offset(piece.to), piece.to_type), (block, piece.from_type));
-            self.device.wait(&self.stream, &staging.consumed[turn])?;
-            // SAFETY: the elements lie at `source`, a piece is no longer than a block, and the result lies in the unit; the
-            // waits on `consumed` and `staged` order the two uses of the block; the rest is the caller's.
-            unsafe {
-                let stored = source.add(piece.from - window.start);
-                self.device.copy_to_device(block, stored, piece.bytes(), &self.stream)?;
-                self.device.record(&staging.staged[turn], &self.stream)?;
-                self.device.wait(&staging.stream, &staging.staged[turn])?;
-                self.device.cast_raw(to, from, piece.elements, &staging.stream)?;
+        let block_bytes = self.staging.as_ref().map_or(0, |staging| staging.sizes.block_bytes);
+        for (number, unpack) in unit.unpacks.iter().enumerate() {
+            let reports = self.reports.clone().expect("they are there where packed tensors arrive");
+            let report = reports.word(unit.reports_at + number);
+            if self.device.memory_is_ram() {
+                for piece in unpack.pieces(&window, usize::MAX) {
+                    // SAFETY: the parts lie at `source`, and where they go in the unit; the rest is the caller's.
+                    unsafe {
+                        let from = DevicePtr::new(source.add(piece.from - window.start).cast_mut());
+                        self.device.unpack_raw(target.offset(piece.to), from, piece.parts, report, &self.stream)?;
+                    }
+                }
+                continue;
             }
-            self.device.record(&staging.consumed[turn], &staging.stream)?;
+            for piece in unpack.pieces(&window, block_bytes) {
+                // SAFETY: the parts lie at `source` and fit into a block, the weights lie in the unit; the rest is the caller's.
+                unsafe {
+                    let (from, to) = (source.add(piece.from - window.start), target.offset(piece.to));
+                    self.staged(from, piece.parts.bytes(), |device, block, stream| {
+                        device.unpack_raw(to, block, piece.parts, report, stream)
+                    })?;
+                }
+            }
+        }
+        for piece in unit.casts.iter().flat_map(|cast| cast.pieces(&window, block_bytes)) {
+            // SAFETY: the elements lie at `source` and fit into a block, and the result lies in the unit; the rest is the caller's.
+            unsafe {
+                let (from, to) = (source.add(piece.from - window.start), target.offset(piece.to));
+                self.staged(from, piece.bytes(), |device, block, stream| {
+                    device.cast_raw((to, piece.to_type), (block, piece.from_type), piece.elements, stream)
+                })?;
+            }
         }
         Ok(())
     }
 
+    /// Copies `bytes`, no more than a staging block has, to one, and enqueues what `convert` makes of them there.
+    ///
+    /// # Safety
+    /// Until the copy is done the bytes are written by nobody. `convert` enqueues on the stream that it gets, and reads no more than
+    /// the bytes of the block.
+    unsafe fn staged(
+        &mut self,
+        from: *const u8,
+        bytes: usize,
+        convert: impl FnOnce(&D, DevicePtr, &D::Stream) -> Result<()>,
+    ) -> Result<()> {
+        let staging = self.staging.as_mut().expect("it is there where tensors change on arrival");
+        let turn = staging.turn;
+        staging.turn = 1 - turn;
+        let block = self.device.address(&staging.memory).offset(staging.sizes.block_at(turn));
+        self.device.wait(&self.stream, &staging.consumed[turn])?;
+        // SAFETY: the block is long enough, and the waits on `consumed` and `staged` order its uses; the rest is the caller's.
+        unsafe { self.device.copy_to_device(block, from, bytes, &self.stream)? };
+        self.device.record(&staging.staged[turn], &self.stream)?;
+        self.device.wait(&staging.stream, &staging.staged[turn])?;
+        convert(&self.device, block, &staging.stream)?;
+        self.device.record(&staging.consumed[turn], &staging.stream)
+    }
+
     /// Marks where all of `unit`, enqueued last, has arrived.
     pub(super) fn record(&self, unit: &UnitLayout, arrived: &D::Event) -> Result<()> {
+        let staged = !unit.casts.is_empty() || !unit.unpacks.is_empty() && !self.device.memory_is_ram();
         match &self.staging {
-            // No tensor that is cast is empty: the last cast waits for its own copy, which comes after all others.
-            Some(staging) if !unit.casts.is_empty() => self.device.record(arrived, &staging.stream),
+            // No tensor that is staged is empty: the last waits for its own copy, which comes after all others.
+            Some(staging) if staged => self.device.record(arrived, &staging.stream),
             _ => self.device.record(arrived, &self.stream),
         }
+    }
+
+    /// Whether no packed weights were found corrupt so far, of what the device has done.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint) with the tensor that is.
+    pub(super) fn check(&self) -> Result<()> {
+        self.reports.as_ref().map_or(Ok(()), |reports| reports.check())
     }
 
     /// Blocks until all that was enqueued is done.

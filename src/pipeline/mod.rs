@@ -9,6 +9,7 @@ mod link;
 mod on_device;
 mod pin;
 mod read;
+mod reports;
 mod residency;
 mod stage;
 mod statics;
@@ -33,7 +34,7 @@ use crate::{
     device::{Device, DevicePtr, TensorRef},
     error::{Error, Result},
     io::{self, Engine, Source},
-    layout::{StageLayout, UnitLayout},
+    layout::StageLayout,
     pipeline::{
         compute::{ComputeSide, ProgressHook, Taken},
         host::HostMemory,
@@ -41,6 +42,7 @@ use crate::{
         on_device::DeviceMemory,
         pin::PinStage,
         read::ReadStage,
+        reports::Reports,
         residency::Residencies,
         stage::{Control, Running},
         transfer::TransferStage,
@@ -80,6 +82,8 @@ pub struct LayerStreamer<D: Device> {
     checkpoint: Checkpoint,
     plan: Arc<Plan>,
     sources: Arc<[Source]>,
+    /// Where packed tensors arrive.
+    reports: Option<Arc<Reports<D>>>,
     /// Which backend reads, and why not a higher one.
     reader: (Reader, String),
     control: Arc<Control>,
@@ -196,6 +200,7 @@ impl<D: Device> LayerStreamer<D> {
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));
+        let reports = Reports::new(device, checkpoint, &plan.units)?.map(Arc::new);
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
 
@@ -216,6 +221,7 @@ impl<D: Device> LayerStreamer<D> {
             checkpoint: checkpoint.clone(),
             plan: plan.clone(),
             sources: sources.clone(),
+            reports: reports.clone(),
             reader: (settings.reader, String::new()),
             control: control.clone(),
             registration: ManuallyDrop::new(registration),
@@ -239,7 +245,7 @@ impl<D: Device> LayerStreamer<D> {
             (None, read_in)
         };
         let transfer_stage =
-            TransferStage::new(device, &plan, &control, &host, &memory, &states, transfer_in, gpu_out)?;
+            TransferStage::new(device, &plan, &control, &host, &memory, &states, reports, transfer_in, gpu_out)?;
         streamer.threads.push(stage::spawn(transfer_stage, control.clone(), transfer)?);
         if let Some(stage) = pin_stage {
             streamer.threads.push(stage::spawn(stage, control.clone(), pin)?);
@@ -413,8 +419,16 @@ impl<D: Device> LayerStreamer<D> {
             }
             if self.control.is_cancelled(epoch) && !was_cancelled { Err(Error::Cancelled) } else { Ok(()) }
         };
-        let plan = UnitLayout::new(&self.checkpoint, unit)?;
-        StaticTensors::load(&self.device, &self.sources, self.reader.0, plan, &mut idle)
+        StaticTensors::load(&self.device, &self.checkpoint, &self.sources, self.reader.0, unit, &mut idle)
+    }
+
+    /// Whether no packed weights were found corrupt so far. A device finds out when it unpacks them, and nobody waits for that: ask when
+    /// the work of a pass is done, before its results are used. The pass after would begin with this error too.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with the tensor that is corrupt, and its file.
+    pub fn check_arrivals(&self) -> Result<()> {
+        self.reports.as_ref().map_or(Ok(()), |reports| reports.check())
     }
 
     /// Calls `hook` for every unit handed over, in the thread that takes it.

@@ -8,9 +8,9 @@ use crate::{
     device::{Device, DevicePtr, TensorRef},
     error::Result,
     io::{self, BlockReader, CHUNK, ReadBlock, Source},
-    layout::{Extent, Staging, UnitLayout},
-    pipeline::{arrival::ArrivalStream, compute::view},
-    plan::{Reader, Settings, Unit},
+    layout::{Extent, PAGE, Staging, UnitLayout},
+    pipeline::{arrival::ArrivalStream, compute::view, reports::Reports},
+    plan::{Presence, Reader, Settings, Unit},
 };
 
 /// Blocks through which static tensors pass on their way to the device, at most.
@@ -32,25 +32,28 @@ impl<D: Device> StaticTensors<D> {
     pub fn new(device: &D, checkpoint: &Checkpoint, unit: &Unit, settings: &Settings) -> Result<Self> {
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
-        Self::load(device, &sources, settings.reader, UnitLayout::new(checkpoint, unit)?, &mut |_, _| Ok(()))
+        Self::load(device, checkpoint, &sources, settings.reader, unit, &mut |_, _| Ok(()))
     }
 
-    /// Reads the tensors of `layout` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
+    /// Reads the tensors of `unit` chunk by chunk, so that host memory stays small however large they are. `idle` is called again
     /// and again while it waits, with the file that it waits for and since when.
     pub(super) fn load(
         device: &D,
+        checkpoint: &Checkpoint,
         sources: &Arc<[Source]>,
         reader: Reader,
-        layout: UnitLayout,
+        unit: &Unit,
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
+        let layout = UnitLayout::new(checkpoint, unit)?;
+        let reports = Reports::new(device, checkpoint, slice::from_ref(&layout))?;
         let memory = device.allocate("static tensors", layout.device_bytes)?;
         let base = device.address(&memory);
-        let count = parts(&layout).take(BLOCKS).count().max(1);
+        let count = layout.reads(CHUNK).take(BLOCKS).count().max(1);
         let blocks = Arc::new(Arena::new("static tensors on their way", count, CHUNK)?);
         // A chunk comes at a time.
-        let staging = Staging::of(slice::from_ref(&layout)).at_most(CHUNK);
-        let mut arrival = ArrivalStream::new(device, staging, c"layer-streamer statics")?;
+        let staging = Staging::of(slice::from_ref(&layout), Presence::of(device)).at_most(CHUNK);
+        let mut arrival = ArrivalStream::new(device, staging, reports.map(Arc::new), c"layer-streamer statics")?;
         let mut reader = BlockReader::new(reader, sources, &blocks, count)?;
         if let Err(error) = fill(sources, &layout, &mut arrival, base, &blocks, &mut reader, idle) {
             // Reads and copies that are under way end here, or what they use is left to them.
@@ -79,11 +82,6 @@ impl<D: Device> StaticTensors<D> {
     }
 }
 
-/// What there is to read, in parts of a chunk, each with the range of the slot for which it comes.
-fn parts(layout: &UnitLayout) -> impl Iterator<Item = (Extent, Range<usize>)> {
-    layout.extents.iter().flat_map(|extent| extent.overlapping_parts(CHUNK))
-}
-
 /// Reads everything that `layout` names, chunk by chunk, and has it arrive where it belongs from `base` on.
 fn fill<D: Device>(
     sources: &[Source],
@@ -95,7 +93,7 @@ fn fill<D: Device>(
     idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
 ) -> Result<()> {
     // Chunks may come in any order; a block is not used again before it was copied.
-    let mut parts = parts(layout);
+    let mut parts = layout.reads(CHUNK);
     let mut failure = None;
     loop {
         while failure.is_none() && reader.has_room() {
@@ -112,10 +110,13 @@ fn fill<D: Device>(
             Err(error) => failure = failure.or(Some((file, error))),
             Ok(_) if failure.is_some() => {}
             Ok(_) => {
-                // SAFETY: the chunk holds the window, and a page more, in which its last element ends; the block and the memory
-                // stay until all is drained.
-                unsafe { arrival.enqueue(layout, window, blocks.slot(block).as_ptr(), base)? };
+                // Its first byte is that of a page.
+                let skipped = window.start % PAGE;
+                // SAFETY: the chunk holds the window, with all of its last element; the block and the memory stay until all is
+                // drained.
+                unsafe { arrival.enqueue(layout, window, blocks.slot(block).as_ptr().add(skipped), base)? };
                 arrival.drain()?;
+                arrival.check()?;
             }
         }
         reader.free(block);

@@ -101,8 +101,9 @@ impl Case {
         for unit in &fixture.units {
             let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());
             for arrival in unit.arrivals() {
-                let (stored, bytes) = (fixture.table[&arrival.inputs[0]].dtype, fixture.stored(&arrival.inputs[0]));
-                let to = if rng.u8(..3) == 0 && stored.converts_to(DType::F32) { DType::F32 } else { stored };
+                let (stored, _, bytes) = fixture.tensor(&arrival.inputs[0]);
+                let converts = stored.converts_to(DType::F32) && !fixture.packed.contains_key(&arrival.inputs[0]);
+                let to = if rng.u8(..3) == 0 && converts { DType::F32 } else { stored };
                 let mut arrived = vec![0; bytes.len() / stored.size() * to.size()];
                 dtype::convert(stored, &bytes, to, &mut arrived);
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
@@ -120,7 +121,11 @@ impl Case {
         };
         // Or what a budget makes of it: any mix that the planner may choose.
         let settings = if rng.u8(..4) > 0 { settings } else { planned(&fixture, &mut units, settings, &mut rng) };
-        Self { fixture, units, expected, settings, device: AsyncCpu::new(seed), rng, wrong: Arc::default() }
+        let device = AsyncCpu::new(seed);
+        if seed % 4 == 3 {
+            device.link();
+        }
+        Self { fixture, units, expected, settings, device, rng, wrong: Arc::default() }
     }
 
     /// With the reader that was drawn, or whichever this system allows.

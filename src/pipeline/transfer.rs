@@ -22,6 +22,7 @@ use crate::{
         host::HostMemory,
         link::{Entry, Inlet, Message, Outlet, Place, Slot},
         on_device::DeviceMemory,
+        reports::Reports,
         residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
     },
@@ -70,6 +71,7 @@ impl<D: Device> TransferStage<D> {
         from: &Arc<HostMemory>,
         to: &Arc<DeviceMemory<D>>,
         states: &Arc<Residencies>,
+        reports: Option<Arc<Reports<D>>>,
         inlet: Inlet,
         outlet: Outlet,
     ) -> Result<Self> {
@@ -86,7 +88,7 @@ impl<D: Device> TransferStage<D> {
             states: states.clone(),
             inlet,
             outlet,
-            arrival: ArrivalStream::new(device, plan.layout.staging, c"layer-streamer transfer")?,
+            arrival: ArrivalStream::new(device, plan.layout.staging, reports, c"layer-streamer transfer")?,
             in_flight: VecDeque::with_capacity(most),
             idle: (0..most).map(|_| Ok([device.event()?, device.event()?])).collect::<Result<_>>()?,
             sources,
@@ -146,6 +148,8 @@ impl<D: Device> TransferStage<D> {
         // device's was handed back, and the waits above order the copies after its last use.
         unsafe { self.arrival.enqueue(unit, 0..unit.host_bytes, source, target)? };
         self.arrival.record(unit, arrived)?;
+        // Some devices are done already.
+        self.arrival.check()?;
         if let Some((timer, timing)) = self.timer.as_mut().zip(timing.flatten()) {
             timer.end(timing, self.arrival.stream(), Activity::Unit { unit: index, pass }, unit.disk_bytes)?;
         }
@@ -192,6 +196,7 @@ impl<D: Device> TransferStage<D> {
             timer.tell(&self.control.trace)?;
         }
         let retired = self.retire(false)?;
+        self.arrival.check()?;
         let waiting = match self.inlet.peek(epoch) {
             Some(Message::Failed { unit, .. }) => {
                 self.inlet.take();

@@ -92,7 +92,7 @@ impl Budget {
         overhead: FixedOverhead,
         bandwidths: Bandwidths,
     ) -> Result<Placement> {
-        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
         let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, &RINGS)?;
         let settings = Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() };
         Ok(Placement { settings, tiers, ..Placement::default() })
@@ -112,7 +112,7 @@ impl Budget {
         settings: &Settings,
     ) -> Result<Placement> {
         settings.validate()?;
-        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
         let (tiers, _) = choose(&sizes, overhead, self, bandwidths, &[settings.rings()])?;
         Ok(Placement { settings: settings.clone(), tiers, ..Placement::default() })
     }
@@ -133,14 +133,19 @@ impl Budget {
         overhead: FixedOverhead,
         settings: Option<&Settings>,
     ) -> Result<Self> {
-        let (sizes, overhead) = survey(checkpoint, units, overhead)?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
         let rings = settings.map_or(SHORTEST, Settings::rings);
         Ok(least(&families(&sizes, &classes(&sizes), overhead, self.presence()), self, rings))
     }
 }
 
 /// What the units move and take, and their fixed overhead, the staging blocks included.
-fn survey(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead) -> Result<(Vec<Sizes>, FixedOverhead)> {
+fn survey(
+    checkpoint: &Checkpoint,
+    units: &[Unit],
+    overhead: FixedOverhead,
+    presence: Presence,
+) -> Result<(Vec<Sizes>, FixedOverhead)> {
     if units.is_empty() {
         return Err(Error::setting("units", "there must be at least one"));
     }
@@ -151,7 +156,7 @@ fn survey(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead) -> R
     if all.host.max(all.device) > MOST {
         return Err(Error::setting("units", "are larger together than can be addressed"));
     }
-    let device_bytes = overhead.device_bytes.saturating_add(Staging::of(&planned).bytes());
+    let device_bytes = overhead.device_bytes.saturating_add(Staging::of(&planned, presence).bytes());
     Ok((sizes, FixedOverhead { device_bytes, ..overhead }))
 }
 

@@ -200,7 +200,7 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
         let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
         assert_eq!((placed.dtype, &placed.shape), (to, &entry.shape));
         assert!(aligned(placed.at, DEVICE_ALIGN));
-        let elements = entry.bytes / entry.dtype.size();
+        let elements = entry.elements();
         places.push((placed.at, elements * to.size()));
         if elements == 0 {
             continue;
@@ -259,9 +259,10 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
     }
     let block_bytes = DEVICE_ALIGN * (1 + rng.usize(..2 * most / DEVICE_ALIGN));
     let (mut copied, mut cast) = (vec![Vec::new(); unit.copies.len()], vec![Vec::new(); unit.casts.len()]);
-    for (part, window) in unit.extents.iter().flat_map(|extent| extent.overlapping_parts(most)) {
+    for (part, window) in unit.reads(most) {
         let read = part.at..part.at + part.len;
-        assert!(part.len <= most && part.needed() <= part.len && read.start == window.start && read.end >= window.end);
+        assert!(part.len <= most && part.needed() <= part.len);
+        assert!(read.start == window.start / PAGE * PAGE && read.end >= window.end);
         for (copy, pieces) in unit.copies.iter().zip(&mut copied) {
             pieces.extend(copy.within(&window).inspect(|piece| {
                 assert!(read.start <= piece.from && piece.from + piece.bytes <= read.end, "{piece:?} of {part:?}");

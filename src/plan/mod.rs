@@ -58,7 +58,10 @@ impl Plan {
         }
         let mut units = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
         let [mut ram, mut pinned, mut gpu] = [PAGE, PAGE, DEVICE_ALIGN].map(Offsets::aligned_to);
+        let mut reports = 0;
         for unit in &mut units {
+            unit.reports_at = reports;
+            reports += unit.unpacks.len();
             let at = match unit.tier {
                 Tier::Disk => continue,
                 Tier::Ram => ram.push(unit.host_bytes),
@@ -67,7 +70,7 @@ impl Plan {
             };
             unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more is kept there than can be addressed"))?;
         }
-        let (tallies, staging) = (Tallies::of(&units), Staging::of(&units));
+        let (tallies, staging) = (Tallies::of(&units), Staging::of(&units, presence));
         let layout = StreamLayout::new(&tallies, settings.rings(), settings.batches(), presence, staging);
         Ok(Self { units, tallies, layout })
     }
