@@ -55,14 +55,19 @@ pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
 }
 
 /// Random weights, most of them of a few magnitudes, packed in parts of a few blocks.
-fn packed(count: usize, rng: &mut fastrand::Rng) -> (Description, Vec<u8>) {
+fn packed_at_random(count: usize, rng: &mut fastrand::Rng) -> (Description, Vec<u8>) {
     let weights: Vec<u16> = (0..count).map(|_| rng.u16(..) >> [0, 2][usize::from(rng.u8(..8) > 0)] | 0x3000).collect();
-    let (mut counts, part) = ([0; 256], BLOCK * (1 + rng.usize(..4)));
-    packed::count(&weights, &mut counts);
+    pack(&[count], BLOCK * (1 + rng.usize(..4)), &weights)
+}
+
+/// A tensor of this shape, packed in parts of so many weights.
+pub fn pack(shape: &[usize], part: usize, weights: &[u16]) -> (Description, Vec<u8>) {
+    let mut counts = [0; 256];
+    packed::count(weights, &mut counts);
     let table = Table::new(&counts);
     let parts: Vec<_> = weights.chunks(part).map(|weights| Encoder::new(table).part(weights)).collect();
     let lengths = parts.iter().map(|part| part.len() as u32).collect();
-    (Description { shape: vec![count], table, checksum: 0, part, lengths }, parts.concat())
+    (Description { shape: shape.to_vec(), table, checksum: 0, part, lengths }, parts.concat())
 }
 
 /// Tensors given by type and length, unit by unit, written to files of random bytes in any order.
@@ -79,7 +84,7 @@ fn lay_out(units: &[Vec<Wanted>], files: usize, rng: &mut fastrand::Rng) -> Fixt
         let offset = ends[file] + 2 * rng.u64(..40) + if rng.u8(..8) == 0 { 2 * rng.u64(..60_000) } else { 0 };
         let name = format!("{unit}.{index}");
         if is_packed {
-            let (description, bytes) = packed(count, &mut fastrand::Rng::with_seed(offset));
+            let (description, bytes) = packed_at_random(count, &mut fastrand::Rng::with_seed(offset));
             (dtype, count) = (DType::U8, bytes.len());
             all_packed.insert(name.clone(), description);
             contents.push((file, offset, bytes));

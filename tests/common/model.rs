@@ -6,11 +6,13 @@ use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Choice, Decoder, Fit, Model, Tables},
+    packed::{self, Description},
     plan::{Bandwidths, Budget, Part},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 
-use support::{data, folder, speller};
+use super::pack;
+use support::{copy_of, data, folder, speller};
 
 /// A model with its tables in each of the places.
 pub fn everywhere(folder: &Path) -> [Model; 3] {
@@ -47,6 +49,41 @@ pub fn with_more_tokens(name: &str, folder: &Path) {
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["vocab_size"] = VOCABULARY.into();
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
+}
+
+/// A copy of a model whose tensors of BF16 are packed, whether that makes them smaller or not.
+pub fn packed(original: &Path) -> tempfile::TempDir {
+    let copy = copy_of(original);
+    for entry in fs::read_dir(copy.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "safetensors")
+            && !path.ends_with("expected.safetensors")
+        {
+            pack_file(&path);
+        }
+    }
+    copy
+}
+
+fn pack_file(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut metadata = HashMap::from([(packed::KEY.to_owned(), packed::VERSION.to_owned())]);
+    let mut tensors = Vec::new();
+    for (name, view) in file.tensors() {
+        if view.dtype() != safetensors::Dtype::BF16 || view.data().is_empty() {
+            tensors.push((name, view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            continue;
+        }
+        let weights: Vec<_> = view.data().as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes)).collect();
+        let (description, bytes) = pack(view.shape(), Description::part_of(view.shape()), &weights);
+        metadata.insert(format!("{}:{name}", packed::KEY), description.to_json());
+        tensors.push((name, safetensors::Dtype::U8, vec![bytes.len()], bytes));
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, Some(metadata), path).unwrap();
 }
 
 /// The dimensions of a Llama.

@@ -12,7 +12,7 @@ use layer_streamer::{
     plan::{CachePolicy, Placement, Reader, Tier},
 };
 
-use crate::common::{distance, expected, logits};
+use crate::common::{distance, expected, logits, packed};
 use support::{data, speller};
 
 /// A checkpoint, and in `tests/data/NAME` what `make_reference.py` or `make_expected.py` computed for it in F32 or F64.
@@ -70,6 +70,8 @@ pub struct Row {
     piece: usize,
     /// Before the last piece, other tokens take its place, and are forgotten.
     redo: bool,
+    /// What is of BF16 is stored packed.
+    packed: bool,
 }
 
 const PLAIN: Row = Row {
@@ -82,6 +84,7 @@ const PLAIN: Row = Row {
     sequences: 1,
     piece: 0,
     redo: false,
+    packed: false,
 };
 
 use Reader::{Auto, Pread, Uring, UringFixed};
@@ -89,15 +92,24 @@ use Tables::{EmbeddingInFile, HeadStreamed, OnDevice};
 use Tier::{Disk, Gpu, Pinned, Ram};
 
 /// How many rows at the head of [`ROWS`] reach whatever differs between models. The others differ in how units travel.
-pub const OF_EACH_MODEL: usize = 6;
+pub const OF_EACH_MODEL: usize = 7;
 
-pub const ROWS: [Row; 45] = [
+pub const ROWS: [Row; 53] = [
     PLAIN,
     Row { tables: EmbeddingInFile, ..PLAIN },
     Row { tables: HeadStreamed, ..PLAIN },
     Row { tiers: &[Gpu, Disk, Pinned, Ram], tables: HeadStreamed, ..PLAIN },
     Row { piece: 5, ..PLAIN },
     Row { sequences: 2, ..PLAIN },
+    Row { packed: true, tiers: &[Gpu, Disk, Pinned, Ram], tables: HeadStreamed, ..PLAIN },
+    // Packed.
+    Row { packed: true, ..PLAIN },
+    Row { packed: true, tables: EmbeddingInFile, ..PLAIN },
+    Row { packed: true, tables: HeadStreamed, rings: [1, 0, 0], ..PLAIN },
+    Row { packed: true, tiers: &[Ram], rings: [1, 0, 1], ..PLAIN },
+    Row { packed: true, tiers: &[Pinned], ..PLAIN },
+    Row { packed: true, tiers: &[Gpu], tables: EmbeddingInFile, piece: 5, ..PLAIN },
+    Row { packed: true, reader: Pread, rings: [3, 3, 3], batches: [2, 2, 2], ..PLAIN },
     // Tiers.
     Row { tiers: &[Ram], ..PLAIN },
     Row { tiers: &[Pinned], ..PLAIN },
@@ -178,8 +190,10 @@ impl Reference {
 pub fn hold<D: Kernels>(device: &D, references: &[Reference], rows: &[Row]) {
     let mut wrong = Vec::new();
     for reference in references {
-        let model = Model::open(reference.folder()).unwrap();
-        let most = rows.iter().map(|row| match run(device, &model, reference, row) {
+        let packed = packed(&reference.folder());
+        let [model, of_packed] = [&reference.folder(), packed.path()].map(|folder| Model::open(folder).unwrap());
+        let of = |row: &Row| if row.packed { &of_packed } else { &model };
+        let most = rows.iter().map(|row| match run(device, of(row), reference, row) {
             Ok(off) => off,
             Err(said) => {
                 wrong.push(format!("{}, {row:?}:\n    {said}", reference.name));
