@@ -99,16 +99,19 @@ pub enum Tier {
     Pinned,
     /// On the device: read and transferred once.
     Gpu,
+    /// On the device, with packed tensors as they are stored: read and transferred once, unpacked into a slot in every pass.
+    GpuPacked,
 }
 
 impl fmt::Display for Tier {
-    /// Where: `on disk`, `in RAM`, `in pinned RAM` or `on the device`.
+    /// Where: `on disk`, `in RAM`, `in pinned RAM`, `on the device` or `packed on the device`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Disk => "on disk",
             Self::Ram => "in RAM",
             Self::Pinned => "in pinned RAM",
             Self::Gpu => "on the device",
+            Self::GpuPacked => "packed on the device",
         })
     }
 }
@@ -134,7 +137,7 @@ impl Tier {
             let Some((first, last, tier)) = parsed else {
                 return Err(wrong(
                     part,
-                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned or gpu".into(),
+                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned, gpu or gpu-packed".into(),
                 ));
             };
             let count = units.len();
@@ -146,10 +149,15 @@ impl Tier {
         Ok(())
     }
 
-    pub(crate) const ALL: [Self; 4] = [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu];
+    pub(crate) const ALL: [Self; 5] = [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked];
 
     /// Those whose units are not read in every pass.
-    pub(crate) const KEPT: [Self; 3] = [Self::Ram, Self::Pinned, Self::Gpu];
+    pub(crate) const KEPT: [Self; 4] = [Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked];
+
+    /// Whether units are kept in the device's memory.
+    pub(crate) fn is_on_device(self) -> bool {
+        matches!(self, Self::Gpu | Self::GpuPacked)
+    }
 
     /// As [`parse`](Self::parse) takes it.
     pub(crate) fn word(self) -> &'static str {
@@ -158,6 +166,7 @@ impl Tier {
             Self::Ram => "ram",
             Self::Pinned => "pinned",
             Self::Gpu => "gpu",
+            Self::GpuPacked => "gpu-packed",
         }
     }
 }

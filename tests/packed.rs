@@ -21,7 +21,7 @@ use support::data;
 #[test]
 fn every_unit_arrives_unpacked_in_every_tier_and_static_tensors_do() {
     let mut fixture = packed_fixture(6, &SIZES, 3);
-    for tier in [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu] {
+    for tier in [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked] {
         fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
         (0..3).for_each(|_| checked_pass(&fixture, &mut streamer));
@@ -87,7 +87,7 @@ fn what_is_computed_with_corrupt_weights_is_never_told() {
         (TABLE, Tables::EmbeddingInFile),
         (TABLE, Tables::HeadStreamed),
     ] {
-        for tier in [Tier::Disk, Tier::Pinned, Tier::Gpu] {
+        for tier in [Tier::Disk, Tier::Pinned, Tier::Gpu, Tier::GpuPacked] {
             let folder = packed(&data("qwen2-tied"));
             // How many escapes the first block has.
             let path = spoil(folder.path(), tensor, 4);

@@ -179,6 +179,11 @@ unsafe impl Device for AnyDevice {
         on!(self, stream => |device| unsafe { device.copy_to_host(to, from, bytes, stream) })
     }
 
+    unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &AnyStream) -> Result<()> {
+        // SAFETY: both ranges are on this device, apart, and valid until the copy is done, as the caller promised.
+        on!(self, stream => |device| unsafe { device.copy_on_device(to, from, bytes, stream) })
+    }
+
     unsafe fn cast_raw(
         &self,
         to: (DevicePtr, DType),

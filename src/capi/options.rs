@@ -34,6 +34,8 @@ pub enum ls_tier {
     LS_TIER_PINNED = 2,
     /// On the device: read and transferred once.
     LS_TIER_GPU = 3,
+    /// On the device, with packed tensors as they are stored: read and transferred once, unpacked in every pass.
+    LS_TIER_GPU_PACKED = 4,
 }
 
 /// Who reads from disk.
@@ -421,8 +423,7 @@ impl ls_unit {
     unsafe fn read(&self) -> Result<Unit> {
         // SAFETY: the caller says that a text ends there, if it is not NULL.
         let mut unit = unsafe { tensors(text(self.name, "name of a unit")?, self.tensors, self.count)? };
-        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
-        unit.set_tier(choose(self.tier, &tiers, "tier")?);
+        unit.set_tier(choose(self.tier, &Tier::ALL, "tier")?);
         Ok(unit)
     }
 }

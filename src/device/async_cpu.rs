@@ -202,6 +202,11 @@ unsafe impl Device for AsyncCpu {
         Ok(())
     }
 
+    unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &AsyncStream) -> Result<()> {
+        // SAFETY: the contract of this call, passed on.
+        unsafe { self.copy_to_host(to.as_ptr(), from, bytes, stream) }
+    }
+
     unsafe fn cast_raw(
         &self,
         to: (DevicePtr, DType),

@@ -90,6 +90,12 @@ unsafe impl Device for Cpu {
         Ok(())
     }
 
+    unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, _: &CpuStream) -> Result<()> {
+        // SAFETY: the caller promised that both ranges are valid and apart.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), bytes) };
+        Ok(())
+    }
+
     unsafe fn cast_raw(
         &self,
         (to, to_type): (DevicePtr, DType),

@@ -109,6 +109,12 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// As [`Device::copy_to_device`].
     unsafe fn copy_to_host(&self, to: *mut u8, from: DevicePtr, bytes: usize, stream: &Self::Stream) -> Result<()>;
 
+    /// Enqueues a copy of `bytes` within the device. The ranges do not overlap.
+    ///
+    /// # Safety
+    /// As [`Device::copy_to_device`], with both ranges on the device.
+    unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &Self::Stream) -> Result<()>;
+
     /// Enqueues the conversion of `elements` elements (see [`DType::converts_to`]). The ranges do not overlap.
     ///
     /// # Safety

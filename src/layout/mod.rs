@@ -57,22 +57,26 @@ impl Offsets {
     }
 }
 
-/// What a unit moves in a pass (bytes read, bytes copied) and takes where it is kept or in a slot (in RAM, on the device).
+/// What a unit moves in a pass (bytes read, bytes copied, and of these what is unpacked and to how much) and takes where it is kept or in a slot (in RAM, on the device; there also
+/// with packed tensors as they are stored).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sizes {
     pub(crate) read: usize,
     pub(crate) copied: usize,
+    pub(crate) unpacked: [usize; 2],
     /// Whole pages.
     pub(crate) host: usize,
     /// A multiple of [`DEVICE_ALIGN`].
     pub(crate) device: usize,
+    /// Likewise.
+    pub(crate) packed: usize,
 }
 
 impl Sizes {
     /// Whether the two take the same memory but for what rounding to pages makes of it.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let near = |a: usize, b: usize| a.abs_diff(b) <= a.min(b) / 64;
-        near(self.host, other.host) && near(self.device, other.device)
+        near(self.host, other.host) && near(self.device, other.device) && near(self.packed, other.packed)
     }
 
     /// Sums; one that no number holds is the largest there is.
@@ -93,8 +97,10 @@ impl Sizes {
         Self {
             read: f(self.read, other.read),
             copied: f(self.copied, other.copied),
+            unpacked: std::array::from_fn(|i| f(self.unpacked[i], other.unpacked[i])),
             host: f(self.host, other.host),
             device: f(self.device, other.device),
+            packed: f(self.packed, other.packed),
         }
     }
 }

@@ -27,7 +27,7 @@ pub(crate) struct Tally {
 
 /// The same by [`Tier`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Tallies(pub(crate) [Tally; 4]);
+pub(crate) struct Tallies(pub(crate) [Tally; Tier::ALL.len()]);
 
 impl Tallies {
     pub(crate) fn of(units: &[UnitLayout]) -> Self {
@@ -48,10 +48,10 @@ impl Tallies {
         Tier::KEPT.iter().map(|tier| self.in_tier(*tier).units).sum()
     }
 
-    /// The bytes that a pass reads from disk, and those that it copies to the device, once all tiers are filled.
-    pub(crate) fn moved(&self) -> [usize; 2] {
-        let copied = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum.copied);
-        [self.in_tier(Tier::Disk).sum.read, copied.into_iter().fold(0, usize::saturating_add)]
+    /// What comes to the device in a pass once all tiers are filled.
+    pub(crate) fn moved(&self) -> Sizes {
+        let passing = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum);
+        passing.into_iter().fold(Sizes::default(), Sizes::plus)
     }
 
     fn largest(&self, tiers: &[Tier], bytes: fn(&Sizes) -> usize) -> usize {
@@ -138,47 +138,56 @@ pub(crate) struct StreamLayout {
     pub(crate) pinned: Option<StageLayout>,
     pub(crate) gpu: StageLayout,
     pub(crate) staging: Staging,
-    /// Bytes of the units that are kept in pageable RAM, in pinned RAM and on the device.
-    kept: [usize; 3],
+    pub(crate) presence: Presence,
+    /// Bytes of the units that are kept, by [`Tier::KEPT`].
+    pub(crate) kept: [usize; Tier::KEPT.len()],
 }
 
 impl StreamLayout {
     pub(crate) fn new(tallies: &Tallies, rings: Rings, batches: Rings, presence: Presence, staging: Staging) -> Self {
         let [[n_gpu, n_cpu_pinned, n_cpu], [batch_gpu, batch_cpu_pinned, batch_cpu]] = [rings, batches];
         // Slots are for the units that pass through them. What is kept on the device came through the host's.
-        let from_disk = tallies.largest(&[Tier::Disk, Tier::Gpu], |sizes| sizes.host);
-        let to_pin = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::Ram], |sizes| sizes.host);
+        let from_disk = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::GpuPacked], |sizes| sizes.host);
+        let to_pin = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::Ram], |sizes| sizes.host);
         let passing = match presence {
-            Presence::AtOnce => &[Tier::Disk, Tier::Ram, Tier::Pinned][..],
+            Presence::AtOnce => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked][..],
             Presence::InFirstPass => &Tier::ALL,
         };
         let to_device = tallies.largest(passing, |sizes| sizes.device);
-        let [ram, pinned, gpu] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
+        let [ram, pinned, gpu, packed] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
         // Units that are kept in RAM need the pin stage, and that a RAM slot for the others.
         let has_ram = n_cpu > 0 || (ram.host > 0 && n_cpu_pinned > 0);
         let has_pinned = n_cpu_pinned > 0 || n_cpu == 0;
-        let on_device = match presence {
-            Presence::AtOnce => gpu.device,
-            // It is an arena.
-            Presence::InFirstPass => pages(gpu.device),
+        // An arena is whole pages.
+        let rest = match presence {
+            Presence::AtOnce => 0,
+            Presence::InFirstPass => {
+                let all = gpu.device.saturating_add(packed.packed);
+                pages(all).saturating_sub(all)
+            }
+        };
+        let [gpu, packed] = match tallies.in_tier(Tier::GpuPacked).units {
+            0 => [gpu.device.saturating_add(rest), 0],
+            _ => [gpu.device, packed.packed.saturating_add(rest)],
         };
         Self {
             ram: has_ram.then(|| StageLayout::new(n_cpu, batch_cpu, from_disk)),
             pinned: has_pinned.then(|| StageLayout::new(n_cpu_pinned, batch_cpu_pinned, to_pin)),
             gpu: StageLayout::new(n_gpu, batch_gpu, to_device),
             staging,
-            kept: [ram.host, pinned.host, on_device],
+            presence,
+            kept: [ram.host, pinned.host, gpu, packed],
         }
     }
 
     /// Memory that can be lent: pageable RAM, pinned RAM, the device's.
     pub(crate) fn spaces(&self) -> [Space; 3] {
         let slots = |stage: &Option<StageLayout>| stage.as_ref().map_or(0, StageLayout::bytes);
-        let [ram, pinned, gpu] = self.kept;
+        let [ram, pinned, gpu, packed] = self.kept;
         [
             Space { slots: slots(&self.ram), kept: ram },
             Space { slots: slots(&self.pinned), kept: pinned },
-            Space { slots: self.gpu.bytes(), kept: gpu },
+            Space { slots: self.gpu.bytes(), kept: gpu.saturating_add(packed) },
         ]
     }
 

@@ -62,6 +62,8 @@ impl Extent {
 pub(crate) struct CopyRange {
     pub(crate) from: usize,
     pub(crate) to: usize,
+    /// Where it goes among what is kept [packed](Tier::GpuPacked).
+    pub(crate) kept_at: usize,
     pub(crate) bytes: usize,
 }
 
@@ -69,7 +71,13 @@ impl CopyRange {
     /// What of it lies in `window`, a range of the host slot.
     pub(crate) fn within(&self, window: &Range<usize>) -> Option<Self> {
         let (start, end) = (self.from.max(window.start), (self.from + self.bytes).min(window.end));
-        (start < end).then(|| Self { from: start, to: self.to + (start - self.from), bytes: end - start })
+        let skipped = start.saturating_sub(self.from);
+        (start < end).then(|| Self {
+            from: start,
+            to: self.to + skipped,
+            kept_at: self.kept_at + skipped,
+            bytes: end - start,
+        })
     }
 }
 
@@ -78,6 +86,8 @@ impl CopyRange {
 pub(crate) struct Cast {
     pub(crate) from: usize,
     pub(crate) to: usize,
+    /// As for copies.
+    pub(crate) kept_at: usize,
     pub(crate) elements: usize,
     pub(crate) from_type: DType,
     pub(crate) to_type: DType,
@@ -97,6 +107,7 @@ impl Cast {
         (first..end).step_by(most).map(move |start| Self {
             from: cast.from + start * from_size,
             to: cast.to + start * to_size,
+            kept_at: cast.kept_at + start * to_size,
             elements: most.min(end - start),
             ..cast
         })
@@ -108,6 +119,8 @@ impl Cast {
 pub(crate) struct Unpack {
     pub(crate) from: usize,
     pub(crate) to: usize,
+    /// Where its parts go as they are.
+    pub(crate) kept_at: usize,
     pub(crate) packed: PackedRange,
     /// For messages.
     pub(crate) file: usize,
@@ -195,6 +208,8 @@ pub(crate) struct UnitLayout {
     pub(crate) host_bytes: usize,
     /// A multiple of [`DEVICE_ALIGN`].
     pub(crate) device_bytes: usize,
+    /// The same where packed tensors are kept as they are.
+    pub(crate) packed_bytes: usize,
     pub(crate) tier: Tier,
     /// Where it lies among the units that are kept in its tier.
     pub(crate) resident_at: usize,
@@ -217,26 +232,29 @@ impl UnitLayout {
         }
         let (mut copies, mut casts, mut unpacks, mut tensors) =
             (Vec::<CopyRange>::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut stored, mut on_device, mut disk_bytes) = (Vec::new(), Offsets::aligned_to(DEVICE_ALIGN), 0usize);
+        let (mut stored, mut disk_bytes) = (Vec::new(), 0usize);
+        let [mut on_device, mut kept] = [Offsets::aligned_to(DEVICE_ALIGN); 2];
         for (arrival, input, entry) in inputs {
             let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
             let elements = entry.elements();
-            let bytes = elements.checked_mul(dtype.size());
-            let at = bytes.and_then(|bytes| on_device.push(bytes)).ok_or_else(too_large)?;
+            let bytes = elements.checked_mul(dtype.size()).ok_or_else(too_large)?;
+            let kept_bytes = if entry.packed.is_some() { entry.bytes } else { bytes };
+            let (at, kept_at) = on_device.push(bytes).zip(kept.push(kept_bytes)).ok_or_else(too_large)?;
             if elements > 0 {
                 let from = host_position(&extents, entry);
                 if let Some(packed) = &entry.packed {
                     let (packed, tensor) = (packed.clone(), input.to_owned());
-                    unpacks.push(Unpack { from, to: at, packed, file: entry.file, tensor });
+                    unpacks.push(Unpack { from, to: at, kept_at, packed, file: entry.file, tensor });
                 } else if dtype == entry.dtype {
                     match copies.last_mut() {
+                        // Side by side on the device, they are so where they are kept.
                         Some(last) if last.from + last.bytes == from && last.to + last.bytes == at => {
                             last.bytes += entry.bytes
                         }
-                        _ => copies.push(CopyRange { from, to: at, bytes: entry.bytes }),
+                        _ => copies.push(CopyRange { from, to: at, kept_at, bytes: entry.bytes }),
                     }
                 } else {
-                    casts.push(Cast { from, to: at, elements, from_type: entry.dtype, to_type: dtype });
+                    casts.push(Cast { from, to: at, kept_at, elements, from_type: entry.dtype, to_type: dtype });
                 }
             }
             let record = (entry.file, entry.end(), input.to_owned());
@@ -262,6 +280,7 @@ impl UnitLayout {
             disk_bytes,
             host_bytes,
             device_bytes: on_device.bytes(),
+            packed_bytes: kept.bytes(),
             tier: unit.tier(),
             resident_at: 0,
             stored,
@@ -270,7 +289,25 @@ impl UnitLayout {
 
     /// What it moves and takes.
     pub(crate) fn sizes(&self) -> Sizes {
-        Sizes { read: self.read_bytes, copied: self.disk_bytes, host: self.host_bytes, device: self.device_bytes }
+        let unpacked = self.unpacks.iter().map(|unpack| [unpack.bytes(), WEIGHT * unpack.packed.parts().weights]);
+        Sizes {
+            read: self.read_bytes,
+            copied: self.disk_bytes,
+            unpacked: unpacked.fold([0; 2], |[from, to], [more, weights]| [from + more, to + weights]),
+            host: self.host_bytes,
+            device: self.device_bytes,
+            packed: self.packed_bytes,
+        }
+    }
+
+    /// What it takes where it is kept.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        match self.tier {
+            Tier::Disk => 0,
+            Tier::Ram | Tier::Pinned => self.host_bytes,
+            Tier::Gpu => self.device_bytes,
+            Tier::GpuPacked => self.packed_bytes,
+        }
     }
 
     /// What there is to read, in parts of up to `most` bytes, each with the range of the host slot for which it comes: elements and

@@ -25,11 +25,13 @@
 //! | `description.rs` | a tensor: its parts, and what a file says of it beside its bytes |
 //! | `encode.rs` | weights → a part |
 //! | `decode.rs` | a block → weights, in plain code |
+//! | `rate.rs` | how fast that is on this machine |
 //! | `x86.rs` | the same with AVX2 and BMI2, and with AVX-512 |
 
 mod decode;
 mod description;
 mod encode;
+mod rate;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -42,6 +44,7 @@ use std::{cmp::Reverse, fmt};
 pub use decode::Decoding;
 pub use description::{Description, KEY, Parts, VERSION};
 pub use encode::Encoder;
+pub(crate) use rate::core_rate;
 
 /// Weights of a block.
 pub const BLOCK: usize = 4096;

@@ -6,7 +6,8 @@
 //! convert stream    for each piece: wait(staged) → cast or unpack → record(consumed)   only if tensors change on arrival
 //! ```
 //!
-//! A device that computes in RAM unpacks weights from where they lie, on the first of the two.
+//! A device that computes in RAM unpacks weights from where they lie, on the first of the two. A unit that is kept packed on the device
+//! arrives so, and is unpacked from there on the second.
 //!
 //! **Invariant**: of the two staging blocks each is written again only once the work that read it has been enqueued and is waited
 //! for.
@@ -19,6 +20,15 @@ use crate::{
     layout::{Staging, UnitLayout},
     pipeline::reports::Reports,
 };
+
+/// In what form a unit's packed tensors arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Unpacked.
+    Plain,
+    /// As they are, for [`Tier::GpuPacked`](crate::plan::Tier::GpuPacked).
+    Packed,
+}
 
 /// The streams that tensors arrive by, and what they pass through on their way.
 pub(super) struct ArrivalStream<D: Device> {
@@ -66,7 +76,7 @@ impl<D: Device> ArrivalStream<D> {
         &self.stream
     }
 
-    /// Enqueues what makes `unit`'s tensors from `target` on of the stored bytes of `window`, a range of the unit's host slot:
+    /// Enqueues what makes `unit`'s tensors from `target` on, as `form` has them, of the stored bytes of `window`, a range of the unit's host slot:
     /// bytes that stay as they are, and elements that begin in it. Its first byte lies at `source`, where the last of these
     /// elements is whole.
     ///
@@ -79,18 +89,29 @@ impl<D: Device> ArrivalStream<D> {
         window: Range<usize>,
         source: *const u8,
         target: DevicePtr,
+        form: Form,
     ) -> Result<()> {
+        let place = |plain: usize, packed: usize| target.offset(if form == Form::Packed { packed } else { plain });
         for copy in unit.copies.iter().filter_map(|copy| copy.within(&window)) {
             // SAFETY: the bytes lie in the window, and where they go in the unit; the rest is the caller's.
             unsafe {
-                let from = source.add(copy.from - window.start);
-                self.device.copy_to_device(target.offset(copy.to), from, copy.bytes, &self.stream)?;
+                let (from, to) = (source.add(copy.from - window.start), place(copy.to, copy.kept_at));
+                self.device.copy_to_device(to, from, copy.bytes, &self.stream)?;
             }
         }
         let block_bytes = self.staging.as_ref().map_or(0, |staging| staging.sizes.block_bytes);
         for (number, unpack) in unit.unpacks.iter().enumerate() {
             let reports = self.reports.clone().expect("they are there where packed tensors arrive");
             let report = reports.word(unit.reports_at + number);
+            if form == Form::Packed {
+                // Of units that are kept everything is in the window.
+                // SAFETY: the parts lie at `source`, and where they go in the unit; the rest is the caller's.
+                unsafe {
+                    let (from, to) = (source.add(unpack.from - window.start), target.offset(unpack.kept_at));
+                    self.device.copy_to_device(to, from, unpack.bytes(), &self.stream)?;
+                }
+                continue;
+            }
             if self.device.memory_is_ram() {
                 for piece in unpack.pieces(&window, usize::MAX) {
                     // SAFETY: the parts lie at `source`, and where they go in the unit; the rest is the caller's.
@@ -114,13 +135,45 @@ impl<D: Device> ArrivalStream<D> {
         for piece in unit.casts.iter().flat_map(|cast| cast.pieces(&window, block_bytes)) {
             // SAFETY: the elements lie at `source` and fit into a block, and the result lies in the unit; the rest is the caller's.
             unsafe {
-                let (from, to) = (source.add(piece.from - window.start), target.offset(piece.to));
+                let (from, to) = (source.add(piece.from - window.start), place(piece.to, piece.kept_at));
                 self.staged(from, piece.bytes(), |device, block, stream| {
                     device.cast_raw((to, piece.to_type), (block, piece.from_type), piece.elements, stream)
                 })?;
             }
         }
         Ok(())
+    }
+
+    /// Enqueues, on [`converting`](Self::converting), what makes `unit`'s tensors from `target` on of those that are kept packed from
+    /// `kept` on.
+    ///
+    /// # Safety
+    /// Both are as long as the plan of the unit says, and the work is ordered behind the arrival of the one and the last use of the
+    /// other.
+    pub(super) unsafe fn unpack(&self, unit: &UnitLayout, kept: DevicePtr, target: DevicePtr) -> Result<()> {
+        let copies = unit.copies.iter().map(|copy| (copy.kept_at, copy.to, copy.bytes));
+        let casts = unit.casts.iter().map(|cast| (cast.kept_at, cast.to, cast.elements * cast.to_type.size()));
+        for (from, to, bytes) in copies.chain(casts) {
+            // SAFETY: the plan placed the tensors there; the rest is the caller's.
+            unsafe {
+                self.device.copy_on_device(target.offset(to), kept.offset(from), bytes, self.converting())?;
+            }
+        }
+        for (number, unpack) in unit.unpacks.iter().enumerate() {
+            let reports = self.reports.as_ref().expect("they are there where packed tensors arrive");
+            let (report, parts) = (reports.word(unit.reports_at + number), unpack.packed.parts());
+            // SAFETY: the plan placed the tensor there; the rest is the caller's.
+            unsafe {
+                let (from, to) = (kept.offset(unpack.kept_at), target.offset(unpack.to));
+                self.device.unpack_raw(to, from, parts, report, self.converting())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The stream that tensors are converted on.
+    pub(super) fn converting(&self) -> &D::Stream {
+        self.staging.as_ref().map_or(&self.stream, |staging| &staging.stream)
     }
 
     /// Copies `bytes`, no more than a staging block has, to one, and enqueues what `convert` makes of them there.
@@ -147,9 +200,10 @@ impl<D: Device> ArrivalStream<D> {
         self.device.record(&staging.consumed[turn], &staging.stream)
     }
 
-    /// Marks where all of `unit`, enqueued last, has arrived.
-    pub(super) fn record(&self, unit: &UnitLayout, arrived: &D::Event) -> Result<()> {
-        let staged = !unit.casts.is_empty() || !unit.unpacks.is_empty() && !self.device.memory_is_ram();
+    /// Marks where all of `unit`, enqueued last in this form, has arrived.
+    pub(super) fn record(&self, unit: &UnitLayout, form: Form, arrived: &D::Event) -> Result<()> {
+        let unpacked = !unit.unpacks.is_empty() && form == Form::Plain && !self.device.memory_is_ram();
+        let staged = !unit.casts.is_empty() || unpacked;
         match &self.staging {
             // No tensor that is staged is empty: the last waits for its own copy, which comes after all others.
             Some(staging) if staged => self.device.record(arrived, &staging.stream),

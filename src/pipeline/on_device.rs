@@ -6,7 +6,7 @@ use crate::{
     error::Result,
     layout::{Space, UnitLayout},
     pipeline::link::{Place, Slot},
-    plan::{Plan, Tier},
+    plan::Plan,
 };
 
 /// What the memory of kept units is called in messages.
@@ -57,7 +57,7 @@ impl<D: Device> DeviceMemory<D> {
         let Space { slots: slot_bytes, kept } = space;
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
         let if_resident =
-            |unit: &UnitLayout| (unit.tier == Tier::Gpu).then(|| Ok([device.event()?, device.event()?])).transpose();
+            |unit: &UnitLayout| unit.tier.is_on_device().then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
             Some(start) => Ok(Stretch::Lent(start)),
             None => device.allocate("device slots", slot_bytes).map(Stretch::Own),
@@ -100,7 +100,7 @@ impl<D: Device> DeviceMemory<D> {
     /// Whether a unit that is kept here would wait for its memory to be prefaulted, though a slot could take it.
     pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
         let absent = match &self.residents {
-            Some(Stretch::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.device_bytes),
+            Some(Stretch::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.kept_bytes()),
             _ => false,
         };
         absent && unit.device_bytes <= self.slot_bytes

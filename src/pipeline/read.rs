@@ -170,7 +170,7 @@ impl<D: Device> ReadStage<D> {
         match unit.tier {
             Tier::Disk => false,
             Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),
-            Tier::Gpu => !(self.first_pass && self.on_device.is_late(unit)),
+            Tier::Gpu | Tier::GpuPacked => !(self.first_pass && self.on_device.is_late(unit)),
         }
     }
 
@@ -284,7 +284,7 @@ impl<D: Device> Advance for ReadStage<D> {
                 return Err((index, error));
             }
             let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);
-            let in_ram = place == Place::Resident && unit.tier != Tier::Gpu;
+            let in_ram = place == Place::Resident && !unit.tier.is_on_device();
             let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
             if let Err(error) = self.check_files(index, moved.is_some()) {
                 self.states.give_up(index);
@@ -345,7 +345,7 @@ impl<D: Device> Advance for ReadStage<D> {
         }
         for (unit, plan) in self.plan.units.iter().enumerate() {
             // What has not reached the device is read once more.
-            if plan.tier == Tier::Gpu {
+            if plan.tier.is_on_device() {
                 self.states.give_up(unit);
             }
         }

@@ -9,7 +9,11 @@ use crate::{
     error::Result,
     io::{self, BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, PAGE, Staging, UnitLayout},
-    pipeline::{arrival::ArrivalStream, compute::view, reports::Reports},
+    pipeline::{
+        arrival::{ArrivalStream, Form},
+        compute::view,
+        reports::Reports,
+    },
     plan::{Presence, Reader, Settings, Unit},
 };
 
@@ -114,7 +118,9 @@ fn fill<D: Device>(
                 let skipped = window.start % PAGE;
                 // SAFETY: the chunk holds the window, with all of its last element; the block and the memory stay until all is
                 // drained.
-                unsafe { arrival.enqueue(layout, window, blocks.slot(block).as_ptr().add(skipped), base)? };
+                unsafe {
+                    arrival.enqueue(layout, window, blocks.slot(block).as_ptr().add(skipped), base, Form::Plain)?
+                };
                 arrival.drain()?;
                 arrival.check()?;
             }

@@ -109,7 +109,10 @@ impl Case {
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
             }
-            changed.set_tier(tiers[rng.usize(..tiers.len())]);
+            changed.set_tier(match tiers[rng.usize(..tiers.len())] {
+                Tier::Gpu if units.len() % 2 == 1 => Tier::GpuPacked,
+                tier => tier,
+            });
             units.push(changed);
             expected.push(tensors);
         }

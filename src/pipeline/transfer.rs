@@ -8,6 +8,12 @@
 //! the last stream   record(arrived[d])
 //! ```
 //!
+//! and for a unit that is kept packed on the device, in every pass
+//!
+//! ```text
+//! convert stream    wait(its arrival, compute_done[d], arrived[d]) → unpack → record(arrived[d])
+//! ```
+//!
 //! **Invariant**: a source slot is released upstream only after `done` was seen complete; a device slot comes back from the
 //! compute side only after its `compute_done` was recorded.
 
@@ -17,7 +23,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     pipeline::{
-        arrival::ArrivalStream,
+        arrival::{ArrivalStream, Form},
         device_time::DeviceTimer,
         host::HostMemory,
         link::{Entry, Inlet, Message, Outlet, Place, Slot},
@@ -144,10 +150,12 @@ impl<D: Device> TransferStage<D> {
         }
         let timing =
             self.timer.as_mut().map(|timer| timer.begin(self.arrival.stream(), &self.control.trace)).transpose()?;
+        let packed = to == Place::Resident && unit.tier == Tier::GpuPacked;
+        let form = if packed { Form::Packed } else { Form::Plain };
         // SAFETY: slots and residents were sized for the unit by the plan. The source slot stays this stage's until `done`; the
         // device's was handed back, and the waits above order the copies after its last use.
-        unsafe { self.arrival.enqueue(unit, 0..unit.host_bytes, source, target)? };
-        self.arrival.record(unit, arrived)?;
+        unsafe { self.arrival.enqueue(unit, 0..unit.host_bytes, source, target, form)? };
+        self.arrival.record(unit, form, arrived)?;
         // Some devices are done already.
         self.arrival.check()?;
         if let Some((timer, timing)) = self.timer.as_mut().zip(timing.flatten()) {
@@ -160,6 +168,23 @@ impl<D: Device> TransferStage<D> {
         Ok(())
     }
 
+    /// Enqueues the unpacking of a unit that is kept packed on the device, into a slot there.
+    fn unpack(&mut self, index: usize, slot: Slot) -> Result<()> {
+        let [kept_arrived, _] = self.to.events(index, Place::Resident);
+        let [arrived, compute_done] = self.to.events(index, Place::Slot(slot));
+        let stream = self.arrival.converting();
+        for event in [kept_arrived, compute_done, arrived] {
+            self.device.wait(stream, event)?;
+        }
+        let [kept, target] =
+            [Place::Resident, Place::Slot(slot)].map(|place| self.to.address(&self.plan, index, place));
+        // SAFETY: both were sized for the unit by the plan; the waits above order the work after the arrival of the one, and after the
+        // last use of the other, which was handed back.
+        unsafe { self.arrival.unpack(&self.plan.units[index], kept, target)? };
+        self.device.record(arrived, stream)?;
+        self.arrival.check()
+    }
+
     /// Where a unit goes on the device: where it is kept there, or a free slot.
     fn target(&mut self, unit: usize) -> Option<Place> {
         let stays = self.plan.units[unit].tier == Tier::Gpu && self.states.of(unit) != Residency::Absent;
@@ -169,7 +194,9 @@ impl<D: Device> TransferStage<D> {
     fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Advanced> {
         let unit = entry.unit;
         let mut moved = None;
-        if place == Place::Resident && self.states.of(unit) == Residency::There {
+        let unpacks = self.plan.units[unit].tier == Tier::GpuPacked && self.states.of(unit) != Residency::Absent;
+        let to = if unpacks { Place::Resident } else { place };
+        if to == Place::Resident && self.states.of(unit) == Residency::There {
             if let Place::Slot(source) = entry.place {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
@@ -177,16 +204,19 @@ impl<D: Device> TransferStage<D> {
         } else {
             let bytes = self.plan.units[unit].disk_bytes;
             let span = self.control.trace.begin(Stage::Transfer, Activity::Unit { unit, pass: entry.pass }, bytes);
-            let enqueued = self.enqueue(unit, entry.pass, entry.place, place);
+            let enqueued = self.enqueue(unit, entry.pass, entry.place, to);
             match enqueued {
                 Ok(()) => _ = self.control.trace.end(span),
                 Err(_) => self.control.trace.give_up(span),
             }
             enqueued?;
             moved = Some(Carried { bytes: bytes as u64, ..Carried::default() });
-            if place == Place::Resident {
+            if to == Place::Resident {
                 self.states.fill(unit);
             }
+        }
+        if let (true, Place::Slot(slot)) = (unpacks, place) {
+            self.unpack(unit, slot)?;
         }
         Ok(Advanced::Ready { entry: Entry { place, ..entry }, ends_pass: unit + 1 == self.plan.units(), moved })
     }

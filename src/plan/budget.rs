@@ -167,7 +167,8 @@ const RINGS: [Rings; 3] = [[1, 2, 0], [1, 1, 0], SHORTEST];
 /// Those that take least.
 const SHORTEST: Rings = [1, 0, 0];
 
-/// Units in an order in which they are given tiers: the first `gpu` are kept on the device, from there up to `kept` in pinned RAM.
+/// Units in an order in which they are given tiers: the first `gpu` are kept on the device, plain or packed, from there up to `kept` in
+/// pinned RAM.
 /// Sums and maxima by number of units make any such plan's memory and time a matter of a few additions.
 struct PlanFamily {
     order: Vec<usize>,
@@ -184,6 +185,8 @@ struct PlanFamily {
 struct Member {
     rings: Rings,
     gpu: usize,
+    /// Where units are kept on the device.
+    on_device: Tier,
     kept: usize,
 }
 
@@ -206,11 +209,11 @@ impl PlanFamily {
     }
 
     /// What its units come to, tier by tier.
-    fn tallies(&self, Member { gpu, kept, .. }: Member) -> Tallies {
+    fn tallies(&self, Member { gpu, on_device: tier, kept, .. }: Member) -> Tallies {
         let (all, [on_device, in_ram]) = (self.first[self.len()], [self.first[gpu], self.first[kept]]);
         let [on_disk, not_on_device] = [kept, gpu].map(|number| self.largest[number][1]);
         let mut tallies = Tallies::default();
-        tallies.0[Tier::Gpu as usize] = Tally { units: gpu, sum: on_device, largest: self.largest[gpu][0] };
+        tallies.0[tier as usize] = Tally { units: gpu, sum: on_device, largest: self.largest[gpu][0] };
         // No larger than the larger of these and of those on disk, with which they pass through the device's slots.
         tallies.0[Tier::Pinned as usize] =
             Tally { units: kept - gpu, sum: in_ram.minus(on_device), largest: not_on_device };
@@ -229,21 +232,22 @@ impl PlanFamily {
     }
 
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
-        Forecast::new(&self.tallies(member), self.layout(member).read_ahead(), bandwidths)
+        Forecast::new(&self.tallies(member), &self.layout(member), bandwidths)
     }
 
     /// The most that can be kept in RAM beside so many units on the device.
-    fn most_kept(&self, rings: Rings, gpu: usize, budget: Budget) -> Option<Member> {
+    fn most_kept(&self, member: Member, budget: Budget) -> Option<Member> {
+        let gpu = member.gpu;
         // The kept units alone must fit, which cuts the search short: slots ask for a few units less.
         let tiers = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
-        let [device, _] = self.memory(Member { rings, gpu, kept: gpu });
+        let [device, _] = self.memory(Member { kept: gpu, ..member });
         if device > budget.device_bytes.unwrap_or(budget.host_bytes) {
             // However many are kept in RAM.
             return None;
         }
         let end = gpu + self.first[gpu..].partition_point(tiers);
-        let members = (gpu..end).rev().map(|kept| Member { rings, gpu, kept });
-        members.into_iter().find(|&member| budget.holds(self.memory(member)))
+        let mut members = (gpu..end).rev().map(|kept| Member { kept, ..member });
+        members.find(|&member| budget.holds(self.memory(member)))
     }
 }
 
@@ -251,6 +255,13 @@ impl Budget {
     /// That of the memory that it is for.
     fn presence(self) -> Presence {
         if self.device_bytes.is_none() { Presence::InFirstPass } else { Presence::AtOnce }
+    }
+
+    /// How units of these sizes may be kept on the device. Unpacking costs it next to nothing; where it computes in RAM, they may as well be
+    /// packed in that.
+    fn tiers_on_device(self, sizes: &[Sizes]) -> &'static [Tier] {
+        let shrinks = sizes.iter().any(|unit| unit.packed < unit.device);
+        if shrinks && self.device_bytes.is_some() { &[Tier::Gpu, Tier::GpuPacked] } else { &[Tier::Gpu] }
     }
 
     fn holds(self, [device, host]: [usize; 2]) -> bool {
@@ -272,8 +283,12 @@ fn choose(
     let classes = classes(sizes);
     let families = families(sizes, &classes, overhead, budget.presence());
     let members = families.iter().flat_map(|family| {
-        let pairs = among.iter().flat_map(|&rings| (0..=family.len()).map(move |gpu| (rings, gpu)));
-        let fit = pairs.filter_map(|(rings, gpu)| family.most_kept(rings, gpu, budget));
+        let tiers = budget.tiers_on_device(sizes).iter();
+        let ways = tiers.flat_map(|&on_device| among.iter().map(move |&rings| (on_device, rings)));
+        let members = ways.flat_map(|(on_device, rings)| {
+            (0..=family.len()).map(move |gpu| Member { rings, gpu, on_device, kept: gpu })
+        });
+        let fit = members.filter_map(|member| family.most_kept(member, budget));
         fit.map(move |member| (family.forecast(member, bandwidths).cost(), (family, member)))
     });
     let Some((family, member)) = fastest(members, 0.0) else {
@@ -287,7 +302,7 @@ fn choose(
             |first: usize| family.order[..first].iter().filter(|unit| class.binary_search(unit).is_ok()).count();
         let kept: Vec<_> = spread(class, among(member.kept)).collect();
         kept.iter().for_each(|&unit| tiers[unit] = Tier::Pinned);
-        spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = Tier::Gpu);
+        spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = member.on_device);
     }
     Ok((tiers, member.rings))
 }
@@ -326,12 +341,13 @@ fn spread(units: &[usize], count: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The least that any of the plans takes with these rings where `given` is: of one memory; or of two, the device's first, then RAM
-/// beside as much of that as is given, or at least needed. Units kept in RAM may take less there than slots for them.
+/// beside as much of that as is given, or at least needed. Units kept in RAM may take less there than slots for them; those kept packed
+/// on the device take slots there besides.
 fn least(families: &[PlanFamily], given: Budget, rings: Rings) -> Budget {
     let members = || {
         families.iter().flat_map(move |family| {
             let pairs = (0..=family.len()).flat_map(move |gpu| (gpu..=family.len()).map(move |kept| (gpu, kept)));
-            pairs.map(move |(gpu, kept)| family.memory(Member { rings, gpu, kept }))
+            pairs.map(move |(gpu, kept)| family.memory(Member { rings, gpu, on_device: Tier::Gpu, kept }))
         })
     };
     let Some(given) = given.device_bytes else {

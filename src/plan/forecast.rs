@@ -4,8 +4,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cost, Plan, Tier};
-use crate::layout::Tallies;
+use super::{Cost, Plan, Presence, Tier};
+use crate::{
+    layout::{Sizes, StreamLayout, Tallies},
+    packed,
+};
 
 /// What the links carry, in bytes per second. They decide between plans less than the bytes do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,21 +55,28 @@ pub struct Forecast {
     pub copy_bytes: usize,
     /// How long the disk is busy.
     pub disk_seconds: f64,
-    /// How long the link to the device is busy (for the CPU: its memory).
+    /// How long the link to the device is busy (for the CPU: a core, which copies and unpacks).
     pub copy_seconds: f64,
     /// How long a pass takes: the slower of the two, and of the faster what it keeps the other waiting.
     pub pass_seconds: f64,
 }
 
 impl Forecast {
-    /// For units that come to this, and so many of them read ahead in RAM, as two busy cores showed it (copies took half of the
+    /// For units that come to this, of which so many as the layout says are read ahead in RAM, as two busy cores showed it (copies took half of the
     /// disk's time and more): with none, reading and copying took turns, and a tenth longer than that, as the disk's queue ran
     /// empty every time. With one, at which a hiccup of either stops both, 0.84 of the disk's pace were left; with two, 0.94.
-    pub(super) fn new(tallies: &Tallies, ahead: usize, bandwidths: Bandwidths) -> Self {
-        let [disk_bytes, copy_bytes] = tallies.moved();
-        let (disk_seconds, copy_seconds) = (disk_bytes as f64 / bandwidths.disk, copy_bytes as f64 / bandwidths.copy);
+    pub(super) fn new(tallies: &Tallies, layout: &StreamLayout, bandwidths: Bandwidths) -> Self {
+        let Sizes { copied: copy_bytes, unpacked: [stored, weights], .. } = tallies.moved();
+        let disk_bytes = tallies.in_tier(Tier::Disk).sum.read;
+        let disk_seconds = disk_bytes as f64 / bandwidths.disk;
+        let copy_seconds = match layout.presence {
+            Presence::AtOnce => copy_bytes as f64 / bandwidths.copy,
+            Presence::InFirstPass => {
+                (copy_bytes - stored) as f64 / bandwidths.copy + weights as f64 / packed::core_rate()
+            }
+        };
         let (slower, faster) = (disk_seconds.max(copy_seconds), disk_seconds.min(copy_seconds));
-        let pass_seconds = match ahead {
+        let pass_seconds = match layout.read_ahead() {
             0 => 1.1 * (slower + faster),
             1 => slower + 0.25 * faster,
             _ => slower,
@@ -102,6 +112,6 @@ impl Plan {
 
     /// What a pass moves, and how long that takes.
     pub fn forecast(&self, bandwidths: Bandwidths) -> Forecast {
-        Forecast::new(&self.tallies, self.layout.read_ahead(), bandwidths)
+        Forecast::new(&self.tallies, &self.layout, bandwidths)
     }
 }

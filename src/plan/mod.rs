@@ -64,9 +64,9 @@ impl Plan {
             reports += unit.unpacks.len();
             let at = match unit.tier {
                 Tier::Disk => continue,
-                Tier::Ram => ram.push(unit.host_bytes),
-                Tier::Pinned => pinned.push(unit.host_bytes),
-                Tier::Gpu => gpu.push(unit.device_bytes),
+                Tier::Ram => ram.push(unit.kept_bytes()),
+                Tier::Pinned => pinned.push(unit.kept_bytes()),
+                Tier::Gpu | Tier::GpuPacked => gpu.push(unit.kept_bytes()),
             };
             unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more is kept there than can be addressed"))?;
         }

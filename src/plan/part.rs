@@ -57,7 +57,7 @@ impl Purpose {
     /// Whether it is in the device's memory; else in RAM. To the CPU device both are one.
     pub fn is_on_device(&self) -> bool {
         match self {
-            Self::Slots { tier, .. } | Self::Kept { tier, .. } => *tier == Tier::Gpu,
+            Self::Slots { tier, .. } | Self::Kept { tier, .. } => tier.is_on_device(),
             Self::Staging | Self::Statics | Self::KvCache { .. } | Self::Activations | Self::Scratch => true,
             Self::Tokens | Self::EmbeddingRows | Self::Trace | Self::Tokenizer | Self::Sampler => false,
         }
@@ -72,7 +72,7 @@ impl fmt::Display for Purpose {
                 let kind = match tier {
                     Tier::Ram => "RAM",
                     Tier::Pinned => "pinned",
-                    Tier::Gpu => "device",
+                    Tier::Gpu | Tier::GpuPacked => "device",
                     Tier::Disk => "disk",
                 };
                 format!("{count} {kind} slot{}", plural(count))
@@ -123,13 +123,13 @@ impl Plan {
     /// What the streamer will reserve.
     pub fn memory(&self) -> Vec<Part> {
         let stages = [self.layout.ram.as_ref(), self.layout.pinned.as_ref(), Some(&self.layout.gpu)];
-        let slots = Tier::KEPT.into_iter().zip(stages).filter_map(|(tier, stage)| {
+        let slots = [Tier::Ram, Tier::Pinned, Tier::Gpu].into_iter().zip(stages).filter_map(|(tier, stage)| {
             let (count, bytes) = (stage?.slots, stage?.bytes());
             Some(Part { purpose: Purpose::Slots { tier, count }, bytes })
         });
-        let kept = Tier::KEPT.into_iter().zip(self.layout.spaces()).filter_map(|(tier, space)| {
+        let kept = Tier::KEPT.into_iter().zip(self.layout.kept).filter_map(|(tier, bytes)| {
             let units = self.count(tier);
-            (units > 0).then_some(Part { purpose: Purpose::Kept { tier, units }, bytes: space.kept })
+            (units > 0).then_some(Part { purpose: Purpose::Kept { tier, units }, bytes })
         });
         let staging = Part { purpose: Purpose::Staging, bytes: self.layout.staging.bytes() };
         slots.chain(kept).chain((staging.bytes > 0).then_some(staging)).collect()

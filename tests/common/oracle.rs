@@ -89,12 +89,12 @@ const PLAIN: Row = Row {
 
 use Reader::{Auto, Pread, Uring, UringFixed};
 use Tables::{EmbeddingInFile, HeadStreamed, OnDevice};
-use Tier::{Disk, Gpu, Pinned, Ram};
+use Tier::{Disk, Gpu, GpuPacked, Pinned, Ram};
 
 /// How many rows at the head of [`ROWS`] reach whatever differs between models. The others differ in how units travel.
 pub const OF_EACH_MODEL: usize = 7;
 
-pub const ROWS: [Row; 53] = [
+pub const ROWS: [Row; 56] = [
     PLAIN,
     Row { tables: EmbeddingInFile, ..PLAIN },
     Row { tables: HeadStreamed, ..PLAIN },
@@ -109,6 +109,15 @@ pub const ROWS: [Row; 53] = [
     Row { packed: true, tiers: &[Ram], rings: [1, 0, 1], ..PLAIN },
     Row { packed: true, tiers: &[Pinned], ..PLAIN },
     Row { packed: true, tiers: &[Gpu], tables: EmbeddingInFile, piece: 5, ..PLAIN },
+    Row { packed: true, tiers: &[GpuPacked], ..PLAIN },
+    Row {
+        packed: true,
+        tiers: &[GpuPacked, Gpu, Pinned, GpuPacked, Disk],
+        rings: [1, 0, 1],
+        tables: HeadStreamed,
+        ..PLAIN
+    },
+    Row { tiers: &[GpuPacked, Gpu], ..PLAIN },
     Row { packed: true, reader: Pread, rings: [3, 3, 3], batches: [2, 2, 2], ..PLAIN },
     // Tiers.
     Row { tiers: &[Ram], ..PLAIN },

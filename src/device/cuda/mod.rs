@@ -123,27 +123,6 @@ impl Cuda {
         Ok((free, total))
     }
 
-    /// Enqueues a copy of `bytes` within the device.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`].
-    ///
-    /// # Safety
-    /// As [`Device::copy_to_device`], with both ranges on the device; they do not overlap.
-    pub unsafe fn copy_on_device(
-        &self,
-        to: DevicePtr,
-        from: DevicePtr,
-        bytes: usize,
-        stream: &CudaStream,
-    ) -> Result<()> {
-        let (to, from) = (to.as_ptr().cast(), from.as_ptr().cast());
-        let (operation, kind) =
-            (|| format!("copy {bytes} bytes on the device"), sys::cudaMemcpyKind::cudaMemcpyDeviceToDevice);
-        // SAFETY: both ranges are on the device and valid until the copy is done, as the caller promised.
-        self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from, bytes, kind, stream.raw()) })
-    }
-
     /// A stream of the caller's, a `cudaStream_t`, to enqueue on. It is not destroyed on drop.
     ///
     /// # Errors
@@ -289,6 +268,14 @@ unsafe impl Device for Cuda {
         let operation = || format!("copy {bytes} bytes from the device");
         // SAFETY: both ranges are valid until the copy is done, as the caller promised.
         self.call(operation, || unsafe { sys::cudaMemcpyAsync(to.cast(), from, bytes, kind, stream.raw()) })
+    }
+
+    unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &CudaStream) -> Result<()> {
+        let (to, from) = (to.as_ptr().cast(), from.as_ptr().cast());
+        let (operation, kind) =
+            (|| format!("copy {bytes} bytes on the device"), sys::cudaMemcpyKind::cudaMemcpyDeviceToDevice);
+        // SAFETY: both ranges are on the device and valid until the copy is done, as the caller promised.
+        self.call(operation, || unsafe { sys::cudaMemcpyAsync(to, from, bytes, kind, stream.raw()) })
     }
 
     unsafe fn cast_raw(

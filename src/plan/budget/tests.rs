@@ -21,7 +21,7 @@ fn table(rng: &mut fastrand::Rng) -> Vec<Sizes> {
             // Some grow or shrink on arrival.
             let device = copied * [1, 1, 2][rng.usize(..3)] / [1, 1, 2][rng.usize(..3)];
             let device = device.next_multiple_of(DEVICE_ALIGN);
-            Sizes { read: pages * PAGE, copied, host: pages * PAGE, device }
+            Sizes { read: pages * PAGE, copied, host: pages * PAGE, device, packed: device, unpacked: [0; 2] }
         })
         .collect();
     (0..1 + rng.usize(..24)).map(|_| kinds[rng.usize(..kinds.len())]).collect()
@@ -143,8 +143,14 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
 
 #[test]
 fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
-    let of =
-        |pages: usize| Sizes { read: pages * PAGE, copied: pages * PAGE, host: pages * PAGE, device: pages * PAGE };
+    let of = |pages: usize| Sizes {
+        read: pages * PAGE,
+        copied: pages * PAGE,
+        host: pages * PAGE,
+        device: pages * PAGE,
+        packed: pages * PAGE,
+        unpacked: [0; 2],
+    };
     // With slots for the large unit it would be three times 100 pages.
     let (sizes, rings) = ([of(100), of(1), of(2)], [[1, 2, 0]]);
     let by = Bandwidths::default();
@@ -164,7 +170,7 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
 #[test]
 fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
     let size = 64 * PAGE;
-    let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 28];
+    let sizes = [Sizes { read: size, copied: size, host: size, device: size, packed: size, unpacked: [0; 2] }; 28];
     let least = minimum(&sizes, FixedOverhead::default(), true).host_bytes;
     assert_eq!(least, 3 * size, "two slots on the device, one in RAM");
     for quarters in 0..=4 {
@@ -188,7 +194,7 @@ fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
 #[test]
 fn each_tier_keeps_its_share_at_even_distances() {
     let size = 1 << 20;
-    let sizes = [Sizes { read: size, copied: size, host: size, device: size }; 40];
+    let sizes = [Sizes { read: size, copied: size, host: size, device: size, packed: size, unpacked: [0; 2] }; 40];
     let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
     let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
     assert_eq!(rings, [1, 1, 0]);
@@ -277,4 +283,38 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     let forecast = plan.forecast(FAST_LINK);
     assert_eq!(forecast.binds(), Some(BindingLink::Disk));
     assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");
+}
+
+#[test]
+fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do() {
+    let size = 3 << 20;
+    let stored = size / 3 * 2;
+    let unit =
+        Sizes { read: stored, copied: stored, unpacked: [stored, size], host: stored, device: size, packed: stored };
+    let sizes = [unit; 40];
+    let chosen = |device_bytes: Option<usize>| {
+        let budget = Budget { device_bytes, host_bytes: 64 * size };
+        let (tiers, [n_gpu, ..]) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
+        let count = |tier: Tier| tiers.iter().filter(|found| **found == tier).count();
+        ([Tier::Gpu, Tier::GpuPacked, Tier::Pinned].map(count), n_gpu)
+    };
+    // Two slots take what three packed units would.
+    assert_eq!(chosen(Some(22 * size)), ([0, 30, 10], 1));
+    assert_eq!(chosen(Some(40 * size + 2 * PAGE)), ([40, 0, 0], 1));
+    // In RAM they are packed as well as anywhere.
+    assert_eq!(chosen(None).0[1], 0);
+}
+
+#[test]
+fn a_core_that_unpacks_takes_the_time_for_it_and_a_link_does_not() {
+    let sizes = Sizes { read: 60, copied: 60, unpacked: [40, 80], ..Sizes::default() };
+    let by = Bandwidths { disk: 1.0, copy: 10.0 };
+    let seconds = |presence: Presence| {
+        let mut tallies = Tallies::default();
+        tallies.0[Tier::Disk as usize] = Tally { units: 1, sum: sizes, largest: sizes };
+        let layout = StreamLayout::new(&tallies, [1, 2, 0], [0; 3], presence, Staging::default());
+        Forecast::new(&tallies, &layout, by).copy_seconds
+    };
+    assert_eq!(seconds(Presence::AtOnce), 6.0);
+    assert_eq!(seconds(Presence::InFirstPass), 2.0 + 80.0 / crate::packed::core_rate());
 }
