@@ -36,6 +36,17 @@ pub fn packed_fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
     lay_out(&tensors, 2, &mut fastrand::Rng::with_seed(seed))
 }
 
+/// The same of plain tensors, of weights that could be packed.
+pub fn weights_fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
+    let fixture = fixture(units, elements, seed);
+    for StoredTensor { file, offset, shape, .. } in fixture.table.values() {
+        let weights = weights(shape[0], &mut fastrand::Rng::with_seed(*offset));
+        let bytes: Vec<_> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+        fs::OpenOptions::new().write(true).open(file).unwrap().write_all_at(&bytes, *offset).unwrap();
+    }
+    Fixture { checkpoint: fixture.opened_again(), ..fixture }
+}
+
 /// Units that differ, of tensors from nothing up to `most` bytes, of several types, some packed, in any order in up to three files.
 pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
     let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
@@ -54,9 +65,15 @@ pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
     lay_out(&units[..count], files, rng)
 }
 
-/// Random weights, most of them of a few magnitudes, packed in parts of a few blocks.
+/// Random weights, most of them of a few magnitudes.
+fn weights(count: usize, rng: &mut fastrand::Rng) -> Vec<u16> {
+    let exponent = |rng: &mut fastrand::Rng| 0x7d - (rng.u32(..) | 1 << 30).trailing_zeros() as u16;
+    (0..count).map(|_| exponent(rng) << 7 | rng.u16(..) & 0x807f).collect()
+}
+
+/// The same, packed in parts of a few blocks.
 fn packed_at_random(count: usize, rng: &mut fastrand::Rng) -> (Description, Vec<u8>) {
-    let weights: Vec<u16> = (0..count).map(|_| rng.u16(..) >> [0, 2][usize::from(rng.u8(..8) > 0)] | 0x3000).collect();
+    let weights = weights(count, rng);
     pack(&[count], BLOCK * (1 + rng.usize(..4)), &weights)
 }
 

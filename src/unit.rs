@@ -101,10 +101,14 @@ pub enum Tier {
     Gpu,
     /// On the device, with packed tensors as they are stored: read and transferred once, unpacked into a slot in every pass.
     GpuPacked,
+    /// In pinned RAM, packed there by a thread of its own while it is stored plain: until that is done it is read in every pass, then
+    /// transferred in every pass. A unit for which no room is left, since others packed worse than expected, stays on disk.
+    PinnedPacked,
 }
 
 impl fmt::Display for Tier {
-    /// Where: `on disk`, `in RAM`, `in pinned RAM`, `on the device` or `packed on the device`.
+    /// Where: `on disk`, `in RAM`, `in pinned RAM`, `on the device`,
+    /// `packed on the device` or `packed in pinned RAM`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Disk => "on disk",
@@ -112,6 +116,7 @@ impl fmt::Display for Tier {
             Self::Pinned => "in pinned RAM",
             Self::Gpu => "on the device",
             Self::GpuPacked => "packed on the device",
+            Self::PinnedPacked => "packed in pinned RAM",
         })
     }
 }
@@ -137,7 +142,7 @@ impl Tier {
             let Some((first, last, tier)) = parsed else {
                 return Err(wrong(
                     part,
-                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned, gpu or gpu-packed".into(),
+                    "expected UNIT=TIER or FIRST-LAST=TIER, TIER being disk, ram, pinned, gpu, gpu-packed or pinned-packed".into(),
                 ));
             };
             let count = units.len();
@@ -149,10 +154,11 @@ impl Tier {
         Ok(())
     }
 
-    pub(crate) const ALL: [Self; 5] = [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Disk, Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked, Self::PinnedPacked];
 
     /// Those whose units are not read in every pass.
-    pub(crate) const KEPT: [Self; 4] = [Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked];
+    pub(crate) const KEPT: [Self; 5] = [Self::Ram, Self::Pinned, Self::Gpu, Self::GpuPacked, Self::PinnedPacked];
 
     /// Whether units are kept in the device's memory.
     pub(crate) fn is_on_device(self) -> bool {
@@ -167,6 +173,7 @@ impl Tier {
             Self::Pinned => "pinned",
             Self::Gpu => "gpu",
             Self::GpuPacked => "gpu-packed",
+            Self::PinnedPacked => "pinned-packed",
         }
     }
 }

@@ -8,13 +8,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use common::{SIZES, bytes_of, checked_pass, packed, packed_fixture, settings};
+use common::{SIZES, bytes_of, checked_pass, packed, packed_fixture, settings, weights_fixture};
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, Unit,
     device::{Cpu, Device},
     model::{Decoder, Model, Sequence, Tables},
     packed::{Description, KEY, VERSION},
     plan::{ArrivalOp, Tier},
+    trace::Stage,
 };
 use support::data;
 
@@ -35,6 +36,48 @@ fn every_unit_arrives_unpacked_in_every_tier_and_static_tensors_do() {
     for name in names {
         assert!(bytes_of(&Cpu, statics.tensor(name).unwrap()) == large.stored(name), "{name}");
     }
+}
+
+#[test]
+fn units_stored_plain_are_packed_in_ram_while_passes_go_by_and_arrive_as_they_were() {
+    // Of random bits nothing is packed; of these weights the large tensors are, in several parts and across several reads.
+    let mut fixture = weights_fixture(6, &[1, 60_000, 3, 3_000_000, 40, 5000], 3);
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::PinnedPacked));
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+    let bytes = |streamer: &LayerStreamer<Cpu>, stage: Stage| streamer.stats().stage(stage).bytes;
+    let whole = streamer.plan().bytes_per_pass() as u64;
+    let mut passes = 0;
+    loop {
+        let before = bytes(&streamer, Stage::Read);
+        (0..3).for_each(|_| checked_pass(&fixture, &mut streamer));
+        if bytes(&streamer, Stage::Read) == before {
+            break;
+        }
+        passes += 1;
+        assert!(passes < 1000, "units are still read from disk");
+    }
+    let before = bytes(&streamer, Stage::Transfer);
+    (0..10).for_each(|_| checked_pass(&fixture, &mut streamer));
+    let moved = (bytes(&streamer, Stage::Transfer) - before) as f64 / (10 * whole) as f64;
+    assert!((0.6..0.72).contains(&moved), "{moved:.3} of the bytes are transferred");
+    drop(streamer);
+    // Ended in the middle of it, at any time.
+    for _ in 0..20 {
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+        checked_pass(&fixture, &mut streamer);
+    }
+}
+
+#[test]
+fn units_that_pack_worse_than_expected_stay_on_disk_and_arrive_all_the_same() {
+    let mut fixture = common::fixture(5, &SIZES, 9);
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::PinnedPacked));
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(1, 2, 0)).unwrap();
+    (0..30).for_each(|_| checked_pass(&fixture, &mut streamer));
+    let read = |streamer: &LayerStreamer<Cpu>| streamer.stats().stage(Stage::Read).bytes;
+    let before = read(&streamer);
+    checked_pass(&fixture, &mut streamer);
+    assert!(read(&streamer) > before);
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub enum ls_tier {
     LS_TIER_GPU = 3,
     /// On the device, with packed tensors as they are stored: read and transferred once, unpacked in every pass.
     LS_TIER_GPU_PACKED = 4,
+    /// In pinned RAM, packed there while the first passes go by.
+    LS_TIER_PINNED_PACKED = 5,
 }
 
 /// Who reads from disk.

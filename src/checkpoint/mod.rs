@@ -39,7 +39,7 @@ pub struct StoredTensor {
 }
 
 /// A tensor of a checkpoint, with its file as an index into [`Checkpoint::files`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TensorEntry {
     pub(crate) file: usize,
     pub(crate) offset: u64,
@@ -87,7 +87,8 @@ pub(crate) struct PackedRange {
 }
 
 impl PackedRange {
-    fn all(of: Description) -> Self {
+    /// All of a tensor's.
+    pub(crate) fn all(of: Description) -> Self {
         Self { parts: 0..of.lengths.len(), of: Arc::new(of) }
     }
 

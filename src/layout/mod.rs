@@ -2,14 +2,16 @@
 //!
 //! What is planned, what is printed and what is reserved are the same sums because all three ask this module.
 
+mod repack;
 mod stream;
 mod unit;
 
+pub(crate) use repack::{REPACK_ALIGN, Repacked};
 pub use stream::Presence;
 pub(crate) use stream::{Rings, Space, StageLayout, Staging, StreamLayout, Tallies, Tally};
 #[cfg(test)]
-pub(crate) use unit::{Cast, CopyRange, MAX_GAP};
-pub(crate) use unit::{Extent, Placed, UnitLayout};
+pub(crate) use unit::{Cast, MAX_GAP};
+pub(crate) use unit::{CopyRange, Extent, Placed, UnitLayout, Unpack};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths (bytes); also the page size.
 pub(crate) const PAGE: usize = 4096;
@@ -70,6 +72,8 @@ pub(crate) struct Sizes {
     pub(crate) device: usize,
     /// Likewise.
     pub(crate) packed: usize,
+    /// Where it is kept packed in RAM: what it is expected to take, in whole pages, and the bytes of weights that come of that.
+    pub(crate) repacked: [usize; 2],
 }
 
 impl Sizes {
@@ -94,10 +98,12 @@ impl Sizes {
     }
 
     fn with(self, other: Self, f: fn(usize, usize) -> usize) -> Self {
+        let both = |a: [usize; 2], b: [usize; 2]| [f(a[0], b[0]), f(a[1], b[1])];
         Self {
             read: f(self.read, other.read),
             copied: f(self.copied, other.copied),
-            unpacked: std::array::from_fn(|i| f(self.unpacked[i], other.unpacked[i])),
+            unpacked: both(self.unpacked, other.unpacked),
+            repacked: both(self.repacked, other.repacked),
             host: f(self.host, other.host),
             device: f(self.device, other.device),
             packed: f(self.packed, other.packed),

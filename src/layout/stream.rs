@@ -1,6 +1,6 @@
 //! What a stream of units takes: the slots of its stages, the units that are kept in each tier, the staging blocks.
 
-use super::{DEVICE_ALIGN, Sizes, UnitLayout, pages, slot_bytes, unit::Unpack};
+use super::{DEVICE_ALIGN, Sizes, UnitLayout, Unpack, pages, slot_bytes};
 use crate::unit::Tier;
 
 /// When the memory that units are kept in on the device can be written without waiting for page faults. It decides whether such
@@ -51,7 +51,10 @@ impl Tallies {
     /// What comes to the device in a pass once all tiers are filled.
     pub(crate) fn moved(&self) -> Sizes {
         let passing = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum);
-        passing.into_iter().fold(Sizes::default(), Sizes::plus)
+        let [copied, weights] = self.in_tier(Tier::PinnedPacked).sum.repacked;
+        // All of it but for norms and the like.
+        let packed = Sizes { copied, unpacked: [copied.min(weights), weights], ..Sizes::default() };
+        passing.into_iter().fold(packed, Sizes::plus)
     }
 
     fn largest(&self, tiers: &[Tier], bytes: fn(&Sizes) -> usize) -> usize {
@@ -96,7 +99,10 @@ impl Staging {
     pub(crate) fn of(units: &[UnitLayout], presence: Presence) -> Self {
         let casts = units.iter().flat_map(|unit| &unit.casts).map(|cast| cast.bytes());
         let unpacks = units.iter().filter(|_| presence == Presence::AtOnce).flat_map(|unit| &unit.unpacks);
-        let largest = casts.chain(unpacks.map(Unpack::bytes)).max();
+        let repacked = units.iter().filter(|unit| presence == Presence::AtOnce && unit.tier == Tier::PinnedPacked);
+        let repacked = repacked.flat_map(|unit| &unit.tensors).filter(|tensor| tensor.can_pack());
+        let repacked = repacked.map(|tensor| tensor.stored.bytes);
+        let largest = casts.chain(unpacks.map(Unpack::bytes)).chain(repacked).max();
         Self { block_bytes: largest.unwrap_or(0).min(Self::MOST).next_multiple_of(DEVICE_ALIGN) }
     }
 
@@ -140,21 +146,22 @@ pub(crate) struct StreamLayout {
     pub(crate) staging: Staging,
     pub(crate) presence: Presence,
     /// Bytes of the units that are kept, by [`Tier::KEPT`].
-    pub(crate) kept: [usize; Tier::KEPT.len()],
+    kept: [usize; Tier::KEPT.len()],
 }
 
 impl StreamLayout {
     pub(crate) fn new(tallies: &Tallies, rings: Rings, batches: Rings, presence: Presence, staging: Staging) -> Self {
         let [[n_gpu, n_cpu_pinned, n_cpu], [batch_gpu, batch_cpu_pinned, batch_cpu]] = [rings, batches];
         // Slots are for the units that pass through them. What is kept on the device came through the host's.
-        let from_disk = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::GpuPacked], |sizes| sizes.host);
-        let to_pin = tallies.largest(&[Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::Ram], |sizes| sizes.host);
+        let read = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked];
+        let from_disk = tallies.largest(&read, |sizes| sizes.host);
+        let to_pin = tallies.largest(&[Tier::Ram], |sizes| sizes.host).max(from_disk);
         let passing = match presence {
-            Presence::AtOnce => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked][..],
+            Presence::AtOnce => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked, Tier::PinnedPacked][..],
             Presence::InFirstPass => &Tier::ALL,
         };
         let to_device = tallies.largest(passing, |sizes| sizes.device);
-        let [ram, pinned, gpu, packed] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
+        let [ram, pinned, gpu, packed, repacked] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
         // Units that are kept in RAM need the pin stage, and that a RAM slot for the others.
         let has_ram = n_cpu > 0 || (ram.host > 0 && n_cpu_pinned > 0);
         let has_pinned = n_cpu_pinned > 0 || n_cpu == 0;
@@ -176,17 +183,22 @@ impl StreamLayout {
             gpu: StageLayout::new(n_gpu, batch_gpu, to_device),
             staging,
             presence,
-            kept: [ram.host, pinned.host, gpu, packed],
+            kept: [ram.host, pinned.host, gpu, packed, repacked.repacked[0]],
         }
+    }
+
+    /// Bytes of the units that are kept there.
+    pub(crate) fn kept(&self, tier: Tier) -> usize {
+        Tier::KEPT.iter().position(|kept| *kept == tier).map_or(0, |at| self.kept[at])
     }
 
     /// Memory that can be lent: pageable RAM, pinned RAM, the device's.
     pub(crate) fn spaces(&self) -> [Space; 3] {
         let slots = |stage: &Option<StageLayout>| stage.as_ref().map_or(0, StageLayout::bytes);
-        let [ram, pinned, gpu, packed] = self.kept;
+        let [ram, pinned, gpu, packed, repacked] = self.kept;
         [
             Space { slots: slots(&self.ram), kept: ram },
-            Space { slots: slots(&self.pinned), kept: pinned },
+            Space { slots: slots(&self.pinned), kept: pinned.saturating_add(repacked) },
             Space { slots: self.gpu.bytes(), kept: gpu.saturating_add(packed) },
         ]
     }

@@ -122,6 +122,8 @@ pub(crate) struct Unpack {
     /// Where its parts go as they are.
     pub(crate) kept_at: usize,
     pub(crate) packed: PackedRange,
+    /// The number of its report of corrupt weights among those of the unit.
+    pub(crate) report: usize,
     /// For messages.
     pub(crate) file: usize,
     pub(crate) tensor: String,
@@ -185,7 +187,8 @@ pub(crate) struct Placed {
     pub(crate) name: String,
     pub(crate) at: usize,
     pub(crate) dtype: DType,
-    pub(crate) shape: Vec<usize>,
+    /// What it is made of.
+    pub(crate) stored: TensorEntry,
 }
 
 /// Everything about one unit that the stages need.
@@ -196,7 +199,7 @@ pub(crate) struct UnitLayout {
     pub(crate) copies: Vec<CopyRange>,
     pub(crate) casts: Vec<Cast>,
     pub(crate) unpacks: Vec<Unpack>,
-    /// Where its reports of corrupt weights begin among those of all units: one for each of `unpacks`.
+    /// Where its [reports](Self::reports) of corrupt weights begin among those of all units.
     pub(crate) reports_at: usize,
     /// Sorted by name.
     pub(crate) tensors: Vec<Placed>,
@@ -214,7 +217,7 @@ pub(crate) struct UnitLayout {
     /// Where it lies among the units that are kept in its tier.
     pub(crate) resident_at: usize,
     /// For messages: (file, end, name) of each stored tensor, sorted.
-    stored: Vec<(usize, u64, String)>,
+    pub(super) stored: Vec<(usize, u64, String)>,
 }
 
 impl UnitLayout {
@@ -244,7 +247,8 @@ impl UnitLayout {
                 let from = host_position(&extents, entry);
                 if let Some(packed) = &entry.packed {
                     let (packed, tensor) = (packed.clone(), input.to_owned());
-                    unpacks.push(Unpack { from, to: at, kept_at, packed, file: entry.file, tensor });
+                    let (report, file) = (unpacks.len(), entry.file);
+                    unpacks.push(Unpack { from, to: at, kept_at, packed, report, file, tensor });
                 } else if dtype == entry.dtype {
                     match copies.last_mut() {
                         // Side by side on the device, they are so where they are kept.
@@ -262,7 +266,7 @@ impl UnitLayout {
                 disk_bytes += entry.bytes;
                 stored.push(record);
             }
-            tensors.push(Placed { name: arrival.output.clone(), at, dtype, shape: entry.shape.clone() });
+            tensors.push(Placed { name: arrival.output.clone(), at, dtype, stored: entry.clone() });
         }
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
@@ -297,6 +301,17 @@ impl UnitLayout {
             host: self.host_bytes,
             device: self.device_bytes,
             packed: self.packed_bytes,
+            repacked: self.expected_packed(),
+        }
+    }
+
+    /// The packed tensors of which the device may report that they are corrupt: file and name.
+    pub(crate) fn reports(&self) -> Vec<(usize, &str)> {
+        match self.tier {
+            Tier::PinnedPacked => {
+                self.tensors.iter().map(|placed| (placed.stored.file, placed.name.as_str())).collect()
+            }
+            _ => self.unpacks.iter().map(|unpack| (unpack.file, unpack.tensor.as_str())).collect(),
         }
     }
 
@@ -307,6 +322,7 @@ impl UnitLayout {
             Tier::Ram | Tier::Pinned => self.host_bytes,
             Tier::Gpu => self.device_bytes,
             Tier::GpuPacked => self.packed_bytes,
+            Tier::PinnedPacked => self.expected_packed()[0],
         }
     }
 

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     error::Result,
     kernels::Kernels,
-    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Placement, Settings, fastest},
+    plan::{Bandwidths, Budget, FixedOverhead, Forecast, Pack, Placement, Settings, fastest},
 };
 
 /// How a decoder becomes the fastest that fits into a budget of memory.
@@ -43,13 +43,15 @@ pub struct Fit<'a, D> {
     pub context: usize,
     /// Where they are given: what they leave of the budget decides on tiers and tables.
     pub settings: Option<&'a Settings>,
+    /// Whether layers may be packed where they are kept in RAM.
+    pub pack: Pack,
 }
 
 impl<'a, D: Kernels> Fit<'a, D> {
     /// Nothing else is taken, bandwidths are assumed, and settings are free.
     pub fn new(device: &'a D, budget: Budget, batch: usize, context: usize) -> Self {
         let (overhead, bandwidths) = (FixedOverhead::default(), Bandwidths::default());
-        Self { device, budget, overhead, bandwidths, batch, context, settings: None }
+        Self { device, budget, overhead, bandwidths, batch, context, settings: None, pack: Pack::Auto }
     }
 
     /// The settings with which the model runs fastest. Its layers are given tiers, and its [tables](Model::tables) their place.
@@ -85,10 +87,8 @@ impl<'a, D: Kernels> Fit<'a, D> {
     fn plan(&self, model: &Model, capacity: Capacity, tables: Tables) -> Result<(Model, Settings, Forecast)> {
         let (mut model, overhead) = self.with(model, capacity, tables)?;
         let (source, units) = (model.source(), model.units_for(self.device.precision()));
-        let Placement { settings, tiers, .. } = match self.settings {
-            None => self.budget.plan(source, &units, overhead, self.bandwidths)?,
-            Some(settings) => self.budget.plan_with(source, &units, overhead, self.bandwidths, settings)?,
-        };
+        let planned = self.budget.plan_packing(source, &units, overhead, self.bandwidths, self.settings, self.pack);
+        let Placement { settings, tiers, .. } = planned?;
         model.settle(tiers);
         let forecast = Decoder::plan(self.device, &model, &settings)?.forecast(self.bandwidths);
         Ok((model, settings, forecast))

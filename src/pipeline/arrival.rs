@@ -100,9 +100,9 @@ impl<D: Device> ArrivalStream<D> {
             }
         }
         let block_bytes = self.staging.as_ref().map_or(0, |staging| staging.sizes.block_bytes);
-        for (number, unpack) in unit.unpacks.iter().enumerate() {
+        for unpack in &unit.unpacks {
             let reports = self.reports.clone().expect("they are there where packed tensors arrive");
-            let report = reports.word(unit.reports_at + number);
+            let report = reports.word(unit.reports_at + unpack.report);
             if form == Form::Packed {
                 // Of units that are kept everything is in the window.
                 // SAFETY: the parts lie at `source`, and where they go in the unit; the rest is the caller's.
@@ -159,9 +159,9 @@ impl<D: Device> ArrivalStream<D> {
                 self.device.copy_on_device(target.offset(to), kept.offset(from), bytes, self.converting())?;
             }
         }
-        for (number, unpack) in unit.unpacks.iter().enumerate() {
+        for unpack in &unit.unpacks {
             let reports = self.reports.as_ref().expect("they are there where packed tensors arrive");
-            let (report, parts) = (reports.word(unit.reports_at + number), unpack.packed.parts());
+            let (report, parts) = (reports.word(unit.reports_at + unpack.report), unpack.packed.parts());
             // SAFETY: the plan placed the tensor there; the rest is the caller's.
             unsafe {
                 let (from, to) = (kept.offset(unpack.kept_at), target.offset(unpack.to));

@@ -1,6 +1,6 @@
 //! Host memory: the slots of the host stages, and the memory of the units kept in RAM.
 
-use std::{ptr::NonNull, sync::Arc};
+use std::{ops::Range, ptr::NonNull, sync::Arc};
 
 use crate::{
     arena::Arena,
@@ -102,20 +102,21 @@ impl HostMemory {
         pinned.map(|(arena, _)| unsafe { device.register(arena.whole().0.as_ptr(), arena.whole().1) }).transpose()
     }
 
-    /// The same for a unit kept in pinned RAM. Each has pages of its own.
+    /// The same for a unit kept in pinned RAM, which lies there. Each has pages of its own.
     ///
     /// # Safety
     /// As there.
     pub(crate) unsafe fn register_resident<D: Device>(
         &self,
         device: &D,
-        unit: &UnitLayout,
+        start: *mut u8,
+        bytes: usize,
     ) -> Result<Option<D::Registration>> {
-        if self.pinned_is_lent || unit.host_bytes == 0 {
+        if self.pinned_is_lent || bytes == 0 {
             return Ok(None);
         }
         // SAFETY: the caller promised to drop the registration before the memory.
-        unsafe { device.register(self.resident(unit).as_ptr(), unit.host_bytes) }.map(Some)
+        unsafe { device.register(start, bytes) }.map(Some)
     }
 
     /// The slots that the disk fills.
@@ -133,6 +134,14 @@ impl HostMemory {
         let residents = if unit.tier == Tier::Pinned { &self.pinned_residents } else { &self.ram_residents };
         // SAFETY: the plan placed the unit among its tier's residents.
         residents.as_ref().map_or(NonNull::dangling(), |residents| unsafe { residents.slot(0).add(unit.resident_at) })
+    }
+
+    /// Room for units that are packed while the stream runs, behind those that are kept pinned.
+    pub(crate) fn packing_room(&self, plan: &Plan) -> Range<*mut u8> {
+        let kept = |tier: Tier| plan.layout.kept(tier);
+        let start = self.pinned_residents.as_ref().map_or(NonNull::dangling(), |arena| arena.slot(0)).as_ptr();
+        let start = start.wrapping_add(kept(Tier::Pinned));
+        start..start.wrapping_add(kept(Tier::PinnedPacked))
     }
 
     /// Whether a unit that is kept in RAM would wait for its memory to be prefaulted, though slots could take it.

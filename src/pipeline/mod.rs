@@ -7,6 +7,7 @@ mod device_time;
 mod host;
 mod link;
 mod on_device;
+mod packer;
 mod pin;
 mod read;
 mod reports;
@@ -40,6 +41,7 @@ use crate::{
         host::HostMemory,
         link::link,
         on_device::DeviceMemory,
+        packer::{PackedUnits, Packer},
         pin::PinStage,
         read::ReadStage,
         reports::Reports,
@@ -94,6 +96,8 @@ pub struct LayerStreamer<D: Device> {
     host: ManuallyDrop<Arc<HostMemory>>,
     memory: ManuallyDrop<Arc<DeviceMemory<D>>>,
     threads: Vec<Running>,
+    /// Where units are packed while it runs.
+    packer: Option<Packer>,
     /// Whether all that was given back already.
     ended: bool,
 }
@@ -200,6 +204,7 @@ impl<D: Device> LayerStreamer<D> {
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));
+        let packed = Arc::new(PackedUnits::new(plan.units()));
         let reports = Reports::new(device, checkpoint, &plan.units)?.map(Arc::new);
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
@@ -228,6 +233,7 @@ impl<D: Device> LayerStreamer<D> {
             host: ManuallyDrop::new(host.clone()),
             memory: ManuallyDrop::new(memory.clone()),
             threads: Vec::with_capacity(3),
+            packer: None,
             ended: false,
         };
         // From here on an error drops the streamer, which stops whatever has started.
@@ -244,13 +250,24 @@ impl<D: Device> LayerStreamer<D> {
         } else {
             (None, read_in)
         };
-        let transfer_stage =
-            TransferStage::new(device, &plan, &control, &host, &memory, &states, reports, transfer_in, gpu_out)?;
+        let transfer_stage = TransferStage::new(
+            device,
+            &plan,
+            &control,
+            &host,
+            &memory,
+            &states,
+            &packed,
+            reports,
+            transfer_in,
+            gpu_out,
+        )?;
         streamer.threads.push(stage::spawn(transfer_stage, control.clone(), transfer)?);
         if let Some(stage) = pin_stage {
             streamer.threads.push(stage::spawn(stage, control.clone(), pin)?);
         }
         streamer.threads.push(stage::spawn(read_stage, control, read)?);
+        streamer.packer = Packer::start(&plan, &sources, &host, &states, &packed, backend)?;
         Ok(streamer)
     }
 
@@ -491,6 +508,7 @@ impl<D: Device> LayerStreamer<D> {
             return Ok(());
         }
         self.control.stop();
+        self.packer = None;
         let mut idle = self.device.bind_thread().is_ok();
         for thread in self.threads.drain(..) {
             idle &= thread.join();

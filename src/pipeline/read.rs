@@ -168,7 +168,8 @@ impl<D: Device> ReadStage<D> {
     /// Whether the unit goes where it is kept and stays there.
     fn stays(&self, unit: &UnitLayout) -> bool {
         match unit.tier {
-            Tier::Disk => false,
+            // Packed ones are put there by another thread.
+            Tier::Disk | Tier::PinnedPacked => false,
             Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),
             Tier::Gpu | Tier::GpuPacked => !(self.first_pass && self.on_device.is_late(unit)),
         }
@@ -202,7 +203,7 @@ impl<D: Device> ReadStage<D> {
         if stays {
             self.states.begin(index);
         }
-        if unit.tier != Tier::Disk && !stays {
+        if !matches!(unit.tier, Tier::Disk | Tier::PinnedPacked) && !stays {
             self.control.trace.mark(&Mark::Late { unit: index });
         }
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried::default());

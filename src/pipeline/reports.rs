@@ -31,9 +31,9 @@ unsafe impl<D: Device> Sync for Reports<D> {}
 impl<D: Device> Reports<D> {
     /// For the packed tensors of these units; `None` if there are none.
     pub(super) fn new(device: &D, checkpoint: &Checkpoint, units: &[UnitLayout]) -> Result<Option<Self>> {
-        let unpacks = units.iter().flat_map(|unit| &unit.unpacks);
+        let reports = units.iter().flat_map(UnitLayout::reports);
         let tensors: Vec<_> =
-            unpacks.map(|unpack| (checkpoint.files()[unpack.file].clone(), unpack.tensor.clone())).collect();
+            reports.map(|(file, tensor)| (checkpoint.files()[file].clone(), tensor.to_owned())).collect();
         if tensors.is_empty() {
             return Ok(None);
         }

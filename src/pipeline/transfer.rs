@@ -28,6 +28,7 @@ use crate::{
         host::HostMemory,
         link::{Entry, Inlet, Message, Outlet, Place, Slot},
         on_device::DeviceMemory,
+        packer::PackedUnits,
         reports::Reports,
         residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
@@ -56,6 +57,7 @@ pub(crate) struct TransferStage<D: Device> {
     from: Arc<HostMemory>,
     to: Arc<DeviceMemory<D>>,
     states: Arc<Residencies>,
+    packed: Arc<PackedUnits>,
     inlet: Inlet,
     outlet: Outlet,
     arrival: ArrivalStream<D>,
@@ -77,6 +79,7 @@ impl<D: Device> TransferStage<D> {
         from: &Arc<HostMemory>,
         to: &Arc<DeviceMemory<D>>,
         states: &Arc<Residencies>,
+        packed: &Arc<PackedUnits>,
         reports: Option<Arc<Reports<D>>>,
         inlet: Inlet,
         outlet: Outlet,
@@ -92,6 +95,7 @@ impl<D: Device> TransferStage<D> {
             from: from.clone(),
             to: to.clone(),
             states: states.clone(),
+            packed: packed.clone(),
             inlet,
             outlet,
             arrival: ArrivalStream::new(device, plan.layout.staging, reports, c"layer-streamer transfer")?,
@@ -126,15 +130,18 @@ impl<D: Device> TransferStage<D> {
 
     /// Enqueues all of a unit's work: from a slot or resident in host memory to one on the device.
     fn enqueue(&mut self, index: usize, pass: u64, from: Place, to: Place) -> Result<()> {
-        let plan = self.plan.clone();
-        let unit = &plan.units[index];
-        let source = match from {
-            Place::Slot(slot) => self.from.last().0.slot(slot.0).as_ptr(),
-            Place::Resident => self.from.resident(unit).as_ptr(),
+        let (plan, packed) = (self.plan.clone(), self.packed.clone());
+        let packed = packed.get(index).filter(|_| from == Place::Resident);
+        let unit = packed.map_or(&plan.units[index], |packed| &packed.layout);
+        let source = match (from, packed) {
+            (Place::Slot(slot), _) => self.from.last().0.slot(slot.0).as_ptr(),
+            (Place::Resident, Some(packed)) => packed.start.as_ptr(),
+            (Place::Resident, None) => self.from.resident(unit).as_ptr(),
         };
-        if from == Place::Resident && unit.tier == Tier::Pinned && self.residents[index].is_none() {
+        let pinned = matches!(unit.tier, Tier::Pinned | Tier::PinnedPacked);
+        if from == Place::Resident && pinned && self.residents[index].is_none() {
             // SAFETY: the stage drops it before its handle of the memory.
-            self.residents[index] = unsafe { self.from.register_resident(&self.device, unit)? };
+            self.residents[index] = unsafe { self.from.register_resident(&self.device, source, unit.host_bytes)? };
         }
         let target = self.to.address(&plan, index, to);
         let [arrived, compute_done] = self.to.events(index, to);
@@ -150,8 +157,8 @@ impl<D: Device> TransferStage<D> {
         }
         let timing =
             self.timer.as_mut().map(|timer| timer.begin(self.arrival.stream(), &self.control.trace)).transpose()?;
-        let packed = to == Place::Resident && unit.tier == Tier::GpuPacked;
-        let form = if packed { Form::Packed } else { Form::Plain };
+        let stays_packed = to == Place::Resident && unit.tier == Tier::GpuPacked;
+        let form = if stays_packed { Form::Packed } else { Form::Plain };
         // SAFETY: slots and residents were sized for the unit by the plan. The source slot stays this stage's until `done`; the
         // device's was handed back, and the waits above order the copies after its last use.
         unsafe { self.arrival.enqueue(unit, 0..unit.host_bytes, source, target, form)? };
@@ -202,7 +209,8 @@ impl<D: Device> TransferStage<D> {
                 self.inlet.release(source);
             }
         } else {
-            let bytes = self.plan.units[unit].disk_bytes;
+            let packed = self.packed.get(unit).filter(|_| entry.place == Place::Resident);
+            let bytes = packed.map_or(self.plan.units[unit].disk_bytes, |packed| packed.layout.disk_bytes);
             let span = self.control.trace.begin(Stage::Transfer, Activity::Unit { unit, pass: entry.pass }, bytes);
             let enqueued = self.enqueue(unit, entry.pass, entry.place, to);
             match enqueued {

@@ -19,6 +19,18 @@ use crate::{
     memory,
 };
 
+/// Whether units that are stored plain may be packed where they are [kept in RAM](Tier::PinnedPacked).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pack {
+    /// Where passes are expected to be faster for it.
+    #[default]
+    Auto,
+    /// They are kept as they are stored.
+    Never,
+    /// All of them.
+    Always,
+}
+
 /// How much memory may be used, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,7 +93,8 @@ impl Budget {
     }
 
     /// The settings, and the tiers of `units`, with which a pass is fastest, where `overhead` is taken as well: whatever static
-    /// tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`).
+    /// tensors and computation take. Where memory is short, fewer layers can be held at a time (`n_gpu`). Units are kept in RAM as they
+    /// are stored.
     ///
     /// # Errors
     /// [`Error::TooLittle`] if the budget is less than the minimum, which it names; else as [`Plan::new`](super::Plan::new).
@@ -92,10 +105,7 @@ impl Budget {
         overhead: FixedOverhead,
         bandwidths: Bandwidths,
     ) -> Result<Placement> {
-        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
-        let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, &RINGS)?;
-        let settings = Settings { n_gpu, n_cpu_pinned, n_cpu, ..Settings::default() };
-        Ok(Placement { settings, tiers, ..Placement::default() })
+        self.plan_packing(checkpoint, units, overhead, bandwidths, None, Pack::Never)
     }
 
     /// The same where the settings are given: what their slots leave of the budget keeps units.
@@ -111,10 +121,29 @@ impl Budget {
         bandwidths: Bandwidths,
         settings: &Settings,
     ) -> Result<Placement> {
-        settings.validate()?;
-        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
-        let (tiers, _) = choose(&sizes, overhead, self, bandwidths, &[settings.rings()])?;
-        Ok(Placement { settings: settings.clone(), tiers, ..Placement::default() })
+        self.plan_packing(checkpoint, units, overhead, bandwidths, Some(settings), Pack::Never)
+    }
+
+    /// The same with settings or without, where units may be packed in RAM.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn plan_packing(
+        self,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        overhead: FixedOverhead,
+        bandwidths: Bandwidths,
+        settings: Option<&Settings>,
+        pack: Pack,
+    ) -> Result<Placement> {
+        settings.map_or(Ok(()), Settings::validate)?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence(), pack)?;
+        let given = settings.map(|settings| [settings.rings()]);
+        let among = given.as_ref().map_or(&RINGS[..], |rings| rings);
+        let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, among, pack)?;
+        let settings = settings.cloned().unwrap_or_default();
+        Ok(Placement { settings: Settings { n_gpu, n_cpu_pinned, n_cpu, ..settings }, tiers, ..Placement::default() })
     }
 
     /// The least budget that will do where this one is wanted: of one memory or of two, as that is.
@@ -133,7 +162,7 @@ impl Budget {
         overhead: FixedOverhead,
         settings: Option<&Settings>,
     ) -> Result<Self> {
-        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence())?;
+        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence(), Pack::Never)?;
         let rings = settings.map_or(SHORTEST, Settings::rings);
         Ok(least(&families(&sizes, &classes(&sizes), overhead, self.presence()), self, rings))
     }
@@ -145,11 +174,16 @@ fn survey(
     units: &[Unit],
     overhead: FixedOverhead,
     presence: Presence,
+    pack: Pack,
 ) -> Result<(Vec<Sizes>, FixedOverhead)> {
     if units.is_empty() {
         return Err(Error::setting("units", "there must be at least one"));
     }
-    let planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+    let mut planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+    if pack != Pack::Never {
+        // For the staging blocks that some may need.
+        planned.iter_mut().for_each(|unit| unit.tier = Tier::PinnedPacked);
+    }
     let sizes: Vec<_> = planned.iter().map(UnitLayout::sizes).collect();
     let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
     // Sums of them would mean nothing.
@@ -185,10 +219,19 @@ struct PlanFamily {
 struct Member {
     rings: Rings,
     gpu: usize,
-    /// Where units are kept on the device.
-    on_device: Tier,
     kept: usize,
+    ways: Ways,
 }
+
+/// The tiers of units that are kept on the device, and in RAM.
+#[derive(Clone, Copy)]
+struct Ways {
+    on_device: Tier,
+    in_ram: Tier,
+}
+
+/// As they arrive, and as they are stored.
+const PLAIN: Ways = Ways { on_device: Tier::Gpu, in_ram: Tier::Pinned };
 
 impl PlanFamily {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
@@ -209,13 +252,13 @@ impl PlanFamily {
     }
 
     /// What its units come to, tier by tier.
-    fn tallies(&self, Member { gpu, on_device: tier, kept, .. }: Member) -> Tallies {
+    fn tallies(&self, Member { gpu, kept, ways, .. }: Member) -> Tallies {
         let (all, [on_device, in_ram]) = (self.first[self.len()], [self.first[gpu], self.first[kept]]);
         let [on_disk, not_on_device] = [kept, gpu].map(|number| self.largest[number][1]);
         let mut tallies = Tallies::default();
-        tallies.0[tier as usize] = Tally { units: gpu, sum: on_device, largest: self.largest[gpu][0] };
+        tallies.0[ways.on_device as usize] = Tally { units: gpu, sum: on_device, largest: self.largest[gpu][0] };
         // No larger than the larger of these and of those on disk, with which they pass through the device's slots.
-        tallies.0[Tier::Pinned as usize] =
+        tallies.0[ways.in_ram as usize] =
             Tally { units: kept - gpu, sum: in_ram.minus(on_device), largest: not_on_device };
         tallies.0[Tier::Disk as usize] = Tally { units: self.len() - kept, sum: all.minus(in_ram), largest: on_disk };
         tallies
@@ -237,9 +280,10 @@ impl PlanFamily {
 
     /// The most that can be kept in RAM beside so many units on the device.
     fn most_kept(&self, member: Member, budget: Budget) -> Option<Member> {
-        let gpu = member.gpu;
+        let (gpu, packs) = (member.gpu, member.ways.in_ram == Tier::PinnedPacked);
+        let in_ram = |sum: &Sizes| if packs { sum.repacked[0] } else { sum.host };
         // The kept units alone must fit, which cuts the search short: slots ask for a few units less.
-        let tiers = |sum: &Sizes| sum.host - self.first[gpu].host <= budget.host_bytes;
+        let tiers = |sum: &Sizes| in_ram(sum) - in_ram(&self.first[gpu]) <= budget.host_bytes;
         let [device, _] = self.memory(Member { kept: gpu, ..member });
         if device > budget.device_bytes.unwrap_or(budget.host_bytes) {
             // However many are kept in RAM.
@@ -257,11 +301,20 @@ impl Budget {
         if self.device_bytes.is_none() { Presence::InFirstPass } else { Presence::AtOnce }
     }
 
-    /// How units of these sizes may be kept on the device. Unpacking costs it next to nothing; where it computes in RAM, they may as well be
-    /// packed in that.
-    fn tiers_on_device(self, sizes: &[Sizes]) -> &'static [Tier] {
-        let shrinks = sizes.iter().any(|unit| unit.packed < unit.device);
-        if shrinks && self.device_bytes.is_some() { &[Tier::Gpu, Tier::GpuPacked] } else { &[Tier::Gpu] }
+    /// How units of these sizes may be kept. On a device with memory of its own they may stay packed, since unpacking costs that next to
+    /// nothing; where it computes in RAM, they may as well be packed in that.
+    fn ways(self, sizes: &[Sizes], pack: Pack) -> impl Iterator<Item = Ways> {
+        let on_device = match sizes.iter().any(|unit| unit.packed < unit.device) && self.device_bytes.is_some() {
+            true => &[Tier::Gpu, Tier::GpuPacked][..],
+            false => &[Tier::Gpu],
+        };
+        let in_ram = match (sizes.iter().any(|unit| unit.repacked[0] < unit.host), pack) {
+            (false, _) | (_, Pack::Never) => &[Tier::Pinned][..],
+            (true, Pack::Auto) => &[Tier::Pinned, Tier::PinnedPacked],
+            (true, Pack::Always) => &[Tier::PinnedPacked],
+        };
+        let pairs = on_device.iter().flat_map(|on_device| in_ram.iter().map(move |in_ram| (on_device, in_ram)));
+        pairs.map(|(&on_device, &in_ram)| Ways { on_device, in_ram })
     }
 
     fn holds(self, [device, host]: [usize; 2]) -> bool {
@@ -279,15 +332,14 @@ fn choose(
     budget: Budget,
     bandwidths: Bandwidths,
     among: &[Rings],
+    pack: Pack,
 ) -> Result<(Vec<Tier>, Rings)> {
     let classes = classes(sizes);
     let families = families(sizes, &classes, overhead, budget.presence());
     let members = families.iter().flat_map(|family| {
-        let tiers = budget.tiers_on_device(sizes).iter();
-        let ways = tiers.flat_map(|&on_device| among.iter().map(move |&rings| (on_device, rings)));
-        let members = ways.flat_map(|(on_device, rings)| {
-            (0..=family.len()).map(move |gpu| Member { rings, gpu, on_device, kept: gpu })
-        });
+        let ways = budget.ways(sizes, pack).flat_map(|ways| among.iter().map(move |&rings| (ways, rings)));
+        let members =
+            ways.flat_map(|(ways, rings)| (0..=family.len()).map(move |gpu| Member { rings, gpu, kept: gpu, ways }));
         let fit = members.filter_map(|member| family.most_kept(member, budget));
         fit.map(move |member| (family.forecast(member, bandwidths).cost(), (family, member)))
     });
@@ -301,8 +353,8 @@ fn choose(
         let among =
             |first: usize| family.order[..first].iter().filter(|unit| class.binary_search(unit).is_ok()).count();
         let kept: Vec<_> = spread(class, among(member.kept)).collect();
-        kept.iter().for_each(|&unit| tiers[unit] = Tier::Pinned);
-        spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = member.on_device);
+        kept.iter().for_each(|&unit| tiers[unit] = member.ways.in_ram);
+        spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = member.ways.on_device);
     }
     Ok((tiers, member.rings))
 }
@@ -347,7 +399,7 @@ fn least(families: &[PlanFamily], given: Budget, rings: Rings) -> Budget {
     let members = || {
         families.iter().flat_map(move |family| {
             let pairs = (0..=family.len()).flat_map(move |gpu| (gpu..=family.len()).map(move |kept| (gpu, kept)));
-            pairs.map(move |(gpu, kept)| family.memory(Member { rings, gpu, on_device: Tier::Gpu, kept }))
+            pairs.map(move |(gpu, kept)| family.memory(Member { rings, gpu, kept, ways: PLAIN }))
         })
     };
     let Some(given) = given.device_bytes else {

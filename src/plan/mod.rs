@@ -12,7 +12,7 @@ mod part;
 mod placement;
 mod settings;
 
-pub use budget::{Budget, FixedOverhead};
+pub use budget::{Budget, FixedOverhead, Pack};
 pub(crate) use fastest::{Cost, fastest};
 pub use forecast::{Bandwidths, BindingLink, Forecast};
 pub use part::{Part, Purpose};
@@ -61,9 +61,10 @@ impl Plan {
         let mut reports = 0;
         for unit in &mut units {
             unit.reports_at = reports;
-            reports += unit.unpacks.len();
+            reports += unit.reports().len();
             let at = match unit.tier {
-                Tier::Disk => continue,
+                // Those that are packed while the stream runs lie behind the pinned ones, as they come.
+                Tier::Disk | Tier::PinnedPacked => continue,
                 Tier::Ram => ram.push(unit.kept_bytes()),
                 Tier::Pinned => pinned.push(unit.kept_bytes()),
                 Tier::Gpu | Tier::GpuPacked => gpu.push(unit.kept_bytes()),

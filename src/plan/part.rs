@@ -71,7 +71,7 @@ impl fmt::Display for Purpose {
             Self::Slots { tier, count } => {
                 let kind = match tier {
                     Tier::Ram => "RAM",
-                    Tier::Pinned => "pinned",
+                    Tier::Pinned | Tier::PinnedPacked => "pinned",
                     Tier::Gpu | Tier::GpuPacked => "device",
                     Tier::Disk => "disk",
                 };
@@ -127,8 +127,8 @@ impl Plan {
             let (count, bytes) = (stage?.slots, stage?.bytes());
             Some(Part { purpose: Purpose::Slots { tier, count }, bytes })
         });
-        let kept = Tier::KEPT.into_iter().zip(self.layout.kept).filter_map(|(tier, bytes)| {
-            let units = self.count(tier);
+        let kept = Tier::KEPT.into_iter().filter_map(|tier| {
+            let (units, bytes) = (self.count(tier), self.layout.kept(tier));
             (units > 0).then_some(Part { purpose: Purpose::Kept { tier, units }, bytes })
         });
         let staging = Part { purpose: Purpose::Staging, bytes: self.layout.staging.bytes() };

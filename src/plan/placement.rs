@@ -112,7 +112,7 @@ impl Placement {
         let mut same = self.clone();
         let some = |tier: Tier| self.tiers.contains(&tier);
         let settings = &mut same.settings;
-        if !some(Tier::Disk) && !some(Tier::Ram) {
+        if !some(Tier::Disk) && !some(Tier::Ram) && !some(Tier::PinnedPacked) {
             // Nothing is read or pinned.
             (settings.n_cpu, settings.batch_cpu, settings.n_cpu_pinned, settings.batch_cpu_pinned) = (0, 0, 0, 0);
             if !some(Tier::Pinned) && !some(Tier::GpuPacked) {
@@ -131,7 +131,7 @@ mod tests {
     fn a_placement_comes_back_as_it_was_stored_and_what_it_does_not_suit_is_refused() {
         let mut rng = fastrand::Rng::with_seed(3);
         for _ in 0..100 {
-            let tiers = (0..1 + rng.usize(..12)).map(|_| Tier::ALL[rng.usize(..5)]).collect();
+            let tiers = (0..1 + rng.usize(..12)).map(|_| Tier::ALL[rng.usize(..6)]).collect();
             let settings = Settings { n_gpu: 1 + rng.usize(..3), ..Settings::default() };
             let placement = Placement { settings, tiers, statics: ["", "in-file"][rng.usize(..2)].into() };
             let text = serde_json::to_string(&placement).unwrap();
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<Placement>(&text(3, "1-2=gpu", 1)).unwrap().list(), "1-2=gpu");
         for (wrong, cause) in [
             (text(3, "3=gpu", 1), "there are 3 units"),
-            (text(3, "1=attic", 1), "TIER being disk, ram, pinned, gpu or gpu-packed"),
+            (text(3, "1=attic", 1), "TIER being disk, ram, pinned, gpu, gpu-packed or pinned-packed"),
             (text(3, "", 0), "n_gpu: must be at least 1"),
             (text(usize::MAX, "", 1), "more than any model has"),
         ] {

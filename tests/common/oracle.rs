@@ -89,12 +89,12 @@ const PLAIN: Row = Row {
 
 use Reader::{Auto, Pread, Uring, UringFixed};
 use Tables::{EmbeddingInFile, HeadStreamed, OnDevice};
-use Tier::{Disk, Gpu, GpuPacked, Pinned, Ram};
+use Tier::{Disk, Gpu, GpuPacked, Pinned, PinnedPacked, Ram};
 
 /// How many rows at the head of [`ROWS`] reach whatever differs between models. The others differ in how units travel.
 pub const OF_EACH_MODEL: usize = 7;
 
-pub const ROWS: [Row; 56] = [
+pub const ROWS: [Row; 58] = [
     PLAIN,
     Row { tables: EmbeddingInFile, ..PLAIN },
     Row { tables: HeadStreamed, ..PLAIN },
@@ -118,6 +118,8 @@ pub const ROWS: [Row; 56] = [
         ..PLAIN
     },
     Row { tiers: &[GpuPacked, Gpu], ..PLAIN },
+    Row { tiers: &[PinnedPacked], ..PLAIN },
+    Row { tiers: &[PinnedPacked, Disk, Pinned, PinnedPacked], rings: [1, 1, 1], tables: HeadStreamed, ..PLAIN },
     Row { packed: true, reader: Pread, rings: [3, 3, 3], batches: [2, 2, 2], ..PLAIN },
     // Tiers.
     Row { tiers: &[Ram], ..PLAIN },

@@ -21,7 +21,15 @@ fn table(rng: &mut fastrand::Rng) -> Vec<Sizes> {
             // Some grow or shrink on arrival.
             let device = copied * [1, 1, 2][rng.usize(..3)] / [1, 1, 2][rng.usize(..3)];
             let device = device.next_multiple_of(DEVICE_ALIGN);
-            Sizes { read: pages * PAGE, copied, host: pages * PAGE, device, packed: device, unpacked: [0; 2] }
+            Sizes {
+                read: pages * PAGE,
+                copied,
+                host: pages * PAGE,
+                device,
+                packed: device,
+                unpacked: [0; 2],
+                repacked: [pages * PAGE, 0],
+            }
         })
         .collect();
     (0..1 + rng.usize(..24)).map(|_| kinds[rng.usize(..kinds.len())]).collect()
@@ -73,7 +81,7 @@ fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64
 
 /// The least budget, by the error that names it.
 fn minimum(sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Budget {
-    let named = |budget: Budget| match choose(sizes, overhead, budget, Bandwidths::default(), &RINGS) {
+    let named = |budget: Budget| match choose(sizes, overhead, budget, Bandwidths::default(), &RINGS, Pack::Never) {
         Err(Error::TooLittle { memory, least, .. }) => (memory == MemoryKind::Device, least),
         other => panic!("{other:?}"),
     };
@@ -101,14 +109,18 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             Budget { host_bytes: least.host_bytes - 1, ..least },
             Budget { device_bytes: least.device_bytes.map(|bytes| bytes - 1), ..least },
         ] {
-            assert_eq!(choose(&sizes, overhead, below, by, &RINGS).is_ok(), below == least, "seed {seed}: {below:?}");
+            assert_eq!(
+                choose(&sizes, overhead, below, by, &RINGS, Pack::Never).is_ok(),
+                below == least,
+                "seed {seed}: {below:?}"
+            );
         }
         let all: usize = sizes.iter().map(|size| size.host.max(size.device)).sum();
         let mut budget = least;
         let mut before = f64::INFINITY;
         let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
         for round in 0..24 {
-            let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS).unwrap();
+            let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS, Pack::Never).unwrap();
             let memory = taken(&sizes, &tiers, rings, overhead, shared);
             assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
             let now = seconds(&sizes, &tiers, rings, by);
@@ -123,7 +135,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             budget.device_bytes = budget.device_bytes.map(|bytes| bytes + step(&mut rng));
         }
         let given = [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)];
-        match choose(&sizes, overhead, budget, by, &[given]) {
+        match choose(&sizes, overhead, budget, by, &[given], Pack::Never) {
             Ok((tiers, rings)) => {
                 let memory = taken(&sizes, &tiers, rings, overhead, shared);
                 assert!(rings == given && budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
@@ -136,7 +148,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             }
         }
         budget.host_bytes += 12 * all + (16 << 20);
-        let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS).unwrap();
+        let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS, Pack::Never).unwrap();
         assert!(!tiers.contains(&Tier::Disk), "seed {seed}: {tiers:?} with room for all, {rings:?}");
     }
 }
@@ -150,11 +162,12 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
         device: pages * PAGE,
         packed: pages * PAGE,
         unpacked: [0; 2],
+        repacked: [pages * PAGE, 0],
     };
     // With slots for the large unit it would be three times 100 pages.
     let (sizes, rings) = ([of(100), of(1), of(2)], [[1, 2, 0]]);
     let by = Bandwidths::default();
-    let chosen = |budget: Budget| choose(&sizes, FixedOverhead::default(), budget, by, &rings);
+    let chosen = |budget: Budget| choose(&sizes, FixedOverhead::default(), budget, by, &rings, Pack::Never);
     let needed = Budget { device_bytes: Some(200 * PAGE), host_bytes: 105 * PAGE };
     assert_eq!(chosen(needed).unwrap().0[0], Tier::Pinned);
     let lacks = |budget: Budget| match chosen(budget).unwrap_err() {
@@ -170,14 +183,22 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
 #[test]
 fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
     let size = 64 * PAGE;
-    let sizes = [Sizes { read: size, copied: size, host: size, device: size, packed: size, unpacked: [0; 2] }; 28];
+    let sizes = [Sizes {
+        read: size,
+        copied: size,
+        host: size,
+        device: size,
+        packed: size,
+        unpacked: [0; 2],
+        repacked: [size, 0],
+    }; 28];
     let least = minimum(&sizes, FixedOverhead::default(), true).host_bytes;
     assert_eq!(least, 3 * size, "two slots on the device, one in RAM");
     for quarters in 0..=4 {
         // One slot more lets the disk read while the device copies.
         let host_bytes = least + size + quarters * sizes.len() / 4 * size;
         let budget = Budget { device_bytes: None, host_bytes };
-        let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
+        let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
         let kept: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Gpu).collect();
         let on_disk: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Disk).collect();
         assert_eq!(kept.len() + on_disk.len(), 28);
@@ -194,9 +215,17 @@ fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
 #[test]
 fn each_tier_keeps_its_share_at_even_distances() {
     let size = 1 << 20;
-    let sizes = [Sizes { read: size, copied: size, host: size, device: size, packed: size, unpacked: [0; 2] }; 40];
+    let sizes = [Sizes {
+        read: size,
+        copied: size,
+        host: size,
+        device: size,
+        packed: size,
+        unpacked: [0; 2],
+        repacked: [size, 0],
+    }; 40];
     let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
-    let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
+    let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
     assert_eq!(rings, [1, 1, 0]);
     let places = |tier: Tier| (0..40).filter(|&unit| tiers[unit] == tier).collect::<Vec<_>>();
     assert_eq!([Tier::Disk, Tier::Pinned, Tier::Gpu].map(|tier| places(tier).len()), [10, 20, 10]);
@@ -289,12 +318,20 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
 fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do() {
     let size = 3 << 20;
     let stored = size / 3 * 2;
-    let unit =
-        Sizes { read: stored, copied: stored, unpacked: [stored, size], host: stored, device: size, packed: stored };
+    let unit = Sizes {
+        read: stored,
+        copied: stored,
+        unpacked: [stored, size],
+        host: stored,
+        device: size,
+        packed: stored,
+        repacked: [stored, size],
+    };
     let sizes = [unit; 40];
     let chosen = |device_bytes: Option<usize>| {
         let budget = Budget { device_bytes, host_bytes: 64 * size };
-        let (tiers, [n_gpu, ..]) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS).unwrap();
+        let (tiers, [n_gpu, ..]) =
+            choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
         let count = |tier: Tier| tiers.iter().filter(|found| **found == tier).count();
         ([Tier::Gpu, Tier::GpuPacked, Tier::Pinned].map(count), n_gpu)
     };

@@ -1,0 +1,79 @@
+//! What a unit that is stored plain takes where it is kept packed in RAM: expected before, laid out once it is there.
+
+use super::{CopyRange, Placed, UnitLayout, Unpack, pages, unit::Cast};
+use crate::{
+    checkpoint::PackedRange,
+    dtype::DType,
+    packed::{self, Description},
+};
+
+/// Each tensor begins on such a boundary there, in bytes.
+pub(crate) const REPACK_ALIGN: usize = 16;
+
+/// How a tensor of such a unit is kept.
+#[derive(Clone, Debug)]
+pub(crate) enum Repacked {
+    /// As it is stored.
+    Stored,
+    /// Packed, as this says.
+    Packed(Description),
+}
+
+impl Placed {
+    /// Whether it can be packed where it is kept.
+    pub(crate) fn can_pack(&self) -> bool {
+        let plain = self.stored.packed.is_none() && self.stored.dtype == DType::BF16;
+        plain && self.dtype == DType::BF16 && self.stored.bytes > 0
+    }
+}
+
+impl UnitLayout {
+    /// What it is expected to take packed in RAM, in whole pages, and how many bytes of weights are unpacked from that.
+    pub(crate) fn expected_packed(&self) -> [usize; 2] {
+        let mut sums = [0, 0];
+        for tensor in &self.tensors {
+            let (stored, weights) = match &tensor.stored {
+                stored if tensor.can_pack() => (packed::expected_bytes(stored.elements()), stored.bytes),
+                stored if stored.packed.is_some() => (stored.bytes, stored.elements() * DType::BF16.size()),
+                stored => (stored.bytes, 0),
+            };
+            sums = [sums[0] + stored.next_multiple_of(REPACK_ALIGN), sums[1] + weights];
+        }
+        [pages(sums[0]), sums[1]]
+    }
+
+    /// The same unit, kept in RAM with each of its tensors, in their order, where and as this says. So many bytes in all.
+    pub(crate) fn repacked(&self, tensors: Vec<(usize, Repacked)>, bytes: usize) -> Self {
+        let mut kept = Self {
+            extents: Vec::new(),
+            copies: Vec::new(),
+            casts: Vec::new(),
+            unpacks: Vec::new(),
+            disk_bytes: bytes,
+            host_bytes: bytes,
+            ..self.clone()
+        };
+        for (report, (placed, (from, how))) in self.tensors.iter().zip(tensors).enumerate() {
+            let (to, kept_at, stored) = (placed.at, 0, &placed.stored);
+            let packed = match how {
+                Repacked::Packed(description) => Some(PackedRange::all(description)),
+                Repacked::Stored => stored.packed.clone(),
+            };
+            match packed {
+                _ if stored.bytes == 0 => {}
+                Some(packed) => {
+                    let (file, tensor) = (stored.file, placed.name.clone());
+                    kept.unpacks.push(Unpack { from, to, kept_at, packed, report, file, tensor });
+                }
+                None if placed.dtype == stored.dtype => {
+                    kept.copies.push(CopyRange { from, to, kept_at, bytes: stored.bytes });
+                }
+                None => {
+                    let (elements, from_type, to_type) = (stored.elements(), stored.dtype, placed.dtype);
+                    kept.casts.push(Cast { from, to, kept_at, elements, from_type, to_type });
+                }
+            }
+        }
+        kept
+    }
+}
