@@ -369,7 +369,7 @@ fn slots(plan: &Plan) -> usize {
 /// Bytes of layers that are kept in RAM, pinned or not.
 fn resident_bytes(plan: &Plan) -> usize {
     let parts = plan.memory();
-    let is_kept = |part: &&Part| matches!(part.purpose, Purpose::Kept { tier: Tier::Ram | Tier::Pinned, .. });
+    let is_kept = |part: &&Part| matches!(part.purpose, Purpose::Kept { .. }) && !part.is_on_device();
     parts.iter().filter(is_kept).map(|part| part.bytes).sum()
 }
 

@@ -148,6 +148,10 @@ enum ls_tier
     LS_TIER_PINNED = 2,
     // On the device: read and transferred once.
     LS_TIER_GPU = 3,
+    // On the device, with packed tensors as they are stored: read and transferred once, unpacked in every pass.
+    LS_TIER_GPU_PACKED = 4,
+    // In pinned RAM, packed there while the first passes go by.
+    LS_TIER_PINNED_PACKED = 5,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -447,6 +451,10 @@ typedef struct ls_placement {
     size_t least_host_bytes;
     // The same of the device's own memory.
     size_t least_device_bytes;
+    // How many units are kept on the device with packed tensors as they are stored.
+    size_t units_gpu_packed;
+    // How many are kept in pinned RAM, packed there.
+    size_t units_pinned_packed;
 } ls_placement;
 
 // Streams the units of a checkpoint to a device, pass after pass. Zeroed: none.
@@ -652,6 +660,11 @@ ls_status ls_checkpoint_tensor_at(struct ls_checkpoint checkpoint, size_t index,
 // The tensor called `name`, or LS_NO_TENSOR. What `tensor` points to is the checkpoint's, until that is closed.
 ls_status ls_checkpoint_tensor(struct ls_checkpoint checkpoint, const char *name, struct ls_stored_tensor *tensor);
 
+// Writes how many bytes a tensor takes in its file: fewer than its type and shape say, if it is packed there; else as many.
+ls_status ls_checkpoint_stored_bytes(struct ls_checkpoint checkpoint,
+                                     const char *name,
+                                     size_t *bytes);
+
 // Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
 size_t ls_dtype_size(int32_t dtype);
 
@@ -748,6 +761,10 @@ ls_status ls_cancel(struct ls_streamer streamer);
 // Goes back to the first unit: after an error, after a cancel, or in the middle of a pass. No thread or memory is made anew.
 // LS_LAYERS_HELD while layers are held.
 ls_status ls_rewind(struct ls_streamer streamer);
+
+// Whether no packed weights were found corrupt so far, or LS_CHECKPOINT with the tensor that is. A device finds out when it unpacks them,
+// and nobody waits for that: ask when the work of a pass is done, before its results are used.
+ls_status ls_streamer_check_arrivals(struct ls_streamer streamer);
 
 // How many units a pass has.
 ls_status ls_streamer_unit_count(struct ls_streamer streamer, size_t *count);

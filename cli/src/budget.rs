@@ -146,7 +146,7 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
         if !tiers.is_empty() {
             text += &format!("  {what}\n");
         }
-        for tier in [Tier::Gpu, Tier::Pinned, Tier::Ram, Tier::Disk] {
+        for tier in [Tier::Gpu, Tier::GpuPacked, Tier::Pinned, Tier::PinnedPacked, Tier::Ram, Tier::Disk] {
             let (count, list) = (tiers.iter().filter(|found| **found == tier).count(), ranges(tiers, tier));
             if count > 0 {
                 text += &format!("  {count:>5} {tier}: {list}\n");
@@ -155,6 +155,15 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
     }
     if model.tables != Tables::OnDevice {
         text += "  embedding: each pass reads its tokens' rows from the file\n";
+    }
+    let (stored, weights) = (plan.bytes_per_pass(), plan.weight_bytes());
+    if stored < weights {
+        let ratio = weights as f64 / stored as f64;
+        text += &format!(
+            "  packed: {} of weights are stored in {}, {ratio:.2} times less\n",
+            bytes(weights),
+            bytes(stored)
+        );
     }
     text += &format!(
         "  a pass reads {} in {:.3} s and copies {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",

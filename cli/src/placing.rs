@@ -10,7 +10,7 @@ use layer_streamer::{
     Settings,
     kernels::Kernels,
     model::{Fit, Model, Tables},
-    plan::{FixedOverhead, Part, Placement},
+    plan::{FixedOverhead, Pack, Part, Placement},
     probe::Probe,
     tuner::{self, CheckpointId, Record},
 };
@@ -51,6 +51,11 @@ pub struct Placing {
     #[arg(long, value_name = "SIZE", help_heading = "Memory")]
     ram: Option<Amount>,
 
+    /// Whether layers that are stored plain are packed, without loss, where they are kept in RAM, by idle cores while the first passes go
+    /// by: auto, where passes are expected to be faster for it; never; always [default: auto]
+    #[arg(long, value_name = "WHEN", help_heading = "Memory")]
+    pack: Option<Pack>,
+
     /// Measure disk and link anew (about half a second), even if what was measured in the last 30 days is kept
     #[arg(long, help_heading = "Memory", conflicts_with = "no_probe")]
     pub probe: bool,
@@ -83,8 +88,8 @@ pub struct Placing {
     #[arg(long, value_name = "N", help_heading = "Pipeline, in place of a budget")]
     batch_cpu: Option<usize>,
 
-    /// Where layers are kept between passes: disk, ram, pinned or gpu, such as 0-7=pinned,8-11=gpu [default: all on disk]. The parts
-    /// of a streamed output head are numbered after the layers
+    /// Where layers are kept between passes: disk, ram, pinned, gpu, pinned-packed or gpu-packed, such as 0-7=pinned,8-11=gpu [default:
+    /// all on disk]. The parts of a streamed output head are numbered after the layers
     #[arg(long, value_name = "LIST", help_heading = "Pipeline, in place of a budget")]
     tier: Option<String>,
 
@@ -137,8 +142,9 @@ impl Placing {
         measure: Measure,
     ) -> Result<(Settings, Option<Probe>), Failure> {
         let placement = self.placement(device, model)?;
-        if placement.is_some() && (self.vram.is_some() || self.ram.is_some()) {
-            return Err("--vram and --ram choose the pipeline and the tiers; leave out either them or your own".into());
+        if placement.is_some() && (self.vram.is_some() || self.ram.is_some() || self.pack.is_some()) {
+            let cause = "--vram, --ram and --pack choose the pipeline and the tiers; leave out either them or your own";
+            return Err(cause.into());
         }
         let _waiting = Waiting::on("measuring disk and link", self.quiet);
         let measure = match (self.probe, self.no_probe) {
@@ -150,7 +156,8 @@ impl Placing {
             None => {
                 let budget = budget::budget(device, self.vram, self.ram)?;
                 // What is free may lack the tokenizer already: then so much more stays free.
-                let fit = Fit { overhead: FixedOverhead::of(own), ..Fit::new(device, budget, 1, context) };
+                let (overhead, pack) = (FixedOverhead::of(own), self.pack.unwrap_or_default());
+                let fit = Fit { overhead, pack, ..Fit::new(device, budget, 1, context) };
                 Ok(budget::fastest(fit, model, measure)?)
             }
             Some(placement) => {

@@ -83,6 +83,7 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
                 "device": device.describe(), "placement": model.placement(&settings),
                 "tiers": plan.tiers().collect::<Vec<_>>(), "memory": memory(&parts),
                 "device_bytes": device_bytes, "host_bytes": host_bytes, "bandwidths": bandwidths,
+                "stored_bytes": plan.bytes_per_pass(), "weight_bytes": plan.weight_bytes(),
                 "measured": probe.is_some(), "forecast": plan.forecast(bandwidths),
                 "binds": plan.forecast(bandwidths).binds(),
             });

@@ -233,7 +233,10 @@ impl<D: Device> Pipeline<D> {
         self.per_pass = PerPass::between(&before, &after);
         self.reads = self.per_pass.read() > 0;
         let (reads, plan) = (self.reads, self.streamer.plan());
-        self.moves = plan.tiers().map(|tier| tier == Tier::Disk || (!reads && tier != Tier::Gpu)).collect();
+        self.moves = plan
+            .tiers()
+            .map(|tier| tier == Tier::Disk || (!reads && !matches!(tier, Tier::Gpu | Tier::GpuPacked)))
+            .collect();
         let first = plan.tiers().next();
         self.whole = plan.tiers().any(|tier| Some(tier) != first).then_some(plan.units());
         Ok(self.reads || self.per_pass.transfer > 0)

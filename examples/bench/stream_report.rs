@@ -39,16 +39,23 @@ pub fn one<D: Device>(device: String, lane: &Lane<D>, limits: &Limits<'_, D>, fo
     let mut report = Report::new("bench_stream", device, &LINKS);
     let Lane { plan, pipeline, .. } = lane;
     let (whole, kept) = (plan.bytes_per_pass(), plan.units() - plan.count(Tier::Disk));
-    let places = [Tier::Gpu, Tier::Pinned, Tier::Ram, Tier::Disk].map(|tier| (plan.count(tier), tier));
+    let places = [Tier::Gpu, Tier::GpuPacked, Tier::Pinned, Tier::PinnedPacked, Tier::Ram, Tier::Disk]
+        .map(|tier| (plan.count(tier), tier));
     let places = places.iter().filter(|(count, _)| *count > 0).map(|(count, tier)| format!("{count} {tier}"));
     let places = places.collect::<Vec<_>>().join(", ");
-    report.line("model", format!("{} layers, {}: {places}", plan.units(), units::bytes(whole as u64)));
+    let [stored, arriving] = [whole, plan.weight_bytes()].map(|bytes| units::bytes(bytes as u64));
+    let packed = if whole < plan.weight_bytes() { format!(" packed, {arriving} of weights") } else { String::new() };
+    report.line("model", format!("{} layers, {stored}{packed}: {places}", plan.units()));
     let passes = Spread::of(&lane.pass_seconds());
-    let weights = whole as f64 / 1e9 / passes.median;
+    let weights = plan.weight_bytes() as f64 / 1e9 / passes.median;
     // Those that do not move are used all the same.
     let used = match lane.kind {
         Some(_) if whole as u64 > pipeline.per_pass.transfer => {
             format!("; weights used at {weights:.2} GB/s, those included that stay on the device")
+        }
+        Some(_) if whole < plan.weight_bytes() => {
+            let times = weights / Spread::of(&lane.limits).median;
+            format!("; weights used at {weights:.2} GB/s, {times:.3} times the link")
         }
         _ => String::new(),
     };
@@ -58,6 +65,7 @@ pub fn one<D: Device>(device: String, lane: &Lane<D>, limits: &Limits<'_, D>, fo
     let planned = plan.forecast(Bandwidths::default()).disk_bytes;
     for (key, value) in [
         ("unit_bytes", whole as u64),
+        ("weight_bytes", plan.weight_bytes() as u64),
         ("slot_bytes", slots(plan) as u64),
         ("units", plan.units() as u64),
         ("kept", kept as u64),

@@ -52,6 +52,10 @@ pub struct ls_placement {
     pub least_host_bytes: usize,
     /// The same of the device's own memory.
     pub least_device_bytes: usize,
+    /// How many units are kept on the device with packed tensors as they are stored.
+    pub units_gpu_packed: usize,
+    /// How many are kept in pinned RAM, packed there.
+    pub units_pinned_packed: usize,
 }
 
 // SAFETY: `repr(C)`, all fields words, the first of them the size.
@@ -100,6 +104,8 @@ impl ls_placement {
             units_ram: count(Tier::Ram),
             units_pinned: count(Tier::Pinned),
             units_gpu: count(Tier::Gpu),
+            units_gpu_packed: count(Tier::GpuPacked),
+            units_pinned_packed: count(Tier::PinnedPacked),
             host_bytes,
             device_bytes,
             ..Self::default()

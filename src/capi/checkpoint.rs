@@ -14,6 +14,7 @@ use super::{
 use crate::{
     checkpoint::{Checkpoint, StoredTensor},
     dtype::DType,
+    packed::Description,
 };
 
 /// Element types. The names are those of the safetensors format.
@@ -89,6 +90,17 @@ struct TensorName {
 pub(super) struct OpenCheckpoint {
     pub(super) checkpoint: Checkpoint,
     tensors: Vec<TensorName>,
+}
+
+impl OpenCheckpoint {
+    /// The tensor called `name`.
+    fn tensor(&self, name: &str) -> Result<&TensorName> {
+        let found = self.tensors.binary_search_by(|tensor| tensor.name.as_bytes().cmp(name.as_bytes()));
+        found.map(|index| &self.tensors[index]).map_err(|_| {
+            let message = format!("{} has no tensor named {name}", self.checkpoint.source().display());
+            Failure::new(ls_status::LS_NO_TENSOR, message)
+        })
+    }
 }
 
 pub(super) static CHECKPOINTS: HandleTable<OpenCheckpoint> = HandleTable::new(Kind::Checkpoint);
@@ -220,12 +232,29 @@ pub unsafe extern "C" fn ls_checkpoint_tensor(
         // SAFETY: the caller says that a text ends there, if it is not NULL.
         let name = unsafe { text(name, "name")? };
         let opened = CHECKPOINTS.enter(checkpoint.id)?;
-        let Ok(index) = opened.tensors.binary_search_by(|tensor| tensor.name.as_bytes().cmp(name.as_bytes())) else {
-            let message = format!("{} has no tensor named {name}", opened.checkpoint.source().display());
-            return Err(Failure::new(ls_status::LS_NO_TENSOR, message));
-        };
         // SAFETY: the pointer was checked; the caller says that what it points to may be written.
-        unsafe { to.write(opened.tensors[index].view()) };
+        unsafe { to.write(opened.tensor(name)?.view()) };
+        Ok(())
+    })
+}
+
+/// Writes how many bytes a tensor takes in its file: fewer than its type and shape say, if it is packed there; else as many.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ls_checkpoint_stored_bytes(
+    checkpoint: ls_checkpoint,
+    name: *const c_char,
+    bytes: *mut usize,
+) -> ls_status {
+    ffi(|| {
+        let to = place(bytes, "bytes")?;
+        // SAFETY: the caller says that a text ends there, if it is not NULL.
+        let name = unsafe { text(name, "name")? };
+        let opened = CHECKPOINTS.enter(checkpoint.id)?;
+        let tensor = opened.tensor(name)?;
+        let packed = opened.checkpoint.packing(name).map(Description::bytes);
+        let plain = tensor.dtype.bytes_of(&tensor.shape).expect("it was checked when it was opened");
+        // SAFETY: the pointer was checked; the caller says that what it points to may be written.
+        unsafe { to.write(packed.unwrap_or(plain)) };
         Ok(())
     })
 }

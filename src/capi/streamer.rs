@@ -209,6 +209,13 @@ pub extern "C" fn ls_rewind(streamer: ls_streamer) -> ls_status {
     })
 }
 
+/// Whether no packed weights were found corrupt so far, or LS_CHECKPOINT with the tensor that is. A device finds out when it unpacks them,
+/// and nobody waits for that: ask when the work of a pass is done, before its results are used.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_streamer_check_arrivals(streamer: ls_streamer) -> ls_status {
+    ffi(|| Ok(STREAMERS.enter_lent(streamer.id)?.streamer.check_arrivals()?))
+}
+
 /// How many units a pass has.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_streamer_unit_count(streamer: ls_streamer, count: *mut usize) -> ls_status {

@@ -8,6 +8,8 @@
 //! memory is never slower, and no plan is slower than the rings alone, which are one of the family. The exception: units whose
 //! sizes differ by up to 1/64 count as equal.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Bandwidths, Forecast, Part, Placement, Presence, Settings, Tier, Unit, fastest};
@@ -29,6 +31,23 @@ pub enum Pack {
     Never,
     /// All of them.
     Always,
+}
+
+impl FromStr for Pack {
+    type Err = Error;
+
+    /// From `auto`, `never` or `always`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for anything else.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "never" => Ok(Self::Never),
+            "always" => Ok(Self::Always),
+            _ => Err(Error::setting("pack", format!("is {text:?}, expected auto, never or always"))),
+        }
+    }
 }
 
 /// How much memory may be used, in bytes.

@@ -153,7 +153,7 @@ fn for_rust() -> Vec<String> {
         LS_AS_STORED, LS_BOOL, LS_U8, LS_I8, LS_F8_E4M3, LS_F8_E5M2, LS_U16, LS_I16, LS_F16, LS_BF16, LS_U32, LS_I32, LS_F32,
         LS_U64, LS_I64, LS_F64,
     }
-    enum ls_tier { LS_TIER_DISK, LS_TIER_RAM, LS_TIER_PINNED, LS_TIER_GPU }
+    enum ls_tier { LS_TIER_DISK, LS_TIER_RAM, LS_TIER_PINNED, LS_TIER_GPU, LS_TIER_GPU_PACKED, LS_TIER_PINNED_PACKED }
     enum ls_reader { LS_READER_AUTO, LS_READER_URING_FIXED, LS_READER_URING, LS_READER_PREAD }
     enum ls_cache { LS_CACHE_AUTO, LS_CACHE_DIRECT, LS_CACHE_BUFFERED }
     enum ls_log_level { LS_LOG_INFO, LS_LOG_WARNING, LS_LOG_ERROR }
@@ -174,7 +174,8 @@ fn for_rust() -> Vec<String> {
     struct ls_memory { size, ram, pinned, gpu, staging }
     struct ls_placement {
         size, n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, units, units_disk, units_ram, units_pinned,
-        units_gpu, host_bytes, device_bytes, least_host_bytes, least_device_bytes,
+        units_gpu, host_bytes, device_bytes, least_host_bytes, least_device_bytes, units_gpu_packed,
+        units_pinned_packed,
     }
     struct ls_streamer { id }
     struct ls_unit_info { name, tensors, bytes }

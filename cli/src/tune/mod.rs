@@ -23,7 +23,7 @@ use layer_streamer::{
     files::NewFile,
     kernels::Kernels,
     model::{Decoder, Fit, Model, Sequence},
-    plan::{Bandwidths, FixedOverhead, Placement, Tier},
+    plan::{Bandwidths, FixedOverhead, Pack, Placement, Tier},
     trace::{
         Observer, Stage,
         timeline::{Timeline, TraceFile},
@@ -283,7 +283,8 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
     let context = context(options, &model);
     // What is found is for runs with a tokenizer.
     let overhead = FixedOverhead::of(&text::memory(&options.model, &model));
-    let fit = |budget| Fit { overhead, ..Fit::new(device, budget, 1, context) };
+    // What is packed while passes go by would be measured before it is.
+    let fit = |budget| Fit { overhead, pack: Pack::Never, ..Fit::new(device, budget, 1, context) };
     // A search that goes on has the memory that it began with: what is free varies.
     let begun = options.json.as_deref().filter(|path| path.exists()).map(Record::read).transpose()?;
     let is_auto = |amount: Option<Amount>| amount.is_none_or(|amount| amount == Amount::Auto);
