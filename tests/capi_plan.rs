@@ -8,13 +8,13 @@ use std::{
     ffi::{CString, c_void},
     fs, mem,
     ops::ControlFlow,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::FileExt},
     ptr,
 };
 
 use c_calls::{c, made, message};
 use layer_streamer::{
-    Error, Settings,
+    Checkpoint, Error, Settings,
     capi::{ls_status::*, *},
     device::Cpu,
     model::{Choice, Decoder, Model, Sampler, Sampling, Sequence},
@@ -214,5 +214,47 @@ fn a_tensor_says_how_long_it_is() {
         assert_eq!(ls_tensor_bytes(&tensor, &mut bytes), LS_INVALID);
         (tensor.shape[0], tensor.rank) = (3, 9);
         assert_eq!(ls_tensor_bytes(&tensor, &mut bytes), LS_INVALID);
+    }
+}
+
+extern "C" fn nothing(_: *mut c_void, _: ls_layer) -> i32 {
+    0
+}
+
+#[test]
+fn c_learns_what_is_packed_and_whether_all_of_it_arrived_whole() {
+    let folder = common::packed(&speller());
+    let spoilt = copy_of(folder.path());
+    let of_layer = Checkpoint::open(spoilt.path()).unwrap();
+    let (file, offset) = of_layer.location("model.layers.3.mlp.up_proj.weight").unwrap();
+    // How many escapes the first block has.
+    fs::File::options().write(true).open(file).unwrap().write_all_at(&[0xff; 2], offset + 4).unwrap();
+    let name = c("model.layers.3.mlp.up_proj.weight");
+    for (folder, whole) in [(folder.path(), true), (spoilt.path(), false)] {
+        let folder = c(folder.as_os_str().as_bytes());
+        // SAFETY: texts end, places may be written, handles are closed once.
+        unsafe {
+            let device = made(|to| ls_device_cpu(to));
+            let stream = made(|to| ls_stream_open(device, to));
+            let checkpoint = made(|to| ls_checkpoint_open(folder.as_ptr(), to));
+            let stored = made(|to| ls_checkpoint_stored_bytes(checkpoint, name.as_ptr(), to));
+            let tensor = made(|to| ls_checkpoint_tensor(checkpoint, name.as_ptr(), to));
+            let weights = of_layer.describe(name.to_str().unwrap()).unwrap().1.iter().product::<usize>();
+            assert_eq!((tensor.dtype, tensor.rank), (ls_dtype::LS_BF16 as i32, 2));
+            assert!(stored < 2 * weights && stored > weights, "{stored} bytes of {weights} weights");
+            assert_eq!(ls_checkpoint_stored_bytes(checkpoint, c("none").as_ptr(), &mut 0), LS_NO_TENSOR);
+            let streamer = made(|to| ls_streamer_open(device, checkpoint, ptr::null(), to));
+            assert_eq!(
+                ls_run_pass(streamer, stream, Some(nothing), ptr::null_mut()),
+                if whole { LS_OK } else { LS_CHECKPOINT }
+            );
+            assert_eq!(ls_streamer_check_arrivals(streamer), if whole { LS_OK } else { LS_CHECKPOINT });
+            assert!(whole || message().contains("up_proj.weight: its packed weights are corrupt"), "{}", message());
+            assert_eq!(ls_streamer_close(streamer), LS_OK);
+            assert_eq!(ls_streamer_check_arrivals(streamer), LS_CLOSED);
+            assert_eq!(ls_checkpoint_close(checkpoint), LS_OK);
+            assert_eq!(ls_stream_close(stream), LS_OK);
+            assert_eq!(ls_device_close(device), LS_OK);
+        }
     }
 }
