@@ -11,14 +11,17 @@ mod trace;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
+    collections::HashMap,
     fs,
     io::ErrorKind,
     path::Path,
 };
 
 use layer_streamer::{
-    Checkpoint,
+    Checkpoint, Settings, StaticTensors, Unit,
+    device::Cpu,
     model::{Model, ModelConfig},
+    packed,
     plan::Placement,
     tuner::Record,
 };
@@ -98,6 +101,54 @@ fn a_header_is_read_as_the_safetensors_crate_reads_it_or_refused() {
             assert!(view.data().is_empty() || at == offset as usize, "{name} is at {offset} or {at}");
         }
         true
+    });
+}
+
+/// A small file with packed tensors, of several parts and of one.
+fn packed_weights() -> Vec<u8> {
+    use safetensors::{Dtype, tensor::TensorView};
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut metadata = HashMap::from([(packed::KEY.to_owned(), packed::VERSION.to_owned())]);
+    let tensors = [("a", 10_000, 4096), ("b", 5, 262_144)].map(|(name, count, part)| {
+        let weights: Vec<u16> = (0..count).map(|_| rng.u16(..) >> 1 & 0xbfff).collect();
+        let (description, bytes) = common::pack(&[count], part, &weights);
+        metadata.insert(format!("{}:{name}", packed::KEY), description.to_json());
+        (name, bytes)
+    });
+    let views =
+        tensors.iter().map(|(name, bytes)| (*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes).unwrap()));
+    safetensors::serialize(views, Some(metadata)).unwrap()
+}
+
+#[test]
+fn a_packed_file_is_loaded_or_refused() {
+    let folder = support::folder();
+    let path = folder.path().join("model.safetensors");
+    mutants("packed", &packed_weights(), |bytes| {
+        write_anew(&path, bytes);
+        let Ok(checkpoint) = Checkpoint::open(folder.path()) else { return false };
+        let mut unit = Unit::new("all");
+        checkpoint.names().for_each(|name| _ = unit.keep(name, name));
+        StaticTensors::new(&Cpu, &checkpoint, &unit, &Settings::default()).is_ok()
+    });
+}
+
+#[test]
+fn a_packed_part_is_decoded_alike_in_every_way_or_refused() {
+    let mut rng = fastrand::Rng::with_seed(2);
+    let weights: Vec<u16> = (0..3 * 4096 + 77).map(|_| 0x3d80 ^ (rng.u16(..) >> rng.u32(6..10))).collect();
+    let mut counts = [0; 256];
+    packed::count(&weights, &mut counts);
+    let table = packed::Table::new(&counts);
+    mutants("packed-part", &packed::Encoder::new(table).part(&weights), |bytes| {
+        let decoded = packed::Decoding::ALL.into_iter().filter(|decoding| decoding.is_supported()).map(|decoding| {
+            let mut out = vec![0; weights.len()];
+            let part = packed::Packed::new(table, weights.len(), bytes)?.decoded_by(decoding);
+            part.decode(&mut out).map(|()| out)
+        });
+        let decoded: Vec<_> = decoded.collect();
+        assert!(decoded.windows(2).all(|pair| pair[0] == pair[1]), "ways of decoding disagree");
+        decoded[0].is_ok()
     });
 }
 

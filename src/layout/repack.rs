@@ -30,14 +30,15 @@ impl Placed {
 impl UnitLayout {
     /// What it is expected to take packed in RAM, in whole pages, and how many bytes of weights are unpacked from that.
     pub(crate) fn expected_packed(&self) -> [usize; 2] {
-        let mut sums = [0, 0];
+        let mut sums = [0usize; 2];
         for tensor in &self.tensors {
             let (stored, weights) = match &tensor.stored {
                 stored if tensor.can_pack() => (packed::expected_bytes(stored.elements()), stored.bytes),
                 stored if stored.packed.is_some() => (stored.bytes, stored.elements() * DType::BF16.size()),
                 stored => (stored.bytes, 0),
             };
-            sums = [sums[0] + stored.next_multiple_of(REPACK_ALIGN), sums[1] + weights];
+            let stored = stored.checked_next_multiple_of(REPACK_ALIGN).unwrap_or(usize::MAX);
+            sums = [sums[0].saturating_add(stored), sums[1].saturating_add(weights)];
         }
         [pages(sums[0]), sums[1]]
     }

@@ -51,8 +51,9 @@ impl Tallies {
     /// What comes to the device in a pass once all tiers are filled.
     pub(crate) fn moved(&self) -> Sizes {
         let passing = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum);
-        let [copied, weights] = self.in_tier(Tier::PinnedPacked).sum.repacked;
-        // All of it but for norms and the like.
+        let Sizes { copied, repacked: [expected, weights], .. } = self.in_tier(Tier::PinnedPacked).sum;
+        // Rounding may make it more. All of it is unpacked but for norms and the like.
+        let copied = copied.min(expected);
         let packed = Sizes { copied, unpacked: [copied.min(weights), weights], ..Sizes::default() };
         passing.into_iter().fold(packed, Sizes::plus)
     }

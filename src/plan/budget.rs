@@ -157,10 +157,10 @@ impl Budget {
         pack: Pack,
     ) -> Result<Placement> {
         settings.map_or(Ok(()), Settings::validate)?;
-        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence(), pack)?;
+        let survey = Survey::new(checkpoint, units, overhead, self.presence())?;
         let given = settings.map(|settings| [settings.rings()]);
         let among = given.as_ref().map_or(&RINGS[..], |rings| rings);
-        let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&sizes, overhead, self, bandwidths, among, pack)?;
+        let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&survey, self, bandwidths, among, pack)?;
         let settings = settings.cloned().unwrap_or_default();
         Ok(Placement { settings: Settings { n_gpu, n_cpu_pinned, n_cpu, ..settings }, tiers, ..Placement::default() })
     }
@@ -181,36 +181,41 @@ impl Budget {
         overhead: FixedOverhead,
         settings: Option<&Settings>,
     ) -> Result<Self> {
-        let (sizes, overhead) = survey(checkpoint, units, overhead, self.presence(), Pack::Never)?;
+        let survey = Survey::new(checkpoint, units, overhead, self.presence())?;
         let rings = settings.map_or(SHORTEST, Settings::rings);
-        Ok(least(&families(&sizes, &classes(&sizes), overhead, self.presence()), self, rings))
+        Ok(least(&families(&survey, &classes(&survey.sizes), self.presence()), self, rings))
     }
 }
 
-/// What the units move and take, and their fixed overhead, the staging blocks included.
-fn survey(
-    checkpoint: &Checkpoint,
-    units: &[Unit],
+/// What the units move and take, and what is taken whatever their tiers.
+struct Survey {
+    sizes: Vec<Sizes>,
+    /// Staging blocks included.
     overhead: FixedOverhead,
-    presence: Presence,
-    pack: Pack,
-) -> Result<(Vec<Sizes>, FixedOverhead)> {
-    if units.is_empty() {
-        return Err(Error::setting("units", "there must be at least one"));
-    }
-    let mut planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
-    if pack != Pack::Never {
-        // For the staging blocks that some may need.
+    /// By how much staging blocks grow where units are packed in RAM.
+    packing: usize,
+}
+
+impl Survey {
+    fn new(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead, presence: Presence) -> Result<Self> {
+        if units.is_empty() {
+            return Err(Error::setting("units", "there must be at least one"));
+        }
+        let planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>();
+        let mut planned = planned?;
+        planned.iter_mut().for_each(|unit| unit.tier = Tier::Disk);
+        let sizes: Vec<_> = planned.iter().map(UnitLayout::sizes).collect();
+        let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
+        // Sums of them would mean nothing.
+        if all.host.max(all.device) > MOST {
+            return Err(Error::setting("units", "are larger together than can be addressed"));
+        }
+        let staging = Staging::of(&planned, presence).bytes();
         planned.iter_mut().for_each(|unit| unit.tier = Tier::PinnedPacked);
+        let packing = Staging::of(&planned, presence).bytes() - staging;
+        let device_bytes = overhead.device_bytes.saturating_add(staging);
+        Ok(Self { sizes, overhead: FixedOverhead { device_bytes, ..overhead }, packing })
     }
-    let sizes: Vec<_> = planned.iter().map(UnitLayout::sizes).collect();
-    let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
-    // Sums of them would mean nothing.
-    if all.host.max(all.device) > MOST {
-        return Err(Error::setting("units", "are larger together than can be addressed"));
-    }
-    let device_bytes = overhead.device_bytes.saturating_add(Staging::of(&planned, presence).bytes());
-    Ok((sizes, FixedOverhead { device_bytes, ..overhead }))
 }
 
 /// Those that a plan chooses from; the first of equally fast ones is taken, with which the first pass is fastest. Deeper rings
@@ -230,6 +235,7 @@ struct PlanFamily {
     /// The largest of the first units, and of the rest.
     largest: Vec<[Sizes; 2]>,
     overhead: FixedOverhead,
+    packing: usize,
     presence: Presence,
 }
 
@@ -254,7 +260,7 @@ const PLAIN: Ways = Ways { on_device: Tier::Gpu, in_ram: Tier::Pinned };
 
 impl PlanFamily {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
-    fn new(order: Vec<usize>, sizes: &[Sizes], overhead: FixedOverhead, presence: Presence) -> Self {
+    fn new(order: Vec<usize>, sizes: &[Sizes], survey: &Survey, presence: Presence) -> Self {
         let (mut first, mut largest) = (vec![Sizes::default()], vec![[Sizes::default(); 2]; order.len() + 1]);
         for (i, &unit) in order.iter().enumerate() {
             first.push(first[i].plus(sizes[unit]));
@@ -263,7 +269,8 @@ impl PlanFamily {
         for (i, &unit) in order.iter().enumerate().rev() {
             largest[i][1] = largest[i + 1][1].max(sizes[unit]);
         }
-        Self { order, first, largest, overhead, presence }
+        let Survey { overhead, packing, .. } = *survey;
+        Self { order, first, largest, overhead, packing, presence }
     }
 
     fn len(&self) -> usize {
@@ -290,7 +297,10 @@ impl PlanFamily {
     /// What it takes on the device and in RAM.
     fn memory(&self, member: Member) -> [usize; 2] {
         let [device, host] = self.layout(member).memory();
-        [device.saturating_add(self.overhead.device_bytes), host.saturating_add(self.overhead.host_bytes)]
+        let packs = member.ways.in_ram == Tier::PinnedPacked && member.kept > member.gpu;
+        let staging = if packs { self.packing } else { 0 };
+        let device = device.saturating_add(staging).saturating_add(self.overhead.device_bytes);
+        [device, host.saturating_add(self.overhead.host_bytes)]
     }
 
     fn forecast(&self, member: Member, bandwidths: Bandwidths) -> Forecast {
@@ -346,15 +356,15 @@ impl Budget {
 
 /// The tiers and the rings of the fastest plan that fits, with some of these rings.
 fn choose(
-    sizes: &[Sizes],
-    overhead: FixedOverhead,
+    survey: &Survey,
     budget: Budget,
     bandwidths: Bandwidths,
     among: &[Rings],
     pack: Pack,
 ) -> Result<(Vec<Tier>, Rings)> {
+    let sizes = &survey.sizes;
     let classes = classes(sizes);
-    let families = families(sizes, &classes, overhead, budget.presence());
+    let families = families(survey, &classes, budget.presence());
     let members = families.iter().flat_map(|family| {
         let ways = budget.ways(sizes, pack).flat_map(|ways| among.iter().map(move |&rings| (ways, rings)));
         let members =
@@ -363,6 +373,10 @@ fn choose(
         fit.map(move |member| (family.forecast(member, bandwidths).cost(), (family, member)))
     });
     let Some((family, member)) = fastest(members, 0.0) else {
+        if pack == Pack::Always {
+            // A unit that is kept may take less than the slots that it passes through until it is packed.
+            return choose(survey, budget, bandwidths, among, Pack::Never);
+        }
         let shortest = *among.last().expect("there are rings");
         let remedy = if among == RINGS { "a shorter context" } else { "shorter rings or a shorter context" };
         return Err(too_small(budget, least(&families, budget, shortest), remedy));
@@ -380,14 +394,15 @@ fn choose(
 
 /// Plans that give tiers to small units first, which leaves the least room unused, and to large ones first, which makes the
 /// slots small.
-fn families(sizes: &[Sizes], classes: &[Vec<usize>], overhead: FixedOverhead, presence: Presence) -> [PlanFamily; 2] {
-    let mut uniform = sizes.to_vec();
+fn families(survey: &Survey, classes: &[Vec<usize>], presence: Presence) -> [PlanFamily; 2] {
+    let sizes = &survey.sizes;
+    let mut uniform = sizes.clone();
     for class in classes {
         let largest = class.iter().fold(Sizes::default(), |largest, &unit| largest.max(sizes[unit]));
         class.iter().for_each(|&unit| uniform[unit] = largest);
     }
     let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    orders.map(|order| PlanFamily::new(order, &uniform, overhead, presence))
+    orders.map(|order| PlanFamily::new(order, &uniform, survey, presence))
 }
 
 /// Units by number, those alike together, the smallest first.

@@ -72,7 +72,8 @@ impl Forecast {
         let copy_seconds = match layout.presence {
             Presence::AtOnce => copy_bytes as f64 / bandwidths.copy,
             Presence::InFirstPass => {
-                (copy_bytes - stored) as f64 / bandwidths.copy + weights as f64 / packed::core_rate()
+                // What arrives twice counts once among the bytes that are copied.
+                copy_bytes.saturating_sub(stored) as f64 / bandwidths.copy + weights as f64 / packed::core_rate()
             }
         };
         let (slower, faster) = (disk_seconds.max(copy_seconds), disk_seconds.min(copy_seconds));

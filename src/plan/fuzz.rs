@@ -12,6 +12,7 @@ use crate::{
     dtype::DType,
     error::MemoryKind,
     layout::{Cast, CopyRange, Extent, MAX_GAP, Space, StageLayout},
+    packed::{self, Description},
 };
 
 const TYPES: [DType; 9] =
@@ -58,11 +59,23 @@ fn shape(rng: &mut fastrand::Rng, most: usize, careless: bool) -> Vec<usize> {
     shape
 }
 
-/// Tensors side by side, or nearly so, in files that end where the last one does or later.
-fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> Vec<StoredTensor> {
+/// What packed weights of this shape could be said to be.
+fn description(rng: &mut fastrand::Rng, shape: &[usize]) -> Description {
+    let (weights, part) = (shape.iter().product::<usize>(), packed::BLOCK * (1 + rng.usize(..64)));
+    let part = if rng.bool() { Description::part_of(shape) } else { part };
+    let lengths = (0..weights.div_ceil(part)).map(|number| {
+        let blocks = part.min(weights - number * part).div_ceil(packed::BLOCK);
+        (blocks * 8).next_multiple_of(16) as u32 + blocks as u32 * (5120 + 16 * rng.u32(..400))
+    });
+    Description { shape: shape.to_vec(), table: packed::Table([0; 13]), checksum: 0, part, lengths: lengths.collect() }
+}
+
+/// Tensors side by side, or nearly so, in files that end where the last one does or later; and what is said of those that are packed.
+fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> (Vec<StoredTensor>, Vec<(String, Description)>) {
     // Sizes of everyday, of large models, and of no disk.
     let most = 1usize << [10, 20, 26, 34, 50, 62][rng.usize(..6)];
-    let (mut table, files) = (Vec::new(), &holes.0[..1 + rng.usize(..holes.0.len())]);
+    let (mut table, mut all_packed) = (Vec::new(), Vec::new());
+    let files = &holes.0[..1 + rng.usize(..holes.0.len())];
     for (file, path) in files {
         let mut end = [0, 8, 4096, rng.u64(..100_000)][rng.usize(..4)];
         for _ in 0..rng.usize(..9) {
@@ -77,15 +90,22 @@ fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> Vec<StoredTe
                 }
             };
             let offset = end.saturating_add(gap).min(i64::MAX as u64);
-            let dtype = TYPES[rng.usize(..TYPES.len())];
+            let mut dtype = TYPES[rng.usize(..TYPES.len())];
             let room = (i64::MAX as u64 - offset) as usize;
-            let shape = shape(rng, most.min(room) / dtype.size(), careless);
+            let mut shape = shape(rng, most.min(room) / dtype.size(), careless);
+            let weights = dtype.bytes_of(&shape).unwrap_or(0) / 2;
+            let packs = dtype == DType::BF16 && (1..1 << 24).contains(&weights) && rng.bool();
+            let described = packs.then(|| description(rng, &shape));
+            if let Some(description) = &described {
+                (dtype, shape) = (DType::U8, vec![description.bytes()]);
+            }
             let bytes = dtype.bytes_of(&shape).unwrap_or(0) as u64;
             if bytes as usize > room && !careless {
                 continue;
             }
             let overlaps = careless && rng.u8(..30) == 0;
             let name = format!("{}{}", table.len(), ["", ".weight", "\"\n\0é", "[0..1]"][rng.usize(..4)]);
+            all_packed.extend(described.map(|description| (name.clone(), description)));
             table.push(StoredTensor { name, file: path.clone(), offset, dtype, shape });
             end = if overlaps { offset } else { offset.saturating_add(bytes).min(i64::MAX as u64) };
         }
@@ -95,7 +115,7 @@ fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> Vec<StoredTe
         file.set_len(length - cut).unwrap();
     }
     rng.shuffle(&mut table);
-    table
+    (table, all_packed)
 }
 
 fn unit(rng: &mut fastrand::Rng, checkpoint: &Checkpoint, names: &[String], careless: bool) -> Unit {
@@ -110,22 +130,24 @@ fn unit(rng: &mut fastrand::Rng, checkpoint: &Checkpoint, names: &[String], care
             _ => vec![name.clone()],
         };
         let dtype = checkpoint.describe(name).expect("it is there").0;
+        let is_packed = checkpoint.entry(name).unwrap().packed.is_some();
         let op = match TYPES[rng.usize(..TYPES.len())] {
-            to if rng.bool() && (careless || to == dtype || dtype.converts_to(to)) => ArrivalOp::To(to),
+            to if rng.bool() && (careless || to == dtype || dtype.converts_to(to) && !is_packed) => ArrivalOp::To(to),
             _ => ArrivalOp::Keep,
         };
         let twice = careless && rng.u8(..30) == 0;
         let output = format!("{}{}", if twice { 0 } else { index }, ["", ".a", "é\0"][rng.usize(..3)]);
         unit.add(Arrival { output, inputs, op });
     }
-    unit.set_tier(Tier::ALL[rng.usize(..4)]);
+    unit.set_tier(Tier::ALL[rng.usize(..Tier::ALL.len())]);
     unit
 }
 
 impl Asked {
     fn new(rng: &mut fastrand::Rng, holes: &Holes) -> Option<Self> {
         let careless = rng.u8(..4) == 0;
-        let mut checkpoint = Checkpoint::from_table(table(rng, holes, careless)).ok()?;
+        let (table, packed) = table(rng, holes, careless);
+        let mut checkpoint = Checkpoint::from_table(table).ok()?.with_packed(packed).unwrap();
         let mut names: Vec<_> = checkpoint.names().map(str::to_owned).collect();
         if rng.u8(..4) == 0 {
             // Rows of a matrix lie inside it. Not one tensor for each of a great many.
@@ -143,7 +165,7 @@ impl Asked {
                 0 => unit(rng, &checkpoint, &names, careless),
                 _ => {
                     let mut unit = kinds[rng.usize(..kinds.len())].clone();
-                    unit.set_tier(Tier::ALL[rng.usize(..4)]);
+                    unit.set_tier(Tier::ALL[rng.usize(..Tier::ALL.len())]);
                     unit
                 }
             });
@@ -211,7 +233,12 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
         let [extent] = found[..] else { panic!("{}: {found:?}", arrival.output) };
         let from = extent.at + (entry.offset - extent.offset) as usize;
         needed.push((entry.file, entry.offset, entry.end(), &arrival.inputs[0]));
-        if to == entry.dtype {
+        if let Some(packed) = &entry.packed {
+            let (parts, wanted) = (packed.parts(), (from, placed.at, packed));
+            assert_eq!((parts.bytes(), parts.weights), (entry.bytes, elements));
+            let found = plan.unpacks.iter().filter(|found| (found.from, found.to, &found.packed) == wanted);
+            assert_eq!(found.count(), 1, "{}", arrival.output);
+        } else if to == entry.dtype {
             arriving += entry.bytes;
             let brings = |copy: &&CopyRange| {
                 let skipped = from.checked_sub(copy.from).filter(|skipped| skipped + entry.bytes <= copy.bytes);
@@ -254,13 +281,16 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
 /// Cut into parts and windows anywhere, as static tensors are, all of a unit arrives once, and lies whole in the part that it is
 /// taken from.
 fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
-    let most = PAGE * (2 + rng.usize(..9));
+    let longest = unit.unpacks.iter().flat_map(|unpack| unpack.packed.parts().lengths).max();
+    let longest = longest.map_or(0, |length| *length as usize);
+    let most = PAGE * (2 + rng.usize(..9)) + longest.next_multiple_of(PAGE);
     // Not millions of them.
     if unit.host_bytes / most > 1000 {
         return;
     }
     let block_bytes = DEVICE_ALIGN * (1 + rng.usize(..2 * most / DEVICE_ALIGN));
     let (mut copied, mut cast) = (vec![Vec::new(); unit.copies.len()], vec![Vec::new(); unit.casts.len()]);
+    let mut unpacked = vec![(0, 0); unit.unpacks.len()];
     for (part, window) in unit.reads(most) {
         let read = part.at..part.at + part.len;
         assert!(part.len <= most && part.needed() <= part.len);
@@ -271,6 +301,16 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
                 assert_eq!(piece.to - copy.to, piece.from - copy.from);
             }));
         }
+        for (whole, (bytes, weights)) in unit.unpacks.iter().zip(&mut unpacked) {
+            for piece in whole.pieces(&window, block_bytes.max(longest)) {
+                let of_piece = piece.parts.bytes();
+                assert!(read.start <= piece.from && piece.from + of_piece <= read.end, "{piece:?} of {part:?}");
+                assert!((1..=block_bytes.max(longest)).contains(&of_piece), "{piece:?}");
+                // One behind the other, as they lie in the slot and on the device.
+                assert_eq!((piece.from - whole.from, piece.to - whole.to), (*bytes, 2 * *weights));
+                (*bytes, *weights) = (*bytes + of_piece, *weights + piece.parts.weights);
+            }
+        }
         for (whole, pieces) in unit.casts.iter().zip(&mut cast) {
             pieces.extend(whole.pieces(&window, block_bytes).inspect(|piece| {
                 assert!(read.start <= piece.from && piece.from + piece.bytes() <= read.end, "{piece:?} of {part:?}");
@@ -279,6 +319,9 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
                 assert_eq!(piece.to, whole.to + before * whole.to_type.size());
             }));
         }
+    }
+    for (whole, (bytes, weights)) in unit.unpacks.iter().zip(unpacked) {
+        assert_eq!((bytes, weights), (whole.bytes(), whole.packed.parts().weights));
     }
     for (copy, pieces) in unit.copies.iter().zip(copied) {
         assert_eq!(pieces.iter().map(|piece| piece.bytes).sum::<usize>(), copy.bytes, "{copy:?}");
@@ -307,9 +350,11 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presenc
         assert!(stage.slot_bytes.is_multiple_of(PAGE) && stage.slot_bytes >= largest.max(1), "{stage:?} for {largest}");
         assert!(stage.slot_bytes - largest <= PAGE, "{stage:?} for {largest}");
     };
-    let all = if presence == Presence::AtOnce { &Tier::ALL[..3] } else { &Tier::ALL[..] };
+    let passing = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked, Tier::PinnedPacked];
+    let all = if presence == Presence::AtOnce { &passing[..] } else { &Tier::ALL[..] };
     check(&plan.layout.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
-    let (read, pinned) = ([Tier::Disk, Tier::Gpu], [Tier::Disk, Tier::Gpu, Tier::Ram]);
+    let read = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked];
+    let pinned = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked, Tier::Ram];
     if let Some(stage) = &plan.layout.ram {
         check(stage, settings.n_cpu, settings.batch_cpu, of(&read, |unit| unit.host_bytes));
     }
@@ -318,10 +363,17 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presenc
     }
     assert!(plan.layout.ram.is_some() || plan.layout.pinned.is_some());
     let spaces = plan.layout.spaces();
-    for ((tier, space), align) in Tier::KEPT.into_iter().zip(spaces).zip([PAGE, PAGE, DEVICE_ALIGN]) {
-        let end = space.kept;
-        let bytes = |unit: &UnitLayout| if tier == Tier::Gpu { unit.device_bytes } else { unit.host_bytes };
-        let live = || plan.units.iter().filter(|unit| unit.tier == tier);
+    let memories = [&[Tier::Ram][..], &[Tier::Pinned], &[Tier::Gpu, Tier::GpuPacked]];
+    for ((tiers, space), align) in memories.into_iter().zip(spaces).zip([PAGE, PAGE, DEVICE_ALIGN]) {
+        // Behind pinned units there is room for those that are packed meanwhile.
+        let packing = if tiers == [Tier::Pinned] { plan.layout.kept(Tier::PinnedPacked) } else { 0 };
+        let end = space.kept - packing;
+        let bytes = |unit: &UnitLayout| match unit.tier {
+            Tier::Gpu => unit.device_bytes,
+            Tier::GpuPacked => unit.packed_bytes,
+            _ => unit.host_bytes,
+        };
+        let live = || plan.units.iter().filter(|unit| tiers.contains(&unit.tier));
         assert!(live().all(|unit| unit.resident_at.is_multiple_of(align)));
         apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "tiers");
     }
@@ -379,10 +431,8 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
         let by = Bandwidths { disk: speed(rng), copy: speed(rng) };
         let given = rng.bool().then(|| settings(rng));
         let Asked { checkpoint, units } = &asked;
-        let plan = |budget: Budget| match &given {
-            None => budget.plan(checkpoint, units, overhead, by),
-            Some(given) => budget.plan_with(checkpoint, units, overhead, by, given),
-        };
+        let pack = [Pack::Never, Pack::Auto, Pack::Always][rng.usize(..3)];
+        let plan = |budget: Budget| budget.plan_packing(checkpoint, units, overhead, by, given.as_ref(), pack);
         let shared = rng.bool();
         let amount = |rng: &mut fastrand::Rng| rng.usize(..) >> rng.u32(..64);
         let mut budget = Budget { device_bytes: (!shared).then(|| amount(rng)), host_bytes: amount(rng) };

@@ -62,11 +62,14 @@ impl Plan {
         for unit in &mut units {
             unit.reports_at = reports;
             reports += unit.reports().len();
+        }
+        // Behind the pinned ones there is room for those that are packed while the stream runs, as they come.
+        let (late, early): (Vec<_>, Vec<_>) = units.iter_mut().partition(|unit| unit.tier == Tier::PinnedPacked);
+        for unit in early.into_iter().chain(late) {
             let at = match unit.tier {
-                // Those that are packed while the stream runs lie behind the pinned ones, as they come.
-                Tier::Disk | Tier::PinnedPacked => continue,
+                Tier::Disk => continue,
                 Tier::Ram => ram.push(unit.kept_bytes()),
-                Tier::Pinned => pinned.push(unit.kept_bytes()),
+                Tier::Pinned | Tier::PinnedPacked => pinned.push(unit.kept_bytes()),
                 Tier::Gpu | Tier::GpuPacked => gpu.push(unit.kept_bytes()),
             };
             unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more is kept there than can be addressed"))?;

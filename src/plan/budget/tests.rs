@@ -81,10 +81,11 @@ fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64
 
 /// The least budget, by the error that names it.
 fn minimum(sizes: &[Sizes], overhead: FixedOverhead, shared: bool) -> Budget {
-    let named = |budget: Budget| match choose(sizes, overhead, budget, Bandwidths::default(), &RINGS, Pack::Never) {
-        Err(Error::TooLittle { memory, least, .. }) => (memory == MemoryKind::Device, least),
-        other => panic!("{other:?}"),
-    };
+    let named =
+        |budget: Budget| match choose(&surveyed(sizes, overhead), budget, Bandwidths::default(), &RINGS, Pack::Never) {
+            Err(Error::TooLittle { memory, least, .. }) => (memory == MemoryKind::Device, least),
+            other => panic!("{other:?}"),
+        };
     if shared {
         let (vram, host_bytes) = named(Budget { device_bytes: None, host_bytes: 0 });
         assert!(!vram);
@@ -110,7 +111,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             Budget { device_bytes: least.device_bytes.map(|bytes| bytes - 1), ..least },
         ] {
             assert_eq!(
-                choose(&sizes, overhead, below, by, &RINGS, Pack::Never).is_ok(),
+                choose(&surveyed(&sizes, overhead), below, by, &RINGS, Pack::Never).is_ok(),
                 below == least,
                 "seed {seed}: {below:?}"
             );
@@ -120,7 +121,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
         let mut before = f64::INFINITY;
         let step = |rng: &mut fastrand::Rng| rng.usize(..1 + all / 8);
         for round in 0..24 {
-            let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS, Pack::Never).unwrap();
+            let (tiers, rings) = choose(&surveyed(&sizes, overhead), budget, by, &RINGS, Pack::Never).unwrap();
             let memory = taken(&sizes, &tiers, rings, overhead, shared);
             assert!(budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
             let now = seconds(&sizes, &tiers, rings, by);
@@ -135,7 +136,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             budget.device_bytes = budget.device_bytes.map(|bytes| bytes + step(&mut rng));
         }
         let given = [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)];
-        match choose(&sizes, overhead, budget, by, &[given], Pack::Never) {
+        match choose(&surveyed(&sizes, overhead), budget, by, &[given], Pack::Never) {
             Ok((tiers, rings)) => {
                 let memory = taken(&sizes, &tiers, rings, overhead, shared);
                 assert!(rings == given && budget.holds(memory), "seed {seed}: {memory:?} for {budget:?}");
@@ -148,7 +149,7 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
             }
         }
         budget.host_bytes += 12 * all + (16 << 20);
-        let (tiers, rings) = choose(&sizes, overhead, budget, by, &RINGS, Pack::Never).unwrap();
+        let (tiers, rings) = choose(&surveyed(&sizes, overhead), budget, by, &RINGS, Pack::Never).unwrap();
         assert!(!tiers.contains(&Tier::Disk), "seed {seed}: {tiers:?} with room for all, {rings:?}");
     }
 }
@@ -167,7 +168,7 @@ fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
     // With slots for the large unit it would be three times 100 pages.
     let (sizes, rings) = ([of(100), of(1), of(2)], [[1, 2, 0]]);
     let by = Bandwidths::default();
-    let chosen = |budget: Budget| choose(&sizes, FixedOverhead::default(), budget, by, &rings, Pack::Never);
+    let chosen = |budget: Budget| choose(&surveyed(&sizes, FixedOverhead::default()), budget, by, &rings, Pack::Never);
     let needed = Budget { device_bytes: Some(200 * PAGE), host_bytes: 105 * PAGE };
     assert_eq!(chosen(needed).unwrap().0[0], Tier::Pinned);
     let lacks = |budget: Budget| match chosen(budget).unwrap_err() {
@@ -198,7 +199,8 @@ fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
         // One slot more lets the disk read while the device copies.
         let host_bytes = least + size + quarters * sizes.len() / 4 * size;
         let budget = Budget { device_bytes: None, host_bytes };
-        let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
+        let (tiers, rings) =
+            choose(&surveyed(&sizes, FixedOverhead::default()), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
         let kept: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Gpu).collect();
         let on_disk: Vec<_> = (0..28).filter(|&unit| tiers[unit] == Tier::Disk).collect();
         assert_eq!(kept.len() + on_disk.len(), 28);
@@ -225,7 +227,8 @@ fn each_tier_keeps_its_share_at_even_distances() {
         repacked: [size, 0],
     }; 40];
     let budget = Budget { device_bytes: Some(12 * size), host_bytes: 22 * size };
-    let (tiers, rings) = choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
+    let (tiers, rings) =
+        choose(&surveyed(&sizes, FixedOverhead::default()), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
     assert_eq!(rings, [1, 1, 0]);
     let places = |tier: Tier| (0..40).filter(|&unit| tiers[unit] == tier).collect::<Vec<_>>();
     assert_eq!([Tier::Disk, Tier::Pinned, Tier::Gpu].map(|tier| places(tier).len()), [10, 20, 10]);
@@ -314,6 +317,38 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     assert!((forecast.disk_seconds - 45.0 * 1.711_276_032 / 2.0).abs() < 0.01, "{forecast:?}");
 }
 
+/// Units of these sizes.
+fn surveyed(sizes: &[Sizes], overhead: FixedOverhead) -> Survey {
+    Survey { sizes: sizes.to_vec(), overhead, packing: 0 }
+}
+
+#[test]
+fn units_are_packed_in_ram_where_passes_are_faster_for_it_and_then_more_stay() {
+    let size = 3 << 20;
+    let unit = Sizes {
+        read: size,
+        copied: size,
+        unpacked: [0; 2],
+        host: size,
+        device: size,
+        packed: size,
+        repacked: [size / 3 * 2, size],
+    };
+    let survey = Survey { packing: size, ..surveyed(&[unit; 40], FixedOverhead::default()) };
+    let chosen = |host_bytes: usize, device_bytes: usize, pack: Pack| {
+        let budget = Budget { device_bytes: Some(device_bytes), host_bytes };
+        let (tiers, _) = choose(&survey, budget, FAST_LINK, &RINGS, pack).unwrap();
+        [Tier::Disk, Tier::Pinned, Tier::PinnedPacked].map(|tier| tiers.iter().filter(|of| **of == tier).count())
+    };
+    // Eleven units and two slots; the device has room for one more, or for staging blocks.
+    assert_eq!(chosen(13 * size, 3 * size, Pack::Never), [28, 11, 0]);
+    assert_eq!(chosen(13 * size, 3 * size, Pack::Auto), [24, 0, 16]);
+    assert_eq!(chosen(13 * size, 3 * size, Pack::Always), [24, 0, 16]);
+    assert_eq!(chosen(13 * size, 3 * size - 1, Pack::Auto), [29, 11, 0]);
+    // All stay either way, and pass the link in less.
+    assert_eq!(chosen(44 * size, 3 * size, Pack::Auto), [0, 0, 40]);
+}
+
 #[test]
 fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do() {
     let size = 3 << 20;
@@ -331,7 +366,7 @@ fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do
     let chosen = |device_bytes: Option<usize>| {
         let budget = Budget { device_bytes, host_bytes: 64 * size };
         let (tiers, [n_gpu, ..]) =
-            choose(&sizes, FixedOverhead::default(), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
+            choose(&surveyed(&sizes, FixedOverhead::default()), budget, FAST_LINK, &RINGS, Pack::Never).unwrap();
         let count = |tier: Tier| tiers.iter().filter(|found| **found == tier).count();
         ([Tier::Gpu, Tier::GpuPacked, Tier::Pinned].map(count), n_gpu)
     };
