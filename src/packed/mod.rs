@@ -91,8 +91,19 @@ const fn weight(exponent: u8, rest: u8) -> u16 {
 
 /// Counts the exponents of these weights.
 pub fn count(weights: &[u16], counts: &mut [u64; 256]) {
-    for weight in weights {
+    // Four tables: an addition need not wait for the one before, which is often to the same number.
+    let mut tables = [[0u64; 256]; 4];
+    let (fours, rest) = weights.as_chunks::<4>();
+    for four in fours {
+        for (table, weight) in tables.iter_mut().zip(four) {
+            table[usize::from(exponent(*weight))] += 1;
+        }
+    }
+    for weight in rest {
         counts[usize::from(exponent(*weight))] += 1;
+    }
+    for table in tables {
+        counts.iter_mut().zip(table).for_each(|(count, more)| *count += more);
     }
 }
 
