@@ -1,5 +1,5 @@
-//! The program `layer-streamer`: runs models whose layers are streamed from disk, plans and tunes such runs, and makes
-//! checkpoints to try them with.
+//! The program `layer-streamer`: runs models whose layers are streamed from disk, plans and tunes such runs, packs
+//! models, and makes checkpoints to try them with.
 //!
 //! Each subcommand is a module with `Options`, which clap parses, and `run`. Answers go to stdout, all else to stderr.
 
@@ -16,6 +16,7 @@ mod generate;
 mod hub;
 mod interrupt;
 mod make_checkpoint;
+mod pack;
 mod placing;
 mod plan;
 mod prompt;
@@ -25,6 +26,7 @@ mod text;
 mod tune;
 #[allow(dead_code, reason = "benchmarks use the rest")]
 mod units;
+mod unpack;
 mod waiting;
 
 use std::{env, ffi::OsString, path::PathBuf, process::ExitCode, sync::LazyLock, time::Instant};
@@ -69,6 +71,8 @@ subcommands! {
     Chat in chat,
     Plan in plan,
     Tune in tune,
+    Pack in pack,
+    Unpack in unpack,
     MakeCheckpoint in make_checkpoint,
 }
 

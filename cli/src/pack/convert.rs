@@ -1,0 +1,332 @@
+//! One file: its tensors are packed or unpacked, written, and read back.
+
+use std::{
+    fs::{self, File},
+    hash::Hasher,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use indicatif::ProgressBar;
+use layer_streamer::packed::{Description, Encoder, PART, Packed, Table, count};
+use twox_hash::XxHash3_64;
+
+use super::{
+    Failure, Interrupted, cannot,
+    header::{Header, Tensor},
+    journal::{Begun, Journal, State, Written},
+    team::{Buffer, Team},
+};
+
+/// Bytes of a piece of what is not packed: as many as a part of BF16 weights has.
+const PIECE: u64 = 2 * PART as u64;
+
+/// After so many bytes the disk is told to begin with them, so that it does not idle until all are written.
+const AHEAD: u64 = 64 << 20;
+
+/// What to do about damaged files: those that are read, and those that were written.
+const SOURCE: &str = "take the file anew from where it came from";
+const WRITTEN: &str = "the disk does not give back what was written; run the same command again, or name another disk";
+
+/// Converts files from one folder to another.
+pub struct Converter<'a> {
+    pub from: &'a Path,
+    pub to: &'a Path,
+    /// To packed ones; else to those that were packed.
+    pub packing: bool,
+    pub team: &'a Team,
+    pub bar: &'a ProgressBar,
+}
+
+impl Converter<'_> {
+    /// Makes sure that a file is written, whole and right. Goes on where an earlier process ended. Returns its tensors before and
+    /// after.
+    ///
+    /// # Errors
+    /// Where a file cannot be read or written, has changed meanwhile, or does not hold what was written. Then none has its name.
+    pub fn file(&self, name: &Path, journal: &mut Journal) -> Result<(Vec<Tensor>, Vec<Tensor>), Failure> {
+        let path = self.from.join(name);
+        let source = File::open(&path).map_err(cannot("open", &path))?;
+        let state = State::of(&source, &path)?;
+        let from = Reader { file: &source, path: &path, team: self.team, remedy: SOURCE };
+        let header = Header::read(&source, &path)?;
+        let (whole, partial) = (self.to.join(name), partial_of(&self.to.join(name)));
+        let mut at = header.most_bytes(self.packing).map_err(|error| format!("{}: {error}", path.display()))?;
+        let begun = self.begun(name, &header, at, state, journal)?;
+        if whole.exists() {
+            self.bar.inc(header.tensors.iter().map(Tensor::bytes).sum());
+            let checksums: Vec<_> = begun.tensors.iter().map(|written| written.checksum).collect();
+            return Ok((header.tensors, self.read_back(name, &whole, &checksums)?));
+        }
+        self.say(if self.packing { "packing" } else { "unpacking" }, name);
+        whole.parent().map_or(Ok(()), fs::create_dir_all).map_err(cannot("create the folder of", &whole))?;
+        let out = File::options().read(true).write(true).create(true).truncate(false).open(&partial);
+        let out = Out { file: out.map_err(cannot("create", &partial))?, path: &partial };
+        let mut tensors = Vec::with_capacity(header.tensors.len());
+        for written in &begun.tensors {
+            let mut tensor = header.tensors[tensors.len()].clone();
+            (tensor.packed, tensor.checksum) = (written.packed()?, Some(written.checksum));
+            (tensor.start, tensor.end) = (at, at + written.stored);
+            at = tensor.end;
+            self.bar.inc(tensor.bytes());
+            tensors.push(tensor);
+        }
+        for tensor in &header.tensors[tensors.len()..] {
+            let made = match tensor.can_be_packed() && self.packing {
+                true => self.pack(from, tensor, &out, at)?,
+                false => self.copy(from, tensor, &out, at)?,
+            };
+            at = made.end;
+            let checksum = made.checksum.unwrap_or_default();
+            journal.note(name, Written::new(&made.name, checksum, made.stored(), made.packed.as_ref()))?;
+            tensors.push(made);
+        }
+        let checksums: Vec<_> = tensors.iter().map(|tensor| tensor.checksum.unwrap_or_default()).collect();
+        out.finish(&Header { tensors, metadata: header.metadata.clone() })?;
+        if State::of(&source, &path)? != state {
+            let _ = fs::remove_file(&partial);
+            return Err(format!("{} changed while it was read; run the same command again", path.display()).into());
+        }
+        let tensors = self.read_back(name, &partial, &checksums)?;
+        fs::rename(&partial, &whole).map_err(cannot("rename", &partial))?;
+        Ok((header.tensors, tensors))
+    }
+
+    /// What is there of a file whose tensors begin at `data`. Where that is of no use the file is begun anew.
+    fn begun(
+        &self,
+        name: &Path,
+        header: &Header,
+        data: u64,
+        state: State,
+        journal: &mut Journal,
+    ) -> Result<Begun, Failure> {
+        let (whole, partial) = (self.to.join(name), partial_of(&self.to.join(name)));
+        if let Some(begun) = journal.begun(name) {
+            let length = fs::metadata(&partial).map_or(0, |metadata| metadata.len());
+            let written = data + begun.tensors.iter().map(|written| written.stored).sum::<u64>();
+            if begun.state != state {
+                let source = self.from.join(name);
+                say!("{} has changed since {} was begun: it is written anew", source.display(), whole.display());
+            } else if (whole.exists() || length >= written)
+                && begun.suits(header.tensors.iter().map(|tensor| &tensor.name))
+            {
+                return Ok(begun.clone());
+            }
+        }
+        for path in [&whole, &partial] {
+            if path.exists() {
+                fs::remove_file(path).map_err(cannot("remove", path))?;
+            }
+        }
+        journal.begin(name, state)?;
+        Ok(Begun { state, tensors: Vec::new() })
+    }
+
+    /// Writes a tensor packed, if that makes it smaller.
+    fn pack(&self, from: Reader<'_>, tensor: &Tensor, out: &Out<'_>, at: u64) -> Result<Tensor, Failure> {
+        let part = Description::part_of(&tensor.shape);
+        let parts = tensor.stored().div_ceil(2 * part as u64) as usize;
+        let read = |piece, buffer: &mut Buffer| from.weights(tensor, piece, part, &mut buffer.weights);
+        let (counts, mut hash) = (Mutex::new([0; 256]), XxHash3_64::new());
+        let counted = |piece, buffer: &mut Buffer| {
+            read(piece, buffer)?;
+            count(&buffer.weights, &mut counts.lock().expect("no thread panics with it"));
+            Ok(())
+        };
+        self.team.in_order(parts, counted, |_, buffer| {
+            hash.write(bytemuck::cast_slice(&buffer.weights));
+            Ok(())
+        })?;
+        let table = Table::new(&counts.into_inner().expect("no thread panicked"));
+        let (encoder, checksum) = (Encoder::new(table), hash.finish());
+        let (mut lengths, mut end, mut is_smaller) = (Vec::with_capacity(parts), at, true);
+        let encoded = |piece, buffer: &mut Buffer| {
+            read(piece, buffer)?;
+            buffer.bytes.clear();
+            encoder.append(&buffer.weights, &mut buffer.bytes);
+            Ok(())
+        };
+        let begun = self.bar.position();
+        let written = self.team.in_order(parts, encoded, |_, buffer| {
+            lengths.push(buffer.bytes.len() as u32);
+            is_smaller = end - at + (buffer.bytes.len() as u64) < tensor.stored();
+            if !is_smaller {
+                return Err("packing does not make it smaller".into());
+            }
+            out.write(&buffer.bytes, &mut end)?;
+            self.bar.inc(2 * buffer.weights.len() as u64);
+            Ok(())
+        });
+        if !is_smaller {
+            self.bar.set_position(begun);
+            return self.copy(from, &Tensor { checksum: Some(checksum), ..tensor.clone() }, out, at);
+        }
+        written?;
+        let packed = Description { shape: tensor.shape.clone(), table, checksum, part, lengths };
+        Ok(Tensor { start: at, end, packed: Some(packed), checksum: Some(checksum), ..tensor.clone() })
+    }
+
+    /// Writes a tensor as it is when it is not packed.
+    fn copy(&self, from: Reader<'_>, tensor: &Tensor, out: &Out<'_>, at: u64) -> Result<Tensor, Failure> {
+        let mut end = at;
+        let checksum = from.checked(tensor, tensor.checksum, |bytes| {
+            out.write(bytes, &mut end)?;
+            self.bar.inc(bytes.len() as u64);
+            Ok(())
+        })?;
+        Ok(Tensor { start: at, end, packed: None, checksum: Some(checksum), ..tensor.clone() })
+    }
+
+    /// Compares what was written with these checksums. What is wrong is removed, so that the next process begins it anew.
+    fn read_back(&self, name: &Path, path: &Path, checksums: &[u64]) -> Result<Vec<Tensor>, Failure> {
+        self.say("verifying", name);
+        verify(path, Some(checksums), self.team, self.bar).inspect_err(|error| {
+            if !error.is::<Interrupted>() {
+                let _ = fs::remove_file(path);
+            }
+        })
+    }
+
+    fn say(&self, what: &'static str, name: &Path) {
+        self.bar.set_message(format!("{what} {}", name.display()));
+    }
+}
+
+/// Where a file lies until it is whole.
+pub fn partial_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+/// Reads a file's tensors and compares them with these checksums, which are in the order of their bytes, and with those that the file
+/// has of them. Returns the tensors.
+pub fn verify(path: &Path, checksums: Option<&[u64]>, team: &Team, bar: &ProgressBar) -> Result<Vec<Tensor>, Failure> {
+    let file = File::open(path).map_err(cannot("open", path))?;
+    let tensors = Header::read(&file, path)?.tensors;
+    if checksums.is_some_and(|checksums| checksums.len() != tensors.len()) {
+        return Err(
+            format!("{}: has other tensors than were written; run the same command again", path.display()).into()
+        );
+    }
+    let remedy = if checksums.is_some() { WRITTEN } else { SOURCE };
+    let from = Reader { file: &file, path, team, remedy };
+    for (number, tensor) in tensors.iter().enumerate() {
+        let expected = checksums.map(|checksums| checksums[number]).or(tensor.checksum);
+        from.checked(tensor, expected, |bytes| {
+            bar.inc(bytes.len() as u64);
+            Ok(())
+        })?;
+    }
+    Ok(tensors)
+}
+
+/// A file to read tensors from.
+#[derive(Clone, Copy)]
+struct Reader<'a> {
+    file: &'a File,
+    path: &'a Path,
+    team: &'a Team,
+    /// What to do about a damaged tensor.
+    remedy: &'static str,
+}
+
+impl Reader<'_> {
+    /// Hands a tensor's bytes to `take`, as they are when it is not packed, and compares them with their checksum, which it returns.
+    fn checked(
+        &self,
+        tensor: &Tensor,
+        expected: Option<u64>,
+        mut take: impl FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<u64, Failure> {
+        let mut hash = XxHash3_64::new();
+        let mut take = |bytes: &[u8]| {
+            hash.write(bytes);
+            take(bytes)
+        };
+        match &tensor.packed {
+            None => {
+                let pieces = tensor.stored().div_ceil(PIECE) as usize;
+                let read = |piece: usize, buffer: &mut Buffer| {
+                    let start = tensor.start + piece as u64 * PIECE;
+                    buffer.bytes.resize(PIECE.min(tensor.end - start) as usize, 0);
+                    self.read(&mut buffer.bytes, start)
+                };
+                self.team.in_order(pieces, read, |_, buffer| take(&buffer.bytes))?;
+            }
+            Some(packed) => {
+                let mut at = tensor.start;
+                let starts: Vec<_> = packed.lengths.iter().map(|&length| (at, at += u64::from(length)).0).collect();
+                let decode = |piece: usize, buffer: &mut Buffer| {
+                    buffer.bytes.resize(packed.lengths[piece] as usize, 0);
+                    self.read(&mut buffer.bytes, starts[piece])?;
+                    buffer.weights.resize(packed.part.min(packed.weights() - piece * packed.part), 0);
+                    let part = Packed::new(packed.table, buffer.weights.len(), &buffer.bytes);
+                    let decoded = part.and_then(|part| part.decode(&mut buffer.weights));
+                    decoded.map_err(|corrupt| self.damaged(tensor, format_args!("part {piece}, {corrupt}")))
+                };
+                let take = |_, buffer: &mut Buffer| take(bytemuck::cast_slice(&buffer.weights));
+                self.team.in_order(starts.len(), decode, take)?;
+            }
+        }
+        let checksum = hash.finish();
+        match expected.filter(|expected| *expected != checksum) {
+            Some(other) => Err(self.damaged(tensor, format_args!("its checksum is {checksum:016x}, not {other:016x}"))),
+            None => Ok(checksum),
+        }
+    }
+
+    /// The weights of a part of a tensor that is not packed.
+    fn weights(&self, tensor: &Tensor, piece: usize, part: usize, weights: &mut Vec<u16>) -> Result<(), Failure> {
+        let start = piece * part;
+        weights.resize(part.min(tensor.stored() as usize / 2 - start), 0);
+        self.read(bytemuck::cast_slice_mut(weights), tensor.start + 2 * start as u64)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<(), Failure> {
+        self.file.read_exact_at(bytes, at).map_err(cannot("read", self.path))
+    }
+
+    fn damaged(&self, tensor: &Tensor, how: std::fmt::Arguments<'_>) -> Failure {
+        let (path, name) = (self.path.display(), &tensor.name);
+        format!("{path}: tensor {name} is damaged: {how}; {}", self.remedy).into()
+    }
+}
+
+/// The file that is written.
+struct Out<'a> {
+    file: File,
+    path: &'a Path,
+}
+
+impl Out<'_> {
+    fn write(&self, bytes: &[u8], at: &mut u64) -> Result<(), Failure> {
+        self.file.write_all_at(bytes, *at).map_err(cannot("write", self.path))?;
+        let before = *at / AHEAD;
+        *at += bytes.len() as u64;
+        if *at / AHEAD != before {
+            let (from, length) = (before * AHEAD, AHEAD as i64);
+            // SAFETY: the descriptor is open. That the call fails matters to no one: all is synchronised in the end.
+            unsafe { libc::sync_file_range(self.file.as_raw_fd(), from as i64, length, libc::SYNC_FILE_RANGE_WRITE) };
+        }
+        Ok(())
+    }
+
+    /// Puts the header before the tensors. From then on the disk has all of it, and only the disk.
+    fn finish(&self, header: &Header) -> Result<(), Failure> {
+        let bytes = header.to_bytes()?;
+        let end = header.tensors.last().map_or(bytes.len() as u64, |last| last.end);
+        let write = || {
+            self.file.write_all_at(&bytes, 0)?;
+            self.file.set_len(end)?;
+            self.file.sync_all()
+        };
+        write().map_err(cannot("write", self.path))?;
+        // What is read back comes from the disk, not from the page cache.
+        // SAFETY: the descriptor is open; the call takes no pointers.
+        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        Ok(())
+    }
+}
