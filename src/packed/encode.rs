@@ -1,6 +1,6 @@
 //! Weights → a part.
 
-use super::{ALIGN, BLOCK, ENTRY, Entry, Escapes, PART, Table, index_bytes, weight};
+use super::{ALIGN, BLOCK, ENTRY, Entry, Escapes, FIXED, PART, Table, index_bytes, weight};
 
 /// Encodes parts by one table.
 #[derive(Clone, Debug)]
@@ -64,6 +64,23 @@ impl Encoder {
             let entry = index + number * ENTRY;
             bytes[entry..entry + ENTRY].copy_from_slice(&Entry { start, escapes }.to_bytes());
         }
+    }
+
+    /// So many bytes are the most that a tensor takes in so many parts, whose exponents are met so often. It takes less by no more
+    /// than the rounding of its blocks.
+    pub fn most_bytes(&self, counts: &[u64; 256], parts: usize) -> u64 {
+        let [first_codes, second_codes, third_codes] = &self.codes;
+        let (mut weights, mut first, mut second, mut plain) = (0, 0, 0, 0);
+        for (exponent, count) in counts.iter().enumerate() {
+            let escapes = [first_codes[exponent] == 3, second_codes[exponent] == 3, third_codes[exponent] == 7];
+            weights += count;
+            first += if escapes[0] { *count } else { 0 };
+            second += if escapes[0] && escapes[1] { *count } else { 0 };
+            plain += if escapes == [true; 3] { *count } else { 0 };
+        }
+        // Two planes of each block begin with a whole byte, and each block and each index ends with a multiple.
+        let blocks = weights.div_ceil(BLOCK as u64) * (FIXED + ENTRY + 2 + ALIGN) as u64;
+        blocks + (parts * ALIGN) as u64 + first.div_ceil(4) + (3 * second).div_ceil(8) + plain
     }
 
     /// Appends a block.

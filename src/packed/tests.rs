@@ -100,6 +100,21 @@ fn normal_weights_take_no_more_than_the_bound_says() {
     assert!(ratio > 1.49, "{ratio:.4}");
 }
 
+#[test]
+fn how_many_bytes_it_takes_is_known_from_its_exponents_but_for_rounding() {
+    let narrow: Vec<u16> = (0..20_000).map(|at| weight(100 + (at % 5) as u8, at as u8)).collect();
+    let all: Vec<u16> = (0..=u16::MAX).map(|number| number.wrapping_mul(40_503)).collect();
+    for weights in [like_a_model(1, 1), like_a_model(3 * BLOCK + 5, 2), like_a_model(2 * PART, 3), narrow, all] {
+        let mut counts = [0; 256];
+        count(&weights, &mut counts);
+        let (description, bytes) = packed(&weights, PART);
+        let parts = description.lengths.len();
+        let most = Encoder::new(description.table).most_bytes(&counts, parts) as usize;
+        let rounding = weights.len().div_ceil(BLOCK) * 18 + parts * ALIGN + 2;
+        assert!((bytes.len()..=bytes.len() + rounding).contains(&most), "{most} for {}", bytes.len());
+    }
+}
+
 proptest! {
     #[test]
     fn any_bits_return_with_any_table(

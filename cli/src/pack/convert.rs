@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     hash::Hasher,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Mutex,
 };
@@ -16,14 +16,12 @@ use super::{
     Failure, Interrupted, cannot,
     header::{Header, Tensor},
     journal::{Begun, Journal, State, Written},
+    out::{self, Out},
     team::{Buffer, Team},
 };
 
 /// Bytes of a piece of what is not packed: as many as a part of BF16 weights has.
 const PIECE: u64 = 2 * PART as u64;
-
-/// After so many bytes the disk is told to begin with them, so that it does not idle until all are written.
-const AHEAD: u64 = 64 << 20;
 
 /// What to do about damaged files: those that are read, and those that were written.
 const SOURCE: &str = "take the file anew from where it came from";
@@ -52,8 +50,8 @@ impl Converter<'_> {
         let from = Reader { file: &source, path: &path, team: self.team, remedy: SOURCE };
         let header = Header::read(&source, &path)?;
         let (whole, partial) = (self.to.join(name), partial_of(&self.to.join(name)));
-        let mut at = header.most_bytes(self.packing).map_err(|error| format!("{}: {error}", path.display()))?;
-        let begun = self.begun(name, &header, at, state, journal)?;
+        let data = header.most_bytes(self.packing).map_err(|error| format!("{}: {error}", path.display()))?;
+        let begun = self.begun(name, &header, data, state, journal)?;
         if whole.exists() {
             self.bar.inc(header.tensors.iter().map(Tensor::bytes).sum());
             let checksums: Vec<_> = begun.tensors.iter().map(|written| written.checksum).collect();
@@ -61,29 +59,7 @@ impl Converter<'_> {
         }
         self.say(if self.packing { "packing" } else { "unpacking" }, name);
         whole.parent().map_or(Ok(()), fs::create_dir_all).map_err(cannot("create the folder of", &whole))?;
-        let out = File::options().read(true).write(true).create(true).truncate(false).open(&partial);
-        let out = Out { file: out.map_err(cannot("create", &partial))?, path: &partial };
-        let mut tensors = Vec::with_capacity(header.tensors.len());
-        for written in &begun.tensors {
-            let mut tensor = header.tensors[tensors.len()].clone();
-            (tensor.packed, tensor.checksum) = (written.packed()?, Some(written.checksum));
-            (tensor.start, tensor.end) = (at, at + written.stored);
-            at = tensor.end;
-            self.bar.inc(tensor.bytes());
-            tensors.push(tensor);
-        }
-        for tensor in &header.tensors[tensors.len()..] {
-            let made = match tensor.can_be_packed() && self.packing {
-                true => self.pack(from, tensor, &out, at)?,
-                false => self.copy(from, tensor, &out, at)?,
-            };
-            at = made.end;
-            let checksum = made.checksum.unwrap_or_default();
-            journal.note(name, Written::new(&made.name, checksum, made.stored(), made.packed.as_ref()))?;
-            tensors.push(made);
-        }
-        let checksums: Vec<_> = tensors.iter().map(|tensor| tensor.checksum.unwrap_or_default()).collect();
-        out.finish(&Header { tensors, metadata: header.metadata.clone() })?;
+        let checksums = self.write(name, from, &header, (data, begun), journal)?;
         if State::of(&source, &path)? != state {
             let _ = fs::remove_file(&partial);
             return Err(format!("{} changed while it was read; run the same command again", path.display()).into());
@@ -91,6 +67,53 @@ impl Converter<'_> {
         let tensors = self.read_back(name, &partial, &checksums)?;
         fs::rename(&partial, &whole).map_err(cannot("rename", &partial))?;
         Ok((header.tensors, tensors))
+    }
+
+    /// Writes what is missing of a file whose tensors begin at `data`. Returns all checksums.
+    fn write(
+        &self,
+        name: &Path,
+        from: Reader<'_>,
+        header: &Header,
+        (data, begun): (u64, Begun),
+        journal: &mut Journal,
+    ) -> Result<Vec<u64>, Failure> {
+        let partial = partial_of(&self.to.join(name));
+        let mut tensors = Vec::with_capacity(header.tensors.len());
+        let mut at = data;
+        for (written, tensor) in begun.tensors.iter().zip(&header.tensors) {
+            let (packed, checksum) = (written.packed()?, Some(written.checksum));
+            tensors.push(Tensor { start: at, end: at + written.stored, packed, checksum, ..tensor.clone() });
+            at += written.stored;
+            self.bar.inc(tensor.bytes());
+        }
+        let out = Out::open(&partial, at).map_err(cannot("create", &partial))?;
+        let mut to = Writer { out, path: &partial };
+        let mut noted = tensors.len();
+        let mut note = |tensors: &[Tensor], until: u64| {
+            while let Some(tensor) = tensors.get(noted).filter(|tensor| tensor.end <= until) {
+                let checksum = tensor.checksum.unwrap_or_default();
+                journal.note(name, Written::new(&tensor.name, checksum, tensor.stored(), tensor.packed.as_ref()))?;
+                noted += 1;
+            }
+            Ok::<_, Failure>(())
+        };
+        for tensor in &header.tensors[tensors.len()..] {
+            tensors.push(match tensor.can_be_packed() && self.packing {
+                true => self.pack(from, tensor, &mut to)?,
+                false => self.copy(from, tensor, &mut to)?,
+            });
+            // What is on its way would be lost with the process.
+            note(&tensors, to.out.written())?;
+        }
+        let file = to.out.wait().map_err(cannot("write", &partial))?;
+        note(&tensors, u64::MAX)?;
+        let checksums = tensors.iter().map(|tensor| tensor.checksum.unwrap_or_default()).collect();
+        let header = Header { tensors, metadata: header.metadata.clone() };
+        let bytes = header.to_bytes()?;
+        let end = header.tensors.last().map_or(bytes.len() as u64, |last| last.end);
+        out::finish(&file, &bytes, end).map_err(cannot("write", &partial))?;
+        Ok(checksums)
     }
 
     /// What is there of a file whose tensors begin at `data`. Where that is of no use the file is begun anew.
@@ -125,7 +148,7 @@ impl Converter<'_> {
     }
 
     /// Writes a tensor packed, if that makes it smaller.
-    fn pack(&self, from: Reader<'_>, tensor: &Tensor, out: &Out<'_>, at: u64) -> Result<Tensor, Failure> {
+    fn pack(&self, from: Reader<'_>, tensor: &Tensor, to: &mut Writer<'_>) -> Result<Tensor, Failure> {
         let part = Description::part_of(&tensor.shape);
         let parts = tensor.stored().div_ceil(2 * part as u64) as usize;
         let read = |piece, buffer: &mut Buffer| from.weights(tensor, piece, part, &mut buffer.weights);
@@ -139,44 +162,36 @@ impl Converter<'_> {
             hash.write(bytemuck::cast_slice(&buffer.weights));
             Ok(())
         })?;
-        let table = Table::new(&counts.into_inner().expect("no thread panicked"));
-        let (encoder, checksum) = (Encoder::new(table), hash.finish());
-        let (mut lengths, mut end, mut is_smaller) = (Vec::with_capacity(parts), at, true);
+        let (counts, checksum) = (counts.into_inner().expect("no thread panicked"), hash.finish());
+        let table = Table::new(&counts);
+        let encoder = Encoder::new(table);
+        if encoder.most_bytes(&counts, parts) >= tensor.stored() {
+            return self.copy(from, &Tensor { checksum: Some(checksum), ..tensor.clone() }, to);
+        }
+        let (start, mut lengths) = (to.out.at(), Vec::with_capacity(parts));
         let encoded = |piece, buffer: &mut Buffer| {
             read(piece, buffer)?;
             buffer.bytes.clear();
             encoder.append(&buffer.weights, &mut buffer.bytes);
             Ok(())
         };
-        let begun = self.bar.position();
-        let written = self.team.in_order(parts, encoded, |_, buffer| {
+        self.team.in_order(parts, encoded, |_, buffer| {
             lengths.push(buffer.bytes.len() as u32);
-            is_smaller = end - at + (buffer.bytes.len() as u64) < tensor.stored();
-            if !is_smaller {
-                return Err("packing does not make it smaller".into());
-            }
-            out.write(&buffer.bytes, &mut end)?;
             self.bar.inc(2 * buffer.weights.len() as u64);
-            Ok(())
-        });
-        if !is_smaller {
-            self.bar.set_position(begun);
-            return self.copy(from, &Tensor { checksum: Some(checksum), ..tensor.clone() }, out, at);
-        }
-        written?;
-        let packed = Description { shape: tensor.shape.clone(), table, checksum, part, lengths };
-        Ok(Tensor { start: at, end, packed: Some(packed), checksum: Some(checksum), ..tensor.clone() })
+            to.write(&buffer.bytes)
+        })?;
+        let packed = Some(Description { shape: tensor.shape.clone(), table, checksum, part, lengths });
+        Ok(Tensor { start, end: to.out.at(), packed, checksum: Some(checksum), ..tensor.clone() })
     }
 
     /// Writes a tensor as it is when it is not packed.
-    fn copy(&self, from: Reader<'_>, tensor: &Tensor, out: &Out<'_>, at: u64) -> Result<Tensor, Failure> {
-        let mut end = at;
+    fn copy(&self, from: Reader<'_>, tensor: &Tensor, to: &mut Writer<'_>) -> Result<Tensor, Failure> {
+        let start = to.out.at();
         let checksum = from.checked(tensor, tensor.checksum, |bytes| {
-            out.write(bytes, &mut end)?;
             self.bar.inc(bytes.len() as u64);
-            Ok(())
+            to.write(bytes)
         })?;
-        Ok(Tensor { start: at, end, packed: None, checksum: Some(checksum), ..tensor.clone() })
+        Ok(Tensor { start, end: to.out.at(), packed: None, checksum: Some(checksum), ..tensor.clone() })
     }
 
     /// Compares what was written with these checksums. What is wrong is removed, so that the next process begins it anew.
@@ -296,37 +311,13 @@ impl Reader<'_> {
 }
 
 /// The file that is written.
-struct Out<'a> {
-    file: File,
+struct Writer<'a> {
+    out: Out,
     path: &'a Path,
 }
 
-impl Out<'_> {
-    fn write(&self, bytes: &[u8], at: &mut u64) -> Result<(), Failure> {
-        self.file.write_all_at(bytes, *at).map_err(cannot("write", self.path))?;
-        let before = *at / AHEAD;
-        *at += bytes.len() as u64;
-        if *at / AHEAD != before {
-            let (from, length) = (before * AHEAD, AHEAD as i64);
-            // SAFETY: the descriptor is open. That the call fails matters to no one: all is synchronised in the end.
-            unsafe { libc::sync_file_range(self.file.as_raw_fd(), from as i64, length, libc::SYNC_FILE_RANGE_WRITE) };
-        }
-        Ok(())
-    }
-
-    /// Puts the header before the tensors. From then on the disk has all of it, and only the disk.
-    fn finish(&self, header: &Header) -> Result<(), Failure> {
-        let bytes = header.to_bytes()?;
-        let end = header.tensors.last().map_or(bytes.len() as u64, |last| last.end);
-        let write = || {
-            self.file.write_all_at(&bytes, 0)?;
-            self.file.set_len(end)?;
-            self.file.sync_all()
-        };
-        write().map_err(cannot("write", self.path))?;
-        // What is read back comes from the disk, not from the page cache.
-        // SAFETY: the descriptor is open; the call takes no pointers.
-        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        Ok(())
+impl Writer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        self.out.write(bytes).map_err(cannot("write", self.path))
     }
 }

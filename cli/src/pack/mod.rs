@@ -8,6 +8,7 @@
 //! | `folder.rs` | which files are taken, and what may lie where they are written |
 //! | `header.rs` | headers of safetensors files, with what they say of packed tensors |
 //! | `convert.rs` | one file |
+//! | `out.rs` | the file that is written, past the page cache |
 //! | `team.rs` | pieces in order, by all processors |
 //! | `journal.rs` | what was done, so that the same command goes on from there |
 //! | `report.rs` | the table at the end |
@@ -16,6 +17,7 @@ mod convert;
 mod folder;
 mod header;
 mod journal;
+mod out;
 mod report;
 mod team;
 
