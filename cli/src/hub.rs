@@ -1,4 +1,4 @@
-//! `--model`: a folder, or the name of a model on the Hugging Face hub.
+//! A model: a folder, or the name of one on the Hugging Face hub.
 
 use std::{
     env,
@@ -66,7 +66,7 @@ impl ModelFolder {
     }
 }
 
-/// Parses `--model`.
+/// Parses `--model`, and the argument of `pack` and `unpack`.
 pub fn parser() -> impl TypedValueParser<Value = ModelFolder> {
     PathBufValueParser::new().map(ModelFolder::from)
 }
@@ -100,7 +100,9 @@ impl From<ModelFolder> for OsString {
 /// This program's command with another model.
 fn command(model: &str) -> String {
     let subcommand = env::args_os().nth(1).unwrap_or_else(|| "generate".into());
-    format!("{} {} --model {model} …", called().display(), subcommand.display())
+    // Those that take it as an argument.
+    let option = if subcommand == "pack" || subcommand == "unpack" { "" } else { "--model " };
+    format!("{} {} {option}{model} …", called().display(), subcommand.display())
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use std::{
 };
 
 use server::{Answer, COMMIT, NEEDED, Servers, etag, held};
-use support::speller;
+use support::{folder, speller};
 use world::{FIRST, SECOND, TEXT, World, assert_says, only, ranges, right, spoilt, text};
 
 #[test]
@@ -65,6 +65,19 @@ fn tune_measures_a_model_of_the_hub_and_names_it_in_the_command_to_paste() {
     let (said, answer) = (text(&done.stderr), text(&done.stdout));
     assert!(done.status.success() && answer.contains(" --model org/speller "), "{answer}{said}");
     assert_eq!(said.matches("downloading").count(), 1, "{said}");
+}
+
+#[test]
+fn pack_takes_a_model_of_the_hub_by_its_name() {
+    let hub = right();
+    let (world, to) = (World::new(&hub), folder());
+    let packed = to.path().join("packed");
+    let done = world.program("pack").arg("org/speller").arg(&packed).arg("--quiet").output().unwrap();
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let mut generate = world.command("generate", packed.to_str().unwrap());
+    assert_eq!(text(&generate.args(["--quiet", "4096="]).output().unwrap().stdout), TEXT);
+    let done = world.program("pack").arg("speller").arg(&packed).output().unwrap();
+    assert!(text(&done.stderr).ends_with("layer-streamer pack ORG/speller …\n"), "{}", text(&done.stderr));
 }
 
 #[test]

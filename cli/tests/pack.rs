@@ -315,7 +315,7 @@ fn the_file_that_the_configuration_names_is_the_one_that_is_packed() {
 
 #[test]
 fn whatever_kills_it_the_same_command_goes_on_and_writes_the_same_bytes() {
-    let (model, to) = (model(), folder());
+    let (model, to) = (model_of(&large(), &small()), folder());
     let from = model.path();
     let [whole, packed, unpacked, again] = ["whole", "packed", "unpacked", "again"].map(|name| to.path().join(name));
     does("pack", &[from, &whole]);
@@ -472,6 +472,7 @@ fn headers_that_lie_are_refused_by_name() {
         (described(&format!("{KEY}:b"), &description.to_string()), "no such tensor"),
         (described("layer_streamer.xxh3:a", "what"), "no checksum"),
         (described(KEY, "2"), "version 2"),
+        (described("", "").replacen(&format!("{KEY}\""), &format!("{KEY}:a\""), 1), "no version"),
     ] {
         write_raw(&path, &header, &[0; 4]);
         for command in ["pack", "unpack"] {

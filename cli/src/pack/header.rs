@@ -118,11 +118,12 @@ impl Header {
 
     /// Takes what the metadata say of packed tensors.
     fn describe(&mut self) -> Result<(), String> {
-        let Some(version) = self.metadata.remove(KEY) else { return Ok(()) };
-        if version != VERSION {
+        let version = self.metadata.remove(KEY);
+        if let Some(version) = version.as_ref().filter(|version| *version != VERSION) {
             return Err(format!("is packed in version {version} of the format, this program knows {VERSION} alone"));
         }
-        for tensor in &mut self.tensors {
+        let is_packed = version.is_some();
+        for tensor in self.tensors.iter_mut().filter(|_| is_packed) {
             let name = &tensor.name;
             if let Some(text) = self.metadata.remove(&format!("{CHECKSUM}:{name}")) {
                 let checksum = u64::from_str_radix(&text, 16);
@@ -142,7 +143,10 @@ impl Header {
         }
         let described = [KEY, CHECKSUM].map(|key| format!("{key}:"));
         let other = |key: &&String| described.iter().any(|described| key.starts_with(described));
-        self.metadata.keys().find(other).map_or(Ok(()), |key| Err(format!("has {key}, but no such tensor")))
+        self.metadata
+            .keys()
+            .find(other)
+            .map_or(Ok(()), |key| Err(format!("has {key} in its metadata, but no such tensor or no version")))
     }
 
     /// What a file begins with that has these tensors where their ranges say. Up to the first of them it is filled with spaces.

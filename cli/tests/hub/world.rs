@@ -42,6 +42,13 @@ impl World {
     }
 
     pub fn command(&self, command: &str, model: &str) -> Command {
+        let mut program = self.program(command);
+        program.args(["--device", "cpu", "--model", model]);
+        program
+    }
+
+    /// The program with one of its commands, in this world.
+    pub fn program(&self, command: &str) -> Command {
         let mut program = program(command);
         // Whatever the machine's user has set.
         for (name, _) in std::env::vars() {
@@ -50,7 +57,6 @@ impl World {
                 program.env_remove(name);
             }
         }
-        program.args(["--device", "cpu", "--model", model]);
         program.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("HF_HOME", self.cache.path());
         program.env("HF_ENDPOINT", &self.hub);
         self.authority.iter().for_each(|file| _ = program.env("SSL_CERT_FILE", file));
