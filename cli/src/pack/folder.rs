@@ -65,6 +65,7 @@ impl Source {
             weights = BTreeSet::from_iter(map.into_values()).iter().map(|shard| beside.join(shard)).collect();
             index = Some(path);
         }
+        check_inside(folder, weights.iter().chain(&index))?;
         let mut others = Vec::new();
         find_others(folder, Path::new(""), &mut others)?;
         others.sort_by_key(|path| (path == Path::new("config.json"), path.clone()));
@@ -136,6 +137,26 @@ impl Source {
             create(&to.join(name), &mut from)
         })
     }
+}
+
+/// Refuses what is no regular file, and links that lead out of the folder, but for those of the hub's cache to its blobs.
+fn check_inside<'a>(folder: &Path, names: impl Iterator<Item = &'a PathBuf>) -> Result<(), Failure> {
+    let real = fs::canonicalize(folder).map_err(cannot("find", folder))?;
+    let snapshots = real.ancestors().skip(1).find(|above| above.ends_with("snapshots"));
+    let blobs = snapshots.and_then(|snapshots| fs::canonicalize(snapshots.with_file_name("blobs")).ok());
+    for path in names.map(|name| folder.join(name)) {
+        if !fs::metadata(&path).map_err(cannot("open", &path))?.is_file() {
+            return Err(format!("{} is no regular file", path.display()).into());
+        }
+        let leads = fs::canonicalize(&path).map_err(cannot("find", &path))?;
+        if !leads.starts_with(&real) && !blobs.as_ref().is_some_and(|blobs| leads.starts_with(blobs)) {
+            let (path, leads) = (path.display(), leads.display());
+            return Err(
+                format!("{path} leads out of the folder, to {leads}; put the file itself into the folder").into()
+            );
+        }
+    }
+    Ok(())
 }
 
 #[derive(serde::Deserialize)]

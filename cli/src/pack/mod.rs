@@ -50,8 +50,8 @@ use crate::{
 
 const EXAMPLES: &str = "\
 Any BF16 weights come out of `layer-streamer unpack` bit for bit; what is not BF16, or would not get smaller, is stored as it is.
-Each file is read back from the disk and compared before it gets its name. Ctrl-C, or whatever else ends it, loses no more than
-the tensor under way: the same command goes on from there.
+Each file is read back from the disk and compared before it gets its name. Ctrl-C, or whatever else ends it, loses little more
+than the tensor under way: the same command goes on from there.
 
 Examples:
   A model of the hub, downloaded if it is not there:

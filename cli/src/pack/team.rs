@@ -121,7 +121,11 @@ mod tests {
         let team = Team { threads: 4, spare: Mutex::default() };
         let work = |piece: usize, _: &mut Buffer| if piece % 10 == 7 { Err(format!("{piece}").into()) } else { Ok(()) };
         let mut taken = 0;
-        let error = team.in_order(1000, work, |_, _| Ok(taken += 1)).unwrap_err();
+        let take = |_, _: &mut Buffer| {
+            taken += 1;
+            Ok(())
+        };
+        let error = team.in_order(1000, work, take).unwrap_err();
         assert_eq!((error.to_string().as_str(), taken), ("7", 7));
         let error = team.in_order(1000, |_, _| Ok(()), |piece, _| if piece == 3 { Err("3".into()) } else { Ok(()) });
         assert_eq!(error.unwrap_err().to_string(), "3");
