@@ -198,7 +198,8 @@ fn what_was_written_before_it_was_killed_is_not_written_again_but_read_back() {
 
 #[test]
 fn a_finished_file_stays_and_is_read_back_when_the_next_one_was_not() {
-    let (model, to) = (model_of(&small(), &large()), folder());
+    // It has no packed tensor, so that the file itself does not say its checksums.
+    let (model, to) = (model_of(&[random("f", "F32", &[9], 36)], &large()), folder());
     let (from, whole, packed) = (model.path(), to.path().join("whole"), to.path().join("packed"));
     does("pack", &[from, &whole]);
     ended_after(IN_THE_THIRD, "pack", &[from, &packed]);
@@ -230,6 +231,23 @@ fn a_source_that_changed_meanwhile_is_noticed_and_its_file_begun_anew() {
     let said = does("pack", &[from, &packed]);
     assert!(said.contains("shards/one.safetensors has changed since") && said.contains("is written anew"), "{said}");
     does("pack", &[from, &whole]);
+    assert_same(&packed, &whole);
+}
+
+#[test]
+fn a_line_of_the_journal_that_was_cut_off_is_as_if_it_were_not_there() {
+    let (model, to) = (model_of(&large(), &small()), folder());
+    let (from, whole, packed) = (model.path(), to.path().join("whole"), to.path().join("packed"));
+    does("pack", &[from, &whole]);
+    ended_after(IN_THE_THIRD, "pack", &[from, &packed]);
+    let journal = packed.join("layer-streamer.journal");
+    let lines = fs::read_to_string(&journal).unwrap();
+    fs::write(&journal, lines + r#"{"Tensor":["shards/o"#).unwrap();
+    // It writes further lines: the file is begun anew.
+    let source = fs::File::options().write(true).open(from.join(FIRST)).unwrap();
+    source.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    ended_after(IN_THE_THIRD, "pack", &[from, &packed]);
+    does("pack", &[from, &packed]);
     assert_same(&packed, &whole);
 }
 
