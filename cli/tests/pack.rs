@@ -92,6 +92,8 @@ fn every_tensor_returns_bit_for_bit_with_its_type_its_shape_and_what_the_file_sa
     assert_eq!(written["metadata"], json!({ "total_size": total, "note": "kept" }));
     assert_eq!(written["weight_map"], index(from)["weight_map"]);
 
+    let checkpoint = layer_streamer::Checkpoint::open(&packed).unwrap();
+    assert_eq!(checkpoint.describe("normal"), Some((layer_streamer::DType::BF16, &[300, 1024][..])));
     does("unpack", &[&packed, &unpacked]);
     let said = run("unpack", &[Path::new("--check"), &packed]);
     assert!(String::from_utf8_lossy(&said.stdout).starts_with("all 27 tensors are as they were packed"), "{said:?}");
@@ -163,7 +165,7 @@ fn whatever_kills_it_the_same_command_goes_on_and_writes_the_same_bytes() {
         let mut kills = 0;
         for attempt in 0.. {
             let mut child = program(command).arg("--quiet").arg(source).arg(to).stdout(Stdio::null()).spawn().unwrap();
-            thread::sleep(Duration::from_millis(rng.u64(0..40 + 10 * attempt)));
+            thread::sleep(Duration::from_millis(rng.u64(0..40 + 25 * attempt)));
             // It may have ended by itself.
             let _ = child.kill();
             let succeeded = child.wait().unwrap().success();
