@@ -27,6 +27,13 @@ typedef uint16_t lsk_bf16;
 /* out[i] = x[i], any of the types above to LSK_F32 or LSK_BF16, rounded to nearest even. */
 cudaError_t lsk_cast(void* out, int out_dtype, const void* x, int x_dtype, size_t n, cudaStream_t stream);
 
+/* Decodes packed weights (docs/packed.md): `parts` of them lie one behind the other at `packed`, each of part_weights weights
+ * but the last, `weights` in all. `lengths` [parts], their bytes, and `table` [13] are the host's, and read before the call
+ * returns. out and packed are aligned to 16. Where a block is corrupt, its weights are any, and 1 is stored to *report, the
+ * host's word too, which the device knows; nothing outside the part is read. */
+cudaError_t lsk_unpack(lsk_bf16* out, const void* packed, const uint32_t* lengths, int64_t parts, int64_t part_weights,
+                       int64_t weights, const uint8_t* table, uint32_t* report, cudaStream_t stream);
+
 /* out[t] = table[ids[t]]: table [vocab, hidden] of bf16, out [tokens, hidden]. */
 cudaError_t lsk_embed(float* out, const void* table_bf16, const uint32_t* ids, int64_t tokens, int64_t hidden,
                       int64_t vocab, cudaStream_t stream);

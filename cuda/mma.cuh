@@ -1,6 +1,6 @@
-// Tensor cores and the copies that feed them: the only inline assembly there is. Each function has a plain twin, for
-// the same sources compiled for the host, which gives every lane what the instruction gives it (PTX ISA 8, "Matrix
-// Fragments for mma.m16n8k16" and "ldmatrix").
+// Tensor cores and the copies that feed them. This file and unpack.cu have all inline assembly there is. Each function has a
+// plain twin, for the same sources compiled for the host, which gives every lane what the instruction gives it (PTX ISA 8,
+// "Matrix Fragments for mma.m16n8k16" and "ldmatrix").
 //
 // With `g = lane / 4` and `c = lane % 4 * 2`, a lane holds these elements, two to a register:
 //   A [16][16]: a[0] (g, c), a[1] (g + 8, c), a[2] (g, c + 8), a[3] (g + 8, c + 8), and the column after each

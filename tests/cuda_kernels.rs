@@ -5,6 +5,8 @@ mod common;
 #[path = "../examples/bench/twin.rs"]
 #[allow(dead_code, reason = "a benchmark uses the rest")]
 mod twin;
+#[path = "cuda/unpack.rs"]
+mod unpack;
 
 use half::bf16;
 use layer_streamer::{

@@ -140,7 +140,46 @@ inline unsigned __ballot_sync(unsigned mask, int vote, const char* file = __buil
 }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
+
+// Without a cache, hints for it mean nothing.
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
 inline int min(int a, int b) { return a < b ? a : b; }
+
+namespace emulation {
+
+// PTX prmt, without a mode.
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t from = uint64_t(high) << 32 | low;
+  uint32_t to = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = which >> 4 * i & 15, byte = uint32_t(from >> 8 * (nibble & 7)) & 0xff;
+    to |= (nibble < 8 ? byte : byte >> 7 ? 0xff : 0) << 8 * i;
+  }
+  return to;
+}
+
+// PTX lop3.
+inline uint32_t logic(int table, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t to = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (table >> i & 1) to |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return to;
+}
+
+}  // namespace emulation
 
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = float(sin(M_PI * double(x)));

@@ -295,13 +295,21 @@ unsafe impl Device for Cuda {
 
     unsafe fn unpack_raw(
         &self,
-        _to: DevicePtr,
-        _from: DevicePtr,
-        _parts: Parts<'_>,
-        _report: *mut u32,
-        _stream: &CudaStream,
+        to: DevicePtr,
+        from: DevicePtr,
+        parts: Parts<'_>,
+        report: *mut u32,
+        stream: &CudaStream,
     ) -> Result<()> {
-        self.call(|| "unpack weights".into(), || Code::cudaErrorNotSupported)
+        let Parts { ref table, part, weights, lengths } = parts;
+        let (to, from, table) = (to.as_ptr().cast(), from.as_ptr().cast(), table.0.as_ptr());
+        let (lengths, count) = (lengths.as_ptr(), lengths.len() as i64);
+        // SAFETY: both ranges are on the device, apart and valid until the weights are there, and the device knows the report, as
+        // the caller promised; the launcher reads lengths and table before it returns.
+        let launch = || unsafe {
+            sys::lsk_unpack(to, from, lengths, count, part as i64, weights as i64, table, report, stream.raw())
+        };
+        self.call(|| format!("unpack {weights} weights"), launch)
     }
 
     fn record(&self, event: &CudaEvent, stream: &CudaStream) -> Result<()> {

@@ -6,6 +6,7 @@ use super::Mutant;
 type Row = (&'static str, &'static str, &'static str, &'static str);
 
 const AGAIN: &str = "what it guards is checked again inside";
+const NO_BLOCK: &str = "no bytes are no block: its planes do not fit";
 const ALL: &str = "every token is some sequence's: q_offsets end where tokens do";
 
 #[rustfmt::skip]
@@ -52,6 +53,12 @@ const EQUIVALENT: &[Row] = &[
      "always false", "every warp computes and writes the same"),
     ("cuda/rows.cu", "if (other > value || (other == value && at < index)) value = other, index = at;",
      "< index becomes <=", "the element that it is already"),
+    ("cuda/unpack.cu", "if (units < index_units) return false;",
+     "< index_units becomes <=", NO_BLOCK),
+    ("cuda/unpack.cu", "if (entry.x > end || end > units - index_units) return false;",
+     "> end becomes >=", NO_BLOCK),
+    ("cuda/unpack.cu", "count >= kShare",
+     "always false", "weights are written one by one"),
 ];
 
 /// Why this mutant computes the same, if it does.

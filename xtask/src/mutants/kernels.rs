@@ -15,6 +15,7 @@ const TESTS: &[(&[&str], &[&str], usize)] = &[
     (&["norm"], &["norms"], 5),
     (&["rope"], &["rope"], 5),
     (&["rows"], &["lookups", "an_id", "argmax", "gates_factors", "linear"], 5),
+    (&["unpack"], &["unpack"], 3),
     (&["elementwise", "cast", "gated", "in_place"], &["gates_factors", "cast"], 5),
 ];
 
