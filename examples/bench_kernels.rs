@@ -10,6 +10,8 @@ mod device;
 mod report;
 #[path = "bench/twin.rs"]
 mod twin;
+#[path = "bench/unpacking.rs"]
+mod unpacking;
 
 use std::{process::ExitCode, time::Instant};
 
@@ -46,13 +48,13 @@ struct Options {
     plot: PlotTo,
 }
 
-/// Rows of the table, for the progress bar.
+/// Rows of the table besides those of unpacking, for the progress bar.
 const ROWS: u64 = 37;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
 const OFF: f64 = 1e-2;
 
-const COLUMNS: [Column; 8] = [
+const COLUMNS: [Column; 9] = [
     column("kernel", "kernel", Show::Text, ""),
     column("shape", "shape", Show::Text, ""),
     column(
@@ -64,6 +66,12 @@ const COLUMNS: [Column; 8] = [
     column("seconds", "time", Show::SpreadOfSeconds, "of one launch, ± half of the range over the rounds"),
     column("bytes", "bytes", Show::Bytes, "that must move, each read or written once"),
     column("gb_s", "GB/s", Show::Significant, "those bytes over the time"),
+    column(
+        "weights_gb_s",
+        "of weights",
+        Show::Significant,
+        "GB/s of decoded weights alone, where packed ones are decoded",
+    ),
     column("of_copy", "of copy", Show::Spread(2), "GB/s over those of a copy within the device, round by round"),
     column(
         "tflop_s",
@@ -85,6 +93,8 @@ struct Row {
     copies: Vec<f64>,
     bytes: usize,
     operations: f64,
+    /// Bytes of weights that are decoded.
+    weights: usize,
     /// Of attention without a soft cap, for the plot: tokens that are there already, and new ones.
     tokens: Option<(usize, usize)>,
 }
@@ -92,12 +102,13 @@ struct Row {
 impl Row {
     /// A kernel that only moves so many bytes, or hardly more.
     fn new(kernel: &'static str, shape: String, off: Option<f64>, bytes: usize) -> Self {
-        Self { kernel, shape, off, seconds: Vec::new(), copies: Vec::new(), bytes, operations: 0.0, tokens: None }
+        let (seconds, copies) = (Vec::new(), Vec::new());
+        Self { kernel, shape, off, seconds, copies, bytes, operations: 0.0, weights: 0, tokens: None }
     }
 
     /// A copy is its limit.
     fn moves(&self) -> bool {
-        self.operations == 0.0 && self.kernel != "argmax"
+        self.operations == 0.0 && !["argmax", "unpack"].contains(&self.kernel)
     }
 
     fn time(&self) -> f64 {
@@ -116,7 +127,7 @@ impl Row {
         self.seconds.iter().map(|seconds| self.operations / seconds / 1e12).collect()
     }
 
-    fn cells(&self) -> [Value; 8] {
+    fn cells(&self) -> [Value; 9] {
         [
             json!(self.kernel),
             json!(self.shape),
@@ -124,6 +135,7 @@ impl Row {
             json!(Spread::of(&self.seconds)),
             json!(self.bytes),
             json!(self.bytes as f64 / self.time() / 1e9),
+            json!((self.weights > 0).then(|| self.weights as f64 / self.time() / 1e9)),
             json!(Spread::of(&self.of_copy())),
             json!((self.operations > 0.0).then(|| self.operations / self.time() / 1e12)),
         ]
@@ -159,9 +171,10 @@ fn run<D: Kernels>(device: &D, options: &Options, divisor: usize) -> Result<Repo
     let mut rng = fastrand::Rng::new();
     let copied = [on.repeated(DType::F32, &[count], &random(&mut rng, 1 << 18))?, on.empty(DType::F32, &[count])?];
     let (time, rounds) = (options.common.window.as_secs_f64(), options.common.rounds);
-    let bar = report::progress(ROWS * u64::from(rounds), &options.common)?;
+    let bar = report::progress((ROWS + unpacking::rows(device)) * u64::from(rounds), &options.common)?;
     let mut bench = Bench { on: &on, rng, time, rounds, divisor, copied, rows: Vec::new(), bar };
-    for part in [Bench::casts, Bench::rows_of_the_residual, Bench::activations, Bench::products, Bench::attention] {
+    let moving = [Bench::casts, Bench::unpacking, Bench::rows_of_the_residual, Bench::activations];
+    for part in moving.into_iter().chain([Bench::products, Bench::attention]) {
         part(&mut bench)?;
     }
     bench.bar.finish_and_clear();
