@@ -207,6 +207,10 @@ fn an_index_that_disagrees_with_its_blocks_is_reported_when_they_unpack() {
         refused("another number of second escapes", &|tensor| tensor.bytes[14] ^= 1)?;
         refused("more first escapes than weights", &|tensor| half(tensor, 4, 4097))?;
         refused("more second escapes than first", &|tensor| half(tensor, 6, 4096))?;
+        for bit in 5..8 {
+            refused("far more first escapes", &|tensor| tensor.bytes[5] |= 1 << bit)?;
+            refused("far more second escapes", &|tensor| tensor.bytes[7] |= 1 << bit)?;
+        }
         refused("a first code that becomes an escape", &|tensor| tensor.bytes[index + BLOCK] = 0xff)?;
         refused("a part without blocks", &|tensor| cut(tensor, index))?;
         refused("half an index", &|tensor| cut(tensor, 16))?;
