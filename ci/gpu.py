@@ -17,7 +17,7 @@ ABSENT = 77
 
 def steps(here: Path, out: Path):
     """(name, seconds it may take, command) in the order in which they are worth having."""
-    examples, program, model = here / "examples", here / "bin/layer-streamer", out / "7b"
+    examples, program, model, packed = here / "examples", here / "bin/layer-streamer", out / "7b", out / "7b-packed"
     speller = str(examples / "speller")
     yield "device", 60, ["nvidia-smi"]
     yield "transfer", 120, [examples / "bench_transfer", "--device", "cuda", "--json"]
@@ -45,6 +45,13 @@ def steps(here: Path, out: Path):
     yield "stream-pinned-passes", 200, stream + ["--passes", "20", "--tier", "0-27=pinned"]
     half = ",".join(f"{unit}={'gpu' if unit % 2 else 'pinned'}" for unit in range(28))
     yield "stream-half-passes", 200, stream + ["--passes", "20", "--tier", half]
+    # Packed on disk, in RAM, and on the GPU: beside the same links.
+    yield "pack", 200, [program, "pack", model, packed]
+    stream_packed = [examples / "bench_stream", "--device", "cuda", "--model", packed, "--json"]
+    yield "stream-packed-disk", 200, stream_packed + ["--rounds", "6"]
+    yield "stream-packed-pinned", 200, stream_packed + ["--rounds", "6", "--tier", "0-27=pinned"]
+    yield "stream-packed-gpu", 200, stream_packed + ["--passes", "20", "--tier", "0-27=gpu-packed"]
+    yield "stream-packed-in-ram", 200, stream + ["--rounds", "6", "--tier", "0-27=pinned-packed"]
     # What a trace costs, pipelines in turn; and one to look at, with lanes of the device's own time.
     yield "stream-trace", 200, stream + ["--rounds", "12", "--tier", "0-27=pinned", "--sweep", "trace=0,1"]
     yield "trace", 100, [program, "generate", "--device", "cuda", "--model", model, "--prompt-ids", "1,2,3", "--print-ids",
@@ -53,6 +60,8 @@ def steps(here: Path, out: Path):
     ids = ",".join(str(id) for id in range(1, 65))
     yield "generate-7b", 200, [program, "generate", "--device", "cuda", "--model", model, "--prompt-ids", ids, "--print-ids",
                                "--max-new-tokens", "8", "--n-gpu", "1"]
+    yield "generate-7b-packed", 200, [program, "generate", "--device", "cuda", "--model", packed, "--prompt-ids", ids, "--print-ids",
+                                      "--max-new-tokens", "8", "--n-gpu", "1"]
 
 
 def libraries() -> str:
