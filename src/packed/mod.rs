@@ -137,7 +137,7 @@ struct Escapes {
 
 impl Escapes {
     /// Where the planes of third codes and of plain exponents begin, from the block's first byte.
-    const fn planes(self) -> [usize; 2] {
+    fn planes(self) -> [usize; 2] {
         let third = FIXED + self.first.div_ceil(4);
         [third, third + (3 * self.second).div_ceil(8)]
     }

@@ -2,6 +2,7 @@
 //!
 //! All mutants are compiled into one executable, in a copy of the tree; a variable of the environment picks one.
 
+mod codec;
 mod equivalent;
 mod kernels;
 mod pipeline;
@@ -9,6 +10,7 @@ mod pipeline;
 use std::{
     collections::VecDeque,
     fmt, fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Mutex,
@@ -32,6 +34,8 @@ use crate::{
 /// pipeline: every wait, record and query of events in `src/pipeline` is left out, and what must come after a record is done
 /// before; the tests are the pipeline's own unit tests, on the asynchronous CPU device.
 ///
+/// codec: expressions of `src/packed` and of the arithmetic of packed tensors are replaced, by a list; the tests are unit tests.
+///
 /// Fails if one survives without a reason given in `xtask/src/mutants/equivalent.rs`, or if a reason is given for none.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -47,12 +51,14 @@ pub struct Options {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Part {
+    Codec,
     Kernels,
     Pipeline,
 }
 
 pub fn run(options: &Options) -> Result<(), Failure> {
     match options.part {
+        Part::Codec => codec::run(&options.pattern),
         Part::Kernels => kernels::run(&options.pattern),
         Part::Pipeline => pipeline::run(&options.pattern),
     }
@@ -130,6 +136,18 @@ impl<'a> Source<'a> {
 fn is_count(text: &str) -> bool {
     let digits = text.strip_prefix(" (").and_then(|rest| rest.strip_suffix(')'));
     digits.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Gives a copy of the tree the function that says which mutant is chosen.
+fn with_switch(tree: &Path) -> Result<(), Failure> {
+    let mut library = fs::File::options().append(true).open(tree.join("src/lib.rs"))?;
+    writeln!(
+        library,
+        "\npub(crate) fn mutated(number: usize) -> bool {{\n    static MUTANT: std::sync::OnceLock<usize> = \
+         std::sync::OnceLock::new();\n    let chosen = || std::env::var(\"{VARIABLE}\").ok().and_then(|number| \
+         number.parse().ok()).unwrap_or(0);\n    *MUTANT.get_or_init(chosen) == number\n}}"
+    )?;
+    Ok(())
 }
 
 fn folder() -> PathBuf {

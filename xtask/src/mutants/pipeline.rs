@@ -1,10 +1,10 @@
 //! Mutants of `src/pipeline`.
 
-use std::{fs, io::Write};
+use std::fs;
 
 use regex::Regex;
 
-use super::{Built, Mutant, Source, VARIABLE, judge, kernels::closing, pick};
+use super::{Built, Mutant, Source, judge, kernels::closing, pick, with_switch};
 use crate::run::Failure;
 
 /// What must come late and is done too early.
@@ -32,13 +32,7 @@ pub fn run(pattern: &Regex) -> Result<(), Failure> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         fs::write(&path, mutate(&name, &fs::read_to_string(&path)?, &mut mutants)?)?;
     }
-    let mut library = fs::File::options().append(true).open(tree.join("src/lib.rs"))?;
-    writeln!(
-        library,
-        "\npub(crate) fn mutated(number: usize) -> bool {{\n    static MUTANT: std::sync::OnceLock<usize> = \
-         std::sync::OnceLock::new();\n    let chosen = || std::env::var(\"{VARIABLE}\").ok().and_then(|number| \
-         number.parse().ok()).unwrap_or(0);\n    *MUTANT.get_or_init(chosen) == number\n}}"
-    )?;
+    with_switch(&tree)?;
     let built = Built::new(&tree, "--lib", "layer_streamer", &[])?;
     built.passes(&["pipeline::"])?;
     let attempt = |mutant: &Mutant| {
