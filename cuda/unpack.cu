@@ -214,14 +214,12 @@ struct Loaded {
 
 // Decodes a block's first `count` weights. Whether its codes are what the index says, as far as this lane sees.
 __device__ inline bool decode(const Planes& planes, const Table& table, int lane, int count, lsk_bf16* out) {
-  Loaded next;
-  next.load(planes, 0, lane);
   int before[3] = {};
   bool good = true;
 #pragma unroll 1
   for (int row = 0; row < kBlock / kRow; row += kRows) {
-    const Loaded loaded = next;
-    if (row + kRows < kBlock / kRow) next.load(planes, row + kRows, lane);
+    Loaded loaded;
+    loaded.load(planes, row, lane);
     uint32_t places[kRows], flags[kRows], without = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

@@ -15,6 +15,7 @@ use std::{
 use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, Unit,
     device::Device,
+    packed::Description,
     plan::Tier,
     trace::{Observer, PassStats, Stage, Stats, Verdict},
 };
@@ -195,9 +196,16 @@ impl<D: Device> Pipeline<D> {
         self.streamer.run_pass(&self.stream, (), |(), layer| {
             for arrival in units[layer.index()].arrivals().iter().filter(|_| layer.index().is_multiple_of(every)) {
                 let tensor = layer.tensor(&arrival.output)?;
-                let (path, offset) = checkpoint.location(&arrival.inputs[0]).ok_or("a tensor without a place")?;
-                expected.resize(tensor.bytes(), 0);
+                let name = &arrival.inputs[0];
+                let (path, offset) = checkpoint.location(name).ok_or("a tensor without a place")?;
+                let packing = checkpoint.packing(name);
+                expected.resize(packing.map_or(tensor.bytes(), Description::bytes), 0);
                 File::open(path)?.read_exact_at(&mut expected, offset)?;
+                if let Some(packing) = packing {
+                    let mut weights = vec![0; packing.weights()];
+                    packing.parts().decode(&expected, &mut weights)?;
+                    expected = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+                }
                 arrived.resize(tensor.bytes(), 0);
                 // SAFETY: the vector is as long as the tensor, whose layer is held; the copy is waited for.
                 unsafe { device.copy_to_host(arrived.as_mut_ptr(), tensor.ptr(), tensor.bytes(), &self.stream)? };

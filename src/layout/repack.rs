@@ -20,10 +20,10 @@ pub(crate) enum Repacked {
 }
 
 impl Placed {
-    /// Whether it can be packed where it is kept.
+    /// Whether it is worth packing where it is kept, as far as can be known beforehand.
     pub(crate) fn can_pack(&self) -> bool {
         let plain = self.stored.packed.is_none() && self.stored.dtype == DType::BF16;
-        plain && self.dtype == DType::BF16 && self.stored.bytes > 0
+        plain && self.dtype == DType::BF16 && self.stored.elements() >= packed::LEAST
     }
 }
 

@@ -52,6 +52,9 @@ pub const BLOCK: usize = 4096;
 /// The most weights of a part.
 pub const PART: usize = 64 * BLOCK;
 
+/// Tensors of fewer weights are better left as they are: what a device spends on one more piece is worth more than the bytes.
+pub const LEAST: usize = 4 * BLOCK;
+
 /// Blocks begin at multiples of this, in bytes.
 const ALIGN: usize = 16;
 /// Bytes of a block's first two planes: sign and mantissa of each weight, and a code of two bits for its exponent.

@@ -10,7 +10,7 @@ use std::{
 
 use layer_streamer::{
     DType, files,
-    packed::{Description, KEY, Table, VERSION},
+    packed::{Description, KEY, LEAST, Table, VERSION},
 };
 use serde::{
     Deserialize, Deserializer,
@@ -47,9 +47,9 @@ impl Tensor {
         self.end - self.start
     }
 
-    /// Whether it is such as can be packed.
+    /// Whether it is worth packing, as far as can be known beforehand.
     pub fn can_be_packed(&self) -> bool {
-        self.packed.is_none() && self.dtype == DType::BF16.name() && self.stored() > 0
+        self.packed.is_none() && self.dtype == DType::BF16.name() && self.stored() >= 2 * LEAST as u64
     }
 
     /// Bytes that it takes when it is not packed.

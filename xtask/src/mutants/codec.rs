@@ -45,7 +45,7 @@ const CHANGES: &[(&str, &str, &str)] = &[
     ("layout/unit.rs", "part.from < window.start", "part.from <= window.start"),
     ("layout/unit.rs", "part.from < window.end", "part.from <= window.end"),
     ("layout/unit.rs", "next.from + next.parts.bytes() <= end", "true"),
-    ("layout/unit.rs", "parts.map(|part| part.from)", "parts.map(|part| part.from + part.parts.bytes())"),
+    ("layout/unit.rs", "across(part.from, part.parts.bytes())", "false"),
 ];
 
 pub fn run(pattern: &Regex) -> Result<(), Failure> {
