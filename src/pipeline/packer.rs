@@ -1,4 +1,4 @@
-//! Packs units that are stored plain and kept packed in pinned RAM: once, in a thread of its own that takes what processor time the
+//! Packs units that are stored plain and kept packed in pinned RAM: once, in threads of their own that take what processor time the
 //! others leave, while the first passes go by. Until a unit is packed it passes through slots, as one on disk does.
 
 use std::{
@@ -48,14 +48,19 @@ impl PackedUnits {
     }
 }
 
-/// The thread. Dropping it ends the thread, at the latest when the read that is under way has ended, or is given up.
+/// The threads. Dropping it ends them, at the latest when the reads that are under way have ended, or are given up.
 pub(super) struct Packer {
     stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<()>>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+/// A quarter of the processors, and no more than a disk needs to be outrun.
+fn thread_count() -> usize {
+    (thread::available_parallelism().map_or(1, usize::from) / 4).clamp(1, 4)
 }
 
 impl Packer {
-    /// Starts it, if there is anything to pack.
+    /// Starts them, if there is anything to pack: each has its share of the units, and room for as much as these are expected to take.
     pub(super) fn start(
         plan: &Arc<Plan>,
         sources: &Arc<[Source]>,
@@ -64,53 +69,46 @@ impl Packer {
         units: &Arc<PackedUnits>,
         reader: Reader,
     ) -> Result<Option<Self>> {
-        if plan.count(Tier::PinnedPacked) == 0 {
+        let packing = plan.units.iter().enumerate().filter(|(_, unit)| unit.tier == Tier::PinnedPacked);
+        let packing: Vec<_> = packing.map(|(number, _)| number).collect();
+        if packing.is_empty() {
             return Ok(None);
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        let blocks = Arc::new(Arena::new("weights to be packed", 1, CHUNK)?);
-        let mut work = Packing {
-            reader: BlockReader::new(reader, sources, &blocks, 1)?,
-            blocks,
-            sources: sources.clone(),
-            room: host.packing_room(plan),
-            part: Vec::with_capacity(2 * PART),
-            stop: stop.clone(),
-            _host: host.clone(),
-        };
-        let (plan, states, units) = (plan.clone(), states.clone(), units.clone());
-        let run = move |()| {
-            // SAFETY: the call takes numbers. Where it fails, the thread takes its share as any other.
-            unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid().cast_unsigned(), 19) };
-            for (number, unit) in plan.units.iter().enumerate().filter(|(_, unit)| unit.tier == Tier::PinnedPacked) {
-                match work.pack(unit) {
-                    Ok(packed) => {
-                        let first = units.0[number].set(packed).is_ok();
-                        assert!(first, "a unit is packed once");
-                        states.fill(number);
-                    }
-                    // What cannot be read the reader finds too, and tells.
-                    Err(No::Unread) => return,
-                    // A smaller one may fit.
-                    Err(No::Room | No::Gain) => {}
-                }
-            }
-        };
-        let failed = |source: std::io::Error| Error::Thread { stage: "pack", source: source.into() };
-        let thread = sync::spawn("ls-pack", || (), run).map_err(failed)?;
-        Ok(Some(Self { stop, thread: Some(thread) }))
+        let mut packer = Self { stop: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
+        let (count, mut room) = (thread_count().min(packing.len()), host.packing_room(plan));
+        for first in 0..count {
+            let numbers: Vec<_> = packing[first..].iter().copied().step_by(count).collect();
+            let bytes = numbers.iter().map(|&number| plan.units[number].kept_bytes()).sum();
+            let end = room.start.wrapping_add(bytes);
+            let blocks = Arc::new(Arena::new("weights to be packed", 1, CHUNK)?);
+            let work = Packing {
+                reader: BlockReader::new(reader, sources, &blocks, 1)?,
+                blocks,
+                sources: sources.clone(),
+                room: room.start..end,
+                part: Vec::with_capacity(2 * PART),
+                stop: packer.stop.clone(),
+                _host: host.clone(),
+            };
+            room.start = end;
+            let (plan, states, units) = (plan.clone(), states.clone(), units.clone());
+            let run = move |()| work.run(&numbers, &plan, &states, &units);
+            let failed = |source: std::io::Error| Error::Thread { stage: "pack", source: source.into() };
+            packer.threads.push(sync::spawn("ls-pack", || (), run).map_err(failed)?);
+        }
+        Ok(Some(packer))
     }
 }
 
 impl Drop for Packer {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
-        // What it was at is lost either way.
-        let _ = self.thread.take().map(thread::JoinHandle::join);
+        // What they were at is lost either way.
+        self.threads.drain(..).for_each(|thread| _ = thread.join());
     }
 }
 
-/// What the thread works with.
+/// What a thread works with.
 struct Packing {
     /// First, so that it is dropped before the block that it reads into.
     reader: BlockReader<()>,
@@ -149,7 +147,7 @@ enum No {
     Room,
     /// Packing makes it no smaller.
     Gain,
-    /// It cannot be read, or the thread is to end.
+    /// It cannot be read, or the threads are to end.
     Unread,
 }
 
@@ -160,6 +158,25 @@ impl From<Error> for No {
 }
 
 impl Packing {
+    /// Packs these units, one after the other.
+    fn run(mut self, numbers: &[usize], plan: &Plan, states: &Residencies, units: &PackedUnits) {
+        // SAFETY: the call takes numbers. Where it fails, the thread takes its share as any other.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid().cast_unsigned(), 19) };
+        for &number in numbers {
+            match self.pack(&plan.units[number]) {
+                Ok(packed) => {
+                    let first = units.0[number].set(packed).is_ok();
+                    assert!(first, "a unit is packed once");
+                    states.fill(number);
+                }
+                // What cannot be read the reader finds too, and tells.
+                Err(No::Unread) => return,
+                // A smaller one may fit.
+                Err(No::Room | No::Gain) => {}
+            }
+        }
+    }
+
     /// Packs a unit into the room that is left.
     fn pack(&mut self, unit: &UnitLayout) -> Result<PackedUnit, No> {
         let Range { start, end } = self.room;
