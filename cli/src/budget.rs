@@ -165,8 +165,11 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
             bytes(stored)
         );
     }
+    // Elsewhere the device unpacks, beside the link.
+    let unpacks = !own && (stored < weights || tiers.contains(&Tier::PinnedPacked));
+    let copies = if unpacks { "copies and unpacks" } else { "copies" };
     text += &format!(
-        "  a pass reads {} in {:.3} s and copies {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",
+        "  a pass reads {} in {:.3} s and {copies} {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",
         bytes(forecast.disk_bytes),
         forecast.disk_seconds,
         bytes(forecast.copy_bytes),
