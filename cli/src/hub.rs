@@ -11,7 +11,7 @@ use std::{
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use layer_streamer_hub::{Error, Name};
 
-use crate::{Failure, called};
+use crate::{Failure, called, pack};
 
 /// A model as the command line names it. It is the path of its folder, once [`Self::fetch`] has been called.
 #[derive(Clone)]
@@ -22,13 +22,14 @@ pub struct ModelFolder {
 }
 
 impl ModelFolder {
-    /// Makes sure that a model of the hub is in the cache. A folder is left to whoever opens it.
+    /// Makes sure that a model of the hub is in the cache. A folder is left to whoever opens it, if it is finished.
     ///
     /// # Errors
-    /// Where the hub does not give the model, or the disk does not take it; and for a name without an owner that is no folder.
+    /// Where the hub does not give the model, or the disk does not take it; for a name without an owner that is no folder; and for a
+    /// folder that `pack` or `unpack` have not finished.
     pub fn fetch(&self, quiet: bool) -> Result<(), Failure> {
         if self.cached.get().is_some() || self.said.exists() {
-            return Ok(());
+            return pack::check_complete(self);
         }
         let said = self.said.display().to_string();
         if let Some(name) = Name::parse(&said) {

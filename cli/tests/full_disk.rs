@@ -7,7 +7,7 @@ use std::fs;
 
 use common::program;
 use support::limits::in_child;
-use support::mounts::{fill, own_mounts, said};
+use support::mounts::{fill, mount, own_mounts, said};
 use support::{folder, speller};
 
 #[test]
@@ -44,4 +44,12 @@ fn a_full_disk_costs_what_was_to_be_written_there_and_nothing_else() {
         let left = ["record", "packed"].iter().any(|name| full.path().join(name).exists());
         assert!(!left, "{command}: {said}");
     }
+    // What fills up on the way ends with what to do: this disk has bytes enough, and no room for a third file.
+    let few = folder();
+    mount("none", few.path(), Some("tmpfs"), 0, "size=64m,nr_inodes=3").unwrap();
+    let (done, said) = said(program("pack").arg(speller()).arg(few.path().join("packed")));
+    assert!(!done.status.success() && said.contains(".partial: No space left on device"), "{said}");
+    assert!(said.contains("; make room, then the same command goes on from there"), "{said}");
+    mount("none", few.path(), None, libc::MS_REMOUNT, "nr_inodes=99").unwrap();
+    assert!(program("pack").arg(speller()).arg(few.path().join("packed")).output().unwrap().status.success());
 }

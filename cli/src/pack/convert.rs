@@ -15,7 +15,7 @@ use twox_hash::XxHash3_64;
 
 use super::{
     Failure, Interrupted, cannot,
-    header::{Header, Tensor},
+    header::{AGAIN, Header, Tensor},
     journal::{Begun, Journal, State, Written},
     out::{self, Out},
     team::{Buffer, Team},
@@ -24,8 +24,7 @@ use super::{
 /// Bytes of a piece of what is not packed: as many as a part of BF16 weights has.
 const PIECE: u64 = 2 * PART as u64;
 
-/// What to do about damaged files: those that are read, and those that were written.
-const SOURCE: &str = "take the file anew from where it came from";
+/// What to do about damaged files that were written here; those that are read are to be taken [`AGAIN`].
 const WRITTEN: &str = "the disk does not give back what was written; run the same command again, or name another disk";
 
 /// Converts files from one folder to another.
@@ -48,7 +47,7 @@ impl Converter<'_> {
         let path = self.from.join(name);
         let source = File::open(&path).map_err(cannot("open", &path))?;
         let state = State::of(&source, &path)?;
-        let from = Reader { file: &source, path: &path, team: self.team, remedy: SOURCE };
+        let from = Reader { file: &source, path: &path, team: self.team, remedy: AGAIN };
         let header = Header::read(&source, &path)?;
         let (whole, partial) = (self.to.join(name), partial_of(&self.to.join(name)));
         let data = header.most_bytes(self.packing).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -230,7 +229,7 @@ pub fn verify(path: &Path, checksums: Option<&[u64]>, team: &Team, bar: &Progres
             format!("{}: has other tensors than were written; run the same command again", path.display()).into()
         );
     }
-    let remedy = if checksums.is_some() { WRITTEN } else { SOURCE };
+    let remedy = if checksums.is_some() { WRITTEN } else { AGAIN };
     let from = Reader { file: &file, path, team, remedy };
     for (number, tensor) in tensors.iter().enumerate() {
         let expected = checksums.map(|checksums| checksums[number]).or(tensor.checksum);

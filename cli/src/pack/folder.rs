@@ -17,7 +17,6 @@ use super::{
     Failure, cannot,
     journal::{self, Work},
 };
-use crate::called;
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -46,10 +45,6 @@ impl Source {
     pub fn read(folder: &Path) -> Result<Self, Failure> {
         // It refuses what no model is, and says what lies there instead.
         Checkpoint::open(folder)?;
-        if folder.join(journal::NAME).exists() {
-            let cause = "is not complete; finish it with the command that began it, then use it";
-            return Err(format!("{}: {cause}", folder.display()).into());
-        }
         let config = files::read_small(&folder.join("config.json"), LONGEST).ok().flatten();
         let config: Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let main = match config["transformers_weights"].as_str() {
@@ -88,9 +83,10 @@ impl Source {
 
     /// Refuses a folder that holds anything but a part of this work.
     pub fn check_destination(&self, folder: &Path, work: &Work) -> Result<(), Failure> {
+        let own = fs::canonicalize(&self.folder).map_err(cannot("find", &self.folder))?;
         let (real, shown) = (real(folder)?, folder.display());
-        if real.starts_with(&work.source) {
-            return Err(format!("{shown} lies in the model's own folder, {}; name another", work.source).into());
+        if real.starts_with(&own) {
+            return Err(format!("{shown} lies in the model's own folder, {}; name another", own.display()).into());
         }
         if !real.exists() {
             return Ok(());
@@ -100,9 +96,9 @@ impl Source {
         }
         let begun = journal::work_in(&real)?;
         if let Some(other) = begun.as_ref().filter(|other| *other != work) {
-            let of = format!("{} {} {} {shown}", called().display(), other.command, other.source);
+            let other = other.again(folder);
             return Err(
-                format!("{shown} holds a part of other work; finish that (`{of}`), or name another folder").into()
+                format!("{shown} holds a part of other work; finish that (`{other}`), or name another folder").into()
             );
         }
         let mut there = Vec::new();
@@ -137,6 +133,16 @@ impl Source {
             create(&to.join(name), &mut from)
         })
     }
+}
+
+/// Refuses a folder that `pack` or `unpack` have begun to write, and not finished.
+pub fn check_complete(folder: &Path) -> Result<(), Failure> {
+    if !folder.join(journal::NAME).exists() {
+        return Ok(());
+    }
+    let begun = journal::work_in(folder)?;
+    let command = begun.map_or("the command that began it".into(), |work| format!("`{}`", work.again(folder)));
+    Err(format!("{} is not complete; finish it with {command}, then use it", folder.display()).into())
 }
 
 /// Refuses what is no regular file, and links that lead out of the folder, but for those of the hub's cache to its blobs.

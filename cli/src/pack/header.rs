@@ -23,6 +23,9 @@ use super::Failure;
 /// The format's own limit on the JSON's length.
 const LONGEST: u64 = 100_000_000;
 
+/// What to do about a file whose header is damaged.
+pub const AGAIN: &str = "take the file anew from where it came from";
+
 /// A packed file has the checksum of each tensor that is not packed under this key, a colon and the tensor's name.
 const CHECKSUM: &str = "layer_streamer.xxh3";
 
@@ -82,15 +85,17 @@ impl Header {
             Ok(json) => json,
             Err(cause) => return Err(refused(cause)),
         };
-        let Records { metadata, records } =
-            serde_json::from_slice(&json).map_err(|error| refused(format!("its header is malformed: {error}")))?;
+        let Records { metadata, records } = serde_json::from_slice(&json)
+            .map_err(|error| refused(format!("its header is malformed: {error}; {AGAIN}")))?;
         let data = 8 + json.len() as u64;
         let mut tensors = Vec::with_capacity(records.len());
         for (name, Record { dtype, shape, data_offsets: [start, end] }) in records {
             let known = DType::from_name(&dtype).map(|dtype| dtype.bytes_of(&shape).map(|bytes| bytes as u64));
             let span = end.checked_sub(start);
             if span.is_none() || known.is_some_and(|bytes| bytes != span) || end > length - data {
-                return Err(refused(format!("tensor {name}: its range {start}..{end} does not fit {dtype} {shape:?}")));
+                let cause = format!("tensor {name}: its range {start}..{end} does not fit {dtype} {shape:?}");
+                let file = format!("or a file with {} bytes of tensors; is it truncated? Then {AGAIN}", length - data);
+                return Err(refused(format!("{cause}, {file}")));
             }
             let (start, end) = (data + start, data + end);
             tensors.push(Tensor { name, dtype, shape, start, end, packed: None, checksum: None });
@@ -120,7 +125,8 @@ impl Header {
     fn describe(&mut self) -> Result<(), String> {
         let version = self.metadata.remove(KEY);
         if let Some(version) = version.as_ref().filter(|version| *version != VERSION) {
-            return Err(format!("is packed in version {version} of the format, this program knows {VERSION} alone"));
+            let known = format!("this program knows {VERSION} alone; take a newer one");
+            return Err(format!("is packed in version {version} of the format, {known}"));
         }
         let is_packed = version.is_some();
         for tensor in self.tensors.iter_mut().filter(|_| is_packed) {
@@ -131,11 +137,11 @@ impl Header {
             }
             let Some(text) = self.metadata.remove(&format!("{KEY}:{name}")) else { continue };
             let description =
-                Description::from_json(&text).map_err(|cause| format!("packed tensor {name}: {cause}"))?;
+                Description::from_json(&text).map_err(|cause| format!("packed tensor {name}: {cause}; {AGAIN}"))?;
             if tensor.dtype != DType::U8.name() || description.bytes() as u64 != tensor.stored() {
                 let (stored, described) = (tensor.stored(), description.bytes());
                 let has = format!("has {stored} bytes of {}", tensor.dtype);
-                return Err(format!("packed tensor {name}: {has}, its description says {described} of U8"));
+                return Err(format!("packed tensor {name}: {has}, its description says {described} of U8; {AGAIN}"));
             }
             (tensor.dtype, tensor.shape) = (DType::BF16.name().into(), description.shape.clone());
             tensor.checksum = Some(description.checksum);
@@ -146,7 +152,7 @@ impl Header {
         self.metadata
             .keys()
             .find(other)
-            .map_or(Ok(()), |key| Err(format!("has {key} in its metadata, but no such tensor or no version")))
+            .map_or(Ok(()), |key| Err(format!("has {key} in its metadata, but no such tensor or no version; {AGAIN}")))
     }
 
     /// What a file begins with that has these tensors where their ranges say. Up to the first of them it is filled with spaces.

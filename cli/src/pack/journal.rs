@@ -12,6 +12,7 @@ use layer_streamer::packed::Description;
 use serde::{Deserialize, Serialize};
 
 use super::{Failure, cannot};
+use crate::called;
 
 pub const NAME: &str = "layer-streamer.journal";
 
@@ -33,6 +34,13 @@ pub struct Work {
     pub command: String,
     /// Its folder, without links.
     pub source: String,
+}
+
+impl Work {
+    /// The command that goes on with it in this folder.
+    pub fn again(&self, folder: &Path) -> String {
+        format!("{} {} {} {}", called().display(), self.command, self.source, folder.display())
+    }
 }
 
 #[derive(Serialize, Deserialize)]

@@ -24,7 +24,7 @@ mod team;
 use std::{
     fmt,
     fs::{self, File},
-    io::{self, Write as _},
+    io::{self, ErrorKind, Write as _},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -34,6 +34,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use layer_streamer::files;
 use serde_json::json;
 
+pub use self::folder::check_complete;
 use self::{
     convert::{Converter, partial_of},
     folder::Source,
@@ -93,9 +94,18 @@ pub fn run(Options { model, folder, shown }: &Options) -> Result<(), Failure> {
     convert(model, folder, shown, true)
 }
 
-/// An error as a sentence with the file in it.
+/// An error as a sentence with the file in it, and with what to do where the error itself does not say that.
 fn cannot(verb: &str, path: &Path) -> impl Fn(io::Error) -> Failure {
-    move |error| format!("cannot {verb} {}: {error}", path.display()).into()
+    move |error| {
+        let remedy = match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                "; make room, then the same command goes on from there"
+            }
+            ErrorKind::ReadOnlyFilesystem => "; name a folder on another disk",
+            _ => "",
+        };
+        format!("cannot {verb} {}: {error}{remedy}", path.display()).into()
+    }
 }
 
 /// Ctrl-C.
@@ -131,6 +141,15 @@ fn check_source(headers: &[(PathBuf, Header)], folder: &Path, packing: bool) -> 
             Err(format!("{folder} has no BF16 weights, and no others are packed: leave it as it is").into())
         }
         _ => Ok(()),
+    }
+}
+
+/// Names tensors in packed files of which nobody can tell whether they are as they were: `pack` gives each a checksum.
+fn tell_unchecked(headers: &[(PathBuf, Header)]) {
+    for (file, header) in headers.iter().filter(|(_, header)| header.is_packed()) {
+        for Tensor { name, .. } in header.tensors.iter().filter(|tensor| tensor.checksum.is_none()) {
+            say!("warning: {}: tensor {name} has no checksum: damage to it would not be noticed", file.display());
+        }
     }
 }
 
@@ -175,6 +194,9 @@ pub fn convert(model: &ModelFolder, to: &Path, shown: &Shown, packing: bool) -> 
     check_space(&source, &headers, to, packing)?;
     fs::create_dir_all(to).map_err(cannot("create", to))?;
     let journal = Journal::open(to, &work)?;
+    if !packing {
+        tell_unchecked(&headers);
+    }
     interrupt::listen();
     let bytes: u64 = headers.iter().flat_map(|(_, header)| &header.tensors).map(Tensor::bytes).sum();
     let begun = Instant::now();

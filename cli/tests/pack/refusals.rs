@@ -1,12 +1,18 @@
 //! What is damaged, lies, or lies where it should not is refused by name, and nothing is made of it.
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::{ffi::OsStrExt, fs::symlink},
+    path::Path,
+    process::Command,
+};
 
 use layer_streamer::packed::{Description, KEY};
 use serde_json::{Value, json};
 use support::{folder, speller};
 
-use crate::folders::*;
+use crate::{common::program, folders::*};
 
 #[test]
 fn a_damaged_file_is_told_with_its_tensor_and_nothing_is_made_of_it() {
@@ -32,6 +38,13 @@ fn a_damaged_file_is_told_with_its_tensor_and_nothing_is_made_of_it() {
         fs::write(packed.join(FIRST), &original).unwrap();
         does("unpack", &[&packed, &unpacked]);
     }
+    // The key of a description: by what is left of the file, the tensor was never packed.
+    let key = format!("{KEY}:b");
+    let at = original.windows(key.len()).position(|bytes| bytes == key.as_bytes()).unwrap();
+    flip(&packed.join(FIRST), at);
+    let said = does("unpack", &[&packed, &to.path().join("warned")]);
+    assert!(said.starts_with("warning: ") && said.contains(&format!("{FIRST}: tensor b has no checksum")), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
 #[test]
@@ -73,9 +86,10 @@ fn headers_that_lie_are_refused_by_name() {
     }
     write(&path, Value::Null, &[weights("a", &[5000], 1)]);
     let whole = fs::read(&path).unwrap();
-    for length in [0, 7, 20, whole.len() - 1] {
+    for (length, cause) in [(0, "too short"), (7, "too short"), (20, "truncated?"), (whole.len() - 1, "truncated?")] {
         fs::write(&path, &whole[..length]).unwrap();
-        assert!(refused("pack", &[model.path(), &packed]).contains(SECOND), "{length}");
+        let said = refused("pack", &[model.path(), &packed]);
+        assert!(said.contains(SECOND) && said.contains(cause), "{length}: {said}");
     }
     fs::write(&path, [&(1u64 << 40).to_le_bytes()[..], b"{}"].concat()).unwrap();
     assert!(refused("pack", &[model.path(), &packed]).contains("1099511627776"));
@@ -86,10 +100,15 @@ fn what_should_not_be_converted_or_overwritten_is_refused_with_what_to_do() {
     let (model, to) = (model(), folder());
     let (from, packed, other) = (model.path(), to.path().join("packed"), to.path().join("other"));
     symlink(from, to.path().join("link")).unwrap();
+    // A name that is no UTF-8.
+    let odd = to.path().join(OsStr::from_bytes(b"odd \xff"));
+    fs::create_dir(&odd).unwrap();
+    write(&odd.join("model.safetensors"), Value::Null, &[weights("a", &[9000], 1)]);
     for (command, arguments, cause) in [
         ("pack", [from, from], "lies in the model's own folder"),
         ("pack", [from, &from.join("shards/../new/packed")], "lies in the model's own folder"),
         ("pack", [from, &to.path().join("link/new")], "lies in the model's own folder"),
+        ("pack", [&odd, &odd.join("new")], "lies in the model's own folder"),
         ("pack", [to.path(), &packed], "holds neither"),
         ("pack", [Path::new("/nowhere/at/all"), &packed], "/nowhere/at/all"),
         ("pack", [from, &from.join("config.json")], "lies in the model's own folder"),
@@ -148,11 +167,18 @@ fn a_folder_that_is_not_finished_takes_its_own_command_alone() {
     fs::write(packed.join("notes"), "").unwrap();
     assert!(refused("pack", &[from, &packed]).contains("holds notes, which is no part of this work"));
     fs::remove_file(packed.join("notes")).unwrap();
-    // It cannot be used either.
+    // It cannot be used either, not even where all files that a model needs are there.
     fs::write(packed.join("config.json"), "{}").unwrap();
     fs::copy(from.join("model.safetensors.index.json"), packed.join("model.safetensors.index.json")).unwrap();
-    fs::copy(from.join(FIRST), packed.join(FIRST)).unwrap();
-    assert!(refused("unpack", &[&packed, &to.path().join("unpacked")]).contains("is not complete"));
+    for name in [FIRST, SECOND] {
+        fs::copy(from.join(name), packed.join(name)).unwrap();
+    }
+    let the_same = format!("is not complete; finish it with `{} pack ", program("pack").get_program().display());
+    let arguments = [packed.as_path(), &to.path().join("unpacked")];
+    for (command, arguments) in [("unpack", &arguments[..]), ("plan", &[Path::new("--model"), &packed])] {
+        let said = refused(command, arguments);
+        assert!(said.contains(&the_same) && said.contains(&from.display().to_string()), "{command}: {said}");
+    }
     fs::write(&journal, "nonsense\n").unwrap();
     let said = refused("pack", &[from, &packed]);
     assert!(said.contains("is damaged; remove the folder"), "{said}");
