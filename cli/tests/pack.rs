@@ -260,18 +260,11 @@ fn a_line_of_the_journal_that_was_cut_off_is_as_if_it_were_not_there() {
 
 #[test]
 fn ctrl_c_ends_it_cleanly_and_says_how_to_go_on() {
-    let (model, to) = (folder(), folder());
+    let (model, to) = (long(), folder());
     let (whole, packed) = (to.path().join("whole"), to.path().join("packed"));
-    let tensors: Vec<_> = (0..12).map(|number| weights(&format!("w{number}"), &[1000, 1024], number)).collect();
-    write(&model.path().join("model.safetensors"), Value::Null, &tensors);
     does("pack", &[model.path(), &whole]);
-    let mut command = program("pack");
-    let child = command.arg("--quiet").arg(model.path()).arg(&packed).stderr(Stdio::piped()).spawn().unwrap();
-    while !packed.join("model.safetensors.partial").exists() {
-        thread::sleep(Duration::from_millis(1));
-    }
-    // SAFETY: the process is this test's own child, and not waited for yet.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    let child = under_way(model.path(), &packed);
+    signal(&child, libc::SIGINT);
     let ended = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr);
     assert_eq!(ended.status.code(), Some(130), "{said}");
@@ -279,6 +272,41 @@ fn ctrl_c_ends_it_cleanly_and_says_how_to_go_on() {
     assert!(!packed.join("model.safetensors").exists());
     does("pack", &[model.path(), &packed]);
     assert_same(&packed, &whole);
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_not_packed() {
+    let (model, to) = (long(), folder());
+    let packed = to.path().join("packed");
+    let child = under_way(model.path(), &packed);
+    signal(&child, libc::SIGSTOP);
+    let source = fs::File::options().write(true).open(model.path().join("model.safetensors")).unwrap();
+    source.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    signal(&child, libc::SIGCONT);
+    let ended = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(!ended.status.success() && said.contains("model.safetensors changed while it was read"), "{said}");
+    assert!(!packed.join("model.safetensors").exists() && !packed.join("config.json").exists());
+    does("pack", &[model.path(), &packed]);
+}
+
+#[test]
+fn a_packed_model_answers_as_before_wherever_its_layers_are_kept_and_its_plan_says_what_is_unpacked() {
+    let to = folder();
+    let packed = to.path().join("a packed spéller");
+    does("pack", &[&speller(), &packed]);
+    let answer = |more: &[&str]| {
+        let generate = ["--device", "cpu", "--quiet", "--no-probe", "4096=", "--model"];
+        let done = program("generate").args(generate).arg(&packed).args(more).output().unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap())
+    };
+    for more in ["0-7=gpu-packed", "0-3=pinned-packed,4-7=gpu", "0-3=pinned,4=ram"] {
+        assert_eq!(answer(&["--tier", more]), (Some(0), " four thousand ninety-six\n".into()), "{more}");
+    }
+    let plan = program("plan").args(["--device", "cpu", "--no-probe", "--n-gpu", "1", "--model"]).arg(&packed).output();
+    let table = String::from_utf8(plan.unwrap().stdout).unwrap();
+    assert!(table.contains("  packed: 3.15 MB of weights are stored in 2.12 MB, 1.49 times less\n"), "{table}");
+    assert!(table.contains(" and copies and unpacks 2.12 MB in "), "{table}");
 }
 
 #[test]

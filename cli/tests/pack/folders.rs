@@ -4,7 +4,9 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::Duration,
 };
 
 use serde_json::{Map, Value, json};
@@ -22,13 +24,19 @@ pub fn tensor(name: &str, dtype: &str, shape: &[usize], bytes: Vec<u8>) -> Tenso
     (name.into(), dtype.into(), shape.to_vec(), bytes)
 }
 
-/// Normally distributed BF16 weights.
+/// Normally distributed BF16 weights: short runs out of some that were drawn, since drawing millions would take seconds.
 pub fn weights(name: &str, shape: &[usize], seed: u64) -> Tensor {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut normal = || (0..12).map(|_| rng.f32()).sum::<f32>() - 6.0;
-    let some: Vec<_> = (0..4096).map(|_| half::bf16::from_f32(0.02 * normal()).to_le_bytes()).collect();
-    let bytes = (0..shape.iter().product()).flat_map(|_| some[rng.usize(..some.len())]);
-    tensor(name, "BF16", shape, bytes.collect())
+    let some: Vec<_> = (0..4096).flat_map(|_| half::bf16::from_f32(0.02 * normal()).to_le_bytes()).collect();
+    let length = 2 * shape.iter().product::<usize>();
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let start = 2 * rng.usize(..some.len() / 2);
+        let run = &some[start..some.len().min(start + 2 * rng.usize(1..100)).min(start + length - bytes.len())];
+        bytes.extend_from_slice(run);
+    }
+    tensor(name, "BF16", shape, bytes)
 }
 
 pub fn random(name: &str, dtype: &str, shape: &[usize], bytes: usize) -> Tensor {
@@ -111,6 +119,29 @@ pub fn model_of(first: &[Tensor], second: &[Tensor]) -> tempfile::TempDir {
 /// One that is packed in no time.
 pub fn model() -> tempfile::TempDir {
     model_of(&[weights("a", &[700, 1024], 1), weights("b", &[700, 1024], 2), random("c", "F32", &[9], 36)], &small())
+}
+
+/// One that takes long enough to be disturbed.
+pub fn long() -> tempfile::TempDir {
+    let model = folder();
+    let tensors: Vec<_> = (0..12).map(|number| weights(&format!("w{number}"), &[1000, 1024], number)).collect();
+    write(&model.path().join("model.safetensors"), Value::Null, &tensors);
+    model
+}
+
+/// A process that packs such a model, and has begun to write.
+pub fn under_way(model: &Path, to: &Path) -> Child {
+    let mut command = program("pack");
+    let child = command.arg("--quiet").arg(model).arg(to).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    while !to.join("model.safetensors.partial").exists() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+pub fn signal(child: &Child, signal: libc::c_int) {
+    // SAFETY: the process is this test's own child, and not waited for yet.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
 }
 
 pub fn run(command: &str, arguments: &[&Path]) -> Output {
