@@ -194,14 +194,18 @@ fn a_header_that_says_nonsense_of_packed_tensors_is_refused_with_file_and_tensor
     assert!(metadata(&|of| _ = of.remove(KEY)).contains("packed weights in no version"));
     let malformed = metadata(&|of| _ = of.insert(key.clone(), "{}".into()));
     assert!(
-        malformed.contains("tensor model.norm.weight: the file's description of its packed weights"),
+        malformed.contains("tensor model.norm.weight: the file's description of its packed weights")
+            && malformed.ends_with("; download the file, or pack the model, again"),
         "{malformed}"
     );
     let absent = metadata(&|of| {
         let description = of.remove(&key).unwrap();
         of.insert(format!("{KEY}:other"), description);
     });
-    assert!(absent.contains("tensor other: is not in the file, which describes its packed weights"), "{absent}");
+    assert!(
+        absent.contains("tensor other: is not in the file, which describes its packed weights; download"),
+        "{absent}"
+    );
     let longer = metadata(&|of| {
         let description = Description::from_json(of[&key].as_str().unwrap()).unwrap();
         let lengths = vec![description.lengths[0] + 16];

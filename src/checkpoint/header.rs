@@ -139,12 +139,12 @@ fn packed(
         }
     }
     let parse = |(name, value): (&str, &String)| {
+        let refused = |cause: String| Error::tensor(path, name, format!("{cause}; {}", packed::AGAIN));
         if !records.iter().any(|(stored, _)| stored == name) {
-            return Err(Error::tensor(path, name, "is not in the file, which describes its packed weights"));
+            return Err(refused("is not in the file, which describes its packed weights".into()));
         }
-        let description = Description::from_json(value).map_err(|cause| {
-            Error::tensor(path, name, format!("the file's description of its packed weights is malformed: {cause}"))
-        })?;
+        let description = Description::from_json(value)
+            .map_err(|cause| refused(format!("the file's description of its packed weights is malformed: {cause}")))?;
         Ok((name.to_owned(), description))
     };
     described.map(parse).collect()

@@ -121,6 +121,9 @@ pub struct Corrupt {
 /// The same of a tensor, for people.
 pub(crate) const CORRUPT: &str = "its packed weights are corrupt; download the file, or pack the model, again";
 
+/// What to do about a file whose description of packed tensors is damaged.
+pub(crate) const AGAIN: &str = "download the file, or pack the model, again";
+
 impl fmt::Display for Corrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "block {}: {}", self.block, self.what)
