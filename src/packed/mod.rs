@@ -171,9 +171,10 @@ impl Entry {
     }
 }
 
-/// What so many weights of a trained model are expected to take: 11 bits each; most models' take 10.7 to 10.8.
+/// What so many weights of a trained model are expected to take: 11 bits each, the rest of their last block included; most models'
+/// take 10.7 to 10.8.
 pub(crate) const fn expected_bytes(weights: usize) -> usize {
-    weights.div_ceil(8).saturating_mul(11)
+    weights.div_ceil(BLOCK).saturating_mul(11 * BLOCK / 8)
 }
 
 /// Bytes of the index of a part of so many weights.

@@ -101,6 +101,15 @@ fn normal_weights_take_no_more_than_the_bound_says() {
 }
 
 #[test]
+fn what_is_expected_holds_weights_packed_or_as_they_are() {
+    // Of a norm, of one that fills no block, and of matrices.
+    for count in [1, 128, 2048, 4096, 5000, 10_000, PART + 1, 1 << 20] {
+        let bytes = packed(&like_a_model(count, count as u64), PART).1.len();
+        assert!(bytes.min(2 * count) <= expected_bytes(count).min(2 * count), "{bytes} bytes for {count} weights");
+    }
+}
+
+#[test]
 fn how_many_bytes_it_takes_is_known_from_its_exponents_but_for_rounding() {
     let narrow: Vec<u16> = (0..20_000).map(|at| weight(100 + (at % 5) as u8, at as u8)).collect();
     let all: Vec<u16> = (0..=u16::MAX).map(|number| number.wrapping_mul(40_503)).collect();

@@ -337,7 +337,9 @@ impl Budget {
             true => &[Tier::Gpu, Tier::GpuPacked][..],
             false => &[Tier::Gpu],
         };
-        let in_ram = match (sizes.iter().any(|unit| unit.repacked[0] < unit.host), pack) {
+        // Norms of units that are stored packed would make them smaller too, by nothing that is worth reading them once more.
+        let shrinks = |unit: &Sizes| unit.repacked[0] < unit.host - unit.host / 64;
+        let in_ram = match (sizes.iter().any(shrinks), pack) {
             (false, _) | (_, Pack::Never) => &[Tier::Pinned][..],
             (true, Pack::Auto) => &[Tier::Pinned, Tier::PinnedPacked],
             (true, Pack::Always) => &[Tier::PinnedPacked],

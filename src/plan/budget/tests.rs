@@ -350,6 +350,27 @@ fn units_are_packed_in_ram_where_passes_are_faster_for_it_and_then_more_stay() {
 }
 
 #[test]
+fn units_that_are_stored_packed_are_not_read_once_more_to_pack_their_norms() {
+    let size = 3 << 20;
+    let stored = size / 3 * 2;
+    let unit = Sizes {
+        read: stored,
+        copied: stored,
+        unpacked: [stored, size],
+        host: stored,
+        device: size,
+        packed: stored,
+        repacked: [stored - PAGE, size],
+    };
+    for device_bytes in [3 * size, 8 * size].map(Some) {
+        let budget = Budget { device_bytes, host_bytes: 20 * size };
+        let survey = surveyed(&[unit; 40], FixedOverhead::default());
+        let (tiers, _) = choose(&survey, budget, FAST_LINK, &RINGS, Pack::Auto).unwrap();
+        assert!(tiers.contains(&Tier::Pinned) && !tiers.contains(&Tier::PinnedPacked), "{tiers:?}");
+    }
+}
+
+#[test]
 fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do() {
     let size = 3 << 20;
     let stored = size / 3 * 2;
