@@ -227,6 +227,13 @@ impl Arena {
         }
     }
 
+    /// Has the threads begin that prefault the memory, if there are any.
+    pub(crate) fn prefault(&self) {
+        if let Some(prefault) = &self.prefault {
+            prefault.begin();
+        }
+    }
+
     /// Whether all bytes before `end` are present, or are about to be. Where they are not, whoever fills them may overtake the
     /// threads that prefault it; they begin once this was first asked. True where none do.
     pub(crate) fn is_prefaulted(&self, end: usize) -> bool {

@@ -136,8 +136,10 @@ impl HostMemory {
         residents.as_ref().map_or(NonNull::dangling(), |residents| unsafe { residents.slot(0).add(unit.resident_at) })
     }
 
-    /// Room for units that are packed while the stream runs, behind those that are kept pinned.
+    /// Room for units that are packed while the stream runs, behind those that are kept pinned. It is prefaulted from now on: where no
+    /// unit is kept pinned nobody else asks for that, and what was used would still count as promised.
     pub(crate) fn packing_room(&self, plan: &Plan) -> Range<*mut u8> {
+        self.pinned_residents.iter().for_each(Arena::prefault);
         let kept = |tier: Tier| plan.layout.kept(tier);
         let start = self.pinned_residents.as_ref().map_or(NonNull::dangling(), |arena| arena.slot(0)).as_ptr();
         let start = start.wrapping_add(kept(Tier::Pinned));
@@ -169,5 +171,38 @@ impl HostMemory {
     pub(crate) fn bytes(&self) -> usize {
         let slots = self.ram.iter().chain(&self.pinned).map(|(arena, _)| arena);
         slots.chain(&self.ram_residents).chain(&self.pinned_residents).map(|arena| arena.whole().1).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use super::*;
+    use crate::{
+        fixtures::weights_fixture,
+        plan::{Presence, Settings},
+    };
+
+    #[test]
+    fn room_for_packing_becomes_present_where_no_unit_is_kept_pinned() {
+        let mut fixture = weights_fixture(1, &[300_000], 1);
+        fixture.units[0].set_tier(Tier::PinnedPacked);
+        let plan = Plan::new(&fixture.checkpoint, &fixture.units, &Settings::default(), Presence::AtOnce).unwrap();
+        // SAFETY: nothing is lent.
+        let host = unsafe { HostMemory::new(&plan, &LentMemory::default()).unwrap() };
+        let Range { start, end } = host.packing_room(&plan);
+        let bytes = end.addr() - start.addr();
+        assert!(bytes > 64 * PAGE, "{bytes} bytes, of which not all are present from the start");
+        let mut present = vec![0u8; bytes / PAGE];
+        for _ in 0..1000 {
+            // SAFETY: the room is that long, and the vector has a byte for each page.
+            assert_eq!(unsafe { libc::mincore(start.cast(), bytes, present.as_mut_ptr()) }, 0);
+            if present.iter().all(|page| page & 1 == 1) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("not within ten seconds");
     }
 }
