@@ -54,22 +54,23 @@ impl UnitLayout {
             host_bytes: bytes,
             ..self.clone()
         };
-        for (report, (placed, (from, how))) in self.tensors.iter().zip(tensors).enumerate() {
+        for (number, (placed, (from, how))) in self.tensors.iter().zip(tensors).enumerate() {
             let (to, kept_at, stored) = (placed.at, 0, &placed.stored);
-            let packed = match how {
-                Repacked::Packed(description) => Some(PackedRange::all(description)),
-                Repacked::Stored => stored.packed.clone(),
-            };
-            match packed {
+            match how {
                 _ if stored.bytes == 0 => {}
-                Some(packed) => {
+                Repacked::Packed(description) => {
+                    let (packed, report) = (PackedRange::all(description), self.unpacks.len() + number);
                     let (file, tensor) = (stored.file, placed.name.clone());
                     kept.unpacks.push(Unpack { from, to, kept_at, packed, report, file, tensor });
                 }
-                None if placed.dtype == stored.dtype => {
+                Repacked::Stored if stored.packed.is_some() => {
+                    let unpack = self.unpacks.iter().find(|unpack| unpack.to == to).expect("the unit unpacks it");
+                    kept.unpacks.push(Unpack { from, ..unpack.clone() });
+                }
+                Repacked::Stored if placed.dtype == stored.dtype => {
                     kept.copies.push(CopyRange { from, to, kept_at, bytes: stored.bytes });
                 }
-                None => {
+                Repacked::Stored => {
                     let (elements, from_type, to_type) = (stored.elements(), stored.dtype, placed.dtype);
                     kept.casts.push(Cast { from, to, kept_at, elements, from_type, to_type });
                 }

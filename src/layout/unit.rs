@@ -305,14 +305,12 @@ impl UnitLayout {
         }
     }
 
-    /// The packed tensors of which the device may report that they are corrupt: file and name.
-    pub(crate) fn reports(&self) -> Vec<(usize, &str)> {
-        match self.tier {
-            Tier::PinnedPacked => {
-                self.tensors.iter().map(|placed| (placed.stored.file, placed.name.as_str())).collect()
-            }
-            _ => self.unpacks.iter().map(|unpack| (unpack.file, unpack.tensor.as_str())).collect(),
-        }
+    /// The packed tensors of which the device may report that they are corrupt: file and name. Those that are stored so come first,
+    /// then all that may be [packed where they are kept](Self::repacked).
+    pub(crate) fn reports(&self) -> impl Iterator<Item = (usize, &str)> {
+        let stored = self.unpacks.iter().map(|unpack| (unpack.file, unpack.tensor.as_str()));
+        let kept = self.tensors.iter().filter(|_| self.tier == Tier::PinnedPacked);
+        stored.chain(kept.map(|placed| (placed.stored.file, placed.name.as_str())))
     }
 
     /// What it takes where it is kept.

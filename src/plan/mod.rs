@@ -61,7 +61,7 @@ impl Plan {
         let mut reports = 0;
         for unit in &mut units {
             unit.reports_at = reports;
-            reports += unit.reports().len();
+            reports += unit.reports().count();
         }
         // Behind the pinned ones there is room for those that are packed while the stream runs, as they come.
         let (late, early): (Vec<_>, Vec<_>) = units.iter_mut().partition(|unit| unit.tier == Tier::PinnedPacked);
