@@ -218,9 +218,27 @@ fn a_header_that_says_nonsense_of_packed_tensors_is_refused_with_file_and_tensor
 }
 
 #[test]
+fn a_description_that_no_tensor_can_have_is_refused_with_file_and_tensor() {
+    let fixture = packed_fixture(1, &[50_000], 1);
+    let (stored, description) = (&fixture.table["0.0"], &fixture.packed["0.0"]);
+    for wrong in [
+        Description { part: 0, ..description.clone() },
+        Description { shape: vec![1 << 20], ..description.clone() },
+        Description { part: 1 << 30, lengths: vec![description.bytes() as u32], ..description.clone() },
+    ] {
+        let table = Checkpoint::from_table([stored.clone()]).unwrap();
+        let error = table.with_packed([("0.0".to_owned(), wrong)]).unwrap_err();
+        let Error::Checkpoint { path, tensor: Some(tensor), cause } = &error else { panic!("{error}") };
+        assert_eq!((path, tensor.as_str()), (&stored.file, "0.0"));
+        assert!(cause.contains("the description of its packed weights is malformed"), "{error}");
+    }
+}
+
+#[test]
 fn a_stream_of_packed_units_whose_file_was_spoilt_fails_for_good() {
-    for at in [0, 4, 6] {
-        let fixture = packed_fixture(4, &[50_000, 9000], 8);
+    for (at, tier) in [(0, Tier::Disk), (4, Tier::Disk), (6, Tier::Disk), (4, Tier::PinnedPacked)] {
+        let mut fixture = packed_fixture(4, &[50_000, 9000, 5000], 8);
+        fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
         let stored = &fixture.table["2.1"];
         let file = File::options().write(true).open(&stored.file).unwrap();
         file.write_all_at(&[0xff; 2], stored.offset + at).unwrap();

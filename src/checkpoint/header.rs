@@ -138,9 +138,10 @@ fn packed(
             return Err(Error::Unsupported { what, remedy });
         }
     }
+    let stored: HashSet<&str> = records.iter().map(|(name, _)| name.as_str()).collect();
     let parse = |(name, value): (&str, &String)| {
         let refused = |cause: String| Error::tensor(path, name, format!("{cause}; {}", packed::AGAIN));
-        if !records.iter().any(|(stored, _)| stored == name) {
+        if !stored.contains(name) {
             return Err(refused("is not in the file, which describes its packed weights".into()));
         }
         let description = Description::from_json(value)

@@ -241,7 +241,8 @@ impl Checkpoint {
     /// [`DType::BF16`] then.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is no such tensor, or its bytes are others than its description says.
+    /// [`Error::Checkpoint`] if there is no such tensor, its bytes are others than its description says, or no tensor can be as that
+    /// says.
     pub fn with_packed(self, packed: impl IntoIterator<Item = (String, Description)>) -> Result<Self> {
         let mut packed = packed.into_iter().peekable();
         if packed.peek().is_none() {
@@ -256,6 +257,10 @@ impl Checkpoint {
                     "is not in the file that describes its packed weights",
                 ));
             };
+            description.check().map_err(|cause| {
+                let cause = format!("the description of its packed weights is malformed: {cause}");
+                Error::tensor(&table.files[entry.file], &name, cause)
+            })?;
             if entry.dtype != DType::U8 || entry.shape != [description.bytes()] {
                 let (dtype, shape, bytes) = (entry.dtype, &entry.shape, description.bytes());
                 let cause =

@@ -73,17 +73,27 @@ impl Description {
         let checksum = Some(xxh3.as_str()).filter(|text| text.len() == 16 && !text.starts_with('+'));
         let checksum = checksum.and_then(|text| u64::from_str_radix(text, 16).ok());
         let checksum = checksum.ok_or_else(|| format!("{xxh3:?} is no checksum of 16 hexadecimal digits"))?;
+        let description = Self { shape, table: Table(table), checksum, part, lengths };
+        description.check()?;
+        Ok(description)
+    }
+
+    /// Whether there can be such a tensor.
+    ///
+    /// # Errors
+    /// What is wrong with it, for people.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let Self { ref shape, part, ref lengths, .. } = *self;
         if !part.is_multiple_of(BLOCK) || !(BLOCK..=PART).contains(&part) {
             return Err(format!("parts of {part} weights: must be a multiple of {BLOCK}, {PART} at most"));
         }
-        let bytes = DType::BF16.bytes_of(&shape).filter(|bytes| (1..=isize::MAX as usize).contains(bytes));
+        let bytes = DType::BF16.bytes_of(shape).filter(|bytes| (1..=isize::MAX as usize).contains(bytes));
         let weights = bytes.ok_or_else(|| format!("a tensor of shape {shape:?} is not packed"))? / 2;
         if lengths.len() != weights.div_ceil(part) {
             let needed = weights.div_ceil(part);
             return Err(format!("{} parts for {weights} weights, which have {needed}", lengths.len()));
         }
-        let description = Self { shape, table: Table(table), checksum, part, lengths };
-        for (number, &length) in description.lengths.iter().enumerate() {
+        for (number, &length) in lengths.iter().enumerate() {
             let weights = part.min(weights - number * part);
             let (index, blocks, length) = (index_bytes(weights), weights.div_ceil(BLOCK), length as usize);
             let possible = index + blocks * FIXED..=index + blocks * LONGEST;
@@ -91,7 +101,7 @@ impl Description {
                 return Err(format!("part {number} of {weights} weights cannot be {length} bytes long"));
             }
         }
-        Ok(description)
+        Ok(())
     }
 
     /// How many weights the tensor has.
