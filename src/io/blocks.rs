@@ -119,12 +119,17 @@ impl<T> BlockReader<T> {
     pub(crate) fn free(&mut self, block: usize) {
         self.free.push(block);
     }
+
+    /// Starts no more reads, and waits for those under way. False if some do not end.
+    pub(crate) fn quiesce(&mut self) -> bool {
+        self.engine.quiesce()
+    }
 }
 
-/// Starts no more reads, and waits for those under way. If some do not end, the blocks are left to them for good.
+/// If reads do not end, the blocks are left to them for good.
 impl<T> Drop for BlockReader<T> {
     fn drop(&mut self) {
-        if !self.engine.quiesce() {
+        if !self.quiesce() {
             mem::forget(self.blocks.clone());
         }
     }

@@ -508,8 +508,8 @@ impl<D: Device> LayerStreamer<D> {
             return Ok(());
         }
         self.control.stop();
-        self.packer = None;
-        let mut idle = self.device.bind_thread().is_ok();
+        let mut idle = self.packer.take().is_none_or(Packer::end);
+        idle &= self.device.bind_thread().is_ok();
         for thread in self.threads.drain(..) {
             idle &= thread.join();
         }

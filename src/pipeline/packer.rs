@@ -3,13 +3,15 @@
 
 use std::{
     ops::Range,
-    ptr::NonNull,
+    ptr::{self, NonNull},
     slice,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
     },
     thread,
+    time::Duration,
 };
 
 use crate::{
@@ -48,16 +50,25 @@ impl PackedUnits {
     }
 }
 
-/// The threads. Dropping it ends them, at the latest when the reads that are under way have ended, or are given up.
+/// The threads.
 pub(super) struct Packer {
     stop: Arc<AtomicBool>,
-    threads: Vec<thread::JoinHandle<()>>,
+    threads: Vec<PackerThread>,
+}
+
+struct PackerThread {
+    /// What it says last: whether its reads have ended.
+    ended: mpsc::Receiver<bool>,
+    thread: thread::JoinHandle<()>,
 }
 
 /// A quarter of the processors, and no more than a disk needs to be outrun.
 fn thread_count() -> usize {
     (thread::available_parallelism().map_or(1, usize::from) / 4).clamp(1, 4)
 }
+
+/// A thread that is to end ends within this, unless its file does not answer: it gets little time from the processor.
+const END: Duration = Duration::from_secs(10);
 
 impl Packer {
     /// Starts them, if there is anything to pack: each has its share of the units, and room for as much as these are expected to take.
@@ -79,32 +90,32 @@ impl Packer {
         for first in 0..count {
             let numbers: Vec<_> = packing[first..].iter().copied().step_by(count).collect();
             let bytes = numbers.iter().map(|&number| plan.units[number].kept_bytes()).sum();
-            let end = room.start.wrapping_add(bytes);
-            let blocks = Arc::new(Arena::new("weights to be packed", 1, CHUNK)?);
-            let work = Packing {
-                reader: BlockReader::new(reader, sources, &blocks, 1)?,
-                blocks,
-                sources: sources.clone(),
-                room: room.start..end,
-                part: Vec::with_capacity(2 * PART),
-                stop: packer.stop.clone(),
-                _host: host.clone(),
-            };
-            room.start = end;
-            let (plan, states, units) = (plan.clone(), states.clone(), units.clone());
-            let run = move |()| work.run(&numbers, &plan, &states, &units);
-            let failed = |source: std::io::Error| Error::Thread { stage: "pack", source: source.into() };
-            packer.threads.push(sync::spawn("ls-pack", || (), run).map_err(failed)?);
+            let own = room.start..room.start.wrapping_add(bytes);
+            room.start = own.end;
+            let started = Packing::new(sources, host, own, packer.stop.clone(), reader).and_then(|work| {
+                let (plan, states, units, (ends, ended)) =
+                    (plan.clone(), states.clone(), units.clone(), mpsc::sync_channel(1));
+                let run = move |()| _ = ends.send(work.run(&numbers, &plan, &states, &units));
+                let failed = |source: std::io::Error| Error::Thread { stage: "pack", source: source.into() };
+                Ok(PackerThread { ended, thread: sync::spawn("ls-pack", || (), run).map_err(failed)? })
+            });
+            match started {
+                Ok(thread) => packer.threads.push(thread),
+                Err(error) => {
+                    packer.end();
+                    return Err(error);
+                }
+            }
         }
         Ok(Some(packer))
     }
-}
 
-impl Drop for Packer {
-    fn drop(&mut self) {
+    /// Ends them; what they were at is lost. False if one does not end, since its file does not answer: then it is left to itself, as
+    /// [a thread that reads](super::stage::Running::join), with the memory that it uses.
+    pub(super) fn end(self) -> bool {
         self.stop.store(true, Relaxed);
-        // What they were at is lost either way.
-        self.threads.drain(..).for_each(|thread| _ = thread.join());
+        let ends = |PackerThread { ended, thread }| ended.recv_timeout(END).unwrap_or(false) && thread.join().is_ok();
+        self.threads.into_iter().map(ends).fold(true, |all, one| all & one)
     }
 }
 
@@ -126,17 +137,22 @@ struct Packing {
 // SAFETY: the room is this thread's alone.
 unsafe impl Send for Packing {}
 
-/// Memory that a unit is put into, from its start on.
-struct Target<'a> {
-    bytes: &'a mut [u8],
+/// Memory that a unit is put into, from its start on. No slice of it is made: other threads may touch its pages, to prefault them.
+struct Target {
+    start: NonNull<u8>,
+    room: usize,
     end: usize,
 }
 
-impl Target<'_> {
+impl Target {
     fn push(&mut self, bytes: &[u8]) -> Result<(), No> {
-        let end = self.end.checked_add(bytes.len()).ok_or(No::Room)?;
-        self.bytes.get_mut(self.end..end).ok_or(No::Room)?.copy_from_slice(bytes);
-        self.end = end;
+        if bytes.len() > self.room.saturating_sub(self.end) {
+            return Err(No::Room);
+        }
+        // SAFETY: as much of the room is left, nobody else reads it or changes a byte of it before its unit is handed over, and `bytes`
+        // lie elsewhere.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(self.end), bytes.len()) };
+        self.end += bytes.len();
         Ok(())
     }
 }
@@ -158,8 +174,27 @@ impl From<Error> for No {
 }
 
 impl Packing {
-    /// Packs these units, one after the other.
-    fn run(mut self, numbers: &[usize], plan: &Plan, states: &Residencies, units: &PackedUnits) {
+    fn new(
+        sources: &Arc<[Source]>,
+        host: &Arc<HostMemory>,
+        room: Range<*mut u8>,
+        stop: Arc<AtomicBool>,
+        reader: Reader,
+    ) -> Result<Self> {
+        let blocks = Arc::new(Arena::new("weights to be packed", 1, CHUNK)?);
+        Ok(Self {
+            reader: BlockReader::new(reader, sources, &blocks, 1)?,
+            blocks,
+            sources: sources.clone(),
+            room,
+            part: Vec::with_capacity(2 * PART),
+            stop,
+            _host: host.clone(),
+        })
+    }
+
+    /// Packs these units, one after the other. Whether all of its reads have ended at its end.
+    fn run(mut self, numbers: &[usize], plan: &Plan, states: &Residencies, units: &PackedUnits) -> bool {
         // SAFETY: the call takes numbers. Where it fails, the thread takes its share as any other.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid().cast_unsigned(), 19) };
         for &number in numbers {
@@ -170,19 +205,19 @@ impl Packing {
                     states.fill(number);
                 }
                 // What cannot be read the reader finds too, and tells.
-                Err(No::Unread) => return,
+                Err(No::Unread) => break,
                 // A smaller one may fit.
                 Err(No::Room | No::Gain) => {}
             }
         }
+        self.reader.quiesce()
     }
 
     /// Packs a unit into the room that is left.
     fn pack(&mut self, unit: &UnitLayout) -> Result<PackedUnit, No> {
-        let Range { start, end } = self.room;
-        // SAFETY: the room is memory of the host's, which nobody else uses before a unit in it is handed over.
-        let bytes = unsafe { slice::from_raw_parts_mut(start, end.offset_from_unsigned(start)) };
-        let (mut target, mut tensors) = (Target { bytes, end: 0 }, Vec::with_capacity(unit.tensors.len()));
+        let (start, room) =
+            (NonNull::new(self.room.start).ok_or(No::Room)?, self.room.end.addr() - self.room.start.addr());
+        let (mut target, mut tensors) = (Target { start, room, end: 0 }, Vec::with_capacity(unit.tensors.len()));
         for tensor in &unit.tensors {
             target.end = target.end.next_multiple_of(REPACK_ALIGN);
             let from = target.end;
@@ -201,8 +236,8 @@ impl Packing {
         for tensor in &unit.tensors {
             self.sources[tensor.stored.file].check_unchanged()?;
         }
-        let (start, bytes) = (NonNull::new(start).ok_or(No::Room)?, pages(target.end));
-        if bytes > target.bytes.len() {
+        let bytes = pages(target.end);
+        if bytes > room {
             return Err(No::Room);
         }
         self.room.start = start.as_ptr().wrapping_add(bytes);
@@ -210,7 +245,7 @@ impl Packing {
     }
 
     /// Packs a tensor by the table of its first part.
-    fn pack_tensor(&mut self, tensor: &Placed, target: &mut Target<'_>) -> Result<Description, No> {
+    fn pack_tensor(&mut self, tensor: &Placed, target: &mut Target) -> Result<Description, No> {
         let shape = vec![tensor.stored.elements()];
         let mut description =
             Description { shape, table: Table([0; 13]), checksum: 0, part: PART, lengths: Vec::new() };
