@@ -69,8 +69,8 @@ impl Case {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let fixture = random_fixture([2_000, 60_000, 300_000][rng.usize(..3)], &mut rng);
-        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked];
-        let tiers = if rng.u8(..4) == 0 { vec![tiers[rng.usize(..5)]] } else { tiers.to_vec() };
+        let tiers = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked];
+        let tiers = if rng.u8(..4) == 0 { vec![tiers[rng.usize(..6)]] } else { tiers.to_vec() };
         let (mut units, mut expected) = (Vec::new(), Vec::new());
         for unit in &fixture.units {
             let (mut changed, mut tensors) = (Unit::new(unit.name()), Vec::new());

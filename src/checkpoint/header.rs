@@ -139,6 +139,10 @@ fn packed(
         }
     }
     let stored: HashSet<&str> = records.iter().map(|(name, _)| name.as_str()).collect();
+    let unknown = records.iter().filter(|(_, record)| DType::from_name(&record.dtype).is_none());
+    // They cannot be read for that.
+    let unknown: HashSet<&str> = unknown.map(|(name, _)| name.as_str()).collect();
+    let described = described.filter(|(name, _)| !unknown.contains(name));
     let parse = |(name, value): (&str, &String)| {
         let refused = |cause: String| Error::tensor(path, name, format!("{cause}; {}", packed::AGAIN));
         if !stored.contains(name) {

@@ -94,7 +94,7 @@ impl Staging {
     pub(crate) const BLOCKS: usize = 2;
 
     /// Largest piece of a tensor that is cast or unpacked at once (bytes, before that): many parts of a packed one.
-    const MOST: usize = 8 << 20;
+    const MOST: usize = 32 << 20;
 
     /// Those that these units need. Packed weights need none where the device's memory is RAM: it unpacks them from where they lie.
     pub(crate) fn of(units: &[UnitLayout], presence: Presence) -> Self {

@@ -203,7 +203,8 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
         part(Purpose::Scratch, device.scratch_bytes()),
     ];
     if model.tables.reads_rows() {
-        parts.push(part(Purpose::EmbeddingRows, EmbeddingRows::<D>::bytes(pass_tokens, model.config.hidden)));
+        let rows = EmbeddingRows::<D>::bytes(&model.checkpoint, &model.names.embed, pass_tokens)?;
+        parts.push(part(Purpose::EmbeddingRows, rows));
     }
     Ok(parts)
 }

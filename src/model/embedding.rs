@@ -84,9 +84,11 @@ impl PackedRows {
 }
 
 impl<D: Device> EmbeddingRows<D> {
-    /// What it takes in RAM, for passes of up to so many tokens of so many elements.
-    pub(super) fn bytes(tokens: usize, width: usize) -> usize {
-        Exchange::<D>::bytes(Self::words(tokens, width))
+    /// What it takes in RAM, for passes of up to so many tokens, from the table of this name.
+    pub(super) fn bytes(checkpoint: &Checkpoint, name: &str, tokens: usize) -> Result<usize> {
+        let entry = checkpoint.entry(name)?;
+        let part = entry.packed.as_ref().and_then(|packed| packed.parts().lengths.iter().max().copied());
+        Ok(Exchange::<D>::bytes(Self::words(tokens, entry.shape[1])) + part.unwrap_or(0) as usize)
     }
 
     fn words(tokens: usize, width: usize) -> usize {

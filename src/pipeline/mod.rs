@@ -49,7 +49,7 @@ use crate::{
         stage::{Control, Running},
         transfer::TransferStage,
     },
-    plan::{Plan, Presence, Reader, Settings, Unit},
+    plan::{Plan, Presence, Reader, Settings, Tier, Unit},
     sync::Signal,
     trace::{About, Mark, Observer, Stats, Trace, Verdict},
 };
@@ -86,6 +86,7 @@ pub struct LayerStreamer<D: Device> {
     sources: Arc<[Source]>,
     /// Where packed tensors arrive.
     reports: Option<Arc<Reports<D>>>,
+    packed: Arc<PackedUnits>,
     /// Which backend reads, and why not a higher one.
     reader: (Reader, String),
     control: Arc<Control>,
@@ -138,6 +139,8 @@ pub struct Meter {
     sources: Arc<[Source]>,
     reader: (Reader, String),
     keeps: bool,
+    packed: Arc<PackedUnits>,
+    to_pack: usize,
 }
 
 impl Meter {
@@ -145,6 +148,7 @@ impl Meter {
     pub fn stats(&self) -> Stats {
         // Units that are late in the first pass are read once more in the second.
         let mut stats = self.control.trace.stats(if self.keeps { 2 } else { 1 });
+        stats.packed = [self.packed.count(), self.to_pack];
         (stats.reader, stats.reader_reason) = self.reader.clone();
         stats.buffered_files = (self.sources.iter())
             .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
@@ -227,6 +231,7 @@ impl<D: Device> LayerStreamer<D> {
             plan: plan.clone(),
             sources: sources.clone(),
             reports: reports.clone(),
+            packed: packed.clone(),
             reader: (settings.reader, String::new()),
             control: control.clone(),
             registration: ManuallyDrop::new(registration),
@@ -465,6 +470,8 @@ impl<D: Device> LayerStreamer<D> {
             sources: self.sources.clone(),
             reader: self.reader.clone(),
             keeps: self.plan.tallies.kept() > 0,
+            packed: self.packed.clone(),
+            to_pack: self.plan.count(Tier::PinnedPacked),
         }
     }
 

@@ -44,6 +44,11 @@ impl PackedUnits {
         Self((0..units).map(|_| OnceLock::new()).collect())
     }
 
+    /// How many are.
+    pub(super) fn count(&self) -> usize {
+        self.0.iter().filter(|unit| unit.get().is_some()).count()
+    }
+
     /// A unit, once it is packed.
     pub(super) fn get(&self, unit: usize) -> Option<&PackedUnit> {
         self.0[unit].get()

@@ -111,6 +111,7 @@ impl Case {
             }
             changed.set_tier(match tiers[rng.usize(..tiers.len())] {
                 Tier::Gpu if units.len() % 2 == 1 => Tier::GpuPacked,
+                Tier::Pinned if units.len() % 3 == 2 => Tier::PinnedPacked,
                 tier => tier,
             });
             units.push(changed);

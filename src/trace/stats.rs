@@ -71,6 +71,8 @@ pub struct Stats {
     pub first: Option<PassStats>,
     /// The passes after those that fill what is kept, which are two, or one where nothing is kept; once there are any.
     pub steady: Option<PassStats>,
+    /// Units that are packed in RAM so far, and those that are to be: until all are, some of these are read from disk in every pass.
+    pub packed: [usize; 2],
     /// Files that are only read through the page cache, each with the reason.
     pub buffered_files: Vec<(PathBuf, String)>,
     /// Who reads.

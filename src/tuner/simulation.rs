@@ -87,6 +87,8 @@ impl Line {
             work: (units.iter())
                 .map(|unit| match kind {
                     _ if !moves.contains(&unit.tier) => 0.0,
+                    // It takes a slot, and nothing of the link.
+                    _ if unit.tier == Tier::GpuPacked => 0.0,
                     0 => unit.read_bytes as f64,
                     _ => unit.disk_bytes as f64,
                 })
@@ -105,7 +107,8 @@ impl Line {
             (Some(ring), None) | (None, Some(ring)) => stages.push(stage(0, ring, &[Tier::Disk])),
             (None, None) => {}
         }
-        stages.push(stage(2, &plan.layout.gpu, &[Tier::Disk, Tier::Ram, Tier::Pinned]));
+        let passing = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::PinnedPacked, Tier::GpuPacked];
+        stages.push(stage(2, &plan.layout.gpu, &passing));
         stages.push(SimulatedStage {
             work: units.iter().map(|unit| unit.disk_bytes as f64 / total).collect(),
             kind: 3,
