@@ -225,7 +225,8 @@ impl<D: Device> Pipeline<D> {
         self.pass()?;
         // Between two moments at which all slots are full a pass is read, no more and no less. Where a busy disk made one
         // of them seem so, again.
-        let mut tries = 0..20;
+        let mut tries = 0..200;
+        let mut packs = self.streamer.plan().count(Tier::PinnedPacked) > 0;
         loop {
             self.settle_for_good();
             before = self.stats();
@@ -234,7 +235,9 @@ impl<D: Device> Pipeline<D> {
             after = self.stats();
             let plan = self.streamer.plan();
             let units = after.stage(Stage::Read).units - before.stage(Stage::Read).units;
-            if units as usize == plan.count(Tier::Disk) || tries.next().is_none() {
+            // What was packed meanwhile may still have passed as it was read.
+            let settled = units as usize == plan.count(Tier::Disk) && before.packed == after.packed;
+            if settled && !std::mem::replace(&mut packs, false) || tries.next().is_none() {
                 break;
             }
         }
