@@ -111,7 +111,7 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
     type Answer = (fn() -> io::Result<usize>, Option<i32>);
     const ANSWERS: [Answer; 2] = [(|| Err(io::Error::from_raw_os_error(libc::EIO)), Some(libc::EIO)), (|| Ok(0), None)];
     let mut hit = [[false; 8]; 3];
-    for seed in 0..16 {
+    for seed in 0..24 {
         for (backend_index, backend) in BACKENDS.into_iter().enumerate() {
             for aim in 0..8 {
                 let mut case = case(seed, backend);
