@@ -487,7 +487,7 @@ fn a_tier_that_names_no_unit_is_refused_with_what_there_is() {
         ("5-4=disk", "\"5-4=disk\": there are 12 units, 0 to 11"),
         ("0-18446744073709551615=ram", "there are 12 units"),
         ("0-99999999999999999999=ram", "expected UNIT=TIER or FIRST-LAST=TIER"),
-        ("3=tape", "TIER being disk, ram, pinned or gpu"),
+        ("3=tape", "TIER being disk, ram, pinned, gpu, gpu-packed or pinned-packed"),
         ("ram", "expected UNIT=TIER"),
         ("-1=ram", "expected UNIT=TIER"),
     ] {

@@ -393,7 +393,7 @@ fn bad_arguments_are_refused_by_name() {
         (&["--ram=-1GB", "1="], &["--ram", "such as 4GiB"]),
         (&["--tier", "0-8=gpu", "1="], &["tier", "0-8=gpu", "8 units, 0 to 7"]),
         (&["--tier", "3-2=gpu", "1="], &["tier", "3-2=gpu"]),
-        (&["--tier", "1=attic", "1="], &["tier", "attic", "disk, ram, pinned or gpu"]),
+        (&["--tier", "1=attic", "1="], &["tier", "attic", "disk, ram, pinned, gpu, gpu-packed or pinned-packed"]),
         (&["--dump-logits", "/", "1="], &["--dump-logits /", "it is a folder; name a file"]),
         (&["--dump-logits", "/dev/null", "1="], &["--dump-logits /dev/null", "no regular file"]),
         (&["--dump-logits", "/nowhere/at/all", "1="], &["--dump-logits /nowhere/at/all", "No such file"]),
