@@ -388,7 +388,7 @@ fn bad_arguments_are_refused_by_name() {
         (&[&long], &["the prompt is 220 tokens long", "this model takes 128", "shorter"]),
         (&["--model", "/nowhere/at/all", "1="], &["/nowhere/at/all/config.json", "No such file"]),
         (&["--vram", "1GB", "1="], &["--vram", "cpu", "--ram alone"]),
-        (&["--ram", "1GB", "--n-gpu", "1", "1="], &["--vram and --ram", "your own"]),
+        (&["--ram", "1GB", "--n-gpu", "1", "1="], &["--vram, --ram and --pack", "your own"]),
         (&["--ram", "much", "1="], &["--ram", "such as 4GiB"]),
         (&["--ram=-1GB", "1="], &["--ram", "such as 4GiB"]),
         (&["--tier", "0-8=gpu", "1="], &["tier", "0-8=gpu", "8 units, 0 to 7"]),
