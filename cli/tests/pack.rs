@@ -329,7 +329,13 @@ fn the_table_has_a_line_for_each_kind_of_tensor_and_json_has_the_same() {
         [sum("bytes_before"), sum("bytes_after")].map(Some),
         ["bytes_before", "bytes_after"].map(|what| json[what].as_u64())
     );
-    assert!(json["ratio"].as_f64().unwrap() > 1.43, "{json}: of small tensors as they are");
+    // All that is packed gets so much smaller; small tensors stay as they are.
+    let packed = |what: &str| -> f64 {
+        let kinds = json["kinds"].as_array().unwrap().iter();
+        kinds.filter(|kind| kind["bytes_after"] != kind["bytes_before"]).map(|kind| kind[what].as_f64().unwrap()).sum()
+    };
+    assert!(packed("bytes_before") / packed("bytes_after") > 1.48, "{json}");
+    assert!((1.43..1.44).contains(&json["ratio"].as_f64().unwrap()), "{json}");
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.starts_with("packed 3.24 MB in ") && said.contains("and read back"), "{said}");
 }

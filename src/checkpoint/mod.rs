@@ -70,8 +70,8 @@ impl TensorEntry {
             Some(packed) => {
                 let (all, part) = (packed.parts(), packed.parts().part);
                 let range = start * width / part..((start + count) * width).div_ceil(part);
-                let bytes = |lengths: &[u32]| lengths.iter().map(|length| *length as usize).sum();
-                let (before, of_rows) = (bytes(&all.lengths[..range.start]), bytes(&all.lengths[range.clone()]));
+                let bytes = |range: Range<usize>| Parts { lengths: &all.lengths[range], ..all }.bytes();
+                let (before, of_rows) = (bytes(0..range.start), bytes(range.clone()));
                 (before, of_rows, Some(packed.among(range)))
             }
         };

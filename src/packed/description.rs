@@ -111,7 +111,7 @@ impl Description {
 
     /// How many bytes it takes packed.
     pub fn bytes(&self) -> usize {
-        self.lengths.iter().map(|length| *length as usize).sum()
+        self.parts().bytes()
     }
 
     /// All its parts.

@@ -17,7 +17,7 @@ use std::{ffi::CStr, ops::Range, sync::Arc};
 use crate::{
     device::{Device, DevicePtr},
     error::Result,
-    layout::{Staging, UnitLayout},
+    layout::{Staging, UnitLayout, Unpack},
     pipeline::reports::Reports,
 };
 
@@ -76,9 +76,9 @@ impl<D: Device> ArrivalStream<D> {
         &self.stream
     }
 
-    /// Enqueues what makes `unit`'s tensors from `target` on, as `form` has them, of the stored bytes of `window`, a range of the unit's host slot:
-    /// bytes that stay as they are, and elements that begin in it. Its first byte lies at `source`, where the last of these
-    /// elements is whole.
+    /// Enqueues what makes `unit`'s tensors from `target` on, as `form` has them, of the stored bytes of `window`, a range of the
+    /// unit's host slot: bytes that stay as they are, and elements that begin in it. Its first byte lies at `source`, where the
+    /// last of these elements is whole.
     ///
     /// # Safety
     /// Both sides are as long as the plan of the unit says. Until the copies are done `source` is written by nobody; until what
@@ -101,8 +101,7 @@ impl<D: Device> ArrivalStream<D> {
         }
         let block_bytes = self.staging.as_ref().map_or(0, |staging| staging.sizes.block_bytes);
         for unpack in &unit.unpacks {
-            let reports = self.reports.clone().expect("they are there where packed tensors arrive");
-            let report = reports.word(unit.reports_at + unpack.report);
+            let report = self.report(unit, unpack);
             if form == Form::Packed {
                 // Of units that are kept everything is in the window.
                 // SAFETY: the parts lie at `source`, and where they go in the unit; the rest is the caller's.
@@ -160,8 +159,7 @@ impl<D: Device> ArrivalStream<D> {
             }
         }
         for unpack in &unit.unpacks {
-            let reports = self.reports.as_ref().expect("they are there where packed tensors arrive");
-            let (report, parts) = (reports.word(unit.reports_at + unpack.report), unpack.packed.parts());
+            let (report, parts) = (self.report(unit, unpack), unpack.packed.parts());
             // SAFETY: the plan placed the tensor there; the rest is the caller's.
             unsafe {
                 let (from, to) = (kept.offset(unpack.kept_at), target.offset(unpack.to));
@@ -169,6 +167,12 @@ impl<D: Device> ArrivalStream<D> {
             }
         }
         Ok(())
+    }
+
+    /// Where the device reports of a packed tensor of the unit.
+    fn report(&self, unit: &UnitLayout, unpack: &Unpack) -> *mut u32 {
+        let reports = self.reports.as_ref().expect("they are there where packed tensors arrive");
+        reports.word(unit.reports_at + unpack.report)
     }
 
     /// The stream that tensors are converted on.

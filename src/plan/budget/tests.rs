@@ -322,6 +322,21 @@ fn surveyed(sizes: &[Sizes], overhead: FixedOverhead) -> Survey {
     Survey { sizes: sizes.to_vec(), overhead, packing: 0 }
 }
 
+/// A unit that is stored packed, and the bytes of its weights.
+fn stored_packed() -> (usize, Sizes) {
+    let (size, stored) = (3 << 20, 2 << 20);
+    let sizes = Sizes {
+        read: stored,
+        copied: stored,
+        unpacked: [stored, size],
+        host: stored,
+        device: size,
+        packed: stored,
+        repacked: [stored, size],
+    };
+    (size, sizes)
+}
+
 #[test]
 fn units_are_packed_in_ram_where_passes_are_faster_for_it_and_then_more_stay() {
     let size = 3 << 20;
@@ -351,17 +366,8 @@ fn units_are_packed_in_ram_where_passes_are_faster_for_it_and_then_more_stay() {
 
 #[test]
 fn units_that_are_stored_packed_are_not_read_once_more_to_pack_their_norms() {
-    let size = 3 << 20;
-    let stored = size / 3 * 2;
-    let unit = Sizes {
-        read: stored,
-        copied: stored,
-        unpacked: [stored, size],
-        host: stored,
-        device: size,
-        packed: stored,
-        repacked: [stored - PAGE, size],
-    };
+    let (size, unit) = stored_packed();
+    let unit = Sizes { repacked: [unit.host - PAGE, size], ..unit };
     for device_bytes in [3 * size, 8 * size].map(Some) {
         let budget = Budget { device_bytes, host_bytes: 20 * size };
         let survey = surveyed(&[unit; 40], FixedOverhead::default());
@@ -372,17 +378,7 @@ fn units_that_are_stored_packed_are_not_read_once_more_to_pack_their_norms() {
 
 #[test]
 fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do() {
-    let size = 3 << 20;
-    let stored = size / 3 * 2;
-    let unit = Sizes {
-        read: stored,
-        copied: stored,
-        unpacked: [stored, size],
-        host: stored,
-        device: size,
-        packed: stored,
-        repacked: [stored, size],
-    };
+    let (size, unit) = stored_packed();
     let sizes = [unit; 40];
     let chosen = |device_bytes: Option<usize>| {
         let budget = Budget { device_bytes, host_bytes: 64 * size };
