@@ -17,7 +17,7 @@ use crate::{
 
 /// Pack tests, benchmarks, the program and data for a GPU machine without Rust or a network.
 ///
-/// They go into DIR, and all of it into DIR.tar.gz. On the GPU machine `DIR/gpu run` runs them.
+/// They go into DIR, and all of it into DIR.tar.xz. On the GPU machine `DIR/gpu run` runs them.
 #[derive(Args)]
 #[command(after_help = "Examples:
   cargo xtask gpu-bundle /tmp/gpu
@@ -28,7 +28,7 @@ pub struct Options {
 }
 
 /// The most bytes of the archive.
-const MOST: u64 = 48 << 20;
+const MOST: u64 = 40 << 20;
 const EXAMPLES: [&str; 3] = ["bench_transfer", "bench_kernels", "bench_stream"];
 /// Scripts that are run there.
 const SCRIPTS: [&str; 3] = ["torch-attention.py", "gpu-nvtx.py", "same-sums"];
@@ -165,12 +165,12 @@ impl Bundle<'_> {
         Ok(())
     }
 
-    /// DIR.tar.gz of DIR, without what a run has left there.
+    /// DIR.tar.xz of DIR, without what a run has left there.
     fn pack(&self) -> Result<PathBuf, Failure> {
         let name = self.folder.file_name().ok_or("DIR has no name")?;
         let mut archive = self.folder.as_os_str().to_owned();
-        archive.push(".tar.gz");
-        let mut tar = run::command("tar", &["-czf"]);
+        archive.push(".tar.xz");
+        let mut tar = run::command("tar", &["-cJf"]);
         tar.arg(&archive).arg("-C").arg(self.folder.parent().ok_or("DIR has no parent")?);
         tar.arg(format!("--exclude={}/out", name.to_string_lossy())).arg(name).run()?;
         Ok(archive.into())
