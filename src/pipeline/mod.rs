@@ -6,6 +6,7 @@ mod copiers;
 mod device_time;
 mod host;
 mod link;
+mod meter;
 mod on_device;
 mod packer;
 mod pin;
@@ -27,7 +28,7 @@ use std::{
 
 pub use compute::{Layer, LayerToken, Progress};
 pub use host::LentMemory;
-
+pub use meter::Meter;
 pub use statics::StaticTensors;
 
 use crate::{
@@ -49,7 +50,7 @@ use crate::{
         stage::{Control, Running},
         transfer::TransferStage,
     },
-    plan::{Plan, Presence, Reader, Settings, Tier, Unit},
+    plan::{Plan, Presence, Reader, Settings, Unit},
     sync::Signal,
     trace::{About, Mark, Observer, Stats, Trace, Verdict},
 };
@@ -132,31 +133,6 @@ impl Canceller {
     }
 }
 
-/// Tells, from any thread and at any time, what a streamer has moved. It may outlive the streamer, whose files it keeps open.
-#[derive(Clone)]
-pub struct Meter {
-    control: Arc<Control>,
-    sources: Arc<[Source]>,
-    reader: (Reader, String),
-    keeps: bool,
-    packed: Arc<PackedUnits>,
-    to_pack: usize,
-}
-
-impl Meter {
-    /// Where the time and the bytes went since the streamer's start.
-    pub fn stats(&self) -> Stats {
-        // Units that are late in the first pass are read once more in the second.
-        let mut stats = self.control.trace.stats(if self.keeps { 2 } else { 1 });
-        stats.packed = [self.packed.count(), self.to_pack];
-        (stats.reader, stats.reader_reason) = self.reader.clone();
-        stats.buffered_files = (self.sources.iter())
-            .filter_map(|source| Some((source.path.clone(), source.why_buffered()?.to_owned())))
-            .collect();
-        stats
-    }
-}
-
 impl<D: Device> LayerStreamer<D> {
     /// Plans, reserves, registers, opens files, starts the threads; the first units are being read when this returns.
     ///
@@ -208,7 +184,7 @@ impl<D: Device> LayerStreamer<D> {
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));
-        let packed = Arc::new(PackedUnits::new(plan.units()));
+        let packed = Arc::new(PackedUnits::new(&plan));
         let reports = Reports::new(device, checkpoint, &plan.units)?.map(Arc::new);
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
@@ -471,7 +447,6 @@ impl<D: Device> LayerStreamer<D> {
             reader: self.reader.clone(),
             keeps: self.plan.tallies.kept() > 0,
             packed: self.packed.clone(),
-            to_pack: self.plan.count(Tier::PinnedPacked),
         }
     }
 

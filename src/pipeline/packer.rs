@@ -7,7 +7,7 @@ use std::{
     slice,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
         mpsc,
     },
     thread,
@@ -23,6 +23,7 @@ use crate::{
     pipeline::{host::HostMemory, residency::Residencies},
     plan::{Plan, Reader, Tier},
     sync,
+    trace::PackedInRam,
 };
 
 /// A unit that was packed: where it lies, and what becomes of its bytes on their way to the device.
@@ -37,21 +38,28 @@ unsafe impl Send for PackedUnit {}
 unsafe impl Sync for PackedUnit {}
 
 /// The units of a stream, as far as they are packed. **Invariant**: one whose residency is `There` is.
-pub(super) struct PackedUnits(Vec<OnceLock<PackedUnit>>);
+pub(super) struct PackedUnits {
+    units: Vec<OnceLock<PackedUnit>>,
+    to_pack: usize,
+    given_up: AtomicUsize,
+}
 
 impl PackedUnits {
-    pub(super) fn new(units: usize) -> Self {
-        Self((0..units).map(|_| OnceLock::new()).collect())
+    pub(super) fn new(plan: &Plan) -> Self {
+        let units = plan.units.iter().map(|_| OnceLock::new()).collect();
+        Self { units, to_pack: plan.count(Tier::PinnedPacked), given_up: AtomicUsize::new(0) }
     }
 
-    /// How many are.
-    pub(super) fn count(&self) -> usize {
-        self.0.iter().filter(|unit| unit.get().is_some()).count()
+    /// How far they are.
+    pub(super) fn progress(&self) -> PackedInRam {
+        let given_up = self.given_up.load(Relaxed);
+        let packed = self.units.iter().filter(|unit| unit.get().is_some()).count();
+        PackedInRam { units: self.to_pack, packed, given_up }
     }
 
     /// A unit, once it is packed.
     pub(super) fn get(&self, unit: usize) -> Option<&PackedUnit> {
-        self.0[unit].get()
+        self.units[unit].get()
     }
 }
 
@@ -202,17 +210,21 @@ impl Packing {
     fn run(mut self, numbers: &[usize], plan: &Plan, states: &Residencies, units: &PackedUnits) -> bool {
         // SAFETY: the call takes numbers. Where it fails, the thread takes its share as any other.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid().cast_unsigned(), 19) };
-        for &number in numbers {
+        for (done, &number) in numbers.iter().enumerate() {
             match self.pack(&plan.units[number]) {
                 Ok(packed) => {
-                    let first = units.0[number].set(packed).is_ok();
+                    let first = units.units[number].set(packed).is_ok();
                     assert!(first, "a unit is packed once");
                     states.fill(number);
                 }
                 // What cannot be read the reader finds too, and tells.
-                Err(No::Unread) => break,
+                Err(No::Unread) => {
+                    let left = if self.stop.load(Relaxed) { 0 } else { numbers.len() - done };
+                    units.given_up.fetch_add(left, Relaxed);
+                    break;
+                }
                 // A smaller one may fit.
-                Err(No::Room | No::Gain) => {}
+                Err(No::Room | No::Gain) => _ = units.given_up.fetch_add(1, Relaxed),
             }
         }
         self.reader.quiesce()

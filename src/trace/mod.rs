@@ -29,7 +29,7 @@ use std::{
 use crate::error::Error;
 pub(crate) use stats::Carried;
 use stats::Counters;
-pub use stats::{PassStats, StageStats, Stats};
+pub use stats::{PackedInRam, PassStats, StageStats, Stats};
 pub use verdict::{Bound, Verdict};
 
 /// A stage of the pipeline.

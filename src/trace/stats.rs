@@ -56,6 +56,24 @@ pub struct PassStats {
     pub stage_seconds: [[f64; 3]; 4],
 }
 
+/// How far the units are that are packed in RAM: all that are not packed are read from disk in every pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackedInRam {
+    /// How many are to be packed.
+    pub units: usize,
+    /// How many are.
+    pub packed: usize,
+    /// How many will not be: packed, they are larger than was planned, or they could not be read.
+    pub given_up: usize,
+}
+
+impl PackedInRam {
+    /// How many are yet to be packed.
+    pub fn to_pack(self) -> usize {
+        self.units - self.packed - self.given_up
+    }
+}
+
 /// Counts since the streamer started.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
@@ -71,8 +89,8 @@ pub struct Stats {
     pub first: Option<PassStats>,
     /// The passes after those that fill what is kept, which are two, or one where nothing is kept; once there are any.
     pub steady: Option<PassStats>,
-    /// Units that are packed in RAM so far, and those that are to be: until all are, some of these are read from disk in every pass.
-    pub packed: [usize; 2],
+    /// How far the units are that are packed in RAM.
+    pub packed: PackedInRam,
     /// Files that are only read through the page cache, each with the reason.
     pub buffered_files: Vec<(PathBuf, String)>,
     /// Who reads.

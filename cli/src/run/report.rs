@@ -128,19 +128,20 @@ impl Report {
     fn passes(&self) -> Option<String> {
         let (stats, first) = (&self.stats, self.stats.first?);
         let limits = self.probe.as_ref().map(Probe::bandwidths);
-        let (kept, [packed, to_pack]) = (self.tiers.iter().filter(|tier| **tier != Tier::Disk).count(), stats.packed);
-        // Those that are not packed yet are read in every pass.
-        let kept = kept - (to_pack - packed);
+        let (to_pack, given_up) = (stats.packed.to_pack(), stats.packed.given_up);
+        // Those that are not packed are read in every pass.
+        let kept = self.tiers.iter().filter(|tier| **tier != Tier::Disk).count() - to_pack - given_up;
         let mut text = format!("{:14} {:>22}  {:>22}", "", "first pass", "steady pass");
         let _ = write!(
             text,
-            "  {:>11}   kept: {kept} of {} units{}",
+            "  {:>11}   kept: {kept} of {} units{}{}",
             match stats.passes {
                 1 => "1 pass".into(),
                 passes => format!("{passes} passes"),
             },
             self.tiers.len(),
-            if packed < to_pack { format!(", {} yet to be packed", to_pack - packed) } else { String::new() }
+            if to_pack > 0 { format!(", {to_pack} yet to be packed") } else { String::new() },
+            if given_up > 0 { format!(", {given_up} could not be packed") } else { String::new() }
         );
         let time =
             |passes: Option<PassStats>| passes.map_or_else(|| "none".into(), |passes| units::seconds(passes.seconds));
