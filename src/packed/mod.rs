@@ -262,9 +262,7 @@ impl<'a> Packed<'a> {
     fn block(&self, block: usize) -> Option<(&'a [u8], Escapes)> {
         let Entry { start, escapes } = self.entry(block)?;
         let end = if block + 1 < self.blocks() { self.entry(block + 1)?.start } else { self.blocks.len() };
-        let bytes = self.blocks.get(start..end)?;
-        let [_, plain] = escapes.planes();
-        (escapes.first <= BLOCK && escapes.second <= escapes.first && plain <= bytes.len()).then_some((bytes, escapes))
+        Some((self.blocks.get(start..end)?, escapes))
     }
 
     fn entry(&self, block: usize) -> Option<Entry> {

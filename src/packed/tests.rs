@@ -183,6 +183,16 @@ fn an_index_that_disagrees_with_its_blocks_is_refused() {
 }
 
 #[test]
+fn blocks_lie_one_behind_the_other_to_the_end_of_their_part() {
+    let weights = like_a_model(3 * BLOCK + 5, 3);
+    let table = table_of(&weights);
+    let bytes = Encoder::new(table).part(&weights);
+    let part = Packed::new(table, weights.len(), &bytes).unwrap();
+    let end = (0..4).fold(index_bytes(weights.len()), |end, number| end + part.block(number).unwrap().0.len());
+    assert_eq!(end, bytes.len());
+}
+
+#[test]
 fn a_tensor_returns_from_its_description_and_its_bytes() {
     let weights = like_a_model(3 * PART + 12_345, 9);
     let (description, mut bytes) = packed(&weights, PART / 2);
