@@ -21,7 +21,7 @@ use clap::Parser;
 use layer_streamer::{
     Checkpoint, DType, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
-    plan::{CachePolicy, Plan, Presence},
+    plan::{CachePolicy, Plan, Sharing},
 };
 use report::{
     Column, Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Show, Spread, by_default, column, seconds,
@@ -123,7 +123,7 @@ fn run(options: &Options) -> Result<Report, Failure> {
     let (checkpoint, units) = as_units(&files)?;
     let cache = if direct { CachePolicy::Direct } else { CachePolicy::Buffered };
     let settings = Settings { cache, ..Settings::default() };
-    let plan = Plan::new(&checkpoint, &units, &settings, Presence::AtOnce)?;
+    let plan = Plan::new(&checkpoint, &units, &settings, Sharing::Own)?;
     let slots: usize = plan.memory().iter().map(|part| part.bytes).sum();
     let mut pipeline = Pipeline::new(&Cpu, &checkpoint, &units, &settings, &[])?;
     // A sample: about sixteen units.

@@ -40,7 +40,7 @@ use device::{Chosen, Wanted};
 use layer_streamer::{
     Checkpoint, Settings, Unit,
     device::Device,
-    plan::{Bandwidths, CachePolicy, FixedOverhead, Part, Plan, Presence, Purpose, Reader, Tier},
+    plan::{Bandwidths, CachePolicy, FixedOverhead, Part, Plan, Purpose, Reader, Sharing, Tier},
     probe::Probe,
     trace::{
         Observer, Stage,
@@ -337,7 +337,7 @@ fn planned<D: Device>(
         let mut budget = budget::budget(device, options.vram, options.ram)?;
         if let Some(percent) = options.keep {
             // As they lie in memory, rounded to pages.
-            let slots = Plan::new(checkpoint, &units, &settings, Presence::of(device))?.memory();
+            let slots = Plan::new(checkpoint, &units, &settings, Sharing::of(device))?.memory();
             let slots = slots.iter().find(|part| matches!(part.purpose, Purpose::Slots { tier: Tier::Pinned, .. }));
             let slots = slots.map_or(0, |part| part.bytes);
             let share = percent / 100.0 * units.len() as f64 / (settings.n_cpu_pinned + 1) as f64;
@@ -351,7 +351,7 @@ fn planned<D: Device>(
         let Settings { n_gpu, n_cpu_pinned, .. } = placement.settings;
         settings = Settings { n_gpu, n_cpu_pinned, ..settings };
     }
-    let plan = Plan::new(checkpoint, &units, &settings, Presence::of(device))?;
+    let plan = Plan::new(checkpoint, &units, &settings, Sharing::of(device))?;
     Ok((units, settings, plan))
 }
 

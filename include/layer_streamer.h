@@ -515,8 +515,8 @@ typedef struct ls_statics {
 
 // A tensor in device memory, row-major and without gaps.
 typedef struct ls_tensor {
-    // Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; kernels take what is
-    // aligned for its type.
+    // Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; on the CPU device, where
+    // layers are used where they were read to, it is aligned for its type. Kernels take what is.
     void *data;
     // An ls_dtype.
     int32_t dtype;

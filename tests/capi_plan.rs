@@ -52,7 +52,9 @@ fn a_plan_says_what_an_open_takes_and_what_would_do() {
         let mut lent: ls_memory = mem::zeroed();
         lent.size = size_of::<ls_memory>();
         assert_eq!(ls_streamer_memory(checkpoint, &options, &mut lent), LS_OK);
-        assert!(told.host_bytes >= lent.ram + lent.pinned + lent.gpu, "what the CPU device takes is RAM");
+        // What the CPU device takes is RAM; it needs no slots to copy to, as where memory is lent.
+        let copying = lent.ram + lent.pinned + lent.gpu;
+        assert!((copying / 2..copying).contains(&told.host_bytes), "{} of {copying}", told.host_bytes);
         assert_eq!(told.device_bytes, 0);
 
         // The least that is told will do, and a byte less will not.

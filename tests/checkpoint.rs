@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use layer_streamer::{
     Checkpoint, DType, Error, Plan, Result, Settings, StoredTensor, Unit, device,
     pipeline::StaticTensors,
-    plan::{Arrival, ArrivalOp, Presence, Tier},
+    plan::{Arrival, ArrivalOp, Sharing, Tier},
 };
 use proptest::{collection, prelude::*, sample};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -67,7 +67,7 @@ fn assert_refused<T>(result: Result<T>, parts: &[&str]) {
 fn plan_of_all(checkpoint: &Checkpoint) -> Plan {
     let mut unit = Unit::new("all");
     checkpoint.names().for_each(|name| _ = unit.keep(name, name));
-    Plan::new(checkpoint, &[unit], &Settings::default(), Presence::AtOnce).unwrap()
+    Plan::new(checkpoint, &[unit], &Settings::default(), Sharing::Own).unwrap()
 }
 
 fn dtype() -> impl Strategy<Value = Dtype> {
@@ -297,7 +297,7 @@ fn where_index_and_shards_disagree_those_are_refused_who_ask_for_the_tensor() {
         let checkpoint = open(&agreed, first, second).unwrap();
         let mut unit = Unit::new("layer");
         unit.keep("out", tensor);
-        assert_refused(Plan::new(&checkpoint, &[unit], &Settings::default(), Presence::AtOnce), parts);
+        assert_refused(Plan::new(&checkpoint, &[unit], &Settings::default(), Sharing::Own), parts);
         let said: Vec<_> = checkpoint.unreadable().map(|(name, error)| (name, error.to_string())).collect();
         assert!(matches!(&said[..], [(name, why)] if *name == tensor && parts.iter().all(|part| why.contains(part))));
         assert!(checkpoint.describe(tensor).is_none() && checkpoint.names().all(|name| name != tensor));
@@ -393,7 +393,7 @@ fn settings_out_of_range_are_refused_by_name_and_limit() {
     let plan = |[n_gpu, n_cpu_pinned, n_cpu]: [usize; 3], [batch_gpu, batch_cpu_pinned, batch_cpu]: [usize; 3]| {
         let settings =
             Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, ..Settings::default() };
-        Plan::new(&checkpoint, &checkpoint.layers().unwrap(), &settings, Presence::AtOnce)
+        Plan::new(&checkpoint, &checkpoint.layers().unwrap(), &settings, Sharing::Own)
     };
     for (n, batch) in [([1, 0, 0], [0; 3]), ([2, 3, 4], [2, 3, 4]), ([1 << 16; 3], [1 << 16; 3])] {
         assert_eq!(plan(n, batch).unwrap().units(), 1);
@@ -421,7 +421,7 @@ fn units_that_cannot_be_made_are_refused_with_unit_or_tensor_and_cause() {
             let inputs = inputs.iter().map(|&input| input.to_owned()).collect();
             unit.add(Arrival { output: output.into(), inputs, op });
         }
-        Plan::new(&checkpoint, &[unit], &Settings::default(), Presence::AtOnce)
+        Plan::new(&checkpoint, &[unit], &Settings::default(), Sharing::Own)
     };
     use ArrivalOp::{Keep, To};
     let good = [("a", &["f"][..], Keep), ("z", &["z"], To(DType::BF16)), ("b", &["f"], To(DType::BF16))];
@@ -439,7 +439,7 @@ fn units_that_cannot_be_made_are_refused_with_unit_or_tensor_and_cause() {
         assert_refused(plan(arrivals), parts);
     }
     assert_refused(
-        Plan::new(&checkpoint, &[], &Settings::default(), Presence::AtOnce),
+        Plan::new(&checkpoint, &[], &Settings::default(), Sharing::Own),
         &["units: there must be at least one"],
     );
 }
@@ -460,7 +460,7 @@ fn units_larger_than_can_be_addressed_are_refused() {
         names.iter().for_each(|name| _ = unit.keep(*name, *name));
         unit
     };
-    let plan = |units: &[Unit]| Plan::new(&checkpoint, units, &Settings::default(), Presence::AtOnce);
+    let plan = |units: &[Unit]| Plan::new(&checkpoint, units, &Settings::default(), Sharing::Own);
     assert!(plan(&[unit(&["c"])]).is_ok());
     for names in [&["a", "b"][..], &["c", "d"], &["a"], &["a", "b", "c", "d"]] {
         let too_large = "unit: layer is larger than can be addressed";

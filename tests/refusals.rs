@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Fixture, SIZES, bytes_of, checked_pass, fixture, settings};
+use common::{Fixture, LentSlots, SIZES, bytes_of, checked_pass, fixture, settings};
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device, DevicePtr, Shape, TensorMut, TensorRef},
@@ -244,13 +244,14 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
             for (backend, needed) in [(Reader::Auto, auto), (Reader::Pread, stages + 8)] {
                 for cache in [CachePolicy::Direct, CachePolicy::Buffered] {
                     let settings = Settings { cache, ..reader(backend) };
+                    let lent = LentSlots::new(&fixture, &settings, Tier::Gpu);
                     for more in 0..needed + 3 {
                         limited(libc::RLIMIT_NPROC, (before.threads + more) as u64, || {
                             if more < needed {
-                                let error = refused(|| start(&fixture, &settings));
+                                let error = refused(|| lent.streamer(&fixture, &settings));
                                 assert!(matches!(error, Error::Thread { .. }), "{more}: {error}");
                             } else {
-                                let mut streamer = start(&fixture, &settings).unwrap();
+                                let mut streamer = lent.streamer(&fixture, &settings).unwrap();
                                 (0..2).for_each(|_| checked_pass(&fixture, &mut streamer));
                             }
                         });
@@ -316,19 +317,28 @@ fn without_memory_the_error_says_how_much_for_what_and_nothing_is_left_behind() 
         let pages = fs::read_to_string("/proc/self/statm").unwrap();
         pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096
     };
-    let needed: u64 = start(&fixture, &settings).unwrap().plan().memory().iter().map(|part| part.bytes as u64).sum();
-    before.assert_back("after a start");
-    // In steps of less than an arena, from too little for the first on.
-    for more in (1 << 20..needed).step_by(5 << 20) {
-        let error = limited(libc::RLIMIT_AS, address_space() + more, || refused(|| start(&fixture, &settings)));
-        match &error {
-            Error::Memory { what, .. } => _ = seen.insert(*what),
-            Error::Thread { .. } => {}
-            _ => panic!("{more} of {needed} bytes: {error}"),
+    // The memory that is lent is not the streamer's to reserve; nor are there slots to copy to where none is.
+    for lent in [None, Some(Tier::Gpu), Some(Tier::Pinned)] {
+        let lent = lent.map(|tier| LentSlots::new(&fixture, &settings, tier));
+        let begin = || match &lent {
+            None => start(&fixture, &settings),
+            Some(lent) => lent.streamer(&fixture, &settings),
+        };
+        let all: u64 = begin().unwrap().plan().memory().iter().map(|part| part.bytes as u64).sum();
+        before.assert_back("after a start");
+        // In steps of less than an arena, from too little for the first on.
+        let needed = if lent.is_some() { all / 3 * 2 } else { all };
+        for more in (1 << 20..needed).step_by(5 << 20) {
+            let error = limited(libc::RLIMIT_AS, address_space() + more, || refused(begin));
+            match &error {
+                Error::Memory { what, .. } => _ = seen.insert(*what),
+                Error::Thread { .. } => {}
+                _ => panic!("{more} of {needed} bytes: {error}"),
+            }
+            let message = error.to_string();
+            assert!(message.contains("free memory") || message.contains("ulimit -v"), "{message}");
+            before.assert_back(&message);
         }
-        let message = error.to_string();
-        assert!(message.contains("free memory") || message.contains("ulimit -v"), "{message}");
-        before.assert_back(&message);
     }
     assert_eq!(seen, BTreeSet::from(["device slots", "RAM slots", "pinned slots"]));
     works(&fixture, &settings);
@@ -458,16 +468,24 @@ fn a_tier_that_does_not_fit_is_refused_with_both_sizes() {
         name: number.to_string(),
         file: file.clone(),
         offset: (number * UNIT) as u64,
-        dtype: DType::U8,
-        shape: vec![UNIT],
+        dtype: DType::F16,
+        shape: vec![UNIT / 2],
     };
     let checkpoint = Checkpoint::from_table((0..count).map(stored)).unwrap();
-    for (tier, what) in
-        [("ram", "units kept in RAM"), ("pinned", "units kept in pinned RAM"), ("gpu", "units kept on the device")]
-    {
+    // To a device that computes in RAM they are one. What is converted goes from where it is kept in RAM to the device.
+    for (tier, converts, what) in [
+        ("ram", false, "units kept on the device"),
+        ("pinned", false, "units kept on the device"),
+        ("gpu", false, "units kept on the device"),
+        ("ram", true, "units kept in pinned RAM"),
+        ("pinned", true, "units kept in pinned RAM"),
+    ] {
         let mut units: Vec<_> = (0..count).map(|number| Unit::new(format!("unit {number}"))).collect();
         for (number, unit) in units.iter_mut().enumerate() {
             unit.keep("weight", number.to_string());
+            if converts {
+                unit.convert(DType::F32);
+            }
         }
         Tier::parse(&format!("0-{}={tier}", count - 1), &mut units).unwrap();
         let message = refused(|| LayerStreamer::new(&Cpu, &checkpoint, &units, &settings(1, 1, 0))).to_string();

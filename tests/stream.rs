@@ -15,11 +15,11 @@ use std::{
     },
 };
 
-use common::{SIZES, bytes_of, check, checked_pass, fixture, settings};
+use common::{LentSlots, SIZES, bytes_of, check, checked_pass, fixture, settings};
 use layer_streamer::{
     DType, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp, Presence, Tier},
+    plan::{Arrival, ArrivalOp, Sharing, Tier},
     trace::Stage,
 };
 use support::{healed, whole};
@@ -72,7 +72,7 @@ fn layers_may_be_held_up_to_n_gpu_and_released_in_any_order() {
 fn layers_are_kept_as_tokens_in_memory_that_is_lent() {
     let fixture = fixture(6, &SIZES, 13);
     let settings = settings(3, 2, 1);
-    let plan = Plan::new(&fixture.checkpoint, &fixture.units, &settings, Presence::AtOnce).unwrap();
+    let plan = Plan::new(&fixture.checkpoint, &fixture.units, &settings, Sharing::Own).unwrap();
     let needed = plan.slot_memory();
     // Pages of its own for each; one more page, of which nothing may be written.
     let mut memory = needed.map(|bytes| vec![[0u8; 4096]; bytes.div_ceil(4096) + 2]);
@@ -439,7 +439,8 @@ fn static_tensors_may_change_on_arrival_wherever_they_start() {
 #[test]
 fn the_counts_are_those_of_the_work_done() {
     let fixture = fixture(4, &SIZES, 9);
-    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+    let lent = LentSlots::new(&fixture, &settings(2, 2, 2), Tier::Gpu);
+    let mut streamer = lent.streamer(&fixture, &settings(2, 2, 2)).unwrap();
     let seen = Arc::new(AtomicUsize::new(0));
     let counter = seen.clone();
     streamer.track_progress(move |progress| {
@@ -457,6 +458,13 @@ fn the_counts_are_those_of_the_work_done() {
         assert!(stats.stage(stage).units >= 12 && stats.stage(stage).bytes >= 3 * pass, "{stage}: {stats:?}");
     }
     assert!(stats.direct_bytes + stats.buffered_bytes >= 3 * pass);
+
+    // Where nothing is lent, what is read is used in place.
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+    (0..3).for_each(|_| checked_pass(&fixture, &mut streamer));
+    let stats = streamer.stats();
+    let bytes = Stage::ALL.map(|stage| stats.stage(stage).bytes);
+    assert!(bytes[0] >= 3 * pass && bytes[1..] == [0, 0, 3 * pass], "{bytes:?}");
 }
 
 #[test]

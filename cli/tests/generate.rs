@@ -45,7 +45,6 @@ fn text_alone_goes_to_stdout_and_everything_else_to_stderr() {
     let said = text(&done.stderr);
     for part in [
         "pinned slots",
-        "device slots",
         "8 units kept on the device",
         "static tensors",
         "KV cache of 37 tokens",
@@ -110,13 +109,7 @@ fn the_plan_is_printed_alone_and_names_tiers_and_the_link_that_binds() {
     assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
     assert_says(
         &text(&done.stdout),
-        &[
-            "3 on the device: 0-2",
-            "1 in pinned RAM: 5",
-            "4 on disk: 3-4,6-7",
-            "bound by disk",
-            "2.00 and 10.00 GB/s, assumed",
-        ],
+        &["4 on the device: 0-2,5", "4 on disk: 3-4,6-7", "bound by disk", "2.00 and 10.00 GB/s, assumed"],
     );
     let all = plan(&["4096="]);
     assert_says(&text(&all.stdout), &["8 on the device: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);

@@ -13,7 +13,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     model::{Fit, Model},
-    plan::{Bandwidths, Budget, FixedOverhead, Part, Placement, Plan, Presence, Settings, Tier, Unit},
+    plan::{Bandwidths, Budget, FixedOverhead, Part, Placement, Plan, Settings, Sharing, Tier, Unit},
 };
 
 /// What a streamer or a model would choose and take. Set `size` before the call.
@@ -144,7 +144,7 @@ pub unsafe extern "C" fn ls_streamer_plan(
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let mut units = chosen.units(&checkpoint)?;
         let planned = chosen.fit(&device, &checkpoint, &mut units).and_then(|settings| {
-            let plan = Plan::new(&checkpoint, &units, &settings, Presence::of(&device))?;
+            let plan = Plan::new(&checkpoint, &units, &settings, Sharing::of(&device))?;
             let tiers = units.iter().map(Unit::tier).collect();
             Ok((Placement { settings, tiers, statics: String::new() }, plan.memory()))
         });

@@ -28,8 +28,8 @@ pub struct ls_layer {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ls_tensor {
-    /// Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; kernels take what is
-    /// aligned for its type.
+    /// Device memory, on the CPU device RAM. What the library hands out begins on a boundary of 256 bytes; on the CPU device, where
+    /// layers are used where they were read to, it is aligned for its type. Kernels take what is.
     pub data: *mut c_void,
     /// An ls_dtype.
     pub dtype: i32,

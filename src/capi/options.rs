@@ -18,7 +18,7 @@ use crate::{
     checkpoint::Checkpoint,
     layout::Space,
     pipeline::LentMemory,
-    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Presence, Reader, Settings, Tier, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Reader, Settings, Sharing, Tier, Unit},
     trace::{Observer, Stats},
 };
 
@@ -205,7 +205,7 @@ pub unsafe extern "C" fn ls_streamer_memory(
         }
         let checkpoint = CHECKPOINTS.enter(checkpoint.id)?.checkpoint.clone();
         let units = chosen.units(&checkpoint)?;
-        let layout = Plan::new(&checkpoint, &units, &chosen.settings, Presence::AtOnce)?.layout;
+        let layout = Plan::new(&checkpoint, &units, &chosen.settings, Sharing::Own)?.layout;
         let [ram, pinned, gpu] = layout.spaces().map(Space::bytes);
         let staging = layout.staging.bytes();
         let memory = ls_memory { size: size_of::<ls_memory>(), ram, pinned, gpu, staging };

@@ -7,7 +7,7 @@ mod stream;
 mod unit;
 
 pub(crate) use repack::{REPACK_ALIGN, Repacked};
-pub use stream::Presence;
+pub use stream::Sharing;
 pub(crate) use stream::{Rings, Space, StageLayout, Staging, StreamLayout, Tallies, Tally};
 #[cfg(test)]
 pub(crate) use unit::{Cast, MAX_GAP};
@@ -59,15 +59,20 @@ impl Offsets {
     }
 }
 
-/// What a unit moves in a pass (bytes read, bytes copied, and of these what is unpacked and to how much) and takes where it is kept or in a slot (in RAM, on the device; there also
+/// What a unit moves in a pass (bytes read, bytes that arrive, of these what is used in place, and what is unpacked and to how much) and takes where it is kept or in a slot (in RAM, on the device; there also
 /// with packed tensors as they are stored).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sizes {
     pub(crate) read: usize,
-    pub(crate) copied: usize,
+    pub(crate) arriving: usize,
+    pub(crate) in_place: usize,
     pub(crate) unpacked: [usize; 2],
     /// Whole pages.
     pub(crate) host: usize,
+    /// In a slot in RAM on its way to where it is kept on the device: nothing where it is used in place.
+    pub(crate) through: usize,
+    /// In a slot of the device as it is stored, which is nothing where it is used in place; and where it comes packed out of RAM.
+    pub(crate) passing: [usize; 2],
     /// A multiple of [`DEVICE_ALIGN`].
     pub(crate) device: usize,
     /// Likewise.
@@ -101,10 +106,13 @@ impl Sizes {
         let both = |a: [usize; 2], b: [usize; 2]| [f(a[0], b[0]), f(a[1], b[1])];
         Self {
             read: f(self.read, other.read),
-            copied: f(self.copied, other.copied),
+            arriving: f(self.arriving, other.arriving),
+            in_place: f(self.in_place, other.in_place),
             unpacked: both(self.unpacked, other.unpacked),
             repacked: both(self.repacked, other.repacked),
             host: f(self.host, other.host),
+            through: f(self.through, other.through),
+            passing: both(self.passing, other.passing),
             device: f(self.device, other.device),
             packed: f(self.packed, other.packed),
         }

@@ -3,14 +3,14 @@
 use super::{DEVICE_ALIGN, Sizes, UnitLayout, Unpack, pages, slot_bytes};
 use crate::unit::Tier;
 
-/// When the memory that units are kept in on the device can be written without waiting for page faults. It decides whether such
-/// units ever pass through the device's slots.
+/// Whose memory a device computes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Presence {
-    /// As soon as it is reserved: a GPU's own memory, or memory that the caller lends. They never do.
-    AtOnce,
-    /// In the course of the first pass: RAM, which is prefaulted meanwhile. In that pass they may.
-    InFirstPass,
+pub enum Sharing {
+    /// Its own, or what the caller lends: units are copied to it. It can be written as soon as it is reserved.
+    Own,
+    /// RAM: units that arrive as they are stored are used where they were read to. What is kept there is prefaulted in the course of the
+    /// first pass, in which kept units may pass through slots.
+    Ram,
 }
 
 /// `n_gpu`, `n_cpu_pinned` and `n_cpu`; or the batches of the three.
@@ -48,14 +48,22 @@ impl Tallies {
         Tier::KEPT.iter().map(|tier| self.in_tier(*tier).units).sum()
     }
 
-    /// What comes to the device in a pass once all tiers are filled.
-    pub(crate) fn moved(&self) -> Sizes {
-        let passing = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum);
-        let Sizes { copied, repacked: [expected, weights], .. } = self.in_tier(Tier::PinnedPacked).sum;
+    /// What is copied to the device in a pass once all tiers are filled, and of that what is unpacked, and to how much.
+    pub(crate) fn copied(&self) -> (usize, [usize; 2]) {
+        let Sizes { arriving, repacked: [expected, weights], .. } = self.in_tier(Tier::PinnedPacked).sum;
         // Rounding may make it more. All of it is unpacked but for norms and the like.
-        let copied = copied.min(expected);
-        let packed = Sizes { copied, unpacked: [copied.min(weights), weights], ..Sizes::default() };
-        passing.into_iter().fold(packed, Sizes::plus)
+        let copied = arriving.min(expected);
+        let passing = [Tier::Disk, Tier::Ram, Tier::Pinned].map(|tier| self.in_tier(tier).sum);
+        passing.iter().fold((copied, [copied.min(weights), weights]), |(copied, [from, to]), sum| {
+            let more = sum.arriving.saturating_sub(sum.in_place);
+            let unpacked = [from.saturating_add(sum.unpacked[0]), to.saturating_add(sum.unpacked[1])];
+            (copied.saturating_add(more), unpacked)
+        })
+    }
+
+    /// Whether any units are used in place, or might have been, were they not packed in RAM: that must not take less for want of slots.
+    fn some_in_place(&self) -> bool {
+        self.0.iter().any(|tally| tally.sum.in_place > 0) || self.in_tier(Tier::PinnedPacked).units > 0
     }
 
     fn largest(&self, tiers: &[Tier], bytes: fn(&Sizes) -> usize) -> usize {
@@ -78,6 +86,12 @@ impl StageLayout {
         Self { slots: n + 1, slot_bytes: slot_bytes(largest), batch: batch.max(1) }
     }
 
+    /// The same on the device. Where all units are used in place its slots only count them.
+    fn on_device(n: usize, batch: usize, largest: usize, in_place: bool) -> Self {
+        let stage = Self::new(n, batch, largest);
+        if in_place && largest == 0 { Self { slot_bytes: 0, ..stage } } else { stage }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.slots.saturating_mul(self.slot_bytes)
     }
@@ -97,10 +111,10 @@ impl Staging {
     const MOST: usize = 32 << 20;
 
     /// Those that these units need. Packed weights need none where the device's memory is RAM: it unpacks them from where they lie.
-    pub(crate) fn of(units: &[UnitLayout], presence: Presence) -> Self {
+    pub(crate) fn of(units: &[UnitLayout], sharing: Sharing) -> Self {
         let casts = units.iter().flat_map(|unit| &unit.casts).map(|cast| cast.bytes());
-        let unpacks = units.iter().filter(|_| presence == Presence::AtOnce).flat_map(|unit| &unit.unpacks);
-        let repacked = units.iter().filter(|unit| presence == Presence::AtOnce && unit.tier == Tier::PinnedPacked);
+        let unpacks = units.iter().filter(|_| sharing == Sharing::Own).flat_map(|unit| &unit.unpacks);
+        let repacked = units.iter().filter(|unit| sharing == Sharing::Own && unit.tier == Tier::PinnedPacked);
         let repacked = repacked.flat_map(|unit| &unit.tensors).filter(|tensor| tensor.can_pack());
         let repacked = repacked.map(|tensor| tensor.stored.bytes);
         let largest = casts.chain(unpacks.map(Unpack::bytes)).chain(repacked).max();
@@ -145,31 +159,41 @@ pub(crate) struct StreamLayout {
     pub(crate) pinned: Option<StageLayout>,
     pub(crate) gpu: StageLayout,
     pub(crate) staging: Staging,
-    pub(crate) presence: Presence,
+    pub(crate) sharing: Sharing,
     /// Bytes of the units that are kept, by [`Tier::KEPT`].
     kept: [usize; Tier::KEPT.len()],
 }
 
 impl StreamLayout {
-    pub(crate) fn new(tallies: &Tallies, rings: Rings, batches: Rings, presence: Presence, staging: Staging) -> Self {
+    pub(crate) fn new(tallies: &Tallies, rings: Rings, batches: Rings, sharing: Sharing, staging: Staging) -> Self {
         let [[n_gpu, n_cpu_pinned, n_cpu], [batch_gpu, batch_cpu_pinned, batch_cpu]] = [rings, batches];
         // Slots are for the units that pass through them. What is kept on the device came through the host's.
-        let read = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked];
-        let from_disk = tallies.largest(&read, |sizes| sizes.host);
+        let on_device = tallies.largest(&[Tier::Gpu, Tier::GpuPacked], |sizes| sizes.through);
+        let from_disk = tallies.largest(&[Tier::Disk, Tier::PinnedPacked], |sizes| sizes.host).max(on_device);
         let to_pin = tallies.largest(&[Tier::Ram], |sizes| sizes.host).max(from_disk);
-        let passing = match presence {
-            Presence::AtOnce => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked, Tier::PinnedPacked][..],
-            Presence::InFirstPass => &Tier::ALL,
+        let passing = match sharing {
+            Sharing::Own => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked][..],
+            Sharing::Ram => &[Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked],
         };
-        let to_device = tallies.largest(passing, |sizes| sizes.device);
+        let repacked = tallies.largest(&[Tier::PinnedPacked], |sizes| sizes.passing[1]);
+        let to_device = tallies.largest(passing, |sizes| sizes.passing[0]).max(repacked);
         let [ram, pinned, gpu, packed, repacked] = Tier::KEPT.map(|tier| tallies.in_tier(tier).sum);
+        let shared = sharing == Sharing::Ram;
+        // Those that are used in place stay in the slot that they were read into as long as they are held.
+        let held = if shared && tallies.some_in_place() { n_gpu } else { 0 };
         // Units that are kept in RAM need the pin stage, and that a RAM slot for the others.
-        let has_ram = n_cpu > 0 || (ram.host > 0 && n_cpu_pinned > 0);
-        let has_pinned = n_cpu_pinned > 0 || n_cpu == 0;
+        let has_ram = !shared && (n_cpu > 0 || (ram.host > 0 && n_cpu_pinned > 0));
+        let has_pinned = shared || n_cpu_pinned > 0 || n_cpu == 0;
+        // Where memory is shared one ring holds what two do elsewhere.
+        let (n_pinned, batch_pinned) = match (shared, n_cpu_pinned) {
+            (false, _) => (n_cpu_pinned, batch_cpu_pinned),
+            (true, 0) => (n_cpu + held, batch_cpu),
+            (true, _) => (n_cpu + n_cpu_pinned + held, batch_cpu_pinned),
+        };
         // An arena is whole pages.
-        let rest = match presence {
-            Presence::AtOnce => 0,
-            Presence::InFirstPass => {
+        let rest = match sharing {
+            Sharing::Own => 0,
+            Sharing::Ram => {
                 let all = gpu.device.saturating_add(packed.packed);
                 pages(all).saturating_sub(all)
             }
@@ -180,10 +204,10 @@ impl StreamLayout {
         };
         Self {
             ram: has_ram.then(|| StageLayout::new(n_cpu, batch_cpu, from_disk)),
-            pinned: has_pinned.then(|| StageLayout::new(n_cpu_pinned, batch_cpu_pinned, to_pin)),
-            gpu: StageLayout::new(n_gpu, batch_gpu, to_device),
+            pinned: has_pinned.then(|| StageLayout::new(n_pinned, batch_pinned, to_pin)),
+            gpu: StageLayout::on_device(n_gpu, batch_gpu, to_device, held > 0),
             staging,
-            presence,
+            sharing,
             kept: [ram.host, pinned.host, gpu, packed, repacked.repacked[0]],
         }
     }

@@ -214,6 +214,8 @@ pub(crate) struct UnitLayout {
     /// The same where packed tensors are kept as they are.
     pub(crate) packed_bytes: usize,
     pub(crate) tier: Tier,
+    /// The layer function uses it where it was read to: nothing is copied, and what is kept of it are the pages that were read.
+    pub(crate) in_place: bool,
     /// Where it lies among the units that are kept in its tier.
     pub(crate) resident_at: usize,
     /// For messages: (file, end, name) of each stored tensor, sorted.
@@ -286,9 +288,32 @@ impl UnitLayout {
             device_bytes: on_device.bytes(),
             packed_bytes: kept.bytes(),
             tier: unit.tier(),
+            in_place: false,
             resident_at: 0,
             stored,
         })
+    }
+
+    /// Plans it for a device that computes in RAM. There the tiers are one, and a unit is used in place if all of its tensors arrive as
+    /// they are stored, on boundaries of their elements.
+    pub(crate) fn share_memory(&mut self) {
+        let lies_well = |tensor: &Placed| tensor.stored.offset.is_multiple_of(tensor.dtype.size() as u64);
+        self.in_place = self.disk_bytes > 0
+            && self.casts.is_empty()
+            && self.unpacks.is_empty()
+            && self.tier != Tier::PinnedPacked
+            && self.tensors.iter().all(lies_well);
+        if self.in_place {
+            self.copies.clear();
+            for tensor in self.tensors.iter_mut().filter(|tensor| tensor.stored.bytes > 0) {
+                tensor.at = host_position(&self.extents, &tensor.stored);
+            }
+        }
+        self.tier = match self.tier {
+            Tier::Ram | Tier::Pinned | Tier::GpuPacked if self.in_place => Tier::Gpu,
+            Tier::Ram => Tier::Pinned,
+            tier => tier,
+        };
     }
 
     /// What it moves and takes.
@@ -296,10 +321,13 @@ impl UnitLayout {
         let unpacked = self.unpacks.iter().map(|unpack| [unpack.bytes(), WEIGHT * unpack.packed.parts().weights]);
         Sizes {
             read: self.read_bytes,
-            copied: self.disk_bytes,
+            arriving: self.disk_bytes,
+            in_place: if self.in_place { self.disk_bytes } else { 0 },
             unpacked: unpacked.fold([0; 2], |[from, to], [more, weights]| [from + more, to + weights]),
             host: self.host_bytes,
-            device: self.device_bytes,
+            through: if self.in_place { 0 } else { self.host_bytes },
+            passing: [if self.in_place { 0 } else { self.device_bytes }, self.device_bytes],
+            device: if self.in_place { self.host_bytes } else { self.device_bytes },
             packed: self.packed_bytes,
             repacked: self.expected_packed(),
         }
@@ -318,6 +346,7 @@ impl UnitLayout {
         match self.tier {
             Tier::Disk => 0,
             Tier::Ram | Tier::Pinned => self.host_bytes,
+            Tier::Gpu if self.in_place => self.host_bytes,
             Tier::Gpu => self.device_bytes,
             Tier::GpuPacked => self.packed_bytes,
             Tier::PinnedPacked => self.expected_packed()[0],

@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result},
     kernels::Kernels,
     pipeline::{LayerStreamer, StaticTensors},
-    plan::{Part, Placement, Plan, Presence, Settings},
+    plan::{Part, Placement, Plan, Settings, Sharing},
     trace::Observer,
 };
 
@@ -162,7 +162,7 @@ impl<D: Kernels> Decoder<D> {
     /// # Errors
     /// As [`Plan::new`].
     pub fn plan(device: &D, model: &Model, settings: &Settings) -> Result<Plan> {
-        Plan::new(model.source(), &model.units_for(device.precision()), settings, Presence::of(device))
+        Plan::new(model.source(), &model.units_for(device.precision()), settings, Sharing::of(device))
     }
 
     /// How many tokens of sequence `row` the KV cache holds.

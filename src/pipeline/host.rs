@@ -26,6 +26,11 @@ pub struct LentMemory {
 }
 
 impl LentMemory {
+    /// Whether anything is lent.
+    pub(crate) fn is_some(&self) -> bool {
+        self.ram.or(self.pinned).or(self.gpu).is_some()
+    }
+
     /// Whether everything lent is large enough and begins where it must.
     pub(crate) fn check(&self, plan: &Plan) -> Result<()> {
         let [ram, pinned, gpu] = plan.layout.spaces();
@@ -181,14 +186,14 @@ mod tests {
     use super::*;
     use crate::{
         fixtures::weights_fixture,
-        plan::{Presence, Settings},
+        plan::{Settings, Sharing},
     };
 
     #[test]
     fn room_for_packing_becomes_present_where_no_unit_is_kept_pinned() {
         let mut fixture = weights_fixture(1, &[300_000], 1);
         fixture.units[0].set_tier(Tier::PinnedPacked);
-        let plan = Plan::new(&fixture.checkpoint, &fixture.units, &Settings::default(), Presence::AtOnce).unwrap();
+        let plan = Plan::new(&fixture.checkpoint, &fixture.units, &Settings::default(), Sharing::Own).unwrap();
         // SAFETY: nothing is lent.
         let host = unsafe { HostMemory::new(&plan, &LentMemory::default()).unwrap() };
         let Range { start, end } = host.packing_room(&plan);

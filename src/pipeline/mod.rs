@@ -50,7 +50,7 @@ use crate::{
         stage::{Control, Running},
         transfer::TransferStage,
     },
-    plan::{Plan, Presence, Reader, Settings, Unit},
+    plan::{Plan, Reader, Settings, Sharing, Unit},
     sync::Signal,
     trace::{About, Mark, Observer, Stats, Trace, Verdict},
 };
@@ -174,8 +174,8 @@ impl<D: Device> LayerStreamer<D> {
         observers: &[Arc<dyn Observer>],
         lent: &LentMemory,
     ) -> Result<Self> {
-        let presence = if lent.gpu.is_some() { Presence::AtOnce } else { Presence::of(device) };
-        let plan = Arc::new(Plan::new(checkpoint, units, settings, presence)?);
+        let sharing = if lent.is_some() { Sharing::Own } else { Sharing::of(device) };
+        let plan = Arc::new(Plan::new(checkpoint, units, settings, sharing)?);
         lent.check(&plan)?;
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;

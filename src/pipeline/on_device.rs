@@ -1,5 +1,10 @@
 //! Device memory: the slots that compute uses, the memory of the units that stay, and the events that guard both.
 
+use std::{
+    ptr,
+    sync::atomic::{AtomicPtr, Ordering},
+};
+
 use crate::{
     arena::Arena,
     device::{Device, DevicePtr},
@@ -31,15 +36,18 @@ impl<D: Device> Stretch<D> {
     }
 }
 
-/// Device memory with its events; the transfer fills it, compute uses it.
+/// Device memory with its events; the transfer fills it, compute uses it. A unit that is used in place is not in it: its slot stands for
+/// that in host memory where it lies, and is without memory where all units are.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a resident is written
-/// once, while its unit is `Filling`. Once that copy is enqueued, with `arrived` after it, the unit is
-/// `There` (see [`residency`](super::residency)).
+/// once, while its unit is `Filling`. Once that copy is enqueued, with `arrived` after it, or the read is done where it is used in place,
+/// the unit is `There` (see [`residency`](super::residency)).
 pub(crate) struct DeviceMemory<D: Device> {
     device: D,
     slots: Stretch<D>,
     slot_bytes: usize,
+    /// By slot: where the unit lies in host memory that is used in place.
+    in_place: Vec<AtomicPtr<u8>>,
     residents: Option<Stretch<D>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
@@ -72,6 +80,7 @@ impl<D: Device> DeviceMemory<D> {
             slots: slots()?,
             residents: (kept > 0).then(residents_at).transpose()?,
             slot_bytes: stage.slot_bytes,
+            in_place: (0..stage.slots).map(|_| AtomicPtr::new(ptr::null_mut())).collect(),
             arrived: events()?,
             compute_done: events()?,
             resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
@@ -80,9 +89,18 @@ impl<D: Device> DeviceMemory<D> {
         })
     }
 
+    /// Says where in host memory the unit lies for which a slot stands from now on.
+    pub(crate) fn put_in_place(&self, Slot(slot): Slot, at: *mut u8) {
+        // Whoever asks has the slot from the ring, which orders this before it.
+        self.in_place[slot].store(at, Ordering::Relaxed);
+    }
+
     /// Where `unit` lies.
     pub(crate) fn address(&self, plan: &Plan, unit: usize, place: Place) -> DevicePtr {
         match (place, &self.residents) {
+            (Place::Slot(Slot(slot)), _) if plan.units[unit].in_place => {
+                DevicePtr::new(self.in_place[slot].load(Ordering::Relaxed))
+            }
             (Place::Slot(Slot(slot)), _) => self.slots.start(&self.device).offset(slot * self.slot_bytes),
             (_, Some(residents)) => residents.start(&self.device).offset(plan.units[unit].resident_at),
             // A unit without a byte needs no memory.
@@ -97,13 +115,18 @@ impl<D: Device> DeviceMemory<D> {
         }
     }
 
-    /// Whether a unit that is kept here would wait for its memory to be prefaulted, though a slot could take it.
-    pub(crate) fn is_late(&self, unit: &UnitLayout) -> bool {
+    /// Whether a unit that is kept here would wait for its memory to be prefaulted, though a slot could take it: one in host memory, of so
+    /// many bytes, if it is used in place.
+    pub(crate) fn is_late(&self, unit: &UnitLayout, host_slot: usize) -> bool {
         let absent = match &self.residents {
             Some(Stretch::Ram(arena)) => !arena.is_prefaulted(unit.resident_at + unit.kept_bytes()),
             _ => false,
         };
-        absent && unit.device_bytes <= self.slot_bytes
+        absent
+            && match unit.in_place {
+                true => unit.host_bytes <= host_slot,
+                false => unit.device_bytes <= self.slot_bytes,
+            }
     }
 
     /// The event of the unit's arrival there, and that of the end of its use.

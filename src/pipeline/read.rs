@@ -171,7 +171,9 @@ impl<D: Device> ReadStage<D> {
             // Packed ones are put there by another thread.
             Tier::Disk | Tier::PinnedPacked => false,
             Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),
-            Tier::Gpu | Tier::GpuPacked => !(self.first_pass && self.on_device.is_late(unit)),
+            Tier::Gpu | Tier::GpuPacked => {
+                !(self.first_pass && self.on_device.is_late(unit, self.memory.first().1.slot_bytes))
+            }
         }
     }
 
@@ -195,6 +197,9 @@ impl<D: Device> ReadStage<D> {
         let (slot, to, next) = match unit.tier {
             _ if is_read => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
             Tier::Ram | Tier::Pinned if stays => (None, self.memory.resident(unit).as_ptr(), (0, 0)),
+            _ if stays && unit.in_place => {
+                (None, self.on_device.address(&self.plan, index, Place::Resident).as_ptr(), (0, 0))
+            }
             _ => {
                 let Some(slot) = self.outlet.slot() else { return false };
                 (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
@@ -285,7 +290,7 @@ impl<D: Device> Advance for ReadStage<D> {
                 return Err((index, error));
             }
             let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);
-            let in_ram = place == Place::Resident && !unit.tier.is_on_device();
+            let in_ram = place == Place::Resident && (unit.in_place || !unit.tier.is_on_device());
             let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
             if let Err(error) = self.check_files(index, moved.is_some()) {
                 self.states.give_up(index);

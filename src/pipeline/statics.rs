@@ -14,7 +14,7 @@ use crate::{
         compute::view,
         reports::Reports,
     },
-    plan::{Presence, Reader, Settings, Unit},
+    plan::{Reader, Settings, Sharing, Unit},
 };
 
 /// Blocks through which static tensors pass on their way to the device, at most.
@@ -56,7 +56,7 @@ impl<D: Device> StaticTensors<D> {
         let count = layout.reads(CHUNK).take(BLOCKS).count().max(1);
         let blocks = Arc::new(Arena::new("static tensors on their way", count, CHUNK)?);
         // A chunk comes at a time.
-        let staging = Staging::of(slice::from_ref(&layout), Presence::of(device)).at_most(CHUNK);
+        let staging = Staging::of(slice::from_ref(&layout), Sharing::of(device)).at_most(CHUNK);
         let mut arrival = ArrivalStream::new(device, staging, reports.map(Arc::new), c"layer-streamer statics")?;
         let mut reader = BlockReader::new(reader, sources, &blocks, count)?;
         if let Err(error) = fill(sources, &layout, &mut arrival, base, &blocks, &mut reader, idle) {

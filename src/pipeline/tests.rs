@@ -21,8 +21,7 @@ use crate::{
     fixtures::{self, Fixture, random_fixture},
     io::faults::{Attempt, Faults},
     plan::{
-        Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Presence, Reader, Settings, Tier,
-        Unit,
+        Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Reader, Settings, Sharing, Tier, Unit,
     },
     trace::clock::simulated,
 };
@@ -126,7 +125,7 @@ impl Case {
         // Or what a budget makes of it: any mix that the planner may choose.
         let settings = if rng.u8(..4) > 0 { settings } else { planned(&fixture, &mut units, settings, &mut rng) };
         let device = AsyncCpu::new(seed);
-        if seed % 4 == 3 {
+        if seed % 2 == 1 {
             device.link();
         }
         Self { fixture, units, expected, settings, device, rng, wrong: Arc::default() }
@@ -261,7 +260,7 @@ fn tiers_of_every_kind_are_late_in_these_tests_and_no_unit_is_read_a_third_time(
         let late = (0..200).any(|seed| {
             let mut case = Case::new(seed);
             // One stays on disk, so that there are slots that the others fit in.
-            let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Presence::AtOnce).unwrap();
+            let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Sharing::Own).unwrap();
             let on_disk = (0..case.units.len()).max_by_key(|unit| plan.units[*unit].host_bytes).unwrap();
             for (number, unit) in case.units.iter_mut().enumerate() {
                 unit.set_tier(if number == on_disk { Tier::Disk } else { tier });

@@ -14,8 +14,10 @@
 //! convert stream    wait(its arrival, compute_done[d], arrived[d]) → unpack → record(arrived[d])
 //! ```
 //!
-//! **Invariant**: a source slot is released upstream only after `done` was seen complete; a device slot comes back from the
-//! compute side only after its `compute_done` was recorded.
+//! For a unit that is used in place it enqueues nothing: slot `d` stands for slot `s`.
+//!
+//! **Invariant**: a source slot is released upstream only after `done` was seen complete, or where it is used in place `compute_done[d]`; a
+//! device slot comes back from the compute side only after its `compute_done` was recorded.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -61,6 +63,10 @@ pub(crate) struct TransferStage<D: Device> {
     inlet: Inlet,
     outlet: Outlet,
     arrival: ArrivalStream<D>,
+    /// Slots on the device that are free, or come back and stand for a source slot that work which is enqueued may still use.
+    back: Vec<Slot>,
+    /// By slot on the device: the source slot that it stands for.
+    stands_for: Vec<Option<Slot>>,
     /// Oldest first: all that come from source slots, and of those from residents a pass.
     in_flight: VecDeque<CopyInFlight<D>>,
     /// Events for more of these; at least so many stay for source slots.
@@ -88,7 +94,10 @@ impl<D: Device> TransferStage<D> {
         // As many as may be enqueued before the first of them has to be done: slots, and a pass of units that have none.
         let most = sources + plan.layout.gpu.slots + plan.tallies.kept();
         let timed = control.trace.times_device();
+        let slots = plan.layout.gpu.slots;
         Ok(Self {
+            back: Vec::with_capacity(slots),
+            stands_for: vec![None; slots],
             plan: plan.clone(),
             control: control.clone(),
             residents: plan.units.iter().map(|_| None).collect(),
@@ -192,10 +201,45 @@ impl<D: Device> TransferStage<D> {
         self.arrival.check()
     }
 
+    /// Takes slots on the device that came back, and releases the source slots that they stood for, as far as these are not used any
+    /// more. Returns whether any was released.
+    fn take_back(&mut self) -> Result<bool> {
+        while let Some(slot) = self.outlet.slot() {
+            self.back.push(slot);
+        }
+        let mut released = false;
+        for &slot in &self.back {
+            let [_, compute_done] = self.to.events(0, Place::Slot(slot));
+            let stands_for = &mut self.stands_for[slot.0];
+            if stands_for.is_some() && self.device.query(compute_done)? {
+                stands_for.take().into_iter().for_each(|source| self.inlet.release(source));
+                released = true;
+            }
+        }
+        Ok(released)
+    }
+
+    /// Waits until the source slot that one of the slots stands for which came back is not used any more, if there is one.
+    fn wait_for_use(&self) -> Result<bool> {
+        let Some(&slot) = self.back.iter().find(|slot| self.stands_for[slot.0].is_some()) else { return Ok(false) };
+        let [_, compute_done] = self.to.events(0, Place::Slot(slot));
+        self.device.synchronize(compute_done)?;
+        Ok(true)
+    }
+
     /// Where a unit goes on the device: where it is kept there, or a free slot.
-    fn target(&mut self, unit: usize) -> Option<Place> {
-        let stays = self.plan.units[unit].tier == Tier::Gpu && self.states.of(unit) != Residency::Absent;
-        if stays { Some(Place::Resident) } else { self.outlet.slot().map(Place::Slot) }
+    fn target(&mut self, Entry { unit, place, .. }: Entry) -> Option<Place> {
+        let (tier, state) = (self.plan.units[unit].tier, self.states.of(unit));
+        let stays = match self.plan.units[unit].in_place {
+            // It may be on its way to where it is kept by another read.
+            true => place == Place::Resident || state == Residency::There,
+            false => tier == Tier::Gpu && state != Residency::Absent,
+        };
+        if stays {
+            return Some(Place::Resident);
+        }
+        let free = self.back.iter().position(|slot| self.stands_for[slot.0].is_none())?;
+        Some(Place::Slot(self.back.swap_remove(free)))
     }
 
     fn hand_on(&mut self, entry: Entry, place: Place) -> Result<Advanced> {
@@ -208,6 +252,11 @@ impl<D: Device> TransferStage<D> {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);
             }
+        } else if let (true, Place::Slot(source), Place::Slot(slot)) =
+            (self.plan.units[unit].in_place, entry.place, place)
+        {
+            self.to.put_in_place(slot, self.from.last().0.slot(source.0).as_ptr());
+            self.stands_for[slot.0] = Some(source);
         } else {
             let packed = self.packed.get(unit).filter(|_| entry.place == Place::Resident);
             let bytes = packed.map_or(self.plan.units[unit].disk_bytes, |packed| packed.layout.disk_bytes);
@@ -233,7 +282,7 @@ impl<D: Device> TransferStage<D> {
         if let Some(timer) = &mut self.timer {
             timer.tell(&self.control.trace)?;
         }
-        let retired = self.retire(false)?;
+        let retired = self.retire(false)? | self.take_back()?;
         self.arrival.check()?;
         let waiting = match self.inlet.peek(epoch) {
             Some(Message::Failed { unit, .. }) => {
@@ -241,7 +290,7 @@ impl<D: Device> TransferStage<D> {
                 return Ok(Advanced::Failed { unit });
             }
             Some(Message::Unit(entry)) if self.outlet.room() > 0 => {
-                if let Some(place) = self.target(entry.unit) {
+                if let Some(place) = self.target(entry) {
                     self.inlet.take();
                     return self.hand_on(entry, place);
                 }
@@ -260,7 +309,8 @@ impl<D: Device> TransferStage<D> {
         // is followed to know what the device does, and not where none is enqueued behind it: what comes next would be late.
         let is_blocking = |oldest: &&CopyInFlight<D>| !retired && (oldest.source.is_some() || self.in_flight.len() > 1);
         let Some(CopyInFlight { begun, .. }) = self.in_flight.front().filter(is_blocking) else {
-            return Ok(if retired { Advanced::Moved } else { Advanced::Waiting(waiting) });
+            let moved = retired || self.wait_for_use()?;
+            return Ok(if moved { Advanced::Moved } else { Advanced::Waiting(waiting) });
         };
         // Until the copy has begun it is compute that keeps it waiting.
         if !self.device.query(begun)? {

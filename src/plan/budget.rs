@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bandwidths, Forecast, Part, Placement, Presence, Settings, Tier, Unit, fastest};
+use super::{Bandwidths, Forecast, Part, Placement, Settings, Sharing, Tier, Unit, fastest};
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
@@ -157,7 +157,7 @@ impl Budget {
         pack: Pack,
     ) -> Result<Placement> {
         settings.map_or(Ok(()), Settings::validate)?;
-        let survey = Survey::new(checkpoint, units, overhead, self.presence())?;
+        let survey = Survey::new(checkpoint, units, overhead, self.sharing())?;
         let given = settings.map(|settings| [settings.rings()]);
         let among = given.as_ref().map_or(&RINGS[..], |rings| rings);
         let (tiers, [n_gpu, n_cpu_pinned, n_cpu]) = choose(&survey, self, bandwidths, among, pack)?;
@@ -181,9 +181,9 @@ impl Budget {
         overhead: FixedOverhead,
         settings: Option<&Settings>,
     ) -> Result<Self> {
-        let survey = Survey::new(checkpoint, units, overhead, self.presence())?;
+        let survey = Survey::new(checkpoint, units, overhead, self.sharing())?;
         let rings = settings.map_or(SHORTEST, Settings::rings);
-        Ok(least(&families(&survey, &classes(&survey.sizes), self.presence()), self, rings))
+        Ok(least(&families(&survey, &classes(&survey.sizes), self.sharing()), self, rings))
     }
 }
 
@@ -197,22 +197,27 @@ struct Survey {
 }
 
 impl Survey {
-    fn new(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead, presence: Presence) -> Result<Self> {
+    fn new(checkpoint: &Checkpoint, units: &[Unit], overhead: FixedOverhead, sharing: Sharing) -> Result<Self> {
         if units.is_empty() {
             return Err(Error::setting("units", "there must be at least one"));
         }
         let planned = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>();
         let mut planned = planned?;
-        planned.iter_mut().for_each(|unit| unit.tier = Tier::Disk);
+        for unit in &mut planned {
+            unit.tier = Tier::Disk;
+            if sharing == Sharing::Ram {
+                unit.share_memory();
+            }
+        }
         let sizes: Vec<_> = planned.iter().map(UnitLayout::sizes).collect();
         let all = sizes.iter().fold(Sizes::default(), |sum, &size| sum.plus(size));
         // Sums of them would mean nothing.
         if all.host.max(all.device) > MOST {
             return Err(Error::setting("units", "are larger together than can be addressed"));
         }
-        let staging = Staging::of(&planned, presence).bytes();
+        let staging = Staging::of(&planned, sharing).bytes();
         planned.iter_mut().for_each(|unit| unit.tier = Tier::PinnedPacked);
-        let packing = Staging::of(&planned, presence).bytes() - staging;
+        let packing = Staging::of(&planned, sharing).bytes() - staging;
         let device_bytes = overhead.device_bytes.saturating_add(staging);
         Ok(Self { sizes, overhead: FixedOverhead { device_bytes, ..overhead }, packing })
     }
@@ -236,7 +241,7 @@ struct PlanFamily {
     largest: Vec<[Sizes; 2]>,
     overhead: FixedOverhead,
     packing: usize,
-    presence: Presence,
+    sharing: Sharing,
 }
 
 /// One plan of a family.
@@ -260,7 +265,7 @@ const PLAIN: Ways = Ways { on_device: Tier::Gpu, in_ram: Tier::Pinned };
 
 impl PlanFamily {
     /// The units in `order`; those alike count as the largest of them, so that they can be exchanged.
-    fn new(order: Vec<usize>, sizes: &[Sizes], survey: &Survey, presence: Presence) -> Self {
+    fn new(order: Vec<usize>, sizes: &[Sizes], survey: &Survey, sharing: Sharing) -> Self {
         let (mut first, mut largest) = (vec![Sizes::default()], vec![[Sizes::default(); 2]; order.len() + 1]);
         for (i, &unit) in order.iter().enumerate() {
             first.push(first[i].plus(sizes[unit]));
@@ -270,7 +275,7 @@ impl PlanFamily {
             largest[i][1] = largest[i + 1][1].max(sizes[unit]);
         }
         let Survey { overhead, packing, .. } = *survey;
-        Self { order, first, largest, overhead, packing, presence }
+        Self { order, first, largest, overhead, packing, sharing }
     }
 
     fn len(&self) -> usize {
@@ -291,7 +296,7 @@ impl PlanFamily {
     }
 
     fn layout(&self, member: Member) -> StreamLayout {
-        StreamLayout::new(&self.tallies(member), member.rings, [0; 3], self.presence, Staging::default())
+        StreamLayout::new(&self.tallies(member), member.rings, [0; 3], self.sharing, Staging::default())
     }
 
     /// What it takes on the device and in RAM.
@@ -326,8 +331,8 @@ impl PlanFamily {
 
 impl Budget {
     /// That of the memory that it is for.
-    fn presence(self) -> Presence {
-        if self.device_bytes.is_none() { Presence::InFirstPass } else { Presence::AtOnce }
+    fn sharing(self) -> Sharing {
+        if self.device_bytes.is_none() { Sharing::Ram } else { Sharing::Own }
     }
 
     /// How units of these sizes may be kept. On a device with memory of its own they may stay packed, since unpacking costs that next to
@@ -366,7 +371,7 @@ fn choose(
 ) -> Result<(Vec<Tier>, Rings)> {
     let sizes = &survey.sizes;
     let classes = classes(sizes);
-    let families = families(survey, &classes, budget.presence());
+    let families = families(survey, &classes, budget.sharing());
     let members = families.iter().flat_map(|family| {
         let ways = budget.ways(sizes, pack).flat_map(|ways| among.iter().map(move |&rings| (ways, rings)));
         let members =
@@ -388,7 +393,11 @@ fn choose(
         let among =
             |first: usize| family.order[..first].iter().filter(|unit| class.binary_search(unit).is_ok()).count();
         let kept: Vec<_> = spread(class, among(member.kept)).collect();
-        kept.iter().for_each(|&unit| tiers[unit] = member.ways.in_ram);
+        for &unit in &kept {
+            // Where the device computes in RAM, what is used in place there is on the device.
+            let in_place = member.ways.in_ram == Tier::Pinned && sizes[unit].in_place > 0;
+            tiers[unit] = if in_place { member.ways.on_device } else { member.ways.in_ram };
+        }
         spread(&kept, among(member.gpu)).for_each(|unit| tiers[unit] = member.ways.on_device);
     }
     Ok((tiers, member.rings))
@@ -396,7 +405,7 @@ fn choose(
 
 /// Plans that give tiers to small units first, which leaves the least room unused, and to large ones first, which makes the
 /// slots small.
-fn families(survey: &Survey, classes: &[Vec<usize>], presence: Presence) -> [PlanFamily; 2] {
+fn families(survey: &Survey, classes: &[Vec<usize>], sharing: Sharing) -> [PlanFamily; 2] {
     let sizes = &survey.sizes;
     let mut uniform = sizes.clone();
     for class in classes {
@@ -404,7 +413,7 @@ fn families(survey: &Survey, classes: &[Vec<usize>], presence: Presence) -> [Pla
         class.iter().for_each(|&unit| uniform[unit] = largest);
     }
     let orders = [classes.concat(), classes.iter().rev().flatten().copied().collect()];
-    orders.map(|order| PlanFamily::new(order, &uniform, survey, presence))
+    orders.map(|order| PlanFamily::new(order, &uniform, survey, sharing))
 }
 
 /// Units by number, those alike together, the smallest first.

@@ -4,9 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cost, Plan, Presence, Tier};
+use super::{Cost, Plan, Sharing, Tier};
 use crate::{
-    layout::{Sizes, StreamLayout, Tallies},
+    layout::{StreamLayout, Tallies},
     packed,
 };
 
@@ -66,12 +66,12 @@ impl Forecast {
     /// disk's time and more): with none, reading and copying took turns, and a tenth longer than that, as the disk's queue ran
     /// empty every time. With one, at which a hiccup of either stops both, 0.84 of the disk's pace were left; with two, 0.94.
     pub(super) fn new(tallies: &Tallies, layout: &StreamLayout, bandwidths: Bandwidths) -> Self {
-        let Sizes { copied: copy_bytes, unpacked: [stored, weights], .. } = tallies.moved();
+        let (copy_bytes, [stored, weights]) = tallies.copied();
         let disk_bytes = tallies.in_tier(Tier::Disk).sum.read;
         let disk_seconds = disk_bytes as f64 / bandwidths.disk;
-        let copy_seconds = match layout.presence {
-            Presence::AtOnce => copy_bytes as f64 / bandwidths.copy,
-            Presence::InFirstPass => {
+        let copy_seconds = match layout.sharing {
+            Sharing::Own => copy_bytes as f64 / bandwidths.copy,
+            Sharing::Ram => {
                 // What arrives twice counts once among the bytes that are copied.
                 copy_bytes.saturating_sub(stored) as f64 / bandwidths.copy + weights as f64 / packed::core_rate()
             }

@@ -194,9 +194,29 @@ fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
     assert!(last <= end, "{what}: to {last} of {end}");
 }
 
-/// A unit's tensors are read once, and arrive where nothing else does.
-fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
-    assert_eq!((plan.tier, plan.name.as_str(), plan.tensors.len()), (unit.tier, unit.name(), unit.arrivals().len()));
+/// The tier that a unit is planned in, and whether it is used in place.
+fn expected(checkpoint: &Checkpoint, unit: &Unit, sharing: Sharing) -> (Tier, bool) {
+    let as_it_lies = |arrival: &crate::plan::Arrival| {
+        let entry = checkpoint.entry(&arrival.inputs[0]).unwrap();
+        let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
+        // Of nothing nothing is converted.
+        let stays = entry.packed.is_none() && to == entry.dtype || entry.elements() == 0;
+        stays && entry.offset.is_multiple_of(to.size() as u64)
+    };
+    let some = unit.arrivals().iter().any(|arrival| checkpoint.entry(&arrival.inputs[0]).unwrap().bytes > 0);
+    let in_place = some && unit.tier != Tier::PinnedPacked && unit.arrivals().iter().all(as_it_lies);
+    match (sharing, unit.tier) {
+        (Sharing::Own, tier) => (tier, false),
+        (_, Tier::Ram | Tier::Pinned | Tier::GpuPacked) if in_place => (Tier::Gpu, true),
+        (_, Tier::Ram) => (Tier::Pinned, false),
+        (_, tier) => (tier, in_place),
+    }
+}
+
+/// A unit's tensors are read once, and arrive where nothing else does, or stay where they were read to.
+fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: Sharing) {
+    assert_eq!((plan.tier, plan.in_place), expected(checkpoint, unit, sharing));
+    assert_eq!((plan.name.as_str(), plan.tensors.len()), (unit.name(), unit.arrivals().len()));
     let aligned = |at: usize, to: usize| at.is_multiple_of(to);
     let mut before: Option<&Extent> = None;
     for extent in &plan.extents {
@@ -221,7 +241,7 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
         let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
         let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
         assert_eq!((placed.dtype, &placed.stored.shape), (to, &entry.shape));
-        assert!(aligned(placed.at, DEVICE_ALIGN));
+        assert!(aligned(placed.at, if plan.in_place { to.size() } else { DEVICE_ALIGN }));
         let elements = entry.elements();
         places.push((placed.at, elements * to.size()));
         if elements == 0 {
@@ -233,7 +253,9 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
         let [extent] = found[..] else { panic!("{}: {found:?}", arrival.output) };
         let from = extent.at + (entry.offset - extent.offset) as usize;
         needed.push((entry.file, entry.offset, entry.end(), &arrival.inputs[0]));
-        if let Some(packed) = &entry.packed {
+        if plan.in_place {
+            assert_eq!(placed.at, from);
+        } else if let Some(packed) = &entry.packed {
             let (parts, wanted) = (packed.parts(), (from, placed.at, packed));
             assert_eq!((parts.bytes(), parts.weights), (entry.bytes, elements));
             let found = plan.unpacks.iter().filter(|found| (found.from, found.to, &found.packed) == wanted);
@@ -253,7 +275,9 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout) {
             assert_eq!(plan.casts.iter().filter(wanted).count(), 1, "{}", arrival.output);
         }
     }
-    apart(places.clone(), plan.device_bytes, "tensors on the device");
+    if !plan.in_place {
+        apart(places.clone(), plan.device_bytes, "tensors on the device");
+    }
     let copied: usize = plan.copies.iter().map(|copy| copy.bytes).sum();
     let count = places.iter().filter(|(_, bytes)| *bytes > 0).count();
     assert!(copied == arriving && plan.casts.len() <= count, "{copied} bytes are copied of {arriving}");
@@ -339,27 +363,46 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
 }
 
 /// Slots take every unit that passes through, tiers take those that are kept there.
-fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presence) {
+fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, sharing: Sharing) {
     assert_eq!(plan.units(), asked.units.len());
-    asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan));
+    asked.units.iter().zip(&plan.units).for_each(|(unit, plan)| check_unit(&asked.checkpoint, unit, plan, sharing));
     let of = |tiers: &[Tier], bytes: fn(&UnitLayout) -> usize| -> usize {
         plan.units.iter().filter(|unit| tiers.contains(&unit.tier)).map(bytes).max().unwrap_or(0)
     };
-    let check = |stage: &StageLayout, n: usize, batch: usize, largest: usize| {
+    let counts = |stage: &StageLayout, n: usize, batch: usize| {
         assert_eq!((stage.slots, stage.batch), (n + 1, batch.max(1)));
+    };
+    let check = |stage: &StageLayout, n: usize, batch: usize, largest: usize| {
+        counts(stage, n, batch);
         assert!(stage.slot_bytes.is_multiple_of(PAGE) && stage.slot_bytes >= largest.max(1), "{stage:?} for {largest}");
         assert!(stage.slot_bytes - largest <= PAGE, "{stage:?} for {largest}");
     };
     let passing = [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::GpuPacked, Tier::PinnedPacked];
-    let all = if presence == Presence::AtOnce { &passing[..] } else { &Tier::ALL[..] };
-    check(&plan.layout.gpu, settings.n_gpu, settings.batch_gpu, of(all, |unit| unit.device_bytes));
+    let all = if sharing == Sharing::Own { &passing[..] } else { &Tier::ALL[..] };
+    let Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, .. } = *settings;
+    let largest = of(all, |unit| if unit.in_place { 0 } else { unit.device_bytes });
+    let holds = |unit: &UnitLayout| unit.in_place || unit.tier == Tier::PinnedPacked;
+    let held = if sharing == Sharing::Ram && plan.units.iter().any(holds) { n_gpu } else { 0 };
+    if held > 0 && largest == 0 {
+        counts(&plan.layout.gpu, n_gpu, batch_gpu);
+        assert_eq!(plan.layout.gpu.slot_bytes, 0);
+    } else {
+        check(&plan.layout.gpu, n_gpu, batch_gpu, largest);
+    }
     let read = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked];
     let pinned = [Tier::Disk, Tier::Gpu, Tier::GpuPacked, Tier::PinnedPacked, Tier::Ram];
-    if let Some(stage) = &plan.layout.ram {
-        check(stage, settings.n_cpu, settings.batch_cpu, of(&read, |unit| unit.host_bytes));
-    }
-    if let Some(stage) = &plan.layout.pinned {
-        check(stage, settings.n_cpu_pinned, settings.batch_cpu_pinned, of(&pinned, |unit| unit.host_bytes));
+    let in_slot = |unit: &UnitLayout| if unit.in_place && unit.tier == Tier::Gpu { 0 } else { unit.host_bytes };
+    if sharing == Sharing::Ram {
+        assert!(plan.layout.ram.is_none());
+        let (n, batch) = (n_cpu + n_cpu_pinned + held, if n_cpu_pinned > 0 { batch_cpu_pinned } else { batch_cpu });
+        check(plan.layout.pinned.as_ref().unwrap(), n, batch, of(&pinned, in_slot));
+    } else {
+        if let Some(stage) = &plan.layout.ram {
+            check(stage, n_cpu, batch_cpu, of(&read, |unit| unit.host_bytes));
+        }
+        if let Some(stage) = &plan.layout.pinned {
+            check(stage, n_cpu_pinned, batch_cpu_pinned, of(&pinned, |unit| unit.host_bytes));
+        }
     }
     assert!(plan.layout.ram.is_some() || plan.layout.pinned.is_some());
     let spaces = plan.layout.spaces();
@@ -369,12 +412,12 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, presence: Presenc
         let packing = if tiers == [Tier::Pinned] { plan.layout.kept(Tier::PinnedPacked) } else { 0 };
         let end = space.kept - packing;
         let bytes = |unit: &UnitLayout| match unit.tier {
-            Tier::Gpu => unit.device_bytes,
+            Tier::Gpu if !unit.in_place => unit.device_bytes,
             Tier::GpuPacked => unit.packed_bytes,
             _ => unit.host_bytes,
         };
         let live = || plan.units.iter().filter(|unit| tiers.contains(&unit.tier));
-        assert!(live().all(|unit| unit.resident_at.is_multiple_of(align)));
+        assert!(live().all(|unit| unit.resident_at.is_multiple_of(if unit.in_place { PAGE } else { align })));
         apart(live().map(|unit| (unit.resident_at, bytes(unit))).collect(), end, "tiers");
     }
     assert_eq!(plan.tallies.kept(), plan.tiers().filter(|tier| *tier != Tier::Disk).count());
@@ -400,10 +443,10 @@ fn a_plan_reads_what_is_needed_once_or_there_is_an_error() {
     let holes = Holes::new();
     rounds("plan", |rng| {
         let Some(asked) = Asked::new(rng, &holes) else { return false };
-        let (settings, presence) = (settings(rng), [Presence::AtOnce, Presence::InFirstPass][rng.usize(..2)]);
-        let made = Plan::new(&asked.checkpoint, &asked.units, &settings, presence);
+        let (settings, sharing) = (settings(rng), [Sharing::Own, Sharing::Ram][rng.usize(..2)]);
+        let made = Plan::new(&asked.checkpoint, &asked.units, &settings, sharing);
         if let Ok(plan) = &made {
-            check_plan(&asked, &settings, plan, presence);
+            check_plan(&asked, &settings, plan, sharing);
             plan.units.iter().for_each(|unit| check_parts(rng, unit));
         }
         made.is_ok()
@@ -464,10 +507,10 @@ fn a_plan_keeps_to_its_budget_and_the_least_that_is_named_is_the_least() {
         }
         placement.apply_to(&mut asked.units).unwrap();
         let settings = &placement.settings;
-        let presence = if shared { Presence::InFirstPass } else { Presence::AtOnce };
-        let made = Plan::new(&asked.checkpoint, &asked.units, settings, presence);
+        let sharing = if shared { Sharing::Ram } else { Sharing::Own };
+        let made = Plan::new(&asked.checkpoint, &asked.units, settings, sharing);
         let made = made.unwrap_or_else(|error| panic!("{error} with {budget:?}, {placement:?}"));
-        check_plan(&asked, settings, &made, presence);
+        check_plan(&asked, settings, &made, sharing);
         let [host, device] = memory(&made);
         let (host, device) = (host.saturating_add(overhead.host_bytes), device.saturating_add(overhead.device_bytes));
         let fits = match budget.device_bytes {

@@ -26,14 +26,14 @@ use crate::{
     layout::{Offsets, PAGE, Space, Staging, StreamLayout, Tallies, UnitLayout},
 };
 pub use crate::{
-    layout::{DEVICE_ALIGN, Presence},
+    layout::{DEVICE_ALIGN, Sharing},
     unit::{Arrival, ArrivalOp, Tier, Unit},
 };
 
-impl Presence {
+impl Sharing {
     /// That of memory which a streamer reserves on this device.
     pub fn of<D: Device>(device: &D) -> Self {
-        if device.memory_is_ram() { Self::InFirstPass } else { Self::AtOnce }
+        if device.memory_is_ram() { Self::Ram } else { Self::Own }
     }
 }
 
@@ -46,26 +46,31 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans a stream of `units` of `checkpoint`. Nothing is reserved or read. `presence` is [that of the device](Presence::of), or
-    /// [`Presence::AtOnce`] for lent memory.
+    /// Plans a stream of `units` of `checkpoint`. Nothing is reserved or read. `sharing` is [that of the device](Sharing::of), or
+    /// [`Sharing::Own`] for lent memory.
     ///
     /// # Errors
     /// [`Error::Setting`] for settings or units that cannot work, [`Error::Checkpoint`] for a tensor that is not there.
-    pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings, presence: Presence) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings, sharing: Sharing) -> Result<Self> {
         settings.validate()?;
         if units.is_empty() {
             return Err(Error::setting("units", "there must be at least one"));
         }
         let mut units = units.iter().map(|unit| UnitLayout::new(checkpoint, unit)).collect::<Result<Vec<_>>>()?;
+        if sharing == Sharing::Ram {
+            units.iter_mut().for_each(UnitLayout::share_memory);
+        }
         let [mut ram, mut pinned, mut gpu] = [PAGE, PAGE, DEVICE_ALIGN].map(Offsets::aligned_to);
         let mut reports = 0;
         for unit in &mut units {
             unit.reports_at = reports;
             reports += unit.reports().count();
         }
-        // Behind the pinned ones there is room for those that are packed while the stream runs, as they come.
-        let (late, early): (Vec<_>, Vec<_>) = units.iter_mut().partition(|unit| unit.tier == Tier::PinnedPacked);
-        for unit in early.into_iter().chain(late) {
+        // Behind the pinned ones there is room for those that are packed while the stream runs, as they come; in front of those on the
+        // device are those that are read to where they are kept, which is whole pages.
+        let mut order: Vec<_> = units.iter_mut().collect();
+        order.sort_by_key(|unit| (unit.tier == Tier::PinnedPacked, !unit.in_place));
+        for unit in order {
             let at = match unit.tier {
                 Tier::Disk => continue,
                 Tier::Ram => ram.push(unit.kept_bytes()),
@@ -74,8 +79,8 @@ impl Plan {
             };
             unit.resident_at = at.ok_or_else(|| Error::setting("tier", "more is kept there than can be addressed"))?;
         }
-        let (tallies, staging) = (Tallies::of(&units), Staging::of(&units, presence));
-        let layout = StreamLayout::new(&tallies, settings.rings(), settings.batches(), presence, staging);
+        let (tallies, staging) = (Tallies::of(&units), Staging::of(&units, sharing));
+        let layout = StreamLayout::new(&tallies, settings.rings(), settings.batches(), sharing, staging);
         Ok(Self { units, tallies, layout })
     }
 
@@ -129,7 +134,7 @@ mod tests {
         let mut unit = Unit::new("unit");
         unit.keep("t", "t");
         let units = vec![unit; 5];
-        let plan = Plan::new(&checkpoint, &units, &Settings::default(), Presence::AtOnce).unwrap();
+        let plan = Plan::new(&checkpoint, &units, &Settings::default(), Sharing::Own).unwrap();
         let forecast = plan.forecast(Bandwidths::default());
         assert_eq!([plan.bytes_per_pass(), forecast.disk_bytes, forecast.copy_bytes], [usize::MAX; 3]);
         let budget = Budget { device_bytes: None, host_bytes: usize::MAX };

@@ -125,7 +125,7 @@ impl Plan {
         let stages = [self.layout.ram.as_ref(), self.layout.pinned.as_ref(), Some(&self.layout.gpu)];
         let slots = [Tier::Ram, Tier::Pinned, Tier::Gpu].into_iter().zip(stages).filter_map(|(tier, stage)| {
             let (count, bytes) = (stage?.slots, stage?.bytes());
-            Some(Part { purpose: Purpose::Slots { tier, count }, bytes })
+            (bytes > 0).then_some(Part { purpose: Purpose::Slots { tier, count }, bytes })
         });
         let kept = Tier::KEPT.into_iter().filter_map(|tier| {
             let (units, bytes) = (self.count(tier), self.layout.kept(tier));

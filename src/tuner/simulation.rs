@@ -90,6 +90,7 @@ impl Line {
                     // It takes a slot, and nothing of the link.
                     _ if unit.tier == Tier::GpuPacked => 0.0,
                     0 => unit.read_bytes as f64,
+                    _ if unit.in_place => 0.0,
                     _ => unit.disk_bytes as f64,
                 })
                 .collect(),

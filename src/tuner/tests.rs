@@ -22,7 +22,7 @@ use crate::{
     dtype::DType,
     io::faults::{Attempt, Faults},
     pipeline::LayerStreamer,
-    plan::{CachePolicy, Plan, Presence, Reader, Settings, Tier, Unit},
+    plan::{CachePolicy, Plan, Reader, Settings, Sharing, Tier, Unit},
 };
 
 /// Held by tests that measure time or take all processors for long.
@@ -63,7 +63,7 @@ fn paced() -> Costs {
 fn worker_on_a_paced_machine() {
     let setup = |Placement { settings, .. }| {
         let (checkpoint, units) = units(Path::new(&env::args().next_back().unwrap()), &SIZES);
-        let line = Line::new(&Plan::new(&checkpoint, &units, &settings, Presence::AtOnce)?, 4, 0.0);
+        let line = Line::new(&Plan::new(&checkpoint, &units, &settings, Sharing::Own)?, 4, 0.0);
         let mut rng = fastrand::Rng::with_seed(7);
         Ok::<_, Error>(move || line.pass(paced()) * (0.99 + 0.02 * rng.f64()))
     };
@@ -98,7 +98,7 @@ fn worker_on_a_slow_disk() {
 /// Each combination of the values with all units on disk.
 fn on_disk(checkpoint: &Checkpoint, units: &[Unit], values: &Values, common: &Settings) -> Vec<Candidate> {
     let candidate = |settings: &Settings| Candidate {
-        plan: Some(Plan::new(checkpoint, units, settings, Presence::AtOnce).unwrap()),
+        plan: Some(Plan::new(checkpoint, units, settings, Sharing::Own).unwrap()),
         ..Placement { settings: settings.clone(), tiers: vec![Tier::Disk; units.len()], ..Placement::default() }.into()
     };
     values.configurations(common).iter().map(candidate).collect()
@@ -276,7 +276,7 @@ fn a_search_by_plan_is_within_3_percent_of_the_grid_on_all_kinds_of_machines() {
         let size = |_| 512 * if rng.u8(..3) == 0 { rng.usize(2..9) } else { 1 };
         let sizes: Vec<_> = (0..12).map(size).collect();
         let (checkpoint, units) = units(file.path(), &sizes);
-        let plan = Plan::new(&checkpoint, &units, &Settings::default(), Presence::AtOnce).unwrap();
+        let plan = Plan::new(&checkpoint, &units, &Settings::default(), Sharing::Own).unwrap();
         // Any of the stages may be the one that all wait for; the search is told by how fast disk and link are, not quite right.
         let mut from = |low: f64, high: f64| low * (high / low).powf(rng.f64());
         let [disk, pin, copy] = [from(0.5e9, 8e9), from(5e9, 15e9), from(1e9, 20e9)];
@@ -330,7 +330,7 @@ fn learning_from_many_trials_of_many_units_can_be_interrupted() {
     let trials: Vec<_> = (1..40)
         .map(|n_gpu| {
             let settings = Settings { n_gpu, ..Settings::default() };
-            let line = Line::new(&Plan::new(&checkpoint, &units, &settings, Presence::AtOnce).unwrap(), 4, 0.0);
+            let line = Line::new(&Plan::new(&checkpoint, &units, &settings, Sharing::Own).unwrap(), 4, 0.0);
             // Times that nothing explains.
             let placement = Placement { settings, ..Placement::default() };
             (line, Trial { placement, runs: vec![1.0 + n_gpu as f64; 4], outcome: Outcome::Done })

@@ -6,11 +6,49 @@ mod fixtures;
 #[cfg(feature = "model")]
 mod model;
 
+use std::ptr::NonNull;
+
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use fixtures::*;
 #[cfg(feature = "model")]
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use model::*;
+
+use layer_streamer::{
+    Error, LayerStreamer, LentMemory, Plan, Settings,
+    device::Cpu,
+    plan::{Sharing, Tier},
+};
+
+/// Memory to lend a streamer on the CPU device: its slots on the device, or its pinned ones. So units are copied from slot to slot, as
+/// where a device has memory of its own.
+pub struct LentSlots {
+    lent: LentMemory,
+    _pages: Vec<[u8; 4096]>,
+}
+
+impl LentSlots {
+    pub fn new(fixture: &Fixture, settings: &Settings, tier: Tier) -> Self {
+        let plan = Plan::new(&fixture.checkpoint, &fixture.units, settings, Sharing::Own).unwrap();
+        let [_, pinned, gpu] = plan.slot_memory();
+        let bytes = if tier == Tier::Gpu { gpu } else { pinned };
+        let mut pages = vec![[0; 4096]; bytes.div_ceil(4096) + 1];
+        let start = pages.as_mut_ptr().cast::<u8>();
+        let slots = NonNull::new(start.wrapping_add(start.align_offset(4096))).map(|start| (start, bytes));
+        let lent = match tier {
+            Tier::Gpu => LentMemory { gpu: slots, ..LentMemory::default() },
+            _ => LentMemory { pinned: slots, ..LentMemory::default() },
+        };
+        Self { lent, _pages: pages }
+    }
+
+    /// A streamer that is dropped before these.
+    pub fn streamer(&self, fixture: &Fixture, settings: &Settings) -> Result<LayerStreamer<Cpu>, Error> {
+        let (checkpoint, units) = (&fixture.checkpoint, &fixture.units);
+        // SAFETY: the pages outlive the streamer, as is asked for, and nothing else looks into them meanwhile.
+        unsafe { LayerStreamer::with_lent_memory(&Cpu, checkpoint, units, settings, &[], &self.lent) }
+    }
+}
 
 /// A built example. `cargo test` builds them beside the test executables; `cargo test --test NAME` takes those built before.
 pub fn example(name: &str) -> std::process::Command {

@@ -115,7 +115,7 @@ fn a_disk_error_at_any_unit_names_it_and_the_next_pass_after_it_is_exact() {
         for (backend_index, backend) in BACKENDS.into_iter().enumerate() {
             for aim in 0..8 {
                 let mut case = case(seed, backend);
-                let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Presence::AtOnce).unwrap();
+                let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Sharing::Own).unwrap();
                 let Some(extents) = plan.units.get(aim).map(|unit| &unit.extents).filter(|all| !all.is_empty()) else {
                     continue;
                 };

@@ -222,6 +222,7 @@ fn judged(slow: Slow) -> Verdict {
     let fixture = fixtures::fixture(8, &[4_000], 5);
     copiers::pace::set(if slow == Slow::Pin { Duration::from_millis(5) } else { Duration::ZERO });
     let device = AsyncCpu::new(1);
+    device.link();
     device.pace_copies(if slow == Slow::Copy { Duration::from_millis(5) } else { Duration::ZERO });
     let read = if slow == Slow::Disk { Duration::from_millis(5) } else { Duration::ZERO };
     pace_reads(read);

@@ -11,19 +11,24 @@ use crate::{
     plan::{BindingLink, Part, Plan},
 };
 
-/// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order.
-fn table(rng: &mut fastrand::Rng) -> Vec<Sizes> {
+/// A table of units of a few sizes, such as attention and feed-forward blocks with an output head, in any order. Where memory is shared
+/// some are used in place.
+fn table(rng: &mut fastrand::Rng, shared: bool) -> Vec<Sizes> {
     let kinds: Vec<_> = (0..1 + rng.usize(..3))
         .map(|_| {
             // Alike to the byte or not at all, so that what is foretold for the largest of a kind holds for each.
             let pages = [1, 3, 8, 20, 50, 140, 400, 1000][rng.usize(..8)];
             let copied = pages * PAGE - 1000;
             // Some grow or shrink on arrival.
+            let in_place = shared && rng.bool();
             let device = copied * [1, 1, 2][rng.usize(..3)] / [1, 1, 2][rng.usize(..3)];
-            let device = device.next_multiple_of(DEVICE_ALIGN);
+            let device = if in_place { pages * PAGE } else { device.next_multiple_of(DEVICE_ALIGN) };
             Sizes {
                 read: pages * PAGE,
-                copied,
+                arriving: copied,
+                in_place: if in_place { copied } else { 0 },
+                passing: [if in_place { 0 } else { device }, device],
+                through: if in_place { 0 } else { pages * PAGE },
                 host: pages * PAGE,
                 device,
                 packed: device,
@@ -56,14 +61,18 @@ fn taken(
     };
     let slot = |largest: Option<usize>| largest.unwrap_or(0).next_multiple_of(PAGE).max(PAGE);
     let passing = [Tier::Disk, Tier::Pinned, Tier::Gpu];
-    let gpu_slot = slot(of(if shared { &passing } else { &passing[..2] }).iter().map(|size| size.device).max());
-    let host_slot = slot(of(&[Tier::Disk, Tier::Gpu]).iter().map(|size| size.host).max());
+    let gpu_slot = of(if shared { &passing } else { &passing[..2] }).iter().map(|size| size.passing[0]).max();
+    let held = if sizes.iter().any(|size| size.in_place > 0) { n_gpu } else { 0 };
+    let gpu_slot = if held > 0 && gpu_slot == Some(0) { 0 } else { slot(gpu_slot) };
+    let through = of(&[Tier::Gpu]).iter().map(|size| size.through).max();
+    let host_slot = slot(of(&[Tier::Disk]).iter().map(|size| size.host).max().max(through));
     let device: usize = of(&[Tier::Gpu]).iter().map(|size| size.device).sum();
     let device = if shared { device.next_multiple_of(PAGE) } else { device };
     let host: usize = of(&[Tier::Pinned]).iter().map(|size| size.host).sum();
     let ram_slots = if n_cpu > 0 { n_cpu + 1 } else { 0 };
     let pinned_slots = if n_cpu > 0 && n_cpu_pinned == 0 { 0 } else { n_cpu_pinned + 1 };
-    let host = overhead.host_bytes + (ram_slots + pinned_slots) * host_slot + host;
+    let slots = if shared { n_cpu + n_cpu_pinned + held + 1 } else { ram_slots + pinned_slots };
+    let host = overhead.host_bytes + slots * host_slot + host;
     [overhead.device_bytes + (n_gpu + 1) * gpu_slot + device, host]
 }
 
@@ -74,9 +83,10 @@ fn seconds(sizes: &[Sizes], tiers: &[Tier], rings: Rings, by: Bandwidths) -> f64
         pairs.map(|(size, _)| of(size)).sum::<usize>() as f64
     };
     let disk = sum(|size| size.read, &[Tier::Disk]) / by.disk;
-    let copy = sum(|size| size.copied, &[Tier::Disk, Tier::Pinned]) / by.copy;
+    let copy = sum(|size| size.arriving - size.in_place, &[Tier::Disk, Tier::Pinned]) / by.copy;
     let (slower, faster) = (disk.max(copy), disk.min(copy));
-    [1.1 * (slower + faster), slower + 0.25 * faster, slower][(rings[1] + rings[2]).min(2)]
+    let held = if sizes.iter().any(|size| size.in_place > 0) { rings[0] } else { 0 };
+    [1.1 * (slower + faster), slower + 0.25 * faster, slower][(rings[1] + rings[2] + held).min(2)]
 }
 
 /// The least budget, by the error that names it.
@@ -103,7 +113,8 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
     let start = fastrand::u64(..);
     for seed in (0..cases(400)).map(|i| start.wrapping_add(i.into())) {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let (sizes, by, shared) = (table(&mut rng), bandwidths(&mut rng), rng.bool());
+        let (shared, by) = (rng.bool(), bandwidths(&mut rng));
+        let sizes = table(&mut rng, shared);
         let overhead = FixedOverhead { device_bytes: rng.usize(..1 << 20), host_bytes: rng.usize(..1 << 20) };
         let least = minimum(&sizes, overhead, shared);
         for below in [
@@ -158,7 +169,10 @@ fn plans_keep_to_the_budget_are_no_slower_than_plain_rings_and_no_slower_with_mo
 fn the_least_with_given_rings_keeps_what_is_larger_than_its_slots_would_be() {
     let of = |pages: usize| Sizes {
         read: pages * PAGE,
-        copied: pages * PAGE,
+        arriving: pages * PAGE,
+        in_place: 0,
+        passing: [pages * PAGE; 2],
+        through: pages * PAGE,
         host: pages * PAGE,
         device: pages * PAGE,
         packed: pages * PAGE,
@@ -186,7 +200,10 @@ fn what_is_kept_of_units_alike_is_the_share_that_fits_at_even_distances() {
     let size = 64 * PAGE;
     let sizes = [Sizes {
         read: size,
-        copied: size,
+        arriving: size,
+        in_place: 0,
+        passing: [size; 2],
+        through: size,
         host: size,
         device: size,
         packed: size,
@@ -219,7 +236,10 @@ fn each_tier_keeps_its_share_at_even_distances() {
     let size = 1 << 20;
     let sizes = [Sizes {
         read: size,
-        copied: size,
+        arriving: size,
+        in_place: 0,
+        passing: [size; 2],
+        through: size,
         host: size,
         device: size,
         packed: size,
@@ -267,8 +287,8 @@ fn what_a_plan_reserves_is_what_was_counted() {
         let Ok(placement) = planned else { continue };
         placement.apply_to(&mut units).unwrap();
         let settings = placement.settings;
-        let presence = if shared { Presence::InFirstPass } else { Presence::AtOnce };
-        let plan = Plan::new(&fixture.checkpoint, &units, &settings, presence).unwrap();
+        let sharing = if shared { Sharing::Ram } else { Sharing::Own };
+        let plan = Plan::new(&fixture.checkpoint, &units, &settings, sharing).unwrap();
         assert!(budget.holds(Part::totals(&plan.memory())), "seed {seed}: {:?} for {budget:?}", plan.memory());
     }
 }
@@ -307,7 +327,7 @@ fn layers_of_a_70b_model_fit_8_gb_of_gpu_memory() {
     let budget = Budget { device_bytes: Some(8_000_000_000), host_bytes: 64_000_000_000 };
     let placement = budget.plan(&checkpoint, &units, overhead, FAST_LINK).unwrap();
     placement.apply_to(&mut units).unwrap();
-    let plan = Plan::new(&checkpoint, &units, &placement.settings, Presence::AtOnce).unwrap();
+    let plan = Plan::new(&checkpoint, &units, &placement.settings, Sharing::Own).unwrap();
     let [device, _] = Part::totals(&plan.memory());
     assert!(device + overhead.device_bytes <= 8_000_000_000, "{:?}", plan.memory());
     // 64 GB are 37 times 1.711 GB: two slots, and 35 layers.
@@ -327,7 +347,10 @@ fn stored_packed() -> (usize, Sizes) {
     let (size, stored) = (3 << 20, 2 << 20);
     let sizes = Sizes {
         read: stored,
-        copied: stored,
+        arriving: stored,
+        in_place: 0,
+        passing: [size; 2],
+        through: stored,
         unpacked: [stored, size],
         host: stored,
         device: size,
@@ -342,7 +365,10 @@ fn units_are_packed_in_ram_where_passes_are_faster_for_it_and_then_more_stay() {
     let size = 3 << 20;
     let unit = Sizes {
         read: size,
-        copied: size,
+        arriving: size,
+        in_place: 0,
+        passing: [size; 2],
+        through: size,
         unpacked: [0; 2],
         host: size,
         device: size,
@@ -396,14 +422,14 @@ fn units_stay_packed_on_the_device_where_more_of_them_fit_and_plain_where_all_do
 
 #[test]
 fn a_core_that_unpacks_takes_the_time_for_it_and_a_link_does_not() {
-    let sizes = Sizes { read: 60, copied: 60, unpacked: [40, 80], ..Sizes::default() };
+    let sizes = Sizes { read: 60, arriving: 60, unpacked: [40, 80], ..Sizes::default() };
     let by = Bandwidths { disk: 1.0, copy: 10.0 };
-    let seconds = |presence: Presence| {
+    let seconds = |sharing: Sharing| {
         let mut tallies = Tallies::default();
         tallies.0[Tier::Disk as usize] = Tally { units: 1, sum: sizes, largest: sizes };
-        let layout = StreamLayout::new(&tallies, [1, 2, 0], [0; 3], presence, Staging::default());
+        let layout = StreamLayout::new(&tallies, [1, 2, 0], [0; 3], sharing, Staging::default());
         Forecast::new(&tallies, &layout, by).copy_seconds
     };
-    assert_eq!(seconds(Presence::AtOnce), 6.0);
-    assert_eq!(seconds(Presence::InFirstPass), 2.0 + 80.0 / crate::packed::core_rate());
+    assert_eq!(seconds(Sharing::Own), 6.0);
+    assert_eq!(seconds(Sharing::Ram), 2.0 + 80.0 / crate::packed::core_rate());
 }

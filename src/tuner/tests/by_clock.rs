@@ -100,7 +100,7 @@ fn a_pass_takes_as_long_as_with_stages_that_look_at_a_clock() {
         let tiers = [Tier::Disk, Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu];
         units.iter_mut().for_each(|unit| _ = unit.set_tier(tiers[rng.usize(..tiers.len())]));
         let settings = fixtures::random_rings(&mut rng);
-        let plan = Plan::new(&checkpoint, &units, &settings, Presence::AtOnce).unwrap();
+        let plan = Plan::new(&checkpoint, &units, &settings, Sharing::Own).unwrap();
         let per_byte = |rng: &mut fastrand::Rng| 1e-9 * (1.0 + 9.0 * rng.f64());
         let parts = sizes.iter().sum::<usize>() as f64;
         let costs = [per_byte(&mut rng), per_byte(&mut rng), per_byte(&mut rng), parts * 2e-3 * rng.f64()];

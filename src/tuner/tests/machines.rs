@@ -44,7 +44,7 @@ impl Machine {
         let candidate = |placement: Placement| {
             let mut units = units.clone();
             placement.apply_to(&mut units)?;
-            let plan = Some(Plan::new(&checkpoint, &units, &placement.settings, Presence::AtOnce)?);
+            let plan = Some(Plan::new(&checkpoint, &units, &placement.settings, Sharing::Own)?);
             Ok::<_, Error>(Candidate { plan, ..placement.into() })
         };
         let default = budget.plan(&checkpoint, &units, FixedOverhead::default(), self.told).unwrap();
@@ -98,7 +98,7 @@ fn worker_on_a_machine() {
         let machine: Machine = serde_json::from_str(&arguments.next().unwrap()).unwrap();
         let (checkpoint, mut units) = machine.units(Path::new(&file));
         placement.apply_to(&mut units)?;
-        let seconds = machine.pass(&Plan::new(&checkpoint, &units, &placement.settings, Presence::AtOnce)?);
+        let seconds = machine.pass(&Plan::new(&checkpoint, &units, &placement.settings, Sharing::Own)?);
         let longer = move || 1.0 + machine.noise * fastrand::f64();
         let seconds = seconds * longer();
         Ok::<_, Error>(move || seconds * longer())
