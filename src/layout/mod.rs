@@ -59,8 +59,8 @@ impl Offsets {
     }
 }
 
-/// What a unit moves in a pass (bytes read, bytes that arrive, of these what is used in place, and what is unpacked and to how much) and takes where it is kept or in a slot (in RAM, on the device; there also
-/// with packed tensors as they are stored).
+/// What a unit moves in a pass (bytes read, bytes that arrive, of these what is used in place, and what is unpacked and to how much) and
+/// takes where it is kept or in a slot (in RAM, on the device; there also with packed tensors as they are stored).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sizes {
     pub(crate) read: usize,
