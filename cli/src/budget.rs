@@ -168,16 +168,17 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
     // Elsewhere the device unpacks, beside the link.
     let unpacks = !own && (stored < weights || tiers.contains(&Tier::PinnedPacked));
     let copies = if unpacks { "copies and unpacks" } else { "copies" };
-    text += &format!(
-        "  a pass reads {} in {:.3} s and {copies} {} in {:.3} s ({:.2} and {:.2} GB/s, {})\n",
-        bytes(forecast.disk_bytes),
-        forecast.disk_seconds,
-        bytes(forecast.copy_bytes),
-        forecast.copy_seconds,
-        bandwidths.disk / 1e9,
-        bandwidths.copy / 1e9,
-        probe.map_or_else(|| "assumed".into(), when),
-    );
+    let links = [
+        ("reads", forecast.disk_bytes, forecast.disk_seconds, bandwidths.disk),
+        (copies, forecast.copy_bytes, forecast.copy_seconds, bandwidths.copy),
+    ];
+    // Where all that is read is used in place, the disk is the only link.
+    let links = if forecast.disk_bytes > 0 && forecast.copy_bytes == 0 { &links[..1] } else { &links };
+    let moves = |&(does, count, seconds, _): &_| format!("{does} {} in {seconds:.3} s", bytes(count));
+    let moves: Vec<_> = links.iter().map(moves).collect();
+    let rates: Vec<_> = links.iter().map(|(.., rate)| format!("{:.2}", rate / 1e9)).collect();
+    let when = probe.map_or_else(|| "assumed".into(), when);
+    text += &format!("  a pass {} ({} GB/s, {when})\n", moves.join(" and "), rates.join(" and "));
     text += &match forecast.binds() {
         None => "  nothing moves: a pass takes as long as its computation\n".to_owned(),
         Some(link) => format!("  {:.3} s a pass beside its computation, bound by {link}\n", forecast.pass_seconds),

@@ -109,8 +109,10 @@ fn the_plan_is_printed_alone_and_names_tiers_and_the_link_that_binds() {
     assert!(done.status.success() && done.stderr.is_empty(), "{}", text(&done.stderr));
     assert_says(
         &text(&done.stdout),
-        &["4 on the device: 0-2,5", "4 on disk: 3-4,6-7", "bound by disk", "2.00 and 10.00 GB/s, assumed"],
+        &["4 on the device: 0-2,5", "4 on disk: 3-4,6-7", "bound by disk", "(2.00 GB/s, assumed)"],
     );
+    let packed = plan(&["--no-probe", "--tier", "0-2=gpu,3-5=pinned-packed"]);
+    assert_says(&text(&packed.stdout), &["and copies and unpacks", "(2.00 and 10.00 GB/s, assumed)"]);
     let all = plan(&["4096="]);
     assert_says(&text(&all.stdout), &["8 on the device: 0-7", "measured", "nothing moves", "KV cache of 37 tokens"]);
 }
