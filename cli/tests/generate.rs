@@ -72,6 +72,18 @@ fn layers_that_are_kept_are_listed() {
 }
 
 #[test]
+fn that_nothing_is_read_ahead_is_said_where_it_is_so() {
+    let alone = ["--n-gpu", "1", "--n-cpu-pinned", "0", "--n-cpu", "0"];
+    // A layer that is used in place stays in its slot, and there is one more for the next.
+    assert!(!text(&generate(&[&alone[..], &["4096="]].concat()).stderr).contains("no stage ahead"));
+    let folder = support::folder();
+    let model = folder.path().join("packed");
+    assert!(program("pack").arg(speller()).arg(&model).output().unwrap().status.success());
+    let done = on_cpu("generate").args(alone).arg("--model").arg(model).arg("4096=").output().unwrap();
+    assert_says(&text(&done.stderr), &["no stage ahead of the transfer"]);
+}
+
+#[test]
 fn any_budget_from_the_minimum_on_gives_the_same_text_and_is_kept_to() {
     assert_says(&refusal(&["--ram", "1MB", "4096="]), &["ram: 1000000 bytes", "least that will do"]);
     let refused = |ram: &str| {

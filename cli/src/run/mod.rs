@@ -16,7 +16,7 @@ use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
     model::{Choice, Decoder, Model, Sequence},
-    plan::{Part, Purpose},
+    plan::{Part, Purpose, Tier},
     probe::Probe,
     trace::{Observer, timeline::Timeline},
 };
@@ -58,7 +58,7 @@ pub fn load<D: Kernels>(
     let mut parts = Decoder::memory(device, model, &settings, 1, context)?;
     parts.extend(own);
     if !placing.quiet {
-        print_memory(&device.describe(), &parts, settings.n_cpu == 0 && settings.n_cpu_pinned == 0);
+        print_memory(&device.describe(), &parts);
     }
     let _waiting = Waiting::on("reserving memory and loading what stays", placing.quiet);
     let mut observers: Vec<_> = timeline.into_iter().map(|timeline| timeline.clone() as Arc<dyn Observer>).collect();
@@ -207,9 +207,11 @@ pub fn why_empty(run: &Run, text: Option<&str>, tokenizer: Option<&Text>, is_tur
     })
 }
 
-fn print_memory(device: &str, rows: &[Part], hidden_slot: bool) {
+fn print_memory(device: &str, rows: &[Part]) {
     say!("device: {device}");
-    if hidden_slot {
+    // Of one slot the transfer has what the disk could fill.
+    let several = |part: &Part| matches!(part.purpose, Purpose::Slots { tier: Tier::Ram | Tier::Pinned, count: 2.. });
+    if !rows.iter().any(several) {
         say!("no stage ahead of the transfer: each layer is read when the one before has been copied");
     }
     let rows: Vec<_> = rows.iter().map(|part| (part.purpose.to_string(), part.bytes)).collect();
