@@ -3,7 +3,7 @@
 use std::{sync::atomic::AtomicBool, thread, time::Duration};
 
 use super::*;
-use crate::device::{Shape, TensorMut, download};
+use crate::device::{Shape, download};
 
 #[test]
 fn a_layer_is_read_on_the_stream_that_waits_for_it_and_refused_on_any_other() {
@@ -36,8 +36,10 @@ fn a_layer_is_read_on_the_stream_that_waits_for_it_and_refused_on_any_other() {
     }
 }
 
+#[cfg(feature = "model")]
 #[test]
 fn a_kernel_on_the_cpu_takes_layers_on_any_stream_since_its_work_is_done_when_a_call_returns() {
+    use crate::device::{DevicePtr, TensorMut};
     let case = Case::new(3);
     let streamer = LayerStreamer::new(&Cpu, &case.fixture.checkpoint, &case.units, &Settings::default()).unwrap();
     let [with, other] = [(); 2].map(|()| Cpu.stream().unwrap());
@@ -46,7 +48,7 @@ fn a_kernel_on_the_cpu_takes_layers_on_any_stream_since_its_work_is_done_when_a_
         let mut got = vec![0f32; tensor.elements()];
         download(&Cpu, &other, tensor, &mut got).unwrap();
         let mut copy = vec![0f32; tensor.elements()];
-        let to = crate::device::DevicePtr::new(copy.as_mut_ptr().cast());
+        let to = DevicePtr::new(copy.as_mut_ptr().cast());
         // SAFETY: the vector is that long, and nothing else uses it.
         let to = unsafe { TensorMut::from_raw(to, DType::F32, Shape::new(tensor.shape()).unwrap()) };
         crate::kernels::Kernels::cast(&Cpu, &other, tensor, to).unwrap();
