@@ -9,7 +9,7 @@ use crate::{
     run::{self, Failure, Run},
 };
 
-/// Run ring, pipeline, `tests/stream.rs`, what runs on the emulated CUDA runtime, and the C API under a sanitizer.
+/// Run ring, pipeline, codec, `tests/stream.rs`, what runs on the emulated CUDA runtime, and the C API under a sanitizer.
 ///
 /// `address` covers the kernels too, with undefined behaviour. The sanitizers come with every toolchain, but behind flags that
 /// RUSTC_BOOTSTRAP opens on a stable one.
@@ -76,7 +76,7 @@ fn pipeline_and_cuda(kind: Kind, host: &str) -> Result<(), Failure> {
         }
         command
     };
-    let mut modules = "--lib -- ring:: io:: device:: pipeline::".to_owned();
+    let mut modules = "--lib -- ring:: io:: device:: pipeline:: packed:: kernels::".to_owned();
     if kind == Kind::Thread {
         // These hand over what they do in locks and channels of the standard library, which the sanitizer does not see.
         modules += " --skip pipeline::tests::faults --skip pipeline::tests::pace";
@@ -85,6 +85,7 @@ fn pipeline_and_cuda(kind: Kind, host: &str) -> Result<(), Failure> {
     tests(&modules).run()?;
     tests("--test stream --").run()?;
     if kind == Kind::Address {
+        tests("--test packed --").run()?;
         tests("--test cuda_kernels --").run()?;
     }
     // When a GPU's context is lost, what it may still use is never freed: that is no leak.
