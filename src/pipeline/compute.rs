@@ -158,8 +158,9 @@ impl<D: Device> ComputeSide<D> {
         let ordered = arrival.and_then(|Entry { unit, place, pass, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
             let mut waited = self.device.wait(stream, arrived);
-            if place == Place::Resident {
-                // So that the newest record of the end of its use stands for those before it, on whichever streams.
+            if place == Place::Resident || self.plan.units[unit].in_place {
+                // So that the newest record of the end of its use stands for those before it, on whichever streams. Nothing that was
+                // copied since waits for these.
                 waited = waited.and_then(|()| self.device.wait(stream, compute_done));
             }
             let timing = waited.and_then(|()| match &mut self.timer {
