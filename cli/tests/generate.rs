@@ -156,7 +156,7 @@ fn links_are_measured_only_where_layers_are_read_again_and_within_what_a_process
         (peak, fs::read_dir(cache.path().join("layer-streamer")).map_or(0, Iterator::count))
     };
     assert_eq!(run("generate", &["4096="]).1, 0, "all layers are kept");
-    let ram = 20_000_000;
+    let ram = 3_200_000;
     let (peak, measured) = run("generate", &["--ram", &ram.to_string(), "4096="]);
     assert_eq!(measured, 1);
     assert!(peak <= ram + (64 << 20), "{peak} bytes of {ram}");

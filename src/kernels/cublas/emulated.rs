@@ -144,11 +144,7 @@ unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32) {
     // SAFETY: the two are matrices that nobody writes, by what this function asks of its caller.
     let (left, right) = unsafe { (a.widened(), b.widened()) };
     let mut sums = vec![0f32; c.rows * c.columns];
-    // SAFETY: the vectors have `a.rows` elements for each of the product's rows and columns, and one for each of its elements.
-    unsafe {
-        let sums = (sums.as_mut_ptr(), c.rows);
-        crate::kernels::product([c.columns, a.rows, c.rows], right.as_ptr(), left.as_ptr(), sums, false);
-    }
+    crate::kernels::product([c.columns, a.rows, c.rows], &right, &left, &mut sums);
     for (column, sums) in sums.chunks(c.rows).enumerate() {
         for (row, sum) in sums.iter().enumerate() {
             let at = column * c.apart + row;

@@ -1,0 +1,375 @@
+//! The kernels on the CPU: F32 in vectors as wide as the machine has ([`lanes`]), spread over threads ([`pool`]). One thread that
+//! cannot be started is an error of the call that wants it, and the next call tries again.
+//!
+//! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
+//! constructor demanded; inputs are not written and outputs are no one else's while the kernel runs, in the caller's thread.
+
+mod attention;
+mod lanes;
+mod math;
+mod pool;
+mod product;
+mod rows;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::{ops::Range, slice};
+
+use half::{bf16, f16};
+
+use super::{Kernels, Precision, Ragged, RopeLayout, call::*, fit::check};
+use crate::{
+    device::{Cpu, CpuStream, TensorMut, TensorRef},
+    dtype::{self, DType, Element},
+    error::Result,
+};
+use attention::{QUERIES, Queries};
+use lanes::Vectors;
+use pool::pool;
+use product::{Product, ROWS};
+use rows::{Each, Elements, Norm};
+
+/// Least work, in multiplications, that is worth another thread.
+const PER_THREAD: usize = 1 << 15;
+
+/// Activations and cache are F32, and weights are widened where they are used.
+const PRECISION: Precision = Precision { activation: DType::F32, cache: DType::F32, weight: None };
+
+/// The elements of a tensor, whose type the kernel's row has.
+fn read<'a, T: Element>(tensor: TensorRef<'a, Cpu>) -> &'a [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: the view stands for that many aligned elements of this type, and nobody writes them while a kernel runs.
+    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+}
+
+fn write<'a, T: Element>(tensor: &'a mut TensorMut<'_, Cpu>) -> &'a mut [T] {
+    assert_eq!(tensor.dtype(), T::DTYPE);
+    // SAFETY: the view stands for that many aligned elements of this type; nobody else reads or writes them while a kernel
+    // runs, and `tensor` is borrowed for as long as the slice.
+    unsafe { slice::from_raw_parts_mut(tensor.ptr().as_ptr().cast(), tensor.elements()) }
+}
+
+fn raw(tensor: TensorRef<'_, Cpu>) -> &[u8] {
+    // SAFETY: the view stands for that many bytes, which have no alignment and which nobody writes while a kernel runs.
+    unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) }
+}
+
+/// A weight, read one element or one row at a time as F32.
+#[derive(Clone, Copy)]
+enum Weight<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    BF16(&'a [bf16]),
+}
+
+impl<'a> Weight<'a> {
+    fn new(tensor: TensorRef<'a, Cpu>) -> Self {
+        match tensor.dtype() {
+            DType::F32 => Self::F32(read(tensor)),
+            DType::F16 => Self::F16(read(tensor)),
+            DType::BF16 => Self::BF16(read(tensor)),
+            other => unreachable!("weights of type {other} are refused"),
+        }
+    }
+
+    fn at(self, index: usize) -> f32 {
+        match self {
+            Self::F32(x) => x[index],
+            Self::F16(x) => x[index].to_f32(),
+            Self::BF16(x) => x[index].to_f32(),
+        }
+    }
+}
+
+/// Whether to spread `work` multiplications over threads.
+fn parallel(work: usize) -> bool {
+    work >= 2 * PER_THREAD
+}
+
+/// Calls `f` with the numbers of some `rows` at a time, in parallel if that pays for so much work in all.
+fn for_ranges(rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) -> Result<()> {
+    if !parallel(work) {
+        f(0..rows);
+        return Ok(());
+    }
+    // Several for each thread, so that none waits long for the last.
+    let pool = pool()?;
+    let some = rows.div_ceil(4 * pool.size()).max(rows * PER_THREAD / 4 / work).max(1);
+    pool.deal(rows.div_ceil(some), |piece| f(piece * some..rows.min((piece + 1) * some)));
+    Ok(())
+}
+
+/// Calls `f` with the number and the content of each row of `out`, in parallel if that pays.
+fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Result<()> {
+    let (rows, out) = (out.len().div_ceil(width.max(1)), Parts::new(out));
+    for_ranges(rows, work, |rows| {
+        for row in rows {
+            // SAFETY: each row is given to one thread only, and `out` is this call's.
+            f(row, unsafe { out.slice(row * width, width.min(out.len - row * width)) });
+        }
+    })
+}
+
+/// `out[t, n] = Σ x[t, k] · weight[n, k]` for dense `x [T, K]` and `weight [N, K]`, in this thread.
+#[cfg(cuda_emulated)]
+pub(crate) fn product([tokens, k, n]: [usize; 3], x: &[f32], weight: &[f32], out: &mut [f32]) {
+    assert_eq!(out.len(), tokens * n);
+    let product = Product { x, weight: Weight::F32(weight), bias: None, tokens, k, stride: n };
+    // SAFETY: `out` has a row of `n` elements for each token, and is this call's.
+    unsafe { product.rows(Vectors::widest(), 0..n, Parts::new(out)) };
+}
+
+impl Kernels for Cpu {
+    fn precision(&self) -> Precision {
+        PRECISION
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        0
+    }
+
+    fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
+        match call {
+            Call::Cast(call) => cast(call),
+            Call::Embed(Embed { table, ids, out, .. }) => copy_rows(table, ids, out),
+            Call::RmsNorm(call) => rms_norm(call),
+            Call::AddRmsNorm(call) => add_rms_norm(call),
+            Call::RmsNormInPlace(call) => rms_norm_in_place(call),
+            Call::Linear(call) => linear(call),
+            Call::Rope(call) => rope(call),
+            Call::Swiglu(Swiglu { gate, up }) => each_with(gate, up, Each::Swiglu),
+            Call::Geglu(Geglu { gate, up }) => each_with(gate, up, Each::Geglu),
+            Call::Scale(Scale { mut x, factor }) => each(&mut x, |_| Each::Scale(factor)),
+            Call::SoftCap(SoftCap { mut x, cap }) => each(&mut x, |_| Each::SoftCap(cap)),
+            Call::Add(Add { residual, y }) => each_with(residual, y, Each::Add),
+            Call::AppendKv(call) => append_kv(call),
+            Call::Attention(call) => attention(call),
+            Call::Gather(Gather { x, indices, out, .. }) => copy_rows(x, indices, out),
+            Call::Argmax(call) => argmax(call),
+        }
+    }
+}
+
+fn cast(Cast { x, out }: Cast<'_, Cpu>) -> Result<()> {
+    // SAFETY: the view stands for that many bytes, which have no alignment and which nobody else uses while a kernel runs.
+    let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
+    dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
+    Ok(())
+}
+
+fn rms_norm(RmsNorm { x, weight, offset, eps, mut out, H: width }: RmsNorm<'_, Cpu>) -> Result<()> {
+    let (weight, work, vectors) = (Weight::new(weight), x.elements(), Vectors::widest());
+    let x = read::<f32>(x);
+    for_rows(write(&mut out), width, work, |index, out| {
+        let x = Some(&x[index * width..][..width]);
+        vectors.run(Norm { x, weight, offset, eps, out });
+    })
+}
+
+fn add_rms_norm(AddRmsNorm { mut residual, y, weight, offset, eps, out, H }: AddRmsNorm<'_, Cpu>) -> Result<()> {
+    each_with(residual.borrow(), y, Each::Add)?;
+    rms_norm(RmsNorm { x: residual.as_ref(), weight, offset, eps, out, H })
+}
+
+fn rms_norm_in_place(RmsNormInPlace { mut x, weight, offset, eps, H: width }: RmsNormInPlace<'_, Cpu>) -> Result<()> {
+    let (weight, work, vectors) = (Weight::new(weight), x.elements(), Vectors::widest());
+    for_rows(write(&mut x), width, work, |_, out| vectors.run(Norm { x: None, weight, offset, eps, out }))
+}
+
+fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_, Cpu>) -> Result<()> {
+    let (x, weight, bias) = (read::<f32>(x), Weight::new(weight), bias.map(Weight::new));
+    let (product, vectors) = (Product { x, weight, bias, tokens, k, stride: n }, Vectors::widest());
+    let out = Parts::new(write::<f32>(&mut out));
+    // SAFETY: `out` is [T, N], and each range of its columns is given to one thread only.
+    let columns = |rows: Range<usize>| unsafe { product.rows(vectors, rows, out) };
+    if !parallel(tokens * n * k) {
+        columns(0..n);
+        return Ok(());
+    }
+    pool()?.deal(n.div_ceil(ROWS), |piece| columns(piece * ROWS..n.min((piece + 1) * ROWS)));
+    Ok(())
+}
+
+fn rope(call: Rope<'_, Cpu>) -> Result<()> {
+    let Rope { x, positions, inv_freq, scale, layout, mut out, T: tokens, heads, D: size, half } = call;
+    // Pair `i` is made of elements `i · step` and `i · step + apart`.
+    let (step, apart) = match layout {
+        RopeLayout::Halves => (1, half),
+        RopeLayout::Interleaved => (2, 1),
+    };
+    let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
+    let (x, width) = (read::<f32>(x), heads * size);
+    for_rows(write(&mut out), width, tokens * width * 8, |token, row| {
+        let x = &x[token * width..][..width];
+        for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
+            head[2 * half..].copy_from_slice(&x[2 * half..]);
+        }
+        for (i, &frequency) in inv_freq.iter().enumerate() {
+            let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
+            let (sin, cos) = (sin * scale, cos * scale);
+            let (first, second) = (i * step, i * step + apart);
+            for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
+                let (a, b) = (x[first], x[second]);
+                head[first] = a * cos - b * sin;
+                head[second] = b * cos + a * sin;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Elements that are computed at a time.
+const SOME: usize = 4096;
+
+/// `x = each(x)`, element by element; `each` is given a range of them.
+fn each<'a>(x: &mut TensorMut<'_, Cpu>, each: impl Fn(Range<usize>) -> Each<'a> + Sync) -> Result<()> {
+    let (work, vectors) = (x.elements() * 8, Vectors::widest());
+    for_rows(write(x), SOME, work, |index, x| {
+        let each = each(index * SOME..index * SOME + x.len());
+        vectors.run(Elements { x, each });
+    })
+}
+
+/// The same with another tensor.
+fn each_with<'a>(mut x: TensorMut<'_, Cpu>, y: TensorRef<'a, Cpu>, with: fn(&'a [f32]) -> Each<'a>) -> Result<()> {
+    let y = read::<f32>(y);
+    each(&mut x, |part| with(&y[part]))
+}
+
+fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
+    let AppendKv { block, batch, mut cache, T, G: kv_heads, D: size, rows, capacity, .. } = call;
+    let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
+    for sequence in sequences("append_kv", batch, [T, rows, capacity])? {
+        let first = sequence.kv_len - sequence.tokens.len();
+        for (place, token) in (first..).zip(sequence.tokens.clone()) {
+            for kv_head in 0..kv_heads {
+                let source = &block[(token * kv_heads + kv_head) * size..][..size];
+                cache[((sequence.row * kv_heads + kv_head) * capacity + place) * size..][..size]
+                    .copy_from_slice(source);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn attention(call: Attention<'_, Cpu>) -> Result<()> {
+    let Attention { q, keys, values, batch, mask, mut out, T, HQ: heads, G: kv_heads, D: size, rows, capacity, .. } =
+        call;
+    let (q, keys, values) = (read::<f32>(q), read::<f32>(keys), read::<f32>(values));
+    let (out, vectors, group) = (Parts::new(write::<f32>(&mut out)), Vectors::widest(), heads / kv_heads.max(1));
+    for sequence in sequences("attention", batch, [T, rows, capacity])? {
+        let queries = sequence.tokens.len() * group;
+        let parts = queries.div_ceil(QUERIES);
+        let one = |piece: usize| {
+            // The last tokens first: they see most.
+            let (kv_head, part) = (piece % kv_heads, parts - 1 - piece / kv_heads);
+            let lane = (sequence.row * kv_heads + kv_head) * capacity * size;
+            vectors.run(Queries {
+                q,
+                keys: &keys[lane..][..sequence.kv_len * size],
+                values: &values[lane..][..sequence.kv_len * size],
+                mask,
+                out,
+                sequence: &sequence,
+                heads: (kv_head * group, group),
+                all_heads: heads,
+                size,
+                queries: part * QUERIES..queries.min((part + 1) * QUERIES),
+            });
+        };
+        let pieces = parts * kv_heads;
+        if parallel(sequence.tokens.len() * heads * size * sequence.kv_len) {
+            pool()?.deal(pieces, one);
+        } else {
+            (0..pieces).for_each(one);
+        }
+    }
+    Ok(())
+}
+
+fn argmax(Argmax { x, mut out, V: width, .. }: Argmax<'_, Cpu>) -> Result<()> {
+    for (row, out) in read::<f32>(x).chunks(width.max(1)).zip(write::<u32>(&mut out)) {
+        let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
+        *out = (0..width).reduce(better).unwrap_or(0) as u32;
+    }
+    Ok(())
+}
+
+/// Rows of `table`, of a type that widens to F32; the last one for indices beyond.
+fn copy_rows(table: TensorRef<'_, Cpu>, indices: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
+    let (width, bytes, indices) = (out.shape()[1], raw(table), read::<u32>(indices));
+    let (rows, row_bytes) = (table.shape()[0], width * table.dtype().size());
+    for (row, &index) in write::<f32>(&mut out).chunks_mut(width.max(1)).zip(indices) {
+        let source = &bytes[(index as usize).min(rows - 1) * row_bytes..][..row_bytes];
+        // SAFETY: a row of F32 is that many bytes.
+        let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
+        dtype::convert(table.dtype(), source, DType::F32, row);
+    }
+    Ok(())
+}
+
+/// An output of which each thread writes its own parts.
+#[derive(Clone, Copy)]
+struct Parts {
+    start: *mut f32,
+    len: usize,
+}
+
+// SAFETY: threads write parts that do not overlap, as those promise who ask for them.
+unsafe impl Send for Parts {}
+// SAFETY: as above, through shared references too.
+unsafe impl Sync for Parts {}
+
+impl Parts {
+    fn new(out: &mut [f32]) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.len() }
+    }
+
+    /// # Panics
+    /// If the part does not lie in the output.
+    ///
+    /// # Safety
+    /// The output is still there, and nobody else uses this part as long as the slice is.
+    unsafe fn slice<'a>(self, at: usize, len: usize) -> &'a mut [f32] {
+        assert!(at <= self.len && len <= self.len - at, "{len} elements from {at} on, of {}", self.len);
+        // SAFETY: the part lies in the output, which the caller promises is there, and nobody else's.
+        unsafe { slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+}
+
+/// One sequence of a batch, checked.
+struct CheckedSequence {
+    tokens: Range<usize>,
+    kv_len: usize,
+    row: usize,
+}
+
+/// The sequences of a batch of so many tokens, beside a cache of so many rows and places in each.
+fn sequences<'a>(
+    kernel: &'static str,
+    batch: Ragged<'a, Cpu>,
+    [tokens, rows, capacity]: [usize; 3],
+) -> Result<impl Iterator<Item = CheckedSequence> + 'a> {
+    let (offsets, lens, places) = (read::<u32>(batch.q_offsets), read::<u32>(batch.kv_lens), read::<u32>(batch.rows));
+    let sequences = lens.len();
+    let consistent = offsets[0] == 0 && offsets[sequences] as usize == tokens && offsets.is_sorted();
+    check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {sequences} lengths"))?;
+    let sequence = |i: usize| CheckedSequence {
+        tokens: offsets[i] as usize..offsets[i + 1] as usize,
+        kv_len: lens[i] as usize,
+        row: places[i] as usize,
+    };
+    for s in (0..sequences).map(sequence) {
+        check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
+            format!(
+                "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
+                s.tokens.len(),
+                s.row,
+                s.kv_len
+            )
+        })?;
+    }
+    Ok((0..sequences).map(sequence))
+}

@@ -1,0 +1,193 @@
+//! Each set of instructions against formulas in f64, and bits that must not depend on the company. `tests/kernels.rs` has what
+//! the widest computes for every shape.
+
+use std::{
+    panic::catch_unwind,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{
+    lanes::{Lanes, Work},
+    math::{exp, tanh},
+    pool::Pool,
+    *,
+};
+use crate::kernels::AttentionMask;
+
+fn floats(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
+    (0..count).map(|_| rng.f32() * 2.0 - 1.0).collect()
+}
+
+fn multiply(vectors: Vectors, product: Product<'_>, rows: Range<usize>) -> Vec<f32> {
+    let mut out = vec![f32::NAN; product.tokens * product.stride];
+    // SAFETY: `out` is as long as that, and nobody else's.
+    unsafe { product.rows(vectors, rows, Parts::new(&mut out)) };
+    out
+}
+
+/// Calls `f` with random weights of each type.
+fn for_each_type(rng: &mut fastrand::Rng, count: usize, mut f: impl FnMut(Weight<'_>)) {
+    let values = floats(rng, count);
+    f(Weight::F32(&values));
+    f(Weight::F16(&values.iter().map(|&x| f16::from_f32(x)).collect::<Vec<_>>()));
+    f(Weight::BF16(&values.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()));
+}
+
+#[test]
+fn every_set_of_instructions_multiplies_every_type() {
+    let mut rng = fastrand::Rng::new();
+    for (tokens, k, n) in [(1, 1, 1), (1, 2000, 9), (2, 31, 4), (7, 800, 38), (13, 129, 70)] {
+        let (x, biases) = (floats(&mut rng, tokens * k), floats(&mut rng, n));
+        for_each_type(&mut rng, n * k, |weight| {
+            let product = Product { x: &x, weight, bias: Some(Weight::F32(&biases)), tokens, k, stride: n };
+            for vectors in Vectors::all() {
+                for (at, &got) in multiply(vectors, product, 0..n).iter().enumerate() {
+                    let (token, row) = (at / n, at % n);
+                    let sum: f64 =
+                        (0..k).map(|i| f64::from(x[token * k + i]) * f64::from(weight.at(row * k + i))).sum();
+                    let off = (f64::from(got) - sum - f64::from(biases[row])).abs();
+                    assert!(
+                        off < 1e-6 * (k as f64).sqrt().max(4.0),
+                        "{vectors:?}, {tokens} × {k} × {n} at {at}: {off}"
+                    );
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn the_bits_of_a_product_depend_neither_on_the_other_tokens_nor_on_the_other_rows() {
+    let (mut rng, tokens, k, n) = (fastrand::Rng::new(), 15, 1701, 39);
+    let x = floats(&mut rng, tokens * k);
+    for_each_type(&mut rng, n * k, |weight| {
+        for vectors in Vectors::all() {
+            let all = multiply(vectors, Product { x: &x, weight, bias: None, tokens, k, stride: n }, 0..n);
+            for (at, together) in all.iter().enumerate() {
+                let (token, row) = (at / n, at % n);
+                let x = &x[token * k..][..k];
+                let alone = multiply(vectors, Product { x, weight, bias: None, tokens: 1, k, stride: n }, row..row + 1);
+                assert_eq!(together.to_bits(), alone[row].to_bits(), "{vectors:?}, token {token}, row {row}");
+            }
+        }
+    });
+}
+
+/// Attention of one sequence of `before + new` tokens, for some of its queries.
+fn attend(vectors: Vectors, [q, keys, values]: &[Vec<f32>; 3], mask: AttentionMask, queries: Range<usize>) -> Vec<f32> {
+    let (group, size, kv_len, tokens) = (3, 40, 201, 20);
+    let mut out = vec![f32::NAN; q.len()];
+    let sequence = CheckedSequence { tokens: 0..tokens, kv_len, row: 0 };
+    vectors.run(Queries {
+        q,
+        keys,
+        values,
+        mask,
+        out: Parts::new(&mut out),
+        sequence: &sequence,
+        heads: (0, group),
+        all_heads: group,
+        size,
+        queries,
+    });
+    out
+}
+
+#[test]
+fn every_set_of_instructions_attends_alike_and_bits_do_not_depend_on_the_other_queries() {
+    let mut rng = fastrand::Rng::new();
+    let of = [20 * 3 * 40, 201 * 40, 201 * 40].map(|count| floats(&mut rng, count));
+    for (window, soft_cap) in [(None, None), (Some(70), Some(0.7)), (Some(1), None)] {
+        let mask = AttentionMask { scale: 1.5, window, soft_cap };
+        let plain = attend(Vectors::Plain, &of, mask, 5..28);
+        for vectors in Vectors::all() {
+            let together = attend(vectors, &of, mask, 5..28);
+            for query in 5..28 {
+                let (alone, part) = (attend(vectors, &of, mask, query..query + 1), query * 40..(query + 1) * 40);
+                assert_eq!(alone[part.clone()], together[part.clone()], "{vectors:?}, query {query}");
+                let off = plain[part.clone()].iter().zip(&alone[part]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off < 2e-6, "{vectors:?}, query {query}: {off}");
+            }
+        }
+    }
+}
+
+struct Apply<'a>(&'a [f32], bool);
+
+impl Work for Apply<'_> {
+    type Out = Vec<f32>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> Vec<f32> {
+        let of = |x: &f32| if self.1 { tanh(L::splat(*x)) } else { exp(L::splat(*x)) };
+        self.0.iter().map(|x| of(x).array()[L::COUNT - 1]).collect()
+    }
+}
+
+#[test]
+fn exp_and_tanh_are_right_to_two_units_in_the_last_place() {
+    let points: Vec<f32> = (-87_000..88_000).map(|at| at as f32 / 1000.0 + 1e-4).collect();
+    let near: Vec<f32> = (-40_000..40_000).map(|at| (at as f32 / 2000.0).powi(3) / 500.0).collect();
+    for vectors in Vectors::all() {
+        for (x, got) in points.iter().zip(vectors.run(Apply(&points, false))) {
+            let exact = f64::from(*x).exp();
+            assert!(
+                (f64::from(got) / exact - 1.0).abs() < 2.0 * f64::from(f32::EPSILON),
+                "{vectors:?}: exp({x}) is {got}"
+            );
+        }
+        for (x, got) in near.iter().zip(vectors.run(Apply(&near, true))) {
+            let exact = f64::from(*x).tanh();
+            let off = (f64::from(got) - exact).abs();
+            assert!(off <= 2.0 * f64::from(f32::EPSILON) * exact.abs(), "{vectors:?}: tanh({x}) is {got}");
+        }
+        let ends = [f32::NEG_INFINITY, -100.0, f32::NAN];
+        let [zero, small, nan] = vectors.run(Apply(&ends, false))[..] else { unreachable!("three") };
+        assert!(zero == 0.0 && small == 0.0 && nan.is_nan(), "{vectors:?}");
+        let ends = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN];
+        let [least, most, nan] = vectors.run(Apply(&ends, true))[..] else { unreachable!("three") };
+        assert!(least == -1.0 && most == 1.0 && nan.is_nan(), "{vectors:?}");
+    }
+}
+
+#[test]
+fn callers_at_once_have_each_piece_done_once_and_a_panic_reaches_its_own_caller() {
+    let pool = Pool::start(3).unwrap();
+    thread::scope(|scope| {
+        for caller in 0..4 {
+            let pool = &pool;
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let pieces = (caller + round) % 50;
+                    let done: Vec<AtomicUsize> = (0..pieces).map(|_| AtomicUsize::new(0)).collect();
+                    pool.deal(pieces, |piece| _ = done[piece].fetch_add(1, Relaxed));
+                    assert!(done.iter().all(|count| count.load(Relaxed) == 1));
+                    let bad = || pool.deal(9, |piece| assert!(piece != caller, "piece {caller}"));
+                    let payload = catch_unwind(std::panic::AssertUnwindSafe(bad)).unwrap_err();
+                    assert_eq!(payload.downcast_ref::<String>().unwrap(), &format!("piece {caller}"));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn threads_help_and_without_work_they_sleep() {
+    let pool = Pool::start(2).unwrap();
+    let helped = AtomicUsize::new(0);
+    let caller = thread::current().id();
+    let until = Instant::now() + Duration::from_secs(20);
+    while helped.load(Relaxed) == 0 {
+        assert!(Instant::now() < until, "nobody helped");
+        pool.deal(8, |_| {
+            helped.fetch_add(usize::from(thread::current().id() != caller), Relaxed);
+            thread::sleep(Duration::from_millis(1));
+        });
+    }
+    while pool.asleep() < 2 {
+        assert!(Instant::now() < until, "they never sleep");
+        thread::sleep(Duration::from_millis(1));
+    }
+}

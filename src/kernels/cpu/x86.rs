@@ -1,0 +1,142 @@
+//! The vectors of x86-64.
+//!
+//! **Invariant**: values of [`Avx2`] and [`Avx512`] are made and used only by what [`run_avx2`] and [`run_avx512`] call, which
+//! take the proof that the machine has the instructions.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::lanes::{Lanes, Work};
+
+/// The machine was found to have the instructions: only [`has_avx2`] and [`has_avx512`] make it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Proven(());
+
+pub(super) fn has_avx2() -> Option<Proven> {
+    let there = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    there.then_some(Proven(()))
+}
+
+pub(super) fn has_avx512() -> Option<Proven> {
+    has_avx2().filter(|_| is_x86_feature_detected!("avx512f"))
+}
+
+pub(super) fn run_avx2<W: Work>(_: Proven, work: W) -> W::Out {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn run<W: Work>(work: W) -> W::Out {
+        work.run::<Avx2>()
+    }
+    // SAFETY: the machine has the instructions.
+    unsafe { run(work) }
+}
+
+pub(super) fn run_avx512<W: Work>(_: Proven, work: W) -> W::Out {
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    fn run<W: Work>(work: W) -> W::Out {
+        work.run::<Avx512>()
+    }
+    // SAFETY: the machine has the instructions.
+    unsafe { run(work) }
+}
+
+/// Methods that are instructions.
+macro_rules! instructions {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty { $body:expr })*) => { $(
+        #[inline(always)]
+        fn $name($($argument: $type),*) -> $out {
+            // SAFETY: the machine has the instructions, by the module's invariant.
+            unsafe { $body }
+        }
+    )* };
+}
+
+/// Methods that load or store.
+macro_rules! moves {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty { $body:expr })*) => { $(
+        #[inline(always)]
+        unsafe fn $name($($argument: $type),*) -> $out {
+            // SAFETY: the machine has the instructions, by the module's invariant; the caller promises the elements or the room
+            // for them, and these instructions demand no alignment.
+            unsafe { $body }
+        }
+    )* };
+}
+
+#[derive(Clone, Copy)]
+struct Avx2(__m256);
+
+impl Lanes for Avx2 {
+    const COUNT: usize = 8;
+    const TOKENS: usize = 2;
+
+    instructions! {
+        fn splat(x: f32) -> Self { Self(_mm256_set1_ps(x)) }
+        fn plus(self: Self, other: Self) -> Self { Self(_mm256_add_ps(self.0, other.0)) }
+        fn minus(self: Self, other: Self) -> Self { Self(_mm256_sub_ps(self.0, other.0)) }
+        fn times(self: Self, other: Self) -> Self { Self(_mm256_mul_ps(self.0, other.0)) }
+        fn over(self: Self, other: Self) -> Self { Self(_mm256_div_ps(self.0, other.0)) }
+        fn times_plus(self: Self, factor: Self, more: Self) -> Self { Self(_mm256_fmadd_ps(self.0, factor.0, more.0)) }
+        fn max(self: Self, other: Self) -> Self { Self(_mm256_max_ps(self.0, other.0)) }
+        fn min(self: Self, other: Self) -> Self { Self(_mm256_min_ps(self.0, other.0)) }
+        fn if_below(self: Self, bound: Self, then: Self, otherwise: Self) -> Self {
+            Self(_mm256_blendv_ps(otherwise.0, then.0, _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, bound.0)))
+        }
+        fn power_of_two(self: Self) -> Self {{
+            let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(self.0));
+            Self(_mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_castps_si256(_mm256_set1_ps(1.0)))))
+        }}
+        fn sum(self: Self) -> f32 {{
+            let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }}
+    }
+
+    moves! {
+        fn load(at: *const f32) -> Self { Self(_mm256_loadu_ps(at)) }
+        fn load_f16(at: *const f16) -> Self { Self(_mm256_cvtph_ps(_mm_loadu_si128(at.cast()))) }
+        fn load_bf16(at: *const bf16) -> Self {{
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+            Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        }}
+        fn store(self: Self, at: *mut f32) -> () { _mm256_storeu_ps(at, self.0) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Avx512(__m512);
+
+impl Lanes for Avx512 {
+    const COUNT: usize = 16;
+    const TOKENS: usize = 6;
+
+    instructions! {
+        fn splat(x: f32) -> Self { Self(_mm512_set1_ps(x)) }
+        fn plus(self: Self, other: Self) -> Self { Self(_mm512_add_ps(self.0, other.0)) }
+        fn minus(self: Self, other: Self) -> Self { Self(_mm512_sub_ps(self.0, other.0)) }
+        fn times(self: Self, other: Self) -> Self { Self(_mm512_mul_ps(self.0, other.0)) }
+        fn over(self: Self, other: Self) -> Self { Self(_mm512_div_ps(self.0, other.0)) }
+        fn times_plus(self: Self, factor: Self, more: Self) -> Self { Self(_mm512_fmadd_ps(self.0, factor.0, more.0)) }
+        fn max(self: Self, other: Self) -> Self { Self(_mm512_max_ps(self.0, other.0)) }
+        fn min(self: Self, other: Self) -> Self { Self(_mm512_min_ps(self.0, other.0)) }
+        fn if_below(self: Self, bound: Self, then: Self, otherwise: Self) -> Self {
+            Self(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, bound.0), otherwise.0, then.0))
+        }
+        fn power_of_two(self: Self) -> Self {{
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(self.0));
+            Self(_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1.0)))))
+        }}
+        fn sum(self: Self) -> f32 { _mm512_reduce_add_ps(self.0) }
+    }
+
+    moves! {
+        fn load(at: *const f32) -> Self { Self(_mm512_loadu_ps(at)) }
+        fn load_f16(at: *const f16) -> Self { Self(_mm512_cvtph_ps(_mm256_loadu_si256(at.cast()))) }
+        fn load_bf16(at: *const bf16) -> Self {{
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }}
+        fn store(self: Self, at: *mut f32) -> () { _mm512_storeu_ps(at, self.0) }
+    }
+}
