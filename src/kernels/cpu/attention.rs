@@ -129,7 +129,10 @@ impl Queries<'_> {
         }
         let keys = &self.keys[place * self.size..][..R * self.size];
         // SAFETY: each query has `size` elements, and so has each of R keys.
-        let products = unsafe { dots::<L, f32, R, T>(queries, keys.as_ptr(), self.size, self.size) };
+        let products = unsafe {
+            let ahead = keys.as_ptr().wrapping_add(8 * self.size);
+            dots::<L, f32, R, T>(queries, keys.as_ptr(), self.size, self.size, ahead)
+        };
         for (scores, products) in scores[query..].iter_mut().zip(&products) {
             for (score, product) in scores[column..].iter_mut().zip(products) {
                 *score = product * self.mask.scale;

@@ -36,6 +36,9 @@ pub(super) trait Lanes: Copy {
     /// The sum, always in the same order.
     fn sum(self) -> f32;
 
+    /// Fetches a line into the cache, if there is one.
+    fn fetch(at: *const i8);
+
     /// # Safety
     /// That many elements lie there.
     unsafe fn load(at: *const f32) -> Self;
@@ -227,6 +230,9 @@ impl Lanes for Plain {
         let [a, b, c, d, e, f, g, h] = self.0;
         ((a + e) + (c + g)) + ((b + f) + (d + h))
     }
+
+    #[inline(always)]
+    fn fetch(_: *const i8) {}
 
     #[inline(always)]
     unsafe fn load(at: *const f32) -> Self {

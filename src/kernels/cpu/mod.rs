@@ -28,7 +28,7 @@ use crate::{
 use attention::{QUERIES, Queries};
 use lanes::Vectors;
 use pool::pool;
-use product::{Product, ROWS};
+use product::Product;
 use rows::{Each, Elements, Norm};
 
 /// Least work, in multiplications, that is worth another thread.
@@ -188,7 +188,9 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
         columns(0..n);
         return Ok(());
     }
-    pool()?.deal(n.div_ceil(ROWS), |piece| columns(piece * ROWS..n.min((piece + 1) * ROWS)));
+    let pool = pool()?;
+    let rows = product.rows_of_a_piece(n, pool.size());
+    pool.deal(n.div_ceil(rows), |piece| columns(piece * rows..n.min((piece + 1) * rows)));
     Ok(())
 }
 

@@ -15,8 +15,11 @@ use super::{
 /// Weights of a row that are multiplied at a time: six tokens' F32 and four rows of BF16 stay in a cache of 32 KiB.
 const BLOCK: usize = 768;
 
-/// Rows of a piece, which one thread multiplies.
-pub(super) const ROWS: usize = 32;
+/// Most tokens with which a product takes as long as its weights take to arrive. A row is then read to its end before the next.
+const FEW: usize = 16;
+
+/// Rows of a piece for more tokens than that: a block of them stays in the cache.
+const ROWS: usize = 32;
 
 /// `out[t, n] = Σ x[t, k] · weight[n, k]`, with what is added to it.
 #[derive(Clone, Copy)]
@@ -31,6 +34,12 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
+    /// Rows that a thread multiplies at a time, of `n` for so many threads.
+    pub(super) fn rows_of_a_piece(&self, n: usize, threads: usize) -> usize {
+        // Long stretches for few tokens, since what is fetched ahead of a piece's end is lost.
+        if self.tokens <= FEW { n.div_ceil(8 * threads).next_multiple_of(4).max(ROWS) } else { ROWS }
+    }
+
     /// The columns of `out` that these rows of the weight give.
     ///
     /// # Safety
@@ -65,8 +74,7 @@ impl Columns<'_> {
         let Product { tokens, k, .. } = *self.product;
         let weight = &weight[..self.rows.end * k];
         assert_eq!(self.product.x.len(), tokens * k);
-        // For few tokens a row is read to its end before the next; for many, a block of all rows stays in the cache.
-        let height = if tokens <= L::TOKENS { 4 } else { self.rows.len().max(1) };
+        let height = if tokens <= FEW { 4 } else { ROWS };
         for first in self.rows.clone().step_by(height) {
             let rows = first..self.rows.end.min(first + height);
             // At least one block, which writes the bias.
@@ -107,13 +115,18 @@ impl Columns<'_> {
         ks: &Range<usize>,
         token: usize,
     ) {
-        let Product { x, bias, k, stride, .. } = *self.product;
+        let Product { x, bias, k, stride, tokens: all, .. } = *self.product;
+        // What the first of few tokens' tiles fetch is there for the others'.
+        let ahead = if all <= FEW && token == 0 { 8 * k } else { 0 };
         let (weight, mut tokens) = (&weight[row * k..][..R * k], [x.as_ptr(); T]);
         for (place, x_row) in tokens.iter_mut().enumerate() {
             *x_row = x[(token + place) * k + ks.start..].as_ptr();
         }
         // SAFETY: `weight` has R rows of `k` elements and `x` has T from this token on; `ks` ends at `k` at most.
-        let sums = unsafe { dots::<L, W, R, T>(tokens, weight.as_ptr().add(ks.start), k, ks.len()) };
+        let sums = unsafe {
+            let ahead = weight.as_ptr().wrapping_add(ahead + R * ks.start);
+            dots::<L, W, R, T>(tokens, weight.as_ptr().add(ks.start), k, ks.len(), ahead)
+        };
         for (place, sums) in sums.iter().enumerate() {
             // SAFETY: the caller of `rows` has promised rows of `stride` elements, and that these columns are this call's alone.
             let out = unsafe { self.out.slice((token + place) * stride + row, R) };
@@ -125,7 +138,8 @@ impl Columns<'_> {
     }
 }
 
-/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart.
+/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart. Four rows' worth from `ahead` on is
+/// fetched meanwhile, in the order of addresses: that is what makes processors read ahead themselves.
 ///
 /// # Safety
 /// The vectors and rows lie there.
@@ -135,6 +149,7 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
     rows: *const W,
     stride: usize,
     k: usize,
+    ahead: *const W,
 ) -> [[f32; R]; T] {
     let mut sums = [[L::splat(0.0); R]; T];
     let whole = k / L::COUNT * L::COUNT;
@@ -143,6 +158,10 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
         for (row, weights) in weights.iter_mut().enumerate() {
             // SAFETY: the caller promises the rows; a vector from `at` on ends at `k` at most.
             *weights = unsafe { W::load(rows.add(row * stride + at)) };
+        }
+        if R == 4 {
+            let ahead = ahead.wrapping_add(4 * at).cast::<i8>();
+            (0..4 * L::COUNT * size_of::<W>()).step_by(64).for_each(|line| L::fetch(ahead.wrapping_add(line)));
         }
         for (x, sums) in x.iter().zip(&mut sums) {
             // SAFETY: the caller promises the vectors; a vector from `at` on ends at `k` at most.

@@ -19,7 +19,7 @@ pub(super) fn has_avx2() -> Option<Proven> {
 }
 
 pub(super) fn has_avx512() -> Option<Proven> {
-    has_avx2().filter(|_| is_x86_feature_detected!("avx512f"))
+    has_avx2().filter(|_| is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl"))
 }
 
 pub(super) fn run_avx2<W: Work>(_: Proven, work: W) -> W::Out {
@@ -32,7 +32,8 @@ pub(super) fn run_avx2<W: Work>(_: Proven, work: W) -> W::Out {
 }
 
 pub(super) fn run_avx512<W: Work>(_: Proven, work: W) -> W::Out {
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    // Without VL the upper sixteen registers would stay unused: their parts could not be added up.
+    #[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
     fn run<W: Work>(work: W) -> W::Out {
         work.run::<Avx512>()
     }
@@ -91,6 +92,7 @@ impl Lanes for Avx2 {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }}
+        fn fetch(at: *const i8) -> () { _mm_prefetch::<_MM_HINT_T1>(at) }
     }
 
     moves! {
@@ -128,6 +130,7 @@ impl Lanes for Avx512 {
             Self(_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1.0)))))
         }}
         fn sum(self: Self) -> f32 { _mm512_reduce_add_ps(self.0) }
+        fn fetch(at: *const i8) -> () { _mm_prefetch::<_MM_HINT_T1>(at) }
     }
 
     moves! {
