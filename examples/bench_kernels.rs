@@ -6,6 +6,10 @@
 
 #[path = "../cli/src/device.rs"]
 mod device;
+#[path = "bench/kernel_row.rs"]
+mod kernel_row;
+#[path = "bench/processors.rs"]
+mod processors;
 #[path = "bench/report/mod.rs"]
 mod report;
 #[path = "bench/twin.rs"]
@@ -18,12 +22,13 @@ use std::{process::ExitCode, time::Instant};
 use clap::Parser;
 use device::{Chosen, Wanted};
 use indicatif::ProgressBar;
+use kernel_row::{COLUMNS, Row};
 use layer_streamer::{
     DType, Result,
     kernels::{AttentionMask, Kernels, RopeLayout},
 };
-use report::{Column, Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Show, Spread, by_default, column};
-use serde_json::{Value, json};
+use processors::Processors;
+use report::{Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Spread, by_default};
 use twin::{Batch, On, Tensor, off, random};
 
 /// Check each kernel against its twin on the CPU, then measure it.
@@ -54,94 +59,6 @@ const ROWS: u64 = 37;
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
 const OFF: f64 = 1e-2;
 
-const COLUMNS: [Column; 9] = [
-    column("kernel", "kernel", Show::Text, ""),
-    column("shape", "shape", Show::Text, ""),
-    column(
-        "off",
-        "off",
-        Show::Power,
-        "‖kernel - twin‖ / ‖twin‖ where this row was checked; the twin is the same kernel on the CPU",
-    ),
-    column("seconds", "time", Show::SpreadOfSeconds, "of one launch, ± half of the range over the rounds"),
-    column("bytes", "bytes", Show::Bytes, "that must move, each read or written once"),
-    column("gb_s", "GB/s", Show::Significant, "those bytes over the time"),
-    column(
-        "weights_gb_s",
-        "of weights",
-        Show::Significant,
-        "GB/s of decoded weights alone, where packed ones are decoded",
-    ),
-    column("of_copy", "of copy", Show::Spread(2), "GB/s over those of a copy within the device, round by round"),
-    column(
-        "tflop_s",
-        "TFLOP/s",
-        Show::Significant,
-        "a multiplication and an addition each, of pairs that the causal mask lets through",
-    ),
-];
-
-/// One line of the table.
-struct Row {
-    kernel: &'static str,
-    shape: String,
-    /// From the twin, where this line was checked.
-    off: Option<f64>,
-    /// Round by round.
-    seconds: Vec<f64>,
-    /// GB/s of a copy in the same round.
-    copies: Vec<f64>,
-    bytes: usize,
-    operations: f64,
-    /// Bytes of weights that are decoded.
-    weights: usize,
-    /// Of attention without a soft cap, for the plot: tokens that are there already, and new ones.
-    tokens: Option<(usize, usize)>,
-}
-
-impl Row {
-    /// A kernel that only moves so many bytes, or hardly more.
-    fn new(kernel: &'static str, shape: String, off: Option<f64>, bytes: usize) -> Self {
-        let (seconds, copies) = (Vec::new(), Vec::new());
-        Self { kernel, shape, off, seconds, copies, bytes, operations: 0.0, weights: 0, tokens: None }
-    }
-
-    /// A copy is its limit.
-    fn moves(&self) -> bool {
-        self.operations == 0.0 && !["argmax", "unpack"].contains(&self.kernel)
-    }
-
-    fn time(&self) -> f64 {
-        Spread::of(&self.seconds).median
-    }
-
-    fn rates(&self) -> Vec<f64> {
-        self.seconds.iter().map(|seconds| self.bytes as f64 / seconds / 1e9).collect()
-    }
-
-    fn of_copy(&self) -> Vec<f64> {
-        self.rates().iter().zip(&self.copies).map(|(rate, copy)| rate / copy).collect()
-    }
-
-    fn tera(&self) -> Vec<f64> {
-        self.seconds.iter().map(|seconds| self.operations / seconds / 1e12).collect()
-    }
-
-    fn cells(&self) -> [Value; 9] {
-        [
-            json!(self.kernel),
-            json!(self.shape),
-            json!(self.off),
-            json!(Spread::of(&self.seconds)),
-            json!(self.bytes),
-            json!(self.bytes as f64 / self.time() / 1e9),
-            json!((self.weights > 0).then(|| self.weights as f64 / self.time() / 1e9)),
-            json!(Spread::of(&self.of_copy())),
-            json!((self.operations > 0.0).then(|| self.operations / self.time() / 1e12)),
-        ]
-    }
-}
-
 struct Bench<'a, D: Kernels> {
     on: &'a On<D>,
     rng: fastrand::Rng,
@@ -150,6 +67,10 @@ struct Bench<'a, D: Kernels> {
     rounds: u32,
     /// Tensors are this many times smaller than on a GPU.
     divisor: usize,
+    /// Weights are; on the CPU, too, they must not fit into a cache.
+    weights_divisor: usize,
+    /// On the CPU.
+    processors: Option<Processors>,
     /// What is copied to compare with.
     copied: [Tensor<D>; 2],
     rows: Vec<Row>,
@@ -159,20 +80,28 @@ struct Bench<'a, D: Kernels> {
 fn main() -> ExitCode {
     let options = Options::parse();
     report::run(&options.common, Some(&options.plot), || match device::choose(options.device)? {
-        Chosen::Cpu(device) => run(&device, &options, 64),
+        Chosen::Cpu(device) => {
+            run(&device, &options, [64, if options.small { 64 } else { 2 }], Some(Processors::new()))
+        }
         #[cfg(feature = "cuda")]
-        Chosen::Cuda(device) => run(&device, &options, if options.small { 64 } else { 1 }),
+        Chosen::Cuda(device) => run(&device, &options, [if options.small { 64 } else { 1 }; 2], None),
     })
 }
 
-fn run<D: Kernels>(device: &D, options: &Options, divisor: usize) -> Result<Report, Failure> {
+fn run<D: Kernels>(
+    device: &D,
+    options: &Options,
+    [divisor, weights_divisor]: [usize; 2],
+    processors: Option<Processors>,
+) -> Result<Report, Failure> {
     let on = On::new(device)?;
     let count = (128 << 20) / divisor;
     let mut rng = fastrand::Rng::new();
     let copied = [on.repeated(DType::F32, &[count], &random(&mut rng, 1 << 18))?, on.empty(DType::F32, &[count])?];
     let (time, rounds) = (options.common.window.as_secs_f64(), options.common.rounds);
     let bar = report::progress((ROWS + unpacking::rows(device)) * u64::from(rounds), &options.common)?;
-    let mut bench = Bench { on: &on, rng, time, rounds, divisor, copied, rows: Vec::new(), bar };
+    let rows = Vec::new();
+    let mut bench = Bench { on: &on, rng, time, rounds, divisor, weights_divisor, processors, copied, rows, bar };
     let moving = [Bench::casts, Bench::unpacking, Bench::rows_of_the_residual, Bench::activations];
     for part in moving.into_iter().chain([Bench::products, Bench::attention]) {
         part(&mut bench)?;
@@ -255,6 +184,7 @@ impl<D: Kernels> Bench<'_, D> {
             row.seconds.push(seconds(self.on, self.time, &mut launch)?);
             let copy = |_| self.on.device.cast(&self.on.stream, from.get(), to.out());
             row.copies.push(2.0 * from.bytes() as f64 / seconds(self.on, self.time, copy)? / 1e9);
+            row.limits.extend(self.processors.as_ref().map(Processors::measure));
             self.bar.inc(1);
         }
         self.rows.push(row);
@@ -429,9 +359,12 @@ impl<D: Kernels> Bench<'_, D> {
             on.read(&out)?
         });
         let checked = Some(off(&both.0, &both.1));
-        let (k, n, vocab) = (self.many(3584 * 8) / 8, self.many(18_944 * 8) / 8, self.many(152_064 * 8) / 8);
+        // On the CPU fewer rows, not shorter ones.
+        let [k, n, vocab] = match self.weights_divisor {
+            1 | 2 => [3584, 18_944 / self.weights_divisor, 152_064 / self.weights_divisor.pow(3)],
+            divisor => [3584 / divisor, 18_944 / divisor, 152_064 / divisor],
+        };
         for (tokens, n, to) in [(256, n, activation), (16, n, activation), (1, n, activation), (1, vocab, DType::F32)] {
-            let (k, n) = (k.max(8), n.max(8));
             let (x, weight) = (self.fill(activation, &[tokens, k])?, self.fill(DType::BF16, &[n, k])?);
             let mut out = here.empty(to, &[tokens, n])?;
             let (moved, operations) = (x.bytes() + weight.bytes() + out.bytes(), 2.0 * (tokens * k * n) as f64);

@@ -154,7 +154,7 @@ impl Queries<'_> {
             greatest = greatest.max(score);
             score
         });
-        let greatest = greatest.array()[..L::COUNT].iter().copied().fold(state.greatest, f32::max);
+        let greatest = greatest.greatest();
         let mut sum = L::splat(0.0);
         each::<L>(scores, |score| {
             let weight = exp(score.minus(L::splat(greatest)));

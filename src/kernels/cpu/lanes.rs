@@ -36,6 +36,25 @@ pub(super) trait Lanes: Copy {
     /// The sum, always in the same order.
     fn sum(self) -> f32;
 
+    /// The sums of four, each as [`sum`](Self::sum) has it.
+    #[inline(always)]
+    fn four_sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        [a.sum(), b.sum(), c.sum(), d.sum()]
+    }
+
+    /// The greatest lane.
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        let (mut lanes, mut count) = (self.array(), Self::COUNT);
+        while count > 1 {
+            count /= 2;
+            for lane in 0..count {
+                lanes[lane] = if lanes[lane] > lanes[lane + count] { lanes[lane] } else { lanes[lane + count] };
+            }
+        }
+        lanes[0]
+    }
+
     /// Fetches a line into the cache, if there is one.
     fn fetch(at: *const i8);
 

@@ -183,8 +183,11 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
     }
     let mut out = [[0.0; R]; T];
     for (out, sums) in out.iter_mut().zip(&sums) {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = sum.sum();
+        for (out, sums) in out.chunks_mut(4).zip(sums.chunks(4)) {
+            match *sums {
+                [a, b, c, d] => out.copy_from_slice(&L::four_sums([a, b, c, d])),
+                _ => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum.sum()),
+            }
         }
     }
     out

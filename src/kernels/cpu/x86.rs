@@ -130,6 +130,17 @@ impl Lanes for Avx512 {
             Self(_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(_mm512_set1_ps(1.0)))))
         }}
         fn sum(self: Self) -> f32 { _mm512_reduce_add_ps(self.0) }
+        // Halves of two vectors at a time, then quarters of all four, then within quarters: the order of `_mm512_reduce_add_ps`.
+        fn four_sums(four: [Self; 4]) -> [f32; 4] {{
+            let [a, b, c, d] = [four[0].0, four[1].0, four[2].0, four[3].0];
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+            let all = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+            let all = _mm512_add_ps(all, _mm512_permute_ps::<0x4e>(all));
+            let all = _mm512_add_ps(all, _mm512_permute_ps::<0xb1>(all));
+            let firsts = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), all);
+            std::mem::transmute::<__m128, [f32; 4]>(_mm512_castps512_ps128(firsts))
+        }}
         fn fetch(at: *const i8) -> () { _mm_prefetch::<_MM_HINT_T1>(at) }
     }
 
