@@ -212,28 +212,17 @@ impl Queries<'_> {
             let (out, factor) = (self.out(query + more), L::splat(states[query + more].factor));
             for (part, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: so many elements of the head are left from here on.
-                *sum = unsafe { some::<L, f32>(out.as_ptr().add(column + part * L::COUNT), width - part * L::COUNT) };
+                *sum = unsafe { part_of::<L, V>(out.as_ptr().add(column + part * L::COUNT), width) };
                 *sum = sum.times(factor);
             }
         }
-        let mut rows = [weights(query); Q];
-        (0..Q).for_each(|more| rows[more] = weights(query + more));
-        let count = rows[0].len();
-        let values = self.values[place * size..][..count * size].as_ptr();
-        for at in 0..count {
-            let mut vectors = [L::splat(0.0); V];
-            for (part, vector) in vectors.iter_mut().enumerate() {
-                let from = at * size + column + part * L::COUNT;
-                // SAFETY: `values` has so many rows, of which so many elements are left from here on.
-                *vector = unsafe { some::<L, f32>(values.add(from), width - part * L::COUNT) };
-            }
-            for (row, sums) in rows.iter().zip(&mut sums) {
-                let weight = L::splat(row[at]);
-                for (sum, vector) in sums.iter_mut().zip(&vectors) {
-                    *sum = weight.times_plus(*vector, *sum);
-                }
-            }
+        let (count, mut rows) = (weights(query).len(), [weights(query).as_ptr(); Q]);
+        for (more, row) in rows.iter_mut().enumerate() {
+            *row = weights(query + more)[..count].as_ptr();
         }
+        let values = &self.values[place * size..][..count * size][column..];
+        // SAFETY: each query has `count` weights, and so many rows of `size` elements have `width` left from this column on.
+        let sums = unsafe { mixed::<L, Q, V>(sums, rows, values.as_ptr(), size, count, width) };
         for (more, sums) in sums.iter().enumerate() {
             let out = self.out(query + more);
             for (part, sum) in sums.iter().enumerate() {
@@ -243,6 +232,46 @@ impl Queries<'_> {
             }
         }
     }
+}
+
+/// `sums` and, added to them, `count` rows of values by each query's weights.
+///
+/// # Safety
+/// The weights lie there, and the rows, which are `size` elements apart, have V vectors, or `width` elements if V is one.
+#[inline(always)]
+unsafe fn mixed<L: Lanes, const Q: usize, const V: usize>(
+    mut sums: [[L; V]; Q],
+    weights: [*const f32; Q],
+    values: *const f32,
+    size: usize,
+    count: usize,
+    width: usize,
+) -> [[L; V]; Q] {
+    for at in 0..count {
+        let mut vectors = [L::splat(0.0); V];
+        for (part, vector) in vectors.iter_mut().enumerate() {
+            // SAFETY: the caller promises the rows.
+            *vector = unsafe { part_of::<L, V>(values.add(at * size + part * L::COUNT), width) };
+        }
+        for (weights, sums) in weights.iter().zip(&mut sums) {
+            // SAFETY: the caller promises the weights.
+            let weight = L::splat(unsafe { *weights.add(at) });
+            for (sum, vector) in sums.iter_mut().zip(&vectors) {
+                *sum = weight.times_plus(*vector, *sum);
+            }
+        }
+    }
+    sums
+}
+
+/// A vector of one of V, or what is `left` of it and zeros: several are always whole.
+///
+/// # Safety
+/// A vector's elements lie there, or `left` if V is one.
+#[inline(always)]
+unsafe fn part_of<L: Lanes, const V: usize>(at: *const f32, left: usize) -> L {
+    // SAFETY: the caller promises the elements.
+    unsafe { if V > 1 { L::load(at) } else { some(at, left) } }
 }
 
 /// `x = f(x)`, vector by vector.

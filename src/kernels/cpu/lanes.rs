@@ -71,6 +71,36 @@ pub(super) trait Lanes: Copy {
     /// There is room for that many elements, which nobody else uses.
     unsafe fn store(self, at: *mut f32);
 
+    /// The first `count`, fewer than the vector has, and zeros after them.
+    ///
+    /// # Safety
+    /// `count` elements lie there.
+    #[inline(always)]
+    unsafe fn load_some(at: *const f32, count: usize) -> Self {
+        // SAFETY: the caller promises `count` elements.
+        unsafe { f32::copy_some(at, count) }
+    }
+
+    /// The first `count`, fewer than the vector has, and zeros after them.
+    ///
+    /// # Safety
+    /// `count` elements lie there.
+    #[inline(always)]
+    unsafe fn load_some_f16(at: *const f16, count: usize) -> Self {
+        // SAFETY: the caller promises `count` elements.
+        unsafe { f16::copy_some(at, count) }
+    }
+
+    /// The first `count`, fewer than the vector has, and zeros after them.
+    ///
+    /// # Safety
+    /// `count` elements lie there.
+    #[inline(always)]
+    unsafe fn load_some_bf16(at: *const bf16, count: usize) -> Self {
+        // SAFETY: the caller promises `count` elements.
+        unsafe { bf16::copy_some(at, count) }
+    }
+
     /// The lanes, and zeros after them.
     #[inline(always)]
     fn array(self) -> [f32; MOST] {
@@ -103,8 +133,14 @@ pub(super) trait Stored: Copy + Default + Sync {
     ///
     /// # Safety
     /// `count` elements lie there.
+    unsafe fn load_some<L: Lanes>(at: *const Self, count: usize) -> L;
+
+    /// The same by way of memory.
+    ///
+    /// # Safety
+    /// `count` elements lie there.
     #[inline(always)]
-    unsafe fn load_some<L: Lanes>(at: *const Self, count: usize) -> L {
+    unsafe fn copy_some<L: Lanes>(at: *const Self, count: usize) -> L {
         let mut some = [Self::default(); MOST];
         // SAFETY: the caller promises `count` elements, and no vector has more lanes than the array.
         unsafe { some.as_mut_ptr().copy_from_nonoverlapping(at, count.min(L::COUNT)) };
@@ -114,20 +150,26 @@ pub(super) trait Stored: Copy + Default + Sync {
 }
 
 macro_rules! stored {
-    ($($type:ty: $load:ident;)*) => { $(
+    ($($type:ty: $load:ident, $load_some:ident;)*) => { $(
         impl Stored for $type {
             #[inline(always)]
             unsafe fn load<L: Lanes>(at: *const Self) -> L {
                 // SAFETY: the caller promises as many elements as the vector has.
                 unsafe { L::$load(at) }
             }
+
+            #[inline(always)]
+            unsafe fn load_some<L: Lanes>(at: *const Self, count: usize) -> L {
+                // SAFETY: the caller promises `count` elements.
+                unsafe { L::$load_some(at, count) }
+            }
         }
     )* };
 }
 stored! {
-    f32: load;
-    f16: load_f16;
-    bf16: load_bf16;
+    f32: load, load_some;
+    f16: load_f16, load_some_f16;
+    bf16: load_bf16, load_some_bf16;
 }
 
 /// Inner loops for any vectors.

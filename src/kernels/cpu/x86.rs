@@ -19,7 +19,9 @@ pub(super) fn has_avx2() -> Option<Proven> {
 }
 
 pub(super) fn has_avx512() -> Option<Proven> {
-    has_avx2().filter(|_| is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl"))
+    has_avx2()
+        .filter(|_| is_x86_feature_detected!("avx512f"))
+        .filter(|_| is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl"))
 }
 
 pub(super) fn run_avx2<W: Work>(_: Proven, work: W) -> W::Out {
@@ -33,7 +35,7 @@ pub(super) fn run_avx2<W: Work>(_: Proven, work: W) -> W::Out {
 
 pub(super) fn run_avx512<W: Work>(_: Proven, work: W) -> W::Out {
     // Without VL the upper sixteen registers would stay unused: their parts could not be added up.
-    #[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
     fn run<W: Work>(work: W) -> W::Out {
         work.run::<Avx512>()
     }
@@ -151,6 +153,21 @@ impl Lanes for Avx512 {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
         }}
+        fn load_some(at: *const f32, count: usize) -> Self { Self(_mm512_maskz_loadu_ps(first(count), at)) }
+        fn load_some_f16(at: *const f16, count: usize) -> Self {
+            Self(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), at.cast())))
+        }
+        fn load_some_bf16(at: *const bf16, count: usize) -> Self {{
+            let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), at.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }}
+        fn store_some(self: Self, at: *mut f32, count: usize) -> () { _mm512_mask_storeu_ps(at, first(count), self.0) }
         fn store(self: Self, at: *mut f32) -> () { _mm512_storeu_ps(at, self.0) }
     }
+}
+
+/// A mask of the first `count` lanes, fewer than sixteen.
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    (1 << count) - 1
 }
