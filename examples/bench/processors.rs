@@ -6,8 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// More memory than any cache has.
-const WORDS: usize = 32 << 20;
+/// More memory than any cache has, yet read through in a few milliseconds.
+const WORDS: usize = 16 << 20;
 
 /// How long each limit is measured.
 const WINDOW: Duration = Duration::from_millis(10);
@@ -34,10 +34,8 @@ impl Processors {
         let share = self.memory.len().div_ceil(self.threads);
         let parts: Vec<_> = self.memory.chunks(share).collect();
         let read = self.rate(|thread| {
-            // A piece at a time, so that the clock is looked at.
-            let words: usize =
-                parts[thread].chunks(1 << 20).map(|words| black_box(xor(words)).min(0) as usize + words.len()).sum();
-            words as f64 * 8.0
+            black_box(xor(parts[thread]));
+            parts[thread].len() as f64 * 8.0
         });
         Limits { read_gb_s: read / 1e9, tflop_s: self.rate(|_| multiply_and_add()) / 1e12 }
     }
