@@ -200,8 +200,9 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
         part(Purpose::KvCache { sequences: batch, tokens: context }, cache.bytes()?),
         part(Purpose::Activations, work.bytes()?),
         part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words())),
-        part(Purpose::Scratch, device.scratch_bytes()),
     ];
+    let scratch = device.scratch_bytes();
+    parts.extend((scratch > 0).then(|| part(Purpose::Scratch, scratch)));
     if model.tables.reads_rows() {
         let rows = EmbeddingRows::<D>::bytes(&model.checkpoint, &model.names.embed, pass_tokens)?;
         parts.push(part(Purpose::EmbeddingRows, rows));
