@@ -82,10 +82,13 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Whether the two take the same memory but for what rounding to pages makes of it.
+    /// Whether the two take the same memory but for what rounding to pages makes of it, and move alike.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let near = |a: usize, b: usize| a.abs_diff(b) <= a.min(b) / 64;
-        near(self.host, other.host) && near(self.device, other.device) && near(self.packed, other.packed)
+        (self.in_place > 0) == (other.in_place > 0)
+            && near(self.host, other.host)
+            && near(self.device, other.device)
+            && near(self.packed, other.packed)
     }
 
     /// Sums; one that no number holds is the largest there is.

@@ -419,7 +419,7 @@ fn families(survey: &Survey, classes: &[Vec<usize>], sharing: Sharing) -> [PlanF
 /// Units by number, those alike together, the smallest first.
 fn classes(sizes: &[Sizes]) -> Vec<Vec<usize>> {
     let mut order: Vec<_> = (0..sizes.len()).collect();
-    order.sort_by_key(|&unit| (sizes[unit].host, sizes[unit].device, unit));
+    order.sort_by_key(|&unit| (sizes[unit].host, sizes[unit].device, sizes[unit].in_place, unit));
     let mut classes = Vec::<Vec<usize>>::new();
     for unit in order {
         match classes.last_mut() {
