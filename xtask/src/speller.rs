@@ -29,8 +29,8 @@ pub fn tuned() -> Result<(), Failure> {
     let (record, picture) = (work.path().join("record"), work.path().join("picture.svg"));
     let program = run::program()?;
     let tune = |ram: u64| run::command(&program, &["tune", "--device", "cpu", "--ram", &ram.to_string()]);
-    // Of so little memory, the least and a tenth more, that most layers are read in every pass, and the rings matter.
-    let ram = least_ram(&mut run::command(&program, &["plan", "--device", "cpu"]))? * 11 / 10;
+    // Of so little memory, three times the least, that most layers are read in every pass, and the rings matter.
+    let ram = 3 * least_ram(&mut run::command(&program, &["plan", "--device", "cpu"]))?;
     let mut limited = run::command("timeout", &["60"]);
     let tune = tune(ram);
     limited
