@@ -32,7 +32,8 @@ use std::{
 };
 
 use bench::{
-    CachedFiles, Disk, Kind, Lane, Limits, Link, Piece, Pipeline, PlainCopy, available, take_turns, time_passes,
+    CachedFiles, Disk, Kind, Lane, Limits, Link, MappedTensors, Piece, Pipeline, PlainCopy, available, take_turns,
+    time_passes,
 };
 use budget::Amount;
 use clap::{Parser, ValueEnum};
@@ -68,6 +69,7 @@ Examples:
   bench_stream --model /tmp/3b --ram 4GiB             the plan for so much memory, and whether it takes as long as foretold
   bench_stream --model /tmp/3b --keep 50              the same for the least that will do and half of the layers' bytes
   bench_stream --model /tmp/3b --cache buffered       through the page cache
+  bench_stream --model /tmp/3b --cache auto           on the CPU, of a model that the page cache has: summed where it lies there
   bench_stream --model /tmp/3b --sweep n_cpu_pinned=1,2,4 --plot rings.svg
                                                       how many layers to buffer, value beside value
   bench_stream --model /tmp/3b --sweep keep=0,25,50,75
@@ -305,7 +307,8 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
     let mut limits =
         Limits { disk: &disk, ways: [None, None], link, copy, moved: Default::default(), window, go_on: &go_on };
     let mut found = Found::default();
-    let measured = measure(&mut lanes, &mut limits, &mut found, options);
+    let tensors = MappedTensors::new(&checkpoint, &copied_units)?;
+    let measured = measure(&mut lanes, &mut limits, &mut found, &tensors, options);
     let written = trace
         .zip(timeline)
         .map_or(Ok(()), |(file, timeline)| write_trace(file, &timeline, &lanes[0], &found, &options.model));
@@ -395,13 +398,19 @@ fn measure<D: Device>(
     lanes: &mut [Lane<D>],
     limits: &mut Limits<'_, D>,
     found: &mut Found,
+    tensors: &MappedTensors,
     options: &Options,
 ) -> Result<(), Failure> {
     let rounds = options.common.rounds;
-    for lane in lanes.iter_mut().filter(|lane| lane.kind.is_none()) {
-        lane.time_still_passes(rounds)?;
+    let passes = options.passes.unwrap_or(rounds);
+    for lane in lanes.iter_mut() {
+        match lane.kind {
+            None => lane.time_still_passes(passes)?,
+            Some(Kind::Mapped) => lane.sum_passes(tensors, passes)?,
+            Some(_) => {}
+        }
     }
-    let kinds: Vec<Kind> = lanes.iter().filter_map(|lane| lane.kind).collect();
+    let kinds: Vec<Kind> = lanes.iter().filter_map(|lane| lane.kind).filter(|kind| *kind != Kind::Mapped).collect();
     if kinds.is_empty() {
         return Ok(());
     }

@@ -190,7 +190,8 @@ enum ls_cache
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-    // What the page cache holds is taken from there, everything else is read past it.
+    // What the page cache holds is taken from there, everything else is read past it. On the CPU a whole unit that it holds, and that is
+    // used as it is stored, is used there, by a mapping: whoever cuts such a file short meanwhile ends the process (SIGBUS).
     LS_CACHE_AUTO = 0,
     // Past the page cache where the file system allows it.
     LS_CACHE_DIRECT = 1,
@@ -505,6 +506,8 @@ typedef struct ls_stats {
     uint64_t buffered_bytes;
     // The ls_reader that reads.
     uint64_t reader;
+    // Bytes of tensors used where the page cache has them, pass after pass.
+    uint64_t mapped_bytes;
 } ls_stats;
 
 // Tensors that were loaded once and stay on the device. Zeroed: none.

@@ -19,7 +19,7 @@ use common::{LentSlots, SIZES, bytes_of, check, checked_pass, fixture, settings}
 use layer_streamer::{
     DType, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::{Cpu, Device},
-    plan::{Arrival, ArrivalOp, Sharing, Tier},
+    plan::{Arrival, ArrivalOp, CachePolicy, Sharing, Tier},
     trace::Stage,
 };
 use support::{healed, whole};
@@ -460,7 +460,8 @@ fn the_counts_are_those_of_the_work_done() {
     assert!(stats.direct_bytes + stats.buffered_bytes >= 3 * pass);
 
     // Where nothing is lent, what is read is used in place.
-    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+    let reading = Settings { cache: CachePolicy::Direct, ..settings(2, 2, 2) };
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &reading).unwrap();
     (0..3).for_each(|_| checked_pass(&fixture, &mut streamer));
     let stats = streamer.stats();
     let bytes = Stage::ALL.map(|stage| stats.stage(stage).bytes);
@@ -470,15 +471,18 @@ fn the_counts_are_those_of_the_work_done() {
 #[test]
 fn what_is_kept_is_read_once_where_its_memory_is_there_in_time() {
     let mut fixture = fixture(4, &SIZES, 12);
+    let reading = Settings { cache: CachePolicy::Direct, ..settings(2, 2, 2) };
     for tier in [Tier::Ram, Tier::Pinned, Tier::Gpu] {
         fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
-        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &reading).unwrap();
+        let pass = streamer.plan().bytes_per_pass() as u64;
         let mut read = || {
             checked_pass(&fixture, &mut streamer);
             let stats = streamer.stats();
             stats.direct_bytes + stats.buffered_bytes
         };
         let once = read();
+        assert!(once >= pass, "{tier}: {once}");
         (0..3).for_each(|_| assert_eq!(read(), once, "{tier}"));
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 use layer_streamer::{device::Device, plan::Plan};
 
-use super::{Disk, Link, Moved, Pipeline, PlainCopy, Used, Way};
+use super::{Disk, Link, MappedTensors, Moved, Pipeline, PlainCopy, Used, Way, mapped::summed};
 use crate::report::Failure;
 
 /// What is measured as a limit.
@@ -17,6 +17,8 @@ pub enum Kind {
     Buffered,
     /// Plain copies to the device.
     Copy,
+    /// A sum of all bytes where the page cache has them.
+    Mapped,
 }
 
 impl Kind {
@@ -25,6 +27,7 @@ impl Kind {
             Self::Direct => "disk",
             Self::Buffered => "page cache",
             Self::Copy => "copy to the device",
+            Self::Mapped => "mapped files",
         }
     }
 
@@ -33,6 +36,7 @@ impl Kind {
             Self::Direct => "from disk",
             Self::Buffered => "through the page cache",
             Self::Copy => "copying to the device",
+            Self::Mapped => "summed in the page cache",
         }
     }
 }
@@ -57,6 +61,7 @@ impl<D: Device> Lane<D> {
     pub fn new(value: usize, plan: Plan, pipeline: Pipeline<D>, moves: bool) -> Self {
         let read = pipeline.per_pass;
         let kind = match () {
+            () if !moves && read.mapped > 0 => Some(Kind::Mapped),
             () if !moves => None,
             () if !pipeline.reads => Some(Kind::Copy),
             // The raw reader reads as the pipeline does for the most part.
@@ -69,7 +74,11 @@ impl<D: Device> Lane<D> {
     /// Bytes a pass over the link that it is measured beside.
     pub fn pass_bytes(&self) -> u64 {
         let per_pass = self.pipeline.per_pass;
-        if self.pipeline.reads { per_pass.read() } else { per_pass.transfer }
+        match self.kind {
+            Some(Kind::Mapped) => per_pass.mapped,
+            _ if self.pipeline.reads => per_pass.read(),
+            _ => per_pass.transfer,
+        }
     }
 
     /// GB/s over that link, window by window or pass by pass.
@@ -110,6 +119,16 @@ impl<D: Device> Lane<D> {
         }
         Ok(())
     }
+
+    /// The same where all layers are used from the page cache: passes that sum their bytes, each before the same sum without a pipeline.
+    pub fn sum_passes(&mut self, tensors: &MappedTensors, rounds: u32) -> Result<(), Failure> {
+        for _ in 0..rounds {
+            let [pass, plain] = summed(&mut self.pipeline, tensors)?;
+            self.passes.push(pass);
+            self.limits.push(self.pass_bytes() as f64 / 1e9 / plain);
+        }
+        Ok(())
+    }
 }
 
 /// The links by themselves.
@@ -133,6 +152,7 @@ impl<D: Device> Limits<'_, D> {
         match (kind, &self.link) {
             (Kind::Copy, Some(link)) => link.name(),
             (Kind::Copy, None) => self.copy.name(),
+            (Kind::Mapped, _) => "the same sum over the files mapped plainly, by one thread".into(),
             (kind, _) => self.ways[kind as usize].map_or(String::new(), |way| way.to_string()),
         }
     }
@@ -187,7 +207,8 @@ pub fn take_turns<D: Device>(
     rounds: u32,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    let moving: Vec<usize> = (0..lanes.len()).filter(|&lane| lanes[lane].kind.is_some()).collect();
+    let moves = |lane: &Lane<D>| lane.kind.is_some_and(|kind| kind != Kind::Mapped);
+    let moving: Vec<usize> = (0..lanes.len()).filter(|&lane| moves(&lanes[lane])).collect();
     let turns: Vec<usize> = (0..rounds)
         .flat_map(|round| {
             let mut order = moving.clone();

@@ -7,6 +7,7 @@ mod copy;
 mod disk;
 mod lane;
 mod link;
+mod mapped;
 mod stream;
 
 use std::io;
@@ -18,6 +19,7 @@ pub use copy::{Piece, PlainCopy, available};
 pub use disk::{CachedFiles, Disk, Way};
 pub use lane::{Kind, Lane, Limits, take_turns, time_passes};
 pub use link::Link;
+pub use mapped::MappedTensors;
 pub use stream::{PerPass, Pipeline, Used};
 
 use crate::report::{Failure, units};

@@ -73,6 +73,7 @@ impl Used {
             (&mut sum.seconds, more.seconds),
             (&mut sum.direct_bytes, more.direct_bytes),
             (&mut sum.buffered_bytes, more.buffered_bytes),
+            (&mut sum.mapped_bytes, more.mapped_bytes),
             (&mut sum.pinned_bytes, more.pinned_bytes),
             (&mut sum.transferred_bytes, more.transferred_bytes),
         ] {
@@ -112,6 +113,8 @@ pub struct PerPass {
     /// Read past the page cache, and through it.
     pub direct: u64,
     pub buffered: u64,
+    /// Used where the page cache has it.
+    pub mapped: u64,
     /// Copied to pinned RAM, and to the device.
     pub pin: u64,
     pub transfer: u64,
@@ -127,6 +130,7 @@ impl PerPass {
         Self {
             direct: after.direct_bytes - before.direct_bytes,
             buffered: after.buffered_bytes - before.buffered_bytes,
+            mapped: after.mapped_bytes - before.mapped_bytes,
             pin: stage(Stage::Pin),
             transfer: stage(Stage::Transfer),
         }
@@ -256,6 +260,15 @@ impl<D: Device> Pipeline<D> {
     /// Takes the layers of one pass, and waits until the last is on the device.
     pub fn pass(&mut self) -> Result<(), Failure> {
         self.streamer.run_pass(&self.stream, (), |(), _| Ok::<_, Error>(()))?;
+        self.drain()
+    }
+
+    /// Runs a pass, and calls `use_tensor` with where each tensor begins and how long it is, while its layer is held.
+    pub fn each_tensor(&mut self, mut use_tensor: impl FnMut(*const u8, usize)) -> Result<(), Failure> {
+        self.streamer.run_pass(&self.stream, (), |(), layer| {
+            layer.tensors().for_each(|(_, tensor)| use_tensor(tensor.ptr().as_ptr(), tensor.bytes()));
+            Ok::<_, Error>(())
+        })?;
         self.drain()
     }
 

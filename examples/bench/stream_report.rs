@@ -81,6 +81,11 @@ pub fn one<D: Device>(device: String, lane: &Lane<D>, limits: &Limits<'_, D>, fo
     };
     link_rows(&mut report, lane, kind, limits, found);
     let limit = Figure::new(limits.name(kind), "GB/s", &lane.limits);
+    if kind == Kind::Mapped {
+        let measured = Figure::new(format!("the pipeline, {} by one thread", kind.doing()), "GB/s", &lane.rates());
+        report.compare(measured, limit, "pipeline / limit, in turn", &lane.ratios());
+        return report;
+    }
     costs(&mut report, lane, found);
     let limit_rate = Spread::of(&lane.limits).median * 1e9;
     let copy = Spread::of(&found.copies).median * 1e9;
@@ -110,9 +115,10 @@ fn link_rows<D: Device>(report: &mut Report, lane: &Lane<D>, kind: Kind, limits:
     let (copies, memcpy) = (Some(&found.copies[..]), Some(&found.memcpy_rates[..]));
     let copies = if kind == Kind::Copy { Some(&lane.limits[..]) } else { copies };
     type Bytes = fn(&bench::PerPass) -> u64;
-    let rows: [(_, Bytes, _, _, _); 4] = [
+    let rows: [(_, Bytes, _, _, _); 5] = [
         (Kind::Direct.link(), |bytes| bytes.direct, Stage::Read, reads(Kind::Direct), cpu(Kind::Direct)),
         (Kind::Buffered.link(), |bytes| bytes.buffered, Stage::Read, reads(Kind::Buffered), cpu(Kind::Buffered)),
+        (Kind::Mapped.link(), |bytes| bytes.mapped, Stage::Read, reads(Kind::Mapped), None),
         ("copy to pinned RAM", |bytes| bytes.pin, Stage::Pin, memcpy, Some(found.memcpy.cpu_per_gb())),
         (Kind::Copy.link(), |bytes| bytes.transfer, Stage::Transfer, copies, cpu(Kind::Copy)),
     ];

@@ -58,7 +58,8 @@ pub enum ls_reader {
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ls_cache {
-    /// What the page cache holds is taken from there, everything else is read past it.
+    /// What the page cache holds is taken from there, everything else is read past it. On the CPU a whole unit that it holds, and that is
+    /// used as it is stored, is used there, by a mapping: whoever cuts such a file short meanwhile ends the process (SIGBUS).
     LS_CACHE_AUTO = 0,
     /// Past the page cache where the file system allows it.
     LS_CACHE_DIRECT = 1,
@@ -250,6 +251,8 @@ pub struct ls_stats {
     pub buffered_bytes: u64,
     /// The ls_reader that reads.
     pub reader: u64,
+    /// Bytes of tensors used where the page cache has them, pass after pass.
+    pub mapped_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, the size first, then counts that fill whole words.
@@ -461,9 +464,9 @@ pub(super) unsafe fn write_stats(to: NonNull<ls_stats>, stats: &Stats) -> Result
         starved_ns: stage.starved.as_nanos() as u64,
         blocked_ns: stage.blocked.as_nanos() as u64,
     });
-    let (direct_bytes, buffered_bytes, reader) = (stats.direct_bytes, stats.buffered_bytes, stats.reader as u64);
-    let size = size_of::<ls_stats>();
-    let stats = ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader };
+    let Stats { direct_bytes, buffered_bytes, mapped_bytes, .. } = *stats;
+    let (size, reader) = (size_of::<ls_stats>(), stats.reader as u64);
+    let stats = ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader, mapped_bytes };
     // SAFETY: the caller says that as many bytes may be written as its size says.
     unsafe { write_sized(to, "stats", stats) }
 }

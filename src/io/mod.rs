@@ -3,13 +3,15 @@
 //! How a file is read and who reads it are two questions. **How**: with O_DIRECT, past the page cache and straight into the
 //! slot, if a trial read shows that the file can be read so; else buffered, and the reason is kept. Links may put every shard
 //! on another file system, so each file is asked on its own. With [`CachePolicy::Auto`] a chunk that is wholly in the page
-//! cache is taken from there, many times faster than the disk. **Who**: the first backend that the system allows of io_uring with
+//! cache is taken from there, many times faster than the disk; a whole unit that is, and is used in RAM as it is stored, is not
+//! read at all but [mapped](MappedUnit). **Who**: the first backend that the system allows of io_uring with
 //! registered buffers, io_uring, and threads in `pread`. An I/O error is an error, never a reason to step down.
 
 mod blocks;
 mod engine;
 #[cfg(test)]
 pub(crate) mod faults;
+mod mapped;
 mod pread;
 mod uring;
 
@@ -28,6 +30,7 @@ use std::{
 
 pub(crate) use blocks::{BlockReader, ReadBlock};
 pub(crate) use engine::Engine;
+pub(crate) use mapped::MappedUnit;
 
 use crate::{
     arena::Arena,
@@ -140,7 +143,7 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 /// Whether the page cache holds all of these bytes of the file, as far as cachestat(2) (Linux 6.5) tells.
-fn is_cached(file: &File, offset: u64, len: usize) -> bool {
+pub(crate) fn is_cached(file: &File, offset: u64, len: usize) -> bool {
     const SYS_CACHESTAT: libc::c_long = 451;
     #[repr(C)]
     struct Range {

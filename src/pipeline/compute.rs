@@ -12,6 +12,7 @@ use std::{
 use crate::{
     device::{Device, Shape, TensorRef},
     error::{Error, Result},
+    io::Source,
     layout::Placed,
     pipeline::{
         LayerStreamer,
@@ -93,6 +94,9 @@ pub(super) struct ComputeSide<D: Device> {
     control: Arc<Control>,
     signal: Arc<Signal>,
     memory: Arc<DeviceMemory<D>>,
+    sources: Arc<[Source]>,
+    /// By file: it was used from the page cache in this pass.
+    unchecked: Vec<bool>,
     inlet: Inlet,
     epoch: u64,
     position: usize,
@@ -109,6 +113,7 @@ impl<D: Device> ComputeSide<D> {
     pub(super) fn new(
         device: &D,
         plan: &Arc<Plan>,
+        sources: &Arc<[Source]>,
         control: &Arc<Control>,
         signal: &Arc<Signal>,
         memory: &Arc<DeviceMemory<D>>,
@@ -122,6 +127,8 @@ impl<D: Device> ComputeSide<D> {
             control: control.clone(),
             signal: signal.clone(),
             memory: memory.clone(),
+            sources: sources.clone(),
+            unchecked: vec![false; sources.len()],
             inlet,
             epoch: control.epoch(),
             position: 0,
@@ -245,6 +252,23 @@ impl<D: Device> ComputeSide<D> {
         }
         // Held until here: what was not recorded must count as in use at the end.
         self.give_back(index);
+        self.check_files(taken).inspect_err(|e| self.failed = Some(e.clone()))
+    }
+
+    /// At the end of a pass none of the files that were used from the page cache may have become another: what the layer function saw of
+    /// them is what they are now.
+    fn check_files(&mut self, Taken { unit, place, .. }: Taken) -> Result<()> {
+        if place == Place::Mapped {
+            self.plan.units[unit].extents.iter().for_each(|extent| self.unchecked[extent.file] = true);
+        }
+        if unit + 1 < self.plan.units() {
+            return Ok(());
+        }
+        for (unchecked, source) in self.unchecked.iter_mut().zip(&*self.sources) {
+            if mem::take(unchecked) {
+                source.check_unchanged()?;
+            }
+        }
         Ok(())
     }
 

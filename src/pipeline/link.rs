@@ -57,6 +57,8 @@ pub(crate) enum Place {
     Slot(Slot),
     /// Where it is kept, filled: the entry only keeps its place in the order.
     Resident,
+    /// In the page cache, [mapped](crate::io::MappedUnit): likewise.
+    Mapped,
 }
 
 /// The producing end.

@@ -182,7 +182,7 @@ impl<D: Device> LayerStreamer<D> {
         let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));
         // SAFETY: what is lent was checked, and outlives the streamer, as the caller promised.
         let host = unsafe { HostMemory::new(&plan, lent)? };
-        let memory = Arc::new(DeviceMemory::new(device, &plan, gpu)?);
+        let memory = Arc::new(DeviceMemory::new(device, &plan, &sources, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));
         let packed = Arc::new(PackedUnits::new(&plan));
         let reports = Reports::new(device, checkpoint, &plan.units)?.map(Arc::new);
@@ -200,7 +200,7 @@ impl<D: Device> LayerStreamer<D> {
         let layout = &plan.layout;
         let (gpu_out, gpu_in) = between(&layout.gpu, &transfer, &compute);
         let mut streamer = Self {
-            compute: RefCell::new(ComputeSide::new(device, &plan, &control, &compute, &memory, gpu_in)?),
+            compute: RefCell::new(ComputeSide::new(device, &plan, &sources, &control, &compute, &memory, gpu_in)?),
             progress: Cell::new(None),
             device: device.clone(),
             checkpoint: checkpoint.clone(),

@@ -9,6 +9,7 @@ use crate::{
     arena::Arena,
     device::{Device, DevicePtr},
     error::Result,
+    io::{MappedUnit, Source},
     layout::{Space, UnitLayout},
     pipeline::link::{Place, Slot},
     plan::Plan,
@@ -37,7 +38,7 @@ impl<D: Device> Stretch<D> {
 }
 
 /// Device memory with its events; the transfer fills it, compute uses it. A unit that is used in place is not in it: its slot stands for
-/// that in host memory where it lies, and is without memory where all units are.
+/// that in host memory where it lies, and is without memory where all units are. While the page cache has such a unit it needs no slot.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a resident is written
 /// once, while its unit is `Filling`. Once that copy is enqueued, with `arrived` after it, or the read is done where it is used in place,
@@ -49,23 +50,28 @@ pub(crate) struct DeviceMemory<D: Device> {
     /// By slot: where the unit lies in host memory that is used in place.
     in_place: Vec<AtomicPtr<u8>>,
     residents: Option<Stretch<D>>,
+    /// By unit: where it is while the page cache has it.
+    mapped: Vec<Option<MappedUnit>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
     compute_done: Vec<D::Event>,
-    /// The same two by unit, for those that are kept on the device.
+    /// The same two by unit, for those that are kept on the device or may be used from the page cache.
     resident_events: Vec<Option<[D::Event; 2]>>,
     pub(crate) bytes: usize,
 }
 
 impl<D: Device> DeviceMemory<D> {
     /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the residents behind the slots.
-    pub(crate) fn new(device: &D, plan: &Plan, lent: Option<DevicePtr>) -> Result<Self> {
+    pub(crate) fn new(device: &D, plan: &Plan, sources: &[Source], lent: Option<DevicePtr>) -> Result<Self> {
         let (stage, [.., space]) = (&plan.layout.gpu, plan.layout.spaces());
         let Space { slots: slot_bytes, kept } = space;
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
-        let if_resident =
-            |unit: &UnitLayout| unit.tier.is_on_device().then(|| Ok([device.event()?, device.event()?])).transpose();
+        let mapped: Vec<_> = plan.units.iter().map(|unit| MappedUnit::new(sources, unit)).collect();
+        let without_slot = |(unit, mapped): (&UnitLayout, &Option<MappedUnit>)| {
+            let events = || Ok([device.event()?, device.event()?]);
+            (unit.tier.is_on_device() || mapped.is_some()).then(events).transpose()
+        };
         let slots = || match lent {
             Some(start) => Ok(Stretch::Lent(start)),
             None => device.allocate("device slots", slot_bytes).map(Stretch::Own),
@@ -83,7 +89,8 @@ impl<D: Device> DeviceMemory<D> {
             in_place: (0..stage.slots).map(|_| AtomicPtr::new(ptr::null_mut())).collect(),
             arrived: events()?,
             compute_done: events()?,
-            resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
+            resident_events: plan.units.iter().zip(&mapped).map(without_slot).collect::<Result<_>>()?,
+            mapped,
             bytes: space.bytes(),
             device: device.clone(),
         })
@@ -102,10 +109,16 @@ impl<D: Device> DeviceMemory<D> {
                 DevicePtr::new(self.in_place[slot].load(Ordering::Relaxed))
             }
             (Place::Slot(Slot(slot)), _) => self.slots.start(&self.device).offset(slot * self.slot_bytes),
-            (_, Some(residents)) => residents.start(&self.device).offset(plan.units[unit].resident_at),
+            (Place::Mapped, _) => DevicePtr::new(self.mapped(unit).expect("it is used so").start()),
+            (Place::Resident, Some(residents)) => residents.start(&self.device).offset(plan.units[unit].resident_at),
             // A unit without a byte needs no memory.
-            (_, None) => self.slots.start(&self.device),
+            (Place::Resident, None) => self.slots.start(&self.device),
         }
+    }
+
+    /// The unit's files, if it may be used from the page cache.
+    pub(crate) fn mapped(&self, unit: usize) -> Option<&MappedUnit> {
+        self.mapped[unit].as_ref()
     }
 
     /// It will never be dropped.
@@ -133,7 +146,9 @@ impl<D: Device> DeviceMemory<D> {
     pub(crate) fn events(&self, unit: usize, place: Place) -> [&D::Event; 2] {
         match place {
             Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
-            Place::Resident => self.resident_events[unit].as_ref().expect("the unit is kept on the device").each_ref(),
+            Place::Resident | Place::Mapped => {
+                self.resident_events[unit].as_ref().expect("the unit may come without a slot").each_ref()
+            }
         }
     }
 

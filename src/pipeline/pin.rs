@@ -65,13 +65,13 @@ impl Advance for PinStage {
             return blocked(&mut self.outlet);
         }
         let from = match entry.place {
-            Place::Resident if unit.tier != Tier::Ram => {
+            Place::Slot(slot) => self.memory.first().0.slot(slot.0),
+            Place::Resident if unit.tier == Tier::Ram => self.memory.resident(unit),
+            Place::Resident | Place::Mapped => {
                 self.streak = streak;
                 self.inlet.take();
                 return Ok(Advanced::Ready { entry, ends_pass, moved: None });
             }
-            Place::Resident => self.memory.resident(unit),
-            Place::Slot(slot) => self.memory.first().0.slot(slot.0),
         };
         let Some(slot) = self.outlet.slot() else { return blocked(&mut self.outlet) };
         self.inlet.take();

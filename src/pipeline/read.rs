@@ -4,6 +4,8 @@
 //! From then on the stage hands on an entry that keeps its place in the order, and the disk is not touched. Where memory is
 //! faulted in more slowly than the disk reads, the first pass need not wait for that: units whose memory is not there yet pass
 //! through slots that can take them as if they stayed on disk, and are read once more in the second.
+//!
+//! A unit that is used in place is not read as long as the page cache has all of it: it is used from there.
 
 use std::{
     collections::VecDeque,
@@ -19,7 +21,7 @@ use crate::{
     layout::UnitLayout,
     pipeline::{
         host::HostMemory,
-        link::{Entry, Outlet, Place, Slot},
+        link::{Entry, Outlet, Place},
         on_device::DeviceMemory,
         residency::{Residencies, Residency},
         stage::{Advance, Advanced, Control},
@@ -32,8 +34,8 @@ use crate::{
 /// A unit on its way from disk.
 struct Load {
     unit: usize,
-    /// The slot it is read into; without one it goes where it is kept, or is there.
-    slot: Option<Slot>,
+    /// The slot it is read into, or where it lies without one.
+    place: Place,
     to: *mut u8,
     /// The extent and the position in it from which the next chunk is cut.
     next: (usize, usize),
@@ -177,6 +179,12 @@ impl<D: Device> ReadStage<D> {
         }
     }
 
+    /// Whether the unit can be used from the page cache now.
+    fn is_in_page_cache(&self, index: usize) -> bool {
+        let mapped = self.on_device.mapped(index);
+        mapped.is_some_and(|mapped| mapped.is_present(&self.sources, &self.plan.units[index]))
+    }
+
     /// Begins the unit's span, if anything of it is read.
     fn open(&self, unit: usize, from: usize) -> Option<Open> {
         let plan = &self.plan.units[unit];
@@ -193,26 +201,31 @@ impl<D: Device> ReadStage<D> {
         let index = self.cursor;
         let unit = &self.plan.units[index];
         let is_read = self.states.of(index) != Residency::Absent;
-        let stays = is_read || self.stays(unit);
-        let (slot, to, next) = match unit.tier {
-            _ if is_read => (None, std::ptr::null_mut(), (unit.extents.len(), 0)),
-            Tier::Ram | Tier::Pinned if stays => (None, self.memory.resident(unit).as_ptr(), (0, 0)),
+        let is_mapped = !is_read && self.is_in_page_cache(index);
+        let stays = is_read || !is_mapped && self.stays(unit);
+        let (nothing, all) = (std::ptr::null_mut(), (unit.extents.len(), 0));
+        let (place, to, next) = match unit.tier {
+            _ if is_read => (Place::Resident, nothing, all),
+            _ if is_mapped => (Place::Mapped, nothing, all),
+            Tier::Ram | Tier::Pinned if stays => (Place::Resident, self.memory.resident(unit).as_ptr(), (0, 0)),
             _ if stays && unit.in_place => {
-                (None, self.on_device.address(&self.plan, index, Place::Resident).as_ptr(), (0, 0))
+                let home = self.on_device.address(&self.plan, index, Place::Resident);
+                (Place::Resident, home.as_ptr(), (0, 0))
             }
             _ => {
                 let Some(slot) = self.outlet.slot() else { return false };
-                (Some(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
+                (Place::Slot(slot), self.memory.first().0.slot(slot.0).as_ptr(), (0, 0))
             }
         };
         if stays {
             self.states.begin(index);
         }
-        if !matches!(unit.tier, Tier::Disk | Tier::PinnedPacked) && !stays {
+        if !matches!(unit.tier, Tier::Disk | Tier::PinnedPacked) && !stays && !is_mapped {
             self.control.trace.mark(&Mark::Late { unit: index });
         }
-        let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried::default());
-        self.loads.push_back(Load { unit: index, slot, to, next, outstanding: 0, failure: None, pass, span, moved });
+        let mapped = if is_mapped { unit.disk_bytes as u64 } else { 0 };
+        let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried { mapped, ..Carried::default() });
+        self.loads.push_back(Load { unit: index, place, to, next, outstanding: 0, failure: None, pass, span, moved });
         self.cursor = (index + 1) % self.plan.units();
         self.pass += u64::from(self.cursor == 0);
         self.first_pass &= self.cursor > 0;
@@ -289,10 +302,10 @@ impl<D: Device> Advance for ReadStage<D> {
                 let error = failure.of(&unit.name, unit.tensor_at(file, failure.offset), &self.sources[file]);
                 return Err((index, error));
             }
-            let (place, pass) = (load.slot.map_or(Place::Resident, Place::Slot), load.pass);
+            let (place, pass) = (load.place, load.pass);
             let in_ram = place == Place::Resident && (unit.in_place || !unit.tier.is_on_device());
-            let moved = Some(load.moved).filter(|moved| moved.bytes > 0);
-            if let Err(error) = self.check_files(index, moved.is_some()) {
+            let moved = Some(load.moved).filter(|moved| moved.bytes > 0 || moved.mapped > 0);
+            if let Err(error) = self.check_files(index, load.moved.bytes > 0) {
                 self.states.give_up(index);
                 return Err((index, error));
             }
@@ -338,14 +351,15 @@ impl<D: Device> Advance for ReadStage<D> {
                 self.control.trace.give_up(span);
             }
             let is_complete = is_submitted(&self.plan, &load) && load.outstanding == 0 && load.failure.is_none();
-            if load.slot.is_none() && is_complete {
+            let slot = if let Place::Slot(slot) = load.place { Some(slot) } else { None };
+            if slot.is_none() && is_complete {
                 // It need not be read again, but its files are yet to be checked.
                 let read = self.plan.units[load.unit].extents.iter().filter(|_| load.moved.bytes > 0);
                 read.for_each(|extent| self.unchecked[extent.file] = true);
             } else {
                 self.states.give_up(load.unit);
             }
-            if let Some(slot) = load.slot {
+            if let Some(slot) = slot {
                 self.outlet.put_back(slot);
             }
         }

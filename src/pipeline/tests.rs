@@ -27,6 +27,7 @@ use crate::{
 };
 
 mod faults;
+mod mapped;
 mod order;
 mod pace;
 mod silence;
@@ -309,7 +310,7 @@ fn a_unit_of_whose_memory_only_the_beginning_is_there_is_late() {
         // A megabyte each, of which much less is there at first.
         let mut fixture = fixtures::fixture(3, &[1 << 19], 7);
         fixture.units[..2].iter_mut().for_each(|unit| _ = unit.set_tier(tier));
-        let settings = Settings { n_cpu_pinned: 2, ..Settings::default() };
+        let settings = Settings { n_cpu_pinned: 2, cache: CachePolicy::Direct, ..Settings::default() };
         let seen = reads_seen();
         let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
         let first = &streamer.plan().units[0].extents[0];

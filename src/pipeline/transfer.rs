@@ -14,7 +14,7 @@
 //! convert stream    wait(its arrival, compute_done[d], arrived[d]) → unpack → record(arrived[d])
 //! ```
 //!
-//! For a unit that is used in place it enqueues nothing: slot `d` stands for slot `s`.
+//! For a unit that is used in place it enqueues nothing: slot `d` stands for slot `s`. One in the page cache needs neither.
 //!
 //! **Invariant**: a source slot is released upstream only after `done` was seen complete, or where it is used in place `compute_done[d]`; a
 //! device slot comes back from the compute side only after its `compute_done` was recorded.
@@ -144,8 +144,8 @@ impl<D: Device> TransferStage<D> {
         let unit = packed.map_or(&plan.units[index], |packed| &packed.layout);
         let source = match (from, packed) {
             (Place::Slot(slot), _) => self.from.last().0.slot(slot.0).as_ptr(),
-            (Place::Resident, Some(packed)) => packed.start.as_ptr(),
-            (Place::Resident, None) => self.from.resident(unit).as_ptr(),
+            (_, Some(packed)) => packed.start.as_ptr(),
+            (_, None) => self.from.resident(unit).as_ptr(),
         };
         let pinned = matches!(unit.tier, Tier::Pinned | Tier::PinnedPacked);
         if from == Place::Resident && pinned && self.residents[index].is_none() {
@@ -230,6 +230,9 @@ impl<D: Device> TransferStage<D> {
     /// Where a unit goes on the device: where it is kept there, or a free slot.
     fn target(&mut self, Entry { unit, place, .. }: Entry) -> Option<Place> {
         let (tier, state) = (self.plan.units[unit].tier, self.states.of(unit));
+        if place == Place::Mapped {
+            return Some(place);
+        }
         let stays = match self.plan.units[unit].in_place {
             // It may be on its way to where it is kept by another read.
             true => place == Place::Resident || state == Residency::There,
@@ -247,7 +250,9 @@ impl<D: Device> TransferStage<D> {
         let mut moved = None;
         let unpacks = self.plan.units[unit].tier == Tier::GpuPacked && self.states.of(unit) != Residency::Absent;
         let to = if unpacks { Place::Resident } else { place };
-        if to == Place::Resident && self.states.of(unit) == Residency::There {
+        if to == Place::Mapped {
+            // Nothing is to be done.
+        } else if to == Place::Resident && self.states.of(unit) == Residency::There {
             if let Place::Slot(source) = entry.place {
                 // Read once more, before it was known that it had arrived: after a rewind, or since the one before it was to pass.
                 self.inlet.release(source);

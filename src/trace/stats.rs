@@ -48,6 +48,8 @@ pub struct PassStats {
     pub direct_bytes: f64,
     /// Bytes read through the page cache.
     pub buffered_bytes: f64,
+    /// Bytes of tensors used where the page cache has them.
+    pub mapped_bytes: f64,
     /// Bytes copied from pageable to pinned RAM.
     pub pinned_bytes: f64,
     /// Bytes copied to the device.
@@ -83,6 +85,8 @@ pub struct Stats {
     pub direct_bytes: u64,
     /// Bytes read through the page cache.
     pub buffered_bytes: u64,
+    /// Bytes of tensors used where the page cache has them, pass after pass.
+    pub mapped_bytes: u64,
     /// Passes completed.
     pub passes: u64,
     /// The first pass, once it is complete.
@@ -118,6 +122,7 @@ impl Stats {
             seconds,
             direct_bytes: (self.direct_bytes - before.direct_bytes) as f64,
             buffered_bytes: (self.buffered_bytes - before.buffered_bytes) as f64,
+            mapped_bytes: (self.mapped_bytes - before.mapped_bytes) as f64,
             pinned_bytes: bytes(Stage::Pin),
             transferred_bytes: bytes(Stage::Transfer),
             stage_seconds: Stage::ALL.map(|stage| {
@@ -157,6 +162,8 @@ pub(crate) struct Carried {
     /// Of a read: past the page cache, and through it.
     pub(crate) direct: u64,
     pub(crate) buffered: u64,
+    /// Used from the page cache instead.
+    pub(crate) mapped: u64,
 }
 
 impl Carried {
@@ -170,6 +177,7 @@ impl Carried {
         self.bytes += other.bytes;
         self.direct += other.direct;
         self.buffered += other.buffered;
+        self.mapped += other.mapped;
     }
 }
 
@@ -187,7 +195,7 @@ struct StageCounters {
     kind: AtomicUsize,
     settled: AtomicU64,
     /// What was moved on the trip under way. Bytes belong to the trip of their unit, however far ahead the stage is.
-    trip: [AtomicU64; 3],
+    trip: [AtomicU64; 4],
     trips: Mutex<Trips>,
 }
 
@@ -225,15 +233,16 @@ pub(super) struct Counters {
     start: Instant,
     direct_bytes: AtomicU64,
     buffered_bytes: AtomicU64,
+    mapped_bytes: AtomicU64,
     stages: [CachePadded<StageCounters>; 4],
     passes: Mutex<Passes>,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        let (direct_bytes, buffered_bytes) = Default::default();
+        let (direct_bytes, buffered_bytes, mapped_bytes) = Default::default();
         let (stages, passes) = Default::default();
-        Self { start: clock::now(), direct_bytes, buffered_bytes, stages, passes }
+        Self { start: clock::now(), direct_bytes, buffered_bytes, mapped_bytes, stages, passes }
     }
 }
 
@@ -268,8 +277,10 @@ impl Counters {
         let counters = &self.stages[stage as usize];
         counters.units.fetch_add(1, Relaxed);
         counters.bytes.fetch_add(carried.bytes, Relaxed);
-        let Carried { bytes, direct, buffered } = carried;
-        counters.trip.iter().zip([bytes, direct, buffered]).for_each(|(sum, more)| _ = sum.fetch_add(more, Relaxed));
+        self.mapped_bytes.fetch_add(carried.mapped, Relaxed);
+        let Carried { bytes, direct, buffered, mapped } = carried;
+        let sums = counters.trip.iter().zip([bytes, direct, buffered, mapped]);
+        sums.for_each(|(sum, more)| _ = sum.fetch_add(more, Relaxed));
     }
 
     pub(super) fn count_read(&self, bytes: usize, direct: bool) {
@@ -279,11 +290,11 @@ impl Counters {
 
     pub(super) fn trip_ended(&self, stage: Stage) {
         let counters = &self.stages[stage as usize];
-        let [bytes, direct, buffered] = counters.trip.each_ref().map(|sum| sum.swap(0, Relaxed));
+        let [bytes, direct, buffered, mapped] = counters.trip.each_ref().map(|sum| sum.swap(0, Relaxed));
         let mut trips = counters.trips.lock().expect(UNPOISONED);
         let phase = trips.count.min(PHASES - 1);
         trips.complete[phase].0 += 1;
-        trips.complete[phase].1.add(Carried { bytes, direct, buffered });
+        trips.complete[phase].1.add(Carried { bytes, direct, buffered, mapped });
         trips.count += 1;
     }
 
@@ -357,6 +368,7 @@ impl Counters {
             seconds: times.time.as_secs_f64() / count,
             direct_bytes: moved(Stage::Read, |carried| carried.direct),
             buffered_bytes: moved(Stage::Read, |carried| carried.buffered),
+            mapped_bytes: moved(Stage::Read, |carried| carried.mapped),
             pinned_bytes: moved(Stage::Pin, |carried| carried.bytes),
             transferred_bytes: moved(Stage::Transfer, |carried| carried.bytes),
             stage_seconds: times.nanos.map(|nanos| nanos.map(|nanos| nanos as f64 / 1e9 / count)),
@@ -376,6 +388,7 @@ impl Counters {
             }),
             direct_bytes: self.direct_bytes.load(Relaxed),
             buffered_bytes: self.buffered_bytes.load(Relaxed),
+            mapped_bytes: self.mapped_bytes.load(Relaxed),
             passes,
             first: self.mean(&[0]),
             steady: self.mean(if fill <= 1 { &[1, 2] } else { &[2] }),

@@ -180,7 +180,7 @@ fn for_rust() -> Vec<String> {
     struct ls_streamer { id }
     struct ls_unit_info { name, tensors, bytes }
     struct ls_stage_stats { units, bytes, busy_ns, starved_ns, blocked_ns }
-    struct ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader }
+    struct ls_stats { size, read, pin, transfer, compute, direct_bytes, buffered_bytes, reader, mapped_bytes }
     struct ls_statics { id }
     struct ls_tensor { data, dtype, rank, shape }
     struct ls_layer { id }

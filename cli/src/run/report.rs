@@ -180,11 +180,12 @@ impl Report {
     }
 
     /// Each link: its name, all bytes, those of a pass, and what it was measured to carry.
-    fn links(&self, limits: Option<Bandwidths>) -> [Link; 4] {
+    fn links(&self, limits: Option<Bandwidths>) -> [Link; 5] {
         let stats = &self.stats;
         [
             ("disk", stats.direct_bytes, |passes| passes.direct_bytes, limits.map(|of| of.disk)),
             ("page cache", stats.buffered_bytes, |passes| passes.buffered_bytes, None),
+            ("mapped files", stats.mapped_bytes, |passes| passes.mapped_bytes, None),
             ("to pinned RAM", stats.stage(Stage::Pin).bytes, |passes| passes.pinned_bytes, None),
             (
                 "to the device",

@@ -1,0 +1,70 @@
+//! Bytes of files that are used where the page cache has them: nothing is read, and nothing is copied.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use super::{Source, is_cached};
+use crate::{
+    layout::{Extent, UnitLayout},
+    plan::CachePolicy,
+};
+
+/// The files of one unit, mapped as a slot in RAM would hold its bytes.
+///
+/// It takes no memory. A page that the page cache gives up is read anew where it is touched, which is right but slow: whoever uses the
+/// mapping asks [before](Self::is_present). A file that is cut short meanwhile ends the process (SIGBUS), as with any mapping.
+pub(crate) struct MappedUnit {
+    map: MmapRaw,
+    /// Its pages are known to the processor, unless the page cache gave some up since.
+    populated: AtomicBool,
+}
+
+impl MappedUnit {
+    /// `None` where the unit is not to be used so, or cannot be.
+    pub(crate) fn new(sources: &[Source], unit: &UnitLayout) -> Option<Self> {
+        let allows = |extent: &Extent| sources[extent.file].policy == CachePolicy::Auto;
+        if !unit.in_place || !unit.extents.iter().all(allows) {
+            return None;
+        }
+        Self::map(sources, unit).ok()
+    }
+
+    fn map(sources: &[Source], unit: &UnitLayout) -> io::Result<Self> {
+        let map: MmapRaw = MmapOptions::new().len(unit.host_bytes).no_reserve_swap().map_anon()?.into();
+        for extent in &unit.extents {
+            let (file, offset) = (sources[extent.file].buffered.as_raw_fd(), extent.offset as libc::off_t);
+            // SAFETY: extents lie in a slot's bytes, for which room was reserved above that nobody else knows.
+            let mapped = unsafe {
+                let at = map.as_mut_ptr().add(extent.at).cast();
+                libc::mmap(at, extent.len, libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED, file, offset)
+            };
+            if mapped == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(Self { map, populated: AtomicBool::new(false) })
+    }
+
+    /// Where it begins.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// Whether the page cache holds all of it, so that it can be used now.
+    pub(crate) fn is_present(&self, sources: &[Source], unit: &UnitLayout) -> bool {
+        let is_cached = |extent: &Extent| is_cached(&sources[extent.file].buffered, extent.offset, extent.needed());
+        let present = unit.extents.iter().all(is_cached) && (self.populated.load(Ordering::Relaxed) || self.populate());
+        self.populated.store(present, Ordering::Relaxed);
+        present
+    }
+
+    /// Makes the pages known to the processor at once, which costs less than a fault for each, and tells of any that cannot be had.
+    fn populate(&self) -> bool {
+        self.map.advise(Advice::PopulateRead).is_ok()
+    }
+}

@@ -1,0 +1,104 @@
+//! Units that the page cache has, used where they lie there.
+
+use std::{
+    fs::{self, File},
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    thread,
+    time::Duration,
+};
+
+use super::*;
+use crate::{device::Cpu, io::is_cached, layout::PAGE};
+
+/// Units that are used in place, each in pages of its own.
+fn aligned() -> Fixture {
+    let fixture = fixtures::fixture(4, &[40_000], 3);
+    let plan = Plan::new(&fixture.checkpoint, &fixture.units, &Settings::default(), Sharing::Ram).unwrap();
+    assert!(plan.units.iter().all(|unit| unit.in_place));
+    fixture
+}
+
+/// Reads all of the files; returns whether the page cache has them then, as far as the system tells.
+fn warm(fixture: &Fixture) -> bool {
+    fixture
+        .checkpoint
+        .files()
+        .iter()
+        .all(|path| is_cached(&File::open(path).unwrap(), 0, fs::read(path).unwrap().len()))
+}
+
+/// Has the page cache give up all of the files; returns whether it did, as none in memory does.
+fn cool(fixture: &Fixture) -> bool {
+    let is_cold = |path: &PathBuf| {
+        let file = File::open(path).unwrap();
+        file.sync_all().unwrap();
+        // SAFETY: the descriptor is open.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        (0..file.metadata().unwrap().len()).step_by(PAGE).all(|at| !is_cached(&file, at, 1))
+    };
+    // Pages that a processor has just put there cannot be given up at once.
+    (0..100).any(|_| {
+        thread::sleep(Duration::from_millis(5));
+        fixture.checkpoint.files().iter().filter(|path| !is_cold(path)).count() == 0
+    })
+}
+
+fn streamer(fixture: &Fixture, cache: CachePolicy) -> LayerStreamer<Cpu> {
+    let settings = Settings { n_cpu_pinned: 1, n_gpu: 1, cache, ..Settings::default() };
+    LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap()
+}
+
+#[test]
+fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
+    for tier in [Tier::Disk, Tier::Gpu] {
+        let mut fixture = aligned();
+        fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
+        if !warm(&fixture) {
+            return;
+        }
+        let mut mapping = streamer(&fixture, CachePolicy::Auto);
+        (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut mapping));
+        let (stats, bytes) = (mapping.stats(), mapping.plan().bytes_per_pass() as f64);
+        for passes in [stats.first.unwrap(), stats.steady.unwrap()] {
+            assert_eq!((passes.mapped_bytes, passes.direct_bytes + passes.buffered_bytes), (bytes, 0.0), "{tier}");
+        }
+        assert!(!mapping.verdict().unwrap().moves);
+        mapping.close().unwrap();
+
+        let mut reading = streamer(&fixture, CachePolicy::Buffered);
+        fixtures::checked_pass(&fixture, &mut reading);
+        assert_eq!(reading.stats().first.unwrap().mapped_bytes, 0.0);
+        reading.close().unwrap();
+
+        if !cool(&fixture) {
+            continue;
+        }
+        let mut streamer = streamer(&fixture, CachePolicy::Auto);
+        fixtures::checked_pass(&fixture, &mut streamer);
+        let first = streamer.stats().first.unwrap();
+        assert!(first.direct_bytes + first.buffered_bytes >= bytes && first.mapped_bytes == 0.0, "{tier}: {first:?}");
+        // Once it is there it is used there, unless it was read to where it is kept.
+        assert!(warm(&fixture));
+        (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut streamer));
+        let mapped = streamer.stats().mapped_bytes;
+        assert_eq!(mapped > 0, tier == Tier::Disk, "{tier}: {mapped}");
+    }
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_used_in_the_page_cache_ends_the_pass() {
+    let fixture = aligned();
+    if !warm(&fixture) {
+        return;
+    }
+    let mut streamer = streamer(&fixture, CachePolicy::Auto);
+    fixtures::checked_pass(&fixture, &mut streamer);
+    // Some file systems count in ticks of the clock.
+    thread::sleep(Duration::from_millis(50));
+    let path = fixture.checkpoint.files().last().unwrap();
+    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&[0x55], file.metadata().unwrap().len() - 1).unwrap();
+    let stream = Cpu.stream().unwrap();
+    let error = streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(())).unwrap_err();
+    assert!(matches!(&error, Error::Checkpoint { path: at, .. } if at == path), "{error}");
+}
