@@ -103,40 +103,69 @@ macro_rules! elements {
 elements!(u8 => U8, u32 => U32, i64 => I64, f32 => F32, f16 => F16, bf16 => BF16);
 
 /// Converts `src`, elements of `from`, into `dst`, elements of `to`, both little-endian as safetensors stores them.
-/// Rounding is to nearest even; BF16 and F8E4M3 to F32 are exact. NaN stays NaN.
+/// Rounding is to nearest even; F16, BF16 and F8E4M3 to F32 are exact. NaN stays NaN. Without branches, so that the compiler
+/// makes vectors of it, with the instructions of the function that it is inlined into.
 ///
 /// # Panics
 /// If the lengths disagree or [`DType::converts_to`] says no: callers check both when they plan.
+#[inline(always)]
 pub(crate) fn convert(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
     assert!(from == to || from.converts_to(to), "{from} to {to} is no conversion");
     assert_eq!(src.len() / from.size(), dst.len() / to.size(), "conversion between different lengths");
     match (from, to) {
         _ if from == to => dst.copy_from_slice(src),
         (DType::BF16, DType::F32) => map(src, dst, |b| (u32::from(u16::from_le_bytes(b)) << 16).to_le_bytes()),
-        (DType::F16, DType::F32) => map(src, dst, |b| f16::from_le_bytes(b).to_f32().to_le_bytes()),
+        (DType::F16, DType::F32) => map(src, dst, |b| f16_to_f32(u16::from_le_bytes(b)).to_le_bytes()),
         (DType::F8E4M3, DType::F32) => map(src, dst, |[b]| f8e4m3_to_f32(b).to_le_bytes()),
-        (DType::F32, DType::BF16) => map(src, dst, |b| bf16::from_f32(f32::from_le_bytes(b)).to_le_bytes()),
-        (DType::F16, DType::BF16) => map(src, dst, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32()).to_le_bytes()),
-        (DType::F8E4M3, DType::BF16) => map(src, dst, |[b]| bf16::from_f32(f8e4m3_to_f32(b)).to_le_bytes()),
+        (DType::F32, DType::BF16) => map(src, dst, |b| f32_to_bf16(u32::from_le_bytes(b)).to_le_bytes()),
+        (DType::F16, DType::BF16) => map(src, dst, |b| f32_to_bf16(f16_to_f32(u16::from_le_bytes(b))).to_le_bytes()),
+        (DType::F8E4M3, DType::BF16) => map(src, dst, |[b]| f32_to_bf16(f8e4m3_to_f32(b)).to_le_bytes()),
         _ => unreachable!("converts_to names the pairs above"),
     }
 }
 
+#[inline(always)]
 fn map<const A: usize, const B: usize>(src: &[u8], dst: &mut [u8], f: impl Fn([u8; A]) -> [u8; B]) {
     for (s, d) in src.as_chunks::<A>().0.iter().zip(dst.as_chunks_mut::<B>().0) {
         *d = f(*s);
     }
 }
 
-/// One OCP 8-bit float (E4M3FN: no infinities, 0x7f and 0xff are NaN; OCP 8-bit Floating Point Specification 1.0, table 1).
-fn f8e4m3_to_f32(bits: u8) -> f32 {
-    let (exponent, mantissa) = ((bits >> 3) & 0xf, bits & 7);
-    let magnitude = match (exponent, mantissa) {
-        (0xf, 7) => f32::NAN,
-        (0, _) => f32::from(mantissa) / 512.0,
-        _ => f32::from_bits(((u32::from(exponent) + 120) << 23) | (u32::from(mantissa) << 20)),
-    };
-    if bits & 0x80 == 0 { magnitude } else { -magnitude }
+/// The bits of the nearest BF16, of a tie the even one; NaN becomes quiet.
+#[inline(always)]
+fn f32_to_bf16(bits: u32) -> u16 {
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) as u16
+}
+
+/// The bits of the same number as F32; NaN becomes quiet.
+#[inline(always)]
+fn f16_to_f32(bits: u16) -> u32 {
+    let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
+    sign | match magnitude >> 23 {
+        0 => subnormal(magnitude, 113),
+        31 => magnitude + (224 << 23) | if magnitude << 9 == 0 { 0 } else { 1 << 22 },
+        _ => magnitude + (112 << 23),
+    }
+}
+
+/// The bits of an OCP 8-bit float as F32 (E4M3FN: no infinities, 0x7f and 0xff are NaN; OCP 8-bit Floating Point Specification
+/// 1.0, table 1).
+#[inline(always)]
+fn f8e4m3_to_f32(bits: u8) -> u32 {
+    let (sign, magnitude) = (u32::from(bits & 0x80) << 24, u32::from(bits & 0x7f) << 20);
+    sign | match magnitude >> 20 {
+        0x7f => f32::NAN.to_bits(),
+        0..8 => subnormal(magnitude, 121),
+        _ => magnitude + (120 << 23),
+    }
+}
+
+/// `mantissa`, in F32's place, times two to the `exponent - 127`: with the leading one that it does not have, less that one.
+#[inline(always)]
+fn subnormal(mantissa: u32, exponent: u32) -> u32 {
+    (f32::from_bits(mantissa | exponent << 23) - f32::from_bits(exponent << 23)).to_bits()
 }
 
 #[cfg(test)]
@@ -162,6 +191,7 @@ mod tests {
             convert(DType::F16, &bits.to_le_bytes(), DType::F32, &mut out);
             let expected = f16::from_bits(bits).to_f64();
             assert!(f64::from(f32::from_le_bytes(out)) == expected || expected.is_nan());
+            assert_eq!(u32::from_le_bytes(out), f16::from_bits(bits).to_f32().to_bits(), "{bits:#x}");
         }
     }
 
@@ -170,9 +200,19 @@ mod tests {
         for (bits, value) in
             [(0x00, 0.0), (0x01, 0.001953125), (0x08, 0.015625), (0x38, 1.0), (0x7e, 448.0), (0xc4, -3.0)]
         {
-            assert_eq!(f8e4m3_to_f32(bits), value, "{bits:#x}");
+            assert_eq!(f32::from_bits(f8e4m3_to_f32(bits)), value, "{bits:#x}");
         }
-        assert!(f8e4m3_to_f32(0x7f).is_nan() && f8e4m3_to_f32(0xff).is_nan());
+        assert!([0x7f, 0xff].iter().all(|&bits| f32::from_bits(f8e4m3_to_f32(bits)).is_nan()));
+        for bits in 0..=u8::MAX {
+            let (exponent, mantissa) = (i32::from(bits >> 3 & 0xf), f32::from(bits & 7));
+            let magnitude = match (exponent, bits & 7) {
+                (0xf, 7) => f32::NAN,
+                (0, _) => mantissa / 512.0,
+                _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+            };
+            let value = if bits & 0x80 == 0 { magnitude } else { -magnitude };
+            assert_eq!(f8e4m3_to_f32(bits), value.to_bits(), "{bits:#x}");
+        }
     }
 
     #[test]
@@ -184,6 +224,22 @@ mod tests {
         {
             convert(DType::F32, &value.to_le_bytes(), DType::BF16, &mut out);
             assert_eq!(u16::from_le_bytes(out), bits, "{value}");
+        }
+    }
+
+    #[test]
+    fn narrowing_has_the_bits_of_the_half_crate() {
+        let mut rng = fastrand::Rng::new();
+        // Each upper half, with lower halves about a tie and at random; so all NaN of BF16, infinities and subnormal numbers.
+        for upper in 0..=u16::MAX {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, rng.u16(..)] {
+                let bits = u32::from(upper) << 16 | u32::from(lower);
+                assert_eq!(f32_to_bf16(bits), bf16::from_f32(f32::from_bits(bits)).to_bits(), "{bits:#x}");
+            }
+            let mut out = [0; 2];
+            convert(DType::F16, &upper.to_le_bytes(), DType::BF16, &mut out);
+            let expected = bf16::from_f32(f16::from_bits(upper).to_f32());
+            assert_eq!(u16::from_le_bytes(out), expected.to_bits(), "{upper:#x}");
         }
     }
 }

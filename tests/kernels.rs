@@ -166,6 +166,30 @@ fn norms_gates_add_and_lookups_follow_their_formulas() {
 }
 
 #[test]
+fn argmax_takes_the_first_of_the_greatest_of_any_row_and_a_nan_only_where_it_is_the_first() {
+    let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
+    for width in [1, 15, 16, 129, 4096, 4097, 70_000, 300_001] {
+        // Rows with a few equal ones that are the greatest, with NaN, with NaN before everything, and all -∞.
+        let mut rows = random.floats(4 * width);
+        for (row, values) in rows.chunks_mut(width).enumerate() {
+            for _ in 0..4 {
+                values[random.0.usize(..width)] = if row == 1 { f32::NAN } else { 2.0 };
+            }
+            match row {
+                2 => values[0] = f32::NAN,
+                3 => values.fill(f32::NEG_INFINITY),
+                _ => {}
+            }
+        }
+        let better = |row: &[f32]| (0..width).reduce(|best, at| if row[at] > row[best] { at } else { best });
+        let expected: Vec<u32> = rows.chunks(width).map(|row| better(row).unwrap() as u32).collect();
+        let mut best = Tensor::new(&[4], &[9u32; 4]);
+        Cpu.argmax(&stream, Tensor::new(&[4, width], &rows).get(), best.out()).unwrap();
+        assert_eq!(best.values::<u32>(), expected, "{width}");
+    }
+}
+
+#[test]
 fn rope_turns_the_pairs_that_have_a_frequency_scales_them_and_passes_the_others_on() {
     let (stream, mut random) = (Cpu.stream().unwrap(), Random::new());
     for (tokens, heads, size, half) in
@@ -227,6 +251,11 @@ fn cast_converts_between_the_float_types() {
     let mut wide = Tensor::zeros(&[4]);
     Cpu.cast(&stream, Tensor::new(&[4], &halves).get(), wide.out()).unwrap();
     assert_eq!(wide.values::<f32>(), halves.map(f16::to_f32));
+    // As many as several threads share.
+    let many: Vec<f32> = (0..200_003).map(|at| at as f32 / 7.0).collect();
+    let mut narrow = Tensor::new(&[many.len()], &vec![bf16::ZERO; many.len()]);
+    Cpu.cast(&stream, Tensor::new(&[many.len()], &many).get(), narrow.out()).unwrap();
+    assert!(narrow.values::<bf16>().into_iter().eq(many.into_iter().map(bf16::from_f32)));
     let refused = Cpu.cast(&stream, Tensor::new(&[4], &[0u32; 4]).get(), wide.out()).unwrap_err();
     assert!(matches!(refused, Error::Kernel { kernel: "cast", .. }), "{refused}");
 }

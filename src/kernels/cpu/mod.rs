@@ -9,6 +9,7 @@ mod lanes;
 mod math;
 mod pool;
 mod product;
+mod rope;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -19,17 +20,18 @@ use std::{ops::Range, slice};
 
 use half::{bf16, f16};
 
-use super::{Kernels, Precision, Ragged, RopeLayout, call::*, fit::check};
+use super::{Kernels, Precision, Ragged, call::*, fit::check};
 use crate::{
     device::{Cpu, CpuStream, TensorMut, TensorRef},
-    dtype::{self, DType, Element},
+    dtype::{DType, Element},
     error::Result,
 };
 use attention::{QUERIES, Queries};
 use lanes::Vectors;
 use pool::pool;
 use product::Product;
-use rows::{Each, Elements, Norm};
+use rope::Turn;
+use rows::{Convert, Each, Elements, Greatest, Norm};
 
 /// Least work, in multiplications, that is worth another thread.
 const PER_THREAD: usize = 1 << 15;
@@ -153,10 +155,16 @@ impl Kernels for Cpu {
 }
 
 fn cast(Cast { x, out }: Cast<'_, Cpu>) -> Result<()> {
+    let (from, to, count, vectors) = (x.dtype(), out.dtype(), x.elements(), Vectors::widest());
     // SAFETY: the view stands for that many bytes, which have no alignment and which nobody else uses while a kernel runs.
-    let dst = unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) };
-    dtype::convert(x.dtype(), raw(x), out.dtype(), dst);
-    Ok(())
+    let dst = Parts::new(unsafe { slice::from_raw_parts_mut(out.ptr().as_ptr(), out.bytes()) });
+    let src = raw(x);
+    for_ranges(count.div_ceil(SOME), count, |pieces| {
+        let (first, end) = (pieces.start * SOME, count.min(pieces.end * SOME));
+        // SAFETY: each piece is given to one thread only, and the output is this call's.
+        let dst = unsafe { dst.slice(first * to.size(), (end - first) * to.size()) };
+        vectors.run(Convert { from, src: &src[first * from.size()..end * from.size()], to, dst });
+    })
 }
 
 fn rms_norm(RmsNorm { x, weight, offset, eps, mut out, H: width }: RmsNorm<'_, Cpu>) -> Result<()> {
@@ -195,31 +203,13 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
 }
 
 fn rope(call: Rope<'_, Cpu>) -> Result<()> {
-    let Rope { x, positions, inv_freq, scale, layout, mut out, T: tokens, heads, D: size, half } = call;
-    // Pair `i` is made of elements `i · step` and `i · step + apart`.
-    let (step, apart) = match layout {
-        RopeLayout::Halves => (1, half),
-        RopeLayout::Interleaved => (2, 1),
-    };
+    let Rope { x, positions, inv_freq, scale, layout, mut out, T: tokens, heads, D: size, .. } = call;
     let (positions, inv_freq) = (read::<u32>(positions), read::<f32>(inv_freq));
-    let (x, width) = (read::<f32>(x), heads * size);
-    for_rows(write(&mut out), width, tokens * width * 8, |token, row| {
+    let (x, width, vectors) = (read::<f32>(x), heads * size, Vectors::widest());
+    for_rows(write(&mut out), width, tokens * width * 4, |token, out| {
         let x = &x[token * width..][..width];
-        for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
-            head[2 * half..].copy_from_slice(&x[2 * half..]);
-        }
-        for (i, &frequency) in inv_freq.iter().enumerate() {
-            let (sin, cos) = (positions[token] as f32 * frequency).sin_cos();
-            let (sin, cos) = (sin * scale, cos * scale);
-            let (first, second) = (i * step, i * step + apart);
-            for (head, x) in row.chunks_mut(size).zip(x.chunks(size)) {
-                let (a, b) = (x[first], x[second]);
-                head[first] = a * cos - b * sin;
-                head[second] = b * cos + a * sin;
-            }
-        }
-    })?;
-    Ok(())
+        vectors.run(Turn { x, position: positions[token], inv_freq, scale, layout, size, out });
+    })
 }
 
 /// Elements that are computed at a time.
@@ -292,40 +282,53 @@ fn attention(call: Attention<'_, Cpu>) -> Result<()> {
 }
 
 fn argmax(Argmax { x, mut out, V: width, .. }: Argmax<'_, Cpu>) -> Result<()> {
+    /// Most pieces of a row.
+    const PIECES: usize = 64;
+    let (vectors, len) = (Vectors::widest(), width.div_ceil(PIECES).max(SOME));
     for (row, out) in read::<f32>(x).chunks(width.max(1)).zip(write::<u32>(&mut out)) {
-        let better = |best: usize, index: usize| if row[index] > row[best] { index } else { best };
-        *out = (0..width).reduce(better).unwrap_or(0) as u32;
+        let mut greatest = [f32::NEG_INFINITY; PIECES];
+        let pieces = width.div_ceil(len);
+        for_rows(&mut greatest[..pieces], 1, width, |piece, greatest| {
+            greatest[0] = vectors.run(Greatest(&row[piece * len..width.min((piece + 1) * len)]));
+        })?;
+        let (piece, most) = greatest[..pieces]
+            .iter()
+            .enumerate()
+            .fold((0, f32::NEG_INFINITY), |best, (piece, &x)| if x > best.1 { (piece, x) } else { best });
+        // A NaN is the best only where it is the first, and where all are -∞ the first is.
+        let place = row[piece * len..].iter().position(|&x| x == most).unwrap_or(0);
+        *out = if row[0].is_nan() { 0 } else { (piece * len + place) as u32 };
     }
     Ok(())
 }
 
 /// Rows of `table`, of a type that widens to F32; the last one for indices beyond.
 fn copy_rows(table: TensorRef<'_, Cpu>, indices: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
-    let (width, bytes, indices) = (out.shape()[1], raw(table), read::<u32>(indices));
-    let (rows, row_bytes) = (table.shape()[0], width * table.dtype().size());
-    for (row, &index) in write::<f32>(&mut out).chunks_mut(width.max(1)).zip(indices) {
-        let source = &bytes[(index as usize).min(rows - 1) * row_bytes..][..row_bytes];
-        // SAFETY: a row of F32 is that many bytes.
-        let row = unsafe { slice::from_raw_parts_mut(row.as_mut_ptr().cast::<u8>(), width * 4) };
-        dtype::convert(table.dtype(), source, DType::F32, row);
-    }
-    Ok(())
+    let (width, from, src, indices) = (out.shape()[1], table.dtype(), raw(table), read::<u32>(indices));
+    let (rows, row_bytes, work, vectors) =
+        (table.shape()[0], width * from.size(), indices.len() * width, Vectors::widest());
+    for_rows(write(&mut out), width, work, |row, out| {
+        let src = &src[(indices[row] as usize).min(rows - 1) * row_bytes..][..row_bytes];
+        // SAFETY: a row of F32 is that many bytes, and is borrowed mutably.
+        let dst = unsafe { slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), width * 4) };
+        vectors.run(Convert { from, src, to: DType::F32, dst });
+    })
 }
 
 /// An output of which each thread writes its own parts.
 #[derive(Clone, Copy)]
-struct Parts {
-    start: *mut f32,
+struct Parts<T = f32> {
+    start: *mut T,
     len: usize,
 }
 
 // SAFETY: threads write parts that do not overlap, as those promise who ask for them.
-unsafe impl Send for Parts {}
+unsafe impl<T: Element> Send for Parts<T> {}
 // SAFETY: as above, through shared references too.
-unsafe impl Sync for Parts {}
+unsafe impl<T: Element> Sync for Parts<T> {}
 
-impl Parts {
-    fn new(out: &mut [f32]) -> Self {
+impl<T> Parts<T> {
+    fn new(out: &mut [T]) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len() }
     }
 
@@ -334,7 +337,7 @@ impl Parts {
     ///
     /// # Safety
     /// The output is still there, and nobody else uses this part as long as the slice is.
-    unsafe fn slice<'a>(self, at: usize, len: usize) -> &'a mut [f32] {
+    unsafe fn slice<'a>(self, at: usize, len: usize) -> &'a mut [T] {
         assert!(at <= self.len && len <= self.len - at, "{len} elements from {at} on, of {}", self.len);
         // SAFETY: the part lies in the output, which the caller promises is there, and nobody else's.
         unsafe { slice::from_raw_parts_mut(self.start.add(at), len) }

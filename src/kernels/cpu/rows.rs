@@ -7,6 +7,7 @@ use super::{
     lanes::{Lanes, Stored, Work},
     math::{exp, tanh},
 };
+use crate::dtype::{self, DType};
 
 /// `x · factor · (offset + weight)` with `factor = 1 / sqrt(mean(x²) + eps)`, of a row.
 pub(super) struct Norm<'a> {
@@ -105,6 +106,46 @@ impl Work for Elements<'_> {
             // SAFETY: so many elements are left from `at` on, and `x` is this call's.
             unsafe { put(made, x.add(at), len - at) };
         }
+    }
+}
+
+/// The greatest number of some, -∞ where there is none.
+pub(super) struct Greatest<'a>(pub(super) &'a [f32]);
+
+impl Work for Greatest<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        // Several, since each waits for what came before it.
+        let mut greatest = [L::splat(f32::NEG_INFINITY); 4];
+        let whole = self.0.chunks_exact(4 * L::COUNT);
+        let rest = whole.remainder();
+        for part in whole {
+            for (number, greatest) in greatest.iter_mut().enumerate() {
+                // SAFETY: a chunk is four vectors.
+                *greatest = unsafe { L::load(part.as_ptr().add(number * L::COUNT)) }.max(*greatest);
+            }
+        }
+        let [a, b, c, d] = greatest;
+        rest.iter().fold(a.max(b).max(c.max(d)).greatest(), |most, &x| if x > most { x } else { most })
+    }
+}
+
+/// Elements of one type as another.
+pub(super) struct Convert<'a> {
+    pub(super) from: DType,
+    pub(super) src: &'a [u8],
+    pub(super) to: DType,
+    pub(super) dst: &'a mut [u8],
+}
+
+impl Work for Convert<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        dtype::convert(self.from, self.src, self.to, self.dst);
     }
 }
 

@@ -14,7 +14,10 @@ use super::{
     pool::Pool,
     *,
 };
-use crate::kernels::AttentionMask;
+use crate::{
+    dtype::convert,
+    kernels::{AttentionMask, RopeLayout},
+};
 
 fn floats(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.f32() * 2.0 - 1.0).collect()
@@ -110,6 +113,67 @@ fn every_set_of_instructions_attends_alike_and_bits_do_not_depend_on_the_other_q
                 let off = plain[part.clone()].iter().zip(&alone[part]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(off < 2e-6, "{vectors:?}, query {query}: {off}");
             }
+        }
+    }
+}
+
+#[test]
+fn every_set_of_instructions_converts_every_number_as_one_by_one() {
+    let mut rng = fastrand::Rng::new();
+    let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    let eights: Vec<u8> = (0..=u8::MAX).collect();
+    // Each exponent and sign, beside ties, NaN with payloads and anything.
+    let lower = |rng: &mut fastrand::Rng| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, rng.u16(..)][rng.usize(..7)];
+    let floats: Vec<u8> =
+        (0..=u16::MAX).flat_map(|x| (u32::from(x) << 16 | u32::from(lower(&mut rng))).to_le_bytes()).collect();
+    for (from, bytes) in [(DType::F8E4M3, &eights), (DType::F16, &all), (DType::BF16, &all), (DType::F32, &floats)] {
+        for to in [DType::F32, DType::BF16] {
+            let mut expected = vec![0; bytes.len() / from.size() * to.size()];
+            for (src, dst) in bytes.chunks(from.size()).zip(expected.chunks_mut(to.size())) {
+                convert(from, src, to, dst);
+            }
+            for vectors in Vectors::all() {
+                for skipped in [0, 1, 5] {
+                    let (src, expected) = (&bytes[skipped * from.size()..], &expected[skipped * to.size()..]);
+                    let mut dst = vec![0; expected.len()];
+                    vectors.run(Convert { from, src, to, dst: &mut dst });
+                    assert!(dst == expected, "{vectors:?}: {from} to {to}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_set_of_instructions_finds_the_greatest_number_and_overlooks_nan() {
+    let mut rng = fastrand::Rng::new();
+    for len in (0..140).chain([1000, 4096, 5001]) {
+        let mut x = floats(&mut rng, len);
+        for _ in 0..len / 7 {
+            x[rng.usize(..len)] = [f32::NAN, f32::NEG_INFINITY, 3.0, -0.0][rng.usize(..4)];
+        }
+        let expected = x.iter().fold(f32::NEG_INFINITY, |most, &x| if x > most { x } else { most });
+        for vectors in Vectors::all() {
+            assert_eq!(vectors.run(Greatest(&x)), expected, "{vectors:?}: {x:?}");
+        }
+    }
+}
+
+#[test]
+fn every_set_of_instructions_turns_to_the_same_bits() {
+    let mut rng = fastrand::Rng::new();
+    for (heads, size, half) in [(1, 2, 1), (3, 7, 3), (2, 40, 11), (2, 128, 64), (3, 300, 150)] {
+        let (x, inv_freq) = (floats(&mut rng, heads * size), floats(&mut rng, half));
+        for (layout, position) in [(RopeLayout::Halves, rng.u32(..)), (RopeLayout::Interleaved, rng.u32(..9999))] {
+            let turned = |vectors: Vectors| {
+                let mut out = vec![f32::NAN; x.len()];
+                vectors.run(Turn { x: &x, position, inv_freq: &inv_freq, scale: 1.5, layout, size, out: &mut out });
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let plain = turned(Vectors::Plain);
+            Vectors::all()
+                .into_iter()
+                .for_each(|vectors| assert_eq!(turned(vectors), plain, "{vectors:?}, {layout:?}"));
         }
     }
 }
