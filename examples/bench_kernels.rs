@@ -298,7 +298,8 @@ impl<D: Kernels> Bench<'_, D> {
         }
         // Each head by itself, and all of a token's together.
         for (rows, size) in [(tokens * 28, size), (tokens, 28 * size)] {
-            let weight = self.fill(DType::BF16, &[size])?;
+            // Factors of one: by smaller ones the launches would make subnormal numbers, with which some processors are slow.
+            let weight = here.repeated(DType::BF16, &[size], &[1.0, -1.0].repeat(size / 2))?;
             let mut x = self.fill(DType::F32, &[rows, size])?;
             let row = Row::new("rms_norm_in_place", format!("[{rows}, {size}]"), None, 2 * x.bytes());
             self.record(row, |_| here.device.rms_norm_in_place(&here.stream, x.out(), weight.get(), 0.0, 1e-6))?;
@@ -312,7 +313,11 @@ impl<D: Kernels> Bench<'_, D> {
                 gated(on, name, &mut gate, &up)?;
                 on.read(&gate)?
             });
-            let (mut gate, up) = (self.fill(activation, &[rows, ffn])?, self.fill(activation, &[rows, ffn])?);
+            // Numbers that stay as they are, however often they go through the gate.
+            let (shape, ones) = ([rows, ffn], [1.0; 1 << 15]);
+            let large: Vec<f32> = random(&mut self.rng, 1 << 18).iter().map(|x| 30.0 + 10.0 * x).collect();
+            let (mut gate, up) =
+                (here.repeated(activation, &shape, &large)?, here.repeated(activation, &shape, &ones)?);
             let moved = 3 * gate.bytes();
             let row = Row::new(name, format!("[{rows}, {ffn}]"), Some(off(&both.0, &both.1)), moved);
             self.record(row, |_| gated(here, name, &mut gate, &up))?;
