@@ -4,15 +4,21 @@
 #[cfg(loom)]
 pub(crate) use loom::{
     cell::UnsafeCell,
+    hint::spin_loop,
     sync::{
         Condvar, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
     },
+    thread::{JoinHandle, yield_now},
 };
 #[cfg(not(loom))]
-pub(crate) use std::sync::{
-    Condvar, Mutex,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
+pub(crate) use std::{
+    hint::spin_loop,
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
+    },
+    thread::{JoinHandle, yield_now},
 };
 
 use std::{
@@ -45,6 +51,14 @@ pub(crate) fn spawn<B, T: Send + 'static>(
     let thread = thread::Builder::new().name(name.into()).spawn(body)?;
     begun.wait();
     Ok(thread)
+}
+
+/// The same without a beginning, for threads that loom runs in its models.
+pub(crate) fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    #[cfg(loom)]
+    return loom::thread::Builder::new().name(name.into()).spawn(work);
+    #[cfg(not(loom))]
+    spawn(name, || (), |()| work())
 }
 
 /// What comes to an end makes progress within so long a wait; what makes none is taken for something that never does.

@@ -9,20 +9,27 @@
 
 use std::{
     any::Any,
-    hint,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Arc, OnceLock, PoisonError},
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
 use crate::{
     error::{Error, Result},
-    sync::{self, AtomicBool, AtomicUsize, Condvar, Mutex, Ordering::*, UnsafeCell},
+    sync::{self, AtomicBool, AtomicUsize, Condvar, JoinHandle, Mutex, Ordering::*, UnsafeCell, spin_loop, yield_now},
 };
 
 /// How long a thread without work looks for more before it sleeps: longer than the pause between two kernels of a layer.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// How often it looks before it looks at the clock. A model has no clock, and each look makes it larger.
+const LOOKS: usize = if cfg!(loom) { 1 } else { 64 };
+
+/// Whether to stop spinning.
+fn spun(since: Instant) -> bool {
+    cfg!(loom) || since.elapsed() > SPIN
+}
 
 /// Bits of the gate: how many threads are inside, whether more may come in, and the job's number above them.
 const INSIDE: usize = (1 << 16) - 1;
@@ -73,6 +80,7 @@ fn threads() -> Result<usize> {
 ///
 /// # Errors
 /// [`Error::Thread`] where they cannot be started, and [`Error::Setting`] where their number is none.
+#[cfg(not(loom))]
 pub(super) fn pool() -> Result<&'static Pool> {
     static POOL: OnceLock<Pool> = OnceLock::new();
     if let Some(pool) = POOL.get() {
@@ -98,7 +106,7 @@ impl Pool {
         let mut pool = Self { shared, threads: Vec::new(), turn: Mutex::new(()) };
         for number in 0..threads {
             let shared = pool.shared.clone();
-            let thread = sync::spawn(&format!("ls-kernels-{number}"), || (), move |()| shared.help());
+            let thread = sync::start(&format!("ls-kernels-{number}"), move || shared.help());
             // The threads so far end with the pool.
             pool.threads.push(thread.map_err(|source| Error::Thread { stage: "kernels", source: source.into() })?);
         }
@@ -176,17 +184,17 @@ impl Shared {
     fn enter(&self, last: usize) -> Option<usize> {
         let mut since = Instant::now();
         loop {
-            for _ in 0..64 {
+            for _ in 0..LOOKS {
                 let gate = self.gate.load(Relaxed);
                 if opens(gate, last) && self.gate.compare_exchange(gate, gate + 1, Acquire, Relaxed).is_ok() {
                     return Some(gate / NUMBER);
                 }
-                hint::spin_loop();
+                spin_loop();
             }
             if self.stop.load(Relaxed) {
                 return None;
             }
-            if since.elapsed() > SPIN {
+            if spun(since) {
                 self.sleep(last);
                 since = Instant::now();
             }
@@ -229,10 +237,10 @@ impl Shared {
         let since = Instant::now();
         while gate & INSIDE != 0 {
             // Where there are more threads than processors, the one that is waited for may need this one's.
-            if since.elapsed() > SPIN {
-                thread::yield_now()
+            if spun(since) {
+                yield_now()
             } else {
-                hint::spin_loop()
+                spin_loop()
             }
             gate = self.gate.load(Acquire);
         }

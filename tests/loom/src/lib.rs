@@ -4,6 +4,8 @@
 #[path = "../../../src/error.rs"]
 mod error;
 mod pipeline;
+#[path = "../../../src/kernels/cpu/pool.rs"]
+mod pool;
 #[path = "../../../src/ring.rs"]
 mod ring;
 #[path = "../../../src/sync.rs"]
@@ -18,5 +20,7 @@ mod plan {
     pub struct Tier;
 }
 
+#[cfg(all(test, loom))]
+mod calls;
 #[cfg(all(test, loom))]
 mod protocols;

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Tries every interleaving with at most `preemptions` preemptions, or as many as the environment says.
-fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound.get_or_insert(preemptions);
     builder.max_branches = 20_000;
