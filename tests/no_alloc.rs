@@ -1,5 +1,5 @@
 //! Nothing asks for memory from the first pass to the drop: no pipeline thread, nor `next` and `release`, nor any library
-//! below them. Counted by a shared object that stands before malloc, mmap and their kin, in a child process.
+//! below them. Neither do the CPU's kernels once their threads have started. Counted by a shared object that stands before malloc, mmap and their kin, in a child process.
 //!
 //! Errors that carry names allocate them, so a failed read is left uncounted; what comes after it is counted again.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -8,6 +8,10 @@ mod common;
 #[cfg(feature = "nvtx")]
 #[path = "nvtx/tool.rs"]
 mod tool;
+#[cfg(feature = "model")]
+#[path = "../examples/bench/twin.rs"]
+#[allow(dead_code, unused_macros, reason = "a benchmark uses the rest")]
+mod twin;
 
 use std::{env, ffi::CStr, fs, path::Path, process::Command, slice, sync::Arc};
 
@@ -277,4 +281,58 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
         count
     };
     assert_eq!(count, 0);
+}
+
+#[cfg(feature = "model")]
+#[test]
+fn kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started() {
+    use layer_streamer::kernels::{AttentionMask, Kernels, RopeLayout};
+
+    let Some(counter) = Counter::loaded() else {
+        let name = "kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started";
+        return run_counted(name, &[("LAYER_STREAMER_THREADS", Path::new("3"))]);
+    };
+    let on = twin::On::new(&Cpu).unwrap();
+    let (device, stream) = (&on.device, &on.stream);
+    let mut rng = fastrand::Rng::new();
+    // One token, whose kernels one thread computes, and as many as several threads share.
+    for tokens in [1, 200] {
+        let [heads, groups, size, width] = [6, 2, 64, 6 * 64];
+        let mut floats =
+            |shape: &[usize]| on.activation(shape, &twin::random(&mut rng, shape.iter().product())).unwrap();
+        let (mut x, mut y, mut out) = (floats(&[tokens, width]), floats(&[tokens, width]), floats(&[tokens, width]));
+        let (q, mut turned) = (floats(&[tokens, heads, size]), floats(&[tokens, heads, size]));
+        let block = floats(&[tokens, groups, size]);
+        let [mut keys, mut values] = [(); 2].map(|()| floats(&[1, groups, 700, size]));
+        let (weight, norm) = (floats(&[width, width]), floats(&[width]));
+        let mut narrow = on.empty(DType::BF16, &[tokens, width]).unwrap();
+        let places: Vec<u32> = (0..tokens as u32).collect();
+        let (places, frequencies) = (on.tensor(&[tokens], &places).unwrap(), floats(&[size / 2]));
+        let mut best = on.tensor(&[tokens], &vec![0u32; tokens]).unwrap();
+        let batch = twin::Batch { lengths: vec![(500, tokens)], rows: vec![0] }.on(&on).unwrap();
+        let mask = AttentionMask { scale: 0.1, window: None, soft_cap: Some(30.0) };
+        let mut all = || -> layer_streamer::Result<()> {
+            device.cast(stream, x.get(), narrow.out())?;
+            device.embed(stream, weight.get(), places.get(), out.out())?;
+            device.rms_norm(stream, x.get(), norm.get(), 0.0, 1e-6, out.out())?;
+            device.add_rms_norm(stream, x.out(), y.get(), norm.get(), 0.0, 1e-6, out.out())?;
+            device.rms_norm_in_place(stream, x.out(), norm.get(), 0.0, 1e-6)?;
+            device.linear(stream, x.get(), weight.get(), Some(norm.get()), out.out())?;
+            for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+                device.rope(stream, q.get(), places.get(), frequencies.get(), 1.0, layout, turned.out())?;
+            }
+            device.swiglu(stream, y.out(), x.get())?;
+            device.geglu(stream, y.out(), x.get())?;
+            device.scale(stream, y.out(), 0.5)?;
+            device.soft_cap(stream, y.out(), 30.0)?;
+            device.add(stream, x.out(), y.get())?;
+            device.append_kv(stream, block.get(), batch.get(), keys.out())?;
+            device.append_kv(stream, block.get(), batch.get(), values.out())?;
+            device.attention(stream, q.get(), keys.get(), values.get(), batch.get(), mask, turned.out())?;
+            device.gather(stream, x.get(), places.get(), out.out())?;
+            device.argmax(stream, x.get(), best.out())
+        };
+        all().unwrap();
+        assert_eq!(counter.count(true, || (0..9).for_each(|_| all().unwrap())), 0, "{tokens} tokens");
+    }
 }
