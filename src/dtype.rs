@@ -145,7 +145,7 @@ fn f16_to_f32(bits: u16) -> u32 {
     let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
     sign | match magnitude >> 23 {
         0 => subnormal(magnitude, 113),
-        31 => magnitude + (224 << 23) | if magnitude << 9 == 0 { 0 } else { 1 << 22 },
+        31 => (magnitude + (224 << 23)) | if magnitude << 9 == 0 { 0 } else { 1 << 22 },
         _ => magnitude + (112 << 23),
     }
 }

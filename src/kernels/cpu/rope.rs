@@ -95,10 +95,10 @@ fn sines_and_cosines(frequencies: &[f32], position: u32, scale: f32) -> ([f32; S
     for ((angle, sin), cos) in angles.iter().zip(&mut sines).zip(&mut cosines) {
         (*sin, *cos) = sin_cos(*angle);
     }
-    if angles.iter().any(|angle| !(angle.abs() < MOST)) {
-        for ((angle, sin), cos) in angles.iter().zip(&mut sines).zip(&mut cosines) {
-            (*sin, *cos) = if angle.abs() < MOST { (*sin, *cos) } else { angle.sin_cos() };
-        }
+    let beyond = |angle: &f32| angle.is_nan() || angle.abs() >= MOST;
+    if angles.iter().any(beyond) {
+        let all = angles.iter().zip(&mut sines).zip(&mut cosines);
+        all.filter(|((angle, _), _)| beyond(angle)).for_each(|((angle, sin), cos)| (*sin, *cos) = angle.sin_cos());
     }
     (sines.map(|sin| sin * scale), cosines.map(|cos| cos * scale))
 }
