@@ -16,7 +16,7 @@ use layer_streamer::{
     model::{Decoder, Model, Sequence, Tables},
     packed::{Description, KEY, VERSION},
     plan::{ArrivalOp, Tier},
-    trace::{PackedInRam, Stage},
+    trace::{PackedInRam, Stage, Stats},
 };
 use support::data;
 
@@ -45,6 +45,8 @@ fn pass_until_packed(fixture: &Fixture, streamer: &mut LayerStreamer<Cpu>) {
     while streamer.stats().packed.to_pack() > 0 {
         assert!(start.elapsed() < Duration::from_secs(60), "units are still to be packed");
         checked_pass(fixture, streamer);
+        let Stats { packed, steady, .. } = streamer.stats();
+        assert!(packed.to_pack() == 0 || steady.is_none(), "a pass is steady before all units are packed: {steady:?}");
     }
 }
 
@@ -65,6 +67,9 @@ fn units_stored_plain_are_packed_in_ram_while_passes_go_by_and_arrive_as_they_we
     assert_eq!(bytes(&streamer, Stage::Read), before[Stage::Read as usize], "units are still read from disk");
     let moved = (bytes(&streamer, Stage::Transfer) - before[Stage::Transfer as usize]) as f64 / (10 * whole) as f64;
     assert!((0.6..0.72).contains(&moved), "{moved:.3} of the bytes are transferred");
+    let steady = streamer.stats().steady.unwrap();
+    assert_eq!((steady.direct_bytes, steady.buffered_bytes), (0.0, 0.0), "passes that read units are no steady ones");
+    assert_eq!(steady.transferred_bytes, moved * whole as f64);
     drop(streamer);
     // Ended in the middle of it, at any time.
     for _ in 0..20 {

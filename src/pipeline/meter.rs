@@ -16,16 +16,13 @@ pub struct Meter {
     pub(super) sources: Arc<[Source]>,
     /// Which backend reads, and why not a higher one.
     pub(super) reader: (Reader, String),
-    /// Whether any units are kept.
-    pub(super) keeps: bool,
     pub(super) packed: Arc<PackedUnits>,
 }
 
 impl Meter {
     /// Where the time and the bytes went since the streamer's start.
     pub fn stats(&self) -> Stats {
-        // Units that are late in the first pass are read once more in the second.
-        let mut stats = self.control.trace.stats(if self.keeps { 2 } else { 1 });
+        let mut stats = self.control.trace.stats();
         stats.packed = self.packed.progress();
         (stats.reader, stats.reader_reason) = self.reader.clone();
         stats.buffered_files = (self.sources.iter())

@@ -184,16 +184,16 @@ impl<D: Device> LayerStreamer<D> {
         let host = unsafe { HostMemory::new(&plan, lent)? };
         let memory = Arc::new(DeviceMemory::new(device, &plan, &sources, gpu)?);
         let states = Arc::new(Residencies::new(plan.units()));
-        let packed = Arc::new(PackedUnits::new(&plan));
         let reports = Reports::new(device, checkpoint, &plan.units)?.map(Arc::new);
         // SAFETY: a local declared after `host`, then a field that Drop treats before it.
         let registration = unsafe { host.register_slots(device)? };
 
         let [read, pin, transfer, compute] = std::array::from_fn(|_| Signal::new());
         let signals = [&read, &pin, &transfer, &compute].map(Arc::clone).to_vec();
-        let mut trace = Trace::new(observers);
+        let mut trace = Trace::new(observers, packer::passes_that_fill(&plan));
         trace.started(&about(device, &plan));
         let control = Control::new(signals, trace);
+        let packed = Arc::new(PackedUnits::new(&plan, &control));
         let between = |stage: &StageLayout, producer: &Arc<Signal>, consumer: &Arc<Signal>| {
             link(stage.slots, plan.tallies.kept(), stage.batch, producer, consumer)
         };
@@ -445,7 +445,6 @@ impl<D: Device> LayerStreamer<D> {
             control: self.control.clone(),
             sources: self.sources.clone(),
             reader: self.reader.clone(),
-            keeps: self.plan.tallies.kept() > 0,
             packed: self.packed.clone(),
         }
     }

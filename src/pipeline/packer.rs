@@ -7,7 +7,10 @@ use std::{
     slice,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{AcqRel, Relaxed},
+        },
         mpsc,
     },
     thread,
@@ -20,7 +23,7 @@ use crate::{
     io::{BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, Placed, REPACK_ALIGN, Repacked, UnitLayout, pages},
     packed::{self, Description, Encoder, PART, Table},
-    pipeline::{host::HostMemory, residency::Residencies},
+    pipeline::{host::HostMemory, residency::Residencies, stage::Control},
     plan::{Plan, Reader, Tier},
     sync,
     trace::PackedInRam,
@@ -40,21 +43,43 @@ unsafe impl Sync for PackedUnit {}
 /// The units of a stream, as far as they are packed. **Invariant**: one whose residency is `There` is.
 pub(super) struct PackedUnits {
     units: Vec<OnceLock<PackedUnit>>,
-    to_pack: usize,
+    planned: usize,
+    to_pack: AtomicUsize,
     given_up: AtomicUsize,
+    control: Arc<Control>,
+}
+
+/// How many passes fill what is kept; `None` where the last unit that is packed says so.
+pub(super) fn passes_that_fill(plan: &Plan) -> Option<usize> {
+    // Units that are late in the first pass are read once more in the second.
+    let passes = if plan.tallies.kept() > 0 { 2 } else { 1 };
+    (plan.count(Tier::PinnedPacked) == 0).then_some(passes)
 }
 
 impl PackedUnits {
-    pub(super) fn new(plan: &Plan) -> Self {
+    pub(super) fn new(plan: &Plan, control: &Arc<Control>) -> Self {
         let units = plan.units.iter().map(|_| OnceLock::new()).collect();
-        Self { units, to_pack: plan.count(Tier::PinnedPacked), given_up: AtomicUsize::new(0) }
+        let planned = plan.count(Tier::PinnedPacked);
+        Self { units, planned, to_pack: planned.into(), given_up: 0.into(), control: control.clone() }
+    }
+
+    /// So many more are packed, or given up. The last ones end what fills the tiers.
+    fn settle(&self, units: usize) {
+        if units > 0 && self.to_pack.fetch_sub(units, AcqRel) == units {
+            self.control.trace.filled();
+        }
+    }
+
+    fn give_up(&self, units: usize) {
+        self.given_up.fetch_add(units, Relaxed);
+        self.settle(units);
     }
 
     /// How far they are.
     pub(super) fn progress(&self) -> PackedInRam {
         let given_up = self.given_up.load(Relaxed);
         let packed = self.units.iter().filter(|unit| unit.get().is_some()).count();
-        PackedInRam { units: self.to_pack, packed, given_up }
+        PackedInRam { units: self.planned, packed, given_up }
     }
 
     /// A unit, once it is packed.
@@ -216,15 +241,16 @@ impl Packing {
                     let first = units.units[number].set(packed).is_ok();
                     assert!(first, "a unit is packed once");
                     states.fill(number);
+                    units.settle(1);
                 }
                 // What cannot be read the reader finds too, and tells.
                 Err(No::Unread) => {
                     let left = if self.stop.load(Relaxed) { 0 } else { numbers.len() - done };
-                    units.given_up.fetch_add(left, Relaxed);
+                    units.give_up(left);
                     break;
                 }
                 // A smaller one may fit.
-                Err(No::Room | No::Gain) => _ = units.given_up.fetch_add(1, Relaxed),
+                Err(No::Room | No::Gain) => units.give_up(1),
             }
         }
         self.reader.quiesce()

@@ -227,7 +227,10 @@ impl<D: Device> ReadStage<D> {
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried { mapped, ..Carried::default() });
         self.loads.push_back(Load { unit: index, place, to, next, outstanding: 0, failure: None, pass, span, moved });
         self.cursor = (index + 1) % self.plan.units();
-        self.pass += u64::from(self.cursor == 0);
+        if self.cursor == 0 {
+            self.pass += 1;
+            self.control.trace.trip_looked();
+        }
         self.first_pass &= self.cursor > 0;
         true
     }

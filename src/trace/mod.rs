@@ -240,8 +240,10 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    pub(crate) fn new(observers: &[Arc<dyn Observer>]) -> Self {
-        Self { observers: Observers { all: observers.to_vec(), ..Observers::default() }, ..Self::default() }
+    /// Where the first `filling` passes fill what is kept, or as many as it takes until [`Trace::filled`].
+    pub(crate) fn new(observers: &[Arc<dyn Observer>], filling: Option<usize>) -> Self {
+        let observers = Observers { all: observers.to_vec(), ..Observers::default() };
+        Self { counters: Counters::new(filling), observers, ..Self::default() }
     }
 
     pub(crate) fn started(&mut self, about: &About) {
@@ -345,6 +347,16 @@ impl Trace {
         self.counters.count(stage, carried);
     }
 
+    /// All is kept that will be.
+    pub(crate) fn filled(&self) {
+        self.counters.filled();
+    }
+
+    /// The reader has looked for all units of a pass whether they are there.
+    pub(crate) fn trip_looked(&self) {
+        self.counters.trip_looked();
+    }
+
     /// A stage has handed on the last unit of a pass.
     pub(crate) fn trip_ended(&self, stage: Stage) {
         self.counters.trip_ended(stage);
@@ -373,8 +385,8 @@ impl Trace {
         self.mark(&Mark::Rewind);
     }
 
-    /// The sums so far, where the first `fill` passes fill what is kept; what else [`Stats`] has is for the caller to add.
-    pub(crate) fn stats(&self, fill: usize) -> Stats {
-        self.counters.stats(fill)
+    /// The sums so far; what else [`Stats`] has is for the caller to add.
+    pub(crate) fn stats(&self) -> Stats {
+        self.counters.stats()
     }
 }

@@ -91,7 +91,8 @@ pub struct Stats {
     pub passes: u64,
     /// The first pass, once it is complete.
     pub first: Option<PassStats>,
-    /// The passes after those that fill what is kept, which are two, or one where nothing is kept; once there are any.
+    /// The passes after those that fill what is kept, once there are any. Two passes fill, or one where nothing is kept; where
+    /// units are packed in RAM, all passes up to the one in which the last of them was.
     pub steady: Option<PassStats>,
     /// How far the units are that are packed in RAM.
     pub packed: PackedInRam,
@@ -181,8 +182,10 @@ impl Carried {
     }
 }
 
-/// Passes that are told apart: the first, the second, and all after them.
-const PHASES: usize = 3;
+/// Passes that are told apart: the first, and steady ones. Those between are in neither.
+const PHASES: usize = 2;
+const FIRST: usize = 0;
+const STEADY: usize = 1;
 
 /// One stage's sums. Its own thread writes the atomic ones, any may read.
 #[derive(Default)]
@@ -204,6 +207,8 @@ struct StageCounters {
 struct Trips {
     complete: [(u64, Carried); PHASES],
     count: usize,
+    /// Of the reader: those for all of whose units it has looked whether they are there.
+    looked: usize,
 }
 
 /// A look at the clocks.
@@ -219,7 +224,7 @@ struct Passes {
     /// The end of the pass before, or where there is none the beginning of this one.
     from: Option<Look>,
     phases: [PassTimes; PHASES],
-    count: u64,
+    count: usize,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -236,19 +241,41 @@ pub(super) struct Counters {
     mapped_bytes: AtomicU64,
     stages: [CachePadded<StageCounters>; 4],
     passes: Mutex<Passes>,
+    /// How many passes fill what is kept; [`usize::MAX`] as long as nobody knows.
+    filling: AtomicUsize,
 }
 
 impl Default for Counters {
     fn default() -> Self {
         let (direct_bytes, buffered_bytes, mapped_bytes) = Default::default();
-        let (stages, passes) = Default::default();
-        Self { start: clock::now(), direct_bytes, buffered_bytes, mapped_bytes, stages, passes }
+        let (stages, passes, filling) = Default::default();
+        Self { start: clock::now(), direct_bytes, buffered_bytes, mapped_bytes, stages, passes, filling }
     }
 }
 
 const UNPOISONED: &str = "nothing panics under this lock";
 
 impl Counters {
+    /// Where the first `filling` passes fill what is kept, or as many as it takes until [`Counters::filled`].
+    pub(super) fn new(filling: Option<usize>) -> Self {
+        Self { filling: AtomicUsize::new(filling.unwrap_or(usize::MAX)), ..Self::default() }
+    }
+
+    /// All is kept that will be. In the trips for which it has looked already, and the one for which it is looking, the reader may have
+    /// found units that were not. Never fewer than two: units that are late in the first pass are read once more in the second.
+    pub(super) fn filled(&self) {
+        let trips = self.stages[Stage::Read as usize].trips.lock().expect(UNPOISONED);
+        self.filling.store(trips.looked.max(1) + 1, Relaxed);
+    }
+
+    /// Which mean the pass counts for before which so many were complete, if any.
+    fn phase(&self, count: usize) -> Option<usize> {
+        match count {
+            0 => Some(FIRST),
+            _ => (count >= self.filling.load(Relaxed)).then_some(STEADY),
+        }
+    }
+
     /// The stage does something else from `now` on, or goes on with what it does.
     pub(super) fn settle(&self, stage: Stage, next: Activity, now: Instant) {
         let counters = &self.stages[stage as usize];
@@ -288,18 +315,26 @@ impl Counters {
         counter.fetch_add(bytes as u64, Relaxed);
     }
 
+    pub(super) fn trip_looked(&self) {
+        self.stages[Stage::Read as usize].trips.lock().expect(UNPOISONED).looked += 1;
+    }
+
     pub(super) fn trip_ended(&self, stage: Stage) {
         let counters = &self.stages[stage as usize];
         let [bytes, direct, buffered, mapped] = counters.trip.each_ref().map(|sum| sum.swap(0, Relaxed));
         let mut trips = counters.trips.lock().expect(UNPOISONED);
-        let phase = trips.count.min(PHASES - 1);
-        trips.complete[phase].0 += 1;
-        trips.complete[phase].1.add(Carried { bytes, direct, buffered, mapped });
+        if let Some(phase) = self.phase(trips.count) {
+            trips.complete[phase].0 += 1;
+            trips.complete[phase].1.add(Carried { bytes, direct, buffered, mapped });
+        }
         trips.count += 1;
     }
 
     pub(super) fn trip_left(&self, stage: Stage) {
-        self.stages[stage as usize].trip.iter().for_each(|sum| sum.store(0, Relaxed));
+        let counters = &self.stages[stage as usize];
+        counters.trip.iter().for_each(|sum| sum.store(0, Relaxed));
+        let mut trips = counters.trips.lock().expect(UNPOISONED);
+        trips.looked = trips.count;
     }
 
     pub(super) fn pass_begun(&self) {
@@ -309,8 +344,8 @@ impl Counters {
 
     pub(super) fn pass_ended(&self) {
         let mut passes = self.passes.lock().expect(UNPOISONED);
-        let (look, phase) = (self.look(), (passes.count as usize).min(PHASES - 1));
-        if let Some(from) = passes.from.replace(look) {
+        let (look, phase) = (self.look(), self.phase(passes.count));
+        if let (Some(from), Some(phase)) = (passes.from.replace(look), phase) {
             let sums = &mut passes.phases[phase];
             sums.passes += 1;
             sums.time += look.at - from.at;
@@ -342,26 +377,13 @@ impl Counters {
         Look { at, nanos }
     }
 
-    /// The mean of the passes of these phases.
-    fn mean(&self, phases: &[usize]) -> Option<PassStats> {
-        let mut times = PassTimes::default();
-        let passes = self.passes.lock().expect(UNPOISONED);
-        for &phase in phases {
-            let PassTimes { passes, time, nanos } = passes.phases[phase];
-            times.passes += passes;
-            times.time += time;
-            times.nanos.iter_mut().flatten().zip(nanos.iter().flatten()).for_each(|(sum, more)| *sum += more);
-        }
-        drop(passes);
+    /// The mean of the passes of this phase.
+    fn mean(&self, phase: usize) -> Option<PassStats> {
+        let times = self.passes.lock().expect(UNPOISONED).phases[phase];
         let count = times.passes as f64;
         let moved = |stage: Stage, of: fn(&Carried) -> u64| {
-            let trips = self.stages[stage as usize].trips.lock().expect(UNPOISONED);
-            let (mut count, mut bytes) = (0, 0);
-            for &phase in phases {
-                count += trips.complete[phase].0;
-                bytes += of(&trips.complete[phase].1);
-            }
-            if count > 0 { bytes as f64 / count as f64 } else { 0.0 }
+            let (count, carried) = self.stages[stage as usize].trips.lock().expect(UNPOISONED).complete[phase];
+            if count > 0 { of(&carried) as f64 / count as f64 } else { 0.0 }
         };
         (times.passes > 0).then(|| PassStats {
             passes: times.passes,
@@ -375,10 +397,10 @@ impl Counters {
         })
     }
 
-    /// The sums so far, where the first `fill` passes fill what is kept.
-    pub(super) fn stats(&self, fill: usize) -> Stats {
+    /// The sums so far.
+    pub(super) fn stats(&self) -> Stats {
         let look = self.look();
-        let passes = self.passes.lock().expect(UNPOISONED).count;
+        let passes = self.passes.lock().expect(UNPOISONED).count as u64;
         Stats {
             stages: std::array::from_fn(|stage| {
                 let counters = &self.stages[stage];
@@ -390,9 +412,40 @@ impl Counters {
             buffered_bytes: self.buffered_bytes.load(Relaxed),
             mapped_bytes: self.mapped_bytes.load(Relaxed),
             passes,
-            first: self.mean(&[0]),
-            steady: self.mean(if fill <= 1 { &[1, 2] } else { &[2] }),
+            first: self.mean(FIRST),
+            steady: self.mean(STEADY),
             ..Stats::default()
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_are_steady_if_the_reader_looked_for_their_units_after_all_were_packed() {
+        let counters = Counters::new(None);
+        let end_pass = |direct| {
+            counters.count(Stage::Read, Carried { bytes: direct, direct, buffered: 0 });
+            counters.trip_ended(Stage::Read);
+            counters.pass_begun();
+            counters.pass_ended();
+        };
+        for _ in 0..3 {
+            counters.trip_looked();
+            end_pass(10);
+        }
+        assert_eq!(counters.stats().steady, None, "units are still being packed");
+        // When the last is packed, the reader has looked for all units of the fourth pass, and may have for some of the fifth.
+        counters.trip_looked();
+        counters.filled();
+        for direct in [10, 7, 3] {
+            end_pass(direct);
+            counters.trip_looked();
+        }
+        let stats = counters.stats();
+        let [first, steady] = [stats.first, stats.steady].map(Option::unwrap);
+        assert_eq!([(first.passes, first.direct_bytes), (steady.passes, steady.direct_bytes)], [(1, 10.0), (1, 3.0)]);
     }
 }
