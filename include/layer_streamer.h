@@ -206,6 +206,27 @@ typedef int32_t ls_cache;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// Whether a budget may have units that are stored plain packed where they are kept in pinned RAM.
+enum ls_pack
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // A model's layers, where passes are expected to be faster for it. A streamer's units are not.
+    LS_PACK_AUTO = 0,
+    // They are kept as they are stored.
+    LS_PACK_NEVER = 1,
+    // All of them are packed.
+    LS_PACK_ALWAYS = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_pack ls_pack;
+#else
+typedef int32_t ls_pack;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // How much a line of the log matters.
 enum ls_log_level
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -402,6 +423,8 @@ typedef struct ls_streamer_options {
     // returns LS_IO if that fails, with everything closed all the same. What is recorded takes some 9 MB of RAM, beside the
     // budget; where a run is so long that this is full, the oldest events make way.
     const char *trace;
+    // An ls_pack, in a whole word; other than LS_PACK_AUTO only with a budget.
+    uint64_t pack;
 } ls_streamer_options;
 
 // What a streamer takes. Set `size` before the call.

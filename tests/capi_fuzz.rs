@@ -270,6 +270,9 @@ impl Pointed {
         if rng.u8(..if budget { 4 } else { 20 }) == 0 {
             options.device_budget = number(rng);
         }
+        if rng.u8(..if budget { 2 } else { 20 }) == 0 {
+            options.pack = code(rng) as u64;
+        }
         if rng.u8(..if budget { 20 } else { 3 }) == 0 {
             options.tiers = self.tiers.any(rng);
         }

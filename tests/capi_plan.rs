@@ -92,6 +92,52 @@ fn a_plan_says_what_an_open_takes_and_what_would_do() {
 }
 
 #[test]
+fn a_host_says_whether_a_budget_packs_in_ram_and_one_of_an_older_header_gets_the_default() {
+    use ls_pack::*;
+    let empty = support::folder();
+    common::hollow(
+        &common::Dimensions { hidden: 256, ffn: 768, layers: 40, heads: [4, 4], vocab: 64, tied: true },
+        empty.path(),
+    );
+    let folder = c(empty.path().as_os_str().as_bytes());
+    // SAFETY: as the header asks, but for what is tested.
+    unsafe {
+        let device = made(|to| ls_device_cpu(to));
+        let checkpoint = made(|to| ls_checkpoint_open(folder.as_ptr(), to));
+        let initial: ls_streamer_options = made(|to| ls_streamer_options_init(to, size_of::<ls_streamer_options>()));
+        let asked = |options: &ls_streamer_options| {
+            let mut model: ls_model_options = made(|to| ls_model_options_init(to, size_of::<ls_model_options>()));
+            (model.context, model.streamer) = (8, options);
+            let [mut of_model, mut of_streamer] = [placement(); 2];
+            let statuses = [
+                ls_model_plan(device, folder.as_ptr(), &model, &mut of_model, ptr::null_mut(), 0),
+                ls_streamer_plan(device, checkpoint, options, &mut of_streamer, ptr::null_mut(), 0),
+            ];
+            (statuses, [of_model, of_streamer].map(|told| told.units_pinned_packed))
+        };
+        let budget = ls_streamer_options { host_budget: 30 << 20, ..initial };
+        let plan = |options: &ls_streamer_options| {
+            let (statuses, told) = asked(options);
+            assert_eq!(statuses, [LS_OK; 2], "{}", message());
+            told
+        };
+        let [auto, never, always] = [LS_PACK_AUTO, LS_PACK_NEVER, LS_PACK_ALWAYS]
+            .map(|pack| plan(&ls_streamer_options { pack: pack as u64, ..budget }));
+        assert!(auto[0] > 0 && auto[1] == 0, "{auto:?}");
+        assert_eq!(never, [0; 2]);
+        assert!(always.iter().all(|packed| *packed > 0), "{always:?}");
+
+        let older = ls_streamer_options { size: mem::offset_of!(ls_streamer_options, pack), pack: 9, ..budget };
+        assert_eq!(plan(&older), auto);
+        for (pack, host_budget, part) in [(3, budget.host_budget, "pack: is 3"), (1, 0, "pack: is given without")] {
+            assert_eq!(asked(&ls_streamer_options { pack, host_budget, ..initial }).0, [LS_INVALID; 2]);
+            assert!(message().contains(part), "{}", message());
+        }
+        assert_eq!((ls_checkpoint_close(checkpoint), ls_device_close(device)), (LS_OK, LS_OK));
+    }
+}
+
+#[test]
 fn a_host_has_the_logits_from_which_it_chooses() {
     let prompts: [&[u32]; 2] = [&[22, 10, 19, 16, 26], &[23, 29]];
     let model = Model::open(speller()).unwrap();

@@ -13,7 +13,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Device,
     model::{Fit, Model},
-    plan::{Bandwidths, Budget, FixedOverhead, Part, Placement, Plan, Settings, Sharing, Tier, Unit},
+    plan::{Budget, Pack, Part, Placement, Plan, Settings, Sharing, Tier, Unit},
 };
 
 /// What a streamer or a model would choose and take. Set `size` before the call.
@@ -162,7 +162,8 @@ impl StreamOptions {
         let [host, on_device] = self.budgets;
         if host == 0 {
             return match on_device {
-                0 => Ok(None),
+                0 if self.pack == Pack::Auto => Ok(None),
+                0 => Err(Failure::invalid("pack", "is given without a host_budget")),
                 _ => Err(Failure::invalid("device_budget", "is given without a host_budget")),
             };
         }
@@ -186,7 +187,9 @@ impl StreamOptions {
     /// The settings for these units, which are given their tiers if there is a budget.
     pub(super) fn fit(&self, device: &AnyDevice, checkpoint: &Checkpoint, units: &mut [Unit]) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        let placement = budget.plan(checkpoint, units, FixedOverhead::default(), Bandwidths::default())?;
+        let pack = if self.pack == Pack::Auto { Pack::Never } else { self.pack };
+        let (overhead, bandwidths) = Default::default();
+        let placement = budget.plan_packing(checkpoint, units, overhead, bandwidths, None, pack)?;
         placement.apply_to(units)?;
         Ok(self.within(placement.settings))
     }
@@ -200,6 +203,7 @@ impl StreamOptions {
         context: usize,
     ) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        Ok(self.within(Fit::new(device, budget, batch, context).fastest(model)?))
+        let fit = Fit { pack: self.pack, ..Fit::new(device, budget, batch, context) };
+        Ok(self.within(fit.fastest(model)?))
     }
 }

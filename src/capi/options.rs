@@ -2,7 +2,7 @@
 
 use std::{
     ffi::{c_char, c_void},
-    mem,
+    fmt, mem,
     path::{Path, PathBuf},
     ptr::{self, NonNull},
     sync::Arc,
@@ -18,7 +18,7 @@ use crate::{
     checkpoint::Checkpoint,
     layout::Space,
     pipeline::LentMemory,
-    plan::{Arrival, ArrivalOp, CachePolicy, Plan, Reader, Settings, Sharing, Tier, Unit},
+    plan::{Arrival, ArrivalOp, CachePolicy, Pack, Plan, Reader, Settings, Sharing, Tier, Unit},
     trace::{Observer, Stats},
 };
 
@@ -65,6 +65,18 @@ pub enum ls_cache {
     LS_CACHE_DIRECT = 1,
     /// Through the page cache.
     LS_CACHE_BUFFERED = 2,
+}
+
+/// Whether a budget may have units that are stored plain packed where they are kept in pinned RAM.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ls_pack {
+    /// A model's layers, where passes are expected to be faster for it. A streamer's units are not.
+    LS_PACK_AUTO = 0,
+    /// They are kept as they are stored.
+    LS_PACK_NEVER = 1,
+    /// All of them are packed.
+    LS_PACK_ALWAYS = 2,
 }
 
 /// A tensor of a unit.
@@ -160,6 +172,8 @@ pub struct ls_streamer_options {
     /// returns LS_IO if that fails, with everything closed all the same. What is recorded takes some 9 MB of RAM, beside the
     /// budget; where a run is so long that this is full, the oldest events make way.
     pub trace: *const c_char,
+    /// An ls_pack, in a whole word; other than LS_PACK_AUTO only with a budget.
+    pub pack: u64,
 }
 
 // SAFETY: `repr(C)`, the size first, words and pointers that may be NULL; two i32 in a row are as long as a word.
@@ -296,6 +310,7 @@ fn defaults() -> ls_streamer_options {
         host_budget: 0,
         device_budget: 0,
         trace: ptr::null(),
+        pack: ls_pack::LS_PACK_AUTO as u64,
     }
 }
 
@@ -309,6 +324,7 @@ pub(super) struct StreamOptions {
     pub(super) tiers: Option<String>,
     /// Of RAM and of the device's own memory; 0: none given.
     pub(super) budgets: [usize; 2],
+    pub(super) pack: Pack,
     pub(super) progress: Option<Reporter>,
     pub(super) log: Option<Arc<Log>>,
     /// Where a trace is to be.
@@ -359,10 +375,11 @@ impl StreamOptions {
             gpu: range(options.gpu_memory, options.gpu_bytes),
         };
         let budgets = [options.host_budget, options.device_budget];
+        let pack = choose(options.pack, &[Pack::Auto, Pack::Never, Pack::Always], "pack")?;
         // SAFETY: the caller says that a path ends there, if it is not NULL.
         let trace = if options.trace.is_null() { None } else { Some(unsafe { path(options.trace, "trace")? }) };
         let trace = trace.map(Path::to_owned);
-        Ok(Self { settings, units, tiers, budgets, progress, log, trace, lent })
+        Ok(Self { settings, units, tiers, budgets, pack, progress, log, trace, lent })
     }
 
     /// The options of a call that was given none.
@@ -372,6 +389,7 @@ impl StreamOptions {
             units: None,
             tiers: None,
             budgets: [0; 2],
+            pack: Pack::Auto,
             progress: None,
             log: None,
             trace: None,
@@ -417,8 +435,8 @@ impl StreamOptions {
 }
 
 /// One of the values of an enumeration, by its code.
-pub(super) fn choose<T: Copy>(code: i32, values: &[T], name: &str) -> Result<T> {
-    let value = usize::try_from(code).ok().and_then(|code| values.get(code).copied());
+pub(super) fn choose<T: Copy>(code: impl TryInto<usize> + Copy + fmt::Display, values: &[T], name: &str) -> Result<T> {
+    let value = code.try_into().ok().and_then(|code| values.get(code).copied());
     value.ok_or_else(|| Failure::invalid(name, format!("is {code}, expected 0 to {}", values.len() - 1)))
 }
 

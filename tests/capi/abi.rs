@@ -156,6 +156,7 @@ fn for_rust() -> Vec<String> {
     enum ls_tier { LS_TIER_DISK, LS_TIER_RAM, LS_TIER_PINNED, LS_TIER_GPU, LS_TIER_GPU_PACKED, LS_TIER_PINNED_PACKED }
     enum ls_reader { LS_READER_AUTO, LS_READER_URING_FIXED, LS_READER_URING, LS_READER_PREAD }
     enum ls_cache { LS_CACHE_AUTO, LS_CACHE_DIRECT, LS_CACHE_BUFFERED }
+    enum ls_pack { LS_PACK_AUTO, LS_PACK_NEVER, LS_PACK_ALWAYS }
     enum ls_log_level { LS_LOG_INFO, LS_LOG_WARNING, LS_LOG_ERROR }
     enum ls_rope_layout { LS_ROPE_HALVES, LS_ROPE_INTERLEAVED }
     struct ls_checkpoint { id }
@@ -169,7 +170,7 @@ fn for_rust() -> Vec<String> {
     struct ls_streamer_options {
         size, n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, reader, cache, units, unit_count, tiers,
         progress, progress_user, log, log_user, ram_memory, ram_bytes, pinned_memory, pinned_bytes, gpu_memory, gpu_bytes,
-        host_budget, device_budget, trace,
+        host_budget, device_budget, trace, pack,
     }
     struct ls_memory { size, ram, pinned, gpu, staging }
     struct ls_placement {
