@@ -10,14 +10,14 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
-    ptr::NonNull,
     sync::{Arc, Mutex},
 };
 
+use common::LentSlots;
 use layer_streamer::{
-    Checkpoint, DType, Error, LayerStreamer, LentMemory, Plan, Settings, StoredTensor, Unit,
+    Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
-    plan::{Reader, Sharing, Tier},
+    plan::{Reader, Tier},
     trace::{Activity, Begun, Mark, Observer, Stage},
 };
 
@@ -92,15 +92,8 @@ fn known_run(folder: &Path) {
     let (checkpoint, units_made) = units(&path, TIERS.into_iter().enumerate().map(|(i, tier)| (bytes_of(i), tier)));
     let settings = Settings { n_gpu: 2, n_cpu_pinned: 2, n_cpu: 2, ..Settings::default() };
     // Its device memory is lent, so that units are copied and every stage has something to do.
-    let [.., bytes] = Plan::new(&checkpoint, &units_made, &settings, Sharing::Own).unwrap().slot_memory();
-    let mut pages = vec![[0u8; 4096]; bytes.div_ceil(4096) + 1];
-    let start = pages.as_mut_ptr().cast::<u8>();
-    let start = NonNull::new(start.wrapping_add(start.align_offset(4096)));
-    let lent = LentMemory { gpu: start.map(|start| (start, bytes)), ..LentMemory::default() };
-    // SAFETY: the pages outlive the streamer, and nothing else looks into them meanwhile.
-    let streamer =
-        unsafe { LayerStreamer::with_lent_memory(&Cpu, &checkpoint, &units_made, &settings, &observers, &lent) };
-    let mut streamer = streamer.unwrap();
+    let lent = LentSlots::new(&checkpoint, &units_made, &settings, Tier::Gpu);
+    let mut streamer = lent.streamer(&checkpoint, &units_made, &settings, &observers).unwrap();
     let stream = Cpu.stream().unwrap();
     let pass = |streamer: &mut LayerStreamer<Cpu>| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(()));
     (0..3).for_each(|_| pass(&mut streamer).unwrap());

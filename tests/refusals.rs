@@ -244,14 +244,16 @@ fn a_start_that_runs_out_of_threads_at_any_of_them_ends_those_it_has_started() {
             for (backend, needed) in [(Reader::Auto, auto), (Reader::Pread, stages + 8)] {
                 for cache in [CachePolicy::Direct, CachePolicy::Buffered] {
                     let settings = Settings { cache, ..reader(backend) };
-                    let lent = LentSlots::new(&fixture, &settings, Tier::Gpu);
+                    let lent = LentSlots::new(&fixture.checkpoint, &fixture.units, &settings, Tier::Gpu);
                     for more in 0..needed + 3 {
                         limited(libc::RLIMIT_NPROC, (before.threads + more) as u64, || {
                             if more < needed {
-                                let error = refused(|| lent.streamer(&fixture, &settings));
+                                let error =
+                                    refused(|| lent.streamer(&fixture.checkpoint, &fixture.units, &settings, &[]));
                                 assert!(matches!(error, Error::Thread { .. }), "{more}: {error}");
                             } else {
-                                let mut streamer = lent.streamer(&fixture, &settings).unwrap();
+                                let mut streamer =
+                                    lent.streamer(&fixture.checkpoint, &fixture.units, &settings, &[]).unwrap();
                                 (0..2).for_each(|_| checked_pass(&fixture, &mut streamer));
                             }
                         });
@@ -319,10 +321,10 @@ fn without_memory_the_error_says_how_much_for_what_and_nothing_is_left_behind() 
     };
     // The memory that is lent is not the streamer's to reserve; nor are there slots to copy to where none is.
     for lent in [None, Some(Tier::Gpu), Some(Tier::Pinned)] {
-        let lent = lent.map(|tier| LentSlots::new(&fixture, &settings, tier));
+        let lent = lent.map(|tier| LentSlots::new(&fixture.checkpoint, &fixture.units, &settings, tier));
         let begin = || match &lent {
             None => start(&fixture, &settings),
-            Some(lent) => lent.streamer(&fixture, &settings),
+            Some(lent) => lent.streamer(&fixture.checkpoint, &fixture.units, &settings, &[]),
         };
         let all: u64 = begin().unwrap().plan().memory().iter().map(|part| part.bytes as u64).sum();
         before.assert_back("after a start");

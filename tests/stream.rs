@@ -439,8 +439,8 @@ fn static_tensors_may_change_on_arrival_wherever_they_start() {
 #[test]
 fn the_counts_are_those_of_the_work_done() {
     let fixture = fixture(4, &SIZES, 9);
-    let lent = LentSlots::new(&fixture, &settings(2, 2, 2), Tier::Gpu);
-    let mut streamer = lent.streamer(&fixture, &settings(2, 2, 2)).unwrap();
+    let lent = LentSlots::new(&fixture.checkpoint, &fixture.units, &settings(2, 2, 2), Tier::Gpu);
+    let mut streamer = lent.streamer(&fixture.checkpoint, &fixture.units, &settings(2, 2, 2), &[]).unwrap();
     let seen = Arc::new(AtomicUsize::new(0));
     let counter = seen.clone();
     streamer.track_progress(move |progress| {

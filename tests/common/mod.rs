@@ -6,7 +6,7 @@ mod fixtures;
 #[cfg(feature = "model")]
 mod model;
 
-use std::ptr::NonNull;
+use std::{ptr::NonNull, sync::Arc};
 
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use fixtures::*;
@@ -15,9 +15,10 @@ pub use fixtures::*;
 pub use model::*;
 
 use layer_streamer::{
-    Error, LayerStreamer, LentMemory, Plan, Settings,
+    Checkpoint, Error, LayerStreamer, LentMemory, Plan, Settings, Unit,
     device::Cpu,
     plan::{Sharing, Tier},
+    trace::Observer,
 };
 
 /// Memory to lend a streamer on the CPU device: its slots on the device, or its pinned ones. So units are copied from slot to slot, as
@@ -28,8 +29,8 @@ pub struct LentSlots {
 }
 
 impl LentSlots {
-    pub fn new(fixture: &Fixture, settings: &Settings, tier: Tier) -> Self {
-        let plan = Plan::new(&fixture.checkpoint, &fixture.units, settings, Sharing::Own).unwrap();
+    pub fn new(checkpoint: &Checkpoint, units: &[Unit], settings: &Settings, tier: Tier) -> Self {
+        let plan = Plan::new(checkpoint, units, settings, Sharing::Own).unwrap();
         let [_, pinned, gpu] = plan.slot_memory();
         let bytes = if tier == Tier::Gpu { gpu } else { pinned };
         let mut pages = vec![[0; 4096]; bytes.div_ceil(4096) + 1];
@@ -43,10 +44,15 @@ impl LentSlots {
     }
 
     /// A streamer that is dropped before these.
-    pub fn streamer(&self, fixture: &Fixture, settings: &Settings) -> Result<LayerStreamer<Cpu>, Error> {
-        let (checkpoint, units) = (&fixture.checkpoint, &fixture.units);
+    pub fn streamer(
+        &self,
+        checkpoint: &Checkpoint,
+        units: &[Unit],
+        settings: &Settings,
+        observers: &[Arc<dyn Observer>],
+    ) -> Result<LayerStreamer<Cpu>, Error> {
         // SAFETY: the pages outlive the streamer, as is asked for, and nothing else looks into them meanwhile.
-        unsafe { LayerStreamer::with_lent_memory(&Cpu, checkpoint, units, settings, &[], &self.lent) }
+        unsafe { LayerStreamer::with_lent_memory(&Cpu, checkpoint, units, settings, observers, &self.lent) }
     }
 }
 
