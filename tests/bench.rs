@@ -202,6 +202,20 @@ fn bench_stream_measures_reads_beside_raw_reads_and_copies_beside_plain_copies()
     assert_eq!(packed["read_cpu_seconds_per_gb"], Value::Null, "nothing is read: {packed}");
 }
 
+#[cfg(cuda_emulated)]
+#[test]
+fn bench_stream_has_a_row_for_each_link_on_the_way_to_a_gpu() {
+    let found = object("bench_stream", &["--model", &model()], &format!("{SHORT} --device cuda --n-cpu 1"));
+    assert_eq!(rows(&found).len(), 3, "{found}");
+    let read = link(&found, "disk").or(link(&found, "page cache")).unwrap();
+    for row in [read, link(&found, "copy to pinned RAM").unwrap(), link(&found, "copy to the device").unwrap()] {
+        for field in ["gb_s", "limit_gb_s", "ratio"] {
+            assert_spread(&row[field]);
+        }
+        assert_positive(row, &["pass_bytes", "cpu_s_per_gb"]);
+    }
+}
+
 #[test]
 fn bench_stream_counts_layers_on_the_device_in_the_weights_used_and_in_no_link() {
     let options = format!("{SHORT} --device cpu --tier 0-3=gpu");
