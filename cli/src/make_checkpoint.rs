@@ -22,12 +22,12 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
 };
-use indicatif::{DecimalBytes, ProgressBar, ProgressFinish, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar};
 use layer_streamer::files;
 use memmap2::MmapMut;
 use serde_json::json;
 
-use crate::{Failure, called};
+use crate::{Failure, called, waiting::progress};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths.
 const PAGE: u64 = 4096;
@@ -373,14 +373,13 @@ fn write_all(dir: &Path, shards: &[Shard], side_files: &[SideFile], seed: u64, b
     let free = files::free_bytes(dir).map_err(cannot("inspect", dir))?;
     if bytes > free {
         let (free, need) = (DecimalBytes(free), DecimalBytes(bytes));
-        return Err(format!("{} has {free} free, the checkpoint takes {need}", dir.display()));
+        let cause = format!("{} has {free} free, the checkpoint takes {need}", dir.display());
+        return Err(format!("{cause}; name a folder on another disk, or make room"));
     }
     let weights = Weights::new(seed);
     let buffers = (0..WORKERS).map(|_| MmapMut::map_anon(CHUNK as usize)).collect::<io::Result<Vec<_>>>();
     let mut buffers = buffers.map_err(|error| format!("cannot reserve {WORKERS} write buffers: {error}"))?;
-    let template = "{wide_bar} {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(template).map_err(|error| error.to_string())?;
-    let bar = ProgressBar::new(bytes).with_style(style).with_finish(ProgressFinish::AndClear);
+    let bar = progress(bytes, false).with_message("writing");
     for shard in shards {
         let path = dir.join(&shard.name);
         write(&path, shard, &weights, &mut buffers, &bar).map_err(cannot("write", &path))?;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 use layer_streamer::trace::{Mark, Observer};
 
 /// Whatever takes longer than this is told.
@@ -46,6 +46,14 @@ impl Drop for Waiting {
         // The spinner is gone before anything else is said.
         let _ = self.1.take().map(thread::JoinHandle::join);
     }
+}
+
+/// How many of so many bytes are done.
+pub fn progress(bytes: u64, quiet: bool) -> ProgressBar {
+    let template = "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    ProgressBar::with_draw_target(Some(bytes), target).with_style(style).with_finish(ProgressFinish::AndClear)
 }
 
 /// Says on stderr which file does not answer.

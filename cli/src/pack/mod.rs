@@ -30,7 +30,7 @@ use std::{
 };
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use indicatif::ProgressBar;
 use layer_streamer::files;
 use serde_json::json;
 
@@ -47,6 +47,7 @@ use crate::{
     Failure,
     hub::{self, ModelFolder},
     interrupt, units,
+    waiting::progress,
 };
 
 const EXAMPLES: &str = "\
@@ -172,13 +173,6 @@ fn check_space(source: &Source, headers: &[(PathBuf, Header)], to: &Path, packin
         return Err(format!("{cause}; name a folder on another disk, or make room").into());
     }
     Ok(())
-}
-
-fn progress(bytes: u64, quiet: bool) -> ProgressBar {
-    let template = "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(template).expect("the template is valid");
-    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    ProgressBar::with_draw_target(Some(bytes), target).with_style(style).with_finish(ProgressFinish::AndClear)
 }
 
 /// Packs or unpacks a model into a folder.
