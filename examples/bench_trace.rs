@@ -96,7 +96,7 @@ impl Observer for Counts {
 
 /// The streamer that is told of: one unit.
 fn started(observers: &[Arc<dyn Observer>]) -> Trace {
-    let mut trace = Trace::new(observers);
+    let mut trace = Trace::new(observers, Some(1));
     trace.started(&About { units: vec![("layer".into(), BYTES, Tier::Disk)], ..About::default() });
     trace
 }

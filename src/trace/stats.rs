@@ -427,7 +427,7 @@ mod tests {
     fn passes_are_steady_if_the_reader_looked_for_their_units_after_all_were_packed() {
         let counters = Counters::new(None);
         let end_pass = |direct| {
-            counters.count(Stage::Read, Carried { bytes: direct, direct, buffered: 0 });
+            counters.count(Stage::Read, Carried { bytes: direct, direct, ..Carried::default() });
             counters.trip_ended(Stage::Read);
             counters.pass_begun();
             counters.pass_ended();
