@@ -242,8 +242,12 @@ pub(crate) struct Trace {
 impl Trace {
     /// Where the first `filling` passes fill what is kept, or as many as it takes until [`Trace::filled`].
     pub(crate) fn new(observers: &[Arc<dyn Observer>], filling: Option<usize>) -> Self {
-        let observers = Observers { all: observers.to_vec(), ..Observers::default() };
-        Self { counters: Counters::new(filling), observers, ..Self::default() }
+        Self {
+            counters: Counters::new(filling),
+            observers: Observers { all: observers.to_vec(), ..Observers::default() },
+            #[cfg(feature = "nvtx")]
+            nvtx: None,
+        }
     }
 
     pub(crate) fn started(&mut self, about: &About) {
