@@ -307,8 +307,9 @@ fn run<D: Device>(device: &D, linked: bool, options: &Options) -> Result<Report,
     let mut limits =
         Limits { disk: &disk, ways: [None, None], link, copy, moved: Default::default(), window, go_on: &go_on };
     let mut found = Found::default();
-    let tensors = MappedTensors::new(&checkpoint, &copied_units)?;
-    let measured = measure(&mut lanes, &mut limits, &mut found, &tensors, options);
+    let mapped = lanes.iter().any(|lane| lane.kind == Some(Kind::Mapped));
+    let tensors = mapped.then(|| MappedTensors::new(&checkpoint, &copied_units)).transpose()?;
+    let measured = measure(&mut lanes, &mut limits, &mut found, tensors.as_ref(), options);
     let written = trace
         .zip(timeline)
         .map_or(Ok(()), |(file, timeline)| write_trace(file, &timeline, &lanes[0], &found, &options.model));
@@ -398,16 +399,16 @@ fn measure<D: Device>(
     lanes: &mut [Lane<D>],
     limits: &mut Limits<'_, D>,
     found: &mut Found,
-    tensors: &MappedTensors,
+    tensors: Option<&MappedTensors>,
     options: &Options,
 ) -> Result<(), Failure> {
     let rounds = options.common.rounds;
     let passes = options.passes.unwrap_or(rounds);
     for lane in lanes.iter_mut() {
-        match lane.kind {
-            None => lane.time_still_passes(passes)?,
-            Some(Kind::Mapped) => lane.sum_passes(tensors, passes)?,
-            Some(_) => {}
+        match (lane.kind, tensors) {
+            (None, _) => lane.time_still_passes(passes)?,
+            (Some(Kind::Mapped), Some(tensors)) => lane.sum_passes(tensors, passes)?,
+            _ => {}
         }
     }
     let kinds: Vec<Kind> = lanes.iter().filter_map(|lane| lane.kind).filter(|kind| *kind != Kind::Mapped).collect();
@@ -454,6 +455,7 @@ fn write_trace<D: Device>(
     for link in &mut recording.links {
         let is_read = link.stage == Stage::Read;
         link.limit = match lane.kind {
+            Some(Kind::Mapped) => None,
             Some(Kind::Copy) if is_read => None,
             Some(Kind::Copy) => median(&lane.limits),
             _ if is_read => median(&lane.limits),

@@ -21,7 +21,7 @@ use layer_streamer::{
     Checkpoint, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
     model::{Choice, Decoder, Model},
-    plan::{Reader, Tier},
+    plan::{CachePolicy, Reader, Tier},
     trace::{
         Observer,
         timeline::{Timeline, TraceFile},
@@ -161,7 +161,7 @@ fn streamed(
     reader: Reader,
 ) -> Result<(), Error> {
     let checkpoint = Checkpoint::from_table(table.to_vec())?;
-    let settings = Settings { reader, ..settings(2, 2, 1) };
+    let settings = Settings { reader, cache: CachePolicy::Direct, ..settings(2, 2, 1) };
     let mut streamer = LayerStreamer::new(&Cpu, &checkpoint, units, &settings)?;
     pass(&mut streamer, stored)?;
     drop(streamer.next(&Cpu.stream()?)?);

@@ -7,7 +7,11 @@ mod common;
 use std::{fs, path::Path};
 
 use common::{checked_pass, example, fixture, settings};
-use layer_streamer::{LayerStreamer, Settings, StoredTensor, device::Cpu, plan::Reader};
+use layer_streamer::{
+    LayerStreamer, Settings, StoredTensor,
+    device::Cpu,
+    plan::{CachePolicy, Reader},
+};
 use support::limits::in_child;
 use support::mounts::{fill, mount, own_mounts, said};
 use support::speller;
@@ -64,8 +68,12 @@ fn from_tmpfs_overlay_and_a_read_only_file_system_every_byte_is_right() {
             |tensor: &StoredTensor| StoredTensor { file: at.join(tensor.file.file_name().unwrap()), ..tensor.clone() };
         fixture.table = original.iter().map(|(name, tensor)| (name.clone(), moved(tensor))).collect();
         fixture.checkpoint = fixture.opened_again();
-        for reader in [Reader::Auto, Reader::Pread] {
-            let settings = Settings { reader, ..settings(2, 2, 1) };
+        for (reader, cache) in [
+            (Reader::Auto, CachePolicy::Auto),
+            (Reader::Auto, CachePolicy::Direct),
+            (Reader::Pread, CachePolicy::Direct),
+        ] {
+            let settings = Settings { reader, cache, ..settings(2, 2, 1) };
             let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings).unwrap();
             (0..2).for_each(|_| checked_pass(&fixture, &mut streamer));
             eprintln!("counted: {kind}, {reader}: right; {:?}", streamer.stats().reader_reason);

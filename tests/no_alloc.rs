@@ -181,7 +181,8 @@ fn count_everything(counter: &Counter) {
 
     let mut fixture = fixture(9, &[1, 60_000, 3, 700_000, 40, 5_000], 21);
     let everywhere = [Tier::Disk, Tier::Ram, Tier::Disk, Tier::Pinned, Tier::Gpu];
-    for (tiers, cache) in [(&[Tier::Disk][..], CachePolicy::Direct), (&everywhere[..], CachePolicy::Auto)] {
+    let all = &everywhere[..];
+    for (tiers, cache) in [(&all[..1], CachePolicy::Direct), (all, CachePolicy::Direct), (all, CachePolicy::Auto)] {
         let (units, expected) = units(&fixture, tiers);
         for reader in [Reader::Auto, Reader::UringFixed, Reader::Uring, Reader::Pread] {
             for (n_cpu_pinned, n_cpu) in [(0, 0), (2, 0), (0, 2), (2, 3)] {

@@ -220,9 +220,8 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
     let fixture = fixture(6, &SIZES, 7);
     let stream = Cpu.stream().unwrap();
     for (n_cpu_pinned, n_cpu) in [(2, 0), (0, 2), (1, 1), (0, 0)] {
-        let mut streamer =
-            LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings(1, n_cpu_pinned, n_cpu))
-                .unwrap();
+        let reading = Settings { cache: CachePolicy::Direct, ..settings(1, n_cpu_pinned, n_cpu) };
+        let mut streamer = LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &reading).unwrap();
         checked_pass(&fixture, &mut streamer);
         let path = fixture.file("a.bin");
         let before = whole(&path);

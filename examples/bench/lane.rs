@@ -61,7 +61,7 @@ impl<D: Device> Lane<D> {
     pub fn new(value: usize, plan: Plan, pipeline: Pipeline<D>, moves: bool) -> Self {
         let read = pipeline.per_pass;
         let kind = match () {
-            () if !moves && read.mapped > 0 => Some(Kind::Mapped),
+            () if !moves && read.mapped == plan.bytes_per_pass() as u64 => Some(Kind::Mapped),
             () if !moves => None,
             () if !pipeline.reads => Some(Kind::Copy),
             // The raw reader reads as the pipeline does for the most part.

@@ -50,6 +50,7 @@ pub fn one<D: Device>(device: String, lane: &Lane<D>, limits: &Limits<'_, D>, fo
     let weights = plan.weight_bytes() as f64 / 1e9 / passes.median;
     // Those that do not move are used all the same.
     let used = match lane.kind {
+        Some(Kind::Mapped) => format!("; weights used at {weights:.2} GB/s"),
         Some(_) if whole as u64 > pipeline.per_pass.transfer => {
             format!("; weights used at {weights:.2} GB/s, those included that stay on the device")
         }

@@ -28,6 +28,9 @@ type FaultPlan = Box<dyn FnMut(Attempt<'_>) -> io::Result<usize> + Send>;
 /// Turns calls of io_uring_enter into errors.
 type Enters = Box<dyn FnMut() -> Option<i32> + Send>;
 
+/// Tells whether the page cache has given up what it had.
+type GivenUp = Box<dyn FnMut() -> bool + Send>;
+
 /// Tells which reads never end: the engine does not learn of their end.
 type Never = Box<dyn FnMut(&Path, u64) -> bool + Send>;
 
@@ -37,6 +40,7 @@ pub(crate) struct Faults {
     answers: Arc<Mutex<Option<FaultPlan>>>,
     enters: Arc<Mutex<Option<Enters>>>,
     never: Arc<Mutex<Option<Never>>>,
+    given_up: Arc<Mutex<Option<GivenUp>>>,
 }
 
 /// Whether this system has no ring to fail, which is said.
@@ -81,6 +85,15 @@ impl Faults {
         *self.never.lock().unwrap() = Some(Box::new(plan));
     }
 
+    /// Also for what the page cache has of these files: it is not there whenever `plan` says so.
+    pub(crate) fn plan_given_up(&self, plan: impl FnMut() -> bool + Send + 'static) {
+        *self.given_up.lock().unwrap() = Some(Box::new(plan));
+    }
+
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.given_up.lock().unwrap().as_mut().is_some_and(|plan| plan())
+    }
+
     pub(crate) fn enter(&self) -> Option<i32> {
         self.enters.lock().unwrap().as_mut().and_then(|plan| plan())
     }
@@ -99,6 +112,7 @@ impl Faults {
         *self.answers.lock().unwrap() = None;
         *self.enters.lock().unwrap() = None;
         *self.never.lock().unwrap() = None;
+        *self.given_up.lock().unwrap() = None;
     }
 
     /// The answer to use; what it takes away of what was read to `to` is gone.

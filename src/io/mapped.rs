@@ -17,7 +17,8 @@ use crate::{
 /// The files of one unit, mapped as a slot in RAM would hold its bytes.
 ///
 /// It takes no memory. A page that the page cache gives up is read anew where it is touched, which is right but slow: whoever uses the
-/// mapping asks [before](Self::is_present). A file that is cut short meanwhile ends the process (SIGBUS), as with any mapping.
+/// mapping asks [before](Self::is_present). Where that cannot be, since the file was cut short or the disk failed, the process ends
+/// (SIGBUS), as with any mapping.
 pub(crate) struct MappedUnit {
     map: MmapRaw,
     /// Its pages are known to the processor, unless the page cache gave some up since.
@@ -27,7 +28,11 @@ pub(crate) struct MappedUnit {
 impl MappedUnit {
     /// `None` where the unit is not to be used so, or cannot be.
     pub(crate) fn new(sources: &[Source], unit: &UnitLayout) -> Option<Self> {
-        let allows = |extent: &Extent| sources[extent.file].policy == CachePolicy::Auto;
+        // A program that answers for a file system may not answer.
+        let allows = |extent: &Extent| {
+            let source = &sources[extent.file];
+            source.policy == CachePolicy::Auto && !source.blocks
+        };
         if !unit.in_place || !unit.extents.iter().all(allows) {
             return None;
         }
@@ -57,6 +62,10 @@ impl MappedUnit {
 
     /// Whether the page cache holds all of it, so that it can be used now.
     pub(crate) fn is_present(&self, sources: &[Source], unit: &UnitLayout) -> bool {
+        #[cfg(test)]
+        if unit.extents.iter().any(|extent| sources[extent.file].faults.has_given_up()) {
+            return false;
+        }
         let is_cached = |extent: &Extent| is_cached(&sources[extent.file].buffered, extent.offset, extent.needed());
         let present = unit.extents.iter().all(is_cached) && (self.populated.load(Ordering::Relaxed) || self.populate());
         self.populated.store(present, Ordering::Relaxed);

@@ -95,8 +95,6 @@ pub(super) struct ComputeSide<D: Device> {
     signal: Arc<Signal>,
     memory: Arc<DeviceMemory<D>>,
     sources: Arc<[Source]>,
-    /// By file: it was used from the page cache in this pass.
-    unchecked: Vec<bool>,
     inlet: Inlet,
     epoch: u64,
     position: usize,
@@ -128,7 +126,6 @@ impl<D: Device> ComputeSide<D> {
             signal: signal.clone(),
             memory: memory.clone(),
             sources: sources.clone(),
-            unchecked: vec![false; sources.len()],
             inlet,
             epoch: control.epoch(),
             position: 0,
@@ -162,6 +159,7 @@ impl<D: Device> ComputeSide<D> {
         let wait = trace.begin(Stage::Compute, Activity::Starved, 0);
         let arrival = self.control.next_entry(self.epoch, &mut self.inlet, &self.signal);
         let arrived_at = trace.end(wait);
+        let arrival = arrival.and_then(|entry| self.check_files(entry.unit, entry.place).map(|()| entry));
         let ordered = arrival.and_then(|Entry { unit, place, pass, .. }| {
             let [arrived, compute_done] = self.memory.events(unit, place);
             let mut waited = self.device.wait(stream, arrived);
@@ -251,25 +249,26 @@ impl<D: Device> ComputeSide<D> {
             self.inlet.release(slot);
         }
         // Held until here: what was not recorded must count as in use at the end.
-        self.give_back(index);
-        self.check_files(taken).inspect_err(|e| self.failed = Some(e.clone()))
-    }
-
-    /// At the end of a pass none of the files that were used from the page cache may have become another: what the layer function saw of
-    /// them is what they are now.
-    fn check_files(&mut self, Taken { unit, place, .. }: Taken) -> Result<()> {
-        if place == Place::Mapped {
-            self.plan.units[unit].extents.iter().for_each(|extent| self.unchecked[extent.file] = true);
-        }
-        if unit + 1 < self.plan.units() {
-            return Ok(());
-        }
-        for (unchecked, source) in self.unchecked.iter_mut().zip(&*self.sources) {
-            if mem::take(unchecked) {
-                source.check_unchanged()?;
+        let checked = self.check_files(unit, place);
+        match &checked {
+            Ok(()) => self.give_back(index),
+            Err(error) => {
+                self.control.trace.give_up(self.held.remove(index).span);
+                self.failed = Some(error.clone());
             }
         }
-        Ok(())
+        checked
+    }
+
+    /// The files of a unit that is used where the page cache has it are still those that the checkpoint was opened with: asked before
+    /// the layer function has it and after, since what they become meanwhile is what it sees.
+    fn check_files(&self, unit: usize, place: Place) -> Result<()> {
+        if place != Place::Mapped {
+            return Ok(());
+        }
+        let extents = self.plan.units[unit].extents.iter();
+        let checked = extents.map(|extent| self.sources[extent.file].check_unchanged()).find(Result::is_err);
+        checked.unwrap_or(Ok(())).inspect_err(|error| self.control.fail(self.epoch, error.clone()))
     }
 
     /// Forgets a layer that is held, and counts it.

@@ -57,7 +57,7 @@ pub(crate) enum Place {
     Slot(Slot),
     /// Where it is kept, filled: the entry only keeps its place in the order.
     Resident,
-    /// In the page cache, [mapped](crate::io::MappedUnit): likewise.
+    /// In the page cache, [mapped](crate::io::MappedUnit), in this pass: likewise.
     Mapped,
 }
 

@@ -62,6 +62,8 @@ pub(crate) struct ReadStage<D: Device> {
     control: Arc<Control>,
     signal: Arc<Signal>,
     cursor: usize,
+    /// Whether the unit there can be used from the page cache, once that was asked.
+    is_mapped: Option<bool>,
     /// Trips through the units that were begun before, rewinds included.
     pass: u64,
     /// Not every unit's first read has begun yet.
@@ -109,6 +111,7 @@ impl<D: Device> ReadStage<D> {
             control: control.clone(),
             signal: signal.clone(),
             cursor: 0,
+            is_mapped: None,
             pass: 0,
             first_pass: true,
             first: 0,
@@ -172,9 +175,10 @@ impl<D: Device> ReadStage<D> {
         match unit.tier {
             // Packed ones are put there by another thread.
             Tier::Disk | Tier::PinnedPacked => false,
-            Tier::Ram | Tier::Pinned => !(self.first_pass && self.memory.is_late(unit)),
+            // Asked in any case, since that is what has memory become present.
+            Tier::Ram | Tier::Pinned => !(self.memory.is_late(unit) && self.first_pass),
             Tier::Gpu | Tier::GpuPacked => {
-                !(self.first_pass && self.on_device.is_late(unit, self.memory.first().1.slot_bytes))
+                !(self.on_device.is_late(unit, self.memory.first().1.slot_bytes) && self.first_pass)
             }
         }
     }
@@ -201,7 +205,9 @@ impl<D: Device> ReadStage<D> {
         let index = self.cursor;
         let unit = &self.plan.units[index];
         let is_read = self.states.of(index) != Residency::Absent;
-        let is_mapped = !is_read && self.is_in_page_cache(index);
+        // Asked once, however often there is no slot for it.
+        let is_mapped = !is_read && self.is_mapped.unwrap_or_else(|| self.is_in_page_cache(index));
+        self.is_mapped = Some(is_mapped);
         let stays = is_read || !is_mapped && self.stays(unit);
         let (nothing, all) = (std::ptr::null_mut(), (unit.extents.len(), 0));
         let (place, to, next) = match unit.tier {
@@ -226,7 +232,7 @@ impl<D: Device> ReadStage<D> {
         let mapped = if is_mapped { unit.disk_bytes as u64 } else { 0 };
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried { mapped, ..Carried::default() });
         self.loads.push_back(Load { unit: index, place, to, next, outstanding: 0, failure: None, pass, span, moved });
-        self.cursor = (index + 1) % self.plan.units();
+        (self.cursor, self.is_mapped) = ((index + 1) % self.plan.units(), None);
         if self.cursor == 0 {
             self.pass += 1;
             self.control.trace.trip_looked();
@@ -373,7 +379,7 @@ impl<D: Device> Advance for ReadStage<D> {
             }
         }
         self.pass += u64::from(self.cursor > 0);
-        self.cursor = 0;
+        (self.cursor, self.is_mapped) = (0, None);
     }
 
     fn outlet(&mut self) -> &mut Outlet {

@@ -144,8 +144,9 @@ impl<D: Device> TransferStage<D> {
         let unit = packed.map_or(&plan.units[index], |packed| &packed.layout);
         let source = match (from, packed) {
             (Place::Slot(slot), _) => self.from.last().0.slot(slot.0).as_ptr(),
-            (_, Some(packed)) => packed.start.as_ptr(),
-            (_, None) => self.from.resident(unit).as_ptr(),
+            (Place::Resident, Some(packed)) => packed.start.as_ptr(),
+            (Place::Resident, None) => self.from.resident(unit).as_ptr(),
+            (Place::Mapped, _) => unreachable!("it is used where it is"),
         };
         let pinned = matches!(unit.tier, Tier::Pinned | Tier::PinnedPacked);
         if from == Place::Resident && pinned && self.residents[index].is_none() {

@@ -41,7 +41,8 @@ impl fmt::Display for Reader {
 pub enum CachePolicy {
     /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without
     /// it as [`CachePolicy::Direct`]). A whole unit of which that holds, and which is used in RAM as it is stored, is not even copied
-    /// but used there, by a mapping: whoever cuts such a file short meanwhile ends the process (SIGBUS).
+    /// but used there, by a mapping, in memory that must not be written: whoever cuts such a file short meanwhile, or a disk that
+    /// fails, ends the process (SIGBUS).
     #[default]
     Auto,
     /// Past the page cache where the file system allows it.

@@ -302,7 +302,8 @@ impl Counters {
     /// Counts a unit that was moved to the end. A stage does so in the order in which it hands units on.
     pub(super) fn count(&self, stage: Stage, carried: Carried) {
         let counters = &self.stages[stage as usize];
-        counters.units.fetch_add(1, Relaxed);
+        // What is used from the page cache is not moved.
+        counters.units.fetch_add(u64::from(carried.mapped == 0), Relaxed);
         counters.bytes.fetch_add(carried.bytes, Relaxed);
         self.mapped_bytes.fetch_add(carried.mapped, Relaxed);
         let Carried { bytes, direct, buffered, mapped } = carried;

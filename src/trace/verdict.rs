@@ -30,7 +30,7 @@ pub struct Verdict {
     pub bound: Bound,
     /// That part: 1 is all of it.
     pub busy: f64,
-    /// Whether anything moved: nothing does where all units are on the device.
+    /// Whether anything moved: nothing does where all units are on the device, or are used where the page cache has them.
     pub moves: bool,
     /// Whether the device has memory of its own, behind a link.
     pub linked: bool,

@@ -217,7 +217,8 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
             *weights = unsafe { W::load(rows.add(row * stride + at)) };
         }
         if R == 4 {
-            let from = ahead.from.wrapping_add(at * ahead.rate).wrapping_add(at / (BLOCK / 4) * ahead.jump);
+            let from =
+                ahead.from.wrapping_add(at * ahead.rate).wrapping_add((at / (BLOCK / 4)).wrapping_mul(ahead.jump));
             (0..4 * L::COUNT * size_of::<W>()).step_by(64).for_each(|line| L::fetch(from.wrapping_add(line)));
         }
         for (x, sums) in x.iter().zip(&mut sums) {

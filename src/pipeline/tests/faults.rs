@@ -20,7 +20,7 @@ const BACKENDS: [Reader; 3] = [Reader::UringFixed, Reader::Uring, Reader::Pread]
 pub(super) fn case(seed: u64, backend: Reader) -> Case {
     let mut case = Case::new(seed);
     case.settings.reader = backend;
-    if case.settings.cache == CachePolicy::Auto {
+    if case.settings.cache == CachePolicy::Auto && case.device.memory_is_ram() {
         // What the page cache has would not be read.
         case.settings.cache = CachePolicy::Direct;
     }
