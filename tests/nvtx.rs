@@ -17,7 +17,7 @@ use common::LentSlots;
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Settings, StoredTensor, Unit,
     device::{Cpu, Device},
-    plan::{Reader, Tier},
+    plan::{CachePolicy, Reader, Tier},
     trace::{Activity, Begun, Mark, Observer, Stage},
 };
 
@@ -126,7 +126,8 @@ fn known_run(folder: &Path) {
     streamer.close().unwrap();
 
     let (checkpoint, late) = units(&folder.join("late"), [(LATE, Tier::Ram), (LATE, Tier::Disk)].into_iter());
-    let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, n_cpu: 1, reader: Reader::Pread, ..Settings::default() };
+    let (reader, cache) = (Reader::Pread, CachePolicy::Direct);
+    let settings = Settings { n_gpu: 1, n_cpu_pinned: 1, n_cpu: 1, reader, cache, ..Settings::default() };
     let mut streamer = LayerStreamer::with_observers(&Cpu, &checkpoint, &late, &settings, &observers).unwrap();
     pass(&mut streamer).unwrap();
     drop(streamer);

@@ -10,7 +10,7 @@ use super::{
     CheckedSequence, Parts,
     lanes::{Lanes, Work},
     math::{exp, tanh},
-    product::{Ahead, dots},
+    product::dots,
     rows::{put, some},
 };
 use crate::kernels::AttentionMask;
@@ -128,9 +128,11 @@ impl Queries<'_> {
             *at = self.q[self.at(query + more)..][..self.size].as_ptr();
         }
         let keys = &self.keys[place * self.size..][..R * self.size];
-        let ahead = Ahead::row(keys.as_ptr().wrapping_add(8 * self.size));
         // SAFETY: each query has `size` elements, and so has each of R keys.
-        let products = unsafe { dots::<L, f32, R, T>(queries, keys.as_ptr(), self.size, self.size, ahead) };
+        let products = unsafe {
+            let ahead = keys.as_ptr().wrapping_add(8 * self.size);
+            dots::<L, f32, R, T>(queries, keys.as_ptr(), self.size, self.size, ahead)
+        };
         for (scores, products) in scores[query..].iter_mut().zip(&products) {
             for (score, product) in scores[column..].iter_mut().zip(products) {
                 *score = product * self.mask.scale;

@@ -15,13 +15,11 @@ use super::{
 /// Weights of a row that are multiplied at a time: six tokens' F32 and four rows of BF16 stay in a cache of 32 KiB.
 const BLOCK: usize = 768;
 
-/// Most tokens with which a product takes about as long as its weights take to arrive. A row is then read to its end before the
-/// next, and all of x is read for each four rows: from the second cache, since the first has no room for it.
-const FEW: usize = 12;
+/// Most tokens with which a product takes as long as its weights take to arrive. A row is then read to its end before the next.
+const FEW: usize = 16;
 
-/// Least and most rows of a piece for more tokens than that, whose block stays in the second cache of 1 MiB: all tokens come by for
-/// each piece, from a cache that processors share, so the more rows the better, as long as there are pieces for all threads.
-const ROWS: [usize; 2] = [32, 128];
+/// Rows of a piece for more tokens than that: a block of them stays in the cache.
+const ROWS: usize = 32;
 
 /// `out[t, n] = Σ x[t, k] · weight[n, k]`, with what is added to it.
 #[derive(Clone, Copy)]
@@ -38,11 +36,8 @@ pub(super) struct Product<'a> {
 impl Product<'_> {
     /// Rows that a thread multiplies at a time, of `n` for so many threads.
     pub(super) fn rows_of_a_piece(&self, n: usize, threads: usize) -> usize {
-        let [least, most] = ROWS;
         // Long stretches for few tokens, since what is fetched ahead of a piece's end is lost.
-        let most = if self.tokens <= FEW { usize::MAX } else { most };
-        let pieces = if self.tokens <= FEW { 8 } else { 4 } * threads;
-        n.div_ceil(pieces).next_multiple_of(4).clamp(least, most)
+        if self.tokens <= FEW { n.div_ceil(8 * threads).next_multiple_of(4).max(ROWS) } else { ROWS }
     }
 
     /// The columns of `out` that these rows of the weight give.
@@ -79,7 +74,7 @@ impl Columns<'_> {
         let Product { tokens, k, .. } = *self.product;
         let weight = &weight[..self.rows.end * k];
         assert_eq!(self.product.x.len(), tokens * k);
-        let height = if tokens <= FEW { 4 } else { ROWS[1] };
+        let height = if tokens <= FEW { 4 } else { ROWS };
         for first in self.rows.clone().step_by(height) {
             let rows = first..self.rows.end.min(first + height);
             // At least one block, which writes the bias.
@@ -97,51 +92,19 @@ impl Columns<'_> {
     fn block<L: Lanes, W: Stored>(&self, weight: &[W], rows: Range<usize>, ks: Range<usize>, tokens: Range<usize>) {
         let mut row = rows.start;
         while row + 4 <= rows.end {
-            let ahead = self.ahead::<L, W>(weight, (row, rows.start), &ks, &tokens);
             match tokens.len() {
-                6 => self.tile::<L, W, 4, 6>(weight, row, &ks, tokens.start, ahead),
-                5 => self.tile::<L, W, 4, 5>(weight, row, &ks, tokens.start, ahead),
-                4 => self.tile::<L, W, 4, 4>(weight, row, &ks, tokens.start, ahead),
-                3 => self.tile::<L, W, 4, 3>(weight, row, &ks, tokens.start, ahead),
-                2 => self.tile::<L, W, 4, 2>(weight, row, &ks, tokens.start, ahead),
-                _ => self.tile::<L, W, 4, 1>(weight, row, &ks, tokens.start, ahead),
+                6 => self.tile::<L, W, 4, 6>(weight, row, &ks, tokens.start),
+                5 => self.tile::<L, W, 4, 5>(weight, row, &ks, tokens.start),
+                4 => self.tile::<L, W, 4, 4>(weight, row, &ks, tokens.start),
+                3 => self.tile::<L, W, 4, 3>(weight, row, &ks, tokens.start),
+                2 => self.tile::<L, W, 4, 2>(weight, row, &ks, tokens.start),
+                _ => self.tile::<L, W, 4, 1>(weight, row, &ks, tokens.start),
             }
             row += 4;
         }
-        // Which fetch nothing.
-        let ahead = Ahead::row(weight.as_ptr());
         for row in row..rows.end {
-            tokens.clone().for_each(|token| self.tile::<L, W, 1, 1>(weight, row, &ks, token, ahead));
+            tokens.clone().for_each(|token| self.tile::<L, W, 1, 1>(weight, row, &ks, token));
         }
-    }
-
-    /// What a tile of four rows fetches for later ones.
-    #[inline(always)]
-    fn ahead<L: Lanes, W: Stored>(
-        &self,
-        weight: &[W],
-        (row, first): (usize, usize),
-        ks: &Range<usize>,
-        tokens: &Range<usize>,
-    ) -> Ahead {
-        let Product { x, k, tokens: all, .. } = *self.product;
-        let at = |row: usize, start: usize| weight.as_ptr().wrapping_add(row * k + start);
-        if all <= FEW {
-            // In the order of addresses: that is what makes processors read ahead themselves. What the first of few tokens' tiles
-            // fetch is there for the others'.
-            return Ahead::row(if tokens.start == 0 { at(row + 8, 4 * ks.start) } else { at(row, ks.start) });
-        }
-        if tokens.start == 0 && ks.start == 0 {
-            return Ahead::rows(at(row + 8, 0), k);
-        }
-        let (tile, left) = ((row - first) / 4, (all - tokens.end).div_ceil(L::TOKENS));
-        if tile < L::TOKENS && tokens.end + tile < all {
-            let from = x[(tokens.end + tile) * k + ks.start..].as_ptr().cast();
-            return Ahead { from, rate: size_of::<f32>(), jump: 0 };
-        }
-        // These rows' next block, by some of the last groups of tokens: memory is then busy all the time.
-        let turn = if tile < L::TOKENS { 0 } else { tile % 4.min(all.div_ceil(L::TOKENS)) };
-        Ahead::rows(at(row, if left == turn && ks.end < k { ks.end } else { ks.start }), k)
     }
 
     #[inline(always)]
@@ -151,15 +114,19 @@ impl Columns<'_> {
         row: usize,
         ks: &Range<usize>,
         token: usize,
-        ahead: Ahead,
     ) {
-        let Product { x, bias, k, stride, .. } = *self.product;
+        let Product { x, bias, k, stride, tokens: all, .. } = *self.product;
+        // What the first of few tokens' tiles fetch is there for the others'.
+        let ahead = if all <= FEW && token == 0 { 8 * k } else { 0 };
         let (weight, mut tokens) = (&weight[row * k..][..R * k], [x.as_ptr(); T]);
         for (place, x_row) in tokens.iter_mut().enumerate() {
             *x_row = x[(token + place) * k + ks.start..].as_ptr();
         }
         // SAFETY: `weight` has R rows of `k` elements and `x` has T from this token on; `ks` ends at `k` at most.
-        let sums = unsafe { dots::<L, W, R, T>(tokens, weight.as_ptr().add(ks.start), k, ks.len(), ahead) };
+        let sums = unsafe {
+            let ahead = weight.as_ptr().wrapping_add(ahead + R * ks.start);
+            dots::<L, W, R, T>(tokens, weight.as_ptr().add(ks.start), k, ks.len(), ahead)
+        };
         for (place, sums) in sums.iter().enumerate() {
             // SAFETY: the caller of `rows` has promised rows of `stride` elements, and that these columns are this call's alone.
             let out = unsafe { self.out.slice((token + place) * stride + row, R) };
@@ -171,32 +138,8 @@ impl Columns<'_> {
     }
 }
 
-/// What is fetched into the second cache while dots are computed: with each vector of a row, the bytes of four such vectors, from
-/// `rate` times as many bytes after `from` on as elements come before it. For each quarter of a block before it they begin `jump`
-/// bytes later.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    from: *const i8,
-    rate: usize,
-    jump: usize,
-}
-
-impl Ahead {
-    /// Four times as much as a row has, in the order of addresses.
-    #[inline(always)]
-    pub(super) fn row<W>(from: *const W) -> Self {
-        Self { from: from.cast(), rate: 4 * size_of::<W>(), jump: 0 }
-    }
-
-    /// A block of each of four rows.
-    #[inline(always)]
-    fn rows<W>(from: *const W, stride: usize) -> Self {
-        let jump = (stride.wrapping_sub(BLOCK)).wrapping_mul(size_of::<W>());
-        Self { from: from.cast(), rate: 4 * size_of::<W>(), jump }
-    }
-}
-
-/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart.
+/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart. Four rows' worth from `ahead` on is
+/// fetched meanwhile, in the order of addresses: that is what makes processors read ahead themselves.
 ///
 /// # Safety
 /// The vectors and rows lie there.
@@ -206,7 +149,7 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
     rows: *const W,
     stride: usize,
     k: usize,
-    ahead: Ahead,
+    ahead: *const W,
 ) -> [[f32; R]; T] {
     let mut sums = [[L::splat(0.0); R]; T];
     let whole = k / L::COUNT * L::COUNT;
@@ -217,9 +160,8 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
             *weights = unsafe { W::load(rows.add(row * stride + at)) };
         }
         if R == 4 {
-            let from =
-                ahead.from.wrapping_add(at * ahead.rate).wrapping_add((at / (BLOCK / 4)).wrapping_mul(ahead.jump));
-            (0..4 * L::COUNT * size_of::<W>()).step_by(64).for_each(|line| L::fetch(from.wrapping_add(line)));
+            let ahead = ahead.wrapping_add(4 * at).cast::<i8>();
+            (0..4 * L::COUNT * size_of::<W>()).step_by(64).for_each(|line| L::fetch(ahead.wrapping_add(line)));
         }
         for (x, sums) in x.iter().zip(&mut sums) {
             // SAFETY: the caller promises the vectors; a vector from `at` on ends at `k` at most.
