@@ -69,7 +69,8 @@ Examples:
   bench_stream --model /tmp/3b --ram 4GiB             the plan for so much memory, and whether it takes as long as foretold
   bench_stream --model /tmp/3b --keep 50              the same for the least that will do and half of the layers' bytes
   bench_stream --model /tmp/3b --cache buffered       through the page cache
-  bench_stream --model /tmp/3b --cache auto           on the CPU, of a model that the page cache has: summed where it lies there
+  bench_stream --model /tmp/3b --cache auto --tier 0-35=gpu
+                                                      on the CPU, of a model that the page cache has: summed where it lies there
   bench_stream --model /tmp/3b --sweep n_cpu_pinned=1,2,4 --plot rings.svg
                                                       how many layers to buffer, value beside value
   bench_stream --model /tmp/3b --sweep keep=0,25,50,75

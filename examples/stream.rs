@@ -52,9 +52,8 @@ fn main() -> Result<(), Error> {
         }
     }
     let stats = streamer.stats();
-    let (read, mapped) = (stats.direct_bytes + stats.buffered_bytes, stats.mapped_bytes);
-    println!("{} passes over {} layers: {read} bytes read by {}", stats.passes, units.len(), stats.reader);
-    println!("{mapped} bytes were used where the page cache has them");
+    let read = stats.direct_bytes + stats.buffered_bytes;
+    println!("{} passes over {} layers, {read} bytes read by {}", stats.passes, units.len(), stats.reader);
     println!("{}", streamer.verdict().expect("a pass is complete"));
     Ok(())
 }

@@ -126,10 +126,8 @@ int main(int argc, char **argv)
         ls_stats stats;
         stats.size = sizeof stats;
         if (ls_streamer_stats(streamer, &stats) == LS_OK) {
-            fprintf(stderr, "%llu layers, %llu bytes from disk, %llu used in the page cache\n",
-                    (unsigned long long)stats.compute.units,
-                    (unsigned long long)(stats.direct_bytes + stats.buffered_bytes),
-                    (unsigned long long)stats.mapped_bytes);
+            fprintf(stderr, "%llu layers, %llu bytes from disk\n", (unsigned long long)stats.compute.units,
+                    (unsigned long long)(stats.direct_bytes + stats.buffered_bytes));
         }
         ls_streamer_close(streamer);
     }

@@ -11,12 +11,13 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use super::{Source, is_cached};
 use crate::{
     layout::{Extent, UnitLayout},
-    plan::CachePolicy,
+    plan::{CachePolicy, Tier},
 };
 
 /// The files of one unit, mapped as a slot in RAM would hold its bytes.
 ///
-/// It takes no memory. A page that the page cache gives up is read anew where it is touched, which is right but slow: whoever uses the
+/// What is used so counts as memory of the process, so it is for units that are kept, in place of the memory that is planned for them. A
+/// page that the page cache gives up is read anew where it is touched, which is right but slow: whoever uses the
 /// mapping asks [before](Self::is_present). Where that cannot be, since the file was cut short or the disk failed, the process ends
 /// (SIGBUS), as with any mapping.
 pub(crate) struct MappedUnit {
@@ -33,7 +34,7 @@ impl MappedUnit {
             let source = &sources[extent.file];
             source.policy == CachePolicy::Auto && !source.blocks
         };
-        if !unit.in_place || !unit.extents.iter().all(allows) {
+        if !unit.in_place || unit.tier != Tier::Gpu || !unit.extents.iter().all(allows) {
             return None;
         }
         Self::map(sources, unit).ok()

@@ -61,9 +61,15 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
         (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut mapping));
         let (stats, bytes) = (mapping.stats(), mapping.plan().bytes_per_pass() as f64);
         for passes in [stats.first.unwrap(), stats.steady.unwrap()] {
-            assert_eq!((passes.mapped_bytes, passes.direct_bytes + passes.buffered_bytes), (bytes, 0.0), "{tier}");
+            let read = passes.direct_bytes + passes.buffered_bytes;
+            let is_mapped = passes.mapped_bytes == bytes && read == 0.0;
+            // What is not kept is in no plan of memory, and is read.
+            assert!(
+                if tier == Tier::Gpu { is_mapped } else { passes.mapped_bytes == 0.0 && read >= bytes },
+                "{passes:?}"
+            );
         }
-        assert!(!mapping.verdict().unwrap().moves);
+        assert_eq!(mapping.verdict().unwrap().moves, tier != Tier::Gpu);
         mapping.close().unwrap();
 
         let mut reading = streamer(&fixture, CachePolicy::Buffered);
@@ -80,17 +86,18 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
         let (stats, direct) = (streamer.stats(), streamer.stats().buffered_files.is_empty());
         let first = stats.first.unwrap();
         assert!(!direct || first.direct_bytes >= bytes && first.mapped_bytes == 0.0, "{tier}: {first:?}");
-        // Once it is there it is used there, unless it was read to where it is kept.
+        // It was read to where it is kept.
         assert!(warm(&fixture));
         (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut streamer));
         let mapped = streamer.stats().mapped_bytes;
-        assert!(!direct || (mapped > 0) == (tier == Tier::Disk), "{tier}: {mapped}");
+        assert!(!direct || mapped == 0, "{tier}: {mapped}");
     }
 }
 
 #[test]
 fn a_file_that_changes_while_it_is_used_in_the_page_cache_ends_the_pass() {
-    let fixture = aligned();
+    let mut fixture = aligned();
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Gpu));
     if !warm(&fixture) {
         return;
     }
