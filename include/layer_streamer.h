@@ -190,9 +190,9 @@ enum ls_cache
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-    // What the page cache holds is taken from there, everything else is read past it. On the CPU a whole unit that it holds, and that is
-    // kept and used as it is stored, is used there, by a mapping, in memory that must not be written: whoever cuts such a file short meanwhile, or a disk that
-    // fails, ends the process (SIGBUS).
+    // What the page cache holds is taken from there, everything else is read past it. On the CPU a whole unit that it holds, and that
+    // is kept and used as it is stored, is used there, by a mapping, in memory that must not be written: whoever cuts such a file
+    // short meanwhile, or a disk that fails, ends the process (SIGBUS).
     LS_CACHE_AUTO = 0,
     // Past the page cache where the file system allows it.
     LS_CACHE_DIRECT = 1,

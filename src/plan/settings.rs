@@ -39,10 +39,10 @@ impl fmt::Display for Reader {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CachePolicy {
-    /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without
-    /// it as [`CachePolicy::Direct`]). A whole unit that it holds, and that is kept and used in RAM as it is stored, is not even copied
-    /// but used there, by a mapping, in memory that must not be written: whoever cuts such a file short meanwhile, or a disk that
-    /// fails, ends the process (SIGBUS).
+    /// What the page cache holds is taken from there, everything else is read past it (needs cachestat(2), Linux 6.5; without it as
+    /// [`CachePolicy::Direct`]). A whole unit that it holds, and that is kept and used in RAM as it is stored, is not even copied but
+    /// used there, by a mapping, in memory that must not be written: whoever cuts such a file short meanwhile, or a disk that fails,
+    /// ends the process (SIGBUS).
     #[default]
     Auto,
     /// Past the page cache where the file system allows it.
