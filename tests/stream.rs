@@ -220,8 +220,9 @@ fn a_shard_that_shrinks_while_it_streams_is_one_clear_error_and_healing_it_heals
     let fixture = fixture(6, &SIZES, 7);
     let stream = Cpu.stream().unwrap();
     for (n_cpu_pinned, n_cpu) in [(2, 0), (0, 2), (1, 1), (0, 0)] {
-        let reading = Settings { cache: CachePolicy::Direct, ..settings(1, n_cpu_pinned, n_cpu) };
-        let mut streamer = LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &reading).unwrap();
+        let mut streamer =
+            LayerStreamer::new(&Cpu, &fixture.opened_again(), &fixture.units, &settings(1, n_cpu_pinned, n_cpu))
+                .unwrap();
         checked_pass(&fixture, &mut streamer);
         let path = fixture.file("a.bin");
         let before = whole(&path);
@@ -459,8 +460,7 @@ fn the_counts_are_those_of_the_work_done() {
     assert!(stats.direct_bytes + stats.buffered_bytes >= 3 * pass);
 
     // Where nothing is lent, what is read is used in place.
-    let reading = Settings { cache: CachePolicy::Direct, ..settings(2, 2, 2) };
-    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &reading).unwrap();
+    let mut streamer = LayerStreamer::new(&Cpu, &fixture.checkpoint, &fixture.units, &settings(2, 2, 2)).unwrap();
     (0..3).for_each(|_| checked_pass(&fixture, &mut streamer));
     let stats = streamer.stats();
     let bytes = Stage::ALL.map(|stage| stats.stage(stage).bytes);

@@ -240,8 +240,7 @@ impl<D: Device> Pipeline<D> {
             let plan = self.streamer.plan();
             let units = after.stage(Stage::Read).units - before.stage(Stage::Read).units;
             // What was packed meanwhile may still have passed as it was read.
-            let mapped = after.mapped_bytes > before.mapped_bytes;
-            let settled = (mapped || units as usize == plan.count(Tier::Disk)) && before.packed == after.packed;
+            let settled = units as usize == plan.count(Tier::Disk) && before.packed == after.packed;
             if settled && !std::mem::replace(&mut packs, false) || tries.next().is_none() {
                 break;
             }

@@ -3,8 +3,8 @@
 //! How a file is read and who reads it are two questions. **How**: with O_DIRECT, past the page cache and straight into the
 //! slot, if a trial read shows that the file can be read so; else buffered, and the reason is kept. Links may put every shard
 //! on another file system, so each file is asked on its own. With [`CachePolicy::Auto`] a chunk that is wholly in the page
-//! cache is taken from there, many times faster than the disk; a whole unit that is, and is used in RAM as it is stored, is not
-//! read at all but [mapped](MappedUnit). **Who**: the first backend that the system allows of io_uring with
+//! cache is taken from there, many times faster than the disk; a whole unit that is, and is kept and used in RAM as it is stored,
+//! is not read at all but [mapped](MappedUnit). **Who**: the first backend that the system allows of io_uring with
 //! registered buffers, io_uring, and threads in `pread`. An I/O error is an error, never a reason to step down.
 
 mod blocks;

@@ -38,7 +38,8 @@ impl<D: Device> Stretch<D> {
 }
 
 /// Device memory with its events; the transfer fills it, compute uses it. A unit that is used in place is not in it: its slot stands for
-/// that in host memory where it lies, and is without memory where all units are. While the page cache has such a unit it needs no slot.
+/// that in host memory where it lies, and is without memory where all units are. While the page cache has such a unit that is
+/// kept, it is used there.
 ///
 /// **Invariant**: a slot belongs to the side of the link that has it, and on the device until its event; a resident is written
 /// once, while its unit is `Filling`. Once that copy is enqueued, with `arrived` after it, or the read is done where it is used in place,
@@ -50,13 +51,13 @@ pub(crate) struct DeviceMemory<D: Device> {
     /// By slot: where the unit lies in host memory that is used in place.
     in_place: Vec<AtomicPtr<u8>>,
     residents: Option<Stretch<D>>,
-    /// By unit: where it is while the page cache has it.
+    /// By unit, for those that are kept and used in place: where they are while the page cache has them.
     mapped: Vec<Option<MappedUnit>>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
     compute_done: Vec<D::Event>,
-    /// The same two by unit, for those that are kept on the device or may be used from the page cache.
+    /// The same two by unit, for those that are kept on the device.
     resident_events: Vec<Option<[D::Event; 2]>>,
     pub(crate) bytes: usize,
 }
@@ -68,10 +69,8 @@ impl<D: Device> DeviceMemory<D> {
         let Space { slots: slot_bytes, kept } = space;
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
         let mapped: Vec<_> = plan.units.iter().map(|unit| MappedUnit::new(sources, unit)).collect();
-        let without_slot = |(unit, mapped): (&UnitLayout, &Option<MappedUnit>)| {
-            let events = || Ok([device.event()?, device.event()?]);
-            (unit.tier.is_on_device() || mapped.is_some()).then(events).transpose()
-        };
+        let if_resident =
+            |unit: &UnitLayout| unit.tier.is_on_device().then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
             Some(start) => Ok(Stretch::Lent(start)),
             None => device.allocate("device slots", slot_bytes).map(Stretch::Own),
@@ -89,7 +88,7 @@ impl<D: Device> DeviceMemory<D> {
             in_place: (0..stage.slots).map(|_| AtomicPtr::new(ptr::null_mut())).collect(),
             arrived: events()?,
             compute_done: events()?,
-            resident_events: plan.units.iter().zip(&mapped).map(without_slot).collect::<Result<_>>()?,
+            resident_events: plan.units.iter().map(if_resident).collect::<Result<_>>()?,
             mapped,
             bytes: space.bytes(),
             device: device.clone(),
@@ -147,7 +146,7 @@ impl<D: Device> DeviceMemory<D> {
         match place {
             Place::Slot(Slot(slot)) => [&self.arrived[slot], &self.compute_done[slot]],
             Place::Resident | Place::Mapped => {
-                self.resident_events[unit].as_ref().expect("the unit may come without a slot").each_ref()
+                self.resident_events[unit].as_ref().expect("the unit is kept on the device").each_ref()
             }
         }
     }

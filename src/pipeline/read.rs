@@ -5,7 +5,7 @@
 //! faulted in more slowly than the disk reads, the first pass need not wait for that: units whose memory is not there yet pass
 //! through slots that can take them as if they stayed on disk, and are read once more in the second.
 //!
-//! A unit that is used in place is not read as long as the page cache has all of it: it is used from there.
+//! A unit that is kept and used in place is not read as long as the page cache has all of it: it is used from there.
 
 use std::{
     collections::VecDeque,
@@ -62,8 +62,6 @@ pub(crate) struct ReadStage<D: Device> {
     control: Arc<Control>,
     signal: Arc<Signal>,
     cursor: usize,
-    /// Whether the unit there can be used from the page cache, once that was asked.
-    is_mapped: Option<bool>,
     /// Trips through the units that were begun before, rewinds included.
     pass: u64,
     /// Not every unit's first read has begun yet.
@@ -111,7 +109,6 @@ impl<D: Device> ReadStage<D> {
             control: control.clone(),
             signal: signal.clone(),
             cursor: 0,
-            is_mapped: None,
             pass: 0,
             first_pass: true,
             first: 0,
@@ -205,9 +202,7 @@ impl<D: Device> ReadStage<D> {
         let index = self.cursor;
         let unit = &self.plan.units[index];
         let is_read = self.states.of(index) != Residency::Absent;
-        // Asked once, however often there is no slot for it.
-        let is_mapped = !is_read && self.is_mapped.unwrap_or_else(|| self.is_in_page_cache(index));
-        self.is_mapped = Some(is_mapped);
+        let is_mapped = !is_read && self.is_in_page_cache(index);
         let stays = is_read || !is_mapped && self.stays(unit);
         let (nothing, all) = (std::ptr::null_mut(), (unit.extents.len(), 0));
         let (place, to, next) = match unit.tier {
@@ -232,7 +227,7 @@ impl<D: Device> ReadStage<D> {
         let mapped = if is_mapped { unit.disk_bytes as u64 } else { 0 };
         let (pass, span, moved) = (self.pass, self.open(index, next.0), Carried { mapped, ..Carried::default() });
         self.loads.push_back(Load { unit: index, place, to, next, outstanding: 0, failure: None, pass, span, moved });
-        (self.cursor, self.is_mapped) = ((index + 1) % self.plan.units(), None);
+        self.cursor = (index + 1) % self.plan.units();
         if self.cursor == 0 {
             self.pass += 1;
             self.control.trace.trip_looked();
@@ -379,7 +374,7 @@ impl<D: Device> Advance for ReadStage<D> {
             }
         }
         self.pass += u64::from(self.cursor > 0);
-        (self.cursor, self.is_mapped) = (0, None);
+        self.cursor = 0;
     }
 
     fn outlet(&mut self) -> &mut Outlet {
