@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
@@ -20,6 +21,7 @@ struct SeenSpans {
     ended: Mutex<Vec<Span>>,
     on_device: Mutex<Vec<Span>>,
     marks: Mutex<Vec<Mark>>,
+    untimed: AtomicUsize,
     times_device: bool,
 }
 
@@ -38,6 +40,10 @@ impl Observer for SeenSpans {
 
     fn mark(&self, mark: &Mark) {
         self.marks.lock().unwrap().push(mark.clone());
+    }
+
+    fn untimed(&self, stage: Stage) {
+        self.untimed.fetch_add(usize::from(stage == Stage::Compute), Relaxed);
     }
 
     fn times_device(&self) -> bool {
@@ -186,7 +192,9 @@ fn the_device_tells_its_own_time_where_it_is_asked_and_makes_no_timed_event_wher
             continue;
         }
         let computed: Vec<_> = spans.iter().filter(|span| span.stage == Stage::Compute).collect();
-        assert_eq!(computed.len(), 2 * units);
+        // As many as there are events for, at least: on a busy machine all may be under way when the next layer begins.
+        assert!(computed.len() >= plan.layout.gpu.slots + units, "{} were timed", computed.len());
+        assert_eq!(computed.len() + seen.untimed.load(Relaxed), 2 * units);
         for span in &computed {
             let time = span.end - span.start;
             assert!(time >= compute && time < 20 * compute + took / 4, "{time:?}");
