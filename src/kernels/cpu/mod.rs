@@ -14,6 +14,8 @@ mod rows;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
+mod tiles;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 use std::{ops::Range, slice};
@@ -32,6 +34,8 @@ use pool::pool;
 use product::Product;
 use rope::Turn;
 use rows::{Convert, Each, Elements, Greatest, Norm};
+#[cfg(target_arch = "x86_64")]
+use tiles::{Amx, Twin};
 
 /// Least work, in multiplications, that is worth another thread.
 const PER_THREAD: usize = 1 << 15;
@@ -90,6 +94,16 @@ fn parallel(work: usize) -> bool {
     work >= 2 * PER_THREAD
 }
 
+/// Calls `f` with each number below `pieces`, in parallel if that pays for so much work in all.
+fn deal(pieces: usize, work: usize, f: impl Fn(usize) + Sync) -> Result<()> {
+    if parallel(work) {
+        pool()?.deal(pieces, f);
+    } else {
+        (0..pieces).for_each(f);
+    }
+    Ok(())
+}
+
 /// Calls `f` with the numbers of some `rows` at a time, in parallel if that pays for so much work in all.
 fn for_ranges(rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) -> Result<()> {
     if !parallel(work) {
@@ -128,7 +142,17 @@ impl Kernels for Cpu {
         PRECISION
     }
 
+    #[cfg(target_arch = "x86_64")]
+    fn prepare(&self, _: &CpuStream) -> Result<()> {
+        if Amx::wanted()?.is_some() { tiles::prepare() } else { Ok(()) }
+    }
+
     fn scratch_bytes(&self) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        // What is wrong with the setting is told by what prepares or computes.
+        if let Ok(Some(_)) = Amx::wanted() {
+            return tiles::SCRATCH_BYTES;
+        }
         0
     }
 
@@ -190,6 +214,16 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
     let (x, weight, bias) = (read::<f32>(x), Weight::new(weight), bias.map(Weight::new));
     let (product, vectors) = (Product { x, weight, bias, tokens, k, stride: n }, Vectors::widest());
     let out = Parts::new(write::<f32>(&mut out));
+    #[cfg(target_arch = "x86_64")]
+    if let (Weight::BF16(weight), Some(amx), true) = (weight, Amx::wanted()?, tiles::take(k)) {
+        // SAFETY: `out` is [T, N], and this call's.
+        return unsafe {
+            match tokens {
+                1 => tiles::multiply(Twin::of(amx), &product, weight, n, out),
+                _ => tiles::multiply(amx, &product, weight, n, out),
+            }
+        };
+    }
     // SAFETY: `out` is [T, N], and each range of its columns is given to one thread only.
     let columns = |rows: Range<usize>| unsafe { product.rows(vectors, rows, out) };
     if !parallel(tokens * n * k) {

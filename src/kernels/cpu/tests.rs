@@ -255,3 +255,138 @@ fn threads_help_and_without_work_they_sleep() {
         thread::sleep(Duration::from_millis(1));
     }
 }
+
+/// Tiles as their reference has them, in plain code.
+#[cfg(target_arch = "x86_64")]
+mod in_tiles {
+    use super::{
+        super::{
+            tiles::{Amx, Block, PARTS, SIDE, STEP, Tile, Tiles, Twin, multiply},
+            x86::has_avx512,
+        },
+        *,
+    };
+
+    #[derive(Clone, Copy)]
+    struct Emulated(());
+
+    // SAFETY: tests make one only where the machine has AVX-512.
+    unsafe impl Tiles for Emulated {
+        unsafe fn multiply(self, block: &Block, sums: &mut [Tile; 4]) {
+            let groups = if block.group > 0 { 2 } else { 1 };
+            for (row, group, token) in (0..block.rows * groups * block.width)
+                .map(|at| (at / block.width / groups, at / block.width % groups, at % block.width))
+            {
+                let mut sum = 0f32;
+                for part in 0..block.steps * PARTS {
+                    let [mut even, mut odd] = [0f32; 2];
+                    for pair in 0..STEP / 2 {
+                        let at = block.group * group + (part * SIDE + pair) * block.width + token;
+                        let column = part / PARTS * STEP + 2 * pair;
+                        // SAFETY: the caller promises weights and activations.
+                        let (x, weights) = unsafe {
+                            let row = block.weights.byte_add(row * block.stride);
+                            (*block.x.add(at), [*row.add(column), *row.add(column + 1)])
+                        };
+                        even = weights[0].to_f32().mul_add(f32::from_bits(x << 16), even);
+                        odd = weights[1].to_f32().mul_add(f32::from_bits(x & !0xffff), odd);
+                    }
+                    sum += even + odd;
+                }
+                sums[2 * (row / SIDE) + group].0[row % SIDE][token] = sum;
+            }
+        }
+    }
+
+    /// A product in the tiles of this machine, if it has them, and in emulated ones, where that is possible.
+    fn each_tiles(product: Product<'_>, weight: &[bf16]) -> Vec<(&'static str, Vec<f32>)> {
+        fn of(tiles: impl Tiles, product: Product<'_>, weight: &[bf16]) -> Vec<f32> {
+            let mut out = vec![f32::NAN; product.tokens * product.stride];
+            // SAFETY: `out` is as long as that, and nobody else's.
+            unsafe { multiply(tiles, &product, weight, weight.len() / product.k, Parts::new(&mut out)) }.unwrap();
+            out
+        }
+        let emulated = has_avx512().map(|_| ("emulated", of(Emulated(()), product, weight)));
+        let twin = Twin::of_this_machine().filter(|_| product.tokens == 1);
+        let twin = twin.map(|tiles| ("the twin", of(tiles, product, weight)));
+        let real = Amx::of_this_machine().map(|tiles| ("AMX", of(tiles, product, weight)));
+        let each: Vec<_> = emulated.into_iter().chain(twin).chain(real).collect();
+        for (tiles, out) in each.iter().skip(1) {
+            let bits = |out: &[f32]| out.iter().map(|x| if x.is_nan() { 0 } else { x.to_bits() }).collect::<Vec<_>>();
+            assert!(bits(out) == bits(&each[0].1), "{tiles}: other bits than emulated");
+        }
+        each
+    }
+
+    fn weights(rng: &mut fastrand::Rng, count: usize) -> Vec<bf16> {
+        floats(rng, count).into_iter().map(bf16::from_f32).collect()
+    }
+
+    #[test]
+    fn tiles_multiply_as_formulas_say() {
+        let mut rng = fastrand::Rng::new();
+        let shapes = [(1, 1, 1), (1, 3100, 9), (2, 31, 4), (7, 800, 38), (16, 64, 32), (17, 1600, 33), (40, 96, 300)];
+        for (tokens, k, n) in shapes {
+            let (x, biases, weight) = (floats(&mut rng, tokens * k), floats(&mut rng, n), weights(&mut rng, n * k));
+            let product = Product {
+                x: &x,
+                weight: Weight::BF16(&weight),
+                bias: Some(Weight::F32(&biases)),
+                tokens,
+                k,
+                stride: n,
+            };
+            for (tiles, out) in each_tiles(product, &weight) {
+                for (at, got) in out.into_iter().enumerate() {
+                    let (token, row) = (at / n, at % n);
+                    let sum: f64 =
+                        (0..k).map(|i| f64::from(x[token * k + i]) * f64::from(weight[row * k + i].to_f32())).sum();
+                    let off = (f64::from(got) - sum - f64::from(biases[row])).abs();
+                    assert!(off < 1e-6 * (k as f64).sqrt().max(4.0), "{tiles}, {tokens} × {k} × {n} at {at}: {off}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bits_from_tiles_depend_neither_on_the_other_tokens_nor_on_the_other_rows() {
+        let mut rng = fastrand::Rng::new();
+        // The last has more tokens than are split at once.
+        for (tokens, k, n) in [(15, 1701, 39), (53, 1601, 70), (90, 32768, 2)] {
+            let (x, weight) = (floats(&mut rng, tokens * k), weights(&mut rng, n * k));
+            let product = Product { x: &x, weight: Weight::BF16(&weight), bias: None, tokens, k, stride: n };
+            let all = each_tiles(product, &weight);
+            for at in (0..tokens * n).step_by(7) {
+                let (token, row) = (at / n, at % n);
+                let alone = Product { x: &x[token * k..][..k], tokens: 1, stride: 1, ..product };
+                for (tiles, alone) in each_tiles(alone, &weight[row * k..][..k]) {
+                    assert_eq!(all[0].1[at].to_bits(), alone[0].to_bits(), "{tiles}, token {token}, row {row}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_split_is_whole_again() {
+        let mut rng = fastrand::Rng::new();
+        let random = (0..500).map(|_| f32::from_bits(rng.u32(..))).filter(|x| x.abs() > 1e-20 || x.is_nan());
+        let ends = [
+            f32::MAX,
+            f32::MIN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            0.0,
+            f32::from_bits(0x3fff_ffff),
+            f32::from_bits(0x7f80_0001),
+        ];
+        let x: Vec<_> = random.chain(ends).collect();
+        let one = [bf16::ONE];
+        let product = Product { x: &x, weight: Weight::BF16(&one), bias: None, tokens: x.len(), k: 1, stride: 1 };
+        for (tiles, out) in each_tiles(product, &one) {
+            for (x, out) in x.iter().zip(out) {
+                assert!(out == *x || out.is_nan() && x.is_nan(), "{tiles}: {x:e} became {out:e}");
+            }
+        }
+    }
+}
