@@ -82,7 +82,7 @@ const BEGINNINGS: [(&[u8], &str); 6] = [
         b"version https://git-lfs",
         "is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder, or download the file again",
     ),
-    (b"GGUF", "is a GGUF file; take the model's safetensors version"),
+    (b"GGUF", "is a GGUF file; name it as the model by itself, or take the model's safetensors version"),
     (b"PK\x03\x04", "is a zip archive, such as PyTorch's; take the model's safetensors version"),
     (b"\x80\x02\x8a\x0a", "is a Python pickle, such as PyTorch's; take the model's safetensors version"),
     (b"\x89HDF", "is an HDF5 file; take the model's safetensors version"),

@@ -1,4 +1,4 @@
-//! Files that are nearly right: mutated headers, indexes, configurations and records. Each is read or refused with an error,
+//! Files that are nearly right: mutated headers, indexes, configurations, records and GGUF files. Each is read or refused with an error,
 //! never with a panic, and never with more memory than the file has. A tensor that is accepted lies where the safetensors
 //! crate finds it, and what that refuses is refused here.
 //!
@@ -20,6 +20,7 @@ use std::{
 use layer_streamer::{
     Checkpoint, Settings, StaticTensors, Unit,
     device::Cpu,
+    gguf::Gguf,
     model::{Model, ModelConfig},
     packed,
     plan::Placement,
@@ -29,6 +30,7 @@ use safetensors::SafeTensors;
 use support::{
     copy_of,
     fuzz::{LARGEST, mutants},
+    gguf::{GgufFile, Meta},
     speller,
 };
 
@@ -101,6 +103,53 @@ fn a_header_is_read_as_the_safetensors_crate_reads_it_or_refused() {
             assert!(view.data().is_empty() || at == offset as usize, "{name} is at {offset} or {at}");
         }
         true
+    });
+}
+
+/// A small GGUF file with a value of each kind, and a tensor of each type that is read, and one of another.
+fn gguf() -> Vec<u8> {
+    let mut file = GgufFile { alignment: 64, ..GgufFile::default() };
+    for (key, value) in [
+        ("general.architecture", Meta::text("llama")),
+        ("llama.block_count", Meta::U32(1)),
+        ("small", Meta::U16(7)),
+        ("signed", Meta::I32(-1)),
+        ("real", Meta::F32(0.5)),
+        ("flag", Meta::Bool(true)),
+        ("tokenizer.ggml.tokens", Meta::Texts(["a", "", "é€"].map(str::to_owned).into())),
+        ("tokenizer.ggml.scores", Meta::Floats(vec![0.0, -1.0, -2.0])),
+        ("tokenizer.ggml.token_type", Meta::Ints(vec![1, 2, 3])),
+        ("lists", Meta::Raw(9, [[9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0].as_slice(), &[0; 12]].concat())),
+    ] {
+        file.set(key, value);
+    }
+    for (name, shape, code, bytes) in [
+        ("token_embd.weight", &[3, 5][..], 0, 60),
+        ("blk.0.attn_q.weight", &[2, 3], 30, 12),
+        ("blk.0.ffn_norm.weight", &[4], 1, 8),
+        ("output.weight", &[1, 32], 8, 34),
+    ] {
+        file.tensor(name, shape, code, vec![7; bytes]);
+    }
+    file.bytes()
+}
+
+#[test]
+fn a_gguf_file_is_read_or_refused_and_its_tensors_lie_in_it() {
+    let folder = support::folder();
+    let path = folder.path().join("m.gguf");
+    mutants("gguf", &gguf(), |bytes| {
+        write_anew(&path, bytes);
+        if let Ok(file) = Gguf::open(&path) {
+            for key in file.keys() {
+                let _ = (file.texts(key), file.numbers(key), file.flag(key), file.count(key));
+            }
+        }
+        let _ = Model::open(&path);
+        let Ok(checkpoint) = Checkpoint::open(&path) else { return false };
+        let mut unit = Unit::new("all");
+        checkpoint.names().for_each(|name| _ = unit.keep(name, name));
+        StaticTensors::new(&Cpu, &checkpoint, &unit, &Settings::default()).is_ok()
     });
 }
 

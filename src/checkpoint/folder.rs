@@ -246,7 +246,7 @@ fn files_instead(folder: &Path) -> String {
     } else if let Some(name) = with(&weights) {
         format!("{holds}, but {name}: if that is the model, give it the name {SINGLE}")
     } else if let Some(name) = with(&|name| ends(name, &[".gguf", ".ggml"])) {
-        format!("{holds}, but {name}, a GGUF file: take the model's safetensors version")
+        format!("{holds}, but {name}, a GGUF file: name the file itself, or take the model's safetensors version")
     } else if let Some(name) = with(&|name| ends(name, &[".bin", ".bin.index.json", ".pth", ".pt", ".ckpt"])) {
         format!("{holds}, but {name}, which is PyTorch's: take the safetensors version, or save the model as such")
     } else if let Some(name) = with(&|name| ends(name, &[".h5", ".msgpack", ".onnx", ".npz"])) {

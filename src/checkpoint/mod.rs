@@ -1,10 +1,11 @@
 //! A checkpoint: a validated table that says where each tensor lies.
 //!
-//! It comes from a Hugging Face folder ([`Checkpoint::open`]) or from the caller ([`Checkpoint::from_table`]). Both pass the
-//! same checks before anything is reserved, so that whatever is planned from a table can be read as planned.
+//! It comes from a Hugging Face folder or a GGUF file ([`Checkpoint::open`]), or from the caller ([`Checkpoint::from_table`]). All
+//! pass the same checks before anything is reserved, so that whatever is planned from a table can be read as planned.
 
 mod decoder;
 mod folder;
+pub mod gguf;
 mod header;
 
 use std::{
@@ -154,6 +155,8 @@ enum Unreadable {
     Absent(Arc<Path>),
     /// It is in this file, of a type that [`DType`] lacks.
     Type(Arc<Path>, String),
+    /// It is in this GGUF file, under this name, of a type that is not read.
+    Blocks(Arc<Path>, String, String),
     /// Both of these shards have it, and the index names neither.
     Twice(Arc<Path>, Arc<Path>),
     /// Its shard cannot be read.
@@ -167,6 +170,11 @@ impl Unreadable {
                 Error::tensor(&**shard, name, "is not in this file, where the index places it; download both again")
             }
             Self::Type(file, dtype) => Error::tensor(&**file, name, format!("has the unknown type {dtype}")),
+            Self::Blocks(file, stored, kind) => Error::Unsupported {
+                what: format!("{}: tensor {stored}: the type {kind}", file.display()),
+                remedy: "take a file of the model whose tensors are F32, F16 or BF16, or its safetensors version"
+                    .into(),
+            },
             Self::Twice(one, other) => {
                 let cause = format!("is in {} too, and the index does not say which counts", other.display());
                 Error::tensor(&**one, name, cause)
@@ -179,21 +187,36 @@ impl Unreadable {
 impl Checkpoint {
     /// Opens a Hugging Face folder: `model.safetensors`, or else `model.safetensors.index.json` with its shards, as transformers
     /// does. Shards may lie in subfolders. A link must lead to a file in the folder, or to the hub's cache that the folder is in.
+    /// Or opens a GGUF file, or the first part of one that is split; its tensors have the names of the Hugging Face folder.
     ///
     /// A shard that is missing or malformed, a tensor of an unknown type, and one that the index lists and no shard has are
     /// errors for those alone who ask for such a tensor: see [`unreadable`](Self::unreadable).
     ///
     /// # Errors
     /// [`Error::Io`] where a file cannot be read, [`Error::Checkpoint`] where one is malformed, naming file and tensor.
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let folder::Found { tensors, packed, unreadable } = folder::read(folder)?;
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if gguf::is_one_file(path) {
+            return Self::of_gguf(&gguf::Gguf::open(path)?);
+        }
+        let folder::Found { tensors, packed, unreadable } = folder::read(path)?;
+        Self::readable(path, tensors, unreadable)?.with_packed(packed)
+    }
+
+    /// The tensors of a GGUF file.
+    pub(crate) fn of_gguf(file: &gguf::Gguf) -> Result<Self> {
+        let (tensors, unreadable) = file.tensors()?;
+        Self::readable(file.path(), tensors, unreadable)
+    }
+
+    /// The same as [`build`](Self::build); where nothing can be read, why.
+    fn readable(source: &Path, tensors: Vec<StoredTensor>, unreadable: HashMap<String, Unreadable>) -> Result<Self> {
         if tensors.is_empty()
             && let Some((name, why)) = unreadable.iter().min_by_key(|(name, _)| *name)
         {
             return Err(why.error(name));
         }
-        Self::build(folder, tensors, unreadable)?.with_packed(packed)
+        Self::build(source, tensors, unreadable)
     }
 
     /// Takes the caller's own table, for weights in files of any layout. Tensors must lie inside their files and must not
@@ -328,7 +351,7 @@ impl Checkpoint {
         Ok((Self(Arc::new(table)), parts))
     }
 
-    /// The folder it was opened from, for messages.
+    /// The folder or file it was opened from, for messages.
     pub fn source(&self) -> &Path {
         &self.0.source
     }

@@ -3,6 +3,7 @@
 
 mod folders;
 pub mod fuzz;
+pub mod gguf;
 pub mod limits;
 pub mod marked;
 pub mod mounts;
