@@ -1,9 +1,10 @@
 //! What `config.json` and `generation_config.json` of a Hugging Face folder say about a decoder-only model, read as transformers 5
 //! reads them: what is absent has the default of the model's class, null has not, and of two blocks that say the same the one
-//! counts that counts there.
+//! counts that counts there. The metadata of a GGUF file become such a configuration.
 
 mod families;
 mod generation;
+mod gguf;
 mod keys;
 mod layers;
 mod rope;
@@ -20,7 +21,11 @@ use layers::LayerSet;
 pub use rope::Rope;
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    gguf::{Gguf, is_one_file},
+    kernels::RopeLayout,
+};
 
 /// A decoder-only model's dimensions and constants.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,6 +49,8 @@ pub struct ModelConfig {
     pub rms_eps: f32,
     /// Rotary position embeddings, one or two: [`rope_of`](Self::rope_of) tells which a layer has.
     pub ropes: Vec<Rope>,
+    /// Which elements of a head rotate together.
+    pub(crate) rope_layout: RopeLayout,
     /// The output head is the embedding table.
     pub tied: bool,
     /// The longest context the model was made for, in tokens: 2^32 - 1 where its rotary frequencies follow the length.
@@ -129,13 +136,16 @@ fn language_model(config: &Map<String, Value>) -> Option<(Family, Map<String, Va
 }
 
 impl ModelConfig {
-    /// Reads a folder's configuration.
+    /// Reads the configuration of a folder, or of a GGUF file.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Checkpoint`] that names the file and what is wrong in it; [`Error::Unsupported`] for a model
     /// of another family, or one with features that are not computed here.
-    pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = path.as_ref();
+        if is_one_file(folder) {
+            return Self::of_gguf(&Gguf::open(folder)?);
+        }
         let path = folder.join("config.json");
         let config = keys::read(&path)?;
         let Some((family, config)) = language_model(&config) else {
@@ -149,6 +159,17 @@ impl ModelConfig {
         let config = Self::of(family, &config).map_err(|fault| fault.at(&path))?;
         let (stop, suggested) = generation::read(folder)?;
         Ok(Self { stop: stop.unwrap_or(config.stop), suggested, ..config })
+    }
+
+    /// What a GGUF file says of its model.
+    pub(crate) fn of_gguf(file: &Gguf) -> Result<Self> {
+        let gguf::Described { family, config, layout, factors } = gguf::read(file)?;
+        let mut config = Self::of(family, &config).map_err(|fault| fault.at(file.path()))?;
+        config.rope_layout = layout;
+        if let Some(factors) = factors {
+            config.ropes[0].slow_by(&factors).map_err(|fault| fault.at(file.path()))?;
+        }
+        Ok(config)
     }
 
     /// What the file says of a model of this family; its own stop tokens.
@@ -175,6 +196,7 @@ impl ModelConfig {
             ffn: keys.size("intermediate_size")?,
             vocab: keys.size("vocab_size")?,
             rms_eps: rms_eps as f32,
+            rope_layout: RopeLayout::Halves,
             max_positions: rope::max_positions(&ropes, keys.size("max_position_embeddings")?),
             tied: keys.flag("tie_word_embeddings")?,
             stop: keys.stop()?.unwrap_or_default(),

@@ -79,7 +79,8 @@ pub(super) fn refuse_quantised(folder: &Path) -> Result<()> {
 /// model's. What else is there (frequencies of the rotation, masks, scales of a KV cache, layers that predict more tokens)
 /// changes nothing in the computation that the configuration describes.
 pub(super) fn refuse_left_out(
-    folder: &Path,
+    path: &Path,
+    described_by: &str,
     checkpoint: &Checkpoint,
     prefix: &str,
     layers: usize,
@@ -102,9 +103,11 @@ pub(super) fn refuse_left_out(
     });
     match left_out.min() {
         Some(name) => {
-            let cause = "config.json knows no such tensor; the model would compute without it: take the config.json that \
-                         belongs to these weights";
-            Err(Error::tensor(folder, name, cause))
+            let cause = format!(
+                "{described_by} knows no such tensor; the model would compute without it: take the {described_by} that \
+                 belongs to these weights"
+            );
+            Err(Error::tensor(path, name, cause))
         }
         None => Ok(()),
     }

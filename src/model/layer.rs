@@ -9,7 +9,7 @@ use super::{
 use crate::{
     device::{TensorMut, TensorRef},
     error::Result,
-    kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
+    kernels::{AttentionMask, Kernels, Ragged},
     pipeline::Layer,
 };
 
@@ -159,7 +159,7 @@ impl<D: Kernels> LayerMath<'_, D> {
             let positions = self.words(self.pass.positions() + block.start + start, tokens)?;
             let inv_freq = work.read(table, row * rope.pairs(), &[rope.pairs()])?;
             let out = work.write(to, skip, &shape)?;
-            self.device.rope(self.stream, x, positions, inv_freq, rope.scale, RopeLayout::Halves, out)
+            self.device.rope(self.stream, x, positions, inv_freq, rope.scale, self.config.rope_layout, out)
         };
         if !rope.grows() {
             return rotate(0, block.tokens, 0);

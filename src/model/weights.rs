@@ -1,4 +1,4 @@
-//! A model as its folder has it: which tensors there must be, and which of them are streamed, as what units, or stay on the
+//! A model as its folder or file has it: which tensors there must be, and which of them are streamed, as what units, or stay on the
 //! device.
 
 use std::{io, path::Path};
@@ -12,6 +12,7 @@ use crate::{
     checkpoint::{Checkpoint, TensorEntry},
     dtype::DType,
     error::{Error, Result},
+    gguf::{self, Gguf},
     kernels::Precision,
     plan::{Placement, Settings, Tier, Unit},
 };
@@ -70,24 +71,32 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a Hugging Face folder and checks that every tensor that the configuration calls for is there, with its shape,
+    /// Opens a Hugging Face folder, or a GGUF file (of one that is split, the first part), and checks that every tensor that the configuration calls for is there, with its shape,
     /// and that no layer has a bias or norm that would be left out of the computation. Other tensors are left alone.
     ///
     /// # Errors
     /// [`Error::Checkpoint`], [`Error::Io`] or [`Error::Unsupported`], naming file and tensor.
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        let mut config = ModelConfig::read(folder).map_err(|error| without_config(folder, error))?;
-        extras::refuse_quantised(folder)?;
-        let checkpoint = Checkpoint::open(folder)?;
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if gguf::is_one_file(path) {
+            let file = Gguf::open(path)?;
+            return Self::of(path, "the file's metadata", ModelConfig::of_gguf(&file)?, Checkpoint::of_gguf(&file)?);
+        }
+        let config = ModelConfig::read(path).map_err(|error| without_config(path, error))?;
+        extras::refuse_quantised(path)?;
+        Self::of(path, "config.json", config, Checkpoint::open(path)?)
+    }
+
+    /// A model by this configuration, which `described_by` holds.
+    fn of(path: &Path, described_by: &str, mut config: ModelConfig, checkpoint: Checkpoint) -> Result<Self> {
         let names = Names::find(&checkpoint, config.tied)?;
-        let needed = Needed { folder, checkpoint: &checkpoint };
+        let needed = Needed { path, described_by, checkpoint: &checkpoint };
         needed.require(&names.embed, &[config.vocab, config.hidden])?;
         needed.require(&names.norm, &[config.hidden])?;
         if !config.tied && checkpoint.describe(&names.head).is_none() {
             let cause = "config.json calls for it, but the checkpoint lacks it; download the checkpoint anew, or set \
                          tie_word_embeddings to true in config.json if the model's output head is its embedding";
-            return Err(needed.lacks(&names.head, cause));
+            return Err(needed.lacks(&names.head, cause.into()));
         }
         needed.require(&names.head, &[config.vocab, config.hidden])?;
         config.tied = names.head == names.embed;
@@ -103,7 +112,7 @@ impl Model {
         });
         let units = units.collect::<Result<Vec<_>>>()?;
         let known: Vec<_> = tensors.iter().map(|(name, _)| *name).collect();
-        extras::refuse_left_out(folder, &checkpoint, &names.layers, config.layers, &known)?;
+        extras::refuse_left_out(path, described_by, &checkpoint, &names.layers, config.layers, &known)?;
         let head = head_units(&checkpoint, &names.head, &units)?;
         Ok(Self { config, checkpoint, units, tables: Tables::default(), names, head })
     }
@@ -184,7 +193,9 @@ fn without_config(folder: &Path, error: Error) -> Error {
 
 /// Tensors that there must be.
 struct Needed<'a> {
-    folder: &'a Path,
+    path: &'a Path,
+    /// What says so.
+    described_by: &'a str,
     checkpoint: &'a Checkpoint,
 }
 
@@ -193,7 +204,8 @@ impl Needed<'_> {
     fn require(&self, name: &str, shape: &[usize]) -> Result<()> {
         let Some(((dtype, stored), (file, _))) = self.checkpoint.describe(name).zip(self.checkpoint.location(name))
         else {
-            return Err(self.lacks(name, "config.json calls for it, but the checkpoint lacks it"));
+            let cause = format!("{} calls for it, but the checkpoint lacks it", self.described_by);
+            return Err(self.lacks(name, cause));
         };
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(match Packing::of(self.checkpoint, name) {
@@ -206,17 +218,18 @@ impl Needed<'_> {
             });
         }
         if stored != shape {
-            return Err(Error::tensor(file, name, format!("is {stored:?}, but {shape:?} by config.json")));
+            let cause = format!("is {stored:?}, but {shape:?} by {}", self.described_by);
+            return Err(Error::tensor(file, name, cause));
         }
         Ok(())
     }
 
     /// Why this tensor is not there: quantised, not to be read, or else the `cause`.
-    fn lacks(&self, name: &str, cause: &str) -> Error {
+    fn lacks(&self, name: &str, cause: String) -> Error {
         if let Some(packing) = Packing::of(self.checkpoint, name) {
-            return packing.refusal(self.folder, name);
+            return packing.refusal(self.path, name);
         }
-        self.checkpoint.why_unreadable(name).unwrap_or_else(|| Error::tensor(self.folder, name, cause))
+        self.checkpoint.why_unreadable(name).unwrap_or_else(|| Error::tensor(self.path, name, cause))
     }
 }
 

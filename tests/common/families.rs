@@ -23,12 +23,12 @@ use crate::common::{distance, logits};
 /// A line of what `draw.py` writes; its head explains the fields.
 #[derive(Deserialize)]
 pub struct Drawing {
-    family: String,
+    pub family: String,
     rope: String,
     pub config: Value,
     pub shift: i32,
-    tensors: Vec<(String, Vec<usize>)>,
-    ids: Vec<u32>,
+    pub tensors: Vec<(String, Vec<usize>)>,
+    pub ids: Vec<u32>,
     rows: Vec<usize>,
     logits: Vec<Vec<f32>>,
 }
@@ -91,7 +91,7 @@ impl Drawing {
         layer_streamer::model::ModelConfig::read(folder.path()).map_or(0, |config| config.head_dim)
     }
 
-    fn write(&self, folder: &Path) {
+    pub fn write(&self, folder: &Path) {
         let tensors = self.tensors.iter().map(|(name, shape)| (name, shape, self.values(name, shape)));
         let tensors: Vec<_> = tensors.collect();
         let view = |(name, shape, bytes)| (name, TensorView::new(Dtype::F32, Vec::clone(shape), bytes).unwrap());

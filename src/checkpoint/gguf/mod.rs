@@ -23,6 +23,7 @@ use types::Type;
 
 use super::{StoredTensor, Unreadable, bytes_within};
 use crate::{
+    dtype::DType,
     error::{Error, Result},
     files,
 };
@@ -342,6 +343,25 @@ impl Gguf {
             found.push(value);
         }
         Ok(Some(found))
+    }
+
+    /// Whether it has a tensor of this name.
+    pub(crate) fn stores(&self, name: &str) -> bool {
+        self.tensors.iter().any(|(_, record)| record.name == name)
+    }
+
+    /// The numbers of a small vector of F32, such as factors of frequencies; `None` if there is no such tensor.
+    pub(crate) fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        const MOST: usize = 1 << 16;
+        let Some((part, record)) = self.tensors.iter().find(|(_, record)| record.name == name) else { return Ok(None) };
+        let is_vector = record.shape.len() == 1 && record.shape[0] <= MOST;
+        if !is_vector || Type::of(record.code).is_none_or(|kind| kind.dtype != DType::F32) {
+            return Err(Error::tensor(&*part.path, name, format!("is no vector of F32 of up to {MOST} elements")));
+        }
+        let mut bytes = vec![0; record.shape[0] * DType::F32.size()];
+        let read = File::open(&part.path).and_then(|file| file.read_exact_at(&mut bytes, record.offset));
+        read.map_err(Error::io("read", &*part.path))?;
+        Ok(Some(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
     }
 
     /// All tensors by the decoder's names, and those that cannot be read.

@@ -44,6 +44,16 @@ impl Rope {
         Self { inv_freq: Vec::new(), scale: 1.0, growth: Growth::None }
     }
 
+    /// Divides the frequencies, pair by pair.
+    pub(super) fn slow_by(&mut self, factors: &[f32]) -> Result<(), ConfigFault> {
+        if factors.len() != self.pairs() || factors.iter().any(|factor| !(factor.is_finite() && *factor > 0.0)) {
+            let cause = format!("the factors of its frequencies are not {} numbers above 0", self.pairs());
+            return Err(ConfigFault::Wrong(cause));
+        }
+        self.inv_freq.iter_mut().zip(factors).for_each(|(frequency, factor)| *frequency /= factor);
+        Ok(())
+    }
+
     /// How many pairs of a head's elements rotate.
     pub fn pairs(&self) -> usize {
         self.inv_freq.len()
