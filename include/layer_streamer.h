@@ -664,8 +664,9 @@ const char *ls_status_name(int32_t status);
 // failed, and what to do. The text is the library's, UTF-8, and stays until the next call of this thread that fails.
 const char *ls_last_error(void);
 
-// Opens a Hugging Face folder: model.safetensors, or else model.safetensors.index.json with its shards. Headers are read and
-// checked, no weights. What cannot be read of it is an error for those who ask for such a tensor. Close the checkpoint with ls_checkpoint_close.
+// Opens a Hugging Face folder: model.safetensors, or else model.safetensors.index.json with its shards; or a GGUF file, whose
+// tensors have the folder's names then. Headers are read and checked, no weights. What cannot be read of it is an error for
+// those who ask for such a tensor. Close the checkpoint with ls_checkpoint_close.
 ls_status ls_checkpoint_open(const char *folder,
                              struct ls_checkpoint *checkpoint);
 
@@ -988,8 +989,8 @@ ls_status ls_model_plan(struct ls_device device,
                         int32_t *tiers,
                         size_t room);
 
-// Opens a Hugging Face folder (of a family that docs/models.md names), reserves everything, loads what stays on the device, and
-// starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
+// Opens a Hugging Face folder or a GGUF file (of a family that docs/models.md names), reserves everything, loads what stays on the
+// device, and starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 //
 // The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel and
 // ls_model_stats may be called beside another call.

@@ -1,4 +1,4 @@
-//! A model: a folder, or the name of one on the Hugging Face hub.
+//! A model: a folder, a GGUF file, or the name of one on the Hugging Face hub.
 
 use std::{
     env,
@@ -32,6 +32,10 @@ impl ModelFolder {
             return pack::check_complete(self);
         }
         let said = self.said.display().to_string();
+        // A file, which whoever opens it misses.
+        if said.ends_with(".gguf") {
+            return Ok(());
+        }
         if let Some(name) = Name::parse(&said) {
             let folder = name.folder(quiet).map_err(|error| match error {
                 Error::Offline { .. } => format!("{error} {}", command(&said)).into(),

@@ -25,8 +25,8 @@ use crate::{
 
 #[derive(Args)]
 pub struct Placing {
-    /// Folder with config.json, safetensors shards and tokenizer.json; or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub,
-    /// which is downloaded once
+    /// Folder with config.json, safetensors shards and tokenizer.json; a GGUF file; or ORG/NAME or ORG/NAME@REVISION of the
+    /// Hugging Face hub, which is downloaded once
     #[arg(long, value_name = "MODEL", value_parser = hub::parser(), default_value_os_t = crate::speller().into(),
           hide_default_value = true)]
     pub model: ModelFolder,

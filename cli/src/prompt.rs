@@ -10,7 +10,7 @@ use clap::Args;
 
 use crate::{
     Failure,
-    text::{Message, Text},
+    text::{self, Message, Text},
 };
 
 #[derive(Args)]
@@ -96,13 +96,13 @@ impl Source {
     fn open(&self, model: &Path, quiet: bool) -> Result<Option<Text>, Failure> {
         let text = Text::open(model)?;
         if text.is_none() && self.prompt_ids.is_none() {
-            let path = model.join("tokenizer.json");
-            let message =
-                format!("{}: there is no such file; give --prompt-ids 1,2,3 in place of text", path.display());
-            return Err(message.into());
+            let why = if model.is_file() { "it has no tokenizer" } else { "there is no such file" };
+            let path = text::tokenizer_file(model);
+            return Err(format!("{}: {why}; give --prompt-ids 1,2,3 in place of text", path.display()).into());
         }
         if text.is_none() && !quiet {
-            say!("no tokenizer.json in {}: printing token ids", model.display());
+            let what = if model.is_file() { "tokenizer" } else { "tokenizer.json" };
+            say!("no {what} in {}: printing token ids", model.display());
         }
         Ok(text)
     }

@@ -136,8 +136,9 @@ impl TensorName {
     }
 }
 
-/// Opens a Hugging Face folder: model.safetensors, or else model.safetensors.index.json with its shards. Headers are read and
-/// checked, no weights. What cannot be read of it is an error for those who ask for such a tensor. Close the checkpoint with ls_checkpoint_close.
+/// Opens a Hugging Face folder: model.safetensors, or else model.safetensors.index.json with its shards; or a GGUF file, whose
+/// tensors have the folder's names then. Headers are read and checked, no weights. What cannot be read of it is an error for
+/// those who ask for such a tensor. Close the checkpoint with ls_checkpoint_close.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_checkpoint_open(folder: *const c_char, checkpoint: *mut ls_checkpoint) -> ls_status {
     ffi(|| {

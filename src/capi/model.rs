@@ -181,8 +181,8 @@ pub unsafe extern "C" fn ls_model_plan(
     })
 }
 
-/// Opens a Hugging Face folder (of a family that docs/models.md names), reserves everything, loads what stays on the device, and
-/// starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
+/// Opens a Hugging Face folder or a GGUF file (of a family that docs/models.md names), reserves everything, loads what stays on the
+/// device, and starts streaming. `options` may be NULL: the defaults. The device may be closed before the model is.
 ///
 /// The model is used by one thread at a time (another gets LS_BUSY), not always the same. Only ls_model_cancel and
 /// ls_model_stats may be called beside another call.

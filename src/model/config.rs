@@ -22,8 +22,8 @@ pub use rope::Rope;
 use serde_json::{Map, Value};
 
 use crate::{
+    checkpoint::gguf::{Gguf, is_one_file},
     error::{Error, Result},
-    gguf::{Gguf, is_one_file},
     kernels::RopeLayout,
 };
 

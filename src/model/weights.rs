@@ -9,10 +9,12 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    checkpoint::{Checkpoint, TensorEntry},
+    checkpoint::{
+        Checkpoint, TensorEntry,
+        gguf::{self, Gguf},
+    },
     dtype::DType,
     error::{Error, Result},
-    gguf::{self, Gguf},
     kernels::Precision,
     plan::{Placement, Settings, Tier, Unit},
 };

@@ -95,7 +95,8 @@ fn run_on<D: Kernels>(device: &D, Options { placing, talk, sampling, stop }: &Op
     let sampler = sampling.map(|sampling| Sampler::new(sampling, model.config.vocab)).transpose()?;
     let folder = placing.model.display();
     let Some(text) = Text::open(&placing.model)? else {
-        return Err(format!("{folder}: there is no tokenizer.json; `generate` takes --prompt-ids").into());
+        let what = if placing.model.is_file() { "tokenizer" } else { "tokenizer.json" };
+        return Err(format!("{folder}: there is no {what}; `generate` takes --prompt-ids").into());
     };
     let Some(template) = text.template()? else {
         return Err(format!(

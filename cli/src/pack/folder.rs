@@ -43,6 +43,9 @@ impl Source {
     /// # Errors
     /// Where the folder holds no safetensors model.
     pub fn read(folder: &Path) -> Result<Self, Failure> {
+        if folder.is_file() {
+            return Err(format!("{} is no folder; name one with a model's safetensors files", folder.display()).into());
+        }
         // It refuses what no model is, and says what lies there instead.
         Checkpoint::open(folder)?;
         let config = files::read_small(&folder.join("config.json"), LONGEST).ok().flatten();

@@ -32,6 +32,11 @@ impl TokenizerConfig {
         Ok(Self { file, value, special_tokens })
     }
 
+    /// What a model in one file says.
+    pub fn of_file(file: &Path, value: Value) -> Self {
+        Self { file: file.to_owned(), value, special_tokens: Value::Null }
+    }
+
     pub fn file(&self) -> &Path {
         &self.file
     }

@@ -1,6 +1,7 @@
 //! Text and tokens: a model's tokenizer as transformers uses it, and the words that tokens become on their way out.
 
 mod config;
+mod gguf;
 mod python;
 mod stop;
 mod template;
@@ -33,34 +34,47 @@ const LARGEST_TOKENIZER: u64 = 256 << 20;
 /// take 291 to 371, with what the allocator leaves between their strings.
 const BYTES_PER_TOKEN: usize = 384;
 
-/// What the tokenizer in a model's folder takes of RAM; `None` if there is none.
-pub fn memory(folder: &Path, model: &Model) -> Option<Part> {
+/// Where a model's tokenizer is: `tokenizer.json` of its folder, or the model's one file.
+pub fn tokenizer_file(model: &Path) -> PathBuf {
+    if model.is_file() { model.to_owned() } else { model.join("tokenizer.json") }
+}
+
+/// What the tokenizer of a model takes of RAM; `None` if there is none.
+pub fn memory(path: &Path, model: &Model) -> Option<Part> {
     let bytes = model.config.vocab.saturating_mul(BYTES_PER_TOKEN);
-    folder.join("tokenizer.json").exists().then_some(Part { purpose: Purpose::Tokenizer, bytes })
+    tokenizer_file(path).exists().then_some(Part { purpose: Purpose::Tokenizer, bytes })
 }
 
 /// A model's tokenizer, and what its `tokenizer_config.json` says about it.
 pub struct Text {
     tokenizer: Tokenizer,
-    /// `tokenizer.json`, for messages.
+    /// The model's folder, or its one file.
+    model: PathBuf,
+    /// Where the tokenizer is, for messages.
     file: PathBuf,
     config: TokenizerConfig,
 }
 
 impl Text {
-    /// Reads `tokenizer.json` and `tokenizer_config.json` of a model's folder; `None` if there is no `tokenizer.json`.
+    /// Reads `tokenizer.json` and `tokenizer_config.json` of a model's folder, or what its one file has in their place; `None` if
+    /// there is no tokenizer.
     ///
     /// # Errors
     /// A message that names the file and what is wrong with it.
     pub fn open(model: &Path) -> Result<Option<Self>, Failure> {
-        let file = model.join("tokenizer.json");
+        let file = tokenizer_file(model);
+        if model.is_file() {
+            let found = gguf::open(model)?;
+            give_back_memory();
+            return Ok(found.map(|(tokenizer, config)| Self { tokenizer, model: file.clone(), file, config }));
+        }
         let Some(json) = files::read_small(&file, LARGEST_TOKENIZER)? else { return Ok(None) };
         let mut tokenizer = guarded(&file, || Tokenizer::from_bytes(json))?;
         // What the last call of a training program needed is saved with it, and is not for prompts: transformers ignores it too.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| format!("{}: {error}", file.display()))?;
         give_back_memory();
-        Ok(Some(Self { tokenizer, file, config: TokenizerConfig::read(model)? }))
+        Ok(Some(Self { tokenizer, model: model.to_owned(), file, config: TokenizerConfig::read(model)? }))
     }
 
     /// The tokens of a text to continue, with those that the tokenizer puts around it.
@@ -97,7 +111,7 @@ impl Text {
     /// # Errors
     /// As [`ChatTemplate::open`].
     pub fn template(&self) -> Result<Option<ChatTemplate>, Failure> {
-        ChatTemplate::open(self.file.parent().unwrap_or(Path::new(".")), &self.config)
+        ChatTemplate::open(&self.model, &self.config)
     }
 
     /// A token as the vocabulary spells it, for people.

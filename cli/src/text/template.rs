@@ -62,8 +62,8 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template in a model's folder: `chat_template.jinja`, else that of `tokenizer_config.json`, else `chat_template.json`.
-    /// `None` where there is none.
+    /// The template in a model's folder: `chat_template.jinja`, else that of `tokenizer_config.json`, else `chat_template.json`; of
+    /// a model in one file, the one in it. `None` where there is none.
     ///
     /// # Errors
     /// A message that names file, line and what is wrong.
@@ -177,6 +177,12 @@ fn failed(file: &Path, error: &Error) -> Failure {
 
 /// Where the template is, and its text.
 fn find(model: &Path, config: &TokenizerConfig) -> Result<Option<(PathBuf, String)>, Failure> {
+    let configured =
+        || Ok(chosen(config.chat_template(), config.file())?.map(|source| (config.file().to_owned(), source)));
+    // What lies beside a model in one file is not its own.
+    if model.is_file() {
+        return configured();
+    }
     let file = model.join("chat_template.jinja");
     if let Some(bytes) = files::read_small(&file, LARGEST)? {
         let source = String::from_utf8(bytes).map_err(|error| {
@@ -184,8 +190,8 @@ fn find(model: &Path, config: &TokenizerConfig) -> Result<Option<(PathBuf, Strin
         })?;
         return Ok(Some((file, source)));
     }
-    if let Some(source) = chosen(config.chat_template(), config.file())? {
-        return Ok(Some((config.file().to_owned(), source)));
+    if let Some(found) = configured()? {
+        return Ok(Some(found));
     }
     let file = model.join("chat_template.json");
     let json = read_json(&file)?.unwrap_or_default();

@@ -9,7 +9,7 @@ use layer_streamer::{
 };
 
 use super::Options;
-use crate::called;
+use crate::{called, text};
 
 /// `n_gpu` / `n_cpu_pinned` / `n_cpu`, each with its batch if it has one.
 pub fn short(placement: &Placement) -> String {
@@ -119,7 +119,7 @@ pub fn command(options: &Options, device: &str, answer: &Answer) -> Vec<u8> {
         add(&["--context", &context.to_string()].map(OsStr::new));
     }
     let is_speller = options.model.ends_with("examples/speller");
-    match options.model.join("tokenizer.json").exists() {
+    match text::tokenizer_file(&options.model).exists() {
         true => add(&[OsStr::new(if is_speller { "4096=" } else { "Once upon a time" })]),
         false => add(&["--prompt-ids", "1,2,3", "--print-ids"].map(OsStr::new)),
     }

@@ -10,8 +10,8 @@ use super::{
     keys::ConfigFault,
 };
 use crate::{
+    checkpoint::gguf::Gguf,
     error::{Error, Result},
-    gguf::Gguf,
     kernels::RopeLayout,
 };
 
