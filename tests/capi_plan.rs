@@ -3,6 +3,8 @@
 #[path = "common/c.rs"]
 mod c_calls;
 mod common;
+#[path = "common/gguf.rs"]
+mod gguf;
 
 use std::{
     ffi::{CString, c_void},
@@ -19,7 +21,7 @@ use layer_streamer::{
     device::Cpu,
     model::{Choice, Decoder, Model, Sampler, Sampling, Sequence},
 };
-use support::{copy_of, speller};
+use support::{copy_of, data, speller};
 
 fn folder() -> CString {
     c(speller().to_str().unwrap())
@@ -305,4 +307,30 @@ fn c_learns_what_is_packed_and_whether_all_of_it_arrived_whole() {
             assert_eq!(ls_device_close(device), LS_OK);
         }
     }
+}
+
+#[test]
+fn a_gguf_file_is_opened_as_its_folder_is() {
+    let folder = copy_of(&data("qwen3"));
+    let file = folder.path().join("m.gguf");
+    fs::write(&file, gguf::converted(folder.path()).bytes()).unwrap();
+    let told = [folder.path(), file.as_path()].map(|path| {
+        let path = c(path.as_os_str().as_bytes());
+        // SAFETY: texts end, places may be written, handles are closed once.
+        unsafe {
+            let device = made(|to| ls_device_cpu(to));
+            let checkpoint = made(|to| ls_checkpoint_open(path.as_ptr(), to));
+            let tensor = made(|to| ls_checkpoint_tensor(checkpoint, c("model.norm.weight").as_ptr(), to));
+            let width = *tensor.shape;
+            let model = made(|to| ls_model_open(device, path.as_ptr(), ptr::null(), to));
+            let mut info: ls_model_info = mem::zeroed();
+            info.size = size_of::<ls_model_info>();
+            assert_eq!(ls_model_describe(model, &mut info), LS_OK);
+            assert_eq!(ls_model_close(model), LS_OK);
+            assert_eq!(ls_checkpoint_close(checkpoint), LS_OK);
+            assert_eq!(ls_device_close(device), LS_OK);
+            (tensor.rank, width, [info.vocab, info.hidden, info.layers, info.max_positions])
+        }
+    });
+    assert_eq!(told[0], told[1]);
 }

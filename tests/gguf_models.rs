@@ -139,6 +139,22 @@ fn references_in_bf16_compute_the_same_from_their_gguf_files() {
     }
 }
 
+#[test]
+fn a_model_in_parts_computes_what_it_computes_in_one() {
+    let (file, folder) = (small("qwen3"), support::folder());
+    let paths = ["m.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"].map(|name| folder.path().join(name));
+    let (mut first, mut second) = (file.clone(), GgufFile::default());
+    second.tensors = first.tensors.split_off(file.tensors.len() / 2);
+    for (part, number) in [(&mut first, 0), (&mut second, 1)] {
+        part.set("split.no", Meta::U16(number));
+        part.set("split.count", Meta::U16(2));
+        part.set("split.tensors.count", Meta::I32(file.tensors.len() as i32));
+    }
+    [&file, &first, &second].into_iter().zip(&paths).for_each(|(part, path)| fs::write(path, part.bytes()).unwrap());
+    let [whole, parts] = [&paths[0], &paths[1]].map(|path| run(&Model::open(path).unwrap(), &[1, 2, 3]));
+    assert_eq!(parts, whole);
+}
+
 /// A small model's file.
 fn small(name: &str) -> GgufFile {
     let folder = copy_of(&data(name));

@@ -15,6 +15,9 @@ use tokenizers::{
 use super::{config::TokenizerConfig, guarded};
 use crate::Failure;
 
+/// The longest token of a tokenizer with scores, in bytes: how it can be split takes the square of that to find out.
+const LONGEST_SCORED: usize = 1024;
+
 /// What stands for a space in SentencePiece's tokens.
 const SPACE: char = '▁';
 
@@ -111,7 +114,8 @@ pub fn open(path: &Path) -> Result<Option<(Tokenizer, TokenizerConfig)>, Failure
     };
     let adds_bos = file.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
     let config = TokenizerConfig::of_file(path, tokens.said(adds_bos)?);
-    Ok(Some((tokens.with_added(tokenizer), config)))
+    let tokenizer = guarded(path, || Ok(tokens.with_added(tokenizer)))?;
+    Ok(Some((tokenizer, config)))
 }
 
 impl<'a> Tokens<'a> {
@@ -180,6 +184,11 @@ impl<'a> Tokens<'a> {
         }
         if self.file.flag("tokenizer.ggml.remove_extra_whitespaces")? == Some(true) {
             return Err(self.wrong("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported".into()));
+        }
+        if let Some(longest) = self.texts.iter().map(String::len).max().filter(|&longest| longest > LONGEST_SCORED) {
+            return Err(
+                self.wrong(format!("has a token of {longest} bytes; {LONGEST_SCORED} are the most beside scores"))
+            );
         }
         let prefix = self.file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
         let vocabulary = self.vocabulary()?;

@@ -2,6 +2,7 @@ use std::{collections::HashMap, env, fs, path::PathBuf};
 
 use support::{
     folder,
+    fuzz::mutants,
     gguf::{GgufFile, Meta},
 };
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
@@ -198,6 +199,31 @@ fn pieces_are_merged_by_their_scores_as_sentencepiece_does() {
             );
         }
     }
+}
+
+#[test]
+fn a_tokenizer_is_read_or_refused_and_takes_any_text() {
+    let (scored, ..) = scored(&mut fastrand::Rng::with_seed(1));
+    let folder = folder();
+    let path = folder.path().join("m.gguf");
+    for (name, seed) in [("gguf-bytes", of_bytes("qwen2")), ("gguf-scores", scored)] {
+        mutants(name, &seed.bytes(), |bytes| {
+            fs::write(&path, bytes).unwrap();
+            let Ok(Some(text)) = Text::open(&path) else { return false };
+            text.encode("ab a <s>é[x]\u{0}").is_ok_and(|tokens| text.decode(&tokens).is_ok())
+        });
+    }
+}
+
+#[test]
+fn tokens_beside_scores_have_a_length_that_can_be_split() {
+    let (mut file, mut tokens, _) = scored(&mut fastrand::Rng::with_seed(2));
+    *tokens.last_mut().unwrap() = "a".repeat(1025);
+    file.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    let said = opened(&file).map(|_| ()).unwrap_err();
+    assert!(said.contains("m.gguf: has a token of 1025 bytes; 1024 are the most"), "{said}");
+    file.remove("tokenizer.ggml.scores");
+    assert!(opened(&file).map(|_| ()).unwrap_err().contains("lacks the key tokenizer.ggml.scores"));
 }
 
 #[test]
