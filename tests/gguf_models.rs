@@ -260,3 +260,68 @@ fn what_the_tokens_say_is_the_model_s() {
     let said = open(&file).unwrap().config;
     assert_eq!((said.vocab, said.stop.as_slice()), (model.config.vocab, [5, 7].as_slice()));
 }
+
+/// What the keys of an architecture say, without any tensor.
+fn configured(architecture: &str, keys: &[(&str, Meta)]) -> Result<ModelConfig, Error> {
+    let mut file = GgufFile::default();
+    file.set("general.architecture", Meta::text(architecture));
+    let usual = [
+        ("block_count", Meta::U32(8)),
+        ("context_length", Meta::U32(64)),
+        ("embedding_length", Meta::U32(96)),
+        ("feed_forward_length", Meta::U32(16)),
+        ("attention.head_count", Meta::U32(4)),
+        ("attention.key_length", Meta::U32(16)),
+        ("attention.layer_norm_rms_epsilon", Meta::F32(1e-5)),
+        ("vocab_size", Meta::U32(9)),
+    ];
+    for (name, value) in usual.iter().chain(keys) {
+        file.set(&format!("{architecture}.{name}"), value.clone());
+    }
+    let folder = support::folder();
+    let path = folder.path().join("m.gguf");
+    fs::write(&path, file.bytes()).unwrap();
+    ModelConfig::read(path)
+}
+
+#[test]
+fn what_is_absent_has_the_meaning_that_gguf_gives_it() {
+    let llama = configured("llama", &[]).unwrap();
+    assert_eq!((llama.kv_heads, llama.window(0), llama.tied), (4, None, true));
+    assert_eq!(llama.ropes[0].frequencies(1)[1], 1e4f64.powf(-1.0 / 8.0) as f32);
+    let window = ("attention.sliding_window", Meta::U32(5));
+    assert_eq!(configured("llama", std::slice::from_ref(&window)).unwrap().window(0), Some(5));
+
+    let granite = configured("granite", &[]).unwrap().multipliers;
+    assert_eq!([granite.embedding, granite.scores, granite.branch, granite.logits], [1.0, 0.25, 1.0, 1.0]);
+    let smollm3 = configured("smollm3", &[]).unwrap();
+    assert_eq!([0, 2, 3, 7].map(|layer| smollm3.rope_of(layer)), [0, 0, 1, 1]);
+
+    let caps =
+        [("attn_logit_softcapping", Meta::F32(50.0)), ("final_logit_softcapping", Meta::F32(30.0)), window.clone()];
+    let gemma2 = configured("gemma2", &caps).unwrap();
+    assert_eq!((gemma2.soft_caps.scores, gemma2.soft_caps.logits), (Some(50.0), Some(30.0)));
+    assert_eq!([0, 1, 2].map(|layer| gemma2.window(layer)), [Some(5), None, Some(5)]);
+    let base = [window.clone(), ("rope.freq_base", Meta::F32(1e6))];
+    let gemma3 = configured("gemma3", &base).unwrap();
+    assert_eq!([0, 4, 5, 6].map(|layer| gemma3.window(layer)), [Some(5), Some(5), None, Some(5)]);
+    let second = |rope: usize| gemma3.ropes[rope].frequencies(1)[1];
+    assert_eq!([second(0), second(1)], [1e6, 1e4].map(|base: f64| base.powf(-1.0 / 8.0) as f32));
+    assert_eq!(gemma3.soft_caps.logits, None);
+    // The largest divide scores by another width.
+    for (architecture, keys, layers) in [("gemma2", &caps[..], 46), ("gemma3", &base, 62)] {
+        let scores = |layers| {
+            let keys = [keys, &[("block_count", Meta::U32(layers))]].concat();
+            configured(architecture, &keys).unwrap().multipliers.scores
+        };
+        assert_eq!([scores(8), scores(layers)], [16.0, 24.0].map(|width: f64| width.powf(-0.5) as f32));
+    }
+    for (architecture, keys, lacking) in [
+        ("gemma2", &caps[1..], "gemma2.attn_logit_softcapping"),
+        ("gemma2", &caps[..2], "gemma2.attention.sliding_window"),
+        ("gemma3", &base[..1], "gemma3.rope.freq_base"),
+    ] {
+        let error = configured(architecture, keys).unwrap_err().to_string();
+        assert!(error.contains(&format!("lacks the key {lacking}")), "{error}");
+    }
+}

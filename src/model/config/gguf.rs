@@ -201,19 +201,16 @@ fn dimensions(said: &Said<'_>, config: &mut Map<String, Value>) -> Result<()> {
         config.insert(known_as.into(), said.size(name)?.into());
     }
     let heads = said.size("attention.head_count")?;
-    let kv_heads =
-        if said.count("attention.head_count_kv")?.is_some() { said.size("attention.head_count_kv")? } else { heads };
+    let kv_heads = said.count("attention.head_count_kv")?.unwrap_or(heads);
     let width = said.count("attention.key_length")?.unwrap_or(said.size("embedding_length")? / heads);
     if let Some(other) = said.count("attention.value_length")?.filter(|&other| other != width) {
         return Err(said.unsupported("attention.value_length", format_args!("{other}, where keys have {width}")));
     }
     let eps = "attention.layer_norm_rms_epsilon";
     let eps = said.number(eps)?.ok_or_else(|| said.lacks(eps))?;
-    // Tokens count for more than the key, which some converters leave out and others have wrong.
-    let vocab = match said.file.length("tokenizer.ggml.tokens")? {
-        Some(tokens) => said.count("vocab_size").map(|_| tokens)?,
-        None => said.size("vocab_size")?,
-    };
+    // Tokens count for more than the key, which is left out by some converters and wrong by others.
+    let (tokens, vocab) = (said.file.length("tokenizer.ggml.tokens")?, said.count("vocab_size")?);
+    let vocab = tokens.or(vocab).ok_or_else(|| said.lacks("vocab_size"))?;
     let stops = ["eos", "eot", "eom"].map(|name| said.file.count(&format!("tokenizer.ggml.{name}_token_id")));
     let mut stop = Vec::new();
     for id in stops {
