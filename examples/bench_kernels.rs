@@ -54,7 +54,7 @@ struct Options {
 }
 
 /// Rows of the table besides those of unpacking, for the progress bar.
-const ROWS: u64 = 37;
+const ROWS: u64 = 39;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
 const OFF: f64 = 1e-2;
@@ -382,57 +382,71 @@ impl<D: Kernels> Bench<'_, D> {
     }
 
     fn attention(&mut self) -> Result<()> {
-        const HEADS: usize = 28;
-        const GROUPS: usize = 4;
-        const SIZE: usize = 128;
+        const LARGE: [usize; 3] = [28, 4, 128];
+        let divisor = self.divisor.min(64);
+        let contexts = [1 << 10, 2 << 10, 4 << 10, 8 << 10].map(|context| (0, context / divisor));
+        let decodes = [4 << 10, 8 << 10, 32 << 10, 128 << 10].map(|context| ((context - 1) / divisor, 1));
+        for (before, new) in contexts.into_iter().chain(decodes) {
+            self.attention_of(LARGE, (before, new), None, Some((before, new)))?;
+        }
+        // What a soft cap costs, beside two of these.
+        for lengths in [contexts[3], decodes[2]] {
+            self.attention_of(LARGE, lengths, Some(50.0), None)?;
+        }
+        // A small model's, with few heads to share among threads, at contexts that are long on the CPU too.
+        let divisor = if self.weights_divisor > 2 { 64 } else { 1 };
+        for lengths in [(0, 2048 / divisor), (8191 / divisor, 1)] {
+            self.attention_of([14, 2, 64], lengths, None, None)?;
+        }
+        Ok(())
+    }
+
+    /// Some tokens of one sequence after others, and how the plot has them, if it does.
+    fn attention_of(
+        &mut self,
+        [heads, groups, size]: [usize; 3],
+        (before, new): (usize, usize),
+        soft_cap: Option<f32>,
+        tokens: Option<(usize, usize)>,
+    ) -> Result<()> {
         let here = self.on;
         let activation = here.device.precision().activation;
         // A cache that no other memory of the device is large enough to keep, used row by row.
         let pool = self.many(1 << 29);
-        let contexts = [1 << 10, 2 << 10, 4 << 10, 8 << 10].map(|context| (0, context));
-        let decodes = [4 << 10, 8 << 10, 32 << 10, 128 << 10].map(|context| (context - 1, 1));
-        // What a soft cap costs, beside two of these.
-        let capped = [contexts[3], decodes[2]].map(|lengths| (lengths, Some(50.0)));
-        let plain = contexts.into_iter().chain(decodes).map(|lengths| (lengths, None));
-        for ((before, new), soft_cap) in plain.chain(capped) {
-            let mask = AttentionMask { scale: (SIZE as f32).powf(-0.5), window: None, soft_cap };
-            let (before, new) = (before / self.divisor.min(64), (new / self.divisor.min(64)).max(1));
-            let capacity = before + new;
-            // Held against the twin with a short context, where it is prefill, and with one that is split, where it is not.
-            let past = if new == 1 { before.min(3000) } else { 100 };
-            let short = Batch { lengths: vec![(past, new.min(130))], rows: vec![0] };
-            let shape = [1, GROUPS, past + 130, SIZE];
-            let [keys, values] = [(); 2].map(|()| random(&mut self.rng, shape.iter().product()));
-            let queries = random(&mut self.rng, short.tokens() * HEADS * SIZE);
-            let both = on_both!(here, |on| {
-                let [keys, values] = [on.cache(&shape, &keys)?, on.cache(&shape, &values)?];
-                let (of, q) = (short.on(on)?, on.activation(&[short.tokens(), HEADS, SIZE], &queries)?);
-                let mut out = on.empty(on.device.precision().activation, &[short.tokens(), HEADS, SIZE])?;
-                on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
-                on.read(&out)?
-            });
-            let rows = (pool / (2 * GROUPS * capacity * SIZE * here.device.precision().cache.size())).clamp(1, 256);
-            let shape = [rows, GROUPS, capacity, SIZE];
-            let cache_type = here.device.precision().cache;
-            let (keys, values) = (self.fill(cache_type, &shape)?, self.fill(cache_type, &shape)?);
-            let q = self.fill(activation, &[new, HEADS, SIZE])?;
-            let mut out = here.empty(activation, &[new, HEADS, SIZE])?;
-            let batches: Vec<_> = (0..rows)
-                .map(|row| Batch { lengths: vec![(before, new)], rows: vec![row as u32] }.on(here))
-                .collect::<Result<_>>()?;
-            let cached = 2 * GROUPS * capacity * SIZE * cache_type.size();
-            let pairs = new * before + new * (new + 1) / 2;
-            let (moved, operations) = (cached + q.bytes() + out.bytes(), 4.0 * (pairs * HEADS * SIZE) as f64);
-            let what = if new == 1 { format!("decoding at {capacity}") } else { format!("a prompt of {new}") };
-            let with = if soft_cap.is_some() { ", soft cap" } else { "" };
-            let shape = format!("{HEADS}/{GROUPS} heads of {SIZE}, {what}{with}");
-            let row = Row::new("attention", shape, Some(off(&both.0, &both.1)), moved);
-            let tokens = soft_cap.is_none().then_some((before, new));
-            self.record(Row { operations, tokens, ..row }, |number| {
-                let of = batches[number % rows].get();
-                here.device.attention(&here.stream, q.get(), keys.get(), values.get(), of, mask, out.out())
-            })?;
-        }
-        Ok(())
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: None, soft_cap };
+        let capacity = before + new;
+        // Held against the twin with a short context, where it is prefill, and with one that is split, where it is not.
+        let past = if new == 1 { before.min(3000) } else { 100 };
+        let short = Batch { lengths: vec![(past, new.min(130))], rows: vec![0] };
+        let shape = [1, groups, past + 130, size];
+        let [keys, values] = [(); 2].map(|()| random(&mut self.rng, shape.iter().product()));
+        let queries = random(&mut self.rng, short.tokens() * heads * size);
+        let both = on_both!(here, |on| {
+            let [keys, values] = [on.cache(&shape, &keys)?, on.cache(&shape, &values)?];
+            let (of, q) = (short.on(on)?, on.activation(&[short.tokens(), heads, size], &queries)?);
+            let mut out = on.empty(on.device.precision().activation, &[short.tokens(), heads, size])?;
+            on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
+            on.read(&out)?
+        });
+        let rows = (pool / (2 * groups * capacity * size * here.device.precision().cache.size())).clamp(1, 256);
+        let shape = [rows, groups, capacity, size];
+        let cache_type = here.device.precision().cache;
+        let (keys, values) = (self.fill(cache_type, &shape)?, self.fill(cache_type, &shape)?);
+        let q = self.fill(activation, &[new, heads, size])?;
+        let mut out = here.empty(activation, &[new, heads, size])?;
+        let batches: Vec<_> = (0..rows)
+            .map(|row| Batch { lengths: vec![(before, new)], rows: vec![row as u32] }.on(here))
+            .collect::<Result<_>>()?;
+        let cached = 2 * groups * capacity * size * cache_type.size();
+        let pairs = new * before + new * (new + 1) / 2;
+        let (moved, operations) = (cached + q.bytes() + out.bytes(), 4.0 * (pairs * heads * size) as f64);
+        let what = if new == 1 { format!("decoding at {capacity}") } else { format!("a prompt of {new}") };
+        let with = if soft_cap.is_some() { ", soft cap" } else { "" };
+        let shape = format!("{heads}/{groups} heads of {size}, {what}{with}");
+        let row = Row::new("attention", shape, Some(off(&both.0, &both.1)), moved);
+        self.record(Row { operations, tokens, ..row }, |number| {
+            let of = batches[number % rows].get();
+            here.device.attention(&here.stream, q.get(), keys.get(), values.get(), of, mask, out.out())
+        })
     }
 }
