@@ -1,10 +1,15 @@
 //! Attention over the cache, in blocks of keys with a running softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al.
 //! 2022, arXiv:2205.14135). A piece is some queries of the heads that share a key and value head, which read its cache together.
 //!
-//! A query's result does not depend on the others: blocks begin at multiples of [`KEYS`], and keys that it does not see weigh
-//! nothing.
+//! Keys are taken in stretches, each with a softmax of its own. Their results are merged in ascending order: by the piece that
+//! goes over all of them, or in the end, where each stretch is a piece ([`split`](super::split)).
+//!
+//! A query's result depends neither on the others nor on whether it was split: stretches and blocks begin at multiples of their
+//! lengths, and keys that it does not see weigh nothing.
+//!
+//! Loops over vectors have no closures here: of a piece this long the compiler leaves them where they are, without its instructions.
 
-use std::ops::Range;
+use std::{array, mem::MaybeUninit, ops::Range, ptr, slice};
 
 use super::{
     CheckedSequence, Parts,
@@ -12,6 +17,7 @@ use super::{
     math::{exp, tanh},
     product::dots,
     rows::{put, some},
+    split::Partials,
 };
 use crate::kernels::AttentionMask;
 
@@ -21,13 +27,33 @@ const KEYS: usize = 64;
 /// Queries of a piece: a multiple of any tile's.
 pub(super) const QUERIES: usize = 24;
 
+/// Keys of a stretch: whole blocks.
+const STRETCH: usize = 512;
+
+/// The largest heads of which a piece has room for the sums of another stretch.
+const WIDEST: usize = 256;
+
+/// Keys of a stretch for heads of `size`: all that there are for heads larger than models have.
+pub(super) fn stretch(size: usize) -> usize {
+    if size <= WIDEST { STRETCH } else { usize::MAX }
+}
+
+/// Where results go.
+#[derive(Clone, Copy)]
+pub(super) enum To<'a> {
+    /// Those of all stretches, merged, to the output.
+    Out(Parts),
+    /// What one stretch gives, to its slot.
+    Slot { partials: &'a Partials, stretch: usize, slot: usize },
+}
+
 /// Some queries of one sequence and one key and value head.
 pub(super) struct Queries<'a> {
     pub(super) q: &'a [f32],
     pub(super) keys: &'a [f32],
     pub(super) values: &'a [f32],
     pub(super) mask: AttentionMask,
-    pub(super) out: Parts,
+    pub(super) to: To<'a>,
     pub(super) sequence: &'a CheckedSequence,
     /// The first query head of those that share the key head, and how many do.
     pub(super) heads: (usize, usize),
@@ -38,13 +64,65 @@ pub(super) struct Queries<'a> {
     pub(super) queries: Range<usize>,
 }
 
-/// What there is of a query after some blocks, beside the sum of values in `out`: all relative to the greatest score.
+/// What there is of a query after some keys, beside the sum of their values: all relative to the greatest score.
 #[derive(Clone, Copy)]
-struct State {
-    greatest: f32,
-    sum: f32,
-    /// What the last block multiplied the sums by.
-    factor: f32,
+#[repr(C)]
+pub(super) struct State {
+    pub(super) greatest: f32,
+    pub(super) sum: f32,
+}
+
+impl State {
+    /// No keys. Finite, so that a block without a key for a query leaves it as it is.
+    pub(super) const NONE: Self = Self { greatest: f32::MIN, sum: 0.0 };
+
+    /// Merges what a later stretch gave into this, and its sums of values into `values`.
+    #[inline(always)]
+    pub(super) fn merge<L: Lanes>(&mut self, values: &mut [f32], later: Self, later_values: &[f32]) {
+        // A stretch of which the query sees nothing changes no bit, not even the sign of a zero.
+        if later.sum == 0.0 {
+            return;
+        }
+        if self.sum == 0.0 {
+            values.copy_from_slice(later_values);
+            *self = later;
+            return;
+        }
+        let greatest = if self.greatest > later.greatest { self.greatest } else { later.greatest };
+        let factor = exp(L::splat(self.greatest - greatest));
+        let later_factor = exp(L::splat(later.greatest - greatest));
+        for (values, later) in values.chunks_mut(L::COUNT).zip(later_values.chunks(L::COUNT)) {
+            // SAFETY: both chunks have so many elements, a vector's at most, and this one is borrowed mutably.
+            unsafe {
+                let value: L = some(values.as_ptr(), values.len());
+                let later: L = some(later.as_ptr(), values.len());
+                put(later.times_plus(later_factor, value.times(factor)), values.as_mut_ptr(), values.len());
+            }
+        }
+        let [factor, later_factor] = [factor, later_factor].map(|factor| factor.array()[0]);
+        *self = Self { greatest, sum: self.sum * factor + later.sum * later_factor };
+    }
+
+    /// Makes sums of values their mean.
+    #[inline(always)]
+    pub(super) fn finish<L: Lanes>(self, values: &mut [f32]) {
+        for values in values.chunks_mut(L::COUNT) {
+            // SAFETY: the chunk has so many elements, a vector's at most, and is borrowed mutably.
+            unsafe {
+                let mean = some::<L, _>(values.as_ptr(), values.len()).over(L::splat(self.sum));
+                put(mean, values.as_mut_ptr(), values.len());
+            }
+        }
+    }
+}
+
+/// What a piece's queries have of a stretch.
+struct Sums {
+    states: [State; QUERIES],
+    /// What the last block multiplied the sums of values by.
+    factors: [f32; QUERIES],
+    /// Of each query of the piece `size` sums of values, which are nobody else's.
+    values: [*mut f32; QUERIES],
 }
 
 impl Work for Queries<'_> {
@@ -52,44 +130,98 @@ impl Work for Queries<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let count = self.queries.len();
-        // Finite, so that a block without a key for a query leaves it as it is.
-        let mut states = [State { greatest: f32::MIN, sum: 0.0, factor: 1.0 }; QUERIES];
-        let mut scores = [[0.0f32; KEYS]; QUERIES];
-        (0..count).for_each(|query| self.out(query).fill(0.0));
-        let (first, last) = (self.sees(0).start, self.sees(count - 1).end);
-        for start in (first / KEYS * KEYS..last).step_by(KEYS) {
-            let places = start.max(first)..last.min(start + KEYS);
-            self.scores::<L>(start, places.clone(), &mut scores);
-            for (query, (scores, state)) in scores.iter_mut().zip(&mut states).take(count).enumerate() {
-                self.weigh::<L>(query, start, scores, state);
+        let (count, keys, first) = (self.queries.len(), stretch(self.size), self.results());
+        let seen = self.sees(0).start..self.sees(count - 1).end;
+        let stretches = match self.to {
+            To::Out(_) => seen.start / keys..seen.end.div_ceil(keys),
+            To::Slot { stretch, .. } => stretch..stretch + 1,
+        };
+        let mut room = MaybeUninit::<[f32; QUERIES * WIDEST]>::uninit();
+        let (mut scores, mut totals) = ([[0.0f32; KEYS]; QUERIES], [State::NONE; QUERIES]);
+        for (number, stretch) in stretches.enumerate() {
+            let places = seen.start.max(stretch * keys)..seen.end.min((stretch + 1) * keys);
+            let values = if number == 0 { first } else { self.rows_in(&mut room) };
+            let states = self.sums::<L>(places, values, &mut scores);
+            if number == 0 {
+                totals = states;
+                continue;
             }
-            self.add_values::<L>(start, places, &scores, &states);
+            for (query, (total, state)) in totals.iter_mut().zip(states).take(count).enumerate() {
+                // SAFETY: each query has `size` sums there, which are written, and another `size` of this stretch.
+                let [all, later] = [first, values].map(|of| unsafe { slice::from_raw_parts_mut(of[query], self.size) });
+                total.merge::<L>(all, state, later);
+            }
         }
-        for (query, state) in states.iter().take(count).enumerate() {
-            self.out(query).iter_mut().for_each(|out| *out /= state.sum);
+        for (query, total) in totals.into_iter().take(count).enumerate() {
+            match self.to {
+                To::Out(_) => {
+                    // SAFETY: the query has `size` elements of the output, and no other piece has this query.
+                    total.finish::<L>(unsafe { slice::from_raw_parts_mut(first[query], self.size) });
+                }
+                To::Slot { partials, slot, .. } => {
+                    // SAFETY: no other piece has this query and this stretch.
+                    *unsafe { partials.state(self.number(query), slot) } = total;
+                }
+            }
         }
     }
 }
 
 impl Queries<'_> {
-    /// Where the query's head begins in `q` and `out`.
-    fn at(&self, query: usize) -> usize {
+    /// The query's number among those of all tokens and heads, as they lie in `q` and the output.
+    fn number(&self, query: usize) -> usize {
         let (query, (first, group)) = (self.queries.start + query, self.heads);
-        ((self.sequence.tokens.start + query / group) * self.all_heads + first + query % group) * self.size
+        (self.sequence.tokens.start + query / group) * self.all_heads + first + query % group
     }
 
-    #[allow(clippy::mut_from_ref, reason = "a piece's queries have this part of the output to themselves")]
-    fn out(&self, query: usize) -> &mut [f32] {
-        // SAFETY: `at` is a head of the output, and no other piece has this query.
-        unsafe { self.out.slice(self.at(query), self.size) }
+    /// Where each query's result goes: `size` elements.
+    fn results(&self) -> [*mut f32; QUERIES] {
+        let mut results = [ptr::null_mut(); QUERIES];
+        for (query, result) in results.iter_mut().take(self.queries.len()).enumerate() {
+            let number = self.number(query);
+            let elements = match self.to {
+                // SAFETY: no other piece has this query.
+                To::Out(out) => unsafe { out.slice(number * self.size, self.size) },
+                // SAFETY: no other piece has this query and this stretch.
+                To::Slot { partials, slot, .. } => unsafe { partials.values(number, slot) },
+            };
+            *result = elements.as_mut_ptr();
+        }
+        results
+    }
+
+    /// The same in a piece's own room.
+    fn rows_in(&self, room: &mut MaybeUninit<[f32; QUERIES * WIDEST]>) -> [*mut f32; QUERIES] {
+        // In bounds for as many queries as there are, since there is no second stretch of larger heads.
+        array::from_fn(|query| room.as_mut_ptr().cast::<f32>().wrapping_add(query * self.size))
+    }
+
+    /// The softmax of one stretch, whose sums of values go to `values`.
+    #[inline(always)]
+    fn sums<L: Lanes>(
+        &self,
+        stretch: Range<usize>,
+        values: [*mut f32; QUERIES],
+        scores: &mut [[f32; KEYS]; QUERIES],
+    ) -> [State; QUERIES] {
+        let count = self.queries.len();
+        // SAFETY: each query has `size` elements there.
+        values.iter().take(count).for_each(|values| unsafe { values.write_bytes(0, self.size) });
+        let mut sums = Sums { states: [State::NONE; QUERIES], factors: [1.0; QUERIES], values };
+        for start in (stretch.start / KEYS * KEYS..stretch.end).step_by(KEYS) {
+            let places = start.max(stretch.start)..stretch.end.min(start + KEYS);
+            self.scores::<L>(start, places.clone(), scores);
+            for (query, scores) in scores.iter_mut().take(count).enumerate() {
+                sums.factors[query] = self.weigh::<L>(query, start, scores, &mut sums.states[query]);
+            }
+            self.add_values::<L>(start, places, scores, &sums);
+        }
+        sums.states
     }
 
     /// The places in the cache that the query sees.
     fn sees(&self, query: usize) -> Range<usize> {
-        let CheckedSequence { tokens, kv_len, .. } = self.sequence;
-        let end = kv_len - tokens.len() + (self.queries.start + query) / self.heads.1 + 1;
-        self.mask.window.map_or(0, |window| end.saturating_sub(window))..end
+        self.sequence.sees((self.queries.start + query) / self.heads.1, self.mask.window)
     }
 
     /// The scaled products with the keys at `places`, of the block that begins at `start`.
@@ -107,7 +239,9 @@ impl Queries<'_> {
                     (4, 2) => self.some_scores::<L, 4, 2>(query, place, column, scores),
                     (4, _) => self.some_scores::<L, 4, 1>(query, place, column, scores),
                     (_, few) => {
-                        (0..few).for_each(|more| self.some_scores::<L, 1, 1>(query + more, place, column, scores));
+                        for query in query..query + few {
+                            self.some_scores::<L, 1, 1>(query, place, column, scores);
+                        }
                     }
                 }
                 place += rows;
@@ -125,7 +259,7 @@ impl Queries<'_> {
     ) {
         let mut queries = [self.q.as_ptr(); T];
         for (more, at) in queries.iter_mut().enumerate() {
-            *at = self.q[self.at(query + more)..][..self.size].as_ptr();
+            *at = self.q[self.number(query + more) * self.size..][..self.size].as_ptr();
         }
         let keys = &self.keys[place * self.size..][..R * self.size];
         // SAFETY: each query has `size` elements, and so has each of R keys.
@@ -140,41 +274,38 @@ impl Queries<'_> {
         }
     }
 
-    /// Makes the query's scores of a block weights, relative to the greatest score so far.
+    /// Makes the query's scores of a block weights, relative to the greatest score so far. Returns by what that multiplies sums.
     #[inline(always)]
-    fn weigh<L: Lanes>(&self, query: usize, start: usize, scores: &mut [f32; KEYS], state: &mut State) {
+    fn weigh<L: Lanes>(&self, query: usize, start: usize, scores: &mut [f32; KEYS], state: &mut State) -> f32 {
         let sees = self.sees(query);
         if let Some(cap) = self.mask.soft_cap {
-            each::<L>(scores, |score| L::splat(cap).times(tanh(score.over(L::splat(cap)))));
+            let cap = L::splat(cap);
+            for at in (0..KEYS).step_by(L::COUNT) {
+                set(scores, at, cap.times(tanh(get::<L>(scores, at).over(cap))));
+            }
         }
         scores[..sees.start.saturating_sub(start).min(KEYS)].fill(f32::NEG_INFINITY);
         scores[sees.end.saturating_sub(start).min(KEYS)..].fill(f32::NEG_INFINITY);
+        const { assert!(KEYS.is_multiple_of(L::COUNT)) };
         let mut greatest = L::splat(state.greatest);
-        each::<L>(scores, |score| {
-            greatest = greatest.max(score);
-            score
-        });
+        for at in (0..KEYS).step_by(L::COUNT) {
+            greatest = greatest.max(get(scores, at));
+        }
         let greatest = greatest.greatest();
         let mut sum = L::splat(0.0);
-        each::<L>(scores, |score| {
-            let weight = exp(score.minus(L::splat(greatest)));
+        for at in (0..KEYS).step_by(L::COUNT) {
+            let weight = exp(get::<L>(scores, at).minus(L::splat(greatest)));
             sum = sum.plus(weight);
-            weight
-        });
-        state.factor = exp(L::splat(state.greatest - greatest)).array()[0];
-        state.sum = state.sum * state.factor + sum.sum();
-        state.greatest = greatest;
+            set(scores, at, weight);
+        }
+        let factor = exp(L::splat(state.greatest - greatest)).array()[0];
+        *state = State { greatest, sum: state.sum * factor + sum.sum() };
+        factor
     }
 
     /// Adds the values at `places`, by their weights, to what there is.
     #[inline(always)]
-    fn add_values<L: Lanes>(
-        &self,
-        start: usize,
-        places: Range<usize>,
-        weights: &[[f32; KEYS]; QUERIES],
-        states: &[State; QUERIES],
-    ) {
+    fn add_values<L: Lanes>(&self, start: usize, places: Range<usize>, weights: &[[f32; KEYS]; QUERIES], sums: &Sums) {
         let weights = |query: usize| &weights[query][places.start - start..places.end - start];
         for query in (0..self.queries.len()).step_by(L::TOKENS) {
             let count = (self.queries.len() - query).min(L::TOKENS);
@@ -182,14 +313,17 @@ impl Queries<'_> {
             while column < self.size {
                 let wide = column + 4 * L::COUNT <= self.size;
                 match (wide, count) {
-                    (true, 6) => self.mix::<L, 6, 4>(query, column, places.start, weights, states),
-                    (true, 5) => self.mix::<L, 5, 4>(query, column, places.start, weights, states),
-                    (true, 4) => self.mix::<L, 4, 4>(query, column, places.start, weights, states),
-                    (true, 3) => self.mix::<L, 3, 4>(query, column, places.start, weights, states),
-                    (true, 2) => self.mix::<L, 2, 4>(query, column, places.start, weights, states),
-                    (true, _) => self.mix::<L, 1, 4>(query, column, places.start, weights, states),
-                    (false, _) => (query..query + count)
-                        .for_each(|query| self.mix::<L, 1, 1>(query, column, places.start, weights, states)),
+                    (true, 6) => self.mix::<L, 6, 4>(query, column, places.start, weights, sums),
+                    (true, 5) => self.mix::<L, 5, 4>(query, column, places.start, weights, sums),
+                    (true, 4) => self.mix::<L, 4, 4>(query, column, places.start, weights, sums),
+                    (true, 3) => self.mix::<L, 3, 4>(query, column, places.start, weights, sums),
+                    (true, 2) => self.mix::<L, 2, 4>(query, column, places.start, weights, sums),
+                    (true, _) => self.mix::<L, 1, 4>(query, column, places.start, weights, sums),
+                    (false, _) => {
+                        for query in query..query + count {
+                            self.mix::<L, 1, 1>(query, column, places.start, weights, sums);
+                        }
+                    }
                 }
                 column += if wide { 4 * L::COUNT } else { L::COUNT };
             }
@@ -204,15 +338,15 @@ impl Queries<'_> {
         column: usize,
         place: usize,
         weights: impl Fn(usize) -> &'w [f32],
-        states: &[State; QUERIES],
+        sums: &Sums,
     ) {
         let (size, width) = (self.size, (self.size - column).min(V * L::COUNT));
-        let mut sums = [[L::splat(0.0); V]; Q];
-        for (more, sums) in sums.iter_mut().enumerate() {
-            let (out, factor) = (self.out(query + more), L::splat(states[query + more].factor));
-            for (part, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: so many elements of the head are left from here on.
-                *sum = unsafe { part_of::<L, V>(out.as_ptr().add(column + part * L::COUNT), width) };
+        let mut all = [[L::splat(0.0); V]; Q];
+        for (more, all) in all.iter_mut().enumerate() {
+            let (before, factor) = (sums.values[query + more], L::splat(sums.factors[query + more]));
+            for (part, sum) in all.iter_mut().enumerate() {
+                // SAFETY: so many elements of the query are left from here on, and they are written.
+                *sum = unsafe { part_of::<L, V>(before.add(column + part * L::COUNT), width) };
                 *sum = sum.times(factor);
             }
         }
@@ -222,13 +356,12 @@ impl Queries<'_> {
         }
         let values = &self.values[place * size..][..count * size][column..];
         // SAFETY: each query has `count` weights, and so many rows of `size` elements have `width` left from this column on.
-        let sums = unsafe { mixed::<L, Q, V>(sums, rows, values.as_ptr(), size, count, width) };
-        for (more, sums) in sums.iter().enumerate() {
-            let out = self.out(query + more);
-            for (part, sum) in sums.iter().enumerate() {
+        let all = unsafe { mixed::<L, Q, V>(all, rows, values.as_ptr(), size, count, width) };
+        for (more, all) in all.iter().enumerate() {
+            for (part, sum) in all.iter().enumerate() {
                 let (at, left) = (column + part * L::COUNT, width - part * L::COUNT);
-                // SAFETY: so many elements of the head are left from here on, and no other piece has this query.
-                unsafe { put(*sum, out.as_mut_ptr().add(at), left) };
+                // SAFETY: so many elements of the query are left from here on, which are nobody else's.
+                unsafe { put(*sum, sums.values[query + more].add(at), left) };
             }
         }
     }
@@ -274,12 +407,15 @@ unsafe fn part_of<L: Lanes, const V: usize>(at: *const f32, left: usize) -> L {
     unsafe { if V > 1 { L::load(at) } else { some(at, left) } }
 }
 
-/// `x = f(x)`, vector by vector.
+/// The scores from `at` on.
 #[inline(always)]
-fn each<L: Lanes>(x: &mut [f32; KEYS], mut f: impl FnMut(L) -> L) {
-    const { assert!(KEYS.is_multiple_of(L::COUNT)) };
-    for part in x.chunks_exact_mut(L::COUNT) {
-        // SAFETY: a chunk is a vector.
-        unsafe { f(L::load(part.as_ptr())).store(part.as_mut_ptr()) };
-    }
+fn get<L: Lanes>(scores: &[f32; KEYS], at: usize) -> L {
+    // SAFETY: the slice is a vector.
+    unsafe { L::load(scores[at..][..L::COUNT].as_ptr()) }
+}
+
+#[inline(always)]
+fn set<L: Lanes>(scores: &mut [f32; KEYS], at: usize, x: L) {
+    // SAFETY: the slice is a vector, borrowed mutably.
+    unsafe { x.store(scores[at..][..L::COUNT].as_mut_ptr()) };
 }

@@ -11,6 +11,7 @@ mod pool;
 mod product;
 mod rope;
 mod rows;
+mod split;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -28,12 +29,12 @@ use crate::{
     dtype::{DType, Element},
     error::Result,
 };
-use attention::{QUERIES, Queries};
 use lanes::Vectors;
 use pool::pool;
 use product::Product;
 use rope::Turn;
 use rows::{Convert, Each, Elements, Greatest, Norm};
+use split::{Pieces, ROOM_BYTES};
 #[cfg(target_arch = "x86_64")]
 use tiles::{Amx, Twin};
 
@@ -94,16 +95,6 @@ fn parallel(work: usize) -> bool {
     work >= 2 * PER_THREAD
 }
 
-/// Calls `f` with each number below `pieces`, in parallel if that pays for so much work in all.
-fn deal(pieces: usize, work: usize, f: impl Fn(usize) + Sync) -> Result<()> {
-    if parallel(work) {
-        pool()?.deal(pieces, f);
-    } else {
-        (0..pieces).for_each(f);
-    }
-    Ok(())
-}
-
 /// Calls `f` with the numbers of some `rows` at a time, in parallel if that pays for so much work in all.
 fn for_ranges(rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) -> Result<()> {
     if !parallel(work) {
@@ -150,10 +141,10 @@ impl Kernels for Cpu {
     fn scratch_bytes(&self) -> usize {
         #[cfg(target_arch = "x86_64")]
         // What is wrong with the setting is told by what prepares or computes.
-        if let Ok(Some(_)) = Amx::wanted() {
-            return tiles::SCRATCH_BYTES;
-        }
-        0
+        let tiles = if let Ok(Some(_)) = Amx::wanted() { tiles::SCRATCH_BYTES } else { 0 };
+        #[cfg(not(target_arch = "x86_64"))]
+        let tiles = 0;
+        ROOM_BYTES + tiles
     }
 
     fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
@@ -267,7 +258,7 @@ fn each_with<'a>(mut x: TensorMut<'_, Cpu>, y: TensorRef<'a, Cpu>, with: fn(&'a 
 fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
     let AppendKv { block, batch, mut cache, T, G: kv_heads, D: size, rows, capacity, .. } = call;
     let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
-    for sequence in sequences("append_kv", batch, [T, rows, capacity])? {
+    for sequence in Sequences::new("append_kv", batch, [T, rows, capacity])?.iter() {
         let first = sequence.kv_len - sequence.tokens.len();
         for (place, token) in (first..).zip(sequence.tokens.clone()) {
             for kv_head in 0..kv_heads {
@@ -283,34 +274,23 @@ fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
 fn attention(call: Attention<'_, Cpu>) -> Result<()> {
     let Attention { q, keys, values, batch, mask, mut out, T, HQ: heads, G: kv_heads, D: size, rows, capacity, .. } =
         call;
-    let (q, keys, values) = (read::<f32>(q), read::<f32>(keys), read::<f32>(values));
-    let (out, vectors, group) = (Parts::new(write::<f32>(&mut out)), Vectors::widest(), heads / kv_heads.max(1));
-    for sequence in sequences("attention", batch, [T, rows, capacity])? {
-        let queries = sequence.tokens.len() * group;
-        let parts = queries.div_ceil(QUERIES);
-        let one = |piece: usize| {
-            // The last tokens first: they see most.
-            let (kv_head, part) = (piece % kv_heads, parts - 1 - piece / kv_heads);
-            let lane = (sequence.row * kv_heads + kv_head) * capacity * size;
-            vectors.run(Queries {
-                q,
-                keys: &keys[lane..][..sequence.kv_len * size],
-                values: &values[lane..][..sequence.kv_len * size],
-                mask,
-                out,
-                sequence: &sequence,
-                heads: (kv_head * group, group),
-                all_heads: heads,
-                size,
-                queries: part * QUERIES..queries.min((part + 1) * QUERIES),
-            });
-        };
-        let pieces = parts * kv_heads;
-        if parallel(sequence.tokens.len() * heads * size * sequence.kv_len) {
-            pool()?.deal(pieces, one);
-        } else {
-            (0..pieces).for_each(one);
-        }
+    let pieces = Pieces {
+        q: read(q),
+        keys: read(keys),
+        values: read(values),
+        mask,
+        out: Parts::new(write(&mut out)),
+        sequences: Sequences::new("attention", batch, [T, rows, capacity])?,
+        heads,
+        kv_heads,
+        size,
+        capacity,
+        vectors: Vectors::widest(),
+    };
+    if parallel(pieces.work()) {
+        pieces.deal(pool()?)
+    } else {
+        pieces.here()
     }
     Ok(())
 }
@@ -385,30 +365,57 @@ struct CheckedSequence {
     row: usize,
 }
 
-/// The sequences of a batch of so many tokens, beside a cache of so many rows and places in each.
-fn sequences<'a>(
-    kernel: &'static str,
-    batch: Ragged<'a, Cpu>,
-    [tokens, rows, capacity]: [usize; 3],
-) -> Result<impl Iterator<Item = CheckedSequence> + 'a> {
-    let (offsets, lens, places) = (read::<u32>(batch.q_offsets), read::<u32>(batch.kv_lens), read::<u32>(batch.rows));
-    let sequences = lens.len();
-    let consistent = offsets[0] == 0 && offsets[sequences] as usize == tokens && offsets.is_sorted();
-    check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {sequences} lengths"))?;
-    let sequence = |i: usize| CheckedSequence {
-        tokens: offsets[i] as usize..offsets[i + 1] as usize,
-        kv_len: lens[i] as usize,
-        row: places[i] as usize,
-    };
-    for s in (0..sequences).map(sequence) {
-        check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
-            format!(
-                "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
-                s.tokens.len(),
-                s.row,
-                s.kv_len
-            )
-        })?;
+impl CheckedSequence {
+    /// The places in the cache that the token sees, of this number among the new ones.
+    fn sees(&self, token: usize, window: Option<usize>) -> Range<usize> {
+        let end = self.kv_len - self.tokens.len() + token + 1;
+        window.map_or(0, |window| end.saturating_sub(window))..end
     }
-    Ok((0..sequences).map(sequence))
+}
+
+/// The sequences of a batch, checked.
+#[derive(Clone, Copy)]
+struct Sequences<'a> {
+    offsets: &'a [u32],
+    lens: &'a [u32],
+    rows: &'a [u32],
+}
+
+impl<'a> Sequences<'a> {
+    /// Those of a batch of so many tokens, beside a cache of so many rows and places in each.
+    fn new(kernel: &'static str, batch: Ragged<'a, Cpu>, [tokens, rows, capacity]: [usize; 3]) -> Result<Self> {
+        let all = Self { offsets: read(batch.q_offsets), lens: read(batch.kv_lens), rows: read(batch.rows) };
+        let (offsets, count) = (all.offsets, all.len());
+        let consistent = offsets[0] == 0 && offsets[count] as usize == tokens && offsets.is_sorted();
+        check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {count} lengths"))?;
+        for s in all.iter() {
+            check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
+                format!(
+                    "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
+                    s.tokens.len(),
+                    s.row,
+                    s.kv_len
+                )
+            })?;
+        }
+        Ok(all)
+    }
+
+    fn len(&self) -> usize {
+        self.lens.len()
+    }
+
+    /// Tokens of all of them.
+    fn tokens(&self) -> usize {
+        self.offsets[self.len()] as usize
+    }
+
+    fn get(&self, number: usize) -> CheckedSequence {
+        let [start, end] = [number, number + 1].map(|at| self.offsets[at] as usize);
+        CheckedSequence { tokens: start..end, kv_len: self.lens[number] as usize, row: self.rows[number] as usize }
+    }
+
+    fn iter(self) -> impl Iterator<Item = CheckedSequence> + 'a {
+        (0..self.len()).map(move |number| self.get(number))
+    }
 }

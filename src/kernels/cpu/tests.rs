@@ -1,6 +1,8 @@
 //! Each set of instructions against formulas in f64, and bits that must not depend on the company. `tests/kernels.rs` has what
 //! the widest computes for every shape.
 
+mod attention;
+
 use std::{
     panic::catch_unwind,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
@@ -14,10 +16,7 @@ use super::{
     pool::Pool,
     *,
 };
-use crate::{
-    dtype::convert,
-    kernels::{AttentionMask, RopeLayout},
-};
+use crate::{dtype::convert, kernels::RopeLayout};
 
 fn floats(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.f32() * 2.0 - 1.0).collect()
@@ -76,45 +75,6 @@ fn the_bits_of_a_product_depend_neither_on_the_other_tokens_nor_on_the_other_row
             }
         }
     });
-}
-
-/// Attention of one sequence of `before + new` tokens, for some of its queries.
-fn attend(vectors: Vectors, [q, keys, values]: &[Vec<f32>; 3], mask: AttentionMask, queries: Range<usize>) -> Vec<f32> {
-    let (group, size, kv_len, tokens) = (3, 40, 201, 20);
-    let mut out = vec![f32::NAN; q.len()];
-    let sequence = CheckedSequence { tokens: 0..tokens, kv_len, row: 0 };
-    vectors.run(Queries {
-        q,
-        keys,
-        values,
-        mask,
-        out: Parts::new(&mut out),
-        sequence: &sequence,
-        heads: (0, group),
-        all_heads: group,
-        size,
-        queries,
-    });
-    out
-}
-
-#[test]
-fn every_set_of_instructions_attends_alike_and_bits_do_not_depend_on_the_other_queries() {
-    let mut rng = fastrand::Rng::new();
-    let of = [20 * 3 * 40, 201 * 40, 201 * 40].map(|count| floats(&mut rng, count));
-    for (window, soft_cap) in [(None, None), (Some(70), Some(0.7)), (Some(1), None)] {
-        let mask = AttentionMask { scale: 1.5, window, soft_cap };
-        let plain = attend(Vectors::Plain, &of, mask, 5..28);
-        for vectors in Vectors::all() {
-            let together = attend(vectors, &of, mask, 5..28);
-            for query in 5..28 {
-                let (alone, part) = (attend(vectors, &of, mask, query..query + 1), query * 40..(query + 1) * 40);
-                assert_eq!(alone[part.clone()], together[part.clone()], "{vectors:?}, query {query}");
-                let off = plain[part.clone()].iter().zip(&alone[part]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(off < 2e-6, "{vectors:?}, query {query}: {off}");
-            }
-        }
-    }
 }
 
 #[test]

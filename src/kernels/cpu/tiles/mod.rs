@@ -19,7 +19,7 @@ use std::{
 
 use half::bf16;
 
-use super::{Parts, deal, for_ranges, parallel, pool::pool, product::Product};
+use super::{Parts, for_ranges, parallel, pool::pool, product::Product};
 use crate::{arena::Arena, error::Result};
 pub(super) use amx::Amx;
 use parts::{first, quiet, rest, transposed, upper_halves};
@@ -141,6 +141,16 @@ pub(super) unsafe fn multiply<T: Tiles>(
             unsafe { share.multiply(tiles, row..n.min(row + rows), group..groups.min(group + high)) };
         };
         deal(n.div_ceil(rows) * wide, work, one)?;
+    }
+    Ok(())
+}
+
+/// Calls `f` with each number below `pieces`, in parallel if that pays for so much work in all.
+fn deal(pieces: usize, work: usize, f: impl Fn(usize) + Sync) -> Result<()> {
+    if parallel(work) {
+        pool()?.deal(pieces, f);
+    } else {
+        (0..pieces).for_each(f);
     }
     Ok(())
 }
