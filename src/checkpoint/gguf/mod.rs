@@ -23,7 +23,6 @@ use types::Type;
 
 use super::{StoredTensor, Unreadable, bytes_within};
 use crate::{
-    dtype::DType,
     error::{Error, Result},
     files,
 };
@@ -346,12 +345,16 @@ impl Gguf {
     }
 
     /// Whether it has a tensor of this name.
+    #[cfg(feature = "model")]
     pub(crate) fn stores(&self, name: &str) -> bool {
         self.tensors.iter().any(|(_, record)| record.name == name)
     }
 
     /// The numbers of a small vector of F32, such as factors of frequencies; `None` if there is no such tensor.
+    #[cfg(feature = "model")]
     pub(crate) fn vector(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        use crate::dtype::DType;
+
         const MOST: usize = 1 << 16;
         let Some((part, record)) = self.tensors.iter().find(|(_, record)| record.name == name) else { return Ok(None) };
         let is_vector = record.shape.len() == 1 && record.shape[0] <= MOST;
