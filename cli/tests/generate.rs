@@ -414,6 +414,21 @@ fn bad_arguments_are_refused_by_name() {
     }
 }
 
+#[test]
+fn settings_of_the_environment_are_refused_by_name() {
+    let has_amx = fs::read_to_string("/proc/cpuinfo").is_ok_and(|said| said.contains("amx_bf16"));
+    let mut cases = vec![("LAYER_STREAMER_THREADS", "0"), ("LAYER_STREAMER_THREADS", "many")];
+    if cfg!(target_arch = "x86_64") {
+        cases.push(("LAYER_STREAMER_AMX", "2"));
+        cases.extend((!has_amx).then_some(("LAYER_STREAMER_AMX", "1")));
+    }
+    for (name, value) in cases {
+        let done = on_cpu("generate").env(name, value).arg("4096=").output().unwrap();
+        assert!(!done.status.success() && done.stdout.is_empty(), "{name}={value} was not refused");
+        assert_says(&text(&done.stderr), &[name, &format!("is {value}")]);
+    }
+}
+
 /// Spoils a copy of the speller and returns what is said of it.
 fn spoiled(spoil: impl FnOnce(&Path)) -> String {
     let folder = copy_of(&speller());
