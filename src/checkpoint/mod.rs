@@ -196,8 +196,8 @@ impl Checkpoint {
     /// [`Error::Io`] where a file cannot be read, [`Error::Checkpoint`] where one is malformed, naming file and tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        if gguf::is_one_file(path) {
-            return Self::of_gguf(&gguf::Gguf::open(path)?);
+        if let Some(file) = gguf::Gguf::if_file(path)? {
+            return Self::of_gguf(&file);
         }
         let folder::Found { tensors, packed, unreadable } = folder::read(path)?;
         Self::readable(path, tensors, unreadable)?.with_packed(packed)

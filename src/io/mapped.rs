@@ -14,7 +14,13 @@ use crate::{
     plan::{CachePolicy, Tier},
 };
 
+/// What a huge page has on most machines, in bytes.
+pub(crate) const HUGE: usize = 2 << 20;
+
 /// The files of one unit, mapped as a slot in RAM would hold its bytes.
+///
+/// The page cache may hold a file in huge pages. A processor sees them as such only where an address lies in its huge page as the
+/// byte does in the file's: so the longest extent is placed. Sums of such a mapping take half of the time.
 ///
 /// What is used so counts as memory of the process, so it is for units that are kept, in place of the memory that is planned for them. A
 /// page that the page cache gives up is read anew where it is touched, which is right but slow: whoever uses the
@@ -22,6 +28,9 @@ use crate::{
 /// (SIGBUS), as with any mapping.
 pub(crate) struct MappedUnit {
     map: MmapRaw,
+    /// Where the unit begins in it, and its length.
+    at: usize,
+    bytes: usize,
     /// Its pages are known to the processor, unless the page cache gave some up since.
     populated: AtomicBool,
 }
@@ -41,24 +50,27 @@ impl MappedUnit {
     }
 
     fn map(sources: &[Source], unit: &UnitLayout) -> io::Result<Self> {
-        let map: MmapRaw = MmapOptions::new().len(unit.host_bytes).no_reserve_swap().map_anon()?.into();
+        let map: MmapRaw = MmapOptions::new().len(unit.host_bytes + HUGE).no_reserve_swap().map_anon()?.into();
+        let longest = unit.extents.iter().max_by_key(|extent| extent.len);
+        let wanted = longest.map_or(0, |extent| (extent.offset as usize).wrapping_sub(extent.at));
+        let at = wanted.wrapping_sub(map.as_ptr().addr()) % HUGE;
         for extent in &unit.extents {
             let (file, offset) = (sources[extent.file].buffered.as_raw_fd(), extent.offset as libc::off_t);
             // SAFETY: extents lie in a slot's bytes, for which room was reserved above that nobody else knows.
             let mapped = unsafe {
-                let at = map.as_mut_ptr().add(extent.at).cast();
-                libc::mmap(at, extent.len, libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED, file, offset)
+                let to = map.as_mut_ptr().add(at + extent.at).cast();
+                libc::mmap(to, extent.len, libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED, file, offset)
             };
             if mapped == libc::MAP_FAILED {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(Self { map, populated: AtomicBool::new(false) })
+        Ok(Self { map, at, bytes: unit.host_bytes, populated: AtomicBool::new(false) })
     }
 
     /// Where it begins.
     pub(crate) fn start(&self) -> *mut u8 {
-        self.map.as_mut_ptr()
+        self.map.as_mut_ptr().wrapping_add(self.at)
     }
 
     /// Whether the page cache holds all of it, so that it can be used now.
@@ -75,6 +87,6 @@ impl MappedUnit {
 
     /// Makes the pages known to the processor at once, which costs less than a fault for each, and tells of any that cannot be had.
     fn populate(&self) -> bool {
-        self.map.advise(Advice::PopulateRead).is_ok()
+        self.map.advise_range(Advice::PopulateRead, self.at, self.bytes).is_ok()
     }
 }

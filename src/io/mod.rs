@@ -30,6 +30,8 @@ use std::{
 
 pub(crate) use blocks::{BlockReader, ReadBlock};
 pub(crate) use engine::Engine;
+#[cfg(test)]
+pub(crate) use mapped::HUGE;
 pub(crate) use mapped::MappedUnit;
 
 use crate::{

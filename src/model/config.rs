@@ -22,7 +22,7 @@ pub use rope::Rope;
 use serde_json::{Map, Value};
 
 use crate::{
-    checkpoint::gguf::{Gguf, is_one_file},
+    checkpoint::gguf::Gguf,
     error::{Error, Result},
     kernels::RopeLayout,
 };
@@ -143,8 +143,8 @@ impl ModelConfig {
     /// of another family, or one with features that are not computed here.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let folder = path.as_ref();
-        if is_one_file(folder) {
-            return Self::of_gguf(&Gguf::open(folder)?);
+        if let Some(file) = Gguf::if_file(folder)? {
+            return Self::of_gguf(&file);
         }
         let path = folder.join("config.json");
         let config = keys::read(&path)?;

@@ -9,10 +9,7 @@ use super::{
     tables::Tables,
 };
 use crate::{
-    checkpoint::{
-        Checkpoint, TensorEntry,
-        gguf::{self, Gguf},
-    },
+    checkpoint::{Checkpoint, TensorEntry, gguf::Gguf},
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
@@ -80,8 +77,7 @@ impl Model {
     /// [`Error::Checkpoint`], [`Error::Io`] or [`Error::Unsupported`], naming file and tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        if gguf::is_one_file(path) {
-            let file = Gguf::open(path)?;
+        if let Some(file) = Gguf::if_file(path)? {
             return Self::of(path, "the file's metadata", ModelConfig::of_gguf(&file)?, Checkpoint::of_gguf(&file)?);
         }
         let config = ModelConfig::read(path).map_err(|error| without_config(path, error))?;

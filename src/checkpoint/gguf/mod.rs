@@ -156,11 +156,6 @@ struct Part {
     length: u64,
 }
 
-/// Whether this is a file that can be a model, not a folder.
-pub(crate) fn is_one_file(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
-}
-
 impl Gguf {
     /// Reads what the file says, but for lists. Of a split file it is the first part that must be named; the others lie beside it.
     ///
@@ -183,6 +178,12 @@ impl Gguf {
             }
         }
         Ok(found)
+    }
+
+    /// The same where `path` is a file, and no folder.
+    pub(crate) fn if_file(path: &Path) -> Result<Option<Self>> {
+        let is_file = fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
+        is_file.then(|| Self::open(path)).transpose()
     }
 
     fn take(&mut self, path: &Path, length: u64, records: Vec<Record>) {

@@ -166,8 +166,8 @@ impl Lanes for Avx512 {
     }
 }
 
-/// A mask of the first `count` lanes, fewer than sixteen.
+/// A mask of the first `count` of sixteen lanes, or of all.
 #[inline(always)]
-fn first(count: usize) -> __mmask16 {
-    (1 << count) - 1
+pub(super) fn first(count: usize) -> __mmask16 {
+    ((1u32 << count.min(16)) - 1) as __mmask16
 }

@@ -8,7 +8,11 @@ use std::{
 };
 
 use super::*;
-use crate::{device::Cpu, io::is_cached, layout::PAGE};
+use crate::{
+    device::Cpu,
+    io::{HUGE, is_cached},
+    layout::PAGE,
+};
 
 /// Units that are used in place, each in pages of its own.
 fn aligned() -> Fixture {
@@ -92,6 +96,29 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
         let mapped = streamer.stats().mapped_bytes;
         assert!(!direct || mapped == 0, "{tier}: {mapped}");
     }
+}
+
+#[test]
+fn mapped_files_lie_in_huge_pages_as_the_page_cache_has_them() {
+    let mut fixture = aligned();
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Gpu));
+    if !warm(&fixture) {
+        return;
+    }
+    let (mut streamer, mut number) = (streamer(&fixture, CachePolicy::Auto), 0);
+    let extents: Vec<_> = streamer.plan().units.iter().map(|unit| unit.extents.len()).collect();
+    let pass = streamer.run_pass(&Cpu.stream().unwrap(), 0, |checked, layer| {
+        let (arrivals, mut checked) = (fixture.units[number].arrivals(), checked);
+        for arrival in arrivals.iter().filter(|_| extents[number] == 1) {
+            let (_, at) = fixture.checkpoint.location(&arrival.inputs[0]).unwrap();
+            let address = layer.tensor(&arrival.output)?.ptr().as_ptr().addr();
+            assert_eq!(address % HUGE, at as usize % HUGE, "{}", arrival.output);
+            checked += 1;
+        }
+        number += 1;
+        Ok::<_, Error>(checked)
+    });
+    assert!(pass.unwrap() > 0 && streamer.stats().mapped_bytes > 0);
 }
 
 #[test]

@@ -19,10 +19,10 @@ use std::{
 
 use half::bf16;
 
-use super::{Parts, for_ranges, parallel, pool::pool, product::Product};
+use super::{Parts, for_ranges, parallel, pool::pool, product::Product, x86::first};
 use crate::{arena::Arena, error::Result};
 pub(super) use amx::Amx;
-use parts::{first, quiet, rest, transposed, upper_halves};
+use parts::{quiet, rest, transposed, upper_halves};
 pub(super) use twin::Twin;
 
 /// Rows of a weight, and tokens, that a tile has.
@@ -257,39 +257,41 @@ impl Share<'_> {
     unsafe fn block<T: Tiles>(&self, tiles: T, rows: Range<usize>, steps: Range<usize>, groups: Range<usize>) {
         let k = self.product.k;
         let whole = steps.start..steps.end.min(k / STEP);
-        let step_words = words_of_a_step(self.width);
-        let mut sums = [const { Tile([[0.0; SIDE]; SIDE]) }; 4];
-        let block = Block {
-            weights: self.weight[rows.start * k + whole.start * STEP..].as_ptr(),
-            stride: k * size_of::<bf16>(),
-            rows: rows.len(),
-            x: self.parts.start.wrapping_add(groups.start * self.group + whole.start * step_words),
-            group: if groups.len() > 1 { self.group } else { 0 },
-            width: self.width,
-            steps: whole.len(),
-            ahead: ptr::null(),
+        let end = whole.end..steps.end;
+        // Of one group: a group's weights are in a cache by the second.
+        let fetches = self.tokens.len() <= SIDE;
+        let compute = |weights: *const bf16, stride: usize, steps: Range<usize>, ahead: *const bf16| {
+            let step = groups.start * self.group + steps.start * words_of_a_step(self.width);
+            let block = Block {
+                weights,
+                stride,
+                rows: rows.len(),
+                x: self.parts.start.wrapping_add(step),
+                group: if groups.len() > 1 { self.group } else { 0 },
+                width: self.width,
+                steps: steps.len(),
+                ahead,
+            };
+            let mut sums = [const { Tile([[0.0; SIDE]; SIDE]) }; 4];
+            // SAFETY: so many steps of these rows lie at `weights`, and of these groups in the scratch; the caller promises the
+            // columns, and where there are tiles there is AVX-512.
+            unsafe {
+                tiles.multiply(&block, &mut sums);
+                self.add(&sums, rows.clone(), groups.clone(), steps.start == 0);
+            }
         };
         if !whole.is_empty() {
-            // Of one group: a group's weights are in a cache by the second.
             let ahead = self.weight.as_ptr().wrapping_add((rows.start + ROWS) * k + ROWS * whole.start * STEP);
-            let block = Block { ahead: if self.tokens.len() <= SIDE { ahead } else { ptr::null() }, ..block };
-            // SAFETY: so many steps of these rows lie in the weight, and of these groups in the scratch.
-            unsafe { tiles.multiply(&block, &mut sums) };
-            // SAFETY: the caller promises the columns; where there are tiles there is AVX-512.
-            unsafe { self.add(&sums, rows.clone(), groups.clone(), whole.start == 0) };
+            let weights = self.weight[rows.start * k + whole.start * STEP..].as_ptr();
+            compute(weights, k * size_of::<bf16>(), whole, if fetches { ahead } else { ptr::null() });
         }
-        if whole.end < steps.end {
+        if !end.is_empty() {
             let mut ends = [[bf16::ZERO; STEP]; ROWS];
-            for (row, end) in rows.clone().zip(&mut ends) {
-                let left = &self.weight[row * k..(row + 1) * k][whole.end * STEP..];
-                end[..left.len()].copy_from_slice(left);
+            for (row, padded) in rows.clone().zip(&mut ends) {
+                let left = &self.weight[row * k..(row + 1) * k][end.start * STEP..];
+                padded[..left.len()].copy_from_slice(left);
             }
-            let x = block.x.wrapping_add(whole.len() * step_words);
-            let block = Block { weights: ends.as_ptr().cast(), stride: size_of_val(&ends[0]), x, steps: 1, ..block };
-            // SAFETY: the ends of these rows have a step, and the groups have their last one in the scratch.
-            unsafe { tiles.multiply(&block, &mut sums) };
-            // SAFETY: as above.
-            unsafe { self.add(&sums, rows, groups, whole.end == 0) };
+            compute(ends.as_ptr().cast(), size_of_val(&ends[0]), end, ptr::null());
         }
     }
 

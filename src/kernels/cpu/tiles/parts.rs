@@ -4,11 +4,6 @@ use std::arch::x86_64::*;
 
 use super::SIDE;
 
-/// A mask of the first `count` of sixteen.
-pub(super) fn first(count: usize) -> __mmask16 {
-    ((1u32 << count.min(16)) - 1) as u16
-}
-
 /// The same, with NaN that its upper half shows too.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
