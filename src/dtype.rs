@@ -1,13 +1,17 @@
-//! Element types of stored tensors, by their safetensors names, and the conversions between them that a host can do.
+//! Element types of stored tensors, by their names in safetensors and GGUF files, and the conversions between them that a host can do.
+
+mod blocks;
 
 use std::fmt;
 
 use half::{bf16, f16};
 
-/// Element type of a tensor, named as in the safetensors format.
+/// Element type of a tensor, named as in the safetensors format; or a type of quantised weights in blocks, named as in GGUF files.
+/// Rows of such a tensor are whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "each variant is the type of that name")]
+#[allow(non_camel_case_types, reason = "these are the types' names")]
 pub enum DType {
     Bool,
     U8,
@@ -24,31 +28,57 @@ pub enum DType {
     U64,
     I64,
     F64,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    IQ4_NL,
+    IQ4_XS,
+    MXFP4,
 }
 
-/// Every type with its safetensors name and its size in bytes.
-const TABLE: [(DType, &str, usize); 15] = [
-    (DType::Bool, "BOOL", 1),
-    (DType::U8, "U8", 1),
-    (DType::I8, "I8", 1),
-    (DType::F8E4M3, "F8_E4M3", 1),
-    (DType::F8E5M2, "F8_E5M2", 1),
-    (DType::U16, "U16", 2),
-    (DType::I16, "I16", 2),
-    (DType::F16, "F16", 2),
-    (DType::BF16, "BF16", 2),
-    (DType::U32, "U32", 4),
-    (DType::I32, "I32", 4),
-    (DType::F32, "F32", 4),
-    (DType::U64, "U64", 8),
-    (DType::I64, "I64", 8),
-    (DType::F64, "F64", 8),
+/// Every type with its name, and the elements and bytes of a block: of one element, where each is stored by itself.
+const TABLE: [(DType, &str, usize, usize); 28] = [
+    (DType::Bool, "BOOL", 1, 1),
+    (DType::U8, "U8", 1, 1),
+    (DType::I8, "I8", 1, 1),
+    (DType::F8E4M3, "F8_E4M3", 1, 1),
+    (DType::F8E5M2, "F8_E5M2", 1, 1),
+    (DType::U16, "U16", 1, 2),
+    (DType::I16, "I16", 1, 2),
+    (DType::F16, "F16", 1, 2),
+    (DType::BF16, "BF16", 1, 2),
+    (DType::U32, "U32", 1, 4),
+    (DType::I32, "I32", 1, 4),
+    (DType::F32, "F32", 1, 4),
+    (DType::U64, "U64", 1, 8),
+    (DType::I64, "I64", 1, 8),
+    (DType::F64, "F64", 1, 8),
+    (DType::Q4_0, "Q4_0", 32, 18),
+    (DType::Q4_1, "Q4_1", 32, 20),
+    (DType::Q5_0, "Q5_0", 32, 22),
+    (DType::Q5_1, "Q5_1", 32, 24),
+    (DType::Q8_0, "Q8_0", 32, 34),
+    (DType::Q2_K, "Q2_K", 256, 84),
+    (DType::Q3_K, "Q3_K", 256, 110),
+    (DType::Q4_K, "Q4_K", 256, 144),
+    (DType::Q5_K, "Q5_K", 256, 176),
+    (DType::Q6_K, "Q6_K", 256, 210),
+    (DType::IQ4_NL, "IQ4_NL", 32, 18),
+    (DType::IQ4_XS, "IQ4_XS", 256, 136),
+    (DType::MXFP4, "MXFP4", 32, 17),
 ];
 
 impl DType {
     /// The type that safetensors calls `name`, or `None`.
     pub fn from_name(name: &str) -> Option<Self> {
-        TABLE.iter().find(|row| row.1 == name).map(|row| row.0)
+        TABLE.iter().find(|row| row.1 == name).map(|row| row.0).filter(|dtype| !dtype.is_blocks())
     }
 
     /// All types, in the order of their codes in C.
@@ -57,24 +87,52 @@ impl DType {
         TABLE.iter().map(|row| row.0)
     }
 
-    /// The safetensors name.
+    /// The name in safetensors files, or in GGUF files.
     pub fn name(self) -> &'static str {
         TABLE[self as usize].1
     }
 
-    /// Bytes of one element.
+    /// Bytes of one element, or of a block, where elements are in [blocks](Self::block_elements).
     pub const fn size(self) -> usize {
+        TABLE[self as usize].3
+    }
+
+    /// Elements of a block; 1 where each is stored by itself.
+    pub const fn block_elements(self) -> usize {
         TABLE[self as usize].2
     }
 
-    /// Bytes of a tensor of this type and `shape`, or `None` if that overflows.
+    /// Whether it is a type of quantised weights in blocks.
+    pub const fn is_blocks(self) -> bool {
+        self.block_elements() > 1
+    }
+
+    /// Bytes of so many elements: of whole blocks, which must be no more than can be addressed.
+    pub const fn bytes(self, elements: usize) -> usize {
+        elements / self.block_elements() * self.size()
+    }
+
+    /// Elements in so many bytes.
+    pub const fn elements(self, bytes: usize) -> usize {
+        bytes / self.size() * self.block_elements()
+    }
+
+    /// Its elements lie on multiples of so many bytes; blocks, which are read byte by byte, lie anywhere.
+    pub const fn align(self) -> usize {
+        if self.is_blocks() { 1 } else { self.size() }
+    }
+
+    /// Bytes of a tensor of this type and `shape`, or `None` if that overflows, or its rows are no whole blocks.
     pub fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        shape.iter().try_fold(1usize, |elements, &dim| elements.checked_mul(dim))?.checked_mul(self.size())
+        let elements = shape.iter().try_fold(1usize, |elements, &dim| elements.checked_mul(dim))?;
+        let whole = shape.last().copied().unwrap_or(1).is_multiple_of(self.block_elements());
+        if whole { (elements / self.block_elements()).checked_mul(self.size()) } else { None }
     }
 
     /// Whether this type can be converted to `to`, on arrival or by a kernel.
     pub fn converts_to(self, to: DType) -> bool {
-        matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3) && matches!(to, DType::F32 | DType::BF16)
+        let from = self.is_blocks() || matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F8E4M3);
+        from && matches!(to, DType::F32 | DType::BF16)
     }
 }
 
@@ -87,7 +145,7 @@ impl fmt::Display for DType {
 /// A Rust type whose values are the elements of a tensor.
 ///
 /// # Safety
-/// `DTYPE.size()` is the size of `Self`, and every bit pattern is a value.
+/// `DTYPE` is no type of blocks, `DTYPE.size()` is the size of `Self`, and every bit pattern is a value.
 pub unsafe trait Element: Copy + Send + Sync + 'static {
     /// The tensor type that stores `Self`.
     const DTYPE: DType;
@@ -97,7 +155,7 @@ macro_rules! elements {
     ($($rust:ty => $dtype:ident),*) => {$(
         // SAFETY: plain numbers of the size that TABLE states (asserted below), without invalid bit patterns.
         unsafe impl Element for $rust { const DTYPE: DType = DType::$dtype; }
-        const _: () = assert!(TABLE[DType::$dtype as usize].2 == size_of::<$rust>());
+        const _: () = assert!(DType::$dtype.size() == size_of::<$rust>() && !DType::$dtype.is_blocks());
     )*};
 }
 elements!(u8 => U8, u32 => U32, i64 => I64, f32 => F32, f16 => F16, bf16 => BF16);
@@ -111,9 +169,20 @@ elements!(u8 => U8, u32 => U32, i64 => I64, f32 => F32, f16 => F16, bf16 => BF16
 #[inline(always)]
 pub(crate) fn convert(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
     assert!(from == to || from.converts_to(to), "{from} to {to} is no conversion");
-    assert_eq!(src.len() / from.size(), dst.len() / to.size(), "conversion between different lengths");
+    assert_eq!(from.elements(src.len()), to.elements(dst.len()), "conversion between different lengths");
     match (from, to) {
         _ if from == to => dst.copy_from_slice(src),
+        _ if from.is_blocks() => {
+            let mut weights = [0.0; blocks::LARGE];
+            let weights = &mut weights[..from.block_elements()];
+            for (src, dst) in src.chunks_exact(from.size()).zip(dst.chunks_exact_mut(to.bytes(weights.len()))) {
+                blocks::expand(from, src, weights);
+                match to {
+                    DType::F32 => put(weights, dst, |weight| weight.to_le_bytes()),
+                    _ => put(weights, dst, |weight| f32_to_bf16(weight.to_bits()).to_le_bytes()),
+                }
+            }
+        }
         (DType::BF16, DType::F32) => map(src, dst, |b| (u32::from(u16::from_le_bytes(b)) << 16).to_le_bytes()),
         (DType::F16, DType::F32) => map(src, dst, |b| f16_to_f32(u16::from_le_bytes(b)).to_le_bytes()),
         (DType::F8E4M3, DType::F32) => map(src, dst, |[b]| f8e4m3_to_f32(b).to_le_bytes()),
@@ -129,6 +198,22 @@ fn map<const A: usize, const B: usize>(src: &[u8], dst: &mut [u8], f: impl Fn([u
     for (s, d) in src.as_chunks::<A>().0.iter().zip(dst.as_chunks_mut::<B>().0) {
         *d = f(*s);
     }
+}
+
+#[inline(always)]
+fn put<const B: usize>(weights: &[f32], dst: &mut [u8], f: impl Fn(f32) -> [u8; B]) {
+    for (weight, dst) in weights.iter().zip(dst.as_chunks_mut::<B>().0) {
+        *dst = f(*weight);
+    }
+}
+
+/// Expands blocks, of a type of blocks, to F32.
+///
+/// # Panics
+/// If the lengths disagree.
+#[inline(always)]
+pub(crate) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
+    blocks::expand(from, src, dst);
 }
 
 /// The bits of the nearest BF16, of a tie the even one; NaN becomes quiet.
@@ -174,9 +259,9 @@ mod tests {
 
     #[test]
     fn names_and_sizes_stand_at_their_own_rows() {
-        for (row, (dtype, name, size)) in TABLE.into_iter().enumerate() {
+        for (row, (dtype, name, elements, size)) in TABLE.into_iter().enumerate() {
             assert_eq!((dtype as usize, dtype.name(), dtype.size()), (row, name, size));
-            assert_eq!(DType::from_name(name), Some(dtype));
+            assert_eq!(DType::from_name(name), Some(dtype).filter(|_| elements == 1), "{name}");
         }
         assert_eq!(DType::from_name("F4"), None);
         assert_eq!(DType::F32.bytes_of(&[usize::MAX, 2]), None);

@@ -49,13 +49,17 @@ pub fn weights_fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
 
 /// Units that differ, of tensors from nothing up to `most` bytes, of several types, some packed, in any order in up to three files.
 pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
-    let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
+    let types = [
+        [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8],
+        [DType::I64, DType::Q4_1, DType::Q8_0, DType::Q6_K, DType::MXFP4],
+    ]
+    .concat();
     let mut unit = || -> Vec<_> {
         let tensors = 1 + rng.usize(..6);
         (0..tensors)
             .map(|_| {
                 let (dtype, scale) = (types[rng.usize(..types.len())], 1 + rng.usize(..most));
-                let count = rng.usize(..scale.max(2)) / dtype.size();
+                let count = dtype.elements(rng.usize(..scale.max(2)));
                 (dtype, count, dtype == DType::BF16 && count > 0 && count.is_multiple_of(2))
             })
             .collect()
@@ -106,7 +110,7 @@ fn lay_out(units: &[Vec<Wanted>], files: usize, rng: &mut fastrand::Rng) -> Fixt
             all_packed.insert(name.clone(), description);
             contents.push((file, offset, bytes));
         }
-        ends[file] = offset + (dtype.size() * count) as u64;
+        ends[file] = offset + dtype.bytes(count) as u64;
         table.insert(name.clone(), StoredTensor { name, file: files[file].clone(), offset, dtype, shape: vec![count] });
     }
     for (file, end) in files.iter().zip(ends) {
@@ -180,7 +184,7 @@ pub fn check(fixture: &Fixture, device: &Cpu, layer: &Layer<'_, Cpu>) {
         let tensor = layer.tensor(&arrival.output).unwrap();
         let (dtype, shape, bytes) = fixture.tensor(&arrival.inputs[0]);
         assert_eq!((tensor.dtype(), tensor.shape()), (dtype, shape.as_slice()));
-        assert!(tensor.ptr().as_ptr().addr().is_multiple_of(dtype.size()));
+        assert!(tensor.ptr().as_ptr().addr().is_multiple_of(dtype.align()));
         assert!(bytes_of(device, tensor) == bytes, "{} of {}", arrival.output, layer.name());
     }
 }

@@ -17,7 +17,8 @@ use crate::{
     packed::Description,
 };
 
-/// Element types. The names are those of the safetensors format.
+/// Element types. The names are those of the safetensors format; from LS_Q4_0 on, types of quantised weights in blocks, those of GGUF
+/// files.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "each is the type of that name")]
@@ -39,6 +40,19 @@ pub enum ls_dtype {
     LS_U64 = 13,
     LS_I64 = 14,
     LS_F64 = 15,
+    LS_Q4_0 = 16,
+    LS_Q4_1 = 17,
+    LS_Q5_0 = 18,
+    LS_Q5_1 = 19,
+    LS_Q8_0 = 20,
+    LS_Q2_K = 21,
+    LS_Q3_K = 22,
+    LS_Q4_K = 23,
+    LS_Q5_K = 24,
+    LS_Q6_K = 25,
+    LS_IQ4_NL = 26,
+    LS_IQ4_XS = 27,
+    LS_MXFP4 = 28,
 }
 
 /// The type's code.
@@ -260,10 +274,16 @@ pub unsafe extern "C" fn ls_checkpoint_stored_bytes(
     })
 }
 
-/// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
+/// Bytes of one element of an ls_dtype, or of one block of ls_dtype_block elements; 0 for a number that is none. From any thread.
 #[unsafe(no_mangle)]
 pub extern "C" fn ls_dtype_size(dtype: i32) -> usize {
     dtype_of(dtype, "dtype").map_or(0, DType::size)
+}
+
+/// Elements of one block of an ls_dtype: 1 where each is stored by itself; 0 for a number that is none. From any thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn ls_dtype_block(dtype: i32) -> usize {
+    dtype_of(dtype, "dtype").map_or(0, DType::block_elements)
 }
 
 #[cfg(test)]
@@ -275,8 +295,12 @@ mod tests {
         for (code, dtype) in (1..).zip(DType::all()) {
             assert_eq!((code_of(dtype), dtype_of(code, "").unwrap()), (code, dtype));
         }
-        assert_eq!((code_of(DType::F32), code_of(DType::F64)), (ls_dtype::LS_F32 as i32, ls_dtype::LS_F64 as i32));
-        for wrong in [0, -1, 16, i32::MIN, i32::MAX] {
+        for (dtype, code) in
+            [(DType::F32, ls_dtype::LS_F32), (DType::F64, ls_dtype::LS_F64), (DType::MXFP4, ls_dtype::LS_MXFP4)]
+        {
+            assert_eq!(code_of(dtype), code as i32);
+        }
+        for wrong in [0, -1, 29, i32::MIN, i32::MAX] {
             assert!(dtype_of(wrong, "").is_err());
         }
     }

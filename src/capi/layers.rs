@@ -53,7 +53,10 @@ impl ls_tensor {
         let shape = self.shape.get(..self.rank as usize);
         let shape = shape.ok_or_else(|| Failure::invalid(name, format!("its rank is {}, at most 8", self.rank)))?;
         if dtype.bytes_of(shape).is_none_or(|bytes| bytes > isize::MAX as usize) {
-            return Err(Failure::invalid(name, format!("{dtype} {shape:?} is more than can be addressed")));
+            return Err(Failure::invalid(
+                name,
+                format!("{dtype} {shape:?} is more than can be addressed, or no whole blocks"),
+            ));
         }
         Ok((dtype, shape))
     }
@@ -65,7 +68,7 @@ impl ls_tensor {
     pub(super) unsafe fn write<'a>(&self, name: &str) -> Result<TensorMut<'a, AnyDevice>> {
         let (dtype, shape) = self.kind(name)?;
         let data = place(self.data.cast::<u8>(), name)?.as_ptr();
-        if data.addr() % dtype.size() != 0 {
+        if data.addr() % dtype.align() != 0 {
             return Err(Failure::invalid(name, format!("its memory is not aligned for {dtype}")));
         }
         // SAFETY: the caller promised that the memory is there; type, length and alignment were checked above.
@@ -84,7 +87,7 @@ impl ls_tensor {
     }
 }
 
-/// How many bytes a tensor has: the product of its dimensions by ls_dtype_size. LS_INVALID where that is no tensor.
+/// How many bytes a tensor has: the product of its dimensions, by ls_dtype_block, by ls_dtype_size. LS_INVALID where that is no tensor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_tensor_bytes(tensor: *const ls_tensor, bytes: *mut usize) -> ls_status {
     ffi(|| {
@@ -92,7 +95,7 @@ pub unsafe extern "C" fn ls_tensor_bytes(tensor: *const ls_tensor, bytes: *mut u
         // SAFETY: the caller says that a tensor lies there; its own fields alone are read.
         let (dtype, shape) = unsafe { tensor.as_ref().kind("tensor")? };
         // SAFETY: it is not NULL, and the caller says that it may be written.
-        unsafe { to.write(dtype.size() * shape.iter().product::<usize>()) };
+        unsafe { to.write(dtype.bytes(shape.iter().product())) };
         Ok(())
     })
 }

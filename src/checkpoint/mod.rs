@@ -65,7 +65,7 @@ impl TensorEntry {
     fn rows(&self, start: usize, count: usize, width: usize) -> Self {
         let (before, bytes, packed) = match &self.packed {
             None => {
-                let row = width * self.dtype.size();
+                let row = self.dtype.bytes(width);
                 (start * row, count * row, None)
             }
             Some(packed) => {
@@ -172,7 +172,7 @@ impl Unreadable {
             Self::Type(file, dtype) => Error::tensor(&**file, name, format!("has the unknown type {dtype}")),
             Self::Blocks(file, stored, kind) => Error::Unsupported {
                 what: format!("{}: tensor {stored}: the type {kind}", file.display()),
-                remedy: "take a file of the model whose tensors are F32, F16 or BF16, or its safetensors version"
+                remedy: "take a file of the model in another type, such as Q4_K_M or Q8_0, or its safetensors version"
                     .into(),
             },
             Self::Twice(one, other) => {
@@ -394,7 +394,11 @@ fn bytes_within(
     length: u64,
 ) -> Result<usize> {
     let Some(bytes) = bytes.filter(|&bytes| bytes <= isize::MAX as usize) else {
-        return Err(Error::tensor(path, name, format!("{described} is more than can be addressed")));
+        return Err(Error::tensor(
+            path,
+            name,
+            format!("{described} is more than can be addressed, or has rows that are no whole blocks"),
+        ));
     };
     if offset.checked_add(bytes as u64).is_none_or(|end| end > length) {
         let cause = format!(

@@ -106,8 +106,8 @@ unsafe impl Device for Cpu {
         // SAFETY: the caller promised that both ranges are valid and apart; bytes have no alignment.
         let (src, dst) = unsafe {
             (
-                slice::from_raw_parts(from.as_ptr(), elements * from_type.size()),
-                slice::from_raw_parts_mut(to.as_ptr(), elements * to_type.size()),
+                slice::from_raw_parts(from.as_ptr(), from_type.bytes(elements)),
+                slice::from_raw_parts_mut(to.as_ptr(), to_type.bytes(elements)),
             )
         };
         dtype::convert(from_type, src, to_type, dst);

@@ -106,7 +106,7 @@ macro_rules! tensor_methods {
 
             /// Length in bytes.
             pub fn bytes(&self) -> usize {
-                self.elements() * self.dtype.size()
+                self.dtype.bytes(self.elements())
             }
         }
 

@@ -29,6 +29,8 @@ pub(super) enum Type {
     Cache,
     /// [`Precision::weight`]
     Weight,
+    /// The same; where weights are as stored, blocks of quantised ones too.
+    Matrix,
 }
 
 /// A dimension of a kernel. Its size is what the first tensor has that names it.
@@ -170,9 +172,10 @@ impl Fit {
             Type::ActivationOrF32 if found == DType::F32 => DType::F32,
             Type::Activation | Type::ActivationOrF32 => self.precision.activation,
             Type::Cache => self.precision.cache,
-            Type::Weight => {
+            Type::Weight | Type::Matrix => {
                 let holds = match self.precision.weight {
                     Some(dtype) => found == dtype,
+                    None if found.is_blocks() => matches!(dtype, Type::Matrix),
                     None => matches!(found, DType::F32 | DType::F16 | DType::BF16),
                 };
                 self.check(holds, || format!("weights of type {found}; convert them on arrival"))?;

@@ -35,7 +35,8 @@ pub struct Precision {
     pub activation: DType,
     /// The KV cache.
     pub cache: DType,
-    /// Weights, converted on arrival where they are stored otherwise; `None`: as stored, F32, F16 or BF16.
+    /// Weights, converted on arrival where they are stored otherwise; `None`: as stored, F32, F16 or BF16, and those of
+    /// [`linear`](Kernels::linear) and [`embed`](Kernels::embed) in blocks of quantised weights too.
     pub weight: Option<DType>,
 }
 

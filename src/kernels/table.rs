@@ -15,7 +15,7 @@
 macro_rules! kernels {
     ($then:ident) => {
         $then! {
-            /// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8E4M3 → F32 or BF16.
+            /// Converts `x` into `out`, of the same shape: F32, F16, BF16, F8E4M3 or blocks of quantised weights → F32 or BF16.
             cast Cast [] {
                 x: read Any [..],
                 out: write Any [..],
@@ -26,7 +26,7 @@ macro_rules! kernels {
             /// Looks up rows: `out[t] = table[ids[t]]`, with `table [V, H]` a weight, `ids [T]` U32, `out [T, H]` F32. Ids from
             /// `V` on are the caller's error: what they give is unspecified.
             embed Embed [V, H, T] {
-                table: read Weight [V, H],
+                table: read Matrix [V, H],
                 ids: read U32 [T],
                 out: write F32 [T, H],
             }
@@ -66,7 +66,7 @@ macro_rules! kernels {
             /// be F32 instead, for logits and for what [`rope`](Kernels::rope) takes.
             linear Linear [T, K, N] {
                 x: read Activation [T, K],
-                weight: read Weight [N, K],
+                weight: read Matrix [N, K],
                 bias: maybe Weight [N],
                 out: write ActivationOrF32 [T, N],
             }

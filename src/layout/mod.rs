@@ -10,8 +10,8 @@ pub(crate) use repack::{REPACK_ALIGN, Repacked};
 pub use stream::Sharing;
 pub(crate) use stream::{Rings, Space, StageLayout, Staging, StreamLayout, Tallies, Tally};
 #[cfg(test)]
-pub(crate) use unit::{Cast, MAX_GAP};
-pub(crate) use unit::{CopyRange, Extent, Placed, UnitLayout, Unpack};
+pub(crate) use unit::MAX_GAP;
+pub(crate) use unit::{Cast, CopyRange, Extent, Placed, UnitLayout, Unpack};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths (bytes); also the page size.
 pub(crate) const PAGE: usize = 4096;

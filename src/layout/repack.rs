@@ -34,7 +34,7 @@ impl UnitLayout {
         for tensor in &self.tensors {
             let (stored, weights) = match &tensor.stored {
                 stored if tensor.can_pack() => (packed::expected_bytes(stored.elements()), stored.bytes),
-                stored if stored.packed.is_some() => (stored.bytes, stored.elements() * DType::BF16.size()),
+                stored if stored.packed.is_some() => (stored.bytes, DType::BF16.bytes(stored.elements())),
                 stored => (stored.bytes, 0),
             };
             let stored = stored.checked_next_multiple_of(REPACK_ALIGN).unwrap_or(usize::MAX);

@@ -96,19 +96,31 @@ pub(crate) struct Cast {
 impl Cast {
     /// Bytes before the cast.
     pub(crate) fn bytes(&self) -> usize {
-        self.elements * self.from_type.size()
+        self.from_type.bytes(self.elements)
     }
 
-    /// The elements that begin in `window`, a range of the host slot, in pieces of up to `block_bytes` before the cast.
+    /// Bytes after it.
+    pub(crate) fn bytes_after(&self) -> usize {
+        self.to_type.bytes(self.elements)
+    }
+
+    /// Whether it is kept as it is stored where packed tensors are, and cast from there: if that is less.
+    pub(crate) fn is_kept_stored(&self) -> bool {
+        self.bytes() < self.bytes_after()
+    }
+
+    /// The elements that begin in `window`, a range of the host slot, whole blocks of them, in pieces of up to `block_bytes` before the
+    /// cast.
     pub(crate) fn pieces(&self, window: &Range<usize>, block_bytes: usize) -> impl Iterator<Item = Self> {
-        let (cast, from_size, to_size) = (*self, self.from_type.size(), self.to_type.size());
-        let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(from_size).min(cast.elements);
-        let (first, end, most) = (begin_before(window.start), begin_before(window.end), block_bytes / from_size);
+        let (cast, size, elements) = (*self, self.from_type.size(), self.from_type.block_elements());
+        let to_size = self.to_type.bytes(elements);
+        let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(size).min(cast.elements / elements);
+        let (first, end, most) = (begin_before(window.start), begin_before(window.end), block_bytes / size);
         (first..end).step_by(most).map(move |start| Self {
-            from: cast.from + start * from_size,
+            from: cast.from + start * size,
             to: cast.to + start * to_size,
-            kept_at: cast.kept_at + start * to_size,
-            elements: most.min(end - start),
+            kept_at: cast.kept_at + start * if cast.is_kept_stored() { size } else { to_size },
+            elements: most.min(end - start) * elements,
             ..cast
         })
     }
@@ -242,8 +254,8 @@ impl UnitLayout {
         for (arrival, input, entry) in inputs {
             let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
             let elements = entry.elements();
-            let bytes = elements.checked_mul(dtype.size()).ok_or_else(too_large)?;
-            let kept_bytes = if entry.packed.is_some() { entry.bytes } else { bytes };
+            let bytes = dtype.bytes_of(&entry.shape).ok_or_else(too_large)?;
+            let kept_bytes = if entry.packed.is_some() { entry.bytes } else { entry.bytes.min(bytes) };
             let (at, kept_at) = on_device.push(bytes).zip(kept.push(kept_bytes)).ok_or_else(too_large)?;
             if elements > 0 {
                 let from = host_position(&extents, entry);
@@ -297,7 +309,7 @@ impl UnitLayout {
     /// Plans it for a device that computes in RAM. There the tiers are one, and a unit is used in place if all of its tensors arrive as
     /// they are stored, on boundaries of their elements.
     pub(crate) fn share_memory(&mut self) {
-        let lies_well = |tensor: &Placed| tensor.stored.offset.is_multiple_of(tensor.dtype.size() as u64);
+        let lies_well = |tensor: &Placed| tensor.stored.offset.is_multiple_of(tensor.dtype.align() as u64);
         self.in_place = self.disk_bytes > 0
             && self.casts.is_empty()
             && self.unpacks.is_empty()

@@ -28,6 +28,7 @@ pub(super) struct EmbeddingRows<D: Device> {
     packed: Option<PackedRows>,
     /// One row, and the same in the type that the table would have on the device: results do not depend on where it is.
     row: Vec<u8>,
+    width: usize,
     rounded: (DType, Vec<u8>),
     exchange: Exchange<D>,
 }
@@ -115,8 +116,9 @@ impl<D: Device> EmbeddingRows<D> {
             offset: entry.offset,
             dtype: entry.dtype,
             packed: entry.packed.clone().map(PackedRows::new),
-            row: vec![0; width * entry.dtype.size()],
-            rounded: (weight, vec![0; width * weight.size()]),
+            row: vec![0; entry.dtype.bytes(width)],
+            width,
+            rounded: (weight, vec![0; weight.bytes(width)]),
             exchange: Exchange::new(device, "embedding rows on their way", Self::words(tokens, width))?,
         };
         reader.state.check(&reader.file, &reader.path)?;
@@ -131,7 +133,7 @@ impl<D: Device> EmbeddingRows<D> {
         to: Region,
         stream: &D::Stream,
     ) -> Result<()> {
-        let (width, mut ids, mut first) = (self.row.len() / self.dtype.size(), ids.peekable(), 0);
+        let (width, mut ids, mut first) = (self.width, ids.peekable(), 0);
         while ids.peek().is_some() {
             let Self { file, name, path, offset, dtype, packed, row, rounded: (weight, rounded), exchange, .. } = self;
             let read = |bytes: &mut [u8], at: u64| {

@@ -47,7 +47,11 @@ impl<D: Device> Exchange<D> {
 
     /// Enqueues the copy of as many words as `to` has, from the first on.
     pub(super) fn send(&mut self, to: TensorMut<'_, D>, stream: &D::Stream) -> Result<()> {
-        assert!(to.dtype().size() == 4 && to.elements() <= self.words, "{to:?} for {} words", self.words);
+        assert!(
+            matches!(to.dtype(), DType::F32 | DType::U32) && to.elements() <= self.words,
+            "{to:?} for {} words",
+            self.words
+        );
         // SAFETY: both are `to.bytes()` long, by the assertion; the host touches and frees the slot only after it waited for `done`,
         // recorded behind the copy, and work on `to` is ordered by the stream.
         unsafe { self.device.copy_to_device(to.ptr(), self.host.slot(0).as_ptr(), to.bytes(), stream)? };

@@ -205,7 +205,8 @@ impl Needed<'_> {
             let cause = format!("{} calls for it, but the checkpoint lacks it", self.described_by);
             return Err(self.lacks(name, cause));
         };
-        if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        let of_blocks = dtype.is_blocks() && shape.len() == 2;
+        if !of_blocks && !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(match Packing::of(self.checkpoint, name) {
                 Some(packing) => packing.refusal(file, name),
                 None => {
@@ -242,13 +243,19 @@ fn converted(mut unit: Unit, precision: Precision) -> Unit {
 /// checkpoint that has their tensors.
 fn head_units(checkpoint: &Checkpoint, name: &str, layers: &[Unit]) -> Result<(Checkpoint, Vec<Unit>)> {
     let entry = checkpoint.entry(name)?;
-    let unpacked = |entry: &TensorEntry| entry.elements() * entry.dtype.size();
-    let bytes = |unit: &Unit| -> usize {
-        let inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
-        inputs.filter_map(|name| Some(unpacked(checkpoint.entry(name).ok()?))).sum()
+    let stored = |entry: &TensorEntry| entry.dtype.bytes(entry.elements());
+    let expanded =
+        |entry: &TensorEntry| if entry.dtype.is_blocks() { DType::BF16 } else { entry.dtype }.bytes(entry.elements());
+    let rows = entry.shape[0];
+    // No larger where blocks stay as they are, nor where they become BF16.
+    let most_by = |bytes: &dyn Fn(&TensorEntry) -> usize| {
+        let of_unit = |unit: &Unit| -> usize {
+            let inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
+            inputs.filter_map(|name| Some(bytes(checkpoint.entry(name).ok()?))).sum()
+        };
+        layers.iter().map(of_unit).max().unwrap_or(0) / (bytes(entry) / rows.max(1)).max(1)
     };
-    let (largest, rows) = (layers.iter().map(bytes).max().unwrap_or(0), entry.shape[0]);
-    let most = (largest / (unpacked(entry) / rows.max(1)).max(1)).clamp(1, rows.max(1));
+    let most = most_by(&stored).min(most_by(&expanded)).clamp(1, rows.max(1));
     // A multiple of this where that is possible, so that parts of the logits start on good boundaries.
     let step = if most < 64 { 1 } else { 64 };
     let most = most / step * step;

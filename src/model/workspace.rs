@@ -64,7 +64,7 @@ impl<D: Device> Workspace<D> {
     pub(super) fn write(&self, region: Region, skip: usize, shape: &[usize]) -> Result<TensorMut<'_, D>> {
         let shape = Shape::new(shape)?;
         assert!(skip + shape.elements() <= region.elements, "{shape:?} from {skip} on in {region:?}");
-        let ptr = self.device.address(&self.memory).offset(region.at + skip * region.dtype.size());
+        let ptr = self.device.address(&self.memory).offset(region.at + region.dtype.bytes(skip));
         // SAFETY: the assertion keeps the view inside the region, which is aligned and lies in this memory. Work on the memory is all on
         // the decoder's stream, in order, and the memory stays until that is done, as every device promises.
         Ok(unsafe { TensorMut::from_raw(ptr, region.dtype, shape) })

@@ -17,17 +17,24 @@ use std::{ffi::CStr, ops::Range, sync::Arc};
 use crate::{
     device::{Device, DevicePtr},
     error::Result,
-    layout::{Staging, UnitLayout, Unpack},
+    layout::{Cast, Staging, UnitLayout, Unpack},
     pipeline::reports::Reports,
 };
 
-/// In what form a unit's packed tensors arrive.
+/// In what form those of a unit's tensors arrive that are packed, or less than what they are cast to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
-    /// Unpacked.
+    /// Unpacked and cast.
     Plain,
     /// As they are, for [`Tier::GpuPacked`](crate::plan::Tier::GpuPacked).
     Packed,
+}
+
+impl Form {
+    /// Whether what is cast arrives as it is.
+    fn keeps(self, cast: &Cast) -> bool {
+        self == Self::Packed && cast.is_kept_stored()
+    }
 }
 
 /// The streams that tensors arrive by, and what they pass through on their way.
@@ -131,7 +138,15 @@ impl<D: Device> ArrivalStream<D> {
                 }
             }
         }
-        for piece in unit.casts.iter().flat_map(|cast| cast.pieces(&window, block_bytes)) {
+        for cast in unit.casts.iter().filter(|cast| form.keeps(cast)) {
+            // SAFETY: as for packed tensors above.
+            unsafe {
+                let (from, to) = (source.add(cast.from - window.start), target.offset(cast.kept_at));
+                self.device.copy_to_device(to, from, cast.bytes(), &self.stream)?;
+            }
+        }
+        let changing = unit.casts.iter().filter(|cast| !form.keeps(cast));
+        for piece in changing.flat_map(|cast| cast.pieces(&window, block_bytes)) {
             // SAFETY: the elements lie at `source` and fit into a block, and the result lies in the unit; the rest is the caller's.
             unsafe {
                 let (from, to) = (source.add(piece.from - window.start), place(piece.to, piece.kept_at));
@@ -151,11 +166,19 @@ impl<D: Device> ArrivalStream<D> {
     /// other.
     pub(super) unsafe fn unpack(&self, unit: &UnitLayout, kept: DevicePtr, target: DevicePtr) -> Result<()> {
         let copies = unit.copies.iter().map(|copy| (copy.kept_at, copy.to, copy.bytes));
-        let casts = unit.casts.iter().map(|cast| (cast.kept_at, cast.to, cast.elements * cast.to_type.size()));
-        for (from, to, bytes) in copies.chain(casts) {
+        let cast = unit.casts.iter().filter(|cast| !cast.is_kept_stored());
+        let cast = cast.map(|cast| (cast.kept_at, cast.to, cast.bytes_after()));
+        for (from, to, bytes) in copies.chain(cast) {
             // SAFETY: the plan placed the tensors there; the rest is the caller's.
             unsafe {
                 self.device.copy_on_device(target.offset(to), kept.offset(from), bytes, self.converting())?;
+            }
+        }
+        for cast in unit.casts.iter().filter(|cast| cast.is_kept_stored()) {
+            let (from, to) = (kept.offset(cast.kept_at), target.offset(cast.to));
+            // SAFETY: the plan placed the tensor there; the rest is the caller's.
+            unsafe {
+                self.device.cast_raw((to, cast.to_type), (from, cast.from_type), cast.elements, self.converting())?;
             }
         }
         for unpack in &unit.unpacks {
@@ -207,7 +230,7 @@ impl<D: Device> ArrivalStream<D> {
     /// Marks where all of `unit`, enqueued last in this form, has arrived.
     pub(super) fn record(&self, unit: &UnitLayout, form: Form, arrived: &D::Event) -> Result<()> {
         let unpacked = !unit.unpacks.is_empty() && form == Form::Plain && !self.device.memory_is_ram();
-        let staged = !unit.casts.is_empty() || unpacked;
+        let staged = unit.casts.iter().any(|cast| !form.keeps(cast)) || unpacked;
         match &self.staging {
             // No tensor that is staged is empty: the last waits for its own copy, which comes after all others.
             Some(staging) if staged => self.device.record(arrived, &staging.stream),

@@ -104,7 +104,7 @@ impl Case {
                 let (stored, _, bytes) = fixture.tensor(&arrival.inputs[0]);
                 let converts = stored.converts_to(DType::F32) && !fixture.packed.contains_key(&arrival.inputs[0]);
                 let to = if rng.u8(..3) == 0 && converts { DType::F32 } else { stored };
-                let mut arrived = vec![0; bytes.len() / stored.size() * to.size()];
+                let mut arrived = vec![0; to.bytes(stored.elements(bytes.len()))];
                 dtype::convert(stored, &bytes, to, &mut arrived);
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });

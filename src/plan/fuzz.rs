@@ -15,8 +15,21 @@ use crate::{
     packed::{self, Description},
 };
 
-const TYPES: [DType; 9] =
-    [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::Bool, DType::I64, DType::F64, DType::F8E5M2];
+const TYPES: [DType; 13] = [
+    DType::BF16,
+    DType::F16,
+    DType::F32,
+    DType::F8E4M3,
+    DType::U8,
+    DType::Bool,
+    DType::I64,
+    DType::F64,
+    DType::F8E5M2,
+    DType::Q4_K,
+    DType::Q8_0,
+    DType::Q6_K,
+    DType::MXFP4,
+];
 
 /// Files of any length.
 struct Holes(Vec<(File, PathBuf)>);
@@ -93,6 +106,10 @@ fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> (Vec<StoredT
             let mut dtype = TYPES[rng.usize(..TYPES.len())];
             let room = (i64::MAX as u64 - offset) as usize;
             let mut shape = shape(rng, most.min(room) / dtype.size(), careless);
+            if dtype.is_blocks() && !(careless && rng.u8(..30) == 0) {
+                let row = shape.pop().unwrap_or(1).saturating_mul(dtype.block_elements());
+                shape.push(row);
+            }
             let weights = dtype.bytes_of(&shape).unwrap_or(0) / 2;
             let packs = dtype == DType::BF16 && (1..1 << 24).contains(&weights) && rng.bool();
             let described = packs.then(|| description(rng, &shape));
@@ -201,7 +218,7 @@ fn expected(checkpoint: &Checkpoint, unit: &Unit, sharing: Sharing) -> (Tier, bo
         let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
         // Of nothing nothing is converted.
         let stays = entry.packed.is_none() && to == entry.dtype || entry.elements() == 0;
-        stays && entry.offset.is_multiple_of(to.size() as u64)
+        stays && entry.offset.is_multiple_of(to.align() as u64)
     };
     let some = unit.arrivals().iter().any(|arrival| checkpoint.entry(&arrival.inputs[0]).unwrap().bytes > 0);
     let in_place = some && unit.tier != Tier::PinnedPacked && unit.arrivals().iter().all(as_it_lies);
@@ -241,9 +258,9 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: 
         let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
         let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
         assert_eq!((placed.dtype, &placed.stored.shape), (to, &entry.shape));
-        assert!(aligned(placed.at, if plan.in_place { to.size() } else { DEVICE_ALIGN }));
+        assert!(aligned(placed.at, if plan.in_place { to.align() } else { DEVICE_ALIGN }));
         let elements = entry.elements();
-        places.push((placed.at, elements * to.size()));
+        places.push((placed.at, to.bytes(elements)));
         if elements == 0 {
             continue;
         }
@@ -339,8 +356,8 @@ fn check_parts(rng: &mut fastrand::Rng, unit: &UnitLayout) {
             pieces.extend(whole.pieces(&window, block_bytes).inspect(|piece| {
                 assert!(read.start <= piece.from && piece.from + piece.bytes() <= read.end, "{piece:?} of {part:?}");
                 assert!((1..=block_bytes).contains(&piece.bytes()), "{piece:?}");
-                let before = (piece.from - whole.from) / whole.from_type.size();
-                assert_eq!(piece.to, whole.to + before * whole.to_type.size());
+                let before = whole.from_type.elements(piece.from - whole.from);
+                assert_eq!(piece.to, whole.to + whole.to_type.bytes(before));
             }));
         }
     }

@@ -19,7 +19,6 @@ use std::{
 
 use names::Names;
 use reader::{Container, Reader, Record};
-use types::Type;
 
 use super::{StoredTensor, Unreadable, bytes_within};
 use crate::{
@@ -359,10 +358,10 @@ impl Gguf {
         const MOST: usize = 1 << 16;
         let Some((part, record)) = self.tensors.iter().find(|(_, record)| record.name == name) else { return Ok(None) };
         let is_vector = record.shape.len() == 1 && record.shape[0] <= MOST;
-        if !is_vector || Type::of(record.code).is_none_or(|kind| kind.dtype != DType::F32) {
+        if !is_vector || types::of(record.code) != Some(DType::F32) {
             return Err(Error::tensor(&*part.path, name, format!("is no vector of F32 of up to {MOST} elements")));
         }
-        let mut bytes = vec![0; record.shape[0] * DType::F32.size()];
+        let mut bytes = vec![0; DType::F32.bytes(record.shape[0])];
         let read = File::open(&part.path).and_then(|file| file.read_exact_at(&mut bytes, record.offset));
         read.map_err(Error::io("read", &*part.path))?;
         Ok(Some(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
@@ -374,12 +373,12 @@ impl Gguf {
         let (mut known, mut unreadable) = (Vec::with_capacity(self.tensors.len()), HashMap::new());
         for (Part { path, length }, Record { name, shape, code, offset }) in &self.tensors {
             let known_as = names.known_as(name);
-            let Some(kind) = Type::of(*code) else {
+            let Some(dtype) = types::of(*code) else {
                 unreadable.insert(known_as, Unreadable::Blocks(path.clone(), name.clone(), types::name_of(*code)));
                 continue;
             };
-            let (dtype, shape) = (kind.dtype, shape.clone());
-            bytes_within(path, name, kind.bytes_of(&shape), format_args!("{dtype} {shape:?}"), *offset, *length)?;
+            let shape = shape.clone();
+            bytes_within(path, name, dtype.bytes_of(&shape), format_args!("{dtype} {shape:?}"), *offset, *length)?;
             known.push(StoredTensor { name: known_as, file: path.to_path_buf(), offset: *offset, dtype, shape });
         }
         Ok((known, unreadable))

@@ -63,6 +63,23 @@ fn raw(tensor: TensorRef<'_, Cpu>) -> &[u8] {
     unsafe { slice::from_raw_parts(tensor.ptr().as_ptr(), tensor.bytes()) }
 }
 
+/// The weight of a product.
+#[derive(Clone, Copy)]
+enum Matrix<'a> {
+    Plain(Weight<'a>),
+    /// Of this type of blocks.
+    Blocks(DType, &'a [u8]),
+}
+
+impl<'a> Matrix<'a> {
+    fn new(tensor: TensorRef<'a, Cpu>) -> Self {
+        match tensor.dtype() {
+            dtype if dtype.is_blocks() => Self::Blocks(dtype, raw(tensor)),
+            _ => Self::Plain(Weight::new(tensor)),
+        }
+    }
+}
+
 /// A weight, read one element or one row at a time as F32.
 #[derive(Clone, Copy)]
 enum Weight<'a> {
@@ -123,7 +140,7 @@ fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [
 #[cfg(cuda_emulated)]
 pub(crate) fn product([tokens, k, n]: [usize; 3], x: &[f32], weight: &[f32], out: &mut [f32]) {
     assert_eq!(out.len(), tokens * n);
-    let product = Product { x, weight: Weight::F32(weight), bias: None, tokens, k, stride: n };
+    let product = Product { x, weight: Matrix::Plain(Weight::F32(weight)), bias: None, tokens, k, stride: n };
     // SAFETY: `out` has a row of `n` elements for each token, and is this call's.
     unsafe { product.rows(Vectors::widest(), 0..n, Parts::new(out)) };
 }
@@ -177,8 +194,8 @@ fn cast(Cast { x, out }: Cast<'_, Cpu>) -> Result<()> {
     for_ranges(count.div_ceil(SOME), count, |pieces| {
         let (first, end) = (pieces.start * SOME, count.min(pieces.end * SOME));
         // SAFETY: each piece is given to one thread only, and the output is this call's.
-        let dst = unsafe { dst.slice(first * to.size(), (end - first) * to.size()) };
-        vectors.run(Convert { from, src: &src[first * from.size()..end * from.size()], to, dst });
+        let dst = unsafe { dst.slice(to.bytes(first), to.bytes(end - first)) };
+        vectors.run(Convert { from, src: &src[from.bytes(first)..from.bytes(end)], to, dst });
     })
 }
 
@@ -202,11 +219,11 @@ fn rms_norm_in_place(RmsNormInPlace { mut x, weight, offset, eps, H: width }: Rm
 }
 
 fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_, Cpu>) -> Result<()> {
-    let (x, weight, bias) = (read::<f32>(x), Weight::new(weight), bias.map(Weight::new));
+    let (x, weight, bias) = (read::<f32>(x), Matrix::new(weight), bias.map(Weight::new));
     let (product, vectors) = (Product { x, weight, bias, tokens, k, stride: n }, Vectors::widest());
     let out = Parts::new(write::<f32>(&mut out));
     #[cfg(target_arch = "x86_64")]
-    if let (Weight::BF16(weight), Some(amx), true) = (weight, Amx::wanted()?, tiles::take(k)) {
+    if let (Matrix::Plain(Weight::BF16(weight)), Some(amx), true) = (weight, Amx::wanted()?, tiles::take(k)) {
         // SAFETY: `out` is [T, N], and this call's.
         return unsafe {
             match tokens {
@@ -320,7 +337,7 @@ fn argmax(Argmax { x, mut out, V: width, .. }: Argmax<'_, Cpu>) -> Result<()> {
 fn copy_rows(table: TensorRef<'_, Cpu>, indices: TensorRef<'_, Cpu>, mut out: TensorMut<'_, Cpu>) -> Result<()> {
     let (width, from, src, indices) = (out.shape()[1], table.dtype(), raw(table), read::<u32>(indices));
     let (rows, row_bytes, work, vectors) =
-        (table.shape()[0], width * from.size(), indices.len() * width, Vectors::widest());
+        (table.shape()[0], from.bytes(width), indices.len() * width, Vectors::widest());
     for_rows(write(&mut out), width, work, |row, out| {
         let src = &src[(indices[row] as usize).min(rows - 1) * row_bytes..][..row_bytes];
         // SAFETY: a row of F32 is that many bytes, and is borrowed mutably.

@@ -3,14 +3,15 @@
 //! An element's sum has the same order whatever the number of tokens and wherever its row and token lie: the lanes of a vector
 //! over [`BLOCK`] weights, then the lanes' sums over the blocks.
 
-use std::ops::Range;
+use std::{ops::Range, ptr};
 
 use half::{bf16, f16};
 
 use super::{
-    Parts, Weight,
+    Matrix, Parts, Weight,
     lanes::{Lanes, Stored, Vectors, Work},
 };
+use crate::dtype::{self, DType};
 
 /// Weights of a row that are multiplied at a time: six tokens' F32 and four rows of BF16 stay in a cache of 32 KiB.
 const BLOCK: usize = 768;
@@ -25,7 +26,7 @@ const ROWS: usize = 32;
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     pub(super) x: &'a [f32],
-    pub(super) weight: Weight<'a>,
+    pub(super) weight: Matrix<'a>,
     pub(super) bias: Option<Weight<'a>>,
     pub(super) tokens: usize,
     pub(super) k: usize,
@@ -61,85 +62,135 @@ impl Work for Columns<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         match self.product.weight {
-            Weight::F32(weight) => self.compute::<L, f32>(weight),
-            Weight::F16(weight) => self.compute::<L, f16>(weight),
-            Weight::BF16(weight) => self.compute::<L, bf16>(weight),
+            Matrix::Plain(Weight::F32(weight)) => self.compute::<L, f32>(weight),
+            Matrix::Plain(Weight::F16(weight)) => self.compute::<L, f16>(weight),
+            Matrix::Plain(Weight::BF16(weight)) => self.compute::<L, bf16>(weight),
+            Matrix::Blocks(dtype, weight) if self.product.tokens <= FEW => self.expand::<L, 4>(dtype, weight),
+            Matrix::Blocks(dtype, weight) => self.expand::<L, ROWS>(dtype, weight),
         }
     }
 }
 
+/// Some weights of some rows, which are `stride` weights apart.
+struct Panel<'a, W> {
+    weights: &'a [W],
+    stride: usize,
+    /// How much further on the weights are that are fetched meanwhile: four rows' worth. 0: none are.
+    ahead: usize,
+}
+
 impl Columns<'_> {
+    /// Calls `f` with the rows of each piece of `height` rows, and with each block of their weights.
     #[inline(always)]
-    fn compute<L: Lanes, W: Stored>(self, weight: &[W]) {
-        let Product { tokens, k, .. } = *self.product;
-        let weight = &weight[..self.rows.end * k];
-        assert_eq!(self.product.x.len(), tokens * k);
-        let height = if tokens <= FEW { 4 } else { ROWS };
+    fn blocks(&self, height: usize, mut f: impl FnMut(Range<usize>, Range<usize>)) {
+        let k = self.product.k;
         for first in self.rows.clone().step_by(height) {
             let rows = first..self.rows.end.min(first + height);
             // At least one block, which writes the bias.
             for start in (0..k.max(1)).step_by(BLOCK) {
-                let ks = start..k.min(start + BLOCK);
-                for token in (0..tokens).step_by(L::TOKENS) {
-                    self.block::<L, W>(weight, rows.clone(), ks.clone(), token..tokens.min(token + L::TOKENS));
-                }
+                f(rows.clone(), start..k.min(start + BLOCK));
             }
         }
     }
 
-    /// A block of some rows, for at most as many tokens as a tile has.
     #[inline(always)]
-    fn block<L: Lanes, W: Stored>(&self, weight: &[W], rows: Range<usize>, ks: Range<usize>, tokens: Range<usize>) {
-        let mut row = rows.start;
-        while row + 4 <= rows.end {
+    fn compute<L: Lanes, W: Stored>(self, weight: &[W]) {
+        let Product { tokens, k, .. } = *self.product;
+        let weight = &weight[..self.rows.end * k];
+        let height = if tokens <= FEW { 4 } else { ROWS };
+        self.blocks(height, |rows, ks| {
+            let weights = &weight[rows.start * k + ks.start..(rows.end * k).max(rows.start * k + ks.start)];
+            // Two tiles further on, in the order of addresses.
+            let ahead = if tokens <= FEW { 8 * k + 3 * ks.start } else { 0 };
+            self.all::<L, W>(Panel { weights, stride: k, ahead }, rows, ks);
+        });
+    }
+
+    /// The same with weights that are expanded, a block of H rows at a time: to the bits that they would have as F32.
+    #[inline(always)]
+    fn expand<L: Lanes, const H: usize>(self, dtype: DType, weight: &[u8]) {
+        let row_bytes = dtype.bytes(self.product.k);
+        let mut panel = [[0.0; BLOCK]; H];
+        self.blocks(H, |rows, ks| {
+            for (row, out) in rows.clone().zip(&mut panel) {
+                let blocks = &weight[row * row_bytes..][dtype.bytes(ks.start)..dtype.bytes(ks.end)];
+                dtype::expand(dtype, blocks, &mut out[..ks.len()]);
+            }
+            let weights = panel.as_flattened();
+            self.all::<L, f32>(Panel { weights, stride: BLOCK, ahead: 0 }, rows, ks);
+        });
+    }
+
+    /// A block of some rows, for all tokens.
+    #[inline(always)]
+    fn all<L: Lanes, W: Stored>(&self, panel: Panel<'_, W>, rows: Range<usize>, ks: Range<usize>) {
+        let tokens = self.product.tokens;
+        for token in (0..tokens).step_by(L::TOKENS) {
+            self.some::<L, W>(&panel, rows.clone(), &ks, token..tokens.min(token + L::TOKENS));
+        }
+    }
+
+    /// The same for at most as many tokens as a tile has.
+    #[inline(always)]
+    fn some<L: Lanes, W: Stored>(
+        &self,
+        panel: &Panel<'_, W>,
+        rows: Range<usize>,
+        ks: &Range<usize>,
+        tokens: Range<usize>,
+    ) {
+        let mut row = 0;
+        while row + 4 <= rows.len() {
             match tokens.len() {
-                6 => self.tile::<L, W, 4, 6>(weight, row, &ks, tokens.start),
-                5 => self.tile::<L, W, 4, 5>(weight, row, &ks, tokens.start),
-                4 => self.tile::<L, W, 4, 4>(weight, row, &ks, tokens.start),
-                3 => self.tile::<L, W, 4, 3>(weight, row, &ks, tokens.start),
-                2 => self.tile::<L, W, 4, 2>(weight, row, &ks, tokens.start),
-                _ => self.tile::<L, W, 4, 1>(weight, row, &ks, tokens.start),
+                6 => self.tile::<L, W, 4, 6>(panel, &rows, row, ks, tokens.start),
+                5 => self.tile::<L, W, 4, 5>(panel, &rows, row, ks, tokens.start),
+                4 => self.tile::<L, W, 4, 4>(panel, &rows, row, ks, tokens.start),
+                3 => self.tile::<L, W, 4, 3>(panel, &rows, row, ks, tokens.start),
+                2 => self.tile::<L, W, 4, 2>(panel, &rows, row, ks, tokens.start),
+                _ => self.tile::<L, W, 4, 1>(panel, &rows, row, ks, tokens.start),
             }
             row += 4;
         }
-        for row in row..rows.end {
-            tokens.clone().for_each(|token| self.tile::<L, W, 1, 1>(weight, row, &ks, token));
+        for row in row..rows.len() {
+            tokens.clone().for_each(|token| self.tile::<L, W, 1, 1>(panel, &rows, row, ks, token));
         }
     }
 
+    /// R rows of a panel, from number `row` on, by T tokens.
     #[inline(always)]
     fn tile<L: Lanes, W: Stored, const R: usize, const T: usize>(
         &self,
-        weight: &[W],
+        panel: &Panel<'_, W>,
+        rows: &Range<usize>,
         row: usize,
         ks: &Range<usize>,
         token: usize,
     ) {
-        let Product { x, bias, k, stride, tokens: all, .. } = *self.product;
-        // What the first of few tokens' tiles fetch is there for the others'.
-        let ahead = if all <= FEW && token == 0 { 8 * k } else { 0 };
-        let (weight, mut tokens) = (&weight[row * k..][..R * k], [x.as_ptr(); T]);
+        let Product { x, bias, k, stride, .. } = *self.product;
+        let weights = &panel.weights[row * panel.stride..][..(R - 1) * panel.stride + ks.len()];
+        let mut tokens = [x.as_ptr(); T];
         for (place, x_row) in tokens.iter_mut().enumerate() {
-            *x_row = x[(token + place) * k + ks.start..].as_ptr();
+            *x_row = x[(token + place) * k..][..k][ks.clone()].as_ptr();
         }
-        // SAFETY: `weight` has R rows of `k` elements and `x` has T from this token on; `ks` ends at `k` at most.
-        let sums = unsafe {
-            let ahead = weight.as_ptr().wrapping_add(ahead + R * ks.start);
-            dots::<L, W, R, T>(tokens, weight.as_ptr().add(ks.start), k, ks.len(), ahead)
-        };
+        // What the first of few tokens' tiles fetch is there for the others'.
+        let fetches = token == 0 && panel.ahead > 0;
+        let ahead = if fetches { weights.as_ptr().wrapping_add(panel.ahead) } else { ptr::null() };
+        // SAFETY: `weights` has R rows of so many elements, and the tokens have as many.
+        let sums = unsafe { dots::<L, W, R, T>(tokens, weights.as_ptr(), panel.stride, ks.len(), ahead) };
         for (place, sums) in sums.iter().enumerate() {
+            let column = rows.start + row;
             // SAFETY: the caller of `rows` has promised rows of `stride` elements, and that these columns are this call's alone.
-            let out = unsafe { self.out.slice((token + place) * stride + row, R) };
+            let out = unsafe { self.out.slice((token + place) * stride + column, R) };
             for (place, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-                let before = if ks.start == 0 { bias.map_or(0.0, |bias| bias.at(row + place)) } else { *out };
+                let before = if ks.start == 0 { bias.map_or(0.0, |bias| bias.at(column + place)) } else { *out };
                 *out = before + sum;
             }
         }
     }
 }
 
-/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart. Four rows' worth from `ahead` on is
-/// fetched meanwhile, in the order of addresses: that is what makes processors read ahead themselves.
+/// The products of T vectors of `k` elements with R rows, which are `stride` elements apart. Four rows' worth from `ahead` on, if
+/// it is not null, is fetched meanwhile, in the order of addresses: that is what makes processors read ahead themselves.
 ///
 /// # Safety
 /// The vectors and rows lie there.
@@ -159,7 +210,7 @@ pub(super) unsafe fn dots<L: Lanes, W: Stored, const R: usize, const T: usize>(
             // SAFETY: the caller promises the rows; a vector from `at` on ends at `k` at most.
             *weights = unsafe { W::load(rows.add(row * stride + at)) };
         }
-        if R == 4 {
+        if R == 4 && !ahead.is_null() {
             let ahead = ahead.wrapping_add(4 * at).cast::<i8>();
             (0..4 * L::COUNT * size_of::<W>()).step_by(64).for_each(|line| L::fetch(ahead.wrapping_add(line)));
         }

@@ -16,7 +16,10 @@ use super::{
     pool::Pool,
     *,
 };
-use crate::{dtype::convert, kernels::RopeLayout};
+use crate::{
+    dtype::{self, convert},
+    kernels::RopeLayout,
+};
 
 fn floats(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| rng.f32() * 2.0 - 1.0).collect()
@@ -43,7 +46,8 @@ fn every_set_of_instructions_multiplies_every_type() {
     for (tokens, k, n) in [(1, 1, 1), (1, 2000, 9), (2, 31, 4), (7, 800, 38), (13, 129, 70)] {
         let (x, biases) = (floats(&mut rng, tokens * k), floats(&mut rng, n));
         for_each_type(&mut rng, n * k, |weight| {
-            let product = Product { x: &x, weight, bias: Some(Weight::F32(&biases)), tokens, k, stride: n };
+            let (all, bias) = (Matrix::Plain(weight), Some(Weight::F32(&biases)));
+            let product = Product { x: &x, weight: all, bias, tokens, k, stride: n };
             for vectors in Vectors::all() {
                 for (at, &got) in multiply(vectors, product, 0..n).iter().enumerate() {
                     let (token, row) = (at / n, at % n);
@@ -61,10 +65,36 @@ fn every_set_of_instructions_multiplies_every_type() {
 }
 
 #[test]
+fn products_of_blocks_have_the_bits_of_those_of_the_same_weights_in_f32() {
+    let types =
+        [DType::Q4_1, DType::Q8_0, DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_XS];
+    let (mut rng, n) = (fastrand::Rng::new(), 39);
+    for dtype in types {
+        for (tokens, k) in [(1, 256), (2, 1024), (6, 1792), (16, 256), (17, 1024), (40, 1792)] {
+            let mut blocks = vec![0; dtype.bytes(n * k)];
+            rng.fill(&mut blocks);
+            let (mut weights, x) = (vec![0.0; n * k], floats(&mut rng, tokens * k));
+            dtype::expand(dtype, &blocks, &mut weights);
+            // Of random bits some scales are no numbers; they make NaN of whatever bits.
+            let bits = |x: f32| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() };
+            for vectors in Vectors::all() {
+                let [blocks, plain] =
+                    [Matrix::Blocks(dtype, &blocks), Matrix::Plain(Weight::F32(&weights))].map(|weight| {
+                        let product = Product { x: &x, weight, bias: None, tokens, k, stride: n };
+                        multiply(vectors, product, 0..n).into_iter().map(bits).collect::<Vec<_>>()
+                    });
+                assert!(blocks == plain, "{vectors:?}, {dtype}, {tokens} × {k}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_bits_of_a_product_depend_neither_on_the_other_tokens_nor_on_the_other_rows() {
     let (mut rng, tokens, k, n) = (fastrand::Rng::new(), 15, 1701, 39);
     let x = floats(&mut rng, tokens * k);
     for_each_type(&mut rng, n * k, |weight| {
+        let weight = Matrix::Plain(weight);
         for vectors in Vectors::all() {
             let all = multiply(vectors, Product { x: &x, weight, bias: None, tokens, k, stride: n }, 0..n);
             for (at, together) in all.iter().enumerate() {
@@ -290,7 +320,7 @@ mod in_tiles {
             let (x, biases, weight) = (floats(&mut rng, tokens * k), floats(&mut rng, n), weights(&mut rng, n * k));
             let product = Product {
                 x: &x,
-                weight: Weight::BF16(&weight),
+                weight: Matrix::Plain(Weight::BF16(&weight)),
                 bias: Some(Weight::F32(&biases)),
                 tokens,
                 k,
@@ -314,7 +344,8 @@ mod in_tiles {
         // The last has more tokens than are split at once.
         for (tokens, k, n) in [(15, 1701, 39), (53, 1601, 70), (90, 32768, 2)] {
             let (x, weight) = (floats(&mut rng, tokens * k), weights(&mut rng, n * k));
-            let product = Product { x: &x, weight: Weight::BF16(&weight), bias: None, tokens, k, stride: n };
+            let product =
+                Product { x: &x, weight: Matrix::Plain(Weight::BF16(&weight)), bias: None, tokens, k, stride: n };
             let all = each_tiles(product, &weight);
             for at in (0..tokens * n).step_by(7) {
                 let (token, row) = (at / n, at % n);
@@ -342,7 +373,8 @@ mod in_tiles {
         ];
         let x: Vec<_> = random.chain(ends).collect();
         let one = [bf16::ONE];
-        let product = Product { x: &x, weight: Weight::BF16(&one), bias: None, tokens: x.len(), k: 1, stride: 1 };
+        let product =
+            Product { x: &x, weight: Matrix::Plain(Weight::BF16(&one)), bias: None, tokens: x.len(), k: 1, stride: 1 };
         for (tiles, out) in each_tiles(product, &one) {
             for (x, out) in x.iter().zip(out) {
                 assert!(out == *x || out.is_nan() && x.is_nan(), "{tiles}: {x:e} became {out:e}");

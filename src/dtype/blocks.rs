@@ -1,0 +1,229 @@
+//! Quantised weights in blocks, as GGUF files have them: blocks → F32, to the bit what the Python package `gguf` makes of them.
+//!
+//! A block has the codes of its weights, of few bits, and what makes numbers of them: a scale, often a minimum too; a block of 256
+//! weights has a scale of few bits for each 16 or 32 of them besides. The layouts are those of ggml's `ggml-common.h`; MXFP4's is
+//! also in the OCP Microscaling Formats Specification 1.0, with another order of the weights.
+//!
+//! A scale has 11 significant bits, and what it is multiplied by 13 at most: products are exact in F32, and a weight is rounded at
+//! most once, where a minimum is taken off. So any order of computing gives the same bits.
+//!
+//! Everything is `inline(always)` and without branches, so that the compiler makes vectors of it, with the instructions of the
+//! function that it is inlined into.
+
+use super::{DType, f16_to_f32};
+
+/// Weights of the small blocks, and of the large ones.
+const SMALL: usize = 32;
+pub(super) const LARGE: usize = 256;
+
+/// What a code of IQ4_NL and IQ4_XS stands for.
+const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Twice what a code of MXFP4 stands for (E2M1).
+const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Expands blocks of this type.
+///
+/// # Panics
+/// If it is no type of blocks, or the lengths disagree.
+#[inline(always)]
+pub(super) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
+    assert!(src.len() == from.bytes(dst.len()) && dst.len().is_multiple_of(from.block_elements()));
+    match from {
+        DType::Q4_0 => each(src, dst, q4_0),
+        DType::Q4_1 => each(src, dst, q4_1),
+        DType::Q5_0 => each(src, dst, q5_0),
+        DType::Q5_1 => each(src, dst, q5_1),
+        DType::Q8_0 => each(src, dst, q8_0),
+        DType::Q2_K => each(src, dst, q2_k),
+        DType::Q3_K => each(src, dst, q3_k),
+        DType::Q4_K => each(src, dst, q4_k),
+        DType::Q5_K => each(src, dst, q5_k),
+        DType::Q6_K => each(src, dst, q6_k),
+        DType::IQ4_NL => each(src, dst, iq4_nl),
+        DType::IQ4_XS => each(src, dst, iq4_xs),
+        DType::MXFP4 => each(src, dst, mxfp4),
+        _ => unreachable!("{from} is no type of blocks"),
+    }
+}
+
+/// Blocks of B bytes, of N weights each.
+#[inline(always)]
+fn each<const B: usize, const N: usize>(src: &[u8], dst: &mut [f32], expand: impl Fn(&[u8; B], &mut [f32; N])) {
+    for (block, out) in src.as_chunks().0.iter().zip(dst.as_chunks_mut().0) {
+        expand(block, out);
+    }
+}
+
+/// The F16 that begins at this byte.
+#[inline(always)]
+fn half(block: &[u8], at: usize) -> f32 {
+    f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]])))
+}
+
+/// So many bytes from `at` on.
+#[inline(always)]
+fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("a block has its parts")
+}
+
+/// 32 weights: those of the lower halves of 16 bytes, then those of the upper ones, by their number and code.
+#[inline(always)]
+fn by_halves(codes: &[u8; 16], out: &mut [f32; SMALL], weight: impl Fn(usize, u8) -> f32) {
+    for (at, code) in codes.iter().enumerate() {
+        out[at] = weight(at, code & 15);
+        out[at + 16] = weight(at + 16, code >> 4);
+    }
+}
+
+#[inline(always)]
+fn q4_0(block: &[u8; 18], out: &mut [f32; SMALL]) {
+    let scale = half(block, 0);
+    by_halves(part(block, 2), out, |_, code| scale * f32::from(code as i8 - 8));
+}
+
+#[inline(always)]
+fn q4_1(block: &[u8; 20], out: &mut [f32; SMALL]) {
+    let [scale, least] = [half(block, 0), half(block, 2)];
+    by_halves(part(block, 4), out, |_, code| scale * f32::from(code) + least);
+}
+
+/// Bit `at` of these, as the fifth of a code.
+#[inline(always)]
+fn fifth(bits: u32, at: usize) -> u8 {
+    ((bits >> at & 1) << 4) as u8
+}
+
+#[inline(always)]
+fn q5_0(block: &[u8; 22], out: &mut [f32; SMALL]) {
+    let (scale, fifths) = (half(block, 0), u32::from_le_bytes(*part(block, 2)));
+    by_halves(part(block, 6), out, |at, code| scale * f32::from((code | fifth(fifths, at)) as i8 - 16));
+}
+
+#[inline(always)]
+fn q5_1(block: &[u8; 24], out: &mut [f32; SMALL]) {
+    let ([scale, least], fifths) = ([half(block, 0), half(block, 2)], u32::from_le_bytes(*part(block, 4)));
+    by_halves(part(block, 8), out, |at, code| scale * f32::from(code | fifth(fifths, at)) + least);
+}
+
+#[inline(always)]
+fn q8_0(block: &[u8; 34], out: &mut [f32; SMALL]) {
+    let scale = half(block, 0);
+    out.iter_mut().zip(&block[2..]).for_each(|(out, code)| *out = scale * f32::from(*code as i8));
+}
+
+#[inline(always)]
+fn iq4_nl(block: &[u8; 18], out: &mut [f32; SMALL]) {
+    let scale = half(block, 0);
+    by_halves(part(block, 2), out, |_, code| scale * f32::from(IQ4[usize::from(code)]));
+}
+
+#[inline(always)]
+fn mxfp4(block: &[u8; 17], out: &mut [f32; SMALL]) {
+    // Half of 2^(exponent - 127), since the codes' numbers are doubled; the least two are subnormal.
+    let exponent = u32::from(block[0]);
+    let scale = f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 });
+    by_halves(part(block, 1), out, |_, code| scale * f32::from(E2M1[usize::from(code)]));
+}
+
+/// The scales of 32 weights each and their minimums, of six bits.
+#[inline(always)]
+fn scales_and_minimums(packed: &[u8; 12]) -> [[u8; 8]; 2] {
+    let (mut scales, mut minimums) = ([0; 8], [0; 8]);
+    for at in 0..4 {
+        let [low, mid, high] = [packed[at], packed[at + 4], packed[at + 8]];
+        [scales[at], minimums[at]] = [low & 63, mid & 63];
+        scales[at + 4] = high & 15 | low >> 6 << 4;
+        minimums[at + 4] = high >> 4 | mid >> 6 << 4;
+    }
+    [scales, minimums]
+}
+
+#[inline(always)]
+fn q4_k(block: &[u8; 144], out: &mut [f32; LARGE]) {
+    let ([scale, minimum], [scales, minimums]) =
+        ([half(block, 0), half(block, 2)], scales_and_minimums(part(block, 4)));
+    let codes: &[u8; 128] = part(block, 16);
+    for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let [scale, minimum] = [scale * f32::from(scales[at]), minimum * f32::from(minimums[at])];
+        let codes: &[u8; 32] = part(codes, at / 2 * 32);
+        let shift = at % 2 * 4;
+        for (out, code) in out.iter_mut().zip(codes) {
+            *out = scale * f32::from(code >> shift & 15) - minimum;
+        }
+    }
+}
+
+#[inline(always)]
+fn q5_k(block: &[u8; 176], out: &mut [f32; LARGE]) {
+    let ([scale, minimum], [scales, minimums]) =
+        ([half(block, 0), half(block, 2)], scales_and_minimums(part(block, 4)));
+    let (fifths, codes): (&[u8; 32], &[u8; 128]) = (part(block, 16), part(block, 48));
+    for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let [scale, minimum] = [scale * f32::from(scales[at]), minimum * f32::from(minimums[at])];
+        let codes: &[u8; 32] = part(codes, at / 2 * 32);
+        let shift = at % 2 * 4;
+        for ((out, code), fifth) in out.iter_mut().zip(codes).zip(fifths) {
+            *out = scale * f32::from(code >> shift & 15 | (fifth >> at & 1) << 4) - minimum;
+        }
+    }
+}
+
+#[inline(always)]
+fn q2_k(block: &[u8; 84], out: &mut [f32; LARGE]) {
+    let (scales, codes): (&[u8; 16], &[u8; 64]) = (part(block, 0), part(block, 16));
+    let [scale, minimum] = [half(block, 80), half(block, 82)];
+    for (at, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let [scale, minimum] = [scale * f32::from(scales[at] & 15), minimum * f32::from(scales[at] >> 4)];
+        let codes: &[u8; 16] = part(codes, at / 8 * 32 + at % 2 * 16);
+        let shift = at % 8 / 2 * 2;
+        for (out, code) in out.iter_mut().zip(codes) {
+            *out = scale * f32::from(code >> shift & 3) - minimum;
+        }
+    }
+}
+
+#[inline(always)]
+fn q3_k(block: &[u8; 110], out: &mut [f32; LARGE]) {
+    let (thirds, codes, scales): (&[u8; 32], &[u8; 64], &[u8; 12]) = (part(block, 0), part(block, 32), part(block, 96));
+    let scale = half(block, 108);
+    for (at, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let [low, high] = [scales[at % 8] >> (at / 8 * 4) & 15, scales[8 + at % 4] >> (at / 4 * 2) & 3];
+        let scale = scale * f32::from((low | high << 4) as i8 - 32);
+        let codes: &[u8; 16] = part(codes, at / 8 * 32 + at % 2 * 16);
+        let thirds: &[u8; 16] = part(thirds, at % 2 * 16);
+        let shift = at % 8 / 2 * 2;
+        for ((out, code), third) in out.iter_mut().zip(codes).zip(thirds) {
+            let code = code >> shift & 3 | (third >> (at / 2) & 1) << 2;
+            *out = scale * f32::from(code as i8 - 4);
+        }
+    }
+}
+
+#[inline(always)]
+fn q6_k(block: &[u8; 210], out: &mut [f32; LARGE]) {
+    let (codes, upper, scales): (&[u8; 128], &[u8; 64], &[u8; 16]) =
+        (part(block, 0), part(block, 128), part(block, 192));
+    let scale = half(block, 208);
+    for (at, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let scale = scale * f32::from(scales[at] as i8);
+        // Of 128 weights, four times 32: the lower halves of 64 bytes, then the upper ones.
+        let (large, quarter, sixteen) = (at / 8, at % 8 / 2, at % 2 * 16);
+        let codes: &[u8; 16] = part(codes, large * 64 + quarter % 2 * 32 + sixteen);
+        let upper: &[u8; 16] = part(upper, large * 32 + sixteen);
+        for ((out, code), upper) in out.iter_mut().zip(codes).zip(upper) {
+            let code = code >> (quarter / 2 * 4) & 15 | (upper >> (quarter * 2) & 3) << 4;
+            *out = scale * f32::from(code as i8 - 32);
+        }
+    }
+}
+
+#[inline(always)]
+fn iq4_xs(block: &[u8; 136], out: &mut [f32; LARGE]) {
+    let (scale, upper, lower) = (half(block, 0), u16::from_le_bytes(*part(block, 2)), part::<4>(block, 4));
+    for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let [low, high] = [lower[at / 2] >> (at % 2 * 4) & 15, (upper >> (at * 2) & 3) as u8];
+        let scale = scale * f32::from((low | high << 4) as i8 - 32);
+        by_halves(part(block, 8 + at * 16), out, |_, code| scale * f32::from(IQ4[usize::from(code)]));
+    }
+}
