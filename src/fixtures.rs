@@ -49,17 +49,17 @@ pub fn weights_fixture(units: usize, elements: &[usize], seed: u64) -> Fixture {
 
 /// Units that differ, of tensors from nothing up to `most` bytes, of several types, some packed, in any order in up to three files.
 pub fn random_fixture(most: usize, rng: &mut fastrand::Rng) -> Fixture {
-    let types = [
-        [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8],
-        [DType::I64, DType::Q4_1, DType::Q8_0, DType::Q6_K, DType::MXFP4],
-    ]
-    .concat();
+    let types = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3, DType::U8, DType::I64];
+    // Of bytes some are blocks.
+    let blocks = [DType::U8, DType::Q4_1, DType::Q8_0, DType::Q6_K, DType::MXFP4];
     let mut unit = || -> Vec<_> {
         let tensors = 1 + rng.usize(..6);
         (0..tensors)
             .map(|_| {
                 let (dtype, scale) = (types[rng.usize(..types.len())], 1 + rng.usize(..most));
-                let count = dtype.elements(rng.usize(..scale.max(2)));
+                let bytes = rng.usize(..scale.max(2));
+                let dtype = if dtype == DType::U8 { blocks[bytes % blocks.len()] } else { dtype };
+                let count = dtype.elements(bytes);
                 (dtype, count, dtype == DType::BF16 && count > 0 && count.is_multiple_of(2))
             })
             .collect()

@@ -71,8 +71,8 @@ pub(crate) struct ReadStage<D: Device> {
     first: usize,
     /// By file: something was read from it in this pass.
     unchecked: Vec<bool>,
-    /// By file: reads that are under way.
-    under_way: Vec<usize>,
+    /// By file: reads that are under way, and since when none of them has ended.
+    under_way: Vec<(usize, Instant)>,
     /// Why nothing can be read any more, and what the loads have stays theirs.
     broken: Option<Error>,
     /// When a read last ended or the disk had nothing to do, and whether it was told that none has since.
@@ -113,7 +113,7 @@ impl<D: Device> ReadStage<D> {
             first_pass: true,
             first: 0,
             unchecked: vec![false; sources.len()],
-            under_way: vec![0; sources.len()],
+            under_way: vec![(0, Instant::now()); sources.len()],
             broken: None,
             last: Instant::now(),
             told: false,
@@ -126,9 +126,10 @@ impl<D: Device> ReadStage<D> {
         while let Some(done) = self.engine.completion() {
             let load = &mut self.loads[done.tag - self.first];
             load.outstanding -= 1;
-            self.under_way[done.file] -= 1;
             any = true;
             (self.last, self.told) = (Instant::now(), false);
+            let (count, since) = &mut self.under_way[done.file];
+            (*count, *since) = (*count - 1, self.last);
             match done.result {
                 Ok(count) => {
                     load.moved.count_read(count, done.direct);
@@ -255,7 +256,11 @@ impl<D: Device> ReadStage<D> {
             let after = position + chunk.len;
             load.next = if after < extent.len { (load.next.0, after) } else { (load.next.0 + 1, 0) };
             load.outstanding += 1;
-            self.under_way[extent.file] += 1;
+            let (count, since) = &mut self.under_way[extent.file];
+            if *count == 0 {
+                *since = Instant::now();
+            }
+            *count += 1;
             // SAFETY: the memory is this stage's until the unit is published, which waits for `outstanding`.
             unsafe { self.engine.submit(chunk) };
             moved = true;
@@ -277,7 +282,9 @@ impl<D: Device> ReadStage<D> {
         if self.told || self.last.elapsed() < SLOW {
             return;
         }
-        if let Some(file) = self.under_way.iter().position(|count| *count > 0) {
+        // Reads of other files may only wait for their turn behind those of the one from which nothing has come for longest.
+        let waiting = self.under_way.iter().enumerate().filter(|(_, (count, _))| *count > 0);
+        if let Some((file, _)) = waiting.min_by_key(|(_, (_, since))| *since) {
             self.told = true;
             let (file, since) = (self.sources[file].path.clone(), self.last.elapsed());
             self.control.trace.mark(&Mark::Silent { file, since });

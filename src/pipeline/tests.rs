@@ -211,7 +211,7 @@ fn every_unit_arrives_byte_for_byte_on_an_asynchronous_device() {
 #[test]
 fn a_slot_is_filled_after_all_its_uses_though_the_last_was_of_a_unit_used_in_place() {
     // All units of it pass through two slots; uses on two streams end in any order.
-    const SEED: u64 = 2_586_374_568_115_223_220;
+    const SEED: u64 = 16_955_117_086_878_815_004;
     let case = Case::new(SEED);
     let plan = Plan::new(&case.fixture.checkpoint, &case.units, &case.settings, Sharing::Ram).unwrap();
     assert!(plan.layout.gpu.slots == 2 && plan.tiers().all(|tier| tier == Tier::Disk));
@@ -345,7 +345,7 @@ fn a_run_that_waits_for_compute_is_not_called_bound_by_the_transfer() {
 #[test]
 fn when_the_device_fails_every_later_call_returns_that_error_and_drop_ends() {
     for copies in [0, 1, 7, 23] {
-        let case = Case::new(5);
+        let case = Case::new(6);
         let (mut streamer, stream) = (case.streamer(), case.device.stream().unwrap());
         case.device.fail_after(copies);
         let pass = |streamer: &mut LayerStreamer<AsyncCpu>| streamer.run_pass(&stream, (), |(), _| Ok::<_, Error>(()));
