@@ -6,6 +6,11 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+#[cfg(all(test, feature = "model"))]
+pub(crate) use blocks::expand;
+#[cfg(feature = "model")]
+pub(crate) use blocks::{E2M1, IQ4, mxfp4_scale, scales_and_minimums};
+
 /// Element type of a tensor, named as in the safetensors format; or a type of quantised weights in blocks, named as in GGUF files.
 /// Rows of such a tensor are whole blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -207,15 +212,6 @@ fn put<const B: usize>(weights: &[f32], dst: &mut [u8], f: impl Fn(f32) -> [u8; 
     }
 }
 
-/// Expands blocks, of a type of blocks, to F32.
-///
-/// # Panics
-/// If the lengths disagree.
-#[inline(always)]
-pub(crate) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
-    blocks::expand(from, src, dst);
-}
-
 /// The bits of the nearest BF16, of a tie the even one; NaN becomes quiet.
 #[inline(always)]
 fn f32_to_bf16(bits: u32) -> u16 {
@@ -226,7 +222,7 @@ fn f32_to_bf16(bits: u32) -> u16 {
 
 /// The bits of the same number as F32; NaN becomes quiet.
 #[inline(always)]
-fn f16_to_f32(bits: u16) -> u32 {
+pub(crate) fn f16_to_f32(bits: u16) -> u32 {
     let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
     sign | match magnitude >> 23 {
         0 => subnormal(magnitude, 113),

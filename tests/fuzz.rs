@@ -153,6 +153,7 @@ fn gguf() -> Vec<u8> {
         file.tensor(name, shape, code, vec![7; size * shape.iter().product::<usize>()]);
     }
     file.tensor("of blocks", &[1, 32], 8, vec![7; 34]);
+    file.tensor("not read", &[1, 256], 16, vec![7; 66]);
     file.bytes()
 }
 

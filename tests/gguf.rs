@@ -12,7 +12,24 @@ use support::{
 };
 
 /// F32, F16, BF16.
-const CODES: [(u32, DType); 3] = [(0, DType::F32), (1, DType::F16), (30, DType::BF16)];
+const CODES: [(u32, DType); 16] = [
+    (0, DType::F32),
+    (1, DType::F16),
+    (2, DType::Q4_0),
+    (3, DType::Q4_1),
+    (6, DType::Q5_0),
+    (7, DType::Q5_1),
+    (8, DType::Q8_0),
+    (10, DType::Q2_K),
+    (11, DType::Q3_K),
+    (12, DType::Q4_K),
+    (13, DType::Q5_K),
+    (14, DType::Q6_K),
+    (20, DType::IQ4_NL),
+    (23, DType::IQ4_XS),
+    (30, DType::BF16),
+    (39, DType::MXFP4),
+];
 
 /// A file with some keys and tensors.
 fn small() -> GgufFile {
@@ -206,17 +223,24 @@ fn what_no_file_can_be_is_refused_with_file_key_or_tensor_and_cause() {
 fn every_type_that_is_read_is_read_and_others_are_refused_by_name_for_those_who_ask() {
     for (code, dtype) in CODES {
         let mut file = GgufFile::default();
-        file.tensor("t", &[2, 3], code, vec![0; 6 * dtype.size()]);
-        assert_eq!(open(&file).unwrap().describe("t").unwrap().0, dtype);
+        let shape = [2, 3 * dtype.block_elements()];
+        file.tensor("t", &shape, code, vec![0; 6 * dtype.size()]);
+        assert_eq!(open(&file).unwrap().describe("t").unwrap(), (dtype, &shape[..]));
+        // Rows of whole blocks.
+        if dtype.is_blocks() {
+            let mut file = GgufFile::default();
+            file.tensor("t", &[6, dtype.block_elements() / 2], code, vec![0; 3 * dtype.size()]);
+            assert_refused(open(&file), &["tensor t", dtype.name(), "rows that are no whole blocks", "m.gguf"]);
+        }
     }
-    for (code, name) in [(2, "Q4_0"), (8, "Q8_0"), (14, "Q6_K"), (28, "F64"), (39, "MXFP4"), (4, "number 4")] {
+    for (code, name) in [(9, "Q8_1"), (16, "IQ2_XXS"), (28, "F64"), (34, "TQ1_0"), (4, "number 4")] {
         let mut file = small();
         file.tensor("blk.0.attn_k.weight", &[2, 32], code, vec![0; 256]);
         let checkpoint = open(&file).unwrap();
         assert_eq!(checkpoint.names().count(), 3);
         let (asked, error) = checkpoint.unreadable().next().unwrap();
         assert_eq!(asked, "model.layers.0.self_attn.k_proj.weight");
-        let expected = [&format!("tensor blk.0.attn_k.weight: the type {name} "), "m.gguf", "F32, F16 or BF16"];
+        let expected = [&format!("tensor blk.0.attn_k.weight: the type {name} "), "m.gguf", "such as Q4_K_M or Q8_0"];
         assert!(matches!(error, Error::Unsupported { .. }));
         assert_refused::<()>(Err(error), &expected);
         // Where there is nothing else, that is said at once.

@@ -241,9 +241,9 @@ fn tensors_that_are_missing_superfluous_or_of_blocks_are_refused_by_name() {
     );
     let in_blocks = |file: &mut GgufFile| {
         let tensor = file.tensors.iter_mut().find(|tensor| tensor.name == "blk.1.ffn_down.weight").unwrap();
-        tensor.code = 8;
+        tensor.code = 16;
     };
-    refused(&in_blocks, &["tensor blk.1.ffn_down.weight: the type Q8_0 is not supported", "F32, F16 or BF16"]);
+    refused(&in_blocks, &["tensor blk.1.ffn_down.weight: the type IQ2_XXS is not supported", "such as Q4_K_M or Q8_0"]);
 }
 
 #[test]

@@ -17,17 +17,19 @@ const SMALL: usize = 32;
 pub(super) const LARGE: usize = 256;
 
 /// What a code of IQ4_NL and IQ4_XS stands for.
-const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const IQ4: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// Twice what a code of MXFP4 stands for (E2M1).
-const E2M1: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(crate) const E2M1: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
 
 /// Expands blocks of this type.
 ///
 /// # Panics
 /// If it is no type of blocks, or the lengths disagree.
 #[inline(always)]
-pub(super) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
+pub(crate) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
     assert!(src.len() == from.bytes(dst.len()) && dst.len().is_multiple_of(from.block_elements()));
     match from {
         DType::Q4_0 => each(src, dst, q4_0),
@@ -115,37 +117,41 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; SMALL]) {
 #[inline(always)]
 fn iq4_nl(block: &[u8; 18], out: &mut [f32; SMALL]) {
     let scale = half(block, 0);
-    by_halves(part(block, 2), out, |_, code| scale * f32::from(IQ4[usize::from(code)]));
+    by_halves(part(block, 2), out, |_, code| scale * IQ4[usize::from(code)]);
+}
+
+/// Half of 2^(exponent - 127), since the codes' numbers are doubled. The least two are subnormal.
+#[inline(always)]
+pub(crate) fn mxfp4_scale(exponent: u8) -> f32 {
+    let exponent = u32::from(exponent);
+    f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 })
 }
 
 #[inline(always)]
 fn mxfp4(block: &[u8; 17], out: &mut [f32; SMALL]) {
-    // Half of 2^(exponent - 127), since the codes' numbers are doubled; the least two are subnormal.
-    let exponent = u32::from(block[0]);
-    let scale = f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 });
-    by_halves(part(block, 1), out, |_, code| scale * f32::from(E2M1[usize::from(code)]));
+    let scale = mxfp4_scale(block[0]);
+    by_halves(part(block, 1), out, |_, code| scale * E2M1[usize::from(code)]);
 }
 
-/// The scales of 32 weights each and their minimums, of six bits.
+/// The scales of 32 weights each, then their minimums, of six bits, from twelve bytes.
 #[inline(always)]
-fn scales_and_minimums(packed: &[u8; 12]) -> [[u8; 8]; 2] {
-    let (mut scales, mut minimums) = ([0; 8], [0; 8]);
-    for at in 0..4 {
-        let [low, mid, high] = [packed[at], packed[at + 4], packed[at + 8]];
-        [scales[at], minimums[at]] = [low & 63, mid & 63];
-        scales[at + 4] = high & 15 | low >> 6 << 4;
-        minimums[at + 4] = high >> 4 | mid >> 6 << 4;
-    }
-    [scales, minimums]
+pub(crate) fn scales_and_minimums(block: &[u8], at: usize) -> [u8; 16] {
+    let [low, mid, high] = [at, at + 4, at + 8].map(|at| u32::from_le_bytes(*part(block, at)));
+    // Four at a time.
+    let upper = |four: u32| (four >> 6 & 0x0303_0303) << 4;
+    let (six, four) = (0x3f3f_3f3f, 0x0f0f_0f0f);
+    let all = [low & six, high & four | upper(low), mid & six, high >> 4 & four | upper(mid)];
+    let mut bytes = [0; 16];
+    bytes.as_chunks_mut().0.iter_mut().zip(all).for_each(|(bytes, four)| *bytes = four.to_le_bytes());
+    bytes
 }
 
 #[inline(always)]
 fn q4_k(block: &[u8; 144], out: &mut [f32; LARGE]) {
-    let ([scale, minimum], [scales, minimums]) =
-        ([half(block, 0), half(block, 2)], scales_and_minimums(part(block, 4)));
+    let ([scale, minimum], of_groups) = ([half(block, 0), half(block, 2)], scales_and_minimums(block, 4));
     let codes: &[u8; 128] = part(block, 16);
     for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let [scale, minimum] = [scale * f32::from(scales[at]), minimum * f32::from(minimums[at])];
+        let [scale, minimum] = [scale * f32::from(of_groups[at]), minimum * f32::from(of_groups[8 + at])];
         let codes: &[u8; 32] = part(codes, at / 2 * 32);
         let shift = at % 2 * 4;
         for (out, code) in out.iter_mut().zip(codes) {
@@ -156,11 +162,10 @@ fn q4_k(block: &[u8; 144], out: &mut [f32; LARGE]) {
 
 #[inline(always)]
 fn q5_k(block: &[u8; 176], out: &mut [f32; LARGE]) {
-    let ([scale, minimum], [scales, minimums]) =
-        ([half(block, 0), half(block, 2)], scales_and_minimums(part(block, 4)));
+    let ([scale, minimum], of_groups) = ([half(block, 0), half(block, 2)], scales_and_minimums(block, 4));
     let (fifths, codes): (&[u8; 32], &[u8; 128]) = (part(block, 16), part(block, 48));
     for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let [scale, minimum] = [scale * f32::from(scales[at]), minimum * f32::from(minimums[at])];
+        let [scale, minimum] = [scale * f32::from(of_groups[at]), minimum * f32::from(of_groups[8 + at])];
         let codes: &[u8; 32] = part(codes, at / 2 * 32);
         let shift = at % 2 * 4;
         for ((out, code), fifth) in out.iter_mut().zip(codes).zip(fifths) {
@@ -224,6 +229,6 @@ fn iq4_xs(block: &[u8; 136], out: &mut [f32; LARGE]) {
     for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let [low, high] = [lower[at / 2] >> (at % 2 * 4) & 15, (upper >> (at * 2) & 3) as u8];
         let scale = scale * f32::from((low | high << 4) as i8 - 32);
-        by_halves(part(block, 8 + at * 16), out, |_, code| scale * f32::from(IQ4[usize::from(code)]));
+        by_halves(part(block, 8 + at * 16), out, |_, code| scale * IQ4[usize::from(code)]);
     }
 }

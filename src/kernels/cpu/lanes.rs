@@ -13,6 +13,8 @@ pub(super) const MOST: usize = 16;
 
 /// Some F32 in a register.
 pub(super) trait Lanes: Copy {
+    /// As many whole numbers.
+    type Codes: Codes<Numbers = Self>;
     /// How many.
     const COUNT: usize;
     /// Tokens that a product has in registers at once, beside four rows of a weight.
@@ -123,6 +125,30 @@ pub(super) trait Lanes: Copy {
     }
 }
 
+/// Some U32 in a register.
+pub(super) trait Codes: Copy {
+    /// The same as F32.
+    type Numbers: Lanes;
+
+    /// A byte a lane.
+    ///
+    /// # Safety
+    /// That many bytes lie there.
+    unsafe fn load(at: *const u8) -> Self;
+    /// A bit a lane, from the lowest on.
+    fn bits(bits: u32) -> Self;
+    fn right(self, bits: u32) -> Self;
+    fn left(self, bits: u32) -> Self;
+    fn and(self, mask: u32) -> Self;
+    fn or(self, other: Self) -> Self;
+    /// Bytes as numbers with a sign.
+    fn signed(self) -> Self;
+    /// As numbers with a sign.
+    fn number(self) -> Self::Numbers;
+    /// The element of a table that the lowest four bits say.
+    fn pick(self, table: &[f32; 16]) -> Self::Numbers;
+}
+
 /// A type of weights, widened to F32 in registers.
 pub(super) trait Stored: Copy + Default + Sync {
     /// # Safety
@@ -222,7 +248,7 @@ impl Vectors {
 
 /// Eight F32 in an array.
 #[derive(Clone, Copy)]
-struct Plain([f32; 8]);
+pub(super) struct Plain([f32; 8]);
 
 impl Plain {
     #[inline(always)]
@@ -231,7 +257,59 @@ impl Plain {
     }
 }
 
+impl Codes for [u32; 8] {
+    type Numbers = Plain;
+
+    #[inline(always)]
+    unsafe fn load(at: *const u8) -> Self {
+        // SAFETY: the caller promises eight bytes.
+        unsafe { *at.cast::<[u8; 8]>() }.map(u32::from)
+    }
+
+    #[inline(always)]
+    fn bits(bits: u32) -> Self {
+        array::from_fn(|lane| bits >> lane & 1)
+    }
+
+    #[inline(always)]
+    fn right(self, bits: u32) -> Self {
+        self.map(|code| code >> bits)
+    }
+
+    #[inline(always)]
+    fn left(self, bits: u32) -> Self {
+        self.map(|code| code << bits)
+    }
+
+    #[inline(always)]
+    fn and(self, mask: u32) -> Self {
+        self.map(|code| code & mask)
+    }
+
+    #[inline(always)]
+    fn or(self, other: Self) -> Self {
+        array::from_fn(|lane| self[lane] | other[lane])
+    }
+
+    #[inline(always)]
+    fn signed(self) -> Self {
+        self.map(|code| i32::from(code as i8) as u32)
+    }
+
+    #[inline(always)]
+    fn number(self) -> Plain {
+        Plain(self.map(|code| code as i32 as f32))
+    }
+
+    #[inline(always)]
+    fn pick(self, table: &[f32; 16]) -> Plain {
+        Plain(self.map(|code| table[(code & 15) as usize]))
+    }
+}
+
 impl Lanes for Plain {
+    type Codes = [u32; 8];
+
     const COUNT: usize = 8;
     const TOKENS: usize = 1;
 

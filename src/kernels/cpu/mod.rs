@@ -5,6 +5,7 @@
 //! constructor demanded; inputs are not written and outputs are no one else's while the kernel runs, in the caller's thread.
 
 mod attention;
+mod blocks;
 mod lanes;
 mod math;
 mod pool;

@@ -8,10 +8,10 @@ use std::{ops::Range, ptr};
 use half::{bf16, f16};
 
 use super::{
-    Matrix, Parts, Weight,
+    Matrix, Parts, Weight, blocks,
     lanes::{Lanes, Stored, Vectors, Work},
 };
-use crate::dtype::{self, DType};
+use crate::dtype::DType;
 
 /// Weights of a row that are multiplied at a time: six tokens' F32 and four rows of BF16 stay in a cache of 32 KiB.
 const BLOCK: usize = 768;
@@ -80,17 +80,13 @@ struct Panel<'a, W> {
 }
 
 impl Columns<'_> {
-    /// Calls `f` with the rows of each piece of `height` rows, and with each block of their weights.
-    #[inline(always)]
-    fn blocks(&self, height: usize, mut f: impl FnMut(Range<usize>, Range<usize>)) {
-        let k = self.product.k;
-        for first in self.rows.clone().step_by(height) {
-            let rows = first..self.rows.end.min(first + height);
-            // At least one block, which writes the bias.
-            for start in (0..k.max(1)).step_by(BLOCK) {
-                f(rows.clone(), start..k.min(start + BLOCK));
-            }
-        }
+    /// Some rows at a time, and for each of these the blocks of their weights: at least one, which writes the bias.
+    fn blocks(&self, height: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+        let (k, end) = (self.product.k, self.rows.end);
+        self.rows.clone().step_by(height).flat_map(move |first| {
+            let rows = first..end.min(first + height);
+            (0..k.max(1)).step_by(BLOCK).map(move |start| (rows.clone(), start..k.min(start + BLOCK)))
+        })
     }
 
     #[inline(always)]
@@ -98,12 +94,12 @@ impl Columns<'_> {
         let Product { tokens, k, .. } = *self.product;
         let weight = &weight[..self.rows.end * k];
         let height = if tokens <= FEW { 4 } else { ROWS };
-        self.blocks(height, |rows, ks| {
+        for (rows, ks) in self.blocks(height) {
             let weights = &weight[rows.start * k + ks.start..(rows.end * k).max(rows.start * k + ks.start)];
             // Two tiles further on, in the order of addresses.
             let ahead = if tokens <= FEW { 8 * k + 3 * ks.start } else { 0 };
             self.all::<L, W>(Panel { weights, stride: k, ahead }, rows, ks);
-        });
+        }
     }
 
     /// The same with weights that are expanded, a block of H rows at a time: to the bits that they would have as F32.
@@ -111,14 +107,14 @@ impl Columns<'_> {
     fn expand<L: Lanes, const H: usize>(self, dtype: DType, weight: &[u8]) {
         let row_bytes = dtype.bytes(self.product.k);
         let mut panel = [[0.0; BLOCK]; H];
-        self.blocks(H, |rows, ks| {
+        for (rows, ks) in self.blocks(H) {
             for (row, out) in rows.clone().zip(&mut panel) {
-                let blocks = &weight[row * row_bytes..][dtype.bytes(ks.start)..dtype.bytes(ks.end)];
-                dtype::expand(dtype, blocks, &mut out[..ks.len()]);
+                let weights = &weight[row * row_bytes..][dtype.bytes(ks.start)..dtype.bytes(ks.end)];
+                blocks::expand::<L>(dtype, weights, &mut out[..ks.len()]);
             }
             let weights = panel.as_flattened();
             self.all::<L, f32>(Panel { weights, stride: BLOCK, ahead: 0 }, rows, ks);
-        });
+        }
     }
 
     /// A block of some rows, for all tokens.
@@ -152,7 +148,9 @@ impl Columns<'_> {
             row += 4;
         }
         for row in row..rows.len() {
-            tokens.clone().for_each(|token| self.tile::<L, W, 1, 1>(panel, &rows, row, ks, token));
+            for token in tokens.clone() {
+                self.tile::<L, W, 1, 1>(panel, &rows, row, ks, token);
+            }
         }
     }
 

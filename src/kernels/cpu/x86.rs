@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::lanes::{Lanes, Work};
+use super::lanes::{Codes, Lanes, Work};
 
 /// The machine was found to have the instructions: only [`has_avx2`] and [`has_avx512`] make it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,9 +67,41 @@ macro_rules! moves {
 }
 
 #[derive(Clone, Copy)]
-struct Avx2(__m256);
+pub(super) struct Codes256(__m256i);
+
+impl Codes for Codes256 {
+    type Numbers = Avx2;
+
+    instructions! {
+        fn bits(bits: u32) -> Self {{
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            Self(_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bits as i32), lanes), _mm256_set1_epi32(1)))
+        }}
+        fn right(self: Self, bits: u32) -> Self { Self(_mm256_srl_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
+        fn left(self: Self, bits: u32) -> Self { Self(_mm256_sll_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
+        fn and(self: Self, mask: u32) -> Self { Self(_mm256_and_si256(self.0, _mm256_set1_epi32(mask as i32))) }
+        fn or(self: Self, other: Self) -> Self { Self(_mm256_or_si256(self.0, other.0)) }
+        fn signed(self: Self) -> Self { Self(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(self.0))) }
+        fn number(self: Self) -> Avx2 { Avx2(_mm256_cvtepi32_ps(self.0)) }
+        fn pick(self: Self, table: &[f32; 16]) -> Avx2 {{
+            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), self.0);
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table[8..].as_ptr()), self.0);
+            // By the fourth bit.
+            Avx2(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(self.0))))
+        }}
+    }
+
+    moves! {
+        fn load(at: *const u8) -> Self { Self(_mm256_cvtepu8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx2(__m256);
 
 impl Lanes for Avx2 {
+    type Codes = Codes256;
+
     const COUNT: usize = 8;
     const TOKENS: usize = 2;
 
@@ -109,9 +141,35 @@ impl Lanes for Avx2 {
 }
 
 #[derive(Clone, Copy)]
-struct Avx512(__m512);
+pub(super) struct Codes512(__m512i);
+
+impl Codes for Codes512 {
+    type Numbers = Avx512;
+
+    instructions! {
+        fn bits(bits: u32) -> Self { Self(_mm512_maskz_set1_epi32(bits as __mmask16, 1)) }
+        fn right(self: Self, bits: u32) -> Self { Self(_mm512_srl_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
+        fn left(self: Self, bits: u32) -> Self { Self(_mm512_sll_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
+        fn and(self: Self, mask: u32) -> Self { Self(_mm512_and_si512(self.0, _mm512_set1_epi32(mask as i32))) }
+        fn or(self: Self, other: Self) -> Self { Self(_mm512_or_si512(self.0, other.0)) }
+        fn signed(self: Self) -> Self { Self(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(self.0))) }
+        fn number(self: Self) -> Avx512 { Avx512(_mm512_cvtepi32_ps(self.0)) }
+        fn pick(self: Self, table: &[f32; 16]) -> Avx512 {
+            Avx512(_mm512_permutexvar_ps(self.0, _mm512_loadu_ps(table.as_ptr())))
+        }
+    }
+
+    moves! {
+        fn load(at: *const u8) -> Self { Self(_mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(__m512);
 
 impl Lanes for Avx512 {
+    type Codes = Codes512;
+
     const COUNT: usize = 16;
     const TOKENS: usize = 6;
 
