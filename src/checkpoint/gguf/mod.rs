@@ -19,6 +19,7 @@ use std::{
 
 use names::Names;
 use reader::{Container, Reader, Record};
+pub use types::type_code;
 
 use super::{StoredTensor, Unreadable, bytes_within};
 use crate::{

@@ -47,6 +47,11 @@ pub(super) fn of(code: u32) -> Option<DType> {
     TYPES.iter().find(|(known, _)| *known == code).map(|(_, dtype)| *dtype)
 }
 
+/// The code that files have for a type; `None` if no tensor of it is read from them.
+pub fn type_code(dtype: DType) -> Option<u32> {
+    TYPES.iter().find(|(_, known)| *known == dtype).map(|(code, _)| *code)
+}
+
 /// What a type is called that is not read.
 pub(super) fn name_of(code: u32) -> String {
     let known = OTHERS.iter().find(|(known, _)| *known == code);
