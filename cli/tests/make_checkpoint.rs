@@ -2,37 +2,17 @@
 //! nothing behind where it fails.
 
 mod common;
+#[path = "common/making.rs"]
+mod making;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    process::{Command, Output},
-};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 use half::bf16;
+use making::{make, refused};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
-
-fn run(dir: &Path, args: &str) -> Output {
-    common::program("make-checkpoint").arg(dir).args(args.split_whitespace()).output().unwrap()
-}
-
-fn make(dir: &Path, args: &str) -> String {
-    let output = run(dir, args);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs it, expects a failure without a panic, and returns the message.
-fn refused(dir: &Path, args: &str) -> String {
-    let output = run(dir, args);
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && !message.contains("panicked"), "{message}");
-    message
-}
 
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> =
