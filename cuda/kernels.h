@@ -18,14 +18,32 @@ extern "C" {
 typedef uint16_t lsk_bf16;
 #endif
 
-/* Element types, for lsk_cast. */
+/* Element types, for lsk_cast and lsk_expand. */
 #define LSK_F32 0
 #define LSK_F16 1
 #define LSK_BF16 2
 #define LSK_F8E4M3 3
 
-/* out[i] = x[i], any of the types above to LSK_F32 or LSK_BF16, rounded to nearest even. */
+/* Types of quantised weights in blocks, for lsk_expand. */
+#define LSK_Q4_0 4
+#define LSK_Q4_1 5
+#define LSK_Q5_0 6
+#define LSK_Q5_1 7
+#define LSK_Q8_0 8
+#define LSK_Q2_K 9
+#define LSK_Q3_K 10
+#define LSK_Q4_K 11
+#define LSK_Q5_K 12
+#define LSK_Q6_K 13
+#define LSK_IQ4_NL 14
+#define LSK_IQ4_XS 15
+#define LSK_MXFP4 16
+
+/* out[i] = x[i], any element type to LSK_F32 or LSK_BF16, rounded to nearest even. */
 cudaError_t lsk_cast(void* out, int out_dtype, const void* x, int x_dtype, size_t n, cudaStream_t stream);
+
+/* The same of n weights in whole blocks, of a type of blocks. They are read byte by byte where they are not aligned to 16. */
+cudaError_t lsk_expand(void* out, int out_dtype, const void* blocks, int type, size_t n, cudaStream_t stream);
 
 /* Decodes packed weights (docs/packed.md): `parts` of them lie one behind the other at `packed`, each of part_weights weights
  * but the last, `weights` in all. `lengths` [parts], their bytes, and `table` [13] are the host's, and read before the call

@@ -1,4 +1,4 @@
-// Tensor cores and the copies that feed them. This file and unpack.cu have all inline assembly there is. Each function has a
+// Tensor cores and the copies that feed them. This file and bits.cuh have all inline assembly there is. Each function has a
 // plain twin, for the same sources compiled for the host, which gives every lane what the instruction gives it (PTX ISA 8,
 // "Matrix Fragments for mma.m16n8k16" and "ldmatrix").
 //

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Fixture, fixture, gpu, random_fixture};
+use common::{Fixture, check_blocks, fixture, gpu, random_fixture};
 use layer_streamer::{
     DType, Error, Layer, LayerStreamer, Settings, Unit,
     device::{Cpu, Cuda, Device, TensorRef},
@@ -120,6 +120,7 @@ fn tensors_that_change_on_arrival_are_what_the_cpu_makes_of_them() {
                 let op = if stored.converts_to(to) { ArrivalOp::To(to) } else { ArrivalOp::Keep };
                 changed.add(Arrival { op, ..arrival.clone() });
             }
+            changed.set_tier([Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked][random.usize(..5)]);
             units.push(changed);
         }
         let (gpu_stream, cpu_stream) = (device.stream().unwrap(), Cpu.stream().unwrap());
@@ -150,6 +151,13 @@ fn same(dtype: DType, a: &[u8], b: &[u8]) -> bool {
     };
     let size = dtype.size();
     a.len() == b.len() && a.chunks(size).zip(b.chunks(size)).all(|(a, b)| a == b || (nan(a) && nan(b)))
+}
+
+#[test]
+fn blocks_of_every_type_become_what_gguf_makes_of_them_to_the_bit_in_every_tier() {
+    if let Some(device) = gpu() {
+        check_blocks(&device);
+    }
 }
 
 #[test]

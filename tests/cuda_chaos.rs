@@ -275,8 +275,8 @@ fn converted(from: DType, bytes: Vec<u8>, to: DType) -> Vec<u8> {
     if from == to {
         return bytes;
     }
-    let elements = bytes.len() / from.size();
-    let mut made = vec![0; elements * to.size()];
+    let elements = from.elements(bytes.len());
+    let mut made = vec![0; to.bytes(elements)];
     let at = |bytes: *const u8| DevicePtr::new(bytes.cast_mut());
     // SAFETY: both vectors are that long, and the CPU's streams are done when a call returns.
     unsafe {

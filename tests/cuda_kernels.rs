@@ -1,6 +1,8 @@
 //! Each kernel on a GPU beside its twin on the CPU, on fresh random data of any shape. Without a GPU there is nothing to test,
 //! and the tests say so.
 
+#[path = "cuda/casts.rs"]
+mod casts;
 mod common;
 #[path = "../examples/bench/twin.rs"]
 #[allow(dead_code, reason = "a benchmark uses the rest")]
@@ -35,9 +37,11 @@ fn near(what: &str, (got, expected): (Vec<f32>, Vec<f32>)) {
     assert!(off <= OFF, "{what} is off by {off:.1e}");
 }
 
+/// To the bit, but that all NaN are alike.
 fn same(what: &str, (got, expected): (Vec<f32>, Vec<f32>)) {
-    let wrong = got.iter().zip(&expected).position(|(a, b)| a != b && !(a.is_nan() && b.is_nan()));
-    assert!(wrong.is_none(), "{what}[{wrong:?}] of {}", got.len());
+    let same = |a: &f32, b: &f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+    let wrong = got.iter().zip(&expected).position(|(a, b)| !same(a, b));
+    assert!(got.len() == expected.len() && wrong.is_none(), "{what}[{wrong:?}] of {}", got.len());
 }
 
 /// A length that is small, odd, or a multiple of what kernels take at once, up to about `most`.
@@ -47,44 +51,6 @@ fn length(rng: &mut fastrand::Rng, most: usize) -> usize {
         1 => 1 + rng.usize(..most),
         _ => (1 + rng.usize(..most)).next_multiple_of([4, 8, 32, 256][rng.usize(..4)]),
     }
-}
-
-#[test]
-fn cast_is_exact_for_every_pair_of_types_wherever_a_piece_starts() {
-    on_gpu(8, |gpu, rng| {
-        for from in [DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
-            // Every pattern of up to 16 bits, then random ones.
-            let count = 65536 + length(rng, 20_000);
-            let bytes: Vec<u8> = match from.size() {
-                1 => (0..count).map(|i| i as u8).collect(),
-                2 => (0..count).flat_map(|i| (i as u16).to_le_bytes()).collect(),
-                _ => (0..count).flat_map(|_| rng.u32(..).to_le_bytes()).collect(),
-            };
-            for to in [DType::F32, DType::BF16] {
-                // Not from the first element on, nor to it.
-                let (skip, skip_out) = (rng.usize(..9), rng.usize(..9));
-                let elements = count - skip;
-                let both = on_both!(gpu, |on| {
-                    let raw = on.tensor(&[bytes.len()], &bytes)?;
-                    let mut out = on.empty(to, &[elements + skip_out])?;
-                    let from_at = raw.get().ptr().offset(skip * from.size());
-                    let to_at = out.out().ptr().offset(skip_out * to.size());
-                    let shape = device::Shape::new(&[elements])?;
-                    // SAFETY: parts of the two tensors, which outlive the kernel.
-                    let (x, piece) = unsafe {
-                        (
-                            device::TensorRef::from_raw(from_at, from, shape),
-                            device::TensorMut::from_raw(to_at, to, shape),
-                        )
-                    };
-                    on.device.cast(&on.stream, x, piece)?;
-                    on.read(&out)?[skip_out..].to_vec()
-                });
-                same(&format!("{from} as {to}"), both);
-            }
-        }
-        Ok(())
-    });
 }
 
 #[test]

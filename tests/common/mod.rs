@@ -1,6 +1,7 @@
 //! What several integration tests share, beside what knows nothing of the crate (the package `support`).
 #![allow(dead_code, reason = "each test uses a part")]
 
+mod blocks;
 #[path = "../../src/fixtures.rs"]
 mod fixtures;
 #[cfg(feature = "model")]
@@ -8,6 +9,8 @@ mod model;
 
 use std::{ptr::NonNull, sync::Arc};
 
+#[allow(unused_imports, reason = "each test uses a part")]
+pub use blocks::*;
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use fixtures::*;
 #[cfg(feature = "model")]

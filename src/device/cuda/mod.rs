@@ -184,6 +184,19 @@ pub(crate) fn code_of(dtype: DType) -> c_int {
         DType::F16 => sys::LSK_F16,
         DType::BF16 => sys::LSK_BF16,
         DType::F8E4M3 => sys::LSK_F8E4M3,
+        DType::Q4_0 => sys::LSK_Q4_0,
+        DType::Q4_1 => sys::LSK_Q4_1,
+        DType::Q5_0 => sys::LSK_Q5_0,
+        DType::Q5_1 => sys::LSK_Q5_1,
+        DType::Q8_0 => sys::LSK_Q8_0,
+        DType::Q2_K => sys::LSK_Q2_K,
+        DType::Q3_K => sys::LSK_Q3_K,
+        DType::Q4_K => sys::LSK_Q4_K,
+        DType::Q5_K => sys::LSK_Q5_K,
+        DType::Q6_K => sys::LSK_Q6_K,
+        DType::IQ4_NL => sys::LSK_IQ4_NL,
+        DType::IQ4_XS => sys::LSK_IQ4_XS,
+        DType::MXFP4 => sys::LSK_MXFP4,
         _ => -1,
     }
 }
@@ -287,9 +300,9 @@ unsafe impl Device for Cuda {
     ) -> Result<()> {
         let (to, from) = (to.as_ptr().cast::<c_void>(), from.as_ptr().cast::<c_void>());
         let operation = || format!("convert {elements} elements from {from_type} to {to_type}");
+        let launcher = if from_type.is_blocks() { sys::lsk_expand } else { sys::lsk_cast };
         // SAFETY: both ranges are on the device, apart and valid until the cast is done, as the caller promised.
-        let launch =
-            || unsafe { sys::lsk_cast(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
+        let launch = || unsafe { launcher(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
         self.call(operation, launch)
     }
 

@@ -16,6 +16,7 @@ const TESTS: &[(&[&str], &[&str], usize)] = &[
     (&["rope"], &["rope"], 5),
     (&["rows"], &["lookups", "an_id", "argmax", "gates_factors", "linear"], 5),
     (&["unpack"], &["unpack"], 3),
+    (&["blocks"], &["casts"], 3),
     (&["elementwise", "cast", "gated", "in_place"], &["gates_factors", "cast"], 5),
 ];
 
