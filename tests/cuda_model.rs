@@ -2,6 +2,10 @@
 //! elsewhere. Without a GPU there is nothing to test, and the tests say so.
 
 mod common;
+#[path = "common/gguf.rs"]
+mod gguf;
+#[path = "common/quantised.rs"]
+mod quantised;
 
 use common::{
     Words, check_plans, distance, everywhere, expected, forget, generate, gpu, logits, numbers, spelled_right,
@@ -12,8 +16,9 @@ use layer_streamer::{
     device::{Cpu, Cuda},
     kernels::Kernels,
     model::{Decoder, Model, Sequence},
+    plan::Tier,
 };
-use support::{cases, data, speller};
+use support::{cases, copy_of, data, speller};
 
 /// Where the CPU's two best logits are further apart than this, in units of the root mean square of the token's logits, the GPU
 /// must find the same: ten times what logits are off on average.
@@ -71,6 +76,36 @@ fn rows_of_an_embedding_of_f32_are_those_of_the_table_on_the_device_to_the_bit()
     let [on_device, in_file, _] = found;
     let off = distance(&in_file, &on_device);
     assert!(off == 0.0, "off by {off:.1e}");
+}
+
+#[test]
+fn a_model_in_blocks_computes_what_its_expanded_weights_do_to_the_bit_in_every_tier() {
+    let Some(device) = gpu() else { return };
+    let (folder, seed) = (copy_of(&data("qwen3")), fastrand::u64(..));
+    println!("seed {seed}");
+    let path = folder.path().join("blocks.gguf");
+    let file = quantised::quantised(folder.path(), &mut fastrand::Rng::with_seed(seed));
+    std::fs::write(&path, file.bytes()).unwrap();
+    let prompt: Vec<u32> = (0..12).map(|i| (i * 37 + 3) % 320).collect();
+    let run = |model: &Model| {
+        let mut decoder = decoder(&device, model, 1, prompt.len());
+        // In the second pass what is kept is there already.
+        let mut passes = [(); 2].map(|()| {
+            forget(&mut decoder, 1);
+            decoder.forward(&[Sequence { row: 0, tokens: &prompt }]).unwrap();
+            logits(&mut decoder).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        });
+        assert!(passes[0] == passes[1], "{:?}: the second pass", model.tables);
+        std::mem::take(&mut passes[0])
+    };
+    for (expanded, mut model) in everywhere(folder.path()).iter().zip(everywhere(&path)) {
+        let expected = run(expanded);
+        assert!(expected.iter().all(|bits| f32::from_bits(*bits).is_finite()) && expected[0] != expected[1]);
+        for tier in [Tier::Disk, Tier::Ram, Tier::Pinned, Tier::Gpu, Tier::GpuPacked] {
+            model.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
+            assert!(run(&model) == expected, "{:?}, {tier}", model.tables);
+        }
+    }
 }
 
 #[test]
