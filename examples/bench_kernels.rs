@@ -6,6 +6,8 @@
 
 #[path = "../cli/src/device.rs"]
 mod device;
+#[path = "bench/expansion.rs"]
+mod expansion;
 #[path = "bench/kernel_row.rs"]
 mod kernel_row;
 #[path = "bench/processors.rs"]
@@ -53,7 +55,7 @@ struct Options {
     plot: PlotTo,
 }
 
-/// Rows of the table besides those of unpacking, for the progress bar.
+/// Rows of the table besides those of expansion and unpacking, for the progress bar.
 const ROWS: u64 = 39;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
@@ -99,11 +101,13 @@ fn run<D: Kernels>(
     let mut rng = fastrand::Rng::new();
     let copied = [on.repeated(DType::F32, &[count], &random(&mut rng, 1 << 18))?, on.empty(DType::F32, &[count])?];
     let (time, rounds) = (options.common.window.as_secs_f64(), options.common.rounds);
-    let bar = report::progress((ROWS + unpacking::rows(device)) * u64::from(rounds), &options.common)?;
+    let more = expansion::TYPES.len() as u64 + unpacking::rows(device);
+    let bar = report::progress((ROWS + more) * u64::from(rounds), &options.common)?;
     let rows = Vec::new();
     let mut bench = Bench { on: &on, rng, time, rounds, divisor, weights_divisor, processors, copied, rows, bar };
-    let moving = [Bench::casts, Bench::unpacking, Bench::rows_of_the_residual, Bench::activations];
-    for part in moving.into_iter().chain([Bench::products, Bench::attention]) {
+    let weights = [Bench::casts, Bench::expansion, Bench::unpacking];
+    let others = [Bench::rows_of_the_residual, Bench::activations, Bench::products, Bench::attention];
+    for part in weights.into_iter().chain(others) {
         part(&mut bench)?;
     }
     bench.bar.finish_and_clear();

@@ -23,7 +23,7 @@ pub const COLUMNS: [Column; 11] = [
         "weights_gb_s",
         "of weights",
         Show::Significant,
-        "GB/s of decoded weights alone, where packed ones are decoded",
+        "GB/s of weights alone as they become, where packed or quantised ones are decoded",
     ),
     column("of_copy", "of copy", Show::Spread(2), "GB/s over those of a copy within the device, round by round"),
     column(
@@ -70,7 +70,7 @@ impl Row {
 
     /// A copy is its limit.
     pub fn moves(&self) -> bool {
-        self.operations == 0.0 && !["argmax", "unpack"].contains(&self.kernel)
+        self.operations == 0.0 && !["argmax", "expand", "unpack"].contains(&self.kernel)
     }
 
     pub fn time(&self) -> f64 {
