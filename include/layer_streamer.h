@@ -102,7 +102,8 @@ typedef int32_t ls_status;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-// Element types. The names are those of the safetensors format.
+// Element types. The names are those of the safetensors format; from LS_Q4_0 on, types of quantised weights in blocks, those of GGUF
+// files.
 enum ls_dtype
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
@@ -125,6 +126,19 @@ enum ls_dtype
     LS_U64 = 13,
     LS_I64 = 14,
     LS_F64 = 15,
+    LS_Q4_0 = 16,
+    LS_Q4_1 = 17,
+    LS_Q5_0 = 18,
+    LS_Q5_1 = 19,
+    LS_Q8_0 = 20,
+    LS_Q2_K = 21,
+    LS_Q3_K = 22,
+    LS_Q4_K = 23,
+    LS_Q5_K = 24,
+    LS_Q6_K = 25,
+    LS_IQ4_NL = 26,
+    LS_IQ4_XS = 27,
+    LS_MXFP4 = 28,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -693,8 +707,11 @@ ls_status ls_checkpoint_stored_bytes(struct ls_checkpoint checkpoint,
                                      const char *name,
                                      size_t *bytes);
 
-// Bytes of one element of an ls_dtype; 0 for a number that is none. From any thread.
+// Bytes of one element of an ls_dtype, or of one block of ls_dtype_block elements; 0 for a number that is none. From any thread.
 size_t ls_dtype_size(int32_t dtype);
+
+// Elements of one block of an ls_dtype: 1 where each is stored by itself; 0 for a number that is none. From any thread.
+size_t ls_dtype_block(int32_t dtype);
 
 // The CPU as a device: its memory is RAM, and a stream runs each piece of work in the thread that enqueues it.
 ls_status ls_device_cpu(struct ls_device *device);
@@ -826,8 +843,9 @@ ls_status ls_statics_tensor(struct ls_statics statics, const char *name, struct 
 // Frees static tensors. The device must be done with them.
 ls_status ls_statics_close(struct ls_statics statics);
 
-// How many bytes a tensor has: the product of its dimensions by ls_dtype_size. LS_INVALID where that is no tensor.
-ls_status ls_tensor_bytes(const struct ls_tensor *tensor, size_t *bytes);
+// How many bytes a tensor has: the product of its dimensions, by ls_dtype_block, by ls_dtype_size. LS_INVALID where that is no tensor.
+ls_status ls_tensor_bytes(const struct ls_tensor *tensor,
+                          size_t *bytes);
 
 // Waits until the next unit is on its way to the device and orders `stream` after its arrival; the thread does not wait for
 // the device. On the CPU device it has arrived when this returns. After a pass's last unit comes the first of the next pass.
