@@ -225,8 +225,9 @@ fn a_read_that_never_ends_is_told_of_once_and_cancel_rewind_and_close_do_not_wai
     };
     thread::scope(|scope| {
         // In the last one reads of another file wait behind those that never end.
-        [(Reader::Uring, 4), (Reader::Pread, 4), (Reader::Pread, 12)]
-            .map(|(backend, seed)| _ = scope.spawn(move || check(backend, seed)));
+        for (backend, seed) in [(Reader::Uring, 4), (Reader::Pread, 4), (Reader::Pread, 12)] {
+            scope.spawn(move || check(backend, seed));
+        }
         scope.spawn(static_tensors_that_never_come);
     });
 }
