@@ -1,7 +1,7 @@
-"""Turns a GGUF file of SmolLM2 into a Hugging Face folder: weights as their blocks stand for them, rounded to BF16, tokenizer and
-chat template. Takes gguf and numpy; ci/smollm2 runs it.
+"""Turns a GGUF file of SmolLM2 into a Hugging Face folder: weights as their blocks stand for them, rounded to BF16 unless
+they are to stay F32, tokenizer and chat template. Takes gguf and numpy; ci/smollm2 runs it.
 
-    python3 from-gguf.py FILE FOLDER
+    python3 from-gguf.py FILE FOLDER [--f32]
 """
 import json, os, sys
 import numpy as np
@@ -11,7 +11,7 @@ NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
-source, folder = sys.argv[1:]
+source, folder, *exact = sys.argv[1:]
 reader = GGUFReader(source)
 fields = {name: field.contents() for name, field in reader.fields.items()}
 of_llama = lambda key: fields[f"llama.{key}"]
@@ -24,8 +24,10 @@ def halves(weight, heads):
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def bf16(weight):
-    """To the nearest, of two as near the even one."""
+def stored_as(weight):
+    """F32; or BF16, to the nearest, of two as near the even one."""
+    if exact:
+        return np.ascontiguousarray(weight, np.float32)
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -43,16 +45,17 @@ for layer in range(layers):
 os.makedirs(folder, exist_ok=True)
 header, end = {}, 0
 for name, weight in state.items():
-    header[name] = {"dtype": "BF16", "shape": weight.shape, "data_offsets": [end, end + 2 * weight.size]}
-    end += 2 * weight.size
+    bytes_of_it = (4 if exact else 2) * weight.size
+    header[name] = {"dtype": "F32" if exact else "BF16", "shape": weight.shape, "data_offsets": [end, end + bytes_of_it]}
+    end += bytes_of_it
 text = json.dumps(header).encode()
 text += b" " * (-len(text) % 8)
 with open(f"{folder}/model.safetensors", "wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for weight in state.values():
-        file.write(bf16(weight).tobytes())
+        file.write(stored_as(weight).tobytes())
 config = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32" if exact else "bfloat16",
     "hidden_size": of_llama("embedding_length"), "intermediate_size": of_llama("feed_forward_length"),
     "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
     "max_position_embeddings": of_llama("context_length"), "vocab_size": len(fields["tokenizer.ggml.tokens"]),

@@ -131,3 +131,27 @@ fn smollm2_says_the_same_from_a_file_as_from_its_folder() {
         println!("{from_file}");
     }
 }
+
+#[test]
+#[ignore = "takes SmolLM2, which ci/smollm2 makes: LAYER_STREAMER_SMOLLM2 names its folder; .ci/run runs it"]
+fn smollm2_in_blocks_says_what_its_weights_in_f32_say() {
+    let model = PathBuf::from(env::var_os("LAYER_STREAMER_SMOLLM2").expect("it names SmolLM2's folder"));
+    let prompts = [
+        "What is the capital of France?",
+        "Name three colours.",
+        "Write a short poem about the sea.",
+        "Why is the sky blue?",
+        "Count from one to ten.",
+        "What does a compiler do?",
+        "Translate to French: good morning.",
+        "Who wrote Hamlet?",
+        "How do I boil an egg?",
+        "Tell me a joke about cats.",
+    ];
+    for prompt in prompts {
+        let arguments = ["--max-new-tokens", "32", prompt];
+        let [blocks, plain] = ["q4.gguf", "f32"].map(|name| run("generate", &model.join(name), &arguments).0);
+        assert_eq!(blocks, plain, "{prompt}");
+        println!("{blocks}");
+    }
+}

@@ -95,7 +95,7 @@ impl Columns<'_> {
         let weight = &weight[..self.rows.end * k];
         let height = if tokens <= FEW { 4 } else { ROWS };
         for (rows, ks) in self.blocks(height) {
-            let weights = &weight[rows.start * k + ks.start..(rows.end * k).max(rows.start * k + ks.start)];
+            let weights = &weight[rows.start * k + ks.start..rows.end * k];
             // Two tiles further on, in the order of addresses.
             let ahead = if tokens <= FEW { 8 * k + 3 * ks.start } else { 0 };
             self.all::<L, W>(Panel { weights, stride: k, ahead }, rows, ks);
