@@ -1,12 +1,17 @@
 //! Blocks of quantised weights → F32, in vectors: to the bits that [`dtype::expand`](crate::dtype::expand) gives, where the formats are
 //! told.
 
+use std::hint::black_box;
+
 use super::lanes::{Codes, Lanes};
 use crate::dtype::{DType, E2M1, IQ4, f16_to_f32, mxfp4_scale, scales_and_minimums};
 
 /// Weights of the small blocks, and of the large ones.
 const SMALL: usize = 32;
 const LARGE: usize = 256;
+
+/// Large blocks whose scales are computed at a time.
+const SOME: usize = 3;
 
 /// Expands blocks of this type.
 ///
@@ -23,6 +28,21 @@ pub(super) fn expand<L: Lanes>(from: DType, src: &[u8], dst: &mut [f32]) {
             }
         };
     }
+    // Of some blocks the scales come first, so that nothing waits for them to be stored.
+    macro_rules! with_scales {
+        ($block:ident) => {
+            for (blocks, out) in src.as_chunks().0.chunks(SOME).zip(dst.as_chunks_mut().0.chunks_mut(SOME)) {
+                let mut scales = [const { Sixteen([0.0; 16]) }; SOME];
+                for (block, scales) in blocks.iter().zip(&mut scales) {
+                    scales_of_eight::<L>(block, scales);
+                }
+                black_box(&mut scales);
+                for ((block, scales), out) in blocks.iter().zip(&scales).zip(out) {
+                    $block::<L>(block, &scales.0, out);
+                }
+            }
+        };
+    }
     match from {
         DType::Q4_0 => each!(q4_0),
         DType::Q4_1 => each!(q4_1),
@@ -31,8 +51,8 @@ pub(super) fn expand<L: Lanes>(from: DType, src: &[u8], dst: &mut [f32]) {
         DType::Q8_0 => each!(q8_0),
         DType::Q2_K => each!(q2_k),
         DType::Q3_K => each!(q3_k),
-        DType::Q4_K => each!(q4_k),
-        DType::Q5_K => each!(q5_k),
+        DType::Q4_K => with_scales!(q4_k),
+        DType::Q5_K => with_scales!(q5_k),
         DType::Q6_K => each!(q6_k),
         DType::IQ4_NL => each!(iq4_nl),
         DType::IQ4_XS => each!(iq4_xs),
@@ -62,10 +82,16 @@ fn put<L: Lanes>(weights: L, out: &mut [f32], at: usize) {
     unsafe { weights.store(out.as_mut_ptr()) };
 }
 
-/// The F16 that begins at this byte, in all lanes.
+/// The F16 that begins at this byte.
+#[inline(always)]
+fn number(block: &[u8], at: usize) -> f32 {
+    f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]])))
+}
+
+/// The same in all lanes.
 #[inline(always)]
 fn half<L: Lanes>(block: &[u8], at: usize) -> L {
-    L::splat(f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))))
+    L::splat(number(block, at))
 }
 
 /// What codes of four bits are, before they are multiplied by a scale.
@@ -100,23 +126,28 @@ fn of<L: Lanes>(numbers: &[f32; 16], at: usize) -> L {
     unsafe { L::load(numbers.as_ptr()) }
 }
 
-/// 32 weights by the halves of 16 bytes from `from` on.
+/// Weights by the halves of some bytes from `from` on: the lower ones to the start of `out`, the upper ones to `upper`, by a table
+/// each. A byte is loaded once for both.
 #[inline(always)]
-fn by_halves<L: Lanes>(block: &[u8], from: usize, table: &[f32; 16], out: &mut [f32]) {
-    for at in (0..SMALL).step_by(L::COUNT) {
-        put(halves::<L>(block, from + at % 16, at / 16 * 4).pick(table), out, at);
+fn by_halves<L: Lanes>(block: &[u8], from: usize, tables: [&[f32; 16]; 2], out: &mut [f32], upper: usize) {
+    for at in (0..upper).step_by(L::COUNT) {
+        let codes = load::<L>(block, from + at);
+        put(codes.pick(tables[0]), out, at);
+        put(codes.right(4).pick(tables[1]), out, upper + at);
     }
 }
 
 #[inline(always)]
 fn q4_0<L: Lanes>(block: &[u8; 18], out: &mut [f32; SMALL]) {
-    by_halves::<L>(block, 2, &scaled::<L>(&FROM_MINUS_EIGHT, half::<L>(block, 0)), out);
+    let table = scaled::<L>(&FROM_MINUS_EIGHT, half::<L>(block, 0));
+    by_halves::<L>(block, 2, [&table; 2], out, 16);
 }
 
 #[inline(always)]
 fn q4_1<L: Lanes>(block: &[u8; 20], out: &mut [f32; SMALL]) {
     let [scale, least] = [half::<L>(block, 0), half::<L>(block, 2)];
-    by_halves::<L>(block, 4, &scaled_from::<L>(least, scale), out);
+    let table = scaled_from::<L>(least, scale);
+    by_halves::<L>(block, 4, [&table; 2], out, 16);
 }
 
 /// Codes of five bits, of which the fifth are the bits of these four bytes.
@@ -152,48 +183,48 @@ fn q8_0<L: Lanes>(block: &[u8; 34], out: &mut [f32; SMALL]) {
 
 #[inline(always)]
 fn iq4_nl<L: Lanes>(block: &[u8; 18], out: &mut [f32; SMALL]) {
-    by_halves::<L>(block, 2, &scaled::<L>(&IQ4, half::<L>(block, 0)), out);
+    let table = scaled::<L>(&IQ4, half::<L>(block, 0));
+    by_halves::<L>(block, 2, [&table; 2], out, 16);
 }
 
 #[inline(always)]
 fn mxfp4<L: Lanes>(block: &[u8; 17], out: &mut [f32; SMALL]) {
-    by_halves::<L>(block, 1, &scaled::<L>(&E2M1, L::splat(mxfp4_scale(block[0]))), out);
+    let table = scaled::<L>(&E2M1, L::splat(mxfp4_scale(block[0])));
+    by_halves::<L>(block, 1, [&table; 2], out, 16);
 }
 
-/// Sixteen bytes as numbers.
+/// Sixteen numbers in a line of the cache: across two, what was stored at once would not be there for loads for many cycles.
+#[repr(align(64))]
+struct Sixteen([f32; 16]);
+
+/// The scales of eight groups of 32 weights each, then what is added to their weights. They lie in memory, from where a number is
+/// spread over all lanes without a shuffle, of which the rest has more than enough.
 #[inline(always)]
-fn numbers<L: Lanes>(codes: &[u8; 16]) -> [f32; 16] {
-    let mut numbers = [0.0; 16];
+fn scales_of_eight<L: Lanes>(block: &[u8], scales: &mut Sixteen) {
+    let (codes, mut factors) = (scales_and_minimums(block, 4), [number(block, 0); 16]);
+    factors[8..].fill(-number(block, 2));
     for at in (0..16).step_by(L::COUNT) {
-        put(load::<L>(codes, at).number(), &mut numbers, at);
-    }
-    numbers
-}
-
-#[inline(always)]
-fn q4_k<L: Lanes>(block: &[u8; 144], out: &mut [f32; LARGE]) {
-    let [scale, minimum] = [half::<L>(block, 0), half::<L>(block, 2)];
-    let of_groups = numbers::<L>(&scales_and_minimums(block, 4));
-    for group in 0..8 {
-        let [scale, minimum] = [L::splat(of_groups[group]).times(scale), L::splat(of_groups[8 + group]).times(minimum)];
-        let table = scaled_from::<L>(L::splat(0.0).minus(minimum), scale);
-        for at in (0..32).step_by(L::COUNT) {
-            let codes = halves::<L>(block, 16 + group / 2 * 32 + at, group % 2 * 4);
-            put(codes.pick(&table), out, group * 32 + at);
-        }
+        put(load::<L>(&codes, at).number().times(of::<L>(&factors, at)), &mut scales.0, at);
     }
 }
 
 #[inline(always)]
-fn q5_k<L: Lanes>(block: &[u8; 176], out: &mut [f32; LARGE]) {
-    let [scale, minimum] = [half::<L>(block, 0), half::<L>(block, 2)];
-    let of_groups = numbers::<L>(&scales_and_minimums(block, 4));
+fn q4_k<L: Lanes>(block: &[u8; 144], scales: &[f32; 16], out: &mut [f32; LARGE]) {
+    for pair in 0..4 {
+        let low = scaled_from::<L>(L::splat(scales[8 + 2 * pair]), L::splat(scales[2 * pair]));
+        let high = scaled_from::<L>(L::splat(scales[9 + 2 * pair]), L::splat(scales[1 + 2 * pair]));
+        by_halves::<L>(block, 16 + pair * 32, [&low, &high], &mut out[pair * 64..], 32);
+    }
+}
+
+#[inline(always)]
+fn q5_k<L: Lanes>(block: &[u8; 176], scales: &[f32; 16], out: &mut [f32; LARGE]) {
     for group in 0..8 {
-        let [scale, minimum] = [L::splat(of_groups[group]).times(scale), L::splat(of_groups[8 + group]).times(minimum)];
+        let [scale, least] = [L::splat(scales[group]), L::splat(scales[8 + group])];
         for at in (0..32).step_by(L::COUNT) {
             let fifths = load::<L>(block, 16 + at).right(group as u32).and(1).left(4);
             let codes = halves::<L>(block, 48 + group / 2 * 32 + at, group % 2 * 4).and(15).or(fifths);
-            put(codes.number().times(scale).minus(minimum), out, group * 32 + at);
+            put(codes.number().times_plus(scale, least), out, group * 32 + at);
         }
     }
 }
@@ -250,6 +281,7 @@ fn iq4_xs<L: Lanes>(block: &[u8; 136], out: &mut [f32; LARGE]) {
     for group in 0..8 {
         let [low, high] = [block[4 + group / 2] >> (group % 2 * 4) & 15, (upper >> (group * 2) & 3) as u8];
         let scale = L::splat(f32::from((low | high << 4) as i8 - 32)).times(scale);
-        by_halves::<L>(block, 8 + group * 16, &scaled::<L>(&IQ4, scale), &mut out[group * 32..]);
+        let table = scaled::<L>(&IQ4, scale);
+        by_halves::<L>(block, 8 + group * 16, [&table; 2], &mut out[group * 32..], 16);
     }
 }

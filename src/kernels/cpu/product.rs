@@ -65,7 +65,7 @@ impl Work for Columns<'_> {
             Matrix::Plain(Weight::F32(weight)) => self.compute::<L, f32>(weight),
             Matrix::Plain(Weight::F16(weight)) => self.compute::<L, f16>(weight),
             Matrix::Plain(Weight::BF16(weight)) => self.compute::<L, bf16>(weight),
-            Matrix::Blocks(dtype, weight) if self.product.tokens <= FEW => self.expand::<L, 4>(dtype, weight),
+            Matrix::Blocks(dtype, weight) if self.product.tokens <= FEW => self.expand::<L, 8>(dtype, weight),
             Matrix::Blocks(dtype, weight) => self.expand::<L, ROWS>(dtype, weight),
         }
     }
@@ -110,6 +110,10 @@ impl Columns<'_> {
         for (rows, ks) in self.blocks(H) {
             for (row, out) in rows.clone().zip(&mut panel) {
                 let weights = &weight[row * row_bytes..][dtype.bytes(ks.start)..dtype.bytes(ks.end)];
+                // What is needed so many rows further on.
+                for line in (0..weights.len()).step_by(64) {
+                    L::fetch(weights.as_ptr().wrapping_add(H * row_bytes + line).cast());
+                }
                 blocks::expand::<L>(dtype, weights, &mut out[..ks.len()]);
             }
             let weights = panel.as_flattened();
@@ -136,6 +140,10 @@ impl Columns<'_> {
         tokens: Range<usize>,
     ) {
         let mut row = 0;
+        while tokens.len() == 1 && row + 8 <= rows.len() {
+            self.tile::<L, W, 8, 1>(panel, &rows, row, ks, tokens.start);
+            row += 8;
+        }
         while row + 4 <= rows.len() {
             match tokens.len() {
                 6 => self.tile::<L, W, 4, 6>(panel, &rows, row, ks, tokens.start),
