@@ -280,7 +280,4 @@ fn smollm2_s_gguf_file_has_the_tokens_of_its_tokenizer_json() {
         [&of_json, &of_file].map(|text| text.template().unwrap().unwrap().render(&messages, None).unwrap());
     assert_eq!(found, expected);
     assert_eq!(of_file.end_of_turn(), of_json.end_of_turn());
-    // Its tensors are of blocks.
-    let error = layer_streamer::model::Model::open(model.join("q4.gguf")).unwrap_err().to_string();
-    assert!(error.contains("q4.gguf: tensor ") && error.contains("F32, F16 or BF16"), "{error}");
 }
