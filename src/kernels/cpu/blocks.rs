@@ -1,5 +1,4 @@
-//! Blocks of quantised weights → F32, in vectors: to the bits that [`dtype::expand`](crate::dtype::expand) gives, where the formats are
-//! told.
+//! Blocks of quantised weights → F32, in vectors: to the bits that `dtype/blocks.rs` gives, where the formats are told.
 
 use std::hint::black_box;
 
