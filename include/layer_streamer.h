@@ -162,7 +162,7 @@ enum ls_tier
     LS_TIER_PINNED = 2,
     // On the device: read and transferred once.
     LS_TIER_GPU = 3,
-    // On the device, with packed tensors as they are stored: read and transferred once, unpacked in every pass.
+    // On the device, with packed and quantised tensors as they are stored: read and transferred once, unpacked in every pass.
     LS_TIER_GPU_PACKED = 4,
     // In pinned RAM, packed there while the first passes go by.
     LS_TIER_PINNED_PACKED = 5,
@@ -332,7 +332,7 @@ typedef struct ls_unit_tensor {
     const char *name;
     // The checkpoint's name for it.
     const char *stored;
-    // The ls_dtype that it is converted to on arrival (F32, F16, BF16 or F8_E4M3 to F32 or BF16), or LS_AS_STORED.
+    // The ls_dtype that it is converted to on arrival (F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16), or LS_AS_STORED.
     int32_t dtype;
 } ls_unit_tensor;
 
@@ -490,7 +490,7 @@ typedef struct ls_placement {
     size_t least_host_bytes;
     // The same of the device's own memory.
     size_t least_device_bytes;
-    // How many units are kept on the device with packed tensors as they are stored.
+    // How many units are kept on the device with packed and quantised tensors as they are stored.
     size_t units_gpu_packed;
     // How many are kept in pinned RAM, packed there.
     size_t units_pinned_packed;
@@ -843,7 +843,7 @@ ls_status ls_statics_tensor(struct ls_statics statics, const char *name, struct 
 // Frees static tensors. The device must be done with them.
 ls_status ls_statics_close(struct ls_statics statics);
 
-// How many bytes a tensor has: the product of its dimensions, by ls_dtype_block, by ls_dtype_size. LS_INVALID where that is no tensor.
+// How many bytes a tensor has: the product of its dimensions, divided by ls_dtype_block, times ls_dtype_size. LS_INVALID where that is no tensor.
 ls_status ls_tensor_bytes(const struct ls_tensor *tensor,
                           size_t *bytes);
 
@@ -890,7 +890,7 @@ ls_status ls_run_pass(struct ls_streamer streamer,
 // first kernel; calling it again does nothing.
 ls_status ls_stream_prepare(struct ls_stream stream);
 
-// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8_E4M3 to F32 or BF16.
+// Converts `x` into `out`, of the same shape: F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16.
 ls_status ls_cast(struct ls_stream stream, const struct ls_tensor *x, const struct ls_tensor *out);
 
 // Looks up rows: out[t] = table[ids[t]], with `table` [V, H] a weight, `ids` [T] U32, `out` [T, H] F32. Ids from V on are the

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 #[cfg(all(test, feature = "model"))]
 pub(crate) use blocks::expand;
 #[cfg(feature = "model")]
-pub(crate) use blocks::{E2M1, IQ4, mxfp4_scale, scales_and_minimums};
+pub(crate) use blocks::{E2M1, IQ4, LARGE, SMALL, half, mxfp4_scale, scales_and_minimums};
 
 /// Element type of a tensor, named as in the safetensors format; or a type of quantised weights in blocks, named as in GGUF files.
 /// Rows of such a tensor are whole blocks.
@@ -222,7 +222,7 @@ fn f32_to_bf16(bits: u32) -> u16 {
 
 /// The bits of the same number as F32; NaN becomes quiet.
 #[inline(always)]
-pub(crate) fn f16_to_f32(bits: u16) -> u32 {
+fn f16_to_f32(bits: u16) -> u32 {
     let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff) << 13);
     sign | match magnitude >> 23 {
         0 => subnormal(magnitude, 113),

@@ -99,7 +99,7 @@ pub enum Tier {
     Pinned,
     /// On the device: read and transferred once.
     Gpu,
-    /// On the device, with packed tensors as they are stored: read and transferred once, unpacked into a slot in every pass.
+    /// On the device, with packed and quantised tensors as they are stored: read and transferred once, unpacked into a slot in every pass.
     GpuPacked,
     /// In pinned RAM, packed there by threads of their own while it is stored plain: until that is done it is read in every pass, then
     /// transferred in every pass. A unit for which no room is left, since others packed worse than expected, stays on disk.

@@ -11,7 +11,7 @@ use support::{
     gguf::{GgufFile, Meta},
 };
 
-/// F32, F16, BF16.
+/// The types that are read, by their codes.
 const CODES: [(u32, DType); 16] = [
     (0, DType::F32),
     (1, DType::F16),

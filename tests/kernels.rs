@@ -414,3 +414,31 @@ fn a_refusal_says_which_tensor_is_what_and_what_was_expected() {
         "rms_norm: x is F32 [], expected F32 [.., H]",
     );
 }
+
+/// Memory that is said to hold a tensor of blocks.
+fn blocks(dtype: DType, shape: &[usize]) -> Tensor {
+    Tensor { dtype, shape: shape.to_vec(), ..Tensor::new(&[512], &[0u8; 512]) }
+}
+
+#[test]
+fn blocks_are_weights_of_products_alone_and_in_whole_rows() {
+    let stream = Cpu.stream().unwrap();
+    let (x, half, mut out) = (Tensor::zeros(&[1, 32]), Tensor::zeros(&[1, 16]), Tensor::zeros(&[1, 32]));
+    let (norm, weight, bias) = (blocks(DType::Q8_0, &[32]), blocks(DType::Q8_0, &[32, 32]), blocks(DType::Q8_0, &[1]));
+    let said = |result: Result<(), Error>, part: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(part), "{error} lacks {part}");
+    };
+    said(Cpu.rms_norm(&stream, x.get(), norm.get(), 0.0, 1e-5, out.out()), "weights of type Q8_0");
+    said(Cpu.linear(&stream, x.get(), weight.get(), Some(norm.get()), out.out()), "weights of type Q8_0");
+    said(
+        Cpu.linear(&stream, x.get(), weight.get(), Some(bias.get()), out.out()),
+        "bias is Q8_0 [1]: its rows are no whole blocks",
+    );
+    let short = blocks(DType::Q4_0, &[32, 16]);
+    said(
+        Cpu.linear(&stream, half.get(), short.get(), None, out.out()),
+        "weight is Q4_0 [32, 16]: its rows are no whole blocks",
+    );
+    Cpu.linear(&stream, x.get(), weight.get(), None, out.out()).unwrap();
+}

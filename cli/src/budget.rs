@@ -159,11 +159,7 @@ pub fn table(device: &str, own: bool, model: &Model, parts: &[Part], plan: &Plan
     let (stored, weights) = (plan.bytes_per_pass(), plan.weight_bytes());
     if stored < weights {
         let ratio = weights as f64 / stored as f64;
-        text += &format!(
-            "  packed: {} of weights are stored in {}, {ratio:.2} times less\n",
-            bytes(weights),
-            bytes(stored)
-        );
+        text += &format!("  stored: {} of weights in {}, {ratio:.2} times less\n", bytes(weights), bytes(stored));
     }
     // Elsewhere the device unpacks, beside the link.
     let unpacks = !own && (stored < weights || tiers.contains(&Tier::PinnedPacked));

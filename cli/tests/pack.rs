@@ -305,7 +305,7 @@ fn a_packed_model_answers_as_before_wherever_its_layers_are_kept_and_its_plan_sa
     }
     let plan = program("plan").args(["--device", "cpu", "--no-probe", "--n-gpu", "1", "--model"]).arg(&packed).output();
     let table = String::from_utf8(plan.unwrap().stdout).unwrap();
-    assert!(table.contains("  packed: 3.15 MB of weights are stored in 2.20 MB, 1.43 times less\n"), "{table}");
+    assert!(table.contains("  stored: 3.15 MB of weights in 2.20 MB, 1.43 times less\n"), "{table}");
     assert!(table.contains(" and copies and unpacks 2.20 MB in "), "{table}");
 }
 

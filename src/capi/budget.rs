@@ -52,7 +52,7 @@ pub struct ls_placement {
     pub least_host_bytes: usize,
     /// The same of the device's own memory.
     pub least_device_bytes: usize,
-    /// How many units are kept on the device with packed tensors as they are stored.
+    /// How many units are kept on the device with packed and quantised tensors as they are stored.
     pub units_gpu_packed: usize,
     /// How many are kept in pinned RAM, packed there.
     pub units_pinned_packed: usize,

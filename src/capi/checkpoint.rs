@@ -300,6 +300,11 @@ mod tests {
         {
             assert_eq!(code_of(dtype), code as i32);
         }
+        assert_eq!((ls_dtype_size(code_of(DType::Q8_0)), ls_dtype_block(code_of(DType::Q8_0))), (34, 32));
+        assert_eq!(
+            (ls_dtype_size(code_of(DType::F32)), ls_dtype_block(code_of(DType::F32)), ls_dtype_block(29)),
+            (4, 1, 0)
+        );
         for wrong in [0, -1, 29, i32::MIN, i32::MAX] {
             assert!(dtype_of(wrong, "").is_err());
         }

@@ -188,7 +188,7 @@ pub extern "C" fn ls_stream_prepare(stream: ls_stream) -> ls_status {
     })
 }
 
-/// Converts `x` into `out`, of the same shape: F32, F16, BF16 or F8_E4M3 to F32 or BF16.
+/// Converts `x` into `out`, of the same shape: F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_cast(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
     kernel!(stream, cast(x, out))

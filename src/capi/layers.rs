@@ -87,7 +87,7 @@ impl ls_tensor {
     }
 }
 
-/// How many bytes a tensor has: the product of its dimensions, by ls_dtype_block, by ls_dtype_size. LS_INVALID where that is no tensor.
+/// How many bytes a tensor has: the product of its dimensions, divided by ls_dtype_block, times ls_dtype_size. LS_INVALID where that is no tensor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_tensor_bytes(tensor: *const ls_tensor, bytes: *mut usize) -> ls_status {
     ffi(|| {
@@ -237,4 +237,31 @@ pub unsafe extern "C" fn ls_run_pass(
             }
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capi::checkpoint::ls_dtype;
+
+    #[test]
+    fn a_tensor_of_blocks_has_the_bytes_of_its_blocks_and_lies_anywhere() {
+        let mut memory = [0u8; 80];
+        let mut tensor = |dtype: ls_dtype, columns: usize| {
+            let data = memory[1..].as_mut_ptr().cast();
+            ls_tensor { data, dtype: dtype as i32, rank: 2, shape: [2, columns, 1, 1, 1, 1, 1, 1] }
+        };
+        let mut bytes = 0;
+        let blocks = tensor(ls_dtype::LS_Q8_0, 32);
+        // SAFETY: the tensor and the number are there.
+        let said =
+            unsafe { [ls_tensor_bytes(&blocks, &mut bytes), ls_tensor_bytes(&tensor(ls_dtype::LS_Q8_0, 33), &mut 0)] };
+        assert_eq!((said, bytes), ([ls_status::LS_OK, ls_status::LS_INVALID], 68));
+        // SAFETY: so many bytes lie there, which nobody else uses.
+        let written = unsafe { blocks.write("x").map(|tensor| tensor.bytes()) };
+        assert!(written.is_ok_and(|bytes| bytes == 68));
+        // SAFETY: as above.
+        let written = unsafe { tensor(ls_dtype::LS_F32, 9).write("x").map(|tensor| tensor.bytes()) };
+        assert!(written.is_err(), "F32 at an odd address");
+    }
 }

@@ -34,7 +34,7 @@ pub enum ls_tier {
     LS_TIER_PINNED = 2,
     /// On the device: read and transferred once.
     LS_TIER_GPU = 3,
-    /// On the device, with packed tensors as they are stored: read and transferred once, unpacked in every pass.
+    /// On the device, with packed and quantised tensors as they are stored: read and transferred once, unpacked in every pass.
     LS_TIER_GPU_PACKED = 4,
     /// In pinned RAM, packed there while the first passes go by.
     LS_TIER_PINNED_PACKED = 5,
@@ -88,7 +88,7 @@ pub struct ls_unit_tensor {
     pub name: *const c_char,
     /// The checkpoint's name for it.
     pub stored: *const c_char,
-    /// The ls_dtype that it is converted to on arrival (F32, F16, BF16 or F8_E4M3 to F32 or BF16), or LS_AS_STORED.
+    /// The ls_dtype that it is converted to on arrival (F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16), or LS_AS_STORED.
     pub dtype: i32,
 }
 

@@ -115,7 +115,8 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
     /// As [`Device::copy_to_device`], with both ranges on the device.
     unsafe fn copy_on_device(&self, to: DevicePtr, from: DevicePtr, bytes: usize, stream: &Self::Stream) -> Result<()>;
 
-    /// Enqueues the conversion of `elements` elements (see [`DType::converts_to`]). The ranges do not overlap.
+    /// Enqueues the conversion of `elements` elements, whole blocks of them (see [`DType::converts_to`]). The ranges do not overlap; one
+    /// of blocks may begin anywhere.
     ///
     /// # Safety
     /// As [`Device::copy_to_device`], with both ranges on the device.

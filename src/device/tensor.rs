@@ -122,7 +122,7 @@ tensor_methods!(TensorMut);
 
 impl<'a, D: Device> TensorRef<'a, D> {
     /// # Safety
-    /// `ptr` is an address of a device of type `D`, aligned for `dtype`; the tensor's bytes from there on are allocated for `'a`
+    /// `ptr` is an address of a device of type `D`, aligned for `dtype`; rows are whole blocks of it; the tensor's bytes from there on are allocated for `'a`
     /// and until work that uses them is done; and nothing that is not ordered against that work writes them meanwhile. On
     /// [`Cpu`], whose elements safe code may look at, nothing at all writes them during `'a`.
     pub unsafe fn from_raw(ptr: DevicePtr, dtype: DType, shape: Shape) -> Self {

@@ -13,8 +13,8 @@
 use super::{DType, f16_to_f32};
 
 /// Weights of the small blocks, and of the large ones.
-const SMALL: usize = 32;
-pub(super) const LARGE: usize = 256;
+pub(crate) const SMALL: usize = 32;
+pub(crate) const LARGE: usize = 256;
 
 /// What a code of IQ4_NL and IQ4_XS stands for.
 pub(crate) const IQ4: [f32; 16] =
@@ -59,7 +59,7 @@ fn each<const B: usize, const N: usize>(src: &[u8], dst: &mut [f32], expand: imp
 
 /// The F16 that begins at this byte.
 #[inline(always)]
-fn half(block: &[u8], at: usize) -> f32 {
+pub(crate) fn half(block: &[u8], at: usize) -> f32 {
     f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]])))
 }
 

@@ -56,7 +56,8 @@ impl MappedUnit {
         let at = wanted.wrapping_sub(map.as_ptr().addr()) % HUGE;
         for extent in &unit.extents {
             let (file, offset) = (sources[extent.file].buffered.as_raw_fd(), extent.offset as libc::off_t);
-            // SAFETY: extents lie in a slot's bytes, for which room was reserved above that nobody else knows.
+            // SAFETY: extents lie in a slot's bytes, for which room was reserved above that nobody else knows, and `HUGE` bytes more
+            // than that: `at` is less.
             let mapped = unsafe {
                 let to = map.as_mut_ptr().add(at + extent.at).cast();
                 libc::mmap(to, extent.len, libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED, file, offset)

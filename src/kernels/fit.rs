@@ -136,6 +136,10 @@ impl Fit {
         written: bool,
     ) -> Result<()> {
         tensor.check_stream(self.kernel, self.stream)?;
+        let whole = tensor.dtype().bytes_of(tensor.shape()).is_some();
+        self.check(whole, || {
+            format!("{what} is {} {:?}: its rows are no whole blocks", tensor.dtype(), tensor.shape())
+        })?;
         let fits = self.binds(tensor.shape(), pattern);
         let dtype = self.expected(pattern.dtype, tensor.dtype())?;
         self.check(fits && tensor.dtype() == dtype, || {

@@ -119,7 +119,7 @@ impl Cast {
         (first..end).step_by(most).map(move |start| Self {
             from: cast.from + start * size,
             to: cast.to + start * to_size,
-            kept_at: cast.kept_at + start * if cast.is_kept_stored() { size } else { to_size },
+            kept_at: cast.kept_at + start * to_size,
             elements: most.min(end - start) * elements,
             ..cast
         })
@@ -223,7 +223,7 @@ pub(crate) struct UnitLayout {
     pub(crate) host_bytes: usize,
     /// A multiple of [`DEVICE_ALIGN`].
     pub(crate) device_bytes: usize,
-    /// The same where packed tensors are kept as they are.
+    /// The same where tensors that are packed, or smaller than what they become, are kept as they are.
     pub(crate) packed_bytes: usize,
     pub(crate) tier: Tier,
     /// The layer function uses it where it was read to: nothing is copied, and what is kept of it are the pages that were read.

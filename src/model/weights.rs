@@ -211,7 +211,7 @@ impl Needed<'_> {
                 Some(packing) => packing.refusal(file, name),
                 None => {
                     let cause =
-                        format!("is of type {dtype}; take a model in F32, F16 or BF16, which are computed with");
+                        format!("is of type {dtype}; F32, F16 and BF16 are computed with, and blocks of matrices");
                     Error::tensor(file, name, cause)
                 }
             });
@@ -243,15 +243,17 @@ fn converted(mut unit: Unit, precision: Precision) -> Unit {
 /// checkpoint that has their tensors.
 fn head_units(checkpoint: &Checkpoint, name: &str, layers: &[Unit]) -> Result<(Checkpoint, Vec<Unit>)> {
     let entry = checkpoint.entry(name)?;
-    let stored = |entry: &TensorEntry| entry.dtype.bytes(entry.elements());
-    let expanded =
-        |entry: &TensorEntry| if entry.dtype.is_blocks() { DType::BF16 } else { entry.dtype }.bytes(entry.elements());
+    let stored = |entry: &TensorEntry| entry.dtype.bytes_of(&entry.shape).unwrap_or(usize::MAX);
+    let expanded = |entry: &TensorEntry| {
+        let dtype = if entry.dtype.is_blocks() { DType::BF16 } else { entry.dtype };
+        dtype.bytes_of(&entry.shape).unwrap_or(usize::MAX)
+    };
     let rows = entry.shape[0];
     // No larger where blocks stay as they are, nor where they become BF16.
     let most_by = |bytes: &dyn Fn(&TensorEntry) -> usize| {
         let of_unit = |unit: &Unit| -> usize {
             let inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
-            inputs.filter_map(|name| Some(bytes(checkpoint.entry(name).ok()?))).sum()
+            inputs.filter_map(|name| Some(bytes(checkpoint.entry(name).ok()?))).fold(0, usize::saturating_add)
         };
         layers.iter().map(of_unit).max().unwrap_or(0) / (bytes(entry) / rows.max(1)).max(1)
     };

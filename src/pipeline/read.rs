@@ -71,8 +71,8 @@ pub(crate) struct ReadStage<D: Device> {
     first: usize,
     /// By file: something was read from it in this pass.
     unchecked: Vec<bool>,
-    /// By file: reads that are under way, and since when none of them has ended.
-    under_way: Vec<(usize, Instant)>,
+    /// By load, as many as there can be at once, and file: reads that are under way.
+    under_way: Vec<usize>,
     /// Why nothing can be read any more, and what the loads have stays theirs.
     broken: Option<Error>,
     /// When a read last ended or the disk had nothing to do, and whether it was told that none has since.
@@ -113,7 +113,7 @@ impl<D: Device> ReadStage<D> {
             first_pass: true,
             first: 0,
             unchecked: vec![false; sources.len()],
-            under_way: vec![(0, Instant::now()); sources.len()],
+            under_way: vec![0; (slots + plan.tallies.kept()) * sources.len()],
             broken: None,
             last: Instant::now(),
             told: false,
@@ -124,12 +124,12 @@ impl<D: Device> ReadStage<D> {
     fn reap(&mut self) -> bool {
         let mut any = false;
         while let Some(done) = self.engine.completion() {
+            let place = self.place(done.tag, done.file);
+            self.under_way[place] -= 1;
             let load = &mut self.loads[done.tag - self.first];
             load.outstanding -= 1;
             any = true;
             (self.last, self.told) = (Instant::now(), false);
-            let (count, since) = &mut self.under_way[done.file];
-            (*count, *since) = (*count - 1, self.last);
             match done.result {
                 Ok(count) => {
                     load.moved.count_read(count, done.direct);
@@ -256,11 +256,8 @@ impl<D: Device> ReadStage<D> {
             let after = position + chunk.len;
             load.next = if after < extent.len { (load.next.0, after) } else { (load.next.0 + 1, 0) };
             load.outstanding += 1;
-            let (count, since) = &mut self.under_way[extent.file];
-            if *count == 0 {
-                *since = Instant::now();
-            }
-            *count += 1;
+            let reads = self.place(tag, extent.file);
+            self.under_way[reads] += 1;
             // SAFETY: the memory is this stage's until the unit is published, which waits for `outstanding`.
             unsafe { self.engine.submit(chunk) };
             moved = true;
@@ -277,14 +274,21 @@ impl<D: Device> ReadStage<D> {
         (self.cursor, error)
     }
 
+    /// Where reads of this file for the load of this number are counted.
+    fn place(&self, load: usize, file: usize) -> usize {
+        let files = self.sources.len();
+        load % (self.under_way.len() / files) * files + file
+    }
+
     /// Tells, once, of a disk that does not answer.
     fn tell_of_silence(&mut self) {
         if self.told || self.last.elapsed() < SLOW {
             return;
         }
-        // Reads of other files may only wait for their turn behind those of the one from which nothing has come for longest.
-        let waiting = self.under_way.iter().enumerate().filter(|(_, (count, _))| *count > 0);
-        if let Some((file, _)) = waiting.min_by_key(|(_, (_, since))| *since) {
+        // The file of the oldest read: others may only wait for their turn behind that. Units are read in order, and their files.
+        let loads = self.first..self.first + self.loads.len();
+        let mut all = loads.flat_map(|load| (0..self.sources.len()).map(move |file| (load, file)));
+        if let Some((_, file)) = all.find(|(load, file)| self.under_way[self.place(*load, *file)] > 0) {
             self.told = true;
             let (file, since) = (self.sources[file].path.clone(), self.last.elapsed());
             self.control.trace.mark(&Mark::Silent { file, since });

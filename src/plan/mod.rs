@@ -94,7 +94,7 @@ impl Plan {
         self.units.iter().map(|unit| unit.disk_bytes).fold(0, usize::saturating_add)
     }
 
-    /// The same as the layer function finds them: more than are stored, if these are packed.
+    /// The same as the layer function finds them: more than are stored, if these are packed or become another type.
     pub fn weight_bytes(&self) -> usize {
         let tensors = self.units.iter().flat_map(|unit| &unit.tensors);
         tensors.map(|tensor| tensor.dtype.bytes(tensor.stored.elements())).fold(0, usize::saturating_add)

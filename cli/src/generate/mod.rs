@@ -37,7 +37,7 @@ Examples:
   layer-streamer generate '4096='                                     the speller that comes with the project
   layer-streamer generate --model ~/models/Qwen2.5-7B 'Once upon a'   a folder from the hub, of any family that is known
   layer-streamer generate --model Qwen/Qwen2.5-7B-Instruct 'Once …'   the same by its name there, downloaded once
-  layer-streamer generate --model model-BF16.gguf 'Once upon a'       a GGUF file whose weights are not quantised
+  layer-streamer generate --model model-Q4_K_M.gguf 'Once upon a'     a GGUF file, as it lies
   layer-streamer generate --model DIR --system 'Be brief' 'Why?'      a chat model is asked; with --raw it goes on from the text
   layer-streamer generate --model DIR --prompt-ids 1,2,3 --print-ids  a checkpoint without a tokenizer
   layer-streamer generate --model DIR --prompt-file story.txt         a long prompt; - is standard input

@@ -3,11 +3,7 @@
 use std::hint::black_box;
 
 use super::lanes::{Codes, Lanes};
-use crate::dtype::{DType, E2M1, IQ4, f16_to_f32, mxfp4_scale, scales_and_minimums};
-
-/// Weights of the small blocks, and of the large ones.
-const SMALL: usize = 32;
-const LARGE: usize = 256;
+use crate::dtype::{self, DType, E2M1, IQ4, LARGE, SMALL, mxfp4_scale, scales_and_minimums};
 
 /// Large blocks whose scales are computed at a time.
 const SOME: usize = 3;
@@ -81,16 +77,10 @@ fn put<L: Lanes>(weights: L, out: &mut [f32], at: usize) {
     unsafe { weights.store(out.as_mut_ptr()) };
 }
 
-/// The F16 that begins at this byte.
-#[inline(always)]
-fn number(block: &[u8], at: usize) -> f32 {
-    f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]])))
-}
-
-/// The same in all lanes.
+/// The F16 that begins at this byte, in all lanes.
 #[inline(always)]
 fn half<L: Lanes>(block: &[u8], at: usize) -> L {
-    L::splat(number(block, at))
+    L::splat(dtype::half(block, at))
 }
 
 /// What codes of four bits are, before they are multiplied by a scale.
@@ -200,8 +190,8 @@ struct Sixteen([f32; 16]);
 /// spread over all lanes without a shuffle, of which the rest has more than enough.
 #[inline(always)]
 fn scales_of_eight<L: Lanes>(block: &[u8], scales: &mut Sixteen) {
-    let (codes, mut factors) = (scales_and_minimums(block, 4), [number(block, 0); 16]);
-    factors[8..].fill(-number(block, 2));
+    let (codes, mut factors) = (scales_and_minimums(block, 4), [dtype::half(block, 0); 16]);
+    factors[8..].fill(-dtype::half(block, 2));
     for at in (0..16).step_by(L::COUNT) {
         put(load::<L>(&codes, at).number().times(of::<L>(&factors, at)), &mut scales.0, at);
     }

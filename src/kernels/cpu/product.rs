@@ -1,4 +1,5 @@
-//! Matrix products, straight from the weights' rows: tiles of four rows and some tokens, whose sums stay in registers.
+//! Matrix products, straight from the weights' rows: tiles of four rows and some tokens, or of eight rows and one, whose sums stay
+//! in registers. Quantised weights are expanded a block of some rows at a time, for all tokens.
 //!
 //! An element's sum has the same order whatever the number of tokens and wherever its row and token lie: the lanes of a vector
 //! over [`BLOCK`] weights, then the lanes' sums over the blocks.
