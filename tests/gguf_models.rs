@@ -243,6 +243,11 @@ fn tensors_that_are_missing_superfluous_or_of_blocks_are_refused_by_name() {
         let tensor = file.tensors.iter_mut().find(|tensor| tensor.name == "blk.1.ffn_down.weight").unwrap();
         tensor.code = 16;
     };
+    let norm_in_blocks = |file: &mut GgufFile| {
+        let tensor = file.tensors.iter_mut().find(|tensor| tensor.name == "blk.1.attn_norm.weight").unwrap();
+        (tensor.code, tensor.bytes) = (8, vec![0; 34 * tensor.shape[0] / 32]);
+    };
+    refused(&norm_in_blocks, &["input_layernorm.weight", "is of type Q8_0, of which only matrices may be"]);
     refused(&in_blocks, &["tensor blk.1.ffn_down.weight: the type IQ2_XXS is not supported", "such as Q4_K_M or Q8_0"]);
 }
 

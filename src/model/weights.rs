@@ -210,8 +210,12 @@ impl Needed<'_> {
             return Err(match Packing::of(self.checkpoint, name) {
                 Some(packing) => packing.refusal(file, name),
                 None => {
-                    let cause =
-                        format!("is of type {dtype}; F32, F16 and BF16 are computed with, and blocks of matrices");
+                    let cause = match dtype.is_blocks() {
+                        true => format!("is of type {dtype}, of which only matrices may be"),
+                        false => {
+                            format!("is of type {dtype}; take a model in F32, F16 or BF16, which are computed with")
+                        }
+                    };
                     Error::tensor(file, name, cause)
                 }
             });
