@@ -384,7 +384,7 @@ impl Checkpoint {
 /// `bytes`, those of a tensor at `offset`, which is `described`, in a file of `length` bytes.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if they are more than can be addressed (`None`), or do not lie in the file.
+/// [`Error::Checkpoint`] if there is no such number of bytes (`None`), or they do not lie in the file.
 fn bytes_within(
     path: &Path,
     name: &str,

@@ -23,7 +23,7 @@ pub(super) fn expand<L: Lanes>(from: DType, src: &[u8], dst: &mut [f32]) {
             }
         };
     }
-    // Of some blocks the scales come first, so that nothing waits for them to be stored.
+    // The scales of some blocks come first, so that no weight waits for its scale to be stored and loaded.
     macro_rules! with_scales {
         ($block:ident) => {
             for (blocks, out) in src.as_chunks().0.chunks(SOME).zip(dst.as_chunks_mut().0.chunks_mut(SOME)) {
@@ -186,8 +186,8 @@ fn mxfp4<L: Lanes>(block: &[u8; 17], out: &mut [f32; SMALL]) {
 #[repr(align(64))]
 struct Sixteen([f32; 16]);
 
-/// The scales of eight groups of 32 weights each, then what is added to their weights. They lie in memory, from where a number is
-/// spread over all lanes without a shuffle, of which the rest has more than enough.
+/// The scales of eight groups of 32 weights each, then what is added to their weights. They go through memory: a load spreads one
+/// over all lanes by itself, where from a register that takes a shuffle, and shuffles are what limits the expansion.
 #[inline(always)]
 fn scales_of_eight<L: Lanes>(block: &[u8], scales: &mut Sixteen) {
     let (codes, mut factors) = (scales_and_minimums(block, 4), [dtype::half(block, 0); 16]);
