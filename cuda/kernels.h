@@ -23,6 +23,7 @@ typedef uint16_t lsk_bf16;
 #define LSK_F16 1
 #define LSK_BF16 2
 #define LSK_F8E4M3 3
+#define LSK_U8 17 /* of quantised scales alone */
 
 /* Types of quantised weights in blocks, for lsk_expand. */
 #define LSK_Q4_0 4
@@ -44,6 +45,30 @@ cudaError_t lsk_cast(void* out, int out_dtype, const void* x, int x_dtype, size_
 
 /* The same of n weights in whole blocks, of a type of blocks. They are read byte by byte where they are not aligned to 16. */
 cudaError_t lsk_expand(void* out, int out_dtype, const void* blocks, int type, size_t n, cudaStream_t stream);
+
+/* How a matrix [rows, columns] is made of several tensors: src/quantised tells the formats. */
+typedef struct {
+  int scheme;  /* one of those below */
+  int scale;   /* the type of scales: LSK_F32, LSK_F16 or LSK_BF16, or LSK_U8 where scales are quantised too */
+  int64_t rows;
+  int64_t columns;
+  int64_t block_rows; /* rows and columns that have one scale; of LSK_NF4 the latter counts weights, row after row */
+  int64_t block_columns;
+  int zeros;    /* there are zeros; else each is 8 */
+  int order;    /* there is an order of the columns' groups */
+  int zero;     /* added to stored zeros, of four bits */
+  float offset; /* added to scales that are quantised */
+} lsk_recipe;
+#define LSK_FP8 0
+#define LSK_ROWS 1
+#define LSK_GPTQ 2
+#define LSK_AWQ 3
+#define LSK_NF4 4
+
+/* Makes the matrix, row-major, of four tensors in the scheme's order, of which there need not be all, each on a multiple of 16
+ * bytes. out_dtype: LSK_F32 or LSK_BF16. */
+cudaError_t lsk_dequantise(void* out, int out_dtype, const void* const inputs[4], const lsk_recipe* recipe,
+                           cudaStream_t stream);
 
 /* Decodes packed weights (docs/packed.md): `parts` of them lie one behind the other at `packed`, each of part_weights weights
  * but the last, `weights` in all. `lengths` [parts], their bytes, and `table` [13] are the host's, and read before the call

@@ -6,13 +6,15 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+pub(crate) use blocks::NF4;
 #[cfg(all(test, feature = "model"))]
 pub(crate) use blocks::expand;
 #[cfg(feature = "model")]
-pub(crate) use blocks::{E2M1, IQ4, LARGE, SMALL, half, mxfp4_scale, scales_and_minimums};
+pub(crate) use blocks::{E2M1, IQ4, LARGE, SMALL, half, mxfp4_scale, scales_and_minimums, word};
 
 /// Element type of a tensor, named as in the safetensors format; or a type of quantised weights in blocks, named as in GGUF files.
-/// Rows of such a tensor are whole blocks.
+/// Rows of such a tensor are whole blocks. The last four are the library's own: in them a CPU has weights that are stored as
+/// [several tensors](crate::quantised), with the scale beside the codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "each variant is the type of that name")]
@@ -46,10 +48,14 @@ pub enum DType {
     IQ4_NL,
     IQ4_XS,
     MXFP4,
+    F8_64,
+    U4_32,
+    U4_128,
+    NF4_64,
 }
 
 /// Every type with its name, and the elements and bytes of a block: of one element, where each is stored by itself.
-const TABLE: [(DType, &str, usize, usize); 28] = [
+const TABLE: [(DType, &str, usize, usize); 32] = [
     (DType::Bool, "BOOL", 1, 1),
     (DType::U8, "U8", 1, 1),
     (DType::I8, "I8", 1, 1),
@@ -78,6 +84,10 @@ const TABLE: [(DType, &str, usize, usize); 28] = [
     (DType::IQ4_NL, "IQ4_NL", 32, 18),
     (DType::IQ4_XS, "IQ4_XS", 256, 136),
     (DType::MXFP4, "MXFP4", 32, 17),
+    (DType::F8_64, "F8_64", 64, 68),
+    (DType::U4_32, "U4_32", 32, 24),
+    (DType::U4_128, "U4_128", 128, 72),
+    (DType::NF4_64, "NF4_64", 64, 36),
 ];
 
 impl DType {
@@ -92,7 +102,7 @@ impl DType {
         TABLE.iter().map(|row| row.0)
     }
 
-    /// The name in safetensors files, or in GGUF files.
+    /// The name in safetensors files, or in GGUF files, or the library's.
     pub fn name(self) -> &'static str {
         TABLE[self as usize].1
     }
@@ -212,9 +222,15 @@ fn put<const B: usize>(weights: &[f32], dst: &mut [u8], f: impl Fn(f32) -> [u8; 
     }
 }
 
+/// The number of two bytes, of F16 or BF16.
+pub(crate) fn widened(dtype: DType, bytes: [u8; 2]) -> f32 {
+    let bits = u16::from_le_bytes(bytes);
+    f32::from_bits(if dtype == DType::F16 { f16_to_f32(bits) } else { u32::from(bits) << 16 })
+}
+
 /// The bits of the nearest BF16, of a tie the even one; NaN becomes quiet.
 #[inline(always)]
-fn f32_to_bf16(bits: u32) -> u16 {
+pub(crate) fn f32_to_bf16(bits: u32) -> u16 {
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let quiet = bits >> 16 | 0x40;
     (if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded }) as u16
@@ -234,7 +250,7 @@ fn f16_to_f32(bits: u16) -> u32 {
 /// The bits of an OCP 8-bit float as F32 (E4M3FN: no infinities, 0x7f and 0xff are NaN; OCP 8-bit Floating Point Specification
 /// 1.0, table 1).
 #[inline(always)]
-fn f8e4m3_to_f32(bits: u8) -> u32 {
+pub(crate) fn f8e4m3_to_f32(bits: u8) -> u32 {
     let (sign, magnitude) = (u32::from(bits & 0x80) << 24, u32::from(bits & 0x7f) << 20);
     sign | match magnitude >> 20 {
         0x7f => f32::NAN.to_bits(),

@@ -74,6 +74,7 @@ mod io;
 mod layout;
 mod memory;
 pub mod packed;
+pub mod quantised;
 mod ring;
 mod shape;
 mod sync;

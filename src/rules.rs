@@ -100,6 +100,7 @@ macro_rules! device {
             #   unsafe fn copy_to_device(&self, _: DevicePtr, _: *const u8, _: usize, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn copy_to_host(&self, _: *mut u8, _: DevicePtr, _: usize, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn copy_on_device(&self, _: DevicePtr, _: DevicePtr, _: usize, _: &()) -> Result<()> { Ok(()) }
+            #   unsafe fn dequantise_raw(&self, _: (DevicePtr, DType), _: [DevicePtr; 4], _: &layer_streamer::quantised::Recipe, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn cast_raw(&self, _: (DevicePtr, DType), _: (DevicePtr, DType), _: usize, _: &()) -> Result<()> { Ok(()) }
             #   unsafe fn unpack_raw(&self, _: DevicePtr, _: DevicePtr, _: layer_streamer::packed::Parts<'_>, _: *mut u32, _: &()) -> Result<()> { Ok(()) }
             #   fn record(&self, _: &(), _: &()) -> Result<()> { Ok(()) }

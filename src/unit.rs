@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     dtype::DType,
     error::{Error, Result},
+    quantised::Scheme,
 };
 
 /// What becomes of a tensor on its way to the device.
@@ -17,6 +18,15 @@ pub enum ArrivalOp {
     Keep,
     /// It is converted to this type on the device (see [`DType::converts_to`]).
     To(DType),
+    /// The tensors of a [`Scheme`], in its order, become a matrix.
+    Dequantise {
+        /// How they are stored.
+        scheme: Scheme,
+        /// Rows and columns of the matrix.
+        shape: [usize; 2],
+        /// F32 or BF16; `None`: the type of blocks that holds the same numbers, for a CPU, or F32 where none does.
+        to: Option<DType>,
+    },
 }
 
 /// One tensor as a layer function sees it, and what it is made of.
@@ -24,7 +34,7 @@ pub enum ArrivalOp {
 pub struct Arrival {
     /// The name under which the layer function finds it, unique within the unit.
     pub output: String,
-    /// The stored tensors it is made of. Both present operations take one.
+    /// The stored tensors it is made of: one, but for [`ArrivalOp::Dequantise`].
     pub inputs: Vec<String>,
     /// How it is made.
     pub op: ArrivalOp,
@@ -55,10 +65,14 @@ impl Unit {
         self
     }
 
-    /// Has every tensor added so far that arrives as it is stored converted to `dtype`, where that is another type.
+    /// Has every tensor added so far that arrives as it is stored, or as blocks, converted to `dtype`, where that is another type.
     pub fn convert(&mut self, dtype: DType) -> &mut Self {
-        for arrival in self.arrivals.iter_mut().filter(|arrival| arrival.op == ArrivalOp::Keep) {
-            arrival.op = ArrivalOp::To(dtype);
+        for arrival in &mut self.arrivals {
+            match &mut arrival.op {
+                op @ ArrivalOp::Keep => *op = ArrivalOp::To(dtype),
+                ArrivalOp::Dequantise { to: to @ None, .. } => *to = Some(dtype),
+                _ => {}
+            }
         }
         self
     }

@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     kernels::{Kernels, Precision, call::Call},
     packed::Parts,
+    quantised::{INPUTS, Recipe},
 };
 
 /// Something of the CPU's or of a GPU's.
@@ -193,6 +194,17 @@ unsafe impl Device for AnyDevice {
     ) -> Result<()> {
         // SAFETY: both ranges are on this device, apart, and valid until the cast is done, as the caller promised.
         on!(self, stream => |device| unsafe { device.cast_raw(to, from, elements, stream) })
+    }
+
+    unsafe fn dequantise_raw(
+        &self,
+        to: (DevicePtr, DType),
+        from: [DevicePtr; INPUTS],
+        recipe: &Recipe,
+        stream: &AnyStream,
+    ) -> Result<()> {
+        // SAFETY: the caller's promises are those of the device's own.
+        on!(self, stream => |device| unsafe { device.dequantise_raw(to, from, recipe, stream) })
     }
 
     unsafe fn unpack_raw(

@@ -18,6 +18,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     packed::Parts,
+    quantised::{INPUTS, Recipe},
     trace::clock::simulated,
 };
 
@@ -218,6 +219,22 @@ unsafe impl Device for AsyncCpu {
             let synchronous: CpuStream = Cpu.stream().unwrap();
             // SAFETY: the contract of this call, passed on.
             unsafe { Cpu.cast_raw(to, from, elements, &synchronous).unwrap() };
+        });
+        Ok(())
+    }
+
+    unsafe fn dequantise_raw(
+        &self,
+        to: (DevicePtr, DType),
+        from: [DevicePtr; INPUTS],
+        recipe: &Recipe,
+        stream: &AsyncStream,
+    ) -> Result<()> {
+        let recipe = *recipe;
+        self.enqueue(stream, move || {
+            let synchronous: CpuStream = Cpu.stream().unwrap();
+            // SAFETY: the contract of this call, passed on.
+            unsafe { Cpu.dequantise_raw(to, from, &recipe, &synchronous).unwrap() };
         });
         Ok(())
     }

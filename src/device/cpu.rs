@@ -13,6 +13,7 @@ use crate::{
     error::Result,
     memory,
     packed::Parts,
+    quantised::{INPUTS, Recipe},
 };
 
 /// The CPU device.
@@ -111,6 +112,25 @@ unsafe impl Device for Cpu {
             )
         };
         dtype::convert(from_type, src, to_type, dst);
+        Ok(())
+    }
+
+    unsafe fn dequantise_raw(
+        &self,
+        (to, to_type): (DevicePtr, DType),
+        from: [DevicePtr; INPUTS],
+        recipe: &Recipe,
+        _: &CpuStream,
+    ) -> Result<()> {
+        let lengths = recipe.input_bytes();
+        let input = |at: usize| {
+            // SAFETY: the caller promised that the recipe's tensors lie there; of those that there are not no byte is looked at.
+            unsafe { slice::from_raw_parts(from[at].as_ptr(), lengths[at]) }
+        };
+        let bytes = to_type.bytes(recipe.rows * recipe.columns);
+        // SAFETY: the caller promised that this range is valid and apart from the others.
+        let matrix = unsafe { slice::from_raw_parts_mut(to.as_ptr(), bytes) };
+        recipe.make(std::array::from_fn(input), to_type, matrix);
         Ok(())
     }
 

@@ -25,7 +25,12 @@ pub use cuda::{CudaEvent, CudaMemory, CudaRegistration, CudaStream};
 pub use tensor::{DevicePtr, StreamId, TensorMut, TensorRef, download, upload};
 
 pub use crate::shape::Shape;
-use crate::{dtype::DType, error::Result, packed::Parts};
+use crate::{
+    dtype::DType,
+    error::Result,
+    packed::Parts,
+    quantised::{INPUTS, Recipe},
+};
 
 /// What the pipeline needs of a device, and no more. Cloning gives another handle of the same device.
 ///
@@ -125,6 +130,19 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
         to: (DevicePtr, DType),
         from: (DevicePtr, DType),
         elements: usize,
+        stream: &Self::Stream,
+    ) -> Result<()>;
+
+    /// Enqueues the making of a matrix, `to` that type, of the tensors of its recipe, each on a boundary of 16 bytes; those that there
+    /// are not are not looked at. The ranges do not overlap.
+    ///
+    /// # Safety
+    /// As [`Device::copy_to_device`], with all ranges on the device.
+    unsafe fn dequantise_raw(
+        &self,
+        to: (DevicePtr, DType),
+        from: [DevicePtr; INPUTS],
+        recipe: &Recipe,
         stream: &Self::Stream,
     ) -> Result<()>;
 

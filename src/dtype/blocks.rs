@@ -4,13 +4,17 @@
 //! weights has a scale of few bits for each 16 or 32 of them besides. The layouts are those of ggml's `ggml-common.h`; MXFP4's is
 //! also in the OCP Microscaling Formats Specification 1.0, with another order of the weights.
 //!
+//! The library's own types have their scale as F32 in front, and codes of four bits as Q4_0 has them: those of the first half of a
+//! block's weights in the lower halves of the bytes. F8_64 has codes of E4M3, NF4_64 those of bitsandbytes, and the U4 types what is
+//! taken off each code, F32 too, behind the scale.
+//!
 //! A scale has 11 significant bits, and what it is multiplied by 13 at most: products are exact in F32, and a weight is rounded at
-//! most once, where a minimum is taken off. So any order of computing gives the same bits.
+//! most once, where a minimum is taken off, or by its scale in the library's own types. So any order of computing gives the same bits.
 //!
 //! Everything is `inline(always)` and without branches, so that the compiler makes vectors of it, with the instructions of the
 //! function that it is inlined into.
 
-use super::{DType, f16_to_f32};
+use super::{DType, f8e4m3_to_f32, f16_to_f32};
 
 /// Weights of the small blocks, and of the large ones.
 pub(crate) const SMALL: usize = 32;
@@ -23,6 +27,27 @@ pub(crate) const IQ4: [f32; 16] =
 /// Twice what a code of MXFP4 stands for (E2M1).
 pub(crate) const E2M1: [f32; 16] =
     [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
+/// What a code of NF4 stands for: bitsandbytes' numbers (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
+#[allow(clippy::excessive_precision, reason = "as they are published")]
+pub(crate) const NF4: [f32; 16] = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+];
 
 /// Expands blocks of this type.
 ///
@@ -45,6 +70,10 @@ pub(crate) fn expand(from: DType, src: &[u8], dst: &mut [f32]) {
         DType::IQ4_NL => each(src, dst, iq4_nl),
         DType::IQ4_XS => each(src, dst, iq4_xs),
         DType::MXFP4 => each(src, dst, mxfp4),
+        DType::F8_64 => each(src, dst, f8),
+        DType::U4_32 => each::<24, 32>(src, dst, u4),
+        DType::U4_128 => each::<72, 128>(src, dst, u4),
+        DType::NF4_64 => each(src, dst, nf4),
         _ => unreachable!("{from} is no type of blocks"),
     }
 }
@@ -69,25 +98,50 @@ fn part<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().expect("a block has its parts")
 }
 
-/// 32 weights: those of the lower halves of 16 bytes, then those of the upper ones, by their number and code.
+/// The weights of the lower halves of some bytes, then those of the upper ones, by their number and code.
 #[inline(always)]
-fn by_halves(codes: &[u8; 16], out: &mut [f32; SMALL], weight: impl Fn(usize, u8) -> f32) {
-    for (at, code) in codes.iter().enumerate() {
-        out[at] = weight(at, code & 15);
-        out[at + 16] = weight(at + 16, code >> 4);
+fn by_halves(codes: &[u8], out: &mut [f32], weight: impl Fn(usize, u8) -> f32) {
+    let (half, (lower, upper)) = (codes.len(), out.split_at_mut(codes.len()));
+    for (at, ((code, lower), upper)) in codes.iter().zip(lower).zip(upper).enumerate() {
+        *lower = weight(at, code & 15);
+        *upper = weight(at + half, code >> 4);
     }
+}
+
+/// The F32 that begins at this byte.
+#[inline(always)]
+pub(crate) fn word(block: &[u8], at: usize) -> f32 {
+    f32::from_le_bytes(*part(block, at))
+}
+
+#[inline(always)]
+fn f8(block: &[u8; 68], out: &mut [f32; 64]) {
+    let scale = word(block, 0);
+    out.iter_mut().zip(&block[4..]).for_each(|(out, code)| *out = f32::from_bits(f8e4m3_to_f32(*code)) * scale);
+}
+
+#[inline(always)]
+fn u4<const B: usize, const N: usize>(block: &[u8; B], out: &mut [f32; N]) {
+    let [scale, zero] = [word(block, 0), word(block, 4)];
+    by_halves(&block[8..], out, |_, code| (f32::from(code) - zero) * scale);
+}
+
+#[inline(always)]
+fn nf4(block: &[u8; 36], out: &mut [f32; 64]) {
+    let scale = word(block, 0);
+    by_halves(&block[4..], out, |_, code| NF4[usize::from(code)] * scale);
 }
 
 #[inline(always)]
 fn q4_0(block: &[u8; 18], out: &mut [f32; SMALL]) {
     let scale = half(block, 0);
-    by_halves(part(block, 2), out, |_, code| scale * f32::from(code as i8 - 8));
+    by_halves(&block[2..], out, |_, code| scale * f32::from(code as i8 - 8));
 }
 
 #[inline(always)]
 fn q4_1(block: &[u8; 20], out: &mut [f32; SMALL]) {
     let [scale, least] = [half(block, 0), half(block, 2)];
-    by_halves(part(block, 4), out, |_, code| scale * f32::from(code) + least);
+    by_halves(&block[4..], out, |_, code| scale * f32::from(code) + least);
 }
 
 /// Bit `at` of these, as the fifth of a code.
@@ -99,13 +153,13 @@ fn fifth(bits: u32, at: usize) -> u8 {
 #[inline(always)]
 fn q5_0(block: &[u8; 22], out: &mut [f32; SMALL]) {
     let (scale, fifths) = (half(block, 0), u32::from_le_bytes(*part(block, 2)));
-    by_halves(part(block, 6), out, |at, code| scale * f32::from((code | fifth(fifths, at)) as i8 - 16));
+    by_halves(&block[6..], out, |at, code| scale * f32::from((code | fifth(fifths, at)) as i8 - 16));
 }
 
 #[inline(always)]
 fn q5_1(block: &[u8; 24], out: &mut [f32; SMALL]) {
     let ([scale, least], fifths) = ([half(block, 0), half(block, 2)], u32::from_le_bytes(*part(block, 4)));
-    by_halves(part(block, 8), out, |at, code| scale * f32::from(code | fifth(fifths, at)) + least);
+    by_halves(&block[8..], out, |at, code| scale * f32::from(code | fifth(fifths, at)) + least);
 }
 
 #[inline(always)]
@@ -117,7 +171,7 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; SMALL]) {
 #[inline(always)]
 fn iq4_nl(block: &[u8; 18], out: &mut [f32; SMALL]) {
     let scale = half(block, 0);
-    by_halves(part(block, 2), out, |_, code| scale * IQ4[usize::from(code)]);
+    by_halves(&block[2..], out, |_, code| scale * IQ4[usize::from(code)]);
 }
 
 /// Half of 2^(exponent - 127), since the codes' numbers are doubled. The least two are subnormal.
@@ -130,7 +184,7 @@ pub(crate) fn mxfp4_scale(exponent: u8) -> f32 {
 #[inline(always)]
 fn mxfp4(block: &[u8; 17], out: &mut [f32; SMALL]) {
     let scale = mxfp4_scale(block[0]);
-    by_halves(part(block, 1), out, |_, code| scale * E2M1[usize::from(code)]);
+    by_halves(&block[1..], out, |_, code| scale * E2M1[usize::from(code)]);
 }
 
 /// The scales of 32 weights each, then their minimums, of six bits, from twelve bytes.
@@ -229,6 +283,6 @@ fn iq4_xs(block: &[u8; 136], out: &mut [f32; LARGE]) {
     for (at, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let [low, high] = [lower[at / 2] >> (at % 2 * 4) & 15, (upper >> (at * 2) & 3) as u8];
         let scale = scale * f32::from((low | high << 4) as i8 - 32);
-        by_halves(part(block, 8 + at * 16), out, |_, code| scale * IQ4[usize::from(code)]);
+        by_halves(&block[8 + at * 16..][..16], out, |_, code| scale * IQ4[usize::from(code)]);
     }
 }

@@ -2,16 +2,18 @@
 //!
 //! What is planned, what is printed and what is reserved are the same sums because all three ask this module.
 
+mod arriving;
 mod repack;
 mod stream;
 mod unit;
 
+pub(crate) use arriving::{Cast, CopyRange, Dequantise, Unpack};
 pub(crate) use repack::{REPACK_ALIGN, Repacked};
 pub use stream::Sharing;
 pub(crate) use stream::{Rings, Space, StageLayout, Staging, StreamLayout, Tallies, Tally};
 #[cfg(test)]
 pub(crate) use unit::MAX_GAP;
-pub(crate) use unit::{Cast, CopyRange, Extent, Placed, UnitLayout, Unpack};
+pub(crate) use unit::{Extent, Placed, UnitLayout};
 
 /// What O_DIRECT asks of memory addresses, file offsets and lengths (bytes); also the page size.
 pub(crate) const PAGE: usize = 4096;

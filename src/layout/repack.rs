@@ -1,8 +1,8 @@
 //! What a unit that is stored plain takes where it is kept packed in RAM: expected before, laid out once it is there.
 
-use super::{CopyRange, Placed, UnitLayout, Unpack, pages, unit::Cast};
+use super::{Cast, CopyRange, Dequantise, Placed, UnitLayout, Unpack, pages};
 use crate::{
-    checkpoint::PackedRange,
+    checkpoint::{PackedRange, TensorEntry},
     dtype::DType,
     packed::{self, Description},
 };
@@ -22,8 +22,9 @@ pub(crate) enum Repacked {
 impl Placed {
     /// Whether it is worth packing where it is kept, as far as can be known beforehand.
     pub(crate) fn can_pack(&self) -> bool {
-        let plain = self.stored.packed.is_none() && self.stored.dtype == DType::BF16;
-        plain && self.dtype == DType::BF16 && self.stored.elements() >= packed::LEAST
+        let [stored] = self.stored.as_slice() else { return false };
+        let plain = stored.packed.is_none() && stored.dtype == DType::BF16;
+        plain && self.dtype == DType::BF16 && stored.elements() >= packed::LEAST
     }
 }
 
@@ -32,13 +33,15 @@ impl UnitLayout {
     pub(crate) fn expected_packed(&self) -> [usize; 2] {
         let mut sums = [0usize; 2];
         for tensor in &self.tensors {
-            let (stored, weights) = match &tensor.stored {
-                stored if tensor.can_pack() => (packed::expected_bytes(stored.elements()), stored.bytes),
-                stored if stored.packed.is_some() => (stored.bytes, DType::BF16.bytes(stored.elements())),
-                stored => (stored.bytes, 0),
-            };
-            let stored = stored.checked_next_multiple_of(REPACK_ALIGN).unwrap_or(usize::MAX);
-            sums = [sums[0].saturating_add(stored), sums[1].saturating_add(weights)];
+            for stored in &tensor.stored {
+                let (stored, weights) = match stored {
+                    stored if tensor.can_pack() => (packed::expected_bytes(stored.elements()), stored.bytes),
+                    stored if stored.packed.is_some() => (stored.bytes, DType::BF16.bytes(stored.elements())),
+                    stored => (stored.bytes, 0),
+                };
+                let stored = stored.checked_next_multiple_of(REPACK_ALIGN).unwrap_or(usize::MAX);
+                sums = [sums[0].saturating_add(stored), sums[1].saturating_add(weights)];
+            }
         }
         [pages(sums[0]), sums[1]]
     }
@@ -50,14 +53,27 @@ impl UnitLayout {
             copies: Vec::new(),
             casts: Vec::new(),
             unpacks: Vec::new(),
+            dequantises: Vec::new(),
             disk_bytes: bytes,
             host_bytes: bytes,
             ..self.clone()
         };
         for (number, (placed, (from, how))) in self.tensors.iter().zip(tensors).enumerate() {
-            let (to, kept_at, stored) = (placed.at, 0, &placed.stored);
+            let (to, kept_at, stored) = (placed.at, 0, &placed.stored[0]);
             match how {
                 _ if stored.bytes == 0 => {}
+                Repacked::Stored if placed.stored.len() > 1 => {
+                    let made = self.dequantises.iter().find(|made| made.to == to).expect("the unit makes it");
+                    let mut from = from;
+                    let mut input = |entry: &TensorEntry| {
+                        let at = from;
+                        from = (from + entry.bytes).next_multiple_of(REPACK_ALIGN);
+                        at
+                    };
+                    let inputs: Vec<_> = placed.stored.iter().map(|entry| (input(entry), entry)).collect();
+                    let made = Dequantise { to, ..Dequantise::new(made.recipe, made.to_type, &inputs) };
+                    kept.dequantises.push(made);
+                }
                 Repacked::Packed(description) => {
                     let (packed, report) = (PackedRange::all(description), self.unpacks.len() + number);
                     let (file, tensor) = (stored.file, placed.name.clone());

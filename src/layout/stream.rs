@@ -1,6 +1,6 @@
 //! What a stream of units takes: the slots of its stages, the units that are kept in each tier, the staging blocks.
 
-use super::{DEVICE_ALIGN, Sizes, UnitLayout, Unpack, pages, slot_bytes};
+use super::{DEVICE_ALIGN, Dequantise, Sizes, UnitLayout, Unpack, pages, slot_bytes};
 use crate::unit::Tier;
 
 /// Whose memory a device computes in.
@@ -110,15 +110,20 @@ impl Staging {
     /// Largest piece of a tensor that is cast or unpacked at once (bytes, before that): many parts of a packed one.
     const MOST: usize = 32 << 20;
 
-    /// Those that these units need. Packed weights need none where the device's memory is RAM: it unpacks them from where they lie.
+    /// Those that these units need. Packed weights, and those of several tensors, need none where the device's memory is RAM: it takes
+    /// them from where they lie.
     pub(crate) fn of(units: &[UnitLayout], sharing: Sharing) -> Self {
         let casts = units.iter().flat_map(|unit| &unit.casts).map(|cast| cast.bytes());
-        let unpacks = units.iter().filter(|_| sharing == Sharing::Own).flat_map(|unit| &unit.unpacks);
-        let repacked = units.iter().filter(|unit| sharing == Sharing::Own && unit.tier == Tier::PinnedPacked);
+        let own = || units.iter().filter(|_| sharing == Sharing::Own);
+        let unpacks = own().flat_map(|unit| &unit.unpacks);
+        let repacked = own().filter(|unit| unit.tier == Tier::PinnedPacked);
         let repacked = repacked.flat_map(|unit| &unit.tensors).filter(|tensor| tensor.can_pack());
-        let repacked = repacked.map(|tensor| tensor.stored.bytes);
+        let repacked = repacked.map(|tensor| tensor.stored_bytes());
         let largest = casts.chain(unpacks.map(Unpack::bytes)).chain(repacked).max();
-        Self { block_bytes: largest.unwrap_or(0).min(Self::MOST).next_multiple_of(DEVICE_ALIGN) }
+        // What is made of several tensors is made at once.
+        let whole = own().flat_map(|unit| &unit.dequantises).map(Dequantise::staged_bytes).max();
+        let block_bytes = largest.unwrap_or(0).min(Self::MOST).max(whole.unwrap_or(0));
+        Self { block_bytes: block_bytes.next_multiple_of(DEVICE_ALIGN) }
     }
 
     /// The same where no piece is larger than this, a multiple of [`DEVICE_ALIGN`] of at least a packed part.

@@ -2,12 +2,15 @@
 
 use std::{iter, ops::Range};
 
-use super::{DEVICE_ALIGN, MOST, Offsets, PAGE, Sizes};
+use super::{
+    DEVICE_ALIGN, MOST, Offsets, PAGE, Sizes,
+    arriving::{Cast, CopyRange, Dequantise, Unpack, WEIGHT},
+};
 use crate::{
-    checkpoint::{Checkpoint, PackedRange, TensorEntry},
+    checkpoint::{Checkpoint, TensorEntry},
     dtype::DType,
     error::{Error, Result},
-    packed::Parts,
+    quantised::Recipe,
     shape::Shape,
     unit::{Arrival, ArrivalOp, Tier, Unit},
 };
@@ -57,150 +60,26 @@ impl Extent {
     }
 }
 
-/// Bytes that go to the device unchanged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct CopyRange {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    /// Where it goes among what is kept [packed](Tier::GpuPacked).
-    pub(crate) kept_at: usize,
-    pub(crate) bytes: usize,
-}
-
-impl CopyRange {
-    /// What of it lies in `window`, a range of the host slot.
-    pub(crate) fn within(&self, window: &Range<usize>) -> Option<Self> {
-        let (start, end) = (self.from.max(window.start), (self.from + self.bytes).min(window.end));
-        let skipped = start.saturating_sub(self.from);
-        (start < end).then(|| Self {
-            from: start,
-            to: self.to + skipped,
-            kept_at: self.kept_at + skipped,
-            bytes: end - start,
-        })
-    }
-}
-
-/// A tensor that is converted on the device: `elements` of `from_type` at `from` in the host slot become `to_type` at `to`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Cast {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    /// As for copies.
-    pub(crate) kept_at: usize,
-    pub(crate) elements: usize,
-    pub(crate) from_type: DType,
-    pub(crate) to_type: DType,
-}
-
-impl Cast {
-    /// Bytes before the cast.
-    pub(crate) fn bytes(&self) -> usize {
-        self.from_type.bytes(self.elements)
-    }
-
-    /// Bytes after it.
-    pub(crate) fn bytes_after(&self) -> usize {
-        self.to_type.bytes(self.elements)
-    }
-
-    /// Whether it is kept as it is stored where packed tensors are, and cast from there: if that is less.
-    pub(crate) fn is_kept_stored(&self) -> bool {
-        self.bytes() < self.bytes_after()
-    }
-
-    /// The elements that begin in `window`, a range of the host slot, whole blocks of them, in pieces of up to `block_bytes` before the
-    /// cast.
-    pub(crate) fn pieces(&self, window: &Range<usize>, block_bytes: usize) -> impl Iterator<Item = Self> {
-        let (cast, size, elements) = (*self, self.from_type.size(), self.from_type.block_elements());
-        let to_size = self.to_type.bytes(elements);
-        let begin_before = |end: usize| end.saturating_sub(cast.from).div_ceil(size).min(cast.elements / elements);
-        let (first, end, most) = (begin_before(window.start), begin_before(window.end), block_bytes / size);
-        (first..end).step_by(most).map(move |start| Self {
-            from: cast.from + start * size,
-            to: cast.to + start * to_size,
-            kept_at: cast.kept_at + start * to_size,
-            elements: most.min(end - start) * elements,
-            ..cast
-        })
-    }
-}
-
-/// A tensor that is unpacked on the device: its parts, at `from` in the host slot, become weights of BF16 at `to`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Unpack {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    /// Where its parts go as they are.
-    pub(crate) kept_at: usize,
-    pub(crate) packed: PackedRange,
-    /// The number of its report of corrupt weights among those of the unit.
-    pub(crate) report: usize,
-    /// For messages.
-    pub(crate) file: usize,
-    pub(crate) tensor: String,
-}
-
-/// Some of its parts, likewise.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct UnpackPiece<'a> {
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    pub(crate) parts: Parts<'a>,
-}
-
-impl Unpack {
-    /// Bytes before it is unpacked.
-    pub(crate) fn bytes(&self) -> usize {
-        self.packed.parts().bytes()
-    }
-
-    /// Each part by itself.
-    fn parts(&self) -> impl Iterator<Item = UnpackPiece<'_>> {
-        let all = self.packed.parts();
-        let (mut from, mut to, mut left) = (self.from, self.to, all.weights);
-        all.lengths.chunks(1).map(move |lengths| {
-            let parts = Parts { weights: all.part.min(left), lengths, ..all };
-            let piece = UnpackPiece { from, to, parts };
-            (from, to, left) = (from + parts.bytes(), to + WEIGHT * parts.weights, left - parts.weights);
-            piece
-        })
-    }
-
-    /// The parts that begin in `window`, a range of the host slot, as many at a time as lie in `block_bytes`: one at least.
-    pub(crate) fn pieces(&self, window: &Range<usize>, block_bytes: usize) -> impl Iterator<Item = UnpackPiece<'_>> {
-        let lengths = self.packed.parts().lengths;
-        let (mut first, window) = (0, window.clone());
-        let mut parts = self.parts().peekable();
-        iter::from_fn(move || {
-            while parts.next_if(|part| part.from < window.start).is_some() {
-                first += 1;
-            }
-            let mut piece = parts.next_if(|part| part.from < window.end)?;
-            let (begin, end) = (first, piece.from.saturating_add(block_bytes));
-            first += 1;
-            while let Some(next) = parts.next_if(|next| next.from < window.end && next.from + next.parts.bytes() <= end)
-            {
-                piece.parts.weights += next.parts.weights;
-                first += 1;
-            }
-            piece.parts.lengths = &lengths[begin..first];
-            Some(piece)
-        })
-    }
-}
-
-/// Bytes of a weight that was unpacked.
-const WEIGHT: usize = DType::BF16.size();
-
 /// A tensor in a device slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Placed {
     pub(crate) name: String,
     pub(crate) at: usize,
     pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
     /// What it is made of.
-    pub(crate) stored: TensorEntry,
+    pub(crate) stored: Vec<TensorEntry>,
+}
+
+impl Placed {
+    pub(crate) fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// What it takes in its files.
+    pub(crate) fn stored_bytes(&self) -> usize {
+        self.stored.iter().map(|entry| entry.bytes).sum()
+    }
 }
 
 /// Everything about one unit that the stages need.
@@ -211,6 +90,7 @@ pub(crate) struct UnitLayout {
     pub(crate) copies: Vec<CopyRange>,
     pub(crate) casts: Vec<Cast>,
     pub(crate) unpacks: Vec<Unpack>,
+    pub(crate) dequantises: Vec<Dequantise>,
     /// Where its [reports](Self::reports) of corrupt weights begin among those of all units.
     pub(crate) reports_at: usize,
     /// Sorted by name.
@@ -236,89 +116,115 @@ pub(crate) struct UnitLayout {
 
 impl UnitLayout {
     pub(crate) fn new(checkpoint: &Checkpoint, unit: &Unit) -> Result<Self> {
-        let mut inputs =
-            unit.arrivals().iter().map(|arrival| input(checkpoint, unit, arrival)).collect::<Result<Vec<_>>>()?;
+        let made = unit.arrivals().iter().map(|arrival| Made::new(checkpoint, unit, arrival));
+        let mut made = made.collect::<Result<Vec<_>>>()?;
         // In file order, so that what lies side by side on disk does so in every slot and moves in one piece.
         // By size and name too: no other tensor must come between two uses of the one that starts where it does.
-        inputs.sort_by_key(|&(_, input, entry)| (entry.file, entry.offset, entry.bytes, input));
-        let extents = lay_out_extents(inputs.iter().map(|(_, _, entry)| *entry));
+        let place = |&(name, entry): &(&'_ str, &TensorEntry)| (entry.file, entry.offset, entry.bytes, name.to_owned());
+        made.sort_by_cached_key(|made| place(&made.inputs[0]));
+        let mut stored: Vec<_> = made.iter().flat_map(|made| &made.inputs).copied().collect();
+        stored.sort_by_cached_key(place);
+        let extents = lay_out_extents(stored.iter().map(|(_, entry)| *entry));
         let too_large = || Error::setting("unit", format!("{} is larger than can be addressed", unit.name()));
         let host_bytes = extents.last().map_or(0, |extent| extent.at.saturating_add(extent.len));
         if host_bytes > MOST {
             return Err(too_large());
         }
-        let (mut copies, mut casts, mut unpacks, mut tensors) =
-            (Vec::<CopyRange>::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut stored, mut disk_bytes) = (Vec::new(), 0usize);
-        let [mut on_device, mut kept] = [Offsets::aligned_to(DEVICE_ALIGN); 2];
-        for (arrival, input, entry) in inputs {
-            let dtype = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
-            let elements = entry.elements();
-            let bytes = dtype.bytes_of(&entry.shape).ok_or_else(too_large)?;
-            let kept_bytes = if entry.packed.is_some() { entry.bytes } else { entry.bytes.min(bytes) };
-            let (at, kept_at) = on_device.push(bytes).zip(kept.push(kept_bytes)).ok_or_else(too_large)?;
-            if elements > 0 {
-                let from = host_position(&extents, entry);
-                if let Some(packed) = &entry.packed {
-                    let (packed, tensor) = (packed.clone(), input.to_owned());
-                    let (report, file) = (unpacks.len(), entry.file);
-                    unpacks.push(Unpack { from, to: at, kept_at, packed, report, file, tensor });
-                } else if dtype == entry.dtype {
-                    match copies.last_mut() {
-                        // Side by side on the device, they are so where they are kept.
-                        Some(last) if last.from + last.bytes == from && last.to + last.bytes == at => {
-                            last.bytes += entry.bytes
-                        }
-                        _ => copies.push(CopyRange { from, to: at, kept_at, bytes: entry.bytes }),
-                    }
-                } else {
-                    casts.push(Cast { from, to: at, kept_at, elements, from_type: entry.dtype, to_type: dtype });
-                }
-            }
-            let record = (entry.file, entry.end(), input.to_owned());
-            if entry.bytes > 0 && stored.last() != Some(&record) {
-                disk_bytes += entry.bytes;
-                stored.push(record);
-            }
-            tensors.push(Placed { name: arrival.output.clone(), at, dtype, stored: entry.clone() });
-        }
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        if let Some(pair) = tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(Error::setting("unit", format!("{} has two tensors named {}", unit.name(), pair[0].name)));
-        }
-        Ok(Self {
+        stored.dedup_by_key(|(name, entry)| (entry.file, entry.end(), *name));
+        stored.retain(|(_, entry)| entry.bytes > 0);
+        let mut layout = Self {
             name: unit.name().to_owned(),
             read_bytes: extents.iter().map(|extent| extent.brings(checkpoint.length(extent.file))).sum(),
             extents,
-            copies,
-            casts,
-            unpacks,
+            copies: Vec::new(),
+            casts: Vec::new(),
+            unpacks: Vec::new(),
+            dequantises: Vec::new(),
             reports_at: 0,
-            tensors,
-            disk_bytes,
+            tensors: Vec::with_capacity(made.len()),
+            disk_bytes: stored.iter().map(|(_, entry)| entry.bytes).sum(),
             host_bytes,
-            device_bytes: on_device.bytes(),
-            packed_bytes: kept.bytes(),
+            device_bytes: 0,
+            packed_bytes: 0,
             tier: unit.tier(),
             in_place: false,
             resident_at: 0,
-            stored,
-        })
+            stored: stored.iter().map(|(name, entry)| (entry.file, entry.end(), (*name).to_owned())).collect(),
+        };
+        let [mut on_device, mut kept] = [Offsets::aligned_to(DEVICE_ALIGN); 2];
+        for made in &made {
+            layout.add(made, &mut on_device, &mut kept).ok_or_else(too_large)?;
+        }
+        (layout.device_bytes, layout.packed_bytes) = (on_device.bytes(), kept.bytes());
+        layout.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        if let Some(pair) = layout.tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            return Err(Error::setting("unit", format!("{} has two tensors named {}", unit.name(), pair[0].name)));
+        }
+        Ok(layout)
+    }
+
+    /// Adds a tensor behind the others: on the device, and among those that are kept packed. `None` if it ends beyond [`MOST`].
+    fn add(&mut self, made: &Made<'_>, on_device: &mut Offsets, kept: &mut Offsets) -> Option<()> {
+        let Made { arrival, inputs, dtype, shape, recipe } = made;
+        let ((input, entry), bytes) = (inputs[0], dtype.bytes_of(shape)?);
+        let at = on_device.push(bytes)?;
+        self.tensors.push(Placed {
+            name: arrival.output.clone(),
+            at,
+            dtype: *dtype,
+            shape: shape.clone(),
+            stored: inputs.iter().map(|(_, entry)| (*entry).clone()).collect(),
+        });
+        if bytes == 0 {
+            return Some(());
+        }
+        let from = |entry| host_position(&self.extents, entry);
+        if let Some(recipe) = *recipe {
+            let from: Vec<_> = inputs.iter().map(|(_, entry)| (from(entry), *entry)).collect();
+            let mut dequantise = Dequantise { to: at, ..Dequantise::new(recipe, *dtype, &from) };
+            if dequantise.is_kept_stored() {
+                for input in &mut dequantise.inputs {
+                    input.kept_at = kept.push(input.bytes)?;
+                }
+            } else {
+                dequantise.kept_at = kept.push(bytes)?;
+            }
+            self.dequantises.push(dequantise);
+            return Some(());
+        }
+        let from = from(entry);
+        let kept_at = kept.push(if entry.packed.is_some() { entry.bytes } else { entry.bytes.min(bytes) })?;
+        if let Some(packed) = &entry.packed {
+            let (packed, tensor) = (packed.clone(), input.to_owned());
+            let (report, file) = (self.unpacks.len(), entry.file);
+            self.unpacks.push(Unpack { from, to: at, kept_at, packed, report, file, tensor });
+        } else if *dtype == entry.dtype {
+            match self.copies.last_mut() {
+                // Side by side on the device, they are so where they are kept.
+                Some(last) if last.from + last.bytes == from && last.to + last.bytes == at => last.bytes += entry.bytes,
+                _ => self.copies.push(CopyRange { from, to: at, kept_at, bytes: entry.bytes }),
+            }
+        } else {
+            let (elements, from_type) = (entry.elements(), entry.dtype);
+            self.casts.push(Cast { from, to: at, kept_at, elements, from_type, to_type: *dtype });
+        }
+        Some(())
     }
 
     /// Plans it for a device that computes in RAM. There the tiers are one, and a unit is used in place if all of its tensors arrive as
     /// they are stored, on boundaries of their elements.
     pub(crate) fn share_memory(&mut self) {
-        let lies_well = |tensor: &Placed| tensor.stored.offset.is_multiple_of(tensor.dtype.align() as u64);
+        let lies_well = |tensor: &Placed| tensor.stored[0].offset.is_multiple_of(tensor.dtype.align() as u64);
         self.in_place = self.disk_bytes > 0
             && self.casts.is_empty()
             && self.unpacks.is_empty()
+            && self.dequantises.is_empty()
             && self.tier != Tier::PinnedPacked
             && self.tensors.iter().all(lies_well);
         if self.in_place {
             self.copies.clear();
-            for tensor in self.tensors.iter_mut().filter(|tensor| tensor.stored.bytes > 0) {
-                tensor.at = host_position(&self.extents, &tensor.stored);
+            for tensor in self.tensors.iter_mut().filter(|tensor| tensor.stored_bytes() > 0) {
+                tensor.at = host_position(&self.extents, &tensor.stored[0]);
             }
         }
         self.tier = match self.tier {
@@ -350,7 +256,7 @@ impl UnitLayout {
     pub(crate) fn reports(&self) -> impl Iterator<Item = (usize, &str)> {
         let stored = self.unpacks.iter().map(|unpack| (unpack.file, unpack.tensor.as_str()));
         let kept = self.tensors.iter().filter(|_| self.tier == Tier::PinnedPacked);
-        stored.chain(kept.map(|placed| (placed.stored.file, placed.name.as_str())))
+        stored.chain(kept.map(|placed| (placed.stored[0].file, placed.name.as_str())))
     }
 
     /// What it takes where it is kept.
@@ -414,29 +320,60 @@ impl UnitLayout {
     }
 }
 
-/// The stored tensor that something is made of, if it can be.
-fn input<'a>(
-    checkpoint: &'a Checkpoint,
-    unit: &Unit,
+/// A tensor, and the stored ones that it is made of.
+struct Made<'a> {
     arrival: &'a Arrival,
-) -> Result<(&'a Arrival, &'a str, &'a TensorEntry)> {
-    let [input] = arrival.inputs.as_slice() else {
+    inputs: Vec<(&'a str, &'a TensorEntry)>,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Of a matrix that is made of several.
+    recipe: Option<Recipe>,
+}
+
+impl<'a> Made<'a> {
+    /// Refuses what cannot be made.
+    fn new(checkpoint: &'a Checkpoint, unit: &Unit, arrival: &'a Arrival) -> Result<Self> {
         let (output, op, given) = (&arrival.output, arrival.op, arrival.inputs.len());
-        let cause = format!("{}: {output} is made by {op:?}, which takes one stored tensor, not {given}", unit.name());
-        return Err(Error::setting("unit", cause));
-    };
-    let entry = checkpoint.entry(input)?;
-    if let Err(error) = Shape::new(&entry.shape) {
-        return Err(Error::tensor(&checkpoint.files()[entry.file], input, error.to_string()));
+        let wanted = if let ArrivalOp::Dequantise { scheme, .. } = op { scheme.inputs() } else { 1 };
+        if given != wanted {
+            let takes = if wanted == 1 { "one stored tensor".into() } else { format!("{wanted} stored tensors") };
+            let cause = format!("{}: {output} is made by {op:?}, which takes {takes}, not {given}", unit.name());
+            return Err(Error::setting("unit", cause));
+        }
+        let find = |name: &'a String| -> Result<_> {
+            let entry = checkpoint.entry(name)?;
+            match Shape::new(&entry.shape) {
+                Ok(_) => Ok((name.as_str(), entry)),
+                Err(error) => Err(Error::tensor(&checkpoint.files()[entry.file], name, error.to_string())),
+            }
+        };
+        let inputs = arrival.inputs.iter().map(find).collect::<Result<Vec<_>>>()?;
+        let refused = |at: usize, cause: String| {
+            let (name, entry) = inputs[at];
+            Error::tensor(&checkpoint.files()[entry.file], name, cause)
+        };
+        let entry = inputs[0].1;
+        let (dtype, shape, recipe) = match op {
+            ArrivalOp::Keep => (entry.dtype, entry.shape.clone(), None),
+            ArrivalOp::To(to) => {
+                if to != entry.dtype && (entry.packed.is_some() || !entry.dtype.converts_to(to)) {
+                    let packed = if entry.packed.is_some() { "packed " } else { "" };
+                    return Err(refused(0, format!("cannot be converted from {packed}{} to {to}", entry.dtype)));
+                }
+                (to, entry.shape.clone(), None)
+            }
+            ArrivalOp::Dequantise { scheme, shape, to } => {
+                let entries: Vec<_> = inputs.iter().map(|(_, entry)| *entry).collect();
+                let recipe = Recipe::new(scheme, shape, &entries).map_err(|(at, cause)| refused(at, cause))?;
+                let to = to.unwrap_or_else(|| recipe.as_blocks());
+                if !matches!(to, DType::F32 | DType::BF16) && to != recipe.as_blocks() {
+                    return Err(refused(0, format!("cannot become {to}, which is neither F32 nor BF16")));
+                }
+                (to, shape.to_vec(), Some(recipe))
+            }
+        };
+        Ok(Self { arrival, inputs, dtype, shape, recipe })
     }
-    if let ArrivalOp::To(to) = arrival.op
-        && to != entry.dtype
-        && (entry.packed.is_some() || !entry.dtype.converts_to(to))
-    {
-        let (file, packed) = (&checkpoint.files()[entry.file], if entry.packed.is_some() { "packed " } else { "" });
-        return Err(Error::tensor(file, input, format!("cannot be converted from {packed}{} to {to}", entry.dtype)));
-    }
-    Ok((arrival, input, entry))
 }
 
 /// Cuts tensors (sorted by place) into extents: page-aligned outward, merged where they touch or nearly do.

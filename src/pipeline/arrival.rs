@@ -3,11 +3,11 @@
 //!
 //! ```text
 //! copy stream       copies of what stays as it is, then for each piece that is staged: wait(consumed) → copy → record(staged)
-//! convert stream    for each piece: wait(staged) → cast or unpack → record(consumed)   only if tensors change on arrival
+//! convert stream    for each piece: wait(staged) → cast, unpack or dequantise → record(consumed)   only if tensors change on arrival
 //! ```
 //!
-//! A device that computes in RAM unpacks weights from where they lie, on the first of the two. A unit that is kept packed on the device
-//! arrives so, and is unpacked from there on the second.
+//! A device that computes in RAM unpacks and dequantises weights from where they lie, on the first of the two. A unit that is kept
+//! packed on the device arrives so, and is unpacked from there on the second.
 //!
 //! **Invariant**: of the two staging blocks each is written again only once the work that read it has been enqueued and is waited
 //! for.
@@ -16,8 +16,9 @@ use std::{ffi::CStr, ops::Range, sync::Arc};
 
 use crate::{
     device::{Device, DevicePtr},
+    dtype::DType,
     error::Result,
-    layout::{Cast, Staging, UnitLayout, Unpack},
+    layout::{Cast, Dequantise, Staging, UnitLayout, Unpack},
     pipeline::reports::Reports,
 };
 
@@ -34,6 +35,11 @@ impl Form {
     /// Whether what is cast arrives as it is.
     fn keeps(self, cast: &Cast) -> bool {
         self == Self::Packed && cast.is_kept_stored()
+    }
+
+    /// The same of what is made of several tensors.
+    fn keeps_inputs(self, dequantise: &Dequantise) -> bool {
+        self == Self::Packed && dequantise.is_kept_stored()
     }
 }
 
@@ -85,7 +91,7 @@ impl<D: Device> ArrivalStream<D> {
 
     /// Enqueues what makes `unit`'s tensors from `target` on, as `form` has them, of the stored bytes of `window`, a range of the
     /// unit's host slot: bytes that stay as they are, and elements that begin in it. Its first byte lies at `source`, where the
-    /// last of these elements is whole.
+    /// last of these elements is whole. Of a unit with a matrix that is made of several tensors it is the whole slot.
     ///
     /// # Safety
     /// Both sides are as long as the plan of the unit says. Until the copies are done `source` is written by nobody; until what
@@ -132,7 +138,7 @@ impl<D: Device> ArrivalStream<D> {
                 // SAFETY: the parts lie at `source` and fit into a block, the weights lie in the unit; the rest is the caller's.
                 unsafe {
                     let (from, to) = (source.add(piece.from - window.start), target.offset(piece.to));
-                    self.staged(from, piece.parts.bytes(), |device, block, stream| {
+                    self.staged([(from, piece.parts.bytes(), 0)], |device, block, stream| {
                         device.unpack_raw(to, block, piece.parts, report, stream)
                     })?;
                 }
@@ -145,17 +151,49 @@ impl<D: Device> ArrivalStream<D> {
                 self.device.copy_to_device(to, from, cast.bytes(), &self.stream)?;
             }
         }
+        let kept = unit.dequantises.iter().filter(|made| form.keeps_inputs(made)).flat_map(|made| &made.inputs);
+        for input in kept {
+            // SAFETY: as for packed tensors above.
+            unsafe {
+                let (from, to) = (source.add(input.from), target.offset(input.kept_at));
+                self.device.copy_to_device(to, from, input.bytes, &self.stream)?;
+            }
+        }
         let changing = unit.casts.iter().filter(|cast| !form.keeps(cast));
         for piece in changing.flat_map(|cast| cast.pieces(&window, block_bytes)) {
             // SAFETY: the elements lie at `source` and fit into a block, and the result lies in the unit; the rest is the caller's.
             unsafe {
                 let (from, to) = (source.add(piece.from - window.start), place(piece.to, piece.kept_at));
-                self.staged(from, piece.bytes(), |device, block, stream| {
+                self.staged([(from, piece.bytes(), 0)], |device, block, stream| {
                     device.cast_raw((to, piece.to_type), (block, piece.from_type), piece.elements, stream)
                 })?;
             }
         }
+        for made in unit.dequantises.iter().filter(|made| !form.keeps_inputs(made)) {
+            let to = (place(made.to, made.kept_at), made.to_type);
+            // SAFETY: the plan placed the matrix there, and the tensors that it is made of; the rest is the caller's.
+            unsafe { self.dequantise(made, source, to)? };
+        }
         Ok(())
+    }
+
+    /// Enqueues what makes a matrix of the unit whose host slot lies at `source`.
+    ///
+    /// # Safety
+    /// As [`enqueue`](Self::enqueue); the matrix goes where the plan says.
+    unsafe fn dequantise(&mut self, made: &Dequantise, source: *const u8, to: (DevicePtr, DType)) -> Result<()> {
+        if self.device.memory_is_ram() {
+            let from = made.each(|input| DevicePtr::new(source.wrapping_add(input.from).cast_mut()));
+            // SAFETY: the tensors lie at `source`, and the matrix where it goes in the unit; the rest is the caller's.
+            return unsafe { self.device.dequantise_raw(to, from, &made.recipe, &self.stream) };
+        }
+        let inputs = made.inputs.iter().map(|input| (source.wrapping_add(input.from), input.bytes, input.staged_at));
+        // SAFETY: the tensors lie at `source` and fit into a block together, the matrix lies in the unit; the rest is the caller's.
+        unsafe {
+            self.staged(inputs, |device, block, stream| {
+                device.dequantise_raw(to, made.each(|input| block.offset(input.staged_at)), &made.recipe, stream)
+            })
+        }
     }
 
     /// Enqueues, on [`converting`](Self::converting), what makes `unit`'s tensors from `target` on of those that are kept packed from
@@ -168,7 +206,9 @@ impl<D: Device> ArrivalStream<D> {
         let copies = unit.copies.iter().map(|copy| (copy.kept_at, copy.to, copy.bytes));
         let cast = unit.casts.iter().filter(|cast| !cast.is_kept_stored());
         let cast = cast.map(|cast| (cast.kept_at, cast.to, cast.bytes_after()));
-        for (from, to, bytes) in copies.chain(cast) {
+        let made = unit.dequantises.iter().filter(|made| !made.is_kept_stored());
+        let made = made.map(|made| (made.kept_at, made.to, made.bytes().unwrap_or(0)));
+        for (from, to, bytes) in copies.chain(cast).chain(made) {
             // SAFETY: the plan placed the tensors there; the rest is the caller's.
             unsafe {
                 self.device.copy_on_device(target.offset(to), kept.offset(from), bytes, self.converting())?;
@@ -179,6 +219,14 @@ impl<D: Device> ArrivalStream<D> {
             // SAFETY: the plan placed the tensor there; the rest is the caller's.
             unsafe {
                 self.device.cast_raw((to, cast.to_type), (from, cast.from_type), cast.elements, self.converting())?;
+            }
+        }
+        for made in unit.dequantises.iter().filter(|made| made.is_kept_stored()) {
+            let from = made.each(|input| kept.offset(input.kept_at));
+            // SAFETY: the plan placed the matrix there; the rest is the caller's.
+            unsafe {
+                let to = (target.offset(made.to), made.to_type);
+                self.device.dequantise_raw(to, from, &made.recipe, self.converting())?;
             }
         }
         for unpack in &unit.unpacks {
@@ -203,15 +251,15 @@ impl<D: Device> ArrivalStream<D> {
         self.staging.as_ref().map_or(&self.stream, |staging| &staging.stream)
     }
 
-    /// Copies `bytes`, no more than a staging block has, to one, and enqueues what `convert` makes of them there.
+    /// Copies stretches of bytes, so many each and no more together than a staging block has, to their places in one, and enqueues what
+    /// `convert` makes of them there.
     ///
     /// # Safety
-    /// Until the copy is done the bytes are written by nobody. `convert` enqueues on the stream that it gets, and reads no more than
+    /// Until the copies are done the bytes are written by nobody. `convert` enqueues on the stream that it gets, and reads no more than
     /// the bytes of the block.
     unsafe fn staged(
         &mut self,
-        from: *const u8,
-        bytes: usize,
+        stretches: impl IntoIterator<Item = (*const u8, usize, usize)>,
         convert: impl FnOnce(&D, DevicePtr, &D::Stream) -> Result<()>,
     ) -> Result<()> {
         let staging = self.staging.as_mut().expect("it is there where tensors change on arrival");
@@ -219,8 +267,10 @@ impl<D: Device> ArrivalStream<D> {
         staging.turn = 1 - turn;
         let block = self.device.address(&staging.memory).offset(staging.sizes.block_at(turn));
         self.device.wait(&self.stream, &staging.consumed[turn])?;
-        // SAFETY: the block is long enough, and the waits on `consumed` and `staged` order its uses; the rest is the caller's.
-        unsafe { self.device.copy_to_device(block, from, bytes, &self.stream)? };
+        for (from, bytes, at) in stretches {
+            // SAFETY: the block is long enough, and the waits on `consumed` and `staged` order its uses; the rest is the caller's.
+            unsafe { self.device.copy_to_device(block.offset(at), from, bytes, &self.stream)? };
+        }
         self.device.record(&staging.staged[turn], &self.stream)?;
         self.device.wait(&staging.stream, &staging.staged[turn])?;
         convert(&self.device, block, &staging.stream)?;
@@ -229,8 +279,10 @@ impl<D: Device> ArrivalStream<D> {
 
     /// Marks where all of `unit`, enqueued last in this form, has arrived.
     pub(super) fn record(&self, unit: &UnitLayout, form: Form, arrived: &D::Event) -> Result<()> {
-        let unpacked = !unit.unpacks.is_empty() && form == Form::Plain && !self.device.memory_is_ram();
-        let staged = unit.casts.iter().any(|cast| !form.keeps(cast)) || unpacked;
+        let own = !self.device.memory_is_ram();
+        let unpacked = own && form == Form::Plain && !unit.unpacks.is_empty();
+        let made = own && unit.dequantises.iter().any(|made| !form.keeps_inputs(made));
+        let staged = unit.casts.iter().any(|cast| !form.keeps(cast)) || unpacked || made;
         match &self.staging {
             // No tensor that is staged is empty: the last waits for its own copy, which comes after all others.
             Some(staging) if staged => self.device.record(arrived, &staging.stream),

@@ -453,7 +453,7 @@ impl<D: Device> Drop for Layer<'_, D> {
 /// # Safety
 /// `placed` lies, aligned, in memory that starts at `base` and lives for `'a`.
 pub(super) unsafe fn view<'a, D: Device>(base: crate::device::DevicePtr, placed: &Placed) -> Result<TensorRef<'a, D>> {
-    let shape = Shape::new(&placed.stored.shape)?;
+    let shape = Shape::new(&placed.shape)?;
     // SAFETY: the caller promised that the tensor lies there, aligned, for as long as the view is used.
     Ok(unsafe { TensorRef::from_raw(base.offset(placed.at), placed.dtype, shape) })
 }

@@ -19,6 +19,7 @@ use std::{
 
 use crate::{
     arena::Arena,
+    checkpoint::TensorEntry,
     error::{Error, Result},
     io::{BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, Placed, REPACK_ALIGN, Repacked, UnitLayout, pages},
@@ -268,7 +269,10 @@ impl Packing {
             let how = match packed {
                 Err(No::Gain) => {
                     target.end = from;
-                    self.read(tensor, |_, bytes| target.push(bytes))?;
+                    for stored in &tensor.stored {
+                        target.end = target.end.next_multiple_of(REPACK_ALIGN);
+                        self.read(&tensor.name, stored, |_, bytes| target.push(bytes))?;
+                    }
                     Repacked::Stored
                 }
                 packed => Repacked::Packed(packed?),
@@ -276,8 +280,8 @@ impl Packing {
             tensors.push((from, how));
         }
         // Of files that have changed nothing is kept.
-        for tensor in &unit.tensors {
-            self.sources[tensor.stored.file].check_unchanged()?;
+        for stored in unit.tensors.iter().flat_map(|tensor| &tensor.stored) {
+            self.sources[stored.file].check_unchanged()?;
         }
         let bytes = pages(target.end);
         if bytes > room {
@@ -289,7 +293,7 @@ impl Packing {
 
     /// Packs a tensor by the table of its first part.
     fn pack_tensor(&mut self, tensor: &Placed, target: &mut Target) -> Result<Description, No> {
-        let shape = vec![tensor.stored.elements()];
+        let shape = vec![tensor.elements()];
         let mut description =
             Description { shape, table: Table([0; 13]), checksum: 0, part: PART, lengths: Vec::new() };
         let (mut encoder, from) = (None, target.end);
@@ -309,7 +313,7 @@ impl Packing {
             if target.end - from >= plain { Err(No::Gain) } else { Ok(()) }
         };
         self.part.clear();
-        self.read(tensor, |part, mut bytes| {
+        self.read(&tensor.name, &tensor.stored[0], |part, mut bytes| {
             while !bytes.is_empty() {
                 let (more, rest) = bytes.split_at(bytes.len().min(2 * PART - part.len()));
                 part.extend_from_slice(more);
@@ -327,8 +331,12 @@ impl Packing {
     }
 
     /// Hands `take` the stored bytes of a tensor in their order, some at a time.
-    fn read(&mut self, tensor: &Placed, mut take: impl FnMut(&mut Vec<u8>, &[u8]) -> Result<(), No>) -> Result<(), No> {
-        let stored = &tensor.stored;
+    fn read(
+        &mut self,
+        name: &str,
+        stored: &TensorEntry,
+        mut take: impl FnMut(&mut Vec<u8>, &[u8]) -> Result<(), No>,
+    ) -> Result<(), No> {
         let whole = Extent::covering(stored.file, stored.offset..stored.end(), 0);
         for position in (0..whole.len).step_by(CHUNK) {
             let part = whole.part(position, CHUNK);
@@ -337,7 +345,7 @@ impl Packing {
             let read = self.reader.next(|(), _| stop())?;
             let ReadBlock { block, result, .. } = read.expect("one was submitted");
             stop()?;
-            result.map_err(|failure| failure.of("a unit to pack", &tensor.name, &self.sources[stored.file]))?;
+            result.map_err(|failure| failure.of("a unit to pack", name, &self.sources[stored.file]))?;
             let [from, to] = [stored.offset, stored.end()].map(|end| end.clamp(part.offset, part.end) - part.offset);
             // SAFETY: the read brought as many bytes as the part needs, and the block is this thread's until it is given back.
             let bytes = unsafe {

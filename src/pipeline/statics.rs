@@ -50,6 +50,11 @@ impl<D: Device> StaticTensors<D> {
         idle: &mut dyn FnMut(usize, Duration) -> Result<()>,
     ) -> Result<Self> {
         let layout = UnitLayout::new(checkpoint, unit)?;
+        if !layout.dequantises.is_empty() {
+            // They come in chunks, which have no order.
+            let cause = "a static tensor cannot be made of several stored ones: stream it, as a unit";
+            return Err(crate::Error::setting("unit", cause));
+        }
         let reports = Reports::new(device, checkpoint, slice::from_ref(&layout))?;
         let memory = device.allocate("static tensors", layout.device_bytes)?;
         let base = device.address(&memory);

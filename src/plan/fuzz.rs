@@ -257,7 +257,7 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: 
         let entry = checkpoint.entry(&arrival.inputs[0]).unwrap();
         let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
         let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
-        assert_eq!((placed.dtype, &placed.stored.shape), (to, &entry.shape));
+        assert_eq!((placed.dtype, &placed.shape), (to, &entry.shape));
         assert!(aligned(placed.at, if plan.in_place { to.align() } else { DEVICE_ALIGN }));
         let elements = entry.elements();
         places.push((placed.at, to.bytes(elements)));

@@ -97,7 +97,7 @@ impl Plan {
     /// The same as the layer function finds them: more than are stored, if these are packed or become another type.
     pub fn weight_bytes(&self) -> usize {
         let tensors = self.units.iter().flat_map(|unit| &unit.tensors);
-        tensors.map(|tensor| tensor.dtype.bytes(tensor.stored.elements())).fold(0, usize::saturating_add)
+        tensors.map(|tensor| tensor.dtype.bytes(tensor.elements())).fold(0, usize::saturating_add)
     }
 
     /// Bytes of slots and kept units in RAM, in pinned RAM and on the device: what can be [lent](crate::LentMemory).

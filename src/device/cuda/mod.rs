@@ -26,6 +26,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     packed::Parts,
+    quantised::{INPUTS, Recipe, Scheme},
 };
 
 /// One GPU. Cloning gives another handle of the same.
@@ -303,6 +304,42 @@ unsafe impl Device for Cuda {
         let launcher = if from_type.is_blocks() { sys::lsk_expand } else { sys::lsk_cast };
         // SAFETY: both ranges are on the device, apart and valid until the cast is done, as the caller promised.
         let launch = || unsafe { launcher(to, code_of(to_type), from, code_of(from_type), elements, stream.raw()) };
+        self.call(operation, launch)
+    }
+
+    unsafe fn dequantise_raw(
+        &self,
+        (to, to_type): (DevicePtr, DType),
+        from: [DevicePtr; INPUTS],
+        recipe: &Recipe,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let Recipe { rows, columns, block: [block_rows, block_columns], scale, scheme } = *recipe;
+        let (scheme, zeros, order, zero, offset) = match scheme {
+            Scheme::Fp8 => (sys::LSK_FP8, false, false, 0, 0),
+            Scheme::Rows { zeros, order } => (sys::LSK_ROWS, zeros, order, 0, 0),
+            Scheme::Gptq { zero, order } => (sys::LSK_GPTQ, true, order, zero, 0),
+            Scheme::Awq => (sys::LSK_AWQ, true, false, 0, 0),
+            Scheme::Nf4 { offset, .. } => (sys::LSK_NF4, false, false, 0, offset.unwrap_or(0)),
+        };
+        let recipe = sys::lsk_recipe {
+            scheme,
+            scale: if scale == DType::U8 { sys::LSK_U8 } else { code_of(scale) },
+            rows: rows as i64,
+            columns: columns as i64,
+            block_rows: block_rows as i64,
+            block_columns: block_columns as i64,
+            zeros: zeros.into(),
+            order: order.into(),
+            zero: zero.into(),
+            offset: f32::from_bits(offset),
+        };
+        let inputs = from.map(|input| input.as_ptr().cast_const().cast::<c_void>());
+        let (to, operation) = (to.as_ptr().cast(), || format!("dequantise a matrix [{rows}, {columns}] to {to_type}"));
+        // SAFETY: all ranges are on the device, apart and valid until the matrix is made, as the caller promised; the launcher reads
+        // recipe and addresses before it returns.
+        let launch =
+            || unsafe { sys::lsk_dequantise(to, code_of(to_type), inputs.as_ptr(), &raw const recipe, stream.raw()) };
         self.call(operation, launch)
     }
 

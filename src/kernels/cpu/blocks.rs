@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use super::lanes::{Codes, Lanes};
-use crate::dtype::{self, DType, E2M1, IQ4, LARGE, SMALL, mxfp4_scale, scales_and_minimums};
+use crate::dtype::{self, DType, E2M1, IQ4, LARGE, NF4, SMALL, f8e4m3_to_f32, mxfp4_scale, scales_and_minimums};
 
 /// Large blocks whose scales are computed at a time.
 const SOME: usize = 3;
@@ -52,6 +52,10 @@ pub(super) fn expand<L: Lanes>(from: DType, src: &[u8], dst: &mut [f32]) {
         DType::IQ4_NL => each!(iq4_nl),
         DType::IQ4_XS => each!(iq4_xs),
         DType::MXFP4 => each!(mxfp4),
+        DType::F8_64 => each!(f8),
+        DType::U4_32 => each!(u4_32),
+        DType::U4_128 => each!(u4_128),
+        DType::NF4_64 => each!(nf4),
         _ => unreachable!("{from} is no type of blocks"),
     }
 }
@@ -180,6 +184,43 @@ fn iq4_nl<L: Lanes>(block: &[u8; 18], out: &mut [f32; SMALL]) {
 fn mxfp4<L: Lanes>(block: &[u8; 17], out: &mut [f32; SMALL]) {
     let table = scaled::<L>(&E2M1, L::splat(mxfp4_scale(block[0])));
     by_halves::<L>(block, 1, [&table; 2], out, 16);
+}
+
+// The compiler makes vectors of it.
+#[inline(always)]
+fn f8<L: Lanes>(block: &[u8; 68], out: &mut [f32; 64]) {
+    let scale = dtype::word(block, 0);
+    for (out, code) in out.iter_mut().zip(&block[4..]) {
+        *out = f32::from_bits(f8e4m3_to_f32(*code)) * scale;
+    }
+}
+
+/// Codes from zero, less a number, by the scale.
+#[inline(always)]
+fn u4<L: Lanes>(block: &[u8], out: &mut [f32]) {
+    let [scale, zero] = [L::splat(dtype::word(block, 0)), L::splat(dtype::word(block, 4))];
+    let mut table = [0.0; 16];
+    for at in (0..16).step_by(L::COUNT) {
+        put(of::<L>(&FROM_ZERO, at).minus(zero).times(scale), &mut table, at);
+    }
+    let half = out.len() / 2;
+    by_halves::<L>(block, 8, [&table; 2], out, half);
+}
+
+#[inline(always)]
+fn u4_32<L: Lanes>(block: &[u8; 24], out: &mut [f32; 32]) {
+    u4::<L>(block, out);
+}
+
+#[inline(always)]
+fn u4_128<L: Lanes>(block: &[u8; 72], out: &mut [f32; 128]) {
+    u4::<L>(block, out);
+}
+
+#[inline(always)]
+fn nf4<L: Lanes>(block: &[u8; 36], out: &mut [f32; 64]) {
+    let table = scaled::<L>(&NF4, L::splat(dtype::word(block, 0)));
+    by_halves::<L>(block, 4, [&table; 2], out, 32);
 }
 
 /// Sixteen numbers in a line of the cache: across two, what was stored at once would not be there for loads for many cycles.
