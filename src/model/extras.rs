@@ -3,12 +3,9 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    files,
 };
 
 /// Weights that are stored in fewer bits, with what restores them beside: by the name of their method.
@@ -39,16 +36,9 @@ impl Packing {
         packed.map(|(_, method)| Self((*method).into()))
     }
 
-    /// What `quantization_config` of a configuration says, or `None` if the weights are stored as they are.
-    fn configured(config: &Value) -> Option<Self> {
-        let quantised = config.get("quantization_config").filter(|value| !value.is_null())?;
-        let on = |key| quantised.get(key).and_then(Value::as_bool).unwrap_or(false);
-        let method = quantised.get("quant_method").and_then(Value::as_str);
-        // It is written also by those who had it turned off.
-        let off = method == Some("bitsandbytes") && !on("load_in_4bit") && !on("load_in_8bit");
-        let loads = on("load_in_4bit") || on("load_in_8bit");
-        let unnamed = if loads { "bitsandbytes" } else { "a method without a name" };
-        (!off).then(|| Self(method.unwrap_or(unnamed).into()))
+    /// By the name of a method.
+    pub(super) fn new(method: String) -> Self {
+        Self(method)
     }
 
     /// The refusal of a tensor that is packed.
@@ -56,22 +46,12 @@ impl Packing {
         self.refused(format!("{}: tensor {tensor}", path.display()))
     }
 
-    fn refused(&self, place: String) -> Error {
+    /// The refusal of what is said in this place.
+    pub(super) fn refused(&self, place: String) -> Error {
         Error::Unsupported {
             what: format!("{place}: weights quantised by {}", self.0),
             remedy: "take the unquantised model, whose weights are F32, F16 or BF16".into(),
         }
-    }
-}
-
-/// Refuses a folder whose configuration says that the weights are quantised.
-pub(super) fn refuse_quantised(folder: &Path) -> Result<()> {
-    let path = folder.join("config.json");
-    let text = files::read_small(&path, files::LONGEST_CONFIG)?.unwrap_or_default();
-    let config = serde_json::from_slice::<Value>(&text).unwrap_or_default();
-    match Packing::configured(&config) {
-        Some(packing) => Err(packing.refused(format!("{}: quantization_config", path.display()))),
-        None => Ok(()),
     }
 }
 

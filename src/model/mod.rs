@@ -16,6 +16,7 @@ mod generate;
 mod head;
 mod layer;
 mod logits;
+mod quantisation;
 mod renewal;
 mod sampling;
 mod tables;

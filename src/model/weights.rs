@@ -6,6 +6,7 @@ use std::{io, path::Path};
 use super::{
     config::ModelConfig,
     extras::{self, Packing},
+    quantisation::Quantisation,
     tables::Tables,
 };
 use crate::{
@@ -13,6 +14,7 @@ use crate::{
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
+    layout::UnitLayout,
     plan::{Placement, Settings, Tier, Unit},
 };
 
@@ -78,15 +80,27 @@ impl Model {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if let Some(file) = Gguf::if_file(path)? {
-            return Self::of(path, "the file's metadata", ModelConfig::of_gguf(&file)?, Checkpoint::of_gguf(&file)?);
+            return Self::of(
+                path,
+                "the file's metadata",
+                ModelConfig::of_gguf(&file)?,
+                Checkpoint::of_gguf(&file)?,
+                None,
+            );
         }
         let config = ModelConfig::read(path).map_err(|error| without_config(path, error))?;
-        extras::refuse_quantised(path)?;
-        Self::of(path, "config.json", config, Checkpoint::open(path)?)
+        let quantisation = Quantisation::read(path)?;
+        Self::of(path, "config.json", config, Checkpoint::open(path)?, quantisation)
     }
 
     /// A model by this configuration, which `described_by` holds.
-    fn of(path: &Path, described_by: &str, mut config: ModelConfig, checkpoint: Checkpoint) -> Result<Self> {
+    fn of(
+        path: &Path,
+        described_by: &str,
+        mut config: ModelConfig,
+        checkpoint: Checkpoint,
+        quantisation: Option<Quantisation>,
+    ) -> Result<Self> {
         let names = Names::find(&checkpoint, config.tied)?;
         let needed = Needed { path, described_by, checkpoint: &checkpoint };
         needed.require(&names.embed, &[config.vocab, config.hidden])?;
@@ -103,9 +117,19 @@ impl Model {
             let mut unit = Unit::new(format!("layer {layer}"));
             for (name, shape) in &tensors {
                 let full = format!("{}{layer}.{name}", names.layers);
-                needed.require(&full, shape)?;
-                unit.keep(*name, full);
+                let made = match (quantisation, shape.as_slice()) {
+                    (Some(method), &[rows, columns]) => method.arrival(&checkpoint, name, &full, [rows, columns])?,
+                    _ => None,
+                };
+                if let Some(arrival) = made {
+                    unit.add(arrival);
+                } else {
+                    needed.require(&full, shape)?;
+                    unit.keep(*name, full);
+                }
             }
+            // Whether the tensors of a matrix fit together is found before anything is planned.
+            UnitLayout::new(&checkpoint, &unit)?;
             Ok(unit)
         });
         let units = units.collect::<Result<Vec<_>>>()?;

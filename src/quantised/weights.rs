@@ -89,8 +89,7 @@ impl<'a> Matrix<'a> {
             Scheme::Awq => (group * (rows / 8) + row / 8, in_awq(row), 0),
             _ => return 8,
         };
-        // In four bits: a zero of 0 is stored as 15 where 1 is to be added.
-        ((self.word(2, at) >> (4 * nibble)) as u8 + added) & 15
+        (self.word(2, at) >> (4 * nibble)) as u8 % 16 + added
     }
 
     fn weight(&self, row: usize, column: usize) -> f32 {

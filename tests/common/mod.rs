@@ -4,6 +4,7 @@
 mod blocks;
 #[path = "../../src/fixtures.rs"]
 mod fixtures;
+mod formats;
 #[cfg(feature = "model")]
 mod model;
 
@@ -13,6 +14,8 @@ use std::{ptr::NonNull, sync::Arc};
 pub use blocks::*;
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use fixtures::*;
+#[allow(unused_imports, reason = "each test uses a part")]
+pub use formats::*;
 #[cfg(feature = "model")]
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use model::*;

@@ -1,4 +1,4 @@
-"""Writes quantised.safetensors: random weights in the quantised formats of safetensors checkpoints. `CASE.SUFFIX` are tensors as a
+"""Writes quantised/model.safetensors: random weights in the quantised formats of safetensors checkpoints. `CASE.SUFFIX` are tensors as a
 checkpoint of the format stores them (SUFFIX is what follows the layer's name), and `CASE.expected` are the weights, F32 of
 [outputs, inputs], as the format's library makes them in F32. Every case is computed a second time from the stored bytes.
 
@@ -11,7 +11,7 @@ compressed-tensors 0.17.1 still knows `weight_g_idx`; 0.20 refuses `actorder: "g
 scales (F16, BF16): here the same scales are first widened to F32, which is exact.
 
     pip install torch==2.15.0 numpy==2.4.6 safetensors==0.8.0 compressed-tensors==0.17.1 bitsandbytes==0.50.2
-    python3 make_quantised.py quantised.safetensors
+    python3 make_quantised.py quantised/model.safetensors
 """
 
 import json

@@ -68,8 +68,9 @@ fn every_set_of_instructions_multiplies_every_type() {
 fn products_of_blocks_have_the_bits_of_those_of_the_same_weights_in_f32() {
     let small = [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::IQ4_NL, DType::MXFP4];
     let large = [DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_XS];
+    let own = [DType::F8_64, DType::U4_32, DType::U4_128, DType::NF4_64];
     let (mut rng, n) = (fastrand::Rng::new(), 39);
-    for dtype in small.into_iter().chain(large) {
+    for dtype in small.into_iter().chain(large).chain(own) {
         for (tokens, k) in [(1, 256), (2, 1024), (6, 1792), (16, 256), (17, 1024), (40, 1792)] {
             let mut blocks = vec![0; dtype.bytes(n * k)];
             rng.fill(&mut blocks);

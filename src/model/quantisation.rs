@@ -1,0 +1,231 @@
+//! Weights of a folder that several stored tensors make: what `quantization_config` says, and which tensors those are.
+
+use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
+
+use serde_json::Value;
+
+use super::extras::Packing;
+use crate::{
+    checkpoint::Checkpoint,
+    dtype::DType,
+    error::{Error, Result},
+    files,
+    quantised::Scheme,
+    unit::{Arrival, ArrivalOp},
+};
+
+/// How a folder's weights are quantised. Layers that were left alone have plain weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Quantisation {
+    Fp8,
+    /// compressed-tensors' int4.
+    Rows,
+    Gptq {
+        /// What is added to stored zeros.
+        zero: u8,
+    },
+    Awq,
+    Nf4,
+}
+
+impl Quantisation {
+    /// That of the folder's `config.json`, if it says so.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for one that is not read.
+    pub(super) fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join("config.json");
+        let text = files::read_small(&path, files::LONGEST_CONFIG)?.unwrap_or_default();
+        let config = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+        let said = config.get("quantization_config").or_else(|| config.get("compression_config"));
+        let Some(said) = said.filter(|value| !value.is_null()) else { return Ok(None) };
+        Self::parse(said)
+            .map_err(|method| Packing::new(method).refused(format!("{}: quantization_config", path.display())))
+    }
+
+    /// What the object says, or the name of a method that is not read.
+    fn parse(said: &Value) -> Result<Option<Self>, String> {
+        let word = |key: &str| said.get(key).and_then(Value::as_str).unwrap_or_default().to_lowercase();
+        let on = |key: &str| said.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let bits = said.get("bits").or_else(|| said.get("w_bit")).and_then(Value::as_u64);
+        let method = word("quant_method");
+        let with = |what: String| Err(format!("{method} {what}"));
+        match method.as_str() {
+            "fp8" | "fbgemm_fp8" => {
+                let block = said.get("weight_block_size").filter(|size| !size.is_null());
+                if let Some(size) = block.filter(|size| **size != serde_json::json!([128, 128])) {
+                    return with(format!("with blocks of {size}"));
+                }
+                match word("fmt").as_str() {
+                    "" | "e4m3" => Ok(Some(Self::Fp8)),
+                    other => with(format!("of the form {other}")),
+                }
+            }
+            "modelopt" if ["fp8", "fp8_per_channel_per_token"].contains(&word("quant_algo").as_str()) => {
+                Ok(Some(Self::Fp8))
+            }
+            "compressed-tensors" | "compressed_tensors" => compressed(said).map(Some),
+            "gptq" if bits != Some(4) => {
+                with(format!("of {} bits", bits.map_or("unknown".into(), |bits| bits.to_string())))
+            }
+            "gptq" => match word("checkpoint_format").as_str() {
+                "" | "gptq" => Ok(Some(Self::Gptq { zero: 1 })),
+                "gptq_v2" => Ok(Some(Self::Gptq { zero: 0 })),
+                other => with(format!("in the format {other}")),
+            },
+            "awq" if bits != Some(4) => {
+                with(format!("of {} bits", bits.map_or("unknown".into(), |bits| bits.to_string())))
+            }
+            "awq" => match word("version").as_str() {
+                "" | "gemm" => Ok(Some(Self::Awq)),
+                other => with(format!("of the version {other}")),
+            },
+            // It is written also by those who had it turned off.
+            "bitsandbytes" if !on("load_in_4bit") && !on("load_in_8bit") => Ok(None),
+            "bitsandbytes" | "" if on("load_in_4bit") => match word("bnb_4bit_quant_type").as_str() {
+                "nf4" => Ok(Some(Self::Nf4)),
+                "" | "fp4" => Err("bitsandbytes in FP4".into()),
+                other => Err(format!("bitsandbytes in {other}")),
+            },
+            "bitsandbytes" | "" if on("load_in_8bit") => Err("bitsandbytes in 8 bits".into()),
+            "" => Err("a method without a name".into()),
+            _ => Err(method),
+        }
+    }
+
+    /// How the matrix `name`, of this shape, becomes the tensor `output`; `None` if it is stored by itself.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if a tensor that it is made of is not there, or cannot be.
+    pub(super) fn arrival(
+        self,
+        checkpoint: &Checkpoint,
+        output: &str,
+        name: &str,
+        shape: [usize; 2],
+    ) -> Result<Option<Arrival>> {
+        let Some(module) = name.strip_suffix("weight") else { return Ok(None) };
+        let beside = |tensor: &str| format!("{module}{tensor}");
+        let stores = |tensor: &str| checkpoint.stores(&beside(tensor));
+        let dtype = checkpoint.describe(name).map(|(dtype, _)| dtype);
+        let (scheme, inputs) = match self {
+            Self::Fp8 if dtype == Some(DType::F8E4M3) => {
+                let scale = if stores("weight_scale_inv") { "weight_scale_inv" } else { "weight_scale" };
+                (Scheme::Fp8, vec!["weight", scale])
+            }
+            Self::Rows if stores("weight_packed") => {
+                let groups = checkpoint
+                    .describe(&beside("weight_scale"))
+                    .map_or(1, |(_, shape)| shape.last().copied().unwrap_or(1));
+                let (zeros, order) = (stores("weight_zero_point"), "weight_g_idx");
+                let order = Some(order).filter(|order| stores(order));
+                let order = order
+                    .map(|order| is_mixed(checkpoint, &beside(order), shape[1], groups).map(|mixed| (order, mixed)));
+                let order = order.transpose()?.filter(|(_, mixed)| *mixed).map(|(order, _)| order);
+                let inputs = ["weight_packed", "weight_scale"]
+                    .into_iter()
+                    .chain(zeros.then_some("weight_zero_point"))
+                    .chain(order);
+                (Scheme::Rows { zeros, order: order.is_some() }, inputs.collect())
+            }
+            Self::Gptq { zero } if stores("qweight") => {
+                let groups =
+                    checkpoint.describe(&beside("scales")).map_or(1, |(_, shape)| shape.first().copied().unwrap_or(1));
+                let order = stores("g_idx") && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups)?;
+                let inputs = ["qweight", "scales", "qzeros"].into_iter().chain(order.then_some("g_idx"));
+                (Scheme::Gptq { zero, order }, inputs.collect())
+            }
+            Self::Awq if stores("qweight") => (Scheme::Awq, vec!["qweight", "scales", "qzeros"]),
+            Self::Nf4 if dtype == Some(DType::U8) => {
+                let (block, offset) = nf4_state(checkpoint, name)?;
+                let nested = ["weight.nested_absmax", "weight.nested_quant_map"];
+                let nested = nested.into_iter().filter(|_| offset.is_some());
+                (Scheme::Nf4 { block, offset }, ["weight", "weight.absmax"].into_iter().chain(nested).collect())
+            }
+            _ => return Ok(None),
+        };
+        let inputs = inputs.into_iter().map(beside).collect();
+        let op = ArrivalOp::Dequantise { scheme, shape, to: None };
+        Ok(Some(Arrival { output: output.to_owned(), inputs, op }))
+    }
+}
+
+/// What `config_groups` of compressed-tensors says: all groups must be quantised alike.
+fn compressed(said: &Value) -> Result<Quantisation, String> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_lowercase();
+    let format = text(said.get("format"));
+    let groups = said.get("config_groups").and_then(Value::as_object);
+    let weights: Vec<_> =
+        groups.into_iter().flat_map(|groups| groups.values()).filter_map(|group| group.get("weights")).collect();
+    let all = |bits: u64, kind: &str| {
+        let is = |weights: &&Value| {
+            weights.get("num_bits").and_then(Value::as_u64) == Some(bits) && text(weights.get("type")) == kind
+        };
+        !weights.is_empty() && weights.iter().all(is)
+    };
+    match format.as_str() {
+        "float-quantized" | "naive-quantized" if all(8, "float") => Ok(Quantisation::Fp8),
+        "pack-quantized" if all(4, "int") => Ok(Quantisation::Rows),
+        "" => Err("compressed-tensors in no format".into()),
+        "float-quantized" | "naive-quantized" | "pack-quantized" => {
+            Err(format!("compressed-tensors in the format {format}, other than FP8 and int4"))
+        }
+        _ => Err(format!("compressed-tensors in the format {format}")),
+    }
+}
+
+/// The bytes of a small tensor.
+fn bytes_of(checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>> {
+    let (entry, (path, at)) = (checkpoint.entry(name)?, checkpoint.location(name).expect("it has an entry"));
+    if entry.bytes as u64 > files::LONGEST_CONFIG {
+        return Err(Error::tensor(path, name, format!("has {} bytes, more than such a tensor can have", entry.bytes)));
+    }
+    let (mut bytes, file) = (vec![0; entry.bytes], File::open(path).map_err(Error::io("open", path))?);
+    file.read_exact_at(&mut bytes, at).map_err(|source| Error::Read {
+        unit: "the quantised weights".into(),
+        tensor: name.into(),
+        path: path.into(),
+        offset: at,
+        source: Arc::new(source),
+    })?;
+    Ok(bytes)
+}
+
+/// Whether these are groups of columns that are not simply one after the other. Where some are not set there is no order, as
+/// compressed-tensors has it.
+fn is_mixed(checkpoint: &Checkpoint, name: &str, columns: usize, groups: usize) -> Result<bool> {
+    let bytes = bytes_of(checkpoint, name)?;
+    let (order, group) = (bytes.as_chunks::<4>().0, columns.div_ceil(groups.max(1)).max(1));
+    let of = |bytes: &[u8; 4]| i32::from_le_bytes(*bytes);
+    if order.iter().any(|bytes| of(bytes) < 0) {
+        return Ok(false);
+    }
+    if let Some(beyond) = order.iter().find(|bytes| usize::try_from(of(bytes)).map_or(true, |number| number >= groups))
+    {
+        return Err(refused(checkpoint, name, format!("names the group {} of {groups}", of(beyond))));
+    }
+    Ok(order.iter().enumerate().any(|(column, bytes)| of(bytes) as usize != column / group))
+}
+
+fn refused(checkpoint: &Checkpoint, name: &str, cause: String) -> Error {
+    let (path, _) = checkpoint.location(name).expect("its bytes were read");
+    Error::tensor(path, name, cause)
+}
+
+/// The weights of a block, and the bits of what is added to scales where these are quantised too, from what bitsandbytes keeps beside
+/// the weight of this name.
+fn nf4_state(checkpoint: &Checkpoint, name: &str) -> Result<(usize, Option<u32>)> {
+    let state_name = format!("{name}.quant_state.bitsandbytes__nf4");
+    let bytes = bytes_of(checkpoint, &state_name)?;
+    let wrong = |cause: String| refused(checkpoint, &state_name, cause);
+    let state: Value = serde_json::from_slice(&bytes).map_err(|error| wrong(format!("is no valid JSON: {error}")))?;
+    let count = |key: &str| state.get(key).and_then(Value::as_u64);
+    let block = count("blocksize").and_then(|block| usize::try_from(block).ok()).filter(|block| *block > 0);
+    let block = block.ok_or_else(|| wrong("says no blocksize".into()))?;
+    let Some(offset) = state.get("nested_offset") else { return Ok((block, None)) };
+    let offset = offset.as_f64().ok_or_else(|| wrong("has a nested_offset that is no number".into()))?;
+    match count("nested_blocksize") {
+        Some(256) => Ok((block, Some((offset as f32).to_bits()))),
+        other => Err(wrong(format!("has a nested_blocksize of {other:?}, expected 256"))),
+    }
+}
