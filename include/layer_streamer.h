@@ -139,6 +139,10 @@ enum ls_dtype
     LS_IQ4_NL = 26,
     LS_IQ4_XS = 27,
     LS_MXFP4 = 28,
+    LS_F8_64 = 29,
+    LS_U4_32 = 30,
+    LS_U4_128 = 31,
+    LS_NF4_64 = 32,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

@@ -161,6 +161,28 @@ impl Fixture {
         (DType::BF16, description.shape.clone(), bytes)
     }
 
+    /// Adds a matrix of random codes, as GPTQ stores them, in a file of its own: returns its tensors, in order, and its shape.
+    pub fn add_gptq(&mut self, rng: &mut fastrand::Rng) -> ([String; 3], [usize; 2]) {
+        let (rows, groups) = (8 * (1 + rng.usize(..9)), 1 + rng.usize(..6));
+        let (columns, name) = (32 * groups, format!("gptq {}", self.table.len()));
+        let tensors = [
+            ("qweight", DType::I32, [columns / 8, rows]),
+            ("scales", DType::F16, [groups, rows]),
+            ("qzeros", DType::I32, [groups, rows / 8]),
+        ];
+        let (file, mut end) = (self.file(&format!("{name}.bin")), 0);
+        let names = tensors.map(|(suffix, dtype, shape)| {
+            let (name, offset) = (format!("{name}.{suffix}"), end + 2 * rng.u64(..40));
+            end = offset + dtype.bytes_of(&shape).unwrap() as u64;
+            let tensor = StoredTensor { name: name.clone(), file: file.clone(), offset, dtype, shape: shape.into() };
+            self.table.insert(name.clone(), tensor);
+            name
+        });
+        fs::write(&file, (0..end).map(|_| rng.u8(..)).collect::<Vec<_>>()).unwrap();
+        self.checkpoint = self.opened_again();
+        (names, [rows, columns])
+    }
+
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

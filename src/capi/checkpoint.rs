@@ -53,6 +53,10 @@ pub enum ls_dtype {
     LS_IQ4_NL = 26,
     LS_IQ4_XS = 27,
     LS_MXFP4 = 28,
+    LS_F8_64 = 29,
+    LS_U4_32 = 30,
+    LS_U4_128 = 31,
+    LS_NF4_64 = 32,
 }
 
 /// The type's code.
@@ -296,16 +300,16 @@ mod tests {
             assert_eq!((code_of(dtype), dtype_of(code, "").unwrap()), (code, dtype));
         }
         for (dtype, code) in
-            [(DType::F32, ls_dtype::LS_F32), (DType::F64, ls_dtype::LS_F64), (DType::MXFP4, ls_dtype::LS_MXFP4)]
+            [(DType::F32, ls_dtype::LS_F32), (DType::F64, ls_dtype::LS_F64), (DType::NF4_64, ls_dtype::LS_NF4_64)]
         {
             assert_eq!(code_of(dtype), code as i32);
         }
         assert_eq!((ls_dtype_size(code_of(DType::Q8_0)), ls_dtype_block(code_of(DType::Q8_0))), (34, 32));
         assert_eq!(
-            (ls_dtype_size(code_of(DType::F32)), ls_dtype_block(code_of(DType::F32)), ls_dtype_block(29)),
+            (ls_dtype_size(code_of(DType::F32)), ls_dtype_block(code_of(DType::F32)), ls_dtype_block(33)),
             (4, 1, 0)
         );
-        for wrong in [0, -1, 29, i32::MIN, i32::MAX] {
+        for wrong in [0, -1, 33, i32::MIN, i32::MAX] {
             assert!(dtype_of(wrong, "").is_err());
         }
     }

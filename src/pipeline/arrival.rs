@@ -159,6 +159,12 @@ impl<D: Device> ArrivalStream<D> {
                 self.device.copy_to_device(to, from, input.bytes, &self.stream)?;
             }
         }
+        // Before casts, which the end of the work on the other stream marks: here nothing may be staged.
+        for made in unit.dequantises.iter().filter(|made| !form.keeps_inputs(made)) {
+            let to = (place(made.to, made.kept_at), made.to_type);
+            // SAFETY: the plan placed the matrix there, and the tensors that it is made of; the rest is the caller's.
+            unsafe { self.dequantise(made, source, to)? };
+        }
         let changing = unit.casts.iter().filter(|cast| !form.keeps(cast));
         for piece in changing.flat_map(|cast| cast.pieces(&window, block_bytes)) {
             // SAFETY: the elements lie at `source` and fit into a block, and the result lies in the unit; the rest is the caller's.
@@ -168,11 +174,6 @@ impl<D: Device> ArrivalStream<D> {
                     device.cast_raw((to, piece.to_type), (block, piece.from_type), piece.elements, stream)
                 })?;
             }
-        }
-        for made in unit.dequantises.iter().filter(|made| !form.keeps_inputs(made)) {
-            let to = (place(made.to, made.kept_at), made.to_type);
-            // SAFETY: the plan placed the matrix there, and the tensors that it is made of; the rest is the caller's.
-            unsafe { self.dequantise(made, source, to)? };
         }
         Ok(())
     }

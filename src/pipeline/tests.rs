@@ -23,6 +23,7 @@ use crate::{
     plan::{
         Arrival, ArrivalOp, Bandwidths, Budget, CachePolicy, FixedOverhead, Plan, Reader, Settings, Sharing, Tier, Unit,
     },
+    quantised::{Recipe, Scheme},
     trace::clock::simulated,
 };
 
@@ -87,10 +88,30 @@ fn planned(fixture: &Fixture, units: &mut [Unit], drawn: Settings, rng: &mut fas
     Settings { n_gpu, n_cpu_pinned, reader: drawn.reader, cache: drawn.cache, ..Settings::default() }
 }
 
+/// A matrix of several tensors, and what it must be on the device.
+fn matrix(
+    fixture: &Fixture,
+    (inputs, shape): &([String; 3], [usize; 2]),
+    rng: &mut fastrand::Rng,
+) -> (Arrival, Vec<u8>) {
+    let (scheme, to) =
+        (Scheme::Gptq { zero: 1, order: false }, [None, Some(DType::F32), Some(DType::BF16)][rng.usize(..3)]);
+    let entries = inputs.each_ref().map(|name| fixture.checkpoint.entry(name).unwrap());
+    let recipe = Recipe::new(scheme, *shape, &entries).unwrap();
+    let (stored, dtype) = (inputs.each_ref().map(|name| fixture.stored(name)), to.unwrap_or(recipe.as_blocks()));
+    let mut made = vec![0; dtype.bytes_of(shape).unwrap()];
+    recipe.make([&stored[0], &stored[1], &stored[2], &[]], dtype, &mut made);
+    let op = ArrivalOp::Dequantise { scheme, shape: *shape, to };
+    (Arrival { output: "a matrix".into(), inputs: inputs.to_vec(), op }, made)
+}
+
 impl Case {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let fixture = random_fixture(60_000, &mut rng);
+        let mut fixture = random_fixture(60_000, &mut rng);
+        // With a generator of their own, so that a seed draws the rest as it ever did.
+        let mut of_matrices = fastrand::Rng::with_seed(!seed);
+        let matrices = [(); 2].map(|()| fixture.add_gptq(&mut of_matrices));
         let (mut units, mut expected) = (Vec::new(), Vec::new());
         // Sometimes all on disk, sometimes all in one tier, mostly mixed.
         let tiers = match rng.u8(..6) {
@@ -109,6 +130,11 @@ impl Case {
                 dtype::convert(stored, &bytes, to, &mut arrived);
                 tensors.push((arrival.output.clone(), Arc::new(arrived)));
                 changed.add(Arrival { op: ArrivalOp::To(to), ..arrival.clone() });
+            }
+            if of_matrices.bool() {
+                let (arrival, made) = matrix(&fixture, &matrices[of_matrices.usize(..2)], &mut of_matrices);
+                tensors.push((arrival.output.clone(), Arc::new(made)));
+                changed.add(arrival);
             }
             changed.set_tier(match tiers[rng.usize(..tiers.len())] {
                 Tier::Gpu if units.len() % 2 == 1 => Tier::GpuPacked,

@@ -55,7 +55,7 @@ impl Case {
     /// The tensor of `unit` in file `file` that a read from `offset` on touches first, found without the plan.
     fn tensor_from(&self, unit: usize, file: usize, offset: u64) -> &str {
         let path = &self.fixture.checkpoint.files()[file];
-        let names = self.units[unit].arrivals().iter().map(|arrival| arrival.inputs[0].as_str());
+        let names = self.units[unit].arrivals().iter().flat_map(|arrival| &arrival.inputs).map(String::as_str);
         let end = |name: &&str| {
             let tensor = &self.fixture.table[*name];
             tensor.offset + tensor.dtype.bytes_of(&tensor.shape).unwrap() as u64
