@@ -8,41 +8,48 @@ use crate::dtype::DType;
 /// # Panics
 /// If the lengths are others than the recipe's, or the type is.
 pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mut [u8]) {
-    let Recipe { rows, columns, .. } = *recipe;
+    let Recipe { scheme, rows, columns, block: [_, group], .. } = *recipe;
     assert!(to == recipe.as_blocks() && dst.len() == to.bytes(rows * columns), "a matrix of another type or size");
-    let matrix = Matrix::new(recipe, inputs);
-    let (in_block, of_row) = (to.block_elements(), columns / to.block_elements());
-    for (at, block) in dst.chunks_exact_mut(to.size()).enumerate() {
-        let (row, first) = (at / of_row, at % of_row * in_block);
-        match recipe.scheme {
-            Scheme::Fp8 => {
-                let (scale, codes) = block.split_at_mut(4);
-                scale.copy_from_slice(&matrix.scale(row, first / recipe.block[1]).to_le_bytes());
-                codes.copy_from_slice(matrix.bytes(row, first, in_block));
+    let (matrix, in_block, row_bytes) = (Matrix::new(recipe, inputs), to.block_elements(), to.bytes(columns));
+    // Eight rows at a time, which have their codes in the same words, or side by side.
+    for (tile, dst) in dst.chunks_mut(8 * row_bytes).enumerate() {
+        let first = tile * 8;
+        for (number, column) in (0..columns).step_by(in_block).enumerate() {
+            for (at, dst) in dst.chunks_exact_mut(row_bytes).enumerate() {
+                let (row, block) = (first + at, &mut dst[number * to.size()..][..to.size()]);
+                let scale = match scheme {
+                    Scheme::Nf4 { block, .. } => matrix.scale(row, (row * columns + column) / block),
+                    _ => matrix.scale(row, column / group),
+                };
+                block[..4].copy_from_slice(&scale.to_le_bytes());
+                match scheme {
+                    Scheme::Fp8 => block[4..].copy_from_slice(matrix.bytes(row, column, in_block)),
+                    Scheme::Nf4 { .. } => {}
+                    _ => block[4..8].copy_from_slice(&matrix.zero(row, column / group).to_le_bytes()),
+                }
             }
-            Scheme::Nf4 { block: weights, .. } => {
-                let (scale, codes) = block.split_at_mut(4);
-                scale.copy_from_slice(&matrix.scale(row, (row * columns + first) / weights).to_le_bytes());
-                by_halves(&matrix, row, first, codes);
+            if scheme == Scheme::Fp8 {
+                continue;
             }
-            _ => {
-                let (head, codes) = block.split_at_mut(8);
-                let group = first / recipe.block[1];
-                head[..4].copy_from_slice(&matrix.scale(row, group).to_le_bytes());
-                head[4..].copy_from_slice(&f32::from(matrix.zero(row, group)).to_le_bytes());
-                by_halves(&matrix, row, first, codes);
+            let codes = number * to.size() + to.size() - in_block / 2;
+            match in_block {
+                32 => put::<2>(&matrix, first, column / 8, row_bytes, &mut dst[codes..]),
+                64 => put::<4>(&matrix, first, column / 8, row_bytes, &mut dst[codes..]),
+                _ => put::<8>(&matrix, first, column / 8, row_bytes, &mut dst[codes..]),
             }
         }
     }
 }
 
-/// The codes of a block whose first column this is: of the first half of its columns in the lower halves of the bytes.
-#[inline(always)]
-fn by_halves(matrix: &Matrix<'_>, row: usize, first: usize, codes: &mut [u8]) {
-    let octets = codes.len() / 8;
-    for (at, codes) in codes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-        let [lower, upper] = [0, octets].map(|half| spread(matrix.octet(row, first / 8 + half + at)));
-        *codes = (lower | upper << 4).to_le_bytes();
+/// Writes the codes of eight rows' blocks, of twice H octets: those of the first half of a block's columns in the lower halves of the
+/// bytes. Rows are so many bytes apart, and as many as there is room for.
+fn put<const H: usize>(matrix: &Matrix<'_>, first: usize, octet: usize, row_bytes: usize, dst: &mut [u8]) {
+    for at in 0..H {
+        let [lower, upper] = [at, H + at].map(|at| matrix.octets(first, octet + at));
+        for (row, dst) in dst.chunks_mut(row_bytes).enumerate() {
+            let both = spread(lower[row]) | spread(upper[row]) << 4;
+            dst[8 * at..][..8].copy_from_slice(&both.to_le_bytes());
+        }
     }
 }
 

@@ -7,12 +7,15 @@ use crate::dtype::{DType, NF4, f8e4m3_to_f32, f32_to_bf16, widened};
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     pub(super) recipe: Recipe,
+    /// Groups of columns; of NF4, blocks of weights in all.
+    groups: usize,
     inputs: [&'a [u8]; INPUTS],
 }
 
 impl<'a> Matrix<'a> {
     pub(super) fn new(recipe: &Recipe, inputs: [&'a [u8]; INPUTS]) -> Self {
-        Self { recipe: *recipe, inputs }
+        let weights = if let Scheme::Nf4 { .. } = recipe.scheme { recipe.rows } else { 1 } * recipe.columns;
+        Self { recipe: *recipe, groups: weights.div_ceil(recipe.block[1]), inputs }
     }
 
     /// Word `at` of a tensor.
@@ -25,22 +28,35 @@ impl<'a> Matrix<'a> {
         f32::from_bits(self.word(input, at))
     }
 
-    /// The codes of eight columns of a row, the first in the lowest bits.
+    /// Words of a tensor, so many apart.
     #[inline(always)]
-    pub(super) fn octet(&self, row: usize, octet: usize) -> u32 {
-        let Recipe { scheme, rows, columns, .. } = self.recipe;
+    fn words(&self, first: usize, apart: usize) -> [u32; 8] {
+        let words = &self.inputs[0].as_chunks().0[first..][..7 * apart + 1];
+        std::array::from_fn(|at| u32::from_le_bytes(words[at * apart]))
+    }
+
+    /// The codes of eight columns of eight rows from `first` on, a multiple of 8: the first column's in the lowest bits. Where there are
+    /// fewer rows the others' are any.
+    #[inline(always)]
+    pub(super) fn octets(&self, first: usize, octet: usize) -> [u32; 8] {
+        let (Recipe { scheme, rows, .. }, in_row) = (self.recipe, self.recipe.columns / 8);
         match scheme {
-            Scheme::Gptq { .. } => self.word(0, octet * rows + row),
+            Scheme::Gptq { .. } => self.words(octet * rows + first, 1),
             Scheme::Awq => {
-                let of_column = |at: usize| self.word(0, (octet * 8 + at) * (rows / 8) + row / 8) >> (4 * in_awq(row));
-                (0..8).fold(0, |all, at| all | (of_column(at) & 15) << (4 * at))
+                let words = transposed(self.words(octet * 8 * (rows / 8) + first / 8, rows / 8));
+                AWQ.map(|at| words[at])
             }
-            Scheme::Nf4 { .. } => {
-                // The upper half of a byte is the first.
-                let word = self.word(0, row * (columns / 8) + octet);
-                (word >> 4 & 0x0f0f_0f0f) | (word & 0x0f0f_0f0f) << 4
+            _ => {
+                let words = match rows - first {
+                    8.. => self.words(first * in_row + octet, in_row),
+                    count => std::array::from_fn(|at| self.word(0, (first + at.min(count - 1)) * in_row + octet)),
+                };
+                match scheme {
+                    // The upper half of a byte is the first.
+                    Scheme::Nf4 { .. } => words.map(|word| (word >> 4 & 0x0f0f_0f0f) | (word & 0x0f0f_0f0f) << 4),
+                    _ => words,
+                }
             }
-            _ => self.word(0, row * (columns / 8) + octet),
         }
     }
 
@@ -50,22 +66,22 @@ impl<'a> Matrix<'a> {
     }
 
     /// The number of the group that a column belongs to. A column of a group that there is not, by a file that is wrong, has the last.
-    pub(super) fn group(&self, column: usize) -> usize {
-        let last = self.recipe.columns / self.recipe.block[1] - 1;
-        match self.recipe.scheme {
-            Scheme::Rows { zeros, order: true } => (self.word(2 + usize::from(zeros), column) as usize).min(last),
-            Scheme::Gptq { order: true, .. } => (self.word(3, column) as usize).min(last),
-            _ => column / self.recipe.block[1],
-        }
+    fn group(&self, column: usize) -> usize {
+        let order = match self.recipe.scheme {
+            Scheme::Rows { zeros, order: true } => 2 + usize::from(zeros),
+            Scheme::Gptq { order: true, .. } => 3,
+            _ => return column / self.recipe.block[1],
+        };
+        (self.word(order, column) as usize).min(self.groups - 1)
     }
 
     /// The scale of a row's columns of this group; of NF4 the group is a block of the matrix.
+    #[inline(always)]
     pub(super) fn scale(&self, row: usize, group: usize) -> f32 {
-        let Recipe { scheme, rows, columns, block, scale } = self.recipe;
-        let groups = columns.div_ceil(block[1]);
+        let Recipe { scheme, rows, block, scale, .. } = self.recipe;
         let at = match scheme {
-            Scheme::Fp8 => row / block[0] * groups + group,
-            Scheme::Rows { .. } => row * groups + group,
+            Scheme::Fp8 => row / block[0] * self.groups + group,
+            Scheme::Rows { .. } => row * self.groups + group,
             Scheme::Gptq { .. } | Scheme::Awq => group * rows + row,
             Scheme::Nf4 { .. } => group,
         };
@@ -80,39 +96,33 @@ impl<'a> Matrix<'a> {
     }
 
     /// What is taken off the codes of a row's columns of this group.
-    pub(super) fn zero(&self, row: usize, group: usize) -> u8 {
-        let Recipe { scheme, rows, columns, block, .. } = self.recipe;
-        let groups = columns / block[1];
+    #[inline(always)]
+    pub(super) fn zero(&self, row: usize, group: usize) -> f32 {
+        let Recipe { scheme, rows, .. } = self.recipe;
         let (at, nibble, added) = match scheme {
-            Scheme::Rows { zeros: true, .. } => (row / 8 * groups + group, row % 8, 0),
+            Scheme::Rows { zeros: true, .. } => (row / 8 * self.groups + group, row % 8, 0),
             Scheme::Gptq { zero, .. } => (group * (rows / 8) + row / 8, row % 8, zero),
-            Scheme::Awq => (group * (rows / 8) + row / 8, in_awq(row), 0),
-            _ => return 8,
+            Scheme::Awq => (group * (rows / 8) + row / 8, AWQ[row % 8], 0),
+            _ => return 8.0,
         };
-        (self.word(2, at) >> (4 * nibble)) as u8 % 16 + added
-    }
-
-    fn weight(&self, row: usize, column: usize) -> f32 {
-        let Recipe { scheme, columns, block, .. } = self.recipe;
-        let code = || self.octet(row, column / 8) >> (4 * (column % 8)) & 15;
-        match scheme {
-            Scheme::Fp8 => {
-                let code = self.bytes(row, column, 1)[0];
-                f32::from_bits(f8e4m3_to_f32(code)) * self.scale(row, column / block[1])
-            }
-            Scheme::Nf4 { block, .. } => NF4[code() as usize] * self.scale(row, (row * columns + column) / block),
-            _ => {
-                let group = self.group(column);
-                (code() as f32 - f32::from(self.zero(row, group))) * self.scale(row, group)
-            }
-        }
+        f32::from((self.word(2, at) >> (4 * nibble)) as u8 % 16 + added)
     }
 }
 
-/// Where AWQ has a row in its word of eight.
+/// Where AWQ has each row of eight in a word.
+const AWQ: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// A square of 8 × 8 codes with its rows as columns (Warren, Hacker's Delight, section 7-3).
 #[inline(always)]
-fn in_awq(row: usize) -> usize {
-    row % 2 * 4 + row % 8 / 2
+fn transposed(mut rows: [u32; 8]) -> [u32; 8] {
+    for (step, mask) in [(4, 0x0000_ffff), (2, 0x00ff_00ff), (1, 0x0f0f_0f0f)] {
+        for at in (0..8).filter(|at| at & step == 0) {
+            let moved = (rows[at] >> (4 * step) ^ rows[at + step]) & mask;
+            rows[at + step] ^= moved;
+            rows[at] ^= moved << (4 * step);
+        }
+    }
+    rows
 }
 
 /// Makes the matrix, of F32 or BF16.
@@ -120,16 +130,45 @@ fn in_awq(row: usize) -> usize {
 /// # Panics
 /// If the lengths are others than the recipe's, or the type is.
 pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mut [u8]) {
-    let Recipe { rows, columns, .. } = *recipe;
+    let Recipe { scheme, rows, columns, block, .. } = *recipe;
+    assert!(matches!(to, DType::F32 | DType::BF16), "{to} is no type that weights are made of");
     assert_eq!(dst.len(), to.bytes(rows * columns), "a matrix of another size");
-    let matrix = Matrix::new(recipe, inputs);
-    for (row, dst) in dst.chunks_exact_mut(to.bytes(columns).max(1)).enumerate() {
-        for (column, dst) in dst.chunks_exact_mut(to.size()).enumerate() {
-            let weight = matrix.weight(row, column).to_bits();
-            match to {
-                DType::F32 => dst.copy_from_slice(&weight.to_le_bytes()),
-                DType::BF16 => dst.copy_from_slice(&f32_to_bf16(weight).to_le_bytes()),
-                _ => unreachable!("{to} is no type that weights are made of"),
+    let (matrix, row_bytes) = (Matrix::new(recipe, inputs), to.bytes(columns));
+    let mut put = |row: usize, column: usize, weight: f32| {
+        let at = &mut dst[row * row_bytes + column * to.size()..];
+        match to {
+            DType::F32 => at[..4].copy_from_slice(&weight.to_le_bytes()),
+            _ => at[..2].copy_from_slice(&f32_to_bf16(weight.to_bits()).to_le_bytes()),
+        }
+    };
+    if scheme == Scheme::Fp8 {
+        for row in 0..rows {
+            for first in (0..columns).step_by(block[1]) {
+                let scale = matrix.scale(row, first / block[1]);
+                let codes = matrix.bytes(row, first, block[1].min(columns - first));
+                for (column, code) in (first..).zip(codes) {
+                    put(row, column, f32::from_bits(f8e4m3_to_f32(*code)) * scale);
+                }
+            }
+        }
+        return;
+    }
+    for first in (0..rows).step_by(8) {
+        let count = 8.min(rows - first);
+        for octet in 0..columns / 8 {
+            let octets = matrix.octets(first, octet);
+            for column in octet * 8..octet * 8 + 8 {
+                let group = matrix.group(column);
+                for (row, octet) in (first..first + count).zip(octets) {
+                    let code = octet >> (4 * (column % 8)) & 15;
+                    let weight = match scheme {
+                        Scheme::Nf4 { block, .. } => {
+                            NF4[code as usize] * matrix.scale(row, (row * columns + column) / block)
+                        }
+                        _ => (code as f32 - matrix.zero(row, group)) * matrix.scale(row, group),
+                    };
+                    put(row, column, weight);
+                }
             }
         }
     }
