@@ -1,90 +1,24 @@
 //! Folders as they lie about: names with other beginnings, tensors that nobody needs, indexes that are not quite right, files
 //! that are something else, links. What is needed is found, or there is one error that says what is wrong and what to do.
 
+#[path = "common/changed.rs"]
+mod changed;
 mod common;
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::Path};
+use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
 
-use common::{distance, everywhere, logits};
-use layer_streamer::{
-    Checkpoint, Settings,
-    device::Cpu,
-    model::{Decoder, Model, Sequence},
+use changed::{
+    Tensor, Tensors, assert_refused, assert_same, assert_says, byte, changed, config_of, logits_of, tensors_of, write,
 };
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use common::{distance, everywhere};
+use layer_streamer::{Checkpoint, model::Model};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 use support::{data, folder};
 use tempfile::TempDir;
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-const PROMPT: [u32; 6] = [3, 77, 150, 42, 300, 9];
-
-/// Tensors by name: type, shape, bytes.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-/// The tensors of a reference.
-fn tensors_of(reference: &str) -> Tensors {
-    let bytes = fs::read(data(reference).join(SINGLE)).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |view: TensorView| (view.dtype(), view.shape().to_vec(), view.data().to_vec());
-    file.tensors().into_iter().map(|(name, view)| (name, tensor(view))).collect()
-}
-
-fn config_of(reference: &str) -> Value {
-    serde_json::from_slice(&fs::read(data(reference).join("config.json")).unwrap()).unwrap()
-}
-
-fn write<'a>(path: &Path, tensors: impl IntoIterator<Item = (&'a String, &'a (Dtype, Vec<usize>, Vec<u8>))>) {
-    let views = tensors
-        .into_iter()
-        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-    safetensors::serialize_to_file(views, None, path).unwrap();
-}
-
-/// A folder of these tensors in one file.
-fn saved(config: &Value, tensors: &Tensors) -> TempDir {
-    let folder = folder();
-    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    write(&folder.path().join(SINGLE), tensors);
-    folder
-}
-
-/// A copy of a reference with other tensors.
-fn changed(reference: &str, change: impl FnOnce(&mut Value, &mut Tensors)) -> TempDir {
-    let (mut config, mut tensors) = (config_of(reference), tensors_of(reference));
-    change(&mut config, &mut tensors);
-    saved(&config, &tensors)
-}
-
-fn logits_of(model: &Model) -> Vec<f32> {
-    let mut decoder = Decoder::new(&Cpu, model, &Settings::default(), 1, 8).unwrap();
-    decoder.forward(&[Sequence { row: 0, tokens: &PROMPT }]).unwrap();
-    logits(&mut decoder)
-}
-
-/// What a folder of a reference gives, and what one gives that is to compute the same.
-#[track_caller]
-fn assert_same(folder: &Path, reference: &str) {
-    assert_eq!(logits_of(&Model::open(folder).unwrap()), logits_of(&Model::open(data(reference)).unwrap()));
-}
-
-#[track_caller]
-fn assert_says(error: Option<layer_streamer::Error>, parts: &[&str]) {
-    let said = error.unwrap_or_else(|| panic!("accepted, but should be refused with {parts:?}")).to_string();
-    assert!(!said.contains('\n') && parts.iter().all(|part| said.contains(part)), "{said:?} lacks one of {parts:?}");
-}
-
-#[track_caller]
-fn assert_refused(folder: &Path, parts: &[&str]) {
-    assert_says(Model::open(folder).err(), parts);
-}
-
-/// One byte, of any type that has such.
-fn byte(dtype: Dtype) -> (Dtype, Vec<usize>, Vec<u8>) {
-    (dtype, vec![1], vec![0])
-}
-
 fn renamed(tensors: &mut Tensors, rename: impl Fn(&str) -> String) {
     *tensors = std::mem::take(tensors).into_iter().map(|(name, tensor)| (rename(&name), tensor)).collect();
 }
@@ -201,7 +135,7 @@ fn quantised_weights_are_refused_by_their_method_with_what_to_take_instead() {
     let said = |quantisation: Value| changed("mistral", |config, _| config["quantization_config"] = quantisation);
     let remedy = "take the unquantised model";
     for (quantisation, method) in [
-        (json!({ "quant_method": "gptq", "bits": 4 }), "quantised by gptq"),
+        (json!({ "quant_method": "gptq", "bits": 3 }), "quantised by gptq of 3 bits"),
         (json!({ "load_in_4bit": true }), "quantised by bitsandbytes"),
         (json!({ "bits": 4 }), "quantised by a method without a name"),
     ] {
@@ -210,6 +144,8 @@ fn quantised_weights_are_refused_by_their_method_with_what_to_take_instead() {
     assert_same(said(Value::Null).path(), "mistral");
     let off = json!({ "quant_method": "bitsandbytes", "load_in_4bit": false, "load_in_8bit": false });
     assert_same(said(off).path(), "mistral");
+    // Weights that are plain are what they are, whatever could have been done to them.
+    assert_same(said(json!({ "quant_method": "gptq", "bits": 4 })).path(), "mistral");
 
     const NAME: &str = "model.layers.0.self_attn.q_proj.";
     for (gone, dtype, beside, method) in [
@@ -275,7 +211,7 @@ fn holder(parts: &[Tensors; 2], name: &str) -> usize {
 }
 
 /// The same tensor with other values.
-fn older((dtype, shape, bytes): &(Dtype, Vec<usize>, Vec<u8>)) -> (Dtype, Vec<usize>, Vec<u8>) {
+fn older((dtype, shape, bytes): &Tensor) -> Tensor {
     (*dtype, shape.clone(), vec![0; bytes.len()])
 }
 

@@ -50,7 +50,9 @@ impl Packing {
     pub(super) fn refused(&self, place: String) -> Error {
         Error::Unsupported {
             what: format!("{place}: weights quantised by {}", self.0),
-            remedy: "take the unquantised model, whose weights are F32, F16 or BF16".into(),
+            remedy: "take the unquantised model, whose weights are F32, F16 or BF16, or one whose config.json says in \
+                     quantization_config that it is of FP8, GPTQ or AWQ in 4 bits, NF4, or int4 of compressed-tensors"
+                .into(),
         }
     }
 }

@@ -19,7 +19,10 @@ use crate::{
 pub(super) enum Quantisation {
     Fp8,
     /// compressed-tensors' int4.
-    Rows,
+    Rows {
+        /// There must be zeros.
+        zeros: bool,
+    },
     Gptq {
         /// What is added to stored zeros.
         zero: u8,
@@ -113,25 +116,20 @@ impl Quantisation {
                 let scale = if stores("weight_scale_inv") { "weight_scale_inv" } else { "weight_scale" };
                 (Scheme::Fp8, vec!["weight", scale])
             }
-            Self::Rows if stores("weight_packed") => {
-                let groups = checkpoint
-                    .describe(&beside("weight_scale"))
-                    .map_or(1, |(_, shape)| shape.last().copied().unwrap_or(1));
-                let (zeros, order) = (stores("weight_zero_point"), "weight_g_idx");
-                let order = Some(order).filter(|order| stores(order));
-                let order = order
-                    .map(|order| is_mixed(checkpoint, &beside(order), shape[1], groups).map(|mixed| (order, mixed)));
-                let order = order.transpose()?.filter(|(_, mixed)| *mixed).map(|(order, _)| order);
+            Self::Rows { zeros } if stores("weight_packed") => {
+                let zeros = zeros || stores("weight_zero_point");
+                let groups = checkpoint.entry(&beside("weight_scale"))?.shape.last().copied().unwrap_or(1);
+                let order = beside("weight_g_idx");
+                let order = checkpoint.stores(&order) && is_mixed(checkpoint, &order, shape[1], groups, true)?;
                 let inputs = ["weight_packed", "weight_scale"]
                     .into_iter()
                     .chain(zeros.then_some("weight_zero_point"))
-                    .chain(order);
-                (Scheme::Rows { zeros, order: order.is_some() }, inputs.collect())
+                    .chain(order.then_some("weight_g_idx"));
+                (Scheme::Rows { zeros, order }, inputs.collect())
             }
             Self::Gptq { zero } if stores("qweight") => {
-                let groups =
-                    checkpoint.describe(&beside("scales")).map_or(1, |(_, shape)| shape.first().copied().unwrap_or(1));
-                let order = stores("g_idx") && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups)?;
+                let groups = checkpoint.entry(&beside("scales"))?.shape.first().copied().unwrap_or(1);
+                let order = stores("g_idx") && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups, false)?;
                 let inputs = ["qweight", "scales", "qzeros"].into_iter().chain(order.then_some("g_idx"));
                 (Scheme::Gptq { zero, order }, inputs.collect())
             }
@@ -150,7 +148,7 @@ impl Quantisation {
     }
 }
 
-/// What `config_groups` of compressed-tensors says: all groups must be quantised alike.
+/// What compressed-tensors says: all of `config_groups` must be quantised alike, and nothing else be done to the weights.
 fn compressed(said: &Value) -> Result<Quantisation, String> {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_lowercase();
     let format = text(said.get("format"));
@@ -163,9 +161,22 @@ fn compressed(said: &Value) -> Result<Quantisation, String> {
         };
         !weights.is_empty() && weights.iter().all(is)
     };
+    // Weights may be rotated, with the inverse rotation in the computation, or stored without those that are 0.
+    let transforms =
+        said.get("transform_config").is_some_and(|value| !value.is_null() && *value != serde_json::json!({}));
+    let sparse = text(said.get("sparsity_config").and_then(|sparsity| sparsity.get("format")));
+    if transforms {
+        return Err("compressed-tensors with a transform_config".into());
+    }
+    if !["", "dense"].contains(&sparse.as_str()) {
+        return Err(format!("compressed-tensors with a sparsity_config in the format {sparse}"));
+    }
     match format.as_str() {
         "float-quantized" | "naive-quantized" if all(8, "float") => Ok(Quantisation::Fp8),
-        "pack-quantized" if all(4, "int") => Ok(Quantisation::Rows),
+        "pack-quantized" if all(4, "int") => {
+            let symmetric = |weights: &&Value| weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true);
+            Ok(Quantisation::Rows { zeros: !weights.iter().all(symmetric) })
+        }
         "" => Err("compressed-tensors in no format".into()),
         "float-quantized" | "naive-quantized" | "pack-quantized" => {
             Err(format!("compressed-tensors in the format {format}, other than FP8 and int4"))
@@ -191,20 +202,26 @@ fn bytes_of(checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Whether these are groups of columns that are not simply one after the other. Where some are not set there is no order, as
-/// compressed-tensors has it.
-fn is_mixed(checkpoint: &Checkpoint, name: &str, columns: usize, groups: usize) -> Result<bool> {
+/// Whether the groups of so many columns, which this tensor tells, are not simply one after the other. Where there may be columns
+/// without a group (-1) there is no order if any is so, as compressed-tensors has it.
+fn is_mixed(checkpoint: &Checkpoint, name: &str, columns: usize, groups: usize, unset: bool) -> Result<bool> {
     let bytes = bytes_of(checkpoint, name)?;
-    let (order, group) = (bytes.as_chunks::<4>().0, columns.div_ceil(groups.max(1)).max(1));
-    let of = |bytes: &[u8; 4]| i32::from_le_bytes(*bytes);
-    if order.iter().any(|bytes| of(bytes) < 0) {
+    let entry = checkpoint.entry(name)?;
+    if (entry.dtype, entry.shape.as_slice()) != (DType::I32, &[columns]) {
+        let cause = format!("is {} {:?}, expected I32 [{columns}]", entry.dtype, entry.shape);
+        return Err(refused(checkpoint, name, cause));
+    }
+    let order = || bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
+    if unset && order().any(|group| group == -1) {
         return Ok(false);
     }
-    if let Some(beyond) = order.iter().find(|bytes| usize::try_from(of(bytes)).map_or(true, |number| number >= groups))
-    {
-        return Err(refused(checkpoint, name, format!("names the group {} of {groups}", of(beyond))));
+    let is_none = |group: &i32| usize::try_from(*group).map_or(true, |group| group >= groups);
+    if let Some(group) = order().find(is_none) {
+        let cause = format!("names the group {group}, but the scales are of {groups}, which are counted from 0");
+        return Err(refused(checkpoint, name, cause));
     }
-    Ok(order.iter().enumerate().any(|(column, bytes)| of(bytes) as usize != column / group))
+    let group = columns.div_ceil(groups).max(1);
+    Ok(order().enumerate().any(|(column, of)| of as usize != column / group))
 }
 
 fn refused(checkpoint: &Checkpoint, name: &str, cause: String) -> Error {
@@ -226,6 +243,7 @@ fn nf4_state(checkpoint: &Checkpoint, name: &str) -> Result<(usize, Option<u32>)
     let offset = offset.as_f64().ok_or_else(|| wrong("has a nested_offset that is no number".into()))?;
     match count("nested_blocksize") {
         Some(256) => Ok((block, Some((offset as f32).to_bits()))),
-        other => Err(wrong(format!("has a nested_blocksize of {other:?}, expected 256"))),
+        Some(other) => Err(wrong(format!("has a nested_blocksize of {other}, expected 256"))),
+        None => Err(wrong("says no nested_blocksize".into())),
     }
 }

@@ -108,12 +108,16 @@ impl Recipe {
             true => Ok(number / by),
             false => Err((0, format!("makes a matrix with {number} {what}, which is no multiple of {by}"))),
         };
-        // Groups of columns, by how many the scales have.
+        // Columns of a group, by how many the scales have.
         let groups = |along: usize| -> Result<usize, (usize, String)> {
-            let count = tensors[1].shape.get(along).copied().filter(|count| *count > 0).unwrap_or(1);
-            let group = whole("columns", columns, count)?;
-            whole("columns of a group", group, 8)?;
-            Ok(group)
+            let TensorEntry { dtype, shape, .. } = tensors[1];
+            let count = shape.get(along).copied().filter(|count| *count > 0).unwrap_or(1);
+            let group = columns / count;
+            if group * count == columns && group.is_multiple_of(8) {
+                return Ok(group);
+            }
+            let expected = "expected groups of a multiple of 8 columns";
+            Err((1, format!("is {dtype} {shape:?}, {expected} for a matrix [{rows}, {columns}]")))
         };
         let floats = [DType::F32, DType::F16, DType::BF16];
         let (i32, halves) = ([DType::I32], [DType::F16, DType::BF16, DType::F32]);
@@ -131,8 +135,8 @@ impl Recipe {
                     }
                 }
                 Scheme::Rows { zeros, order } => {
-                    let group = groups(1)?;
                     is(0, &i32, &[&[rows, whole("columns", columns, 8)?]])?;
+                    let group = groups(1)?;
                     is(1, &halves, &[&[rows, columns / group]])?;
                     if zeros {
                         is(2, &i32, &[&[rows.div_ceil(8), columns / group]])?;
@@ -143,8 +147,8 @@ impl Recipe {
                     [1, group]
                 }
                 Scheme::Gptq { order, .. } => {
-                    let group = groups(0)?;
                     is(0, &i32, &[&[whole("columns", columns, 8)?, rows]])?;
+                    let group = groups(0)?;
                     is(1, &halves, &[&[columns / group, rows]])?;
                     is(2, &i32, &[&[columns / group, whole("rows", rows, 8)?]])?;
                     if order {
@@ -153,8 +157,8 @@ impl Recipe {
                     [1, group]
                 }
                 Scheme::Awq => {
-                    let group = groups(0)?;
                     is(0, &i32, &[&[columns, whole("rows", rows, 8)?]])?;
+                    let group = groups(0)?;
                     is(1, &halves, &[&[columns / group, rows]])?;
                     is(2, &i32, &[&[columns / group, rows / 8]])?;
                     [1, group]
