@@ -227,7 +227,7 @@ fn what_cannot_be_made_is_refused_before_anything_is_written() {
         ),
         (&file, "--shape qwen2.5-0.5b --type IQ4_XS", &["rows of 896 and 4864", "F32, F16, BF16, Q4_0"]),
         (&file, "--shape qwen2.5-72b --type q2_k", &["rows of 8192 and 29568"]),
-        (&folder, "--shape small --type q4_k", &["--type makes a GGUF file", "model.gguf"]),
+        (&folder, "--shape small --type q4_k", &["--type Q4_K makes a GGUF file", "model.gguf"]),
         (&file, "--shape small", &["model.gguf: ", "--type q4_k", "name a folder"]),
         (&file, "--shape small --type q4_k --shard-size 1GB", &["--type", "--shard-size"]),
         (&file, "--shape qwen2.5-72b --layers 100000 --type q8_0", &["free", "93.26 TB", "make room"]),

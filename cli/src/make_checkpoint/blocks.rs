@@ -9,20 +9,24 @@ use std::ops::Range;
 use half::f16;
 use layer_streamer::DType;
 
-use super::weights::{DEVIATION, Random, pieces};
+use super::weights::{DEVIATION, Random, even, pieces};
 
 /// The average of numbers, and that of their squares.
 #[derive(Clone, Copy)]
-struct Moments {
+pub struct Moments {
     mean: f64,
-    square: f64,
+    pub square: f64,
 }
 
 impl Moments {
     /// Of the whole numbers from `least` to `most`, each as frequent as any other.
-    const fn of(least: i32, most: i32) -> Self {
+    pub const fn of(least: i32, most: i32) -> Self {
         let (mean, count) = ((least + most) as f64 / 2.0, (most - least + 1) as f64);
         Self { mean, square: mean * mean + (count * count - 1.0) / 12.0 }
+    }
+
+    pub fn variance(self) -> f64 {
+        self.square - self.mean * self.mean
     }
 }
 
@@ -150,21 +154,16 @@ fn fill<const N: usize>(blocks: &Blocks, random: Random, at: u64, out: &mut [u8]
     });
 }
 
-/// Scales from half the usual to one and a half of it, as `step` goes from 0 to 1, whose mean square is the usual one's square.
-fn even(usual: f64, step: f64) -> f16 {
-    f16::from_f64(usual * (0.5 + step) / (13.0f64 / 12.0).sqrt())
-}
-
 /// A scale with a sign: where codes have a mean, weights of both signs have none.
 fn half(usual: f64, step: f64, negative: bool) -> [u8; 4] {
-    let scale = even(usual, step);
+    let scale = f16::from_f64(even(usual, step));
     let [low, high] = if negative { -scale } else { scale }.to_le_bytes();
     [low, high, 0, 0]
 }
 
 /// A scale, and so many times that as the minimum.
 fn half_with(usual: f64, step: f64, minimum: f64) -> [u8; 4] {
-    let scale = even(usual, step);
+    let scale = f16::from_f64(even(usual, step));
     let minimum = f16::from_f64(scale.to_f64() * minimum);
     [scale.to_bits(), minimum.to_bits()].map(u16::to_le_bytes).as_flattened().try_into().expect("two times two bytes")
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::{
     cannot,
+    quantised::{Format, Quantised},
     shapes::{CONTEXT, EOS, RMS_EPS, ROPE_BASE, Shape, Tensor, tensors},
     weights::{DEVIATION, Weights},
     writing::{Contents, Writer},
@@ -21,7 +22,8 @@ struct Shard {
 
 impl Shard {
     fn new(name: String, mut tensors: Vec<Tensor>) -> Self {
-        tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        // As the library safetensors sorts them, whose types are in the same order. It keeps each on a multiple of its elements' size.
+        tensors.sort_by(|a, b| (b.dtype as usize).cmp(&(a.dtype as usize)).then_with(|| a.name.cmp(&b.name)));
         let mut json = r#"{"__metadata__":{"format":"pt"}"#.to_owned();
         let mut end = 0;
         let place = |tensor: Tensor| {
@@ -68,7 +70,7 @@ fn deal(tensors: Vec<Tensor>, shard_size: u64) -> Vec<Shard> {
 type SideFile = (&'static str, serde_json::Value);
 
 /// The configuration, the generation defaults and, for several shards, the index.
-fn side_files(shape: &Shape, layers: u64, shards: &[Shard]) -> Vec<SideFile> {
+fn side_files(shape: &Shape, layers: u64, quantised: Option<Quantised>, shards: &[Shard]) -> Vec<SideFile> {
     let mut files = Vec::new();
     if shards.len() > 1 {
         let total_size: u64 = shards.iter().flat_map(Shard::tensors).map(Tensor::bytes).sum();
@@ -79,7 +81,7 @@ fn side_files(shape: &Shape, layers: u64, shards: &[Shard]) -> Vec<SideFile> {
     }
     let generation = json!({ "bos_token_id": 151643, "do_sample": false, "eos_token_id": [EOS, 151643] });
     files.push(("generation_config.json", generation));
-    let config = json!({
+    let mut config = json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": "bfloat16",
         "hidden_size": shape.hidden, "intermediate_size": shape.ffn, "vocab_size": shape.vocab,
         "num_hidden_layers": layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv,
@@ -88,6 +90,9 @@ fn side_files(shape: &Shape, layers: u64, shards: &[Shard]) -> Vec<SideFile> {
         "max_position_embeddings": CONTEXT, "use_sliding_window": false, "sliding_window": 131072,
         "max_window_layers": layers, "bos_token_id": 151643, "eos_token_id": EOS,
     });
+    if let Some(quantised) = quantised {
+        config["quantization_config"] = quantised.config();
+    }
     files.push(("config.json", config));
     files
 }
@@ -118,10 +123,22 @@ fn write_all(dir: &Path, shards: &[Shard], side_files: &[SideFile], seed: u64, b
     Ok(())
 }
 
-/// Makes the folder, and returns how many bytes its shards have.
-pub fn make(dir: &Path, shape: &Shape, layers: u64, seed: u64, shard_size: u64) -> Result<u64, String> {
-    let shards = deal(tensors(shape, layers, [DType::BF16; 2]), shard_size);
-    let side_files = side_files(shape, layers, &shards);
+/// Makes the folder, whose layers' matrices are of this format, or else plain. Returns how many bytes its shards have.
+pub fn make(
+    dir: &Path,
+    shape: &Shape,
+    layers: u64,
+    seed: u64,
+    shard_size: u64,
+    format: Option<Format>,
+) -> Result<u64, String> {
+    let quantised = format.map(|format| Quantised::new(format, shape));
+    let mut tensors = tensors(shape, layers, [DType::BF16; 2]);
+    if let Some(quantised) = quantised {
+        tensors = tensors.into_iter().flat_map(|tensor| quantised.stored(tensor)).collect();
+    }
+    let shards = deal(tensors, shard_size);
+    let side_files = side_files(shape, layers, quantised, &shards);
     let bytes = shards.iter().map(|shard| shard.contents.bytes()).sum();
 
     let dir_is_new = !dir.exists();

@@ -3,6 +3,7 @@
 mod blocks;
 mod folder;
 mod gguf;
+mod quantised;
 mod shapes;
 mod weights;
 mod writing;
@@ -18,6 +19,7 @@ use clap::{
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use layer_streamer::DType;
+use quantised::{FORMATS, Format};
 use shapes::{Shape, shape_parser};
 
 use crate::{Failure, called};
@@ -32,6 +34,8 @@ Examples:
     layer-streamer make-checkpoint /tmp/small --shape qwen2.5-0.5b --seed 7 --shard-size 500MB
   A GGUF file of 4.3 GB, whose matrices are of four and a half bits a weight:
     layer-streamer make-checkpoint /mnt/nvme/7b.gguf --shape qwen2.5-7b --type q4_k
+  A folder of 8.7 GB, whose layers are in FP8, as DeepSeek's are:
+    layer-streamer make-checkpoint /mnt/nvme/7b-fp8 --shape qwen2.5-7b --type fp8
 
 A folder has no tokenizer, so give prompts as token ids:
     layer-streamer generate --model /mnt/nvme/7b --prompt-ids 1,2,3
@@ -44,7 +48,7 @@ A GGUF file has one, with a token for each byte of a text.";
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Options {
-    /// Folder to write to; made if missing, refused if it holds a checkpoint. With --type a new file, NAME.gguf
+    /// Folder to write to; made if missing, refused if it holds a checkpoint. Or a new file, NAME.gguf
     path: PathBuf,
     /// Model to take names and shapes from
     #[arg(long, value_parser = shape_parser())]
@@ -52,21 +56,39 @@ pub struct Options {
     /// Number of layers, if not the model's own
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     layers: Option<u64>,
-    /// Make a GGUF file with embedding, head and the layers' matrices of this type; norms and biases are in F32
-    #[arg(long = "type", value_name = "TYPE", ignore_case = true, value_parser = type_parser(), conflicts_with = "shard_size")]
-    dtype: Option<DType>,
+    /// Of a GGUF file the type of embedding, head and the layers' matrices; norms and biases are in F32. Of a folder how the
+    /// layers' matrices are quantised (fp8 to nf4); all else is in BF16
+    #[arg(long = "type", value_name = "TYPE", ignore_case = true, value_parser = type_parser())]
+    kind: Option<Kind>,
     /// Same seed, same weights, whatever the number of layers and the shard size; a file in F32 or BF16 has those of the folder
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Most tensor bytes in one file of a folder: bytes, or with a decimal suffix KB, MB, GB (a larger tensor gets its own file)
-    #[arg(long, value_name = "BYTES", default_value = "4GB", value_parser = parse_bytes)]
-    shard_size: u64,
+    /// Most tensor bytes in one file of a folder: bytes, or with a decimal suffix KB, MB, GB (a larger tensor gets its own
+    /// file) [default: 4GB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    shard_size: Option<u64>,
 }
 
-fn type_parser() -> impl TypedValueParser<Value = DType> {
-    PossibleValuesParser::new(gguf::types().map(DType::name)).try_map(|name| {
-        let named = |dtype: &DType| dtype.name().eq_ignore_ascii_case(&name);
-        gguf::types().find(named).ok_or("is not a known type")
+/// Tensor bytes of a shard, unless said otherwise.
+const SHARD: u64 = 4_000_000_000;
+
+/// What matrices are made of.
+#[derive(Clone, Copy)]
+enum Kind {
+    InFile(DType),
+    InFolder(Format),
+}
+
+/// All kinds, by their names.
+fn kinds() -> impl Iterator<Item = (&'static str, Kind)> {
+    let in_file = gguf::types().map(|dtype| (dtype.name(), Kind::InFile(dtype)));
+    in_file.chain(FORMATS.map(|(name, format)| (name, Kind::InFolder(format))))
+}
+
+fn type_parser() -> impl TypedValueParser<Value = Kind> {
+    PossibleValuesParser::new(kinds().map(|(name, _)| name)).try_map(|said| {
+        let named = kinds().find(|(name, _)| name.eq_ignore_ascii_case(&said));
+        named.map(|(_, kind)| kind).ok_or("is not a known type")
     })
 }
 
@@ -89,19 +111,38 @@ fn cannot(verb: &str, path: &Path) -> impl Fn(io::Error) -> String {
 }
 
 /// Returns the line to print.
-fn make(Options { path, shape, layers, dtype, seed, shard_size }: &Options) -> Result<String, String> {
+fn make(Options { path, shape, layers, kind, seed, shard_size }: &Options) -> Result<String, String> {
     let layers = layers.unwrap_or(shape.layers);
     let start = Instant::now();
     let names_file = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    let bytes = match (dtype, names_file) {
-        (Some(dtype), true) => gguf::make(path, shape, layers, *seed, *dtype)?,
-        (None, false) => folder::make(path, shape, layers, *seed, *shard_size)?,
-        (Some(_), false) => {
-            return Err(format!("{}: --type makes a GGUF file; name one, such as {0}.gguf", path.display()));
+    let said = path.display();
+    let folder = |format| folder::make(path, shape, layers, *seed, shard_size.unwrap_or(SHARD), format);
+    let bytes = match (kind, names_file) {
+        (None, false) => folder(None)?,
+        (Some(Kind::InFolder(format)), false) => folder(Some(*format))?,
+        (Some(Kind::InFile(_)), true) if shard_size.is_some() => {
+            return Err(format!(
+                "{said}: --shard-size is for folders; a GGUF file, which this --type makes, is one file"
+            ));
+        }
+        (Some(Kind::InFile(dtype)), true) => gguf::make(path, shape, layers, *seed, *dtype)?,
+        (Some(Kind::InFile(dtype)), false) => {
+            let formats = FORMATS.map(|(name, _)| name).join(", ");
+            return Err(format!(
+                "{said}: --type {dtype} makes a GGUF file; name one, such as {said}.gguf, or for a folder take one of \
+                 {formats}"
+            ));
+        }
+        (Some(Kind::InFolder(_)), true) => {
+            let folder = path.with_extension("");
+            return Err(format!(
+                "{said}: this --type makes a folder; name one, such as {}, or for a GGUF file take a type such as q4_k",
+                folder.display()
+            ));
         }
         (None, true) => {
             let cause = "a GGUF file has weights of some type; say which, such as --type q4_k, or name a folder";
-            return Err(format!("{}: {cause}", path.display()));
+            return Err(format!("{said}: {cause}"));
         }
     };
     let (path, seconds) = (path.display(), start.elapsed().as_secs_f64());

@@ -4,6 +4,8 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use indicatif::DecimalBytes;
 use layer_streamer::DType;
 
+use super::weights::Values;
+
 /// What all shapes have in common: the longest context, the epsilon of norms, the base of rotation, the token that ends a text.
 pub const CONTEXT: u64 = 32768;
 pub const RMS_EPS: f64 = 1e-6;
@@ -50,6 +52,7 @@ pub struct Tensor {
     /// Slowest first.
     pub shape: Vec<u64>,
     pub dtype: DType,
+    pub values: Values,
 }
 
 impl Tensor {
@@ -66,6 +69,7 @@ pub fn tensors(shape: &Shape, layers: u64, [matrices, vectors]: [DType; 2]) -> V
         name,
         shape: shape.to_vec(),
         dtype: if shape.len() > 1 { matrices } else { vectors },
+        values: Values::Weights,
     };
     let mut all = vec![tensor("model.embed_tokens.weight".into(), &[vocab, hidden])];
     for layer in 0..layers {

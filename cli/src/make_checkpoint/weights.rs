@@ -16,6 +16,40 @@ pub const DEVIATION: f64 = 0.02;
 /// 2^64 divided by the golden ratio, the step of SplitMix64.
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// What a tensor is filled with.
+pub enum Values {
+    /// In norms 1, else what weights are.
+    Weights,
+    /// Random bytes, eight at a time, as this changes them.
+    Codes(fn(u64) -> u64),
+    Scales(Scales),
+    /// The group of each column, of so many, as 32 bits.
+    Groups(u64),
+    /// These.
+    Bytes(Vec<u8>),
+}
+
+/// Scales at random, whose mean square is the usual one's square.
+#[derive(Clone, Copy)]
+pub struct Scales {
+    pub usual: f64,
+    /// Half of them are negative.
+    pub signed: bool,
+}
+
+impl Scales {
+    fn at(&self, random: Random, number: u64) -> f64 {
+        let random = random.at(number);
+        let scale = even(self.usual, ((random & 0xff) as f64 + 0.5) / 256.0);
+        if self.signed && random & 0x100 > 0 { -scale } else { scale }
+    }
+}
+
+/// Scales from half the usual to one and a half of it, as `step` goes from 0 to 1, whose mean square is the usual one's square.
+pub fn even(usual: f64, step: f64) -> f64 {
+    usual * (0.5 + step) / (13.0f64 / 12.0).sqrt()
+}
+
 /// As many samples as 16 bits can choose from.
 type Samples = Box<[u16; 1 << 16]>;
 
@@ -45,6 +79,23 @@ impl Weights {
     /// Puts the bytes of `tensor` from `at` on into `out`.
     pub fn fill(&self, tensor: &Tensor, at: u64, out: &mut [u8]) {
         let random = Random(tensor.name.bytes().fold(mix(self.seed), |key, byte| mix(key ^ u64::from(byte))));
+        match &tensor.values {
+            Values::Weights => self.weights(tensor, random, at, out),
+            Values::Codes(code) => pieces(at, out, |number, piece| *piece = code(random.at(number)).to_le_bytes()),
+            Values::Scales(scales) => match tensor.dtype {
+                DType::F32 => pieces(at, out, |number, one| *one = (scales.at(random, number) as f32).to_le_bytes()),
+                DType::F16 => {
+                    pieces(at, out, |number, one| *one = f16::from_f64(scales.at(random, number)).to_le_bytes());
+                }
+                _ => pieces(at, out, |number, one| *one = bf16::from_f64(scales.at(random, number)).to_le_bytes()),
+            },
+            Values::Groups(group) => pieces(at, out, |column, one| *one = ((column / group) as u32).to_le_bytes()),
+            Values::Bytes(bytes) => out.copy_from_slice(&bytes[at as usize..][..out.len()]),
+        }
+    }
+
+    /// Ones, normal samples or blocks.
+    fn weights(&self, tensor: &Tensor, random: Random, at: u64, out: &mut [u8]) {
         let four = |table: &Samples, number| {
             let random = random.at(number);
             [0, 16, 32, 48].map(|shift| table[usize::from((random >> shift) as u16)])

@@ -143,11 +143,20 @@ fn create(path: &Path, bytes: u64, page: &[u8]) -> io::Result<File> {
 mod tests {
     use layer_streamer::DType;
 
-    use super::{super::blocks::Recipe, *};
+    use super::{
+        super::{
+            blocks::Recipe,
+            weights::{Scales, Values},
+        },
+        *,
+    };
 
     #[test]
     fn any_part_of_a_file_is_what_the_whole_has_there() {
-        let tensor = |name: &str, dtype, shape: &[u64]| Tensor { name: name.into(), shape: shape.into(), dtype };
+        let tensor = |name: &str, dtype, shape: &[u64]| {
+            let (name, shape) = (name.into(), shape.into());
+            Tensor { name, shape, dtype, values: Values::Weights }
+        };
         for dtype in [DType::F16, DType::MXFP4, DType::Q4_1, DType::Q6_K] {
             let [matrix, bias] = [tensor("a", dtype, &[3, 256]), tensor("b", DType::F32, &[7])];
             let (end, header) = (matrix.bytes(), b"a header".to_vec());
@@ -170,6 +179,36 @@ mod tests {
                 let parts: Vec<_> = (0..whole.len()).step_by(bytes).flat_map(|at| part(at, bytes)).collect();
                 assert!(parts.starts_with(&whole), "{dtype} in parts of {bytes}");
             }
+        }
+    }
+    #[test]
+    fn any_part_of_quantised_tensors_is_what_the_whole_has_there() {
+        let scales = |usual| Values::Scales(Scales { usual, signed: true });
+        let tensors = [
+            (DType::F8E4M3, 37, Values::Codes(|random| random)),
+            (DType::F32, 5, scales(0.1)),
+            (DType::F16, 7, scales(0.2)),
+            (DType::BF16, 3, scales(0.3)),
+            (DType::I32, 70, Values::Groups(32)),
+            (DType::U8, 21, Values::Bytes((100..121).collect())),
+        ];
+        let mut end = 0;
+        let tensors = tensors.into_iter().map(|(dtype, length, values)| {
+            let (tensor, start) = (Tensor { name: dtype.to_string(), shape: vec![length], dtype, values }, end);
+            end += tensor.bytes();
+            (tensor, start)
+        });
+        let contents = Contents { header: Vec::new(), tensors: tensors.collect() };
+        let weights = Weights::new(1, None);
+        let part = |at: usize, bytes: usize| {
+            let mut part = vec![0xff; bytes];
+            contents.fill(at as u64, &mut part, &weights);
+            part
+        };
+        let whole = part(0, contents.bytes() as usize);
+        for bytes in [1, 3, 7, 16, 64] {
+            let parts: Vec<_> = (0..whole.len()).step_by(bytes).flat_map(|at| part(at, bytes)).collect();
+            assert!(parts.starts_with(&whole), "in parts of {bytes}");
         }
     }
 }
