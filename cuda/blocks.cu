@@ -230,18 +230,6 @@ __device__ inline void expand_share(const Share& share, float (&weights)[kShare]
 
 __device__ inline bool is_wide(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
-__device__ inline void write(float* out, const float (&weights)[kShare]) {
-  store(out, Vec<float, 4>{weights[0], weights[1], weights[2], weights[3]});
-  store(out + 4, Vec<float, 4>{weights[4], weights[5], weights[6], weights[7]});
-}
-
-__device__ inline void write(__nv_bfloat16* out, const float (&weights)[kShare]) {
-  Vec<uint32_t, 4> pairs;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs.at[i] = pack_bf16(weights[2 * i], weights[2 * i + 1]);
-  store(reinterpret_cast<uint32_t*>(out), pairs);
-}
-
 // A tile's bytes, copied by the whole thread block.
 __device__ inline void fetch(char* tile, const char* from, int bytes) {
   const int wide = is_wide(from) ? bytes / 16 * 16 : 0;
@@ -276,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) expand(Out* out, const char* blocks,
     const Share share = Type::share(block + i * (kThreads / kParts * Type::kBytes), threadIdx.x % kParts);
     expand_share<Type::kBias>(share, values);
     if (wide) {
-      write(out + at, values);
+      store_eight(out + at, values);
     } else {
 #pragma unroll
       for (int j = 0; j < kShare; ++j) narrow(values[j], out + at + j);

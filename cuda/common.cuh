@@ -131,6 +131,27 @@ __device__ inline Vec<T, N> narrow(const float (&from)[N]) {
   return to;
 }
 
+// Two floats, rounded to bf16: `low` in the lower half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// Eight neighbours, 16 bytes at a time.
+__device__ inline void store_eight(float* to, const float (&values)[8]) {
+  store(to, Vec<float, 4>{values[0], values[1], values[2], values[3]});
+  store(to + 4, Vec<float, 4>{values[4], values[5], values[6], values[7]});
+}
+
+__device__ inline void store_eight(__nv_bfloat16* to, const float (&values)[8]) {
+  Vec<uint32_t, 4> pairs;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs.at[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+  store(reinterpret_cast<uint32_t*>(to), pairs);
+}
+
 // The sum over `lanes` neighbours, a power of two. All lanes of the warp call it.
 __device__ inline float sum_over_lanes(float x, int lanes) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWarp, x, distance);

@@ -35,14 +35,6 @@ __device__ inline float reciprocal_fast(float x) {
 // tanh(x / (2 · log2(e))), to within 3e-7: near 0 that is much of it.
 __device__ inline float tanh_fast(float x) { return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(x)); }
 
-// Two floats, rounded to bf16: `low` in the lower half.
-__device__ inline uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-
 // c += A · B.
 __device__ inline void mma_16x8x16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDA_ARCH__

@@ -421,6 +421,15 @@ fn attention_over_long_contexts_and_more_heads_to_a_group_than_a_tile_has() {
 }
 
 #[test]
+fn matrices_that_several_tensors_make_are_what_the_cpu_makes_of_them_to_the_bit_in_every_tier() {
+    on_gpu(1, |gpu, rng| {
+        common::check_matrices(&gpu.device, rng);
+        common::check_formats(&gpu.device);
+        Ok(())
+    });
+}
+
+#[test]
 fn nothing_to_do_is_done_without_a_launch() {
     on_gpu(1, |on, _| {
         let none = |dtype, shape: &[usize]| on.empty(dtype, shape);

@@ -39,11 +39,16 @@ pub fn unit_of_blocks(to: DType) -> Unit {
 }
 
 /// All NaN are alike.
-fn bits(weight: f32) -> u32 {
+pub(super) fn bits(weight: f32) -> u32 {
     if weight.is_nan() { f32::NAN.to_bits() } else { weight.to_bits() }
 }
 
-fn values<D: Device, T: Element>(device: &D, stream: &D::Stream, tensor: TensorRef<'_, D>, zero: T) -> Vec<T> {
+pub(super) fn values<D: Device, T: Element>(
+    device: &D,
+    stream: &D::Stream,
+    tensor: TensorRef<'_, D>,
+    zero: T,
+) -> Vec<T> {
     let mut values = vec![zero; tensor.elements()];
     download(device, stream, tensor, &mut values).unwrap();
     values

@@ -9,6 +9,8 @@ use layer_streamer::{
 };
 use support::data;
 
+use super::blocks::bits;
+
 const ROWS: Scheme = Scheme::Rows { zeros: false, order: false };
 const GPTQ: Scheme = Scheme::Gptq { zero: 1, order: false };
 const FP8: &[&str] = &["weight", "weight_scale"];
@@ -77,11 +79,6 @@ pub fn unit_of_formats(checkpoint: &Checkpoint, to: Option<DType>) -> Unit {
         unit.add(Arrival { output: case.into(), inputs, op });
     }
     unit
-}
-
-/// All NaN are alike.
-fn bits(weight: f32) -> u32 {
-    if weight.is_nan() { f32::NAN.to_bits() } else { weight.to_bits() }
 }
 
 /// Holds what a device makes of each format, as F32 and as BF16, in every tier, against what it must be.

@@ -5,6 +5,7 @@ mod blocks;
 #[path = "../../src/fixtures.rs"]
 mod fixtures;
 mod formats;
+mod matrices;
 #[cfg(feature = "model")]
 mod model;
 
@@ -16,6 +17,8 @@ pub use blocks::*;
 pub use fixtures::*;
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use formats::*;
+#[allow(unused_imports, reason = "each test uses a part")]
+pub use matrices::*;
 #[cfg(feature = "model")]
 #[allow(unused_imports, reason = "each test uses a part")]
 pub use model::*;

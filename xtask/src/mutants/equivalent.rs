@@ -45,6 +45,8 @@ const EQUIVALENT: &[Row] = &[
      "always true", "all of the tile is masked, and adds nothing"),
     ("cuda/attention_prefill.cu", "const bool seen = key <= last && key + kKeys - 1 > first - call.window;",
      "> first - call.window becomes >=", "all of the tile is masked, and adds nothing"),
+    ("cuda/dequantise.cu", "if (at < count) tile[column / 8 * kPitch + column % 8 * kSide + side] = matrix.codes[at];",
+     "< count becomes <=", "a word of what lies behind the codes, which is not used"),
     ("cuda/norm.cu", "if (row < rows && (i * lanes + lane) * 4 < size) {",
      "< rows becomes <=", "the sum of a row that is not written"),
     ("cuda/rope.cu", "for (int base = 0; base < items; base += kBlock * kUnroll) {",

@@ -17,6 +17,7 @@ const TESTS: &[(&[&str], &[&str], usize)] = &[
     (&["rows"], &["lookups", "an_id", "argmax", "gates_factors", "linear"], 5),
     (&["unpack"], &["unpack"], 3),
     (&["blocks"], &["casts"], 3),
+    (&["dequantise"], &["matrices"], 1),
     (&["elementwise", "cast", "gated", "in_place"], &["gates_factors", "cast"], 5),
 ];
 
