@@ -15,7 +15,7 @@ use crate::{
 pub(crate) struct CopyRange {
     pub(crate) from: usize,
     pub(crate) to: usize,
-    /// Where it goes among what is kept [packed](Tier::GpuPacked).
+    /// Where it goes among what is kept [packed](crate::unit::Tier::GpuPacked).
     pub(crate) kept_at: usize,
     pub(crate) bytes: usize,
 }
