@@ -229,6 +229,9 @@ fn a_missing_tensor_or_one_of_another_shape_or_type_is_named() {
             );
         }
     }
+    // More groups than columns.
+    let many = with_part(&gptq(), "scales", Some(zeros(Dtype::F16, &[161, 128])));
+    assert_refused(many.path(), &["scales: is F16 [161, 128], expected groups of a multiple of 8 columns"]);
     let asymmetric = with(int4(), "/config_groups/group_0/weights/symmetric", false.into());
     let said = "self_attn.q_proj.weight_zero_point: is not in the checkpoint";
     assert_refused(quantised(&asymmetric, |_| {}).path(), &[said]);
@@ -249,7 +252,7 @@ fn orders_that_name_what_is_not_there_are_refused() {
             "names the group 5, but the scales are of 5",
         );
         refused(&method, part, groups(|_| i32::MIN), "names the group -2147483648");
-        refused(&method, part, words([0; 159]), "is I32 [159], expected I32 [160]");
+        refused(&method, part, words((0..159).map(|column| column / GROUP as i32)), "is I32 [159], expected I32 [160]");
         refused(&method, part, zeros(Dtype::I64, &[160]), "is I64 [160], expected I32 [160]");
         let mixed = with_part(&method, part, Some(groups(|column| (column % 5) as i32)));
         Model::open(mixed.path()).unwrap();

@@ -104,7 +104,7 @@ impl Recipe {
             ];
             Err((at, format!("is {dtype} {shape:?}, expected {dtypes} {shapes} for a matrix [{rows}, {columns}]")))
         };
-        let whole = |what: &str, number: usize, by: usize| match number.is_multiple_of(by) {
+        let whole = |what: &str, number: usize, by: usize| match by > 0 && number.is_multiple_of(by) {
             true => Ok(number / by),
             false => Err((0, format!("makes a matrix with {number} {what}, which is no multiple of {by}"))),
         };
@@ -113,7 +113,7 @@ impl Recipe {
             let TensorEntry { dtype, shape, .. } = tensors[1];
             let count = shape.get(along).copied().filter(|count| *count > 0).unwrap_or(1);
             let group = columns / count;
-            if group * count == columns && group.is_multiple_of(8) {
+            if group > 0 && group.is_multiple_of(8) {
                 return Ok(group);
             }
             let expected = "expected groups of a multiple of 8 columns";
@@ -166,7 +166,7 @@ impl Recipe {
                 Scheme::Nf4 { block, offset } => {
                     let weights = rows.saturating_mul(columns);
                     is(0, &[DType::U8], &[&[weights / 2, 1]])?;
-                    let scales = whole("weights", weights, block.max(1))?;
+                    let scales = whole("weights", weights, block)?;
                     match offset {
                         None => is(1, &[DType::F32], &[&[scales]])?,
                         Some(_) => {
