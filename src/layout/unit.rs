@@ -363,7 +363,10 @@ impl<'a> Made<'a> {
                 (to, entry.shape.clone(), None)
             }
             ArrivalOp::Dequantise { scheme, shape, to } => {
-                let entries: Vec<_> = inputs.iter().map(|(_, entry)| *entry).collect();
+                if let Some(packed) = inputs.iter().position(|(_, entry)| entry.packed.is_some()) {
+                    return Err(refused(packed, "is packed, so nothing can be made of it and others".into()));
+                }
+                let entries: Vec<_> = inputs.iter().map(|(_, entry)| (entry.dtype, entry.shape.as_slice())).collect();
                 let recipe = Recipe::new(scheme, shape, &entries).map_err(|(at, cause)| refused(at, cause))?;
                 let to = to.unwrap_or_else(|| recipe.as_blocks());
                 if !matches!(to, DType::F32 | DType::BF16) && to != recipe.as_blocks() {

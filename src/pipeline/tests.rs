@@ -96,7 +96,7 @@ fn matrix(
 ) -> (Arrival, Vec<u8>) {
     let (scheme, to) =
         (Scheme::Gptq { zero: 1, order: false }, [None, Some(DType::F32), Some(DType::BF16)][rng.usize(..3)]);
-    let entries = inputs.each_ref().map(|name| fixture.checkpoint.entry(name).unwrap());
+    let entries = inputs.each_ref().map(|name| fixture.checkpoint.describe(name).unwrap());
     let recipe = Recipe::new(scheme, *shape, &entries).unwrap();
     let (stored, dtype) = (inputs.each_ref().map(|name| fixture.stored(name)), to.unwrap_or(recipe.as_blocks()));
     let mut made = vec![0; dtype.bytes_of(shape).unwrap()];

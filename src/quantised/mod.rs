@@ -18,7 +18,7 @@
 mod blocks;
 mod weights;
 
-use crate::{checkpoint::TensorEntry, dtype::DType};
+use crate::dtype::DType;
 
 /// Where the codes of a matrix lie, and what they stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,15 +86,15 @@ impl Scheme {
 }
 
 impl Recipe {
-    /// For a matrix of this shape, or what is wrong with which of the tensors.
+    /// For a matrix of this shape, of tensors of these types and shapes; or what is wrong with which of them.
     pub(crate) fn new(
         scheme: Scheme,
         [rows, columns]: [usize; 2],
-        tensors: &[&TensorEntry],
+        tensors: &[(DType, &[usize])],
     ) -> Result<Self, (usize, String)> {
         let is = |at: usize, dtypes: &[DType], shapes: &[&[usize]]| {
-            let (dtype, shape) = (tensors[at].dtype, tensors[at].shape.as_slice());
-            if tensors[at].packed.is_none() && dtypes.contains(&dtype) && shapes.contains(&shape) {
+            let (dtype, shape) = tensors[at];
+            if dtypes.contains(&dtype) && shapes.contains(&shape) {
                 return Ok(());
             }
             let list = |all: Vec<String>| all.join(" or ");
@@ -110,7 +110,7 @@ impl Recipe {
         };
         // Columns of a group, by how many the scales have.
         let groups = |along: usize| -> Result<usize, (usize, String)> {
-            let TensorEntry { dtype, shape, .. } = tensors[1];
+            let (dtype, shape) = tensors[1];
             let count = shape.get(along).copied().filter(|count| *count > 0).unwrap_or(1);
             let group = columns / count;
             if group > 0 && group.is_multiple_of(8) {
@@ -122,13 +122,13 @@ impl Recipe {
         let floats = [DType::F32, DType::F16, DType::BF16];
         let (i32, halves) = ([DType::I32], [DType::F16, DType::BF16, DType::F32]);
         let (scale, block) = (
-            tensors[1].dtype,
+            tensors[1].0,
             match scheme {
                 Scheme::Fp8 => {
                     is(0, &[DType::F8E4M3], &[&[rows, columns]])?;
                     let blocks = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
                     is(1, &floats, &[&[], &[1], &[1, 1], &[rows], &[rows, 1], &blocks])?;
-                    match tensors[1].shape.as_slice() {
+                    match tensors[1].1 {
                         [] | [1] | [1, 1] => [rows, columns],
                         shape if shape == blocks && shape != [rows, 1] => [FP8_BLOCK; 2],
                         _ => [1, columns],

@@ -105,7 +105,7 @@ impl<'a> Matrix<'a> {
             Scheme::Awq => (group * (rows / 8) + row / 8, AWQ[row % 8], 0),
             _ => return 8.0,
         };
-        f32::from((self.word(2, at) >> (4 * nibble)) as u8 % 16 + added)
+        f32::from((self.word(2, at) >> (4 * nibble)) as u8 % 16) + f32::from(added)
     }
 }
 
