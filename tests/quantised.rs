@@ -70,6 +70,8 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
     let [codes, scales] = ["nf4.weight", "nf4.weight.absmax"];
     refused(nf4(0), [16, 128], &[codes, scales], &[codes, "2048 weights", "multiple of 0"]);
     refused(nf4(96), [16, 128], &[codes, scales], &[codes, "2048 weights", "multiple of 96"]);
+    refused(nf4(64), [512, 4], &[codes, scales], &[codes, "4 columns", "multiple of 8"]);
+    refused(nf4(4), [16, 128], &[codes, scales], &[codes, "4 weights of a block", "multiple of 8"]);
     refused(
         Scheme::Fp8,
         [usize::MAX, 48],

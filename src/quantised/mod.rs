@@ -164,6 +164,8 @@ impl Recipe {
                     [1, group]
                 }
                 Scheme::Nf4 { block, offset } => {
+                    whole("columns", columns, 8)?;
+                    whole("weights of a block", block, 8)?;
                     let weights = rows.saturating_mul(columns);
                     is(0, &[DType::U8], &[&[weights / 2, 1]])?;
                     let scales = whole("weights", weights, block)?;
