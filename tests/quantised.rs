@@ -5,7 +5,7 @@ mod common;
 
 use common::{check_formats, formats, unit_of_formats};
 use layer_streamer::{
-    Checkpoint, DType, Error, LayerStreamer, Plan, Settings, StaticTensors, Unit,
+    Checkpoint, DType, Error, LayerStreamer, Plan, Settings, StaticTensors, StoredTensor, Unit,
     device::{Cpu, Device, Shape, TensorMut},
     kernels::Kernels,
     plan::{Arrival, ArrivalOp, Sharing},
@@ -80,6 +80,27 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
     );
     refused(nf4(64), [usize::MAX, 128], &[codes, scales], &[codes]);
     refused(Scheme::Fp8, [16, 48], &["fp8_row.weight", "nothing"], &["nothing", "not in the checkpoint"]);
+}
+
+#[test]
+fn scales_whose_groups_are_not_alike_are_refused() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let tensor = |name: &str, offset, dtype, shape: [usize; 2]| StoredTensor {
+        name: name.into(),
+        file: file.path().into(),
+        offset,
+        dtype,
+        shape: shape.into(),
+    };
+    // 16 columns for each of 9 groups, and 8 columns more.
+    let tensors = [tensor("codes", 0, DType::I32, [8, 19]), tensor("scales", 4096, DType::F16, [8, 9])];
+    let (checkpoint, scheme) = (Checkpoint::from_table(tensors).unwrap(), Scheme::Rows { zeros: false, order: false });
+    let mut unit = Unit::new("a unit");
+    let op = ArrivalOp::Dequantise { scheme, shape: [8, 152], to: None };
+    unit.add(Arrival { output: "w".into(), inputs: vec!["codes".into(), "scales".into()], op });
+    let error = Plan::new(&checkpoint, &[unit], &Settings::default(), Sharing::Ram).unwrap_err().to_string();
+    assert!(error.contains("tensor scales") && error.contains("all alike"), "{error}");
 }
 
 #[test]

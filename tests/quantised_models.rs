@@ -5,10 +5,17 @@
 mod changed;
 mod common;
 
+use std::fs;
+
 use changed::{Tensor, Tensors, assert_refused, assert_same, changed, config_of, logits_of, saved, tensors_of};
-use layer_streamer::model::Model;
+use layer_streamer::{
+    Error, LayerStreamer, Settings,
+    device::{Cpu, Device},
+    model::Model,
+};
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use support::fuzz::mutants;
 use tempfile::TempDir;
 
 /// A matrix [128, 160], of the first layer.
@@ -298,5 +305,53 @@ fn embeddings_and_heads_are_not_quantised() {
             });
             assert_refused(folder.path(), &[&format!("tensor {name}.weight: weights quantised by {said}")]);
         }
+    }
+}
+
+#[test]
+fn what_bitsandbytes_says_of_a_matrix_must_be_so() {
+    let state = r#"{"blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.0, "shape": [160, 128]}"#;
+    let folder = with_part(&nf4(), "weight.quant_state.bitsandbytes__nf4", Some(text(state)));
+    assert_refused(folder.path(), &[MODULE, "quant_state", "says the shape [160,128], but [128, 160]"]);
+    let folder = with_part(&nf4(), "weight.quant_map", Some(zeros(Dtype::F32, &[16])));
+    assert_refused(folder.path(), &[MODULE, "quant_map", "other numbers"]);
+}
+
+#[test]
+fn gptq_is_of_the_version_and_has_the_order_that_its_configuration_says() {
+    let said = |key: &str, value: Value| {
+        let mut said = gptq();
+        said[key] = value;
+        said
+    };
+    let version_2 = said("format", json!("gptq_v2"));
+    assert!(Model::open(quantised(&version_2, |_| ()).path()).is_ok());
+    let other = said("format", json!("marlin"));
+    assert_refused(quantised(&other, |_| ()).path(), &["quantization_config", "gptq in the format marlin"]);
+    let ordered = said("desc_act", json!(true));
+    assert_refused(with_part(&ordered, "g_idx", None).path(), &[MODULE, "g_idx", "not in the checkpoint"]);
+}
+
+/// Mutants of one file's beginning, up to where the weights begin; each is opened and computed with, or refused.
+fn mutants_of(name: &str, method: &Value, file: &str, beginning: impl FnOnce(&[u8]) -> usize) {
+    let folder = quantised(method, |_| ());
+    let path = folder.path().join(file);
+    let whole = fs::read(&path).unwrap();
+    let (beginning, rest) = whole.split_at(beginning(&whole));
+    mutants(name, beginning, |bytes| {
+        fs::write(&path, [bytes, rest].concat()).unwrap();
+        let Ok(model) = Model::open(folder.path()) else { return false };
+        let settings = Settings::default();
+        let mut streamer = LayerStreamer::new(&Cpu, &model.checkpoint, &model.units, &settings).unwrap();
+        streamer.run_pass(&Cpu.stream().unwrap(), (), |(), _| Ok::<_, Error>(())).is_ok()
+    });
+}
+
+#[test]
+fn a_quantised_folder_that_is_nearly_right_is_read_or_refused() {
+    let header = |whole: &[u8]| 8 + u64::from_le_bytes(*whole.first_chunk().unwrap()) as usize;
+    for (name, method) in [("fp8", fp8()), ("int4", int4()), ("gptq", gptq()), ("nf4", nf4())] {
+        mutants_of(&format!("header of {name}"), &method, "model.safetensors", header);
+        mutants_of(&format!("configuration of {name}"), &method, "config.json", <[u8]>::len);
     }
 }

@@ -133,8 +133,8 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
         stream: &Self::Stream,
     ) -> Result<()>;
 
-    /// Enqueues the making of a matrix, `to` that type, of the tensors of its recipe, each on a boundary of 16 bytes; those that there
-    /// are not are not looked at. The ranges do not overlap.
+    /// Enqueues the making of a matrix, `to` that type, of the tensors of its recipe; those that there are not are not looked at. Each
+    /// lies on a boundary of 16 bytes, unless the device's memory is RAM: then anywhere. The ranges do not overlap.
     ///
     /// # Safety
     /// As [`Device::copy_to_device`], with all ranges on the device.

@@ -97,7 +97,8 @@ impl StageLayout {
     }
 }
 
-/// The two staging blocks through which stored bytes pass on their way to a cast, or to being unpacked.
+/// The two staging blocks through which stored bytes pass on their way to a cast, to being unpacked, or to a matrix
+/// that several tensors make.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Staging {
     /// Of one block; 0 if nothing passes through them, and then there are none.
@@ -118,7 +119,7 @@ impl Staging {
         let unpacks = own().flat_map(|unit| &unit.unpacks);
         let repacked = own().filter(|unit| unit.tier == Tier::PinnedPacked);
         let repacked = repacked.flat_map(|unit| &unit.tensors).filter(|tensor| tensor.can_pack());
-        let repacked = repacked.map(|tensor| tensor.stored_bytes());
+        let repacked = repacked.map(|tensor| tensor.stored[0].bytes);
         let largest = casts.chain(unpacks.map(Unpack::bytes)).chain(repacked).max();
         // What is made of several tensors is made at once.
         let whole = own().flat_map(|unit| &unit.dequantises).map(Dequantise::staged_bytes).max();

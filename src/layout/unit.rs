@@ -75,11 +75,6 @@ impl Placed {
     pub(crate) fn elements(&self) -> usize {
         self.shape.iter().product()
     }
-
-    /// What it takes in its files.
-    pub(crate) fn stored_bytes(&self) -> usize {
-        self.stored.iter().map(|entry| entry.bytes).sum()
-    }
 }
 
 /// Everything about one unit that the stages need.
@@ -223,7 +218,7 @@ impl UnitLayout {
             && self.tensors.iter().all(lies_well);
         if self.in_place {
             self.copies.clear();
-            for tensor in self.tensors.iter_mut().filter(|tensor| tensor.stored_bytes() > 0) {
+            for tensor in self.tensors.iter_mut().filter(|tensor| tensor.stored[0].bytes > 0) {
                 tensor.at = host_position(&self.extents, &tensor.stored[0]);
             }
         }
@@ -364,10 +359,12 @@ impl<'a> Made<'a> {
             }
             ArrivalOp::Dequantise { scheme, shape, to } => {
                 if let Some(packed) = inputs.iter().position(|(_, entry)| entry.packed.is_some()) {
-                    return Err(refused(packed, "is packed, so nothing can be made of it and others".into()));
+                    return Err(refused(packed, "is packed, so no matrix can be made of it and others: unpack the folder (layer-streamer unpack)".into()));
                 }
                 let entries: Vec<_> = inputs.iter().map(|(_, entry)| (entry.dtype, entry.shape.as_slice())).collect();
                 let recipe = Recipe::new(scheme, shape, &entries).map_err(|(at, cause)| refused(at, cause))?;
+                let found = |at: usize| inputs.get(at).map_or(0, |(_, entry)| entry.bytes);
+                debug_assert_eq!(recipe.input_bytes(), std::array::from_fn(found), "{recipe:?}");
                 let to = to.unwrap_or_else(|| recipe.as_blocks());
                 if !matches!(to, DType::F32 | DType::BF16) && to != recipe.as_blocks() {
                     return Err(refused(0, format!("cannot become {to}, which is neither F32 nor BF16")));

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::extras::Packing;
 use crate::{
     checkpoint::Checkpoint,
-    dtype::DType,
+    dtype::{DType, NF4},
     error::{Error, Result},
     files,
     quantised::Scheme,
@@ -26,6 +26,8 @@ pub(super) enum Quantisation {
     Gptq {
         /// What is added to stored zeros.
         zero: u8,
+        /// There must be an order.
+        order: bool,
     },
     Awq,
     Nf4,
@@ -68,16 +70,20 @@ impl Quantisation {
                 Ok(Some(Self::Fp8))
             }
             "compressed-tensors" | "compressed_tensors" => compressed(said).map(Some),
-            "gptq" if bits != Some(4) => {
+            "gptq" | "awq" if bits != Some(4) => {
                 with(format!("of {} bits", bits.map_or("unknown".into(), |bits| bits.to_string())))
             }
-            "gptq" => match word("checkpoint_format").as_str() {
-                "" | "gptq" => Ok(Some(Self::Gptq { zero: 1 })),
-                "gptq_v2" => Ok(Some(Self::Gptq { zero: 0 })),
-                other => with(format!("in the format {other}")),
-            },
-            "awq" if bits != Some(4) => {
-                with(format!("of {} bits", bits.map_or("unknown".into(), |bits| bits.to_string())))
+            "gptq" => {
+                let order = on("desc_act");
+                match [word("checkpoint_format"), word("format")]
+                    .iter()
+                    .find(|said| !said.is_empty())
+                    .map(String::as_str)
+                {
+                    None | Some("gptq") => Ok(Some(Self::Gptq { zero: 1, order })),
+                    Some("gptq_v2") => Ok(Some(Self::Gptq { zero: 0, order })),
+                    Some(other) => with(format!("in the format {other}")),
+                }
             }
             "awq" => match word("version").as_str() {
                 "" | "gemm" => Ok(Some(Self::Awq)),
@@ -127,15 +133,16 @@ impl Quantisation {
                     .chain(order.then_some("weight_g_idx"));
                 (Scheme::Rows { zeros, order }, inputs.collect())
             }
-            Self::Gptq { zero } if stores("qweight") => {
+            Self::Gptq { zero, order } if stores("qweight") => {
                 let groups = checkpoint.entry(&beside("scales"))?.shape.first().copied().unwrap_or(1);
-                let order = stores("g_idx") && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups, false)?;
+                let order =
+                    (order || stores("g_idx")) && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups, false)?;
                 let inputs = ["qweight", "scales", "qzeros"].into_iter().chain(order.then_some("g_idx"));
                 (Scheme::Gptq { zero, order }, inputs.collect())
             }
             Self::Awq if stores("qweight") => (Scheme::Awq, vec!["qweight", "scales", "qzeros"]),
             Self::Nf4 if dtype == Some(DType::U8) => {
-                let (block, offset) = nf4_state(checkpoint, name)?;
+                let (block, offset) = nf4_state(checkpoint, name, shape)?;
                 let nested = ["weight.nested_absmax", "weight.nested_quant_map"];
                 let nested = nested.into_iter().filter(|_| offset.is_some());
                 (Scheme::Nf4 { block, offset }, ["weight", "weight.absmax"].into_iter().chain(nested).collect())
@@ -157,7 +164,11 @@ fn compressed(said: &Value) -> Result<Quantisation, String> {
         groups.into_iter().flat_map(|groups| groups.values()).filter_map(|group| group.get("weights")).collect();
     let all = |bits: u64, kind: &str| {
         let is = |weights: &&Value| {
-            weights.get("num_bits").and_then(Value::as_u64) == Some(bits) && text(weights.get("type")) == kind
+            let block = weights.get("block_structure").filter(|block| !block.is_null());
+            let of_128 = |block: &Value| [serde_json::json!([128, 128]), serde_json::json!("128x128")].contains(block);
+            weights.get("num_bits").and_then(Value::as_u64) == Some(bits)
+                && text(weights.get("type")) == kind
+                && block.is_none_or(of_128)
         };
         !weights.is_empty() && weights.iter().all(is)
     };
@@ -205,12 +216,12 @@ fn bytes_of(checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>> {
 /// Whether the groups of so many columns, which this tensor tells, are not simply one after the other. Where there may be columns
 /// without a group (-1) there is no order if any is so, as compressed-tensors has it.
 fn is_mixed(checkpoint: &Checkpoint, name: &str, columns: usize, groups: usize, unset: bool) -> Result<bool> {
-    let bytes = bytes_of(checkpoint, name)?;
     let entry = checkpoint.entry(name)?;
     if (entry.dtype, entry.shape.as_slice()) != (DType::I32, &[columns]) {
         let cause = format!("is {} {:?}, expected I32 [{columns}]", entry.dtype, entry.shape);
         return Err(refused(checkpoint, name, cause));
     }
+    let bytes = bytes_of(checkpoint, name)?;
     let order = || bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
     if unset && order().any(|group| group == -1) {
         return Ok(false);
@@ -220,7 +231,7 @@ fn is_mixed(checkpoint: &Checkpoint, name: &str, columns: usize, groups: usize, 
         let cause = format!("names the group {group}, but the scales are of {groups}, which are counted from 0");
         return Err(refused(checkpoint, name, cause));
     }
-    let group = columns.div_ceil(groups).max(1);
+    let group = columns.div_ceil(groups.max(1)).max(1);
     Ok(order().enumerate().any(|(column, of)| of as usize != column / group))
 }
 
@@ -230,12 +241,22 @@ fn refused(checkpoint: &Checkpoint, name: &str, cause: String) -> Error {
 }
 
 /// The weights of a block, and the bits of what is added to scales where these are quantised too, from what bitsandbytes keeps beside
-/// the weight of this name.
-fn nf4_state(checkpoint: &Checkpoint, name: &str) -> Result<(usize, Option<u32>)> {
+/// the weight of this name, which is of this shape.
+fn nf4_state(checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<(usize, Option<u32>)> {
+    let map = format!("{name}.quant_map");
+    if checkpoint.stores(&map) {
+        let usual: Vec<_> = NF4.iter().flat_map(|number| number.to_le_bytes()).collect();
+        if bytes_of(checkpoint, &map)? != usual {
+            return Err(refused(checkpoint, &map, "has other numbers than bitsandbytes has for NF4".into()));
+        }
+    }
     let state_name = format!("{name}.quant_state.bitsandbytes__nf4");
     let bytes = bytes_of(checkpoint, &state_name)?;
     let wrong = |cause: String| refused(checkpoint, &state_name, cause);
     let state: Value = serde_json::from_slice(&bytes).map_err(|error| wrong(format!("is no valid JSON: {error}")))?;
+    if let Some(said) = state.get("shape").filter(|said| **said != serde_json::json!(shape)) {
+        return Err(wrong(format!("says the shape {said}, but {shape:?} by config.json")));
+    }
     let count = |key: &str| state.get(key).and_then(Value::as_u64);
     let block = count("blocksize").and_then(|block| usize::try_from(block).ok()).filter(|block| *block > 0);
     let block = block.ok_or_else(|| wrong("says no blocksize".into()))?;

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     kernels::Precision,
     layout::UnitLayout,
-    plan::{Placement, Settings, Tier, Unit},
+    plan::{ArrivalOp, Placement, Settings, Tier, Unit},
 };
 
 /// What the tensors are called in a checkpoint.
@@ -129,7 +129,9 @@ impl Model {
                 }
             }
             // Whether the tensors of a matrix fit together is found before anything is planned.
-            UnitLayout::new(&checkpoint, &unit)?;
+            if unit.arrivals().iter().any(|arrival| arrival.op != ArrivalOp::Keep) {
+                UnitLayout::new(&checkpoint, &unit)?;
+            }
             Ok(unit)
         });
         let units = units.collect::<Result<Vec<_>>>()?;

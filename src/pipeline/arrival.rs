@@ -159,7 +159,8 @@ impl<D: Device> ArrivalStream<D> {
                 self.device.copy_to_device(to, from, input.bytes, &self.stream)?;
             }
         }
-        // Before casts, which the end of the work on the other stream marks: here nothing may be staged.
+        // Before casts: a device in RAM makes these on the stream of copies, and where there are casts the arrival is marked on the other
+        // stream, which waits for this one at the last cast.
         for made in unit.dequantises.iter().filter(|made| !form.keeps_inputs(made)) {
             let to = (place(made.to, made.kept_at), made.to_type);
             // SAFETY: the plan placed the matrix there, and the tensors that it is made of; the rest is the caller's.

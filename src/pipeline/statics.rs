@@ -6,7 +6,7 @@ use crate::{
     arena::Arena,
     checkpoint::Checkpoint,
     device::{Device, DevicePtr, TensorRef},
-    error::Result,
+    error::{Error, Result},
     io::{self, BlockReader, CHUNK, ReadBlock, Source},
     layout::{Extent, PAGE, Staging, UnitLayout},
     pipeline::{
@@ -53,7 +53,7 @@ impl<D: Device> StaticTensors<D> {
         if !layout.dequantises.is_empty() {
             // They come in chunks, which have no order.
             let cause = "a static tensor cannot be made of several stored ones: stream it, as a unit";
-            return Err(crate::Error::setting("unit", cause));
+            return Err(Error::setting("unit", cause));
         }
         let reports = Reports::new(device, checkpoint, slice::from_ref(&layout))?;
         let memory = device.allocate("static tensors", layout.device_bytes)?;

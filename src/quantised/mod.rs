@@ -113,10 +113,10 @@ impl Recipe {
             let (dtype, shape) = tensors[1];
             let count = shape.get(along).copied().filter(|count| *count > 0).unwrap_or(1);
             let group = columns / count;
-            if group > 0 && group.is_multiple_of(8) {
+            if columns.is_multiple_of(count) && group > 0 && group.is_multiple_of(8) {
                 return Ok(group);
             }
-            let expected = "expected groups of a multiple of 8 columns";
+            let expected = "expected groups of a multiple of 8 columns, all alike,";
             Err((1, format!("is {dtype} {shape:?}, {expected} for a matrix [{rows}, {columns}]")))
         };
         let floats = [DType::F32, DType::F16, DType::BF16];
@@ -130,7 +130,7 @@ impl Recipe {
                     is(1, &floats, &[&[], &[1], &[1, 1], &[rows], &[rows, 1], &blocks])?;
                     match tensors[1].1 {
                         [] | [1] | [1, 1] => [rows, columns],
-                        shape if shape == blocks && shape != [rows, 1] => [FP8_BLOCK; 2],
+                        shape if shape == blocks => [FP8_BLOCK; 2],
                         _ => [1, columns],
                     }
                 }
@@ -210,7 +210,7 @@ impl Recipe {
     /// the last.
     ///
     /// # Panics
-    /// If the tensors or the matrix are shorter than the recipe says, or the type is another.
+    /// If the tensors are shorter than the recipe says, the matrix has another length, or the type is another.
     pub fn make(&self, inputs: [&[u8]; INPUTS], to: DType, matrix: &mut [u8]) {
         if to.is_blocks() {
             blocks::make(self, inputs, to, matrix);

@@ -181,6 +181,7 @@ mod tests {
             }
         }
     }
+
     #[test]
     fn any_part_of_quantised_tensors_is_what_the_whole_has_there() {
         let scales = |usual| Values::Scales(Scales { usual, signed: true });

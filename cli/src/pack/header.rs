@@ -50,9 +50,11 @@ impl Tensor {
         self.end - self.start
     }
 
-    /// Whether it is worth packing, as far as can be known beforehand.
+    /// Whether it is worth packing, as far as can be known beforehand. Scales of quantised weights are used as they are stored.
     pub fn can_be_packed(&self) -> bool {
-        self.packed.is_none() && self.dtype == DType::BF16.name() && self.stored() >= 2 * LEAST as u64
+        let is_scale = ["scale", "scale_inv", "scales"].iter().any(|end| self.name.ends_with(end));
+        let is_plain = self.packed.is_none() && self.dtype == DType::BF16.name();
+        is_plain && !is_scale && self.stored() >= 2 * LEAST as u64
     }
 
     /// Bytes that it takes when it is not packed.
@@ -286,5 +288,27 @@ impl<'de> Deserialize<'de> for Records {
             }
         }
         deserializer.deserialize_map(Entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_of_quantised_weights_are_not_packed() {
+        let tensor = |name: &str| Tensor {
+            name: name.into(),
+            dtype: "BF16".into(),
+            shape: vec![1 << 20],
+            start: 0,
+            end: 2 << 20,
+            packed: None,
+            checksum: None,
+        };
+        assert!(tensor("model.layers.0.mlp.up_proj.weight").can_be_packed());
+        for name in ["weight_scale", "weight_scale_inv", "scales"] {
+            assert!(!tensor(&format!("model.layers.0.mlp.up_proj.{name}")).can_be_packed(), "{name}");
+        }
     }
 }
