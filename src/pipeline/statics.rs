@@ -78,7 +78,7 @@ impl<D: Device> StaticTensors<D> {
     /// The tensor called `name`.
     ///
     /// # Errors
-    /// [`Error::NoTensor`](crate::Error::NoTensor) if there is none.
+    /// [`Error::NoTensor`] if there is none.
     pub fn tensor(&self, name: &str) -> Result<TensorRef<'_, D>> {
         let index = self.layout.find(name)?;
         // SAFETY: the layout placed the tensor, aligned, inside the memory, which lives as long as this.
