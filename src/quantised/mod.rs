@@ -129,9 +129,9 @@ impl Recipe {
                     let blocks = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
                     is(1, &floats, &[&[], &[1], &[1, 1], &[rows], &[rows, 1], &blocks])?;
                     match tensors[1].1 {
-                        [] | [1] | [1, 1] => [rows, columns],
+                        [] | [1] | [1, 1] => [rows.max(1), columns.max(1)],
                         shape if shape == blocks => [FP8_BLOCK; 2],
-                        _ => [1, columns],
+                        _ => [1, columns.max(1)],
                     }
                 }
                 Scheme::Rows { zeros, order } => {
