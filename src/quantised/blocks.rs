@@ -18,7 +18,7 @@ pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mu
             for (at, dst) in dst.chunks_exact_mut(row_bytes).enumerate() {
                 let (row, block) = (first + at, &mut dst[number * to.size()..][..to.size()]);
                 let scale = match scheme {
-                    Scheme::Nf4 { block, .. } => matrix.scale(row, (row * columns + column) / block),
+                    Scheme::Nf4 { .. } => matrix.scale(row, (row * columns + column) / group),
                     _ => matrix.scale(row, column / group),
                 };
                 block[..4].copy_from_slice(&scale.to_le_bytes());

@@ -162,8 +162,8 @@ pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mu
                 for (row, octet) in (first..first + count).zip(octets) {
                     let code = octet >> (4 * (column % 8)) & 15;
                     let weight = match scheme {
-                        Scheme::Nf4 { block, .. } => {
-                            NF4[code as usize] * matrix.scale(row, (row * columns + column) / block)
+                        Scheme::Nf4 { .. } => {
+                            NF4[code as usize] * matrix.scale(row, (row * columns + column) / block[1])
                         }
                         _ => (code as f32 - matrix.zero(row, group)) * matrix.scale(row, group),
                     };

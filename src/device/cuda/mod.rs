@@ -336,10 +336,10 @@ unsafe impl Device for Cuda {
         };
         let inputs = from.map(|input| input.as_ptr().cast_const().cast::<c_void>());
         let (to, operation) = (to.as_ptr().cast(), || format!("dequantise a matrix [{rows}, {columns}] to {to_type}"));
+        let to_type = code_of(to_type);
         // SAFETY: all ranges are on the device, apart and valid until the matrix is made, as the caller promised; the launcher reads
         // recipe and addresses before it returns.
-        let launch =
-            || unsafe { sys::lsk_dequantise(to, code_of(to_type), inputs.as_ptr(), &raw const recipe, stream.raw()) };
+        let launch = || unsafe { sys::lsk_dequantise(to, to_type, inputs.as_ptr(), &raw const recipe, stream.raw()) };
         self.call(operation, launch)
     }
 
