@@ -143,7 +143,7 @@ pub(crate) fn product([tokens, k, n]: [usize; 3], x: &[f32], weight: &[f32], out
     assert_eq!(out.len(), tokens * n);
     let product = Product { x, weight: Matrix::Plain(Weight::F32(weight)), bias: None, tokens, k, stride: n };
     // SAFETY: `out` has a row of `n` elements for each token, and is this call's.
-    unsafe { product.rows(Vectors::widest(), 0..n, Parts::new(out)) };
+    unsafe { product.part(Vectors::widest(), 0..n, 0..tokens, Parts::new(out)) };
 }
 
 impl Kernels for Cpu {
@@ -233,15 +233,19 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
             }
         };
     }
-    // SAFETY: `out` is [T, N], and each range of its columns is given to one thread only.
-    let columns = |rows: Range<usize>| unsafe { product.rows(vectors, rows, out) };
+    // SAFETY: `out` is [T, N], and each part of it is given to one thread only.
+    let part = |rows: Range<usize>, some: Range<usize>| unsafe { product.part(vectors, rows, some, out) };
     if !parallel(tokens * n * k) {
-        columns(0..n);
+        part(0..n, 0..tokens);
         return Ok(());
     }
     let pool = pool()?;
-    let rows = product.rows_of_a_piece(n, pool.size());
-    pool.deal(n.div_ceil(rows), |piece| columns(piece * rows..n.min((piece + 1) * rows)));
+    let [high, wide] = product.piece(n, pool.size());
+    let across = tokens.div_ceil(wide);
+    pool.deal(n.div_ceil(high) * across, |piece| {
+        let (row, token) = (piece / across * high, piece % across * wide);
+        part(row..n.min(row + high), token..tokens.min(token + wide));
+    });
     Ok(())
 }
 

@@ -23,6 +23,16 @@ const FEW: usize = 16;
 /// Rows of a piece for more tokens than that: a block of them stays in the cache.
 const ROWS: usize = 32;
 
+/// Pieces for each thread where there are more tokens than that, so that none waits long for the last.
+const PIECES: usize = 8;
+
+/// Most tokens of a tile.
+const TILE: usize = 6;
+
+/// Fewest tokens of such a piece: several tiles; and as many as make up for the expansion of its weights.
+const LEAST: usize = 4 * TILE;
+const LEAST_OF_BLOCKS: usize = 16 * TILE;
+
 /// `out[t, n] = Σ x[t, k] · weight[n, k]`, with what is added to it.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
@@ -36,28 +46,34 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Rows that a thread multiplies at a time, of `n` for so many threads.
-    pub(super) fn rows_of_a_piece(&self, n: usize, threads: usize) -> usize {
-        // Long stretches for few tokens, since what is fetched ahead of a piece's end is lost.
-        if self.tokens <= FEW { n.div_ceil(8 * threads).next_multiple_of(4).max(ROWS) } else { ROWS }
+    /// Rows of the weight, and tokens, that a thread multiplies at a time, of `n` rows for so many threads.
+    pub(super) fn piece(&self, n: usize, threads: usize) -> [usize; 2] {
+        if self.tokens <= FEW {
+            // Long stretches, since what is fetched ahead of a piece's end is lost.
+            return [n.div_ceil(8 * threads).next_multiple_of(4).max(ROWS), self.tokens];
+        }
+        let least = if let Matrix::Blocks(..) = self.weight { LEAST_OF_BLOCKS } else { LEAST };
+        let across = (PIECES * threads).div_ceil(n.div_ceil(ROWS).max(1));
+        [ROWS, self.tokens.div_ceil(across).next_multiple_of(TILE).max(least)]
     }
 
-    /// The columns of `out` that these rows of the weight give.
+    /// What these rows of the weight give of these tokens.
     ///
     /// # Safety
-    /// `out` has a row of `stride` elements for each token, and nobody else uses these columns.
-    pub(super) unsafe fn rows(&self, vectors: Vectors, rows: Range<usize>, out: Parts) {
-        vectors.run(Columns { product: self, rows, out });
+    /// `out` has a row of `stride` elements for each token, and nobody else uses these columns of these rows.
+    pub(super) unsafe fn part(&self, vectors: Vectors, rows: Range<usize>, tokens: Range<usize>, out: Parts) {
+        vectors.run(Part { product: self, rows, tokens, out });
     }
 }
 
-struct Columns<'a> {
+struct Part<'a> {
     product: &'a Product<'a>,
     rows: Range<usize>,
+    tokens: Range<usize>,
     out: Parts,
 }
 
-impl Work for Columns<'_> {
+impl Work for Part<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -80,7 +96,7 @@ struct Panel<'a, W> {
     ahead: usize,
 }
 
-impl Columns<'_> {
+impl Part<'_> {
     /// Some rows at a time, and for each of these the blocks of their weights: at least one, which writes the bias.
     fn blocks(&self, height: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
         let (k, end) = (self.product.k, self.rows.end);
@@ -125,9 +141,9 @@ impl Columns<'_> {
     /// A block of some rows, for all tokens.
     #[inline(always)]
     fn all<L: Lanes, W: Stored>(&self, panel: Panel<'_, W>, rows: Range<usize>, ks: Range<usize>) {
-        let tokens = self.product.tokens;
-        for token in (0..tokens).step_by(L::TOKENS) {
-            self.some::<L, W>(&panel, rows.clone(), &ks, token..tokens.min(token + L::TOKENS));
+        let Range { start, end } = self.tokens;
+        for token in (start..end).step_by(L::TOKENS) {
+            self.some::<L, W>(&panel, rows.clone(), &ks, token..end.min(token + L::TOKENS));
         }
     }
 

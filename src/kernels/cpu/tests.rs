@@ -28,7 +28,7 @@ fn floats(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
 fn multiply(vectors: Vectors, product: Product<'_>, rows: Range<usize>) -> Vec<f32> {
     let mut out = vec![f32::NAN; product.tokens * product.stride];
     // SAFETY: `out` is as long as that, and nobody else's.
-    unsafe { product.rows(vectors, rows, Parts::new(&mut out)) };
+    unsafe { product.part(vectors, rows, 0..product.tokens, Parts::new(&mut out)) };
     out
 }
 
@@ -91,6 +91,22 @@ fn products_of_blocks_have_the_bits_of_those_of_the_same_weights_in_f32() {
 }
 
 #[test]
+fn a_product_of_many_tokens_has_pieces_for_all_threads_and_of_many_rows_few_tokens_are_not_parted() {
+    let (x, weight) = ([], Weight::F32(&[]));
+    let pieces = |weight, tokens, n: usize| {
+        let [rows, some] = Product { x: &x, weight, bias: None, tokens, k: 576, stride: n }.piece(n, 16);
+        [n.div_ceil(rows), tokens.div_ceil(some)]
+    };
+    let (plain, blocks) = (Matrix::Plain(weight), Matrix::Blocks(DType::Q4_K, &[]));
+    assert_eq!(pieces(plain, 512, 192), [6, 22]);
+    assert_eq!(pieces(plain, 512, 576), [18, 8]);
+    assert_eq!(pieces(blocks, 512, 192), [6, 6]);
+    assert_eq!(pieces(plain, 512, 18944), [592, 1]);
+    assert_eq!(pieces(plain, 8, 576), [18, 1]);
+    assert_eq!(pieces(plain, 8, 18944), [128, 1]);
+}
+
+#[test]
 fn the_bits_of_a_product_depend_neither_on_the_other_tokens_nor_on_the_other_rows() {
     let (mut rng, tokens, k, n) = (fastrand::Rng::new(), 15, 1701, 39);
     let x = floats(&mut rng, tokens * k);
@@ -103,6 +119,18 @@ fn the_bits_of_a_product_depend_neither_on_the_other_tokens_nor_on_the_other_row
                 let x = &x[token * k..][..k];
                 let alone = multiply(vectors, Product { x, weight, bias: None, tokens: 1, k, stride: n }, row..row + 1);
                 assert_eq!(together.to_bits(), alone[row].to_bits(), "{vectors:?}, token {token}, row {row}");
+            }
+            // Fifteen tokens are few, forty-five are not.
+            let x = x.repeat(3);
+            let product = Product { x: &x, weight, bias: None, tokens: 3 * tokens, k, stride: n };
+            let mut parted = vec![f32::NAN; 3 * tokens * n];
+            for first in (0..3 * tokens).step_by(12) {
+                let some = first..(first + 12).min(3 * tokens);
+                // SAFETY: `parted` is as long as that, and nobody else's.
+                unsafe { product.part(vectors, 0..n, some, Parts::new(&mut parted)) };
+            }
+            for (at, parted) in parted.iter().enumerate() {
+                assert_eq!(parted.to_bits(), all[at % all.len()].to_bits(), "{vectors:?}, number {at} in parts");
             }
         }
     });
