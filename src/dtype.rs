@@ -10,7 +10,7 @@ pub(crate) use blocks::NF4;
 #[cfg(all(test, feature = "model"))]
 pub(crate) use blocks::expand;
 #[cfg(feature = "model")]
-pub(crate) use blocks::{E2M1, IQ4, LARGE, SMALL, half, mxfp4_scale, scales_and_minimums, word};
+pub(crate) use blocks::{E2M1, IQ4, LARGE, SMALL, mxfp4_scale, scales_and_minimums, word};
 
 /// Element type of a tensor, named as in the safetensors format; or a type of quantised weights in blocks, named as in GGUF files.
 /// Rows of such a tensor are whole blocks. The last four are the library's own: in them a CPU has weights that are stored as

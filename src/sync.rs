@@ -12,14 +12,12 @@ pub(crate) use loom::{
     thread::{JoinHandle, yield_now},
 };
 #[cfg(not(loom))]
-pub(crate) use std::sync::{
-    Condvar, Mutex,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
-};
-// What only the kernels' threads need.
-#[cfg(all(not(loom), feature = "model"))]
 pub(crate) use std::{
     hint::spin_loop,
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
+    },
     thread::{JoinHandle, yield_now},
 };
 
@@ -56,7 +54,6 @@ pub(crate) fn spawn<B, T: Send + 'static>(
 }
 
 /// The same without a beginning, for threads that loom runs in its models.
-#[cfg(any(loom, feature = "model"))]
 pub(crate) fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     #[cfg(loom)]
     return loom::thread::Builder::new().name(name.into()).spawn(work);

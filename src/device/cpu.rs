@@ -8,13 +8,16 @@ use std::{
 
 use crate::{
     arena::Arena,
-    device::{Device, DevicePtr, StreamId},
+    device::{Device, DevicePtr, StreamId, pool::pool},
     dtype::{self, DType},
     error::Result,
     memory,
     packed::Parts,
     quantised::{INPUTS, Recipe},
 };
+
+/// Rows of a quantised matrix that a thread makes at a time: what lies across the rows is read in whole lines of the cache.
+const ROWS: usize = 64;
 
 /// The CPU device.
 #[derive(Clone, Debug, Default)]
@@ -127,10 +130,14 @@ unsafe impl Device for Cpu {
             // SAFETY: the caller promised that the recipe's tensors lie there; of those that there are not no byte is looked at.
             unsafe { slice::from_raw_parts(from[at].as_ptr(), lengths[at]) }
         };
-        let bytes = to_type.bytes(recipe.rows * recipe.columns);
-        // SAFETY: the caller promised that this range is valid and apart from the others.
-        let matrix = unsafe { slice::from_raw_parts_mut(to.as_ptr(), bytes) };
-        recipe.make(std::array::from_fn(input), to_type, matrix);
+        let (inputs, row_bytes) = (std::array::from_fn(input), to_type.bytes(recipe.columns));
+        pool()?.deal(recipe.rows.div_ceil(ROWS), |piece| {
+            let first = piece * ROWS;
+            let bytes = ROWS.min(recipe.rows - first) * row_bytes;
+            // SAFETY: the caller promised that the matrix is valid and apart from the others, and these rows are this piece's alone.
+            let rows = unsafe { slice::from_raw_parts_mut(to.offset(first * row_bytes).as_ptr(), bytes) };
+            recipe.make_rows(inputs, to_type, first, rows);
+        });
         Ok(())
     }
 

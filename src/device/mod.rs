@@ -12,6 +12,7 @@ pub(crate) mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "cuda/absent.rs"]
 mod cuda;
+pub(crate) mod pool;
 #[cfg(any(test, cuda_emulated))]
 pub(crate) mod streams;
 mod tensor;

@@ -88,7 +88,7 @@ fn each<const B: usize, const N: usize>(src: &[u8], dst: &mut [f32], expand: imp
 
 /// The F16 that begins at this byte.
 #[inline(always)]
-pub(crate) fn half(block: &[u8], at: usize) -> f32 {
+fn half(block: &[u8], at: usize) -> f32 {
     f32::from_bits(f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]])))
 }
 
@@ -189,15 +189,22 @@ fn mxfp4(block: &[u8; 17], out: &mut [f32; SMALL]) {
 
 /// The scales of 32 weights each, then their minimums, of six bits, from twelve bytes.
 #[inline(always)]
-pub(crate) fn scales_and_minimums(block: &[u8], at: usize) -> [u8; 16] {
-    let [low, mid, high] = [at, at + 4, at + 8].map(|at| u32::from_le_bytes(*part(block, at)));
+pub(crate) fn scales_and_minimums(block: &[u8], at: usize) -> [i8; 16] {
     // Four at a time.
-    let upper = |four: u32| (four >> 6 & 0x0303_0303) << 4;
-    let (six, four) = (0x3f3f_3f3f, 0x0f0f_0f0f);
-    let all = [low & six, high & four | upper(low), mid & six, high >> 4 & four | upper(mid)];
-    let mut bytes = [0; 16];
-    bytes.as_chunks_mut().0.iter_mut().zip(all).for_each(|(bytes, four)| *bytes = four.to_le_bytes());
-    bytes
+    let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x3030_3030);
+    let low = u32::from_le_bytes(*part(block, at));
+    let mid = u32::from_le_bytes(*part(block, at + 4));
+    let high = u32::from_le_bytes(*part(block, at + 8));
+    let mut all = [0; 16];
+    // No closures: in the kernels they would be compiled without the instructions.
+    for (at, four) in
+        [low & six, high & four | low >> 2 & two, mid & six, high >> 4 & four | mid >> 2 & two].into_iter().enumerate()
+    {
+        for (byte, number) in four.to_le_bytes().into_iter().enumerate() {
+            all[4 * at + byte] = number as i8;
+        }
+    }
+    all
 }
 
 #[inline(always)]

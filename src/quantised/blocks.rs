@@ -3,17 +3,17 @@
 use super::{INPUTS, Recipe, Scheme, weights::Matrix};
 use crate::dtype::DType;
 
-/// Makes the matrix, of [this type](Recipe::as_blocks).
+/// Makes rows of the matrix from `first` on, of [this type](Recipe::as_blocks).
 ///
 /// # Panics
 /// If the lengths are others than the recipe's, or the type is.
-pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mut [u8]) {
-    let Recipe { scheme, rows, columns, block: [_, group], .. } = *recipe;
-    assert!(to == recipe.as_blocks() && dst.len() == to.bytes(rows * columns), "a matrix of another type or size");
+pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, first: usize, dst: &mut [u8]) {
+    let Recipe { scheme, columns, block: [_, group], .. } = *recipe;
+    assert!(to == recipe.as_blocks(), "{to} is not what the matrix is made of");
     let (matrix, in_block, row_bytes) = (Matrix::new(recipe, inputs), to.block_elements(), to.bytes(columns));
     // Eight rows at a time, which have their codes in the same words, or side by side.
     for (tile, dst) in dst.chunks_mut(8 * row_bytes).enumerate() {
-        let first = tile * 8;
+        let first = first + tile * 8;
         for (number, column) in (0..columns).step_by(in_block).enumerate() {
             for (at, dst) in dst.chunks_exact_mut(row_bytes).enumerate() {
                 let (row, block) = (first + at, &mut dst[number * to.size()..][..to.size()]);

@@ -212,10 +212,19 @@ impl Recipe {
     /// # Panics
     /// If the tensors are shorter than the recipe says, the matrix has another length, or the type is another.
     pub fn make(&self, inputs: [&[u8]; INPUTS], to: DType, matrix: &mut [u8]) {
+        assert_eq!(matrix.len(), to.bytes(self.rows * self.columns), "a matrix of another size");
+        self.make_rows(inputs, to, 0, matrix);
+    }
+
+    /// Makes as many rows of it as there is room for, from `first` on, a multiple of 8: codes of eight rows may share words.
+    ///
+    /// # Panics
+    /// As [`make`](Self::make).
+    pub(crate) fn make_rows(&self, inputs: [&[u8]; INPUTS], to: DType, first: usize, rows: &mut [u8]) {
         if to.is_blocks() {
-            blocks::make(self, inputs, to, matrix);
+            blocks::make(self, inputs, to, first, rows);
         } else {
-            weights::make(self, inputs, to, matrix);
+            weights::make(self, inputs, to, first, rows);
         }
     }
 

@@ -125,24 +125,24 @@ fn transposed(mut rows: [u32; 8]) -> [u32; 8] {
     rows
 }
 
-/// Makes the matrix, of F32 or BF16.
+/// Makes rows of the matrix from `start` on, of F32 or BF16.
 ///
 /// # Panics
 /// If the lengths are others than the recipe's, or the type is.
-pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mut [u8]) {
-    let Recipe { scheme, rows, columns, block, .. } = *recipe;
+pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, start: usize, dst: &mut [u8]) {
+    let Recipe { scheme, columns, block, .. } = *recipe;
     assert!(matches!(to, DType::F32 | DType::BF16), "{to} is no type that weights are made of");
-    assert_eq!(dst.len(), to.bytes(rows * columns), "a matrix of another size");
     let (matrix, row_bytes) = (Matrix::new(recipe, inputs), to.bytes(columns));
+    let end = start + dst.len() / row_bytes.max(1);
     let mut put = |row: usize, column: usize, weight: f32| {
-        let at = &mut dst[row * row_bytes + column * to.size()..];
+        let at = &mut dst[(row - start) * row_bytes + column * to.size()..];
         match to {
             DType::F32 => at[..4].copy_from_slice(&weight.to_le_bytes()),
             _ => at[..2].copy_from_slice(&f32_to_bf16(weight.to_bits()).to_le_bytes()),
         }
     };
     if scheme == Scheme::Fp8 {
-        for row in 0..rows {
+        for row in start..end {
             for first in (0..columns).step_by(block[1]) {
                 let scale = matrix.scale(row, first / block[1]);
                 let codes = matrix.bytes(row, first, block[1].min(columns - first));
@@ -153,8 +153,8 @@ pub(super) fn make(recipe: &Recipe, inputs: [&[u8]; INPUTS], to: DType, dst: &mu
         }
         return;
     }
-    for first in (0..rows).step_by(8) {
-        let count = 8.min(rows - first);
+    for first in (start..end).step_by(8) {
+        let count = 8.min(end - first);
         for octet in 0..columns / 8 {
             let octets = matrix.octets(first, octet);
             for column in octet * 8..octet * 8 + 8 {

@@ -69,6 +69,11 @@ pub(super) trait Lanes: Copy {
     /// # Safety
     /// That many elements lie there.
     unsafe fn load_bf16(at: *const bf16) -> Self;
+    /// One of four F16, in all lanes.
+    ///
+    /// # Safety
+    /// Eight bytes lie there, and the number is below four.
+    unsafe fn splat_f16(at: *const u8, number: usize) -> Self;
     /// # Safety
     /// There is room for that many elements, which nobody else uses.
     unsafe fn store(self, at: *mut f32);
@@ -135,14 +140,17 @@ pub(super) trait Codes: Copy {
     /// # Safety
     /// That many bytes lie there.
     unsafe fn load(at: *const u8) -> Self;
+    /// A byte with a sign a lane.
+    ///
+    /// # Safety
+    /// That many bytes lie there.
+    unsafe fn load_signed(at: *const i8) -> Self;
     /// A bit a lane, from the lowest on.
     fn bits(bits: u32) -> Self;
     fn right(self, bits: u32) -> Self;
     fn left(self, bits: u32) -> Self;
     fn and(self, mask: u32) -> Self;
     fn or(self, other: Self) -> Self;
-    /// Bytes as numbers with a sign.
-    fn signed(self) -> Self;
     /// As numbers with a sign.
     fn number(self) -> Self::Numbers;
     /// The element of a table that the lowest four bits say.
@@ -267,6 +275,12 @@ impl Codes for [u32; 8] {
     }
 
     #[inline(always)]
+    unsafe fn load_signed(at: *const i8) -> Self {
+        // SAFETY: the caller promises eight bytes.
+        unsafe { *at.cast::<[i8; 8]>() }.map(|code| i32::from(code) as u32)
+    }
+
+    #[inline(always)]
     fn bits(bits: u32) -> Self {
         array::from_fn(|lane| bits >> lane & 1)
     }
@@ -289,11 +303,6 @@ impl Codes for [u32; 8] {
     #[inline(always)]
     fn or(self, other: Self) -> Self {
         array::from_fn(|lane| self[lane] | other[lane])
-    }
-
-    #[inline(always)]
-    fn signed(self) -> Self {
-        self.map(|code| i32::from(code as i8) as u32)
     }
 
     #[inline(always)]
@@ -389,6 +398,13 @@ impl Lanes for Plain {
     unsafe fn load_bf16(at: *const bf16) -> Self {
         // SAFETY: the caller promises eight elements; an array is aligned as they are.
         Self(unsafe { *at.cast::<[bf16; 8]>() }.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_f16(at: *const u8, number: usize) -> Self {
+        // SAFETY: the caller promises eight bytes, and a number below four.
+        let two = unsafe { *at.cast::<[u8; 2]>().add(number) };
+        Self::splat(f16::from_le_bytes(two).to_f32())
     }
 
     #[inline(always)]

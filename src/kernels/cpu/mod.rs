@@ -1,4 +1,4 @@
-//! The kernels on the CPU: F32 in vectors as wide as the machine has ([`lanes`]), spread over threads ([`pool`](mod@pool)). One
+//! The kernels on the CPU: F32 in vectors as wide as the machine has ([`lanes`]), spread over threads ([`pool`](mod@crate::device::pool)). One
 //! thread that cannot be started is an error of the call that wants it, and the next call tries again.
 //!
 //! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
@@ -8,7 +8,6 @@ mod attention;
 mod blocks;
 mod lanes;
 mod math;
-mod pool;
 mod product;
 mod rope;
 mod rows;
@@ -26,12 +25,11 @@ use half::{bf16, f16};
 
 use super::{Kernels, Precision, Ragged, call::*, fit::check};
 use crate::{
-    device::{Cpu, CpuStream, TensorMut, TensorRef},
+    device::{Cpu, CpuStream, TensorMut, TensorRef, pool::pool},
     dtype::{DType, Element},
     error::Result,
 };
 use lanes::Vectors;
-use pool::pool;
 use product::Product;
 use rope::Turn;
 use rows::{Convert, Each, Elements, Greatest, Norm};

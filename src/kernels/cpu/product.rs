@@ -82,6 +82,7 @@ impl Work for Part<'_> {
             Matrix::Plain(Weight::F32(weight)) => self.compute::<L, f32>(weight),
             Matrix::Plain(Weight::F16(weight)) => self.compute::<L, f16>(weight),
             Matrix::Plain(Weight::BF16(weight)) => self.compute::<L, bf16>(weight),
+            Matrix::Blocks(dtype, weight) if self.product.tokens == 1 => self.dots::<L>(dtype, weight),
             Matrix::Blocks(dtype, weight) if self.product.tokens <= FEW => self.expand::<L, 8>(dtype, weight),
             Matrix::Blocks(dtype, weight) => self.expand::<L, ROWS>(dtype, weight),
         }
@@ -138,6 +139,38 @@ impl Part<'_> {
         }
     }
 
+    /// The same for one token: to the same bits, but what is expanded stays in registers.
+    #[inline(always)]
+    fn dots<L: Lanes>(mut self, dtype: DType, weight: &[u8]) {
+        /// Weights of a row at a time: those of the largest block.
+        const SOME: usize = 256;
+        let (Product { x, k, .. }, row_bytes) = (*self.product, dtype.bytes(self.product.k));
+        let (token, left) = (self.tokens.start, self.rows.end - self.rows.len() % 4..self.rows.end);
+        self.rows.end = left.start;
+        for (rows, ks) in self.blocks(4) {
+            let ahead = weight.as_ptr().wrapping_add((rows.start + 8) * row_bytes);
+            let mut sums = [L::splat(0.0); 4];
+            for start in ks.clone().step_by(SOME) {
+                let some = start..ks.end.min(start + SOME);
+                let bytes = dtype.bytes(some.start)..dtype.bytes(some.end);
+                // In the order of addresses, as in the tiles of other products.
+                for line in (4 * bytes.start..4 * bytes.end).step_by(64) {
+                    L::fetch(ahead.wrapping_add(line).cast());
+                }
+                let mut four = [[].as_slice(); 4];
+                for (row, weights) in rows.clone().zip(&mut four) {
+                    *weights = &weight[row * row_bytes..][bytes.clone()];
+                }
+                blocks::dots::<L, 4>(dtype, four, &x[token * k..][some], &mut sums);
+            }
+            self.put(token, rows.start, ks.start == 0, &L::four_sums(sums));
+        }
+        if !left.is_empty() {
+            self.rows = left;
+            self.expand::<L, 8>(dtype, weight);
+        }
+    }
+
     /// A block of some rows, for all tokens.
     #[inline(always)]
     fn all<L: Lanes, W: Stored>(&self, panel: Panel<'_, W>, rows: Range<usize>, ks: Range<usize>) {
@@ -189,7 +222,7 @@ impl Part<'_> {
         ks: &Range<usize>,
         token: usize,
     ) {
-        let Product { x, bias, k, stride, .. } = *self.product;
+        let Product { x, k, .. } = *self.product;
         let weights = &panel.weights[row * panel.stride..][..(R - 1) * panel.stride + ks.len()];
         let mut tokens = [x.as_ptr(); T];
         for (place, x_row) in tokens.iter_mut().enumerate() {
@@ -201,13 +234,18 @@ impl Part<'_> {
         // SAFETY: `weights` has R rows of so many elements, and the tokens have as many.
         let sums = unsafe { dots::<L, W, R, T>(tokens, weights.as_ptr(), panel.stride, ks.len(), ahead) };
         for (place, sums) in sums.iter().enumerate() {
-            let column = rows.start + row;
-            // SAFETY: the caller of `rows` has promised rows of `stride` elements, and that these columns are this call's alone.
-            let out = unsafe { self.out.slice((token + place) * stride + column, R) };
-            for (place, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-                let before = if ks.start == 0 { bias.map_or(0.0, |bias| bias.at(column + place)) } else { *out };
-                *out = before + sum;
-            }
+            self.put(token + place, rows.start + row, ks.start == 0, sums);
+        }
+    }
+
+    /// Adds sums to the columns of a token from `column` on, or, of the first weights, to the bias.
+    #[inline(always)]
+    fn put<const R: usize>(&self, token: usize, column: usize, is_first: bool, sums: &[f32; R]) {
+        // SAFETY: the caller of `part` has promised rows of `stride` elements, and that these columns are this call's alone.
+        let out = unsafe { self.out.slice(token * self.product.stride + column, R) };
+        for (place, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+            let before = if is_first { self.product.bias.map_or(0.0, |bias| bias.at(column + place)) } else { *out };
+            *out = before + sum;
         }
     }
 }

@@ -11,9 +11,8 @@ use super::{
     Parts, Sequences,
     attention::{QUERIES, Queries, State, To, stretch},
     lanes::{Lanes, Vectors, Work},
-    pool::Pool,
 };
-use crate::kernels::AttentionMask;
+use crate::{device::pool::Pool, kernels::AttentionMask};
 
 /// F32 of a line of the cache: what two threads write must not lie in one.
 const LINE: usize = 16;

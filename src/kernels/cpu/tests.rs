@@ -13,10 +13,10 @@ use std::{
 use super::{
     lanes::{Lanes, Work},
     math::{exp, tanh},
-    pool::Pool,
     *,
 };
 use crate::{
+    device::pool::Pool,
     dtype::{self, convert},
     kernels::RopeLayout,
 };

@@ -81,7 +81,6 @@ impl Codes for Codes256 {
         fn left(self: Self, bits: u32) -> Self { Self(_mm256_sll_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
         fn and(self: Self, mask: u32) -> Self { Self(_mm256_and_si256(self.0, _mm256_set1_epi32(mask as i32))) }
         fn or(self: Self, other: Self) -> Self { Self(_mm256_or_si256(self.0, other.0)) }
-        fn signed(self: Self) -> Self { Self(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(self.0))) }
         fn number(self: Self) -> Avx2 { Avx2(_mm256_cvtepi32_ps(self.0)) }
         fn pick(self: Self, table: &[f32; 16]) -> Avx2 {{
             let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), self.0);
@@ -93,6 +92,7 @@ impl Codes for Codes256 {
 
     moves! {
         fn load(at: *const u8) -> Self { Self(_mm256_cvtepu8_epi32(_mm_loadl_epi64(at.cast()))) }
+        fn load_signed(at: *const i8) -> Self { Self(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
     }
 }
 
@@ -136,6 +136,10 @@ impl Lanes for Avx2 {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
             Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
         }}
+        fn splat_f16(at: *const u8, number: usize) -> Self {{
+            let four = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_loadl_epi64(at.cast())));
+            Self(_mm256_permutevar8x32_ps(four, _mm256_set1_epi32(number as i32)))
+        }}
         fn store(self: Self, at: *mut f32) -> () { _mm256_storeu_ps(at, self.0) }
     }
 }
@@ -152,7 +156,6 @@ impl Codes for Codes512 {
         fn left(self: Self, bits: u32) -> Self { Self(_mm512_sll_epi32(self.0, _mm_cvtsi32_si128(bits as i32))) }
         fn and(self: Self, mask: u32) -> Self { Self(_mm512_and_si512(self.0, _mm512_set1_epi32(mask as i32))) }
         fn or(self: Self, other: Self) -> Self { Self(_mm512_or_si512(self.0, other.0)) }
-        fn signed(self: Self) -> Self { Self(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(self.0))) }
         fn number(self: Self) -> Avx512 { Avx512(_mm512_cvtepi32_ps(self.0)) }
         fn pick(self: Self, table: &[f32; 16]) -> Avx512 {
             Avx512(_mm512_permutexvar_ps(self.0, _mm512_loadu_ps(table.as_ptr())))
@@ -161,6 +164,7 @@ impl Codes for Codes512 {
 
     moves! {
         fn load(at: *const u8) -> Self { Self(_mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()))) }
+        fn load_signed(at: *const i8) -> Self { Self(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
     }
 }
 
@@ -210,6 +214,10 @@ impl Lanes for Avx512 {
         fn load_bf16(at: *const bf16) -> Self {{
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }}
+        fn splat_f16(at: *const u8, number: usize) -> Self {{
+            let four = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(at.cast())));
+            Self(_mm512_permutexvar_ps(_mm512_set1_epi32(number as i32), four))
         }}
         fn load_some(at: *const f32, count: usize) -> Self { Self(_mm512_maskz_loadu_ps(first(count), at)) }
         fn load_some_f16(at: *const f16, count: usize) -> Self {

@@ -4,7 +4,7 @@
 #[path = "../../../src/error.rs"]
 mod error;
 mod pipeline;
-#[path = "../../../src/kernels/cpu/pool.rs"]
+#[path = "../../../src/device/pool.rs"]
 mod pool;
 #[path = "../../../src/ring.rs"]
 mod ring;

@@ -1,10 +1,10 @@
 //! Attention against formulas in f64, and bits that depend neither on the company nor on how the work is split.
 
 use super::{
-    super::{pool::Pool, split::Pieces, *},
+    super::{split::Pieces, *},
     floats,
 };
-use crate::kernels::AttentionMask;
+use crate::{device::pool::Pool, kernels::AttentionMask};
 
 /// Sequences of these (cached before, new) lengths, each with a row of the cache.
 #[derive(Clone)]

@@ -19,8 +19,8 @@ use std::{
 
 use half::bf16;
 
-use super::{Parts, for_ranges, parallel, pool::pool, product::Product, x86::first};
-use crate::{arena::Arena, error::Result};
+use super::{Parts, for_ranges, parallel, product::Product, x86::first};
+use crate::{arena::Arena, device::pool::pool, error::Result};
 pub(super) use amx::Amx;
 use parts::{quiet, rest, transposed, upper_halves};
 pub(super) use twin::Twin;

@@ -1,4 +1,4 @@
-//! The threads that the CPU's kernels share: the caller and one less than there are processors.
+//! The threads that compute for the CPU device: the caller and one less than there are processors.
 //!
 //! A call's work is numbered pieces, which whoever is free takes by a counter. A call waits for the pieces, not for threads: one
 //! that the operating system does not run in time joins nothing. Threads look for the next call for [`SPIN`], then sleep.
@@ -61,7 +61,7 @@ unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing belongs to the thread that made it.
 unsafe impl Send for Shared {}
 
-pub(super) struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     turn: Mutex<()>,
@@ -76,12 +76,12 @@ fn threads() -> Result<usize> {
     threads.ok_or_else(|| Error::setting(NAME, format!("is {}, expected a number from 1 to {INSIDE}", set.display())))
 }
 
-/// The threads of all CPU kernels of the process.
+/// The threads of all that the process computes on the CPU. The first to ask starts them.
 ///
 /// # Errors
 /// [`Error::Thread`] where they cannot be started, and [`Error::Setting`] where their number is none.
 #[cfg(not(loom))]
-pub(super) fn pool() -> Result<&'static Pool> {
+pub(crate) fn pool() -> Result<&'static Pool> {
     static POOL: OnceLock<Pool> = OnceLock::new();
     if let Some(pool) = POOL.get() {
         return Ok(pool);
@@ -92,7 +92,7 @@ pub(super) fn pool() -> Result<&'static Pool> {
 }
 
 impl Pool {
-    pub(super) fn start(threads: usize) -> Result<Self> {
+    pub(crate) fn start(threads: usize) -> Result<Self> {
         let shared = Arc::new(Shared {
             gate: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
@@ -114,7 +114,8 @@ impl Pool {
     }
 
     /// How many threads compute, the caller's included.
-    pub(super) fn size(&self) -> usize {
+    #[cfg(any(loom, feature = "model"))]
+    pub(crate) fn size(&self) -> usize {
         self.threads.len() + 1
     }
 
@@ -122,7 +123,7 @@ impl Pool {
     ///
     /// # Panics
     /// If a piece did, with what it panicked with, once no thread calls `work` any more.
-    pub(super) fn deal(&self, pieces: usize, work: impl Fn(usize) + Sync) {
+    pub(crate) fn deal(&self, pieces: usize, work: impl Fn(usize) + Sync) {
         let work: &(dyn Fn(usize) + Sync) = &work;
         if pieces < 2 || self.threads.is_empty() {
             return (0..pieces).for_each(work);
@@ -152,7 +153,7 @@ impl Pool {
 
     /// How many threads sleep.
     #[cfg(test)]
-    pub(super) fn asleep(&self) -> usize {
+    pub(crate) fn asleep(&self) -> usize {
         self.shared.asleep.load(SeqCst)
     }
 }
