@@ -155,3 +155,20 @@ fn smollm2_in_blocks_says_what_its_weights_in_f32_say() {
         println!("{blocks}");
     }
 }
+
+#[test]
+#[ignore = "takes Gemma 3 270M, which ci/gemma fetches: LAYER_STREAMER_GEMMA names the file; .ci/run runs it"]
+fn gemma_in_five_types_says_what_transformers_says_of_the_same_file() {
+    let model = PathBuf::from(env::var_os("LAYER_STREAMER_GEMMA").expect("it names Gemma's file"));
+    let answers: Value = serde_json::from_slice(&fs::read(data("gemma/answers.json")).unwrap()).unwrap();
+    for answer in answers.as_array().unwrap() {
+        // A pass takes long, since tests are hardly optimised.
+        let arguments = ["--max-new-tokens", "8", answer["prompt"].as_str().unwrap()];
+        let ids = run("generate", &model, &[&["--print-ids"], &arguments[..]].concat()).0;
+        let expected: Vec<_> = answer["tokens"].as_array().unwrap()[..8].iter().map(Value::to_string).collect();
+        assert_eq!(ids.trim_end(), expected.join(","), "{}", answer["prompt"]);
+    }
+    let answer = &answers[0];
+    let text = run("generate", &model, &["--max-new-tokens", "24", answer["prompt"].as_str().unwrap()]).0;
+    assert_eq!(text.trim_end_matches('\n'), answer["text"].as_str().unwrap());
+}
