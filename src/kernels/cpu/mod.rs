@@ -6,6 +6,8 @@
 
 mod attention;
 mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod digits;
 mod lanes;
 mod math;
 mod product;
@@ -35,7 +37,10 @@ use rope::Turn;
 use rows::{Convert, Each, Elements, Greatest, Norm};
 use split::{Pieces, ROOM_BYTES};
 #[cfg(target_arch = "x86_64")]
-use tiles::{Amx, Twin};
+use {
+    digits::Vnni,
+    tiles::{Amx, Twin},
+};
 
 /// Least work, in multiplications, that is worth another thread.
 const PER_THREAD: usize = 1 << 15;
@@ -156,11 +161,14 @@ impl Kernels for Cpu {
 
     fn scratch_bytes(&self) -> usize {
         #[cfg(target_arch = "x86_64")]
-        // What is wrong with the setting is told by what prepares or computes.
-        let tiles = if let Ok(Some(_)) = Amx::wanted() { tiles::SCRATCH_BYTES } else { 0 };
+        let more = {
+            // What is wrong with the setting is told by what prepares or computes.
+            let tiles = if let Ok(Some(_)) = Amx::wanted() { tiles::SCRATCH_BYTES } else { 0 };
+            tiles + Vnni::of_this_machine().map_or(0, |_| digits::ROOM_BYTES)
+        };
         #[cfg(not(target_arch = "x86_64"))]
-        let tiles = 0;
-        ROOM_BYTES + tiles
+        let more = 0;
+        ROOM_BYTES + more
     }
 
     fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
@@ -230,6 +238,12 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
                 _ => tiles::multiply(amx, &product, weight, n, out),
             }
         };
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let (Matrix::Blocks(DType::Q4_K, weight), Some(vnni), true) = (weight, Vnni::of_this_machine(), digits::take(k))
+    {
+        // SAFETY: `out` is [T, N], and this call's.
+        return unsafe { digits::multiply(vnni, &product, weight, n, out) };
     }
     // SAFETY: `out` is [T, N], and each part of it is given to one thread only.
     let part = |rows: Range<usize>, some: Range<usize>| unsafe { product.part(vectors, rows, some, out) };
@@ -357,9 +371,9 @@ struct Parts<T = f32> {
 }
 
 // SAFETY: threads write parts that do not overlap, as those promise who ask for them.
-unsafe impl<T: Element> Send for Parts<T> {}
+unsafe impl<T: Send> Send for Parts<T> {}
 // SAFETY: as above, through shared references too.
-unsafe impl<T: Element> Sync for Parts<T> {}
+unsafe impl<T: Send> Sync for Parts<T> {}
 
 impl<T> Parts<T> {
     fn new(out: &mut [T]) -> Self {

@@ -2,6 +2,8 @@
 //! the widest computes for every shape.
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod digits;
 
 use std::{
     panic::catch_unwind,

@@ -1,0 +1,242 @@
+//! Products with Q4_K blocks in whole numbers, on machines that multiply bytes (AVX-512 VNNI): several times as many at once as F32,
+//! and nothing of what is stored is expanded.
+//!
+//! An activation is rounded to a whole number of 21 bits, by the greatest of its 256, and has three [digits](split). Digits by codes,
+//! and the sums of 32 of these by scales, are whole numbers that fit into what they are computed in: nothing is rounded, so their
+//! order does not matter. What a block comes to is added up in F32, block after block. A row of sums is that of a tile of [`SIDE`] rows
+//! of the weight, a lane each: an element does not depend on how many tokens or rows there are.
+
+mod split;
+mod tile;
+
+use std::{
+    arch::x86_64::*,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{Parts, for_ranges, parallel, product::Product, x86::first};
+use crate::{device::pool::pool, dtype::DType, error::Result};
+use split::Digits;
+use tile::{Scales, Tile};
+
+/// Rows of a tile.
+const SIDE: usize = 16;
+
+/// Weights of a block.
+const BLOCK: usize = 256;
+
+/// Most tokens that are multiplied by a tile at once: their sums stay in registers.
+const AT_ONCE: usize = 4;
+
+/// Most tokens with which a product takes as long as its weights take to arrive. Rows are then read to their end before the next.
+const FEW: usize = 16;
+
+/// Rows of a piece for more tokens than that: the tokens' digits stay in a cache for all of them.
+const ROWS: usize = 8 * SIDE;
+
+/// Fewest tokens of such a piece: they make up for what a tile takes to be made.
+const LEAST: usize = 32;
+
+/// So many tiles further on a tile's bytes are fetched.
+const AHEAD: usize = 6;
+
+/// Blocks of activations in digits that there is room for; more tokens take turns.
+const ROOM: usize = 4096;
+
+/// The room, zeros, so that the system provides it page by page, as it is used.
+static DIGITS: Mutex<[Digits; ROOM]> = Mutex::new([Digits::NONE; ROOM]);
+
+/// How large it is.
+pub(super) const ROOM_BYTES: usize = size_of::<[Digits; ROOM]>();
+
+/// The machine was found to have the instructions: only [`of_this_machine`](Self::of_this_machine) makes it.
+#[derive(Clone, Copy)]
+pub(super) struct Vnni(());
+
+impl Vnni {
+    pub(super) fn of_this_machine() -> Option<Self> {
+        super::x86::has_avx512().filter(|_| is_x86_feature_detected!("avx512vnni")).map(|_| Self(()))
+    }
+}
+
+/// Whether rows of so many weights are multiplied so: if a token has room.
+pub(super) fn take(k: usize) -> bool {
+    (1..=ROOM * BLOCK).contains(&k)
+}
+
+/// `out = x · weightᵀ + bias`, with `n` rows of the weight.
+///
+/// # Safety
+/// `out` has a row of `stride` elements for each token, and nobody else uses its first `n` columns.
+pub(super) unsafe fn multiply(_: Vnni, product: &Product<'_>, weight: &[u8], n: usize, out: Parts) -> Result<()> {
+    let Product { x, k, tokens, .. } = *product;
+    assert!(take(k) && k.is_multiple_of(BLOCK) && x.len() == tokens * k && weight.len() == DType::Q4_K.bytes(n * k));
+    let blocks = k / BLOCK;
+    let mut room = DIGITS.lock().unwrap_or_else(PoisonError::into_inner);
+    let at_once = ROOM / blocks;
+    for first in (0..tokens).step_by(at_once) {
+        let tokens = first..tokens.min(first + at_once);
+        let digits = &mut room[..tokens.len() * blocks];
+        let parts = Parts { start: digits.as_mut_ptr(), len: digits.len() };
+        for_ranges(digits.len(), 4 * BLOCK * digits.len(), |some| {
+            for number in some {
+                let x = x[tokens.start * k + number * BLOCK..].first_chunk().expect("the tokens have so many");
+                // SAFETY: each is given to one thread only, and the room is this call's; the machine has AVX-512.
+                unsafe { parts.slice(number, 1)[0].split(x) };
+            }
+        })?;
+        let share = Share { product, weight, out, digits: &room[..tokens.len() * blocks], tokens, blocks };
+        share.deal(n)?;
+    }
+    Ok(())
+}
+
+/// A product of some of its tokens.
+struct Share<'a> {
+    product: &'a Product<'a>,
+    weight: &'a [u8],
+    out: Parts,
+    /// By token, then by block.
+    digits: &'a [Digits],
+    tokens: Range<usize>,
+    blocks: usize,
+}
+
+impl Share<'_> {
+    /// All rows, in parallel if that pays.
+    fn deal(&self, n: usize) -> Result<()> {
+        let (count, work) = (self.tokens.len(), self.tokens.len() * n * self.product.k);
+        // SAFETY: `multiply` was given a `Vnni` and its caller has promised the output, of which each piece is one thread's only.
+        let part = |rows: Range<usize>, some: Range<usize>| unsafe { self.part(rows, some) };
+        if !parallel(work) {
+            part(0..n, self.tokens.clone());
+            return Ok(());
+        }
+        let pool = pool()?;
+        let [high, wide] = if count <= FEW {
+            // Long stretches, since what is fetched ahead of a piece's end is lost.
+            [n.div_ceil(8 * pool.size()).next_multiple_of(SIDE).max(2 * SIDE), count]
+        } else {
+            let across = (8 * pool.size()).div_ceil(n.div_ceil(ROWS).max(1));
+            [ROWS, count.div_ceil(across).next_multiple_of(AT_ONCE).max(LEAST)]
+        };
+        let across = count.div_ceil(wide);
+        pool.deal(n.div_ceil(high) * across, |piece| {
+            let (row, token) = (piece / across * high, self.tokens.start + piece % across * wide);
+            part(row..n.min(row + high), token..self.tokens.end.min(token + wide));
+        });
+        Ok(())
+    }
+
+    /// What these rows give of these tokens.
+    ///
+    /// # Safety
+    /// The machine has the instructions, and nobody else uses that part of the output.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+    unsafe fn part(&self, rows: Range<usize>, tokens: Range<usize>) {
+        // All blocks of some rows, or a block of all rows.
+        let some = if tokens.len() <= FEW { SIDE } else { rows.len().max(1) };
+        for first in rows.clone().step_by(some) {
+            for block in 0..self.blocks {
+                for row in (first..rows.end.min(first + some)).step_by(SIDE) {
+                    // SAFETY: the caller promises these.
+                    unsafe { self.tile(row..rows.end.min(row + SIDE), block, tokens.clone()) };
+                }
+            }
+        }
+    }
+
+    /// A block of at most [`SIDE`] rows, for these tokens.
+    ///
+    /// # Safety
+    /// As for [`part`](Self::part).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+    unsafe fn tile(&self, rows: Range<usize>, block: usize, tokens: Range<usize>) {
+        let row_bytes = self.blocks * tile::BYTES;
+        let weight = self.weight[rows.start * row_bytes..rows.end * row_bytes].as_ptr();
+        // Rows that there are not repeat the last.
+        let mut starts = [weight; SIDE];
+        for (number, start) in starts.iter_mut().enumerate() {
+            *start = weight.wrapping_add(number.min(rows.len() - 1) * row_bytes);
+        }
+        // What comes later, in the order of addresses: that is what makes processors read ahead themselves.
+        tile::fetch(weight.wrapping_add(SIDE * (block + AHEAD) * tile::BYTES));
+        // SAFETY: the weight has these rows, and their blocks; the rest the caller promises.
+        unsafe {
+            let scales = Scales::of(&starts, block);
+            match tokens.len() {
+                1 => self.put(
+                    scales.few(&starts, block, self.digits::<1>(block, tokens.start)),
+                    rows,
+                    block,
+                    tokens.start,
+                ),
+                2 => self.put(
+                    scales.few(&starts, block, self.digits::<2>(block, tokens.start)),
+                    rows,
+                    block,
+                    tokens.start,
+                ),
+                _ => self.many(&Tile::new(&starts, block, scales), rows, block, tokens),
+            }
+        }
+    }
+
+    /// The same for more tokens.
+    ///
+    /// # Safety
+    /// As for [`part`](Self::part).
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+    unsafe fn many(&self, tile: &Tile, rows: Range<usize>, block: usize, tokens: Range<usize>) {
+        let mut token = tokens.start;
+        while token < tokens.end {
+            let some = if tokens.end - token >= AT_ONCE { AT_ONCE } else { 1 };
+            // SAFETY: the caller promises these.
+            unsafe {
+                match some {
+                    AT_ONCE => {
+                        self.put(tile.multiply(self.digits::<AT_ONCE>(block, token)), rows.clone(), block, token)
+                    }
+                    _ => self.put(tile.multiply(self.digits::<1>(block, token)), rows.clone(), block, token),
+                }
+            }
+            token += some;
+        }
+    }
+
+    /// The digits of a block of T tokens.
+    #[inline]
+    fn digits<const T: usize>(&self, block: usize, token: usize) -> [&Digits; T] {
+        let mut digits = [&self.digits[0]; T];
+        for (number, digits) in digits.iter_mut().enumerate() {
+            *digits = &self.digits[(token + number - self.tokens.start) * self.blocks + block];
+        }
+        digits
+    }
+
+    /// Adds what a block of some rows comes to with some tokens to the output; that of the first to the bias.
+    ///
+    /// # Safety
+    /// As for [`part`](Self::part).
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn put<const T: usize>(&self, sums: [__m512; T], rows: Range<usize>, block: usize, token: usize) {
+        let (lanes, mut bias) = (first(rows.len()), [0.0; SIDE]);
+        if let (0, Some(weight)) = (block, self.product.bias) {
+            bias.iter_mut().zip(rows.clone()).for_each(|(bias, row)| *bias = weight.at(row));
+        }
+        for (number, sums) in sums.into_iter().enumerate() {
+            let at = (token + number) * self.product.stride + rows.start;
+            // SAFETY: the caller promises this part.
+            let out = unsafe { self.out.slice(at, rows.len()) };
+            let before = if block == 0 { bias.as_ptr() } else { out.as_ptr() };
+            // SAFETY: so many elements are there, and no others are loaded or stored.
+            unsafe {
+                let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, before), sums);
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, sum);
+            }
+        }
+    }
+}
