@@ -119,9 +119,14 @@ fn every_type_computes_what_its_weights_in_f32_compute() {
         folder_of(&weights, &file, &folder);
         let (found, expected) = (generated(&file), generated(&folder));
         assert_eq!(found.0, expected.0, "{name}");
-        assert!(found.1 == expected.1, "{name}: other logits");
-        let logits = &found.1[found.1.len() - 512 * 4..];
-        assert!(logits.as_chunks().0.iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()), "{name}");
+        // Q4_K may be multiplied in whole numbers.
+        assert!(found.1 == expected.1 || name == "Q4_K", "{name}: other logits");
+        let [found, expected] = [found.1, expected.1].map(|bytes| {
+            bytes[bytes.len() - 512 * 4..].as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect::<Vec<_>>()
+        });
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 1e-5, "{name}: {found}, and in F32 {expected}");
+        }
     }
 }
 

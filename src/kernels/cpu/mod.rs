@@ -11,6 +11,7 @@ mod digits;
 mod lanes;
 mod math;
 mod product;
+mod room;
 mod rope;
 mod rows;
 mod split;
@@ -35,7 +36,7 @@ use lanes::Vectors;
 use product::Product;
 use rope::Turn;
 use rows::{Convert, Each, Elements, Greatest, Norm};
-use split::{Pieces, ROOM_BYTES};
+use split::Pieces;
 #[cfg(target_arch = "x86_64")]
 use {
     digits::Vnni,
@@ -161,14 +162,11 @@ impl Kernels for Cpu {
 
     fn scratch_bytes(&self) -> usize {
         #[cfg(target_arch = "x86_64")]
-        let more = {
-            // What is wrong with the setting is told by what prepares or computes.
-            let tiles = if let Ok(Some(_)) = Amx::wanted() { tiles::SCRATCH_BYTES } else { 0 };
-            tiles + Vnni::of_this_machine().map_or(0, |_| digits::ROOM_BYTES)
-        };
+        // What is wrong with the setting is told by what prepares or computes.
+        let tiles = if let Ok(Some(_)) = Amx::wanted() { tiles::SCRATCH_BYTES } else { 0 };
         #[cfg(not(target_arch = "x86_64"))]
-        let more = 0;
-        ROOM_BYTES + more
+        let tiles = 0;
+        room::BYTES + tiles
     }
 
     fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
@@ -240,8 +238,7 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
         };
     }
     #[cfg(target_arch = "x86_64")]
-    if let (Matrix::Blocks(DType::Q4_K, weight), Some(vnni), true) = (weight, Vnni::of_this_machine(), digits::take(k))
-    {
+    if let (Matrix::Blocks(DType::Q4_K, weight), Some(vnni), true) = (weight, Vnni::of_this_machine(), k > 0) {
         // SAFETY: `out` is [T, N], and this call's.
         return unsafe { digits::multiply(vnni, &product, weight, n, out) };
     }

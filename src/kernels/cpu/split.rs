@@ -1,16 +1,14 @@
 //! How attention is dealt to threads. A piece is some queries of a key and value head; where there are few, as where tokens are
 //! decoded by a model with few such heads, each stretch of keys is a piece of its own. What stretches give is then left in
-//! [`ROOM`] and merged once all of them are there, in rounds of as many stretches as it has room for.
+//! the [`room`] and merged once all of them are there, in rounds of as many stretches as it has room for.
 
-use std::{
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::ops::Range;
 
 use super::{
     Parts, Sequences,
     attention::{QUERIES, Queries, State, To, stretch},
     lanes::{Lanes, Vectors, Work},
+    room::{self, room},
 };
 use crate::{device::pool::Pool, kernels::AttentionMask};
 
@@ -19,18 +17,6 @@ const LINE: usize = 16;
 
 /// Of fewer pieces for each thread, stretches are pieces.
 const FEW: usize = 4;
-
-/// F32 of the room: what 14 stretches give of 128 heads of 128.
-const ROOM_LEN: usize = 1 << 18;
-
-#[repr(align(64))]
-struct Room([f32; ROOM_LEN]);
-
-/// Zeros, so that the system provides it page by page, as it is used.
-static ROOM: Mutex<Room> = Mutex::new(Room([0.0; ROOM_LEN]));
-
-/// How large the room is.
-pub(super) const ROOM_BYTES: usize = size_of::<Room>();
 
 /// What the pieces of one call share.
 pub(super) struct Pieces<'a> {
@@ -60,8 +46,8 @@ impl Pieces<'_> {
 
     /// In all threads.
     pub(super) fn deal(&self, pool: &Pool) {
-        if self.splits(pool.size(), ROOM_LEN) {
-            self.split(pool, &mut ROOM.lock().unwrap_or_else(PoisonError::into_inner).0);
+        if self.splits(pool.size(), room::LEN) {
+            self.split(pool, &mut room().0);
         } else {
             self.whole(pool);
         }

@@ -9,13 +9,9 @@
 mod split;
 mod tile;
 
-use std::{
-    arch::x86_64::*,
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::{arch::x86_64::*, ops::Range};
 
-use super::{Parts, for_ranges, parallel, product::Product, x86::first};
+use super::{Parts, for_ranges, parallel, product::Product, room::room, x86::first};
 use crate::{device::pool::pool, dtype::DType, error::Result};
 use split::Digits;
 use tile::{Scales, Tile};
@@ -41,14 +37,8 @@ const LEAST: usize = 32;
 /// So many tiles further on a tile's bytes are fetched.
 const AHEAD: usize = 6;
 
-/// Blocks of activations in digits that there is room for; more tokens take turns.
-const ROOM: usize = 4096;
-
-/// The room, zeros, so that the system provides it page by page, as it is used.
-static DIGITS: Mutex<[Digits; ROOM]> = Mutex::new([Digits::NONE; ROOM]);
-
-/// How large it is.
-pub(super) const ROOM_BYTES: usize = size_of::<[Digits; ROOM]>();
+/// Most tokens whose digits are in the room together, of as many blocks as it then has room for.
+const TOKENS: usize = 128;
 
 /// The machine was found to have the instructions: only [`of_this_machine`](Self::of_this_machine) makes it.
 #[derive(Clone, Copy)]
@@ -60,39 +50,37 @@ impl Vnni {
     }
 }
 
-/// Whether rows of so many weights are multiplied so: if a token has room.
-pub(super) fn take(k: usize) -> bool {
-    (1..=ROOM * BLOCK).contains(&k)
-}
-
-/// `out = x · weightᵀ + bias`, with `n` rows of the weight.
+/// `out = x · weightᵀ + bias`, with `n` rows of the weight, which are not empty.
 ///
 /// # Safety
 /// `out` has a row of `stride` elements for each token, and nobody else uses its first `n` columns.
 pub(super) unsafe fn multiply(_: Vnni, product: &Product<'_>, weight: &[u8], n: usize, out: Parts) -> Result<()> {
     let Product { x, k, tokens, .. } = *product;
-    assert!(take(k) && k.is_multiple_of(BLOCK) && x.len() == tokens * k && weight.len() == DType::Q4_K.bytes(n * k));
-    let blocks = k / BLOCK;
-    let mut room = DIGITS.lock().unwrap_or_else(PoisonError::into_inner);
-    let at_once = ROOM / blocks;
-    for first in (0..tokens).step_by(at_once) {
-        let tokens = first..tokens.min(first + at_once);
-        let digits = &mut room[..tokens.len() * blocks];
-        let parts = Parts { start: digits.as_mut_ptr(), len: digits.len() };
-        for_ranges(digits.len(), 4 * BLOCK * digits.len(), |some| {
-            for number in some {
-                let x = x[tokens.start * k + number * BLOCK..].first_chunk().expect("the tokens have so many");
-                // SAFETY: each is given to one thread only, and the room is this call's; the machine has AVX-512.
-                unsafe { parts.slice(number, 1)[0].split(x) };
-            }
-        })?;
-        let share = Share { product, weight, out, digits: &room[..tokens.len() * blocks], tokens, blocks };
-        share.deal(n)?;
+    assert!(k > 0 && k.is_multiple_of(BLOCK) && x.len() == tokens * k && weight.len() == DType::Q4_K.bytes(n * k));
+    let mut room = room();
+    let room = Digits::room(&mut room.0);
+    for first in (0..tokens).step_by(TOKENS) {
+        let tokens = first..tokens.min(first + TOKENS);
+        let (blocks, at_once) = (k / BLOCK, room.len() / tokens.len());
+        for first in (0..blocks).step_by(at_once) {
+            let some = first..blocks.min(first + at_once);
+            let digits = &mut room[..tokens.len() * some.len()];
+            let parts = Parts { start: digits.as_mut_ptr(), len: digits.len() };
+            for_ranges(digits.len(), 4 * BLOCK * digits.len(), |numbers| {
+                for number in numbers {
+                    let (token, block) = (tokens.start + number / some.len(), some.start + number % some.len());
+                    let x = x[token * k + block * BLOCK..].first_chunk().expect("the tokens have so many");
+                    // SAFETY: each is given to one thread only, and the room is this call's; the machine has AVX-512.
+                    unsafe { parts.slice(number, 1)[0].split(x) };
+                }
+            })?;
+            Share { product, weight, out, digits, tokens: tokens.clone(), blocks: some }.deal(n)?;
+        }
     }
     Ok(())
 }
 
-/// A product of some of its tokens.
+/// A product of some of its tokens and blocks.
 struct Share<'a> {
     product: &'a Product<'a>,
     weight: &'a [u8],
@@ -100,13 +88,13 @@ struct Share<'a> {
     /// By token, then by block.
     digits: &'a [Digits],
     tokens: Range<usize>,
-    blocks: usize,
+    blocks: Range<usize>,
 }
 
 impl Share<'_> {
     /// All rows, in parallel if that pays.
     fn deal(&self, n: usize) -> Result<()> {
-        let (count, work) = (self.tokens.len(), self.tokens.len() * n * self.product.k);
+        let (count, work) = (self.tokens.len(), self.tokens.len() * n * self.blocks.len() * BLOCK);
         // SAFETY: `multiply` was given a `Vnni` and its caller has promised the output, of which each piece is one thread's only.
         let part = |rows: Range<usize>, some: Range<usize>| unsafe { self.part(rows, some) };
         if !parallel(work) {
@@ -138,7 +126,7 @@ impl Share<'_> {
         // All blocks of some rows, or a block of all rows.
         let some = if tokens.len() <= FEW { SIDE } else { rows.len().max(1) };
         for first in rows.clone().step_by(some) {
-            for block in 0..self.blocks {
+            for block in self.blocks.clone() {
                 for row in (first..rows.end.min(first + some)).step_by(SIDE) {
                     // SAFETY: the caller promises these.
                     unsafe { self.tile(row..rows.end.min(row + SIDE), block, tokens.clone()) };
@@ -154,7 +142,7 @@ impl Share<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
     unsafe fn tile(&self, rows: Range<usize>, block: usize, tokens: Range<usize>) {
-        let row_bytes = self.blocks * tile::BYTES;
+        let row_bytes = DType::Q4_K.bytes(self.product.k);
         let weight = self.weight[rows.start * row_bytes..rows.end * row_bytes].as_ptr();
         // Rows that there are not repeat the last.
         let mut starts = [weight; SIDE];
@@ -211,7 +199,8 @@ impl Share<'_> {
     fn digits<const T: usize>(&self, block: usize, token: usize) -> [&Digits; T] {
         let mut digits = [&self.digits[0]; T];
         for (number, digits) in digits.iter_mut().enumerate() {
-            *digits = &self.digits[(token + number - self.tokens.start) * self.blocks + block];
+            let at = (token + number - self.tokens.start) * self.blocks.len() + block - self.blocks.start;
+            *digits = &self.digits[at];
         }
         digits
     }

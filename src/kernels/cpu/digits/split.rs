@@ -28,7 +28,13 @@ pub(super) struct Digits {
 }
 
 impl Digits {
-    pub(super) const NONE: Self = Self { digits: [[0; BLOCK]; DIGITS], sums: [[0; BLOCK / 32]; DIGITS], scale: 0.0 };
+    /// As many as there is room for.
+    pub(super) fn room(room: &mut [f32]) -> &mut [Self] {
+        // SAFETY: they are numbers alone, for which any bits will do.
+        unsafe { room.align_to_mut() }.1
+    }
+
+    const NONE: Self = Self { digits: [[0; BLOCK]; DIGITS], sums: [[0; BLOCK / 32]; DIGITS], scale: 0.0 };
 
     /// Makes it of these.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]

@@ -37,7 +37,7 @@ pub(super) struct Scales {
 #[target_feature(enable = "avx512f")]
 pub(super) fn fetch(at: *const u8) {
     for line in (0..SIDE * BYTES).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line).cast());
+        _mm_prefetch::<_MM_HINT_T2>(at.wrapping_add(line).cast());
     }
 }
 

@@ -39,8 +39,10 @@ fn multiply(x: &[f32], weight: &[u8], k: usize, n: usize, bias: Option<&[f32]>) 
 #[test]
 fn whole_numbers_come_as_near_as_f32() {
     let mut rng = fastrand::Rng::new();
-    // The last has more tokens than have room at once.
-    for (tokens, k, n) in [(1, 256, 1), (1, 2048, 33), (2, 512, 16), (3, 1024, 17), (40, 768, 150), (70, 65536, 3)] {
+    // The last two have more blocks, or more tokens, than have room at once.
+    for (tokens, k, n) in
+        [(1, 256, 1), (1, 2048, 33), (2, 512, 16), (3, 1024, 17), (40, 768, 150), (70, 65536, 3), (300, 512, 5)]
+    {
         let (x, biases, weight) = (floats(&mut rng, tokens * k), floats(&mut rng, n), blocks(&mut rng, n * k));
         let Some(out) = multiply(&x, &weight, k, n, Some(&biases)) else { return };
         let mut weights = vec![0.0; n * k];
