@@ -150,24 +150,24 @@ impl Share<'_> {
             *start = weight.wrapping_add(number.min(rows.len() - 1) * row_bytes);
         }
         // What comes later, in the order of addresses: that is what makes processors read ahead themselves.
-        tile::fetch(weight.wrapping_add(SIDE * (block + AHEAD) * tile::BYTES));
+        let ahead = weight.wrapping_add(SIDE * (block + AHEAD) * tile::BYTES);
         // SAFETY: the weight has these rows, and their blocks; the rest the caller promises.
         unsafe {
             let scales = Scales::of(&starts, block);
             match tokens.len() {
                 1 => self.put(
-                    scales.few(&starts, block, self.digits::<1>(block, tokens.start)),
+                    scales.few(&starts, block, self.digits::<1>(block, tokens.start), ahead),
                     rows,
                     block,
                     tokens.start,
                 ),
                 2 => self.put(
-                    scales.few(&starts, block, self.digits::<2>(block, tokens.start)),
+                    scales.few(&starts, block, self.digits::<2>(block, tokens.start), ahead),
                     rows,
                     block,
                     tokens.start,
                 ),
-                _ => self.many(&Tile::new(&starts, block, scales), rows, block, tokens),
+                _ => self.many(&Tile::new(&starts, block, scales, ahead), rows, block, tokens),
             }
         }
     }

@@ -32,12 +32,13 @@ pub(super) struct Scales {
     factors: [__m512; 2],
 }
 
-/// Fetches the bytes of so many blocks into the cache.
+/// Fetches as many bytes as a tile has into the cache, a quarter of them at a time.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn fetch(at: *const u8) {
-    for line in (0..SIDE * BYTES).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T2>(at.wrapping_add(line).cast());
+fn fetch(ahead: *const u8, quarter: usize) {
+    let bytes = SIDE * BYTES / 4;
+    for line in (quarter * bytes..(quarter + 1) * bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T2>(ahead.wrapping_add(line).cast());
     }
 }
 
@@ -158,7 +159,7 @@ impl Scales {
         _mm512_mul_ps(all, _mm512_set1_ps(token.scale))
     }
 
-    /// The same for few tokens: the codes stay in registers.
+    /// The same for few tokens: the codes stay in registers. Meanwhile a tile's bytes from `ahead` on are fetched.
     ///
     /// # Safety
     /// The blocks lie there, which these scales are of.
@@ -168,9 +169,11 @@ impl Scales {
         rows: &[*const u8; SIDE],
         block: usize,
         tokens: [&Digits; T],
+        ahead: *const u8,
     ) -> [__m512; T] {
         let mut sums = [[_mm512_setzero_si512(); DIGITS]; T];
         for pair in 0..GROUPS / 2 {
+            fetch(ahead, pair);
             // SAFETY: the caller promises the blocks.
             let codes = unsafe { codes(rows, block, pair) };
             for (sums, token) in sums.iter_mut().zip(tokens) {
@@ -193,12 +196,15 @@ pub(super) struct Tile {
 }
 
 impl Tile {
+    /// Meanwhile a tile's bytes from `ahead` on are fetched.
+    ///
     /// # Safety
     /// The blocks lie there, which the scales are of.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
-    pub(super) unsafe fn new(rows: &[*const u8; SIDE], block: usize, scales: Scales) -> Self {
+    pub(super) unsafe fn new(rows: &[*const u8; SIDE], block: usize, scales: Scales, ahead: *const u8) -> Self {
         let mut all = [[_mm512_setzero_si512(); STEPS]; GROUPS];
         for (pair, groups) in all.as_chunks_mut().0.iter_mut().enumerate() {
+            fetch(ahead, pair);
             // SAFETY: the caller promises the blocks.
             *groups = unsafe { codes(rows, block, pair) };
         }
