@@ -1,6 +1,6 @@
 //! How attention is dealt to threads. A piece is some queries of a key and value head; where there are few, as where tokens are
 //! decoded by a model with few such heads, each stretch of keys is a piece of its own. What stretches give is then left in
-//! the [`room`] and merged once all of them are there, in rounds of as many stretches as it has room for.
+//! the [`room`](mod@super::room) and merged once all of them are there, in rounds of as many stretches as it has room for.
 
 use std::ops::Range;
 
