@@ -28,7 +28,7 @@ const AT_ONCE: usize = 4;
 /// Most tokens with which a product takes as long as its weights take to arrive. Rows are then read to their end before the next.
 const FEW: usize = 16;
 
-/// Rows of a piece for more tokens than that: the tokens' digits stay in a cache for all of them.
+/// Rows of a piece for more tokens than that, if there are many: the tokens' digits stay in a cache for all of them.
 const ROWS: usize = 8 * SIDE;
 
 /// Fewest tokens of such a piece: they make up for what a tile takes to be made.
@@ -106,8 +106,10 @@ impl Share<'_> {
             // Long stretches, since what is fetched ahead of a piece's end is lost.
             [n.div_ceil(8 * pool.size()).next_multiple_of(SIDE).max(2 * SIDE), count]
         } else {
-            let across = (8 * pool.size()).div_ceil(n.div_ceil(ROWS).max(1));
-            [ROWS, count.div_ceil(across).next_multiple_of(AT_ONCE).max(LEAST)]
+            let few = n.div_ceil(ROWS) * count.div_ceil(LEAST) < 4 * pool.size();
+            let high = if few { 2 * SIDE } else { ROWS };
+            let across = (8 * pool.size()).div_ceil(n.div_ceil(high).max(1));
+            [high, count.div_ceil(across).next_multiple_of(AT_ONCE).max(LEAST)]
         };
         let across = count.div_ceil(wide);
         pool.deal(n.div_ceil(high) * across, |piece| {
