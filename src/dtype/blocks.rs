@@ -9,7 +9,8 @@
 //! taken off each code, F32 too, behind the scale.
 //!
 //! A scale has 11 significant bits, and what it is multiplied by 13 at most: products are exact in F32, and a weight is rounded at
-//! most once, where a minimum is taken off, or by its scale in the library's own types, whose zeros are whole numbers up to 16. So any order of computing gives the same bits.
+//! most once, where a minimum is taken off, or by its scale in the library's own types, whose zeros are whole numbers up to 16. So
+//! any order of computing gives the same bits.
 //!
 //! Everything is `inline(always)` and without branches, so that the compiler makes vectors of it, with the instructions of the
 //! function that it is inlined into.

@@ -1,5 +1,6 @@
-//! The kernels on the CPU: F32 in vectors as wide as the machine has ([`lanes`]), spread over threads ([`pool`](mod@crate::device::pool)). One
-//! thread that cannot be started is an error of the call that wants it, and the next call tries again.
+//! The kernels on the CPU: F32 in vectors as wide as the machine has ([`lanes`]), spread over threads
+//! ([`pool`](mod@crate::device::pool)). One thread that cannot be started is an error of the call that wants it, and the next call
+//! tries again.
 //!
 //! **Invariant** for every `unsafe` here: a tensor view of the CPU device stands for aligned, allocated memory, as its
 //! constructor demanded; inputs are not written and outputs are no one else's while the kernel runs, in the caller's thread.
