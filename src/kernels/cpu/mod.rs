@@ -131,6 +131,29 @@ fn for_ranges(rows: usize, work: usize, f: impl Fn(Range<usize>) + Sync) -> Resu
     Ok(())
 }
 
+/// Calls `f` with some rows of a weight of `n` and some of the tokens at a time, in parallel if that pays for so much work in all:
+/// with as many of each as `piece` says for so many threads.
+fn for_parts(
+    n: usize,
+    tokens: Range<usize>,
+    work: usize,
+    piece: impl FnOnce(usize) -> [usize; 2],
+    f: impl Fn(Range<usize>, Range<usize>) + Sync,
+) -> Result<()> {
+    if !parallel(work) {
+        f(0..n, tokens);
+        return Ok(());
+    }
+    let pool = pool()?;
+    let [high, wide] = piece(pool.size());
+    let across = tokens.len().div_ceil(wide);
+    pool.deal(n.div_ceil(high) * across, |piece| {
+        let (row, token) = (piece / across * high, tokens.start + piece % across * wide);
+        f(row..n.min(row + high), token..tokens.end.min(token + wide));
+    });
+    Ok(())
+}
+
 /// Calls `f` with the number and the content of each row of `out`, in parallel if that pays.
 fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Result<()> {
     let (rows, out) = (out.len().div_ceil(width.max(1)), Parts::new(out));
@@ -245,18 +268,7 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
     }
     // SAFETY: `out` is [T, N], and each part of it is given to one thread only.
     let part = |rows: Range<usize>, some: Range<usize>| unsafe { product.part(vectors, rows, some, out) };
-    if !parallel(tokens * n * k) {
-        part(0..n, 0..tokens);
-        return Ok(());
-    }
-    let pool = pool()?;
-    let [high, wide] = product.piece(n, pool.size());
-    let across = tokens.div_ceil(wide);
-    pool.deal(n.div_ceil(high) * across, |piece| {
-        let (row, token) = (piece / across * high, piece % across * wide);
-        part(row..n.min(row + high), token..tokens.min(token + wide));
-    });
-    Ok(())
+    for_parts(n, 0..tokens, tokens * n * k, |threads| product.piece(n, threads), part)
 }
 
 fn rope(call: Rope<'_, Cpu>) -> Result<()> {

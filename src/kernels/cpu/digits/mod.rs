@@ -11,8 +11,8 @@ mod tile;
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Parts, for_ranges, parallel, product::Product, room::room, x86::first};
-use crate::{device::pool::pool, dtype::DType, error::Result};
+use super::{Parts, for_parts, for_ranges, product::Product, room::room, x86::first};
+use crate::{dtype::DType, error::Result};
 use split::Digits;
 use tile::{Scales, Tile};
 
@@ -80,6 +80,18 @@ pub(super) unsafe fn multiply(_: Vnni, product: &Product<'_>, weight: &[u8], n: 
     Ok(())
 }
 
+/// Rows of the weight, of `n`, and tokens that a thread multiplies at a time.
+fn piece(n: usize, tokens: usize, threads: usize) -> [usize; 2] {
+    if tokens <= FEW {
+        // Long stretches, since what is fetched ahead of a piece's end is lost.
+        return [n.div_ceil(8 * threads).next_multiple_of(SIDE).max(2 * SIDE), tokens];
+    }
+    let few = n.div_ceil(ROWS) * tokens.div_ceil(LEAST) < 4 * threads;
+    let high = if few { 2 * SIDE } else { ROWS };
+    let across = (8 * threads).div_ceil(n.div_ceil(high).max(1));
+    [high, tokens.div_ceil(across).next_multiple_of(AT_ONCE).max(LEAST)]
+}
+
 /// A product of some of its tokens and blocks.
 struct Share<'a> {
     product: &'a Product<'a>,
@@ -97,26 +109,7 @@ impl Share<'_> {
         let (count, work) = (self.tokens.len(), self.tokens.len() * n * self.blocks.len() * BLOCK);
         // SAFETY: `multiply` was given a `Vnni` and its caller has promised the output, of which each piece is one thread's only.
         let part = |rows: Range<usize>, some: Range<usize>| unsafe { self.part(rows, some) };
-        if !parallel(work) {
-            part(0..n, self.tokens.clone());
-            return Ok(());
-        }
-        let pool = pool()?;
-        let [high, wide] = if count <= FEW {
-            // Long stretches, since what is fetched ahead of a piece's end is lost.
-            [n.div_ceil(8 * pool.size()).next_multiple_of(SIDE).max(2 * SIDE), count]
-        } else {
-            let few = n.div_ceil(ROWS) * count.div_ceil(LEAST) < 4 * pool.size();
-            let high = if few { 2 * SIDE } else { ROWS };
-            let across = (8 * pool.size()).div_ceil(n.div_ceil(high).max(1));
-            [high, count.div_ceil(across).next_multiple_of(AT_ONCE).max(LEAST)]
-        };
-        let across = count.div_ceil(wide);
-        pool.deal(n.div_ceil(high) * across, |piece| {
-            let (row, token) = (piece / across * high, self.tokens.start + piece % across * wide);
-            part(row..n.min(row + high), token..self.tokens.end.min(token + wide));
-        });
-        Ok(())
+        for_parts(n, self.tokens.clone(), work, |threads| piece(n, count, threads), part)
     }
 
     /// What these rows give of these tokens.
