@@ -158,8 +158,10 @@ fn open_in_c(file: &std::path::Path) -> (ls_streamer, ls_stream) {
             dtype: u8s,
         })
         .collect();
-    let tensors: Vec<_> =
-        names.iter().map(|name| ls_unit_tensor { name: c"t".as_ptr(), stored: name.as_ptr(), dtype: 0 }).collect();
+    let tensors: Vec<_> = names
+        .iter()
+        .map(|name| ls_unit_tensor { name: c"t".as_ptr(), stored: name.as_ptr(), dtype: 0, rows: 0, columns: 0 })
+        .collect();
     let units: Vec<_> = (names.iter().zip(&tensors))
         .map(|(name, tensor)| ls_unit { name: name.as_ptr(), tensors: tensor, count: 1, tier: gpu })
         .collect();

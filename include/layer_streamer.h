@@ -338,6 +338,12 @@ typedef struct ls_unit_tensor {
     const char *stored;
     // The ls_dtype that it is converted to on arrival (F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16), or LS_AS_STORED.
     int32_t dtype;
+    // Of a weight that may be quantised, as the quantization_config in the folder's config.json says: its rows, such as 11008 of
+    // "model.layers.0.mlp.up_proj.weight". It is then found in whatever tensors hold it, and arrives as one matrix of F32 or BF16;
+    // with LS_AS_STORED and the CPU device, of the type of blocks that holds the same numbers. 0: only the tensor of this name will do.
+    size_t rows;
+    // Its columns.
+    size_t columns;
 } ls_unit_tensor;
 
 // Tensors that travel together, and are handed over as one layer.
@@ -834,7 +840,8 @@ ls_status ls_streamer_tensor_name(struct ls_streamer streamer, size_t unit, size
 // Counts since the streamer was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 ls_status ls_streamer_stats(struct ls_streamer streamer, struct ls_stats *stats);
 
-// Loads tensors that stay on the device until ls_statics_close. Call it before the first pass: it reads beside the pipeline.
+// Loads tensors that stay on the device until ls_statics_close, each stored by itself. Call it before the first pass: it reads
+// beside the pipeline.
 // The streamer may be closed before they are.
 ls_status ls_statics_load(struct ls_streamer streamer,
                           const struct ls_unit_tensor *tensors,

@@ -80,7 +80,7 @@ mod shape;
 mod sync;
 mod unit;
 
-pub use checkpoint::{Checkpoint, StoredTensor, gguf};
+pub use checkpoint::{Checkpoint, Quantisation, StoredTensor, gguf};
 pub use dtype::{DType, Element};
 pub use error::{Error, MemoryKind, Result};
 pub use pipeline::{Canceller, Layer, LayerStreamer, LayerToken, LentMemory, Meter, Progress, StaticTensors};

@@ -220,7 +220,8 @@ impl Pointed {
             let which = if careless { rng.usize(..self.stored.0.len()) } else { rng.usize(..self.stored.0.len() - 2) };
             let dtype = if careless { rng.i32(-1..17) } else { [0, 0, 12, 9][rng.usize(..4)] };
             let stored = or_null(self.stored.0[which].as_ptr(), rng);
-            self.tensors.push(ls_unit_tensor { name: or_null(name, rng), stored, dtype });
+            let [rows, columns] = if careless { [rng.usize(..3), rng.usize(..3)] } else { [0; 2] };
+            self.tensors.push(ls_unit_tensor { name: or_null(name, rng), stored, dtype, rows, columns });
         }
         self.units.clear();
         for start in [0, 4, 8] {

@@ -70,6 +70,8 @@ fn with_units<R>(fixture: &Fixture, with: impl FnOnce(&mut ls_streamer_options) 
                 name: output.as_ptr(),
                 stored: input.as_ptr(),
                 dtype: 0,
+                rows: 0,
+                columns: 0,
             };
             unit.iter().map(tensor).collect()
         })
@@ -319,7 +321,7 @@ fn a_callback_that_calls_back_gets_busy_and_may_look_at_its_layer() {
             let opened = &*user.cast::<Opened>();
             let Opened { streamer, stream, .. } = *opened;
             let (mut other, mut statics) = (NO_LAYER, mem::zeroed());
-            let row = ls_unit_tensor { name: c"x".as_ptr(), stored: c"0.0".as_ptr(), dtype: 0 };
+            let row = ls_unit_tensor { name: c"x".as_ptr(), stored: c"0.0".as_ptr(), dtype: 0, rows: 0, columns: 0 };
             let refused = [
                 ls_next_layer(streamer, stream, &mut other),
                 ls_release_layer(layer, stream),

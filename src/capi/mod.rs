@@ -21,6 +21,7 @@ mod options;
 mod sampling;
 mod streamer;
 mod traced;
+mod units;
 
 pub use budget::*;
 pub use callbacks::*;
@@ -33,3 +34,4 @@ pub use model::*;
 pub use options::*;
 pub use sampling::*;
 pub use streamer::*;
+pub use units::*;

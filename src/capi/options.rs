@@ -10,15 +10,16 @@ use std::{
 
 use super::{
     callbacks::{Callback, Log, Reporter, ls_log_fn, ls_progress_fn},
-    checkpoint::{CHECKPOINTS, dtype_of, ls_checkpoint},
+    checkpoint::{CHECKPOINTS, ls_checkpoint},
     ffi::{Failure, Grows, Result, ffi, list, ls_status, path, place, read_options, text, write_options, write_sized},
     traced::Traced,
+    units::{NamedUnit, ls_unit},
 };
 use crate::{
     checkpoint::Checkpoint,
     layout::Space,
     pipeline::LentMemory,
-    plan::{Arrival, ArrivalOp, CachePolicy, Pack, Plan, Reader, Settings, Sharing, Tier, Unit},
+    plan::{CachePolicy, Pack, Plan, Reader, Settings, Sharing, Tier, Unit},
     trace::{Observer, Stats},
 };
 
@@ -78,32 +79,6 @@ pub enum ls_pack {
     LS_PACK_NEVER = 1,
     /// All of them are packed.
     LS_PACK_ALWAYS = 2,
-}
-
-/// A tensor of a unit.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ls_unit_tensor {
-    /// The name under which it is found in the layer; unique in the unit.
-    pub name: *const c_char,
-    /// The checkpoint's name for it.
-    pub stored: *const c_char,
-    /// The ls_dtype that it is converted to on arrival (F32, F16, BF16, F8_E4M3 or blocks to F32 or BF16), or LS_AS_STORED.
-    pub dtype: i32,
-}
-
-/// Tensors that travel together, and are handed over as one layer.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ls_unit {
-    /// For messages.
-    pub name: *const c_char,
-    /// Its tensors.
-    pub tensors: *const ls_unit_tensor,
-    /// How many.
-    pub count: usize,
-    /// An ls_tier.
-    pub tier: i32,
 }
 
 /// What a streamer is opened with. Fill it with ls_streamer_options_init, then change what should differ.
@@ -321,7 +296,7 @@ type ObserverList = Vec<Arc<dyn Observer>>;
 pub(super) struct StreamOptions {
     pub(super) settings: Settings,
     /// The caller's own units.
-    units: Option<Vec<Unit>>,
+    units: Option<Vec<NamedUnit>>,
     pub(super) tiers: Option<String>,
     /// Of RAM and of the device's own memory; 0: none given.
     pub(super) budgets: [usize; 2],
@@ -400,7 +375,10 @@ impl StreamOptions {
 
     /// The units to stream.
     pub(super) fn units(&self, checkpoint: &Checkpoint) -> Result<Vec<Unit>> {
-        let mut units = self.units.clone().map_or_else(|| checkpoint.layers(), Ok)?;
+        let mut units = match &self.units {
+            Some(units) => NamedUnit::found_in(checkpoint, units)?,
+            None => checkpoint.layers()?,
+        };
         self.place(&mut units)?;
         Ok(units)
     }
@@ -439,36 +417,6 @@ impl StreamOptions {
 pub(super) fn choose<T: Copy>(code: impl TryInto<usize> + Copy + fmt::Display, values: &[T], name: &str) -> Result<T> {
     let value = code.try_into().ok().and_then(|code| values.get(code).copied());
     value.ok_or_else(|| Failure::invalid(name, format!("is {code}, expected 0 to {}", values.len() - 1)))
-}
-
-impl ls_unit {
-    /// # Safety
-    /// It points to what the header says.
-    unsafe fn read(&self) -> Result<Unit> {
-        // SAFETY: the caller says that a text ends there, if it is not NULL.
-        let mut unit = unsafe { tensors(text(self.name, "name of a unit")?, self.tensors, self.count)? };
-        unit.set_tier(choose(self.tier, &Tier::ALL, "tier")?);
-        Ok(unit)
-    }
-}
-
-/// A unit of these tensors.
-///
-/// # Safety
-/// They point to what the header says.
-pub(super) unsafe fn tensors(name: &str, tensors: *const ls_unit_tensor, count: usize) -> Result<Unit> {
-    let mut unit = Unit::new(name);
-    // SAFETY: the caller promised that so many tensors lie there.
-    for tensor in unsafe { list(tensors, count, "tensors")? } {
-        // SAFETY: the caller says that a text ends there, if it is not NULL.
-        let (output, input) = unsafe { (text(tensor.name, "name")?, text(tensor.stored, "stored")?) };
-        let op = match tensor.dtype {
-            0 => ArrivalOp::Keep,
-            code => ArrivalOp::To(dtype_of(code, "dtype")?),
-        };
-        unit.add(Arrival { output: output.to_owned(), inputs: vec![input.to_owned()], op });
-    }
-    Ok(unit)
 }
 
 /// Writes the counts where the caller wants them.

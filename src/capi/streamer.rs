@@ -12,8 +12,9 @@ use super::{
     ffi::{Failure, Result, c_text, ffi, ls_status, place, text},
     handles::{HandleTable, Kind, Remote},
     layers::ls_tensor,
-    options::{self, StreamOptions, ls_stats, ls_streamer_options, ls_unit_tensor},
+    options::{self, StreamOptions, ls_stats, ls_streamer_options},
     traced::{self, Traced},
+    units::{self, ls_unit_tensor},
 };
 use crate::{
     device::TensorRef,
@@ -296,7 +297,8 @@ pub unsafe extern "C" fn ls_streamer_stats(streamer: ls_streamer, stats: *mut ls
     })
 }
 
-/// Loads tensors that stay on the device until ls_statics_close. Call it before the first pass: it reads beside the pipeline.
+/// Loads tensors that stay on the device until ls_statics_close, each stored by itself. Call it before the first pass: it reads
+/// beside the pipeline.
 /// The streamer may be closed before they are.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_statics_load(
@@ -308,7 +310,7 @@ pub unsafe extern "C" fn ls_statics_load(
     ffi(|| {
         let to = place(statics, "statics")?;
         // SAFETY: the caller says that so many tensors lie there.
-        let unit = unsafe { options::tensors("the static tensors", tensors, count)? };
+        let unit = unsafe { units::statics(tensors, count)? };
         let loaded = STREAMERS.enter(streamer.id)?.streamer.load_static_unit(&unit)?;
         let made = STATICS.open(loaded, None)?;
         // SAFETY: the pointer was checked; the caller says that what it points to may be written.

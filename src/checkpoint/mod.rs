@@ -7,6 +7,7 @@ mod decoder;
 mod folder;
 pub mod gguf;
 mod header;
+mod quantisation;
 
 use std::{
     collections::HashMap,
@@ -23,6 +24,9 @@ use crate::{
     error::{Error, Result},
     packed::{Description, Parts},
 };
+pub use quantisation::Quantisation;
+#[cfg(feature = "model")]
+pub(crate) use quantisation::not_read;
 
 /// Where one tensor lies, what it holds, and how it is shaped (row-major).
 #[derive(Clone, Debug, PartialEq, Eq)]

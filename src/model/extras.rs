@@ -4,13 +4,9 @@
 use std::path::Path;
 
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, not_read},
     error::{Error, Result},
 };
-
-/// Weights that are stored in fewer bits, with what restores them beside: by the name of their method.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Packing(String);
 
 /// What stands in the place of `weight` in the names of tensors of quantised weights, and the methods that store them so.
 const PACKED: [(&str, &str); 11] = [
@@ -28,32 +24,13 @@ const PACKED: [(&str, &str); 11] = [
     ("scales", "MLX, or another method with scales"),
 ];
 
-impl Packing {
-    /// The packing of the weights of this name, by what is stored beside them or in their place.
-    pub(super) fn of(checkpoint: &Checkpoint, name: &str) -> Option<Self> {
-        let module = name.strip_suffix("weight")?;
-        let packed = PACKED.iter().find(|(stored, _)| checkpoint.stores(&format!("{module}{stored}")));
-        packed.map(|(_, method)| Self((*method).into()))
-    }
-
-    /// By the name of a method.
-    pub(super) fn new(method: String) -> Self {
-        Self(method)
-    }
-
-    /// The refusal of a tensor that is packed.
-    pub(super) fn refusal(&self, path: &Path, tensor: &str) -> Error {
-        self.refused(format!("{}: tensor {tensor}", path.display()))
-    }
-
-    /// The refusal of what is said in this place.
-    pub(super) fn refused(&self, place: String) -> Error {
-        Error::Unsupported {
-            what: format!("{place}: weights quantised by {}", self.0),
-            remedy: "take the unquantised model, whose weights are F32, F16 or BF16, or one whose config.json says in \
-                     quantization_config that it is of FP8, GPTQ or AWQ in 4 bits, NF4, or int4 of compressed-tensors"
-                .into(),
-        }
+/// The refusal of the weights of this name in `path`, if what is stored beside them or in their place shows that they are quantised.
+pub(super) fn refuse_quantised(path: &Path, checkpoint: &Checkpoint, name: &str) -> Result<()> {
+    let module = name.strip_suffix("weight");
+    let beside = |stored: &str| module.is_some_and(|module| checkpoint.stores(&format!("{module}{stored}")));
+    match PACKED.iter().find(|(stored, _)| beside(stored)) {
+        Some((_, method)) => Err(not_read(format!("{}: tensor {name}", path.display()), method)),
+        None => Ok(()),
     }
 }
 

@@ -16,7 +16,6 @@ mod generate;
 mod head;
 mod layer;
 mod logits;
-mod quantisation;
 mod renewal;
 mod sampling;
 mod tables;

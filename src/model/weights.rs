@@ -3,14 +3,9 @@
 
 use std::{io, path::Path};
 
-use super::{
-    config::ModelConfig,
-    extras::{self, Packing},
-    quantisation::Quantisation,
-    tables::Tables,
-};
+use super::{config::ModelConfig, extras, tables::Tables};
 use crate::{
-    checkpoint::{Checkpoint, TensorEntry, gguf::Gguf},
+    checkpoint::{Checkpoint, Quantisation, TensorEntry, gguf::Gguf},
     dtype::DType,
     error::{Error, Result},
     kernels::Precision,
@@ -89,7 +84,7 @@ impl Model {
             );
         }
         let config = ModelConfig::read(path).map_err(|error| without_config(path, error))?;
-        let quantisation = Quantisation::read(path)?;
+        let quantisation = Quantisation::of(path)?;
         Self::of(path, "config.json", config, Checkpoint::open(path)?, quantisation)
     }
 
@@ -233,18 +228,12 @@ impl Needed<'_> {
         };
         let of_blocks = dtype.is_blocks() && shape.len() == 2;
         if !of_blocks && !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(match Packing::of(self.checkpoint, name) {
-                Some(packing) => packing.refusal(file, name),
-                None => {
-                    let cause = match dtype.is_blocks() {
-                        true => format!("is of type {dtype}, of which only matrices may be"),
-                        false => {
-                            format!("is of type {dtype}; take a model in F32, F16 or BF16, which are computed with")
-                        }
-                    };
-                    Error::tensor(file, name, cause)
-                }
-            });
+            extras::refuse_quantised(file, self.checkpoint, name)?;
+            let cause = match dtype.is_blocks() {
+                true => format!("is of type {dtype}, of which only matrices may be"),
+                false => format!("is of type {dtype}; take a model in F32, F16 or BF16, which are computed with"),
+            };
+            return Err(Error::tensor(file, name, cause));
         }
         if stored != shape {
             let cause = format!("is {stored:?}, but {shape:?} by {}", self.described_by);
@@ -255,8 +244,8 @@ impl Needed<'_> {
 
     /// Why this tensor is not there: quantised, not to be read, or else the `cause`.
     fn lacks(&self, name: &str, cause: String) -> Error {
-        if let Some(packing) = Packing::of(self.checkpoint, name) {
-            return packing.refusal(self.path, name);
+        if let Err(error) = extras::refuse_quantised(self.path, self.checkpoint, name) {
+            return error;
         }
         self.checkpoint.why_unreadable(name).unwrap_or_else(|| Error::tensor(self.path, name, cause))
     }

@@ -166,7 +166,7 @@ fn for_rust() -> Vec<String> {
     struct ls_device { id }
     struct ls_precision { activation, cache, weight }
     struct ls_stream { id }
-    struct ls_unit_tensor { name, stored, dtype }
+    struct ls_unit_tensor { name, stored, dtype, rows, columns }
     struct ls_unit { name, tensors, count, tier }
     struct ls_progress { passes, done, units, bytes }
     struct ls_streamer_options {

@@ -6,11 +6,12 @@ use std::{env, fs};
 use crate::run::root;
 
 /// The sources of the header, in its order.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "ffi",
     "checkpoint",
     "device",
     "callbacks",
+    "units",
     "options",
     "budget",
     "streamer",

@@ -4,9 +4,8 @@ use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use serde_json::Value;
 
-use super::extras::Packing;
+use super::Checkpoint;
 use crate::{
-    checkpoint::Checkpoint,
     dtype::{DType, NF4},
     error::{Error, Result},
     files,
@@ -14,38 +13,63 @@ use crate::{
     unit::{Arrival, ArrivalOp},
 };
 
-/// How a folder's weights are quantised. Layers that were left alone have plain weights.
+/// How a folder's matrices are quantised, by its `config.json`. Some of them may have been left alone.
+///
+/// ```
+/// # use layer_streamer::{Checkpoint, Quantisation, Unit};
+/// # fn unit(folder: &str) -> layer_streamer::Result<Unit> {
+/// let checkpoint = Checkpoint::open(folder)?;
+/// let quantisation = Quantisation::of(folder)?;
+/// let mut unit = Unit::new("MLP 0");
+/// for (output, shape) in [("up_proj", [11008, 4096]), ("down_proj", [4096, 11008])] {
+///     let name = format!("model.layers.0.mlp.{output}.weight");
+///     match quantisation.map(|how| how.arrival(&checkpoint, output, &name, shape)).transpose()?.flatten() {
+///         Some(arrival) => unit.add(arrival),
+///         None => unit.keep(output, name),
+///     };
+/// }
+/// # Ok(unit)
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Quantisation {
+#[non_exhaustive]
+pub enum Quantisation {
+    /// FP8 with scales.
     Fp8,
     /// compressed-tensors' int4.
     Rows {
         /// There must be zeros.
         zeros: bool,
     },
+    /// GPTQ's 4 bits.
     Gptq {
         /// What is added to stored zeros.
         zero: u8,
         /// There must be an order.
         order: bool,
     },
+    /// AWQ's 4 bits.
     Awq,
+    /// bitsandbytes' NF4.
     Nf4,
 }
 
 impl Quantisation {
-    /// That of the folder's `config.json`, if it says so.
+    /// What the folder's `quantization_config` says; `None` if it says nothing, or if this is no folder.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for one that is not read.
-    pub(super) fn read(folder: &Path) -> Result<Option<Self>> {
+    /// [`Error::Unsupported`] for a method that is not read.
+    pub fn of(folder: impl AsRef<Path>) -> Result<Option<Self>> {
+        let folder = folder.as_ref();
+        if !folder.is_dir() {
+            return Ok(None);
+        }
         let path = folder.join("config.json");
         let text = files::read_small(&path, files::LONGEST_CONFIG)?.unwrap_or_default();
         let config = serde_json::from_slice::<Value>(&text).unwrap_or_default();
         let said = config.get("quantization_config").or_else(|| config.get("compression_config"));
         let Some(said) = said.filter(|value| !value.is_null()) else { return Ok(None) };
-        Self::parse(said)
-            .map_err(|method| Packing::new(method).refused(format!("{}: quantization_config", path.display())))
+        Self::parse(said).map_err(|method| not_read(format!("{}: quantization_config", path.display()), &method))
     }
 
     /// What the object says, or the name of a method that is not read.
@@ -102,11 +126,12 @@ impl Quantisation {
         }
     }
 
-    /// How the matrix `name`, of this shape, becomes the tensor `output`; `None` if it is stored by itself.
+    /// How the matrix `name`, such as `model.layers.0.mlp.up_proj.weight`, of these rows and columns becomes the tensor `output`; `None`
+    /// if it is stored by itself.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if a tensor that it is made of is not there, or cannot be.
-    pub(super) fn arrival(
+    pub fn arrival(
         self,
         checkpoint: &Checkpoint,
         output: &str,
@@ -266,5 +291,15 @@ fn nf4_state(checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<(
         Some(256) => Ok((block, Some((offset as f32).to_bits()))),
         Some(other) => Err(wrong(format!("has a nested_blocksize of {other}, expected 256"))),
         None => Err(wrong("says no nested_blocksize".into())),
+    }
+}
+
+/// The refusal of weights that are said, in this place, to be quantised by another method.
+pub(crate) fn not_read(place: String, method: &str) -> Error {
+    Error::Unsupported {
+        what: format!("{place}: weights quantised by {method}"),
+        remedy: "take the unquantised model, whose weights are F32, F16 or BF16, or one whose config.json says in \
+                 quantization_config that it is of FP8, GPTQ or AWQ in 4 bits, NF4, or int4 of compressed-tensors"
+            .into(),
     }
 }
