@@ -12,7 +12,7 @@ mod unpack;
 
 use half::bf16;
 use layer_streamer::{
-    DType, Error, Result,
+    Checkpoint, DType, Error, LayerStreamer, Result, Settings,
     device::{self, Cuda},
     kernels::{AttentionMask, Kernels, RopeLayout},
 };
@@ -426,6 +426,20 @@ fn matrices_that_several_tensors_make_are_what_the_cpu_makes_of_them_to_the_bit_
         common::check_matrices(&gpu.device, rng);
         common::check_formats(&gpu.device);
         Ok(())
+    });
+}
+
+#[test]
+fn a_matrix_of_blocks_is_refused_before_the_first_pass() {
+    on_gpu(1, |gpu, _| {
+        let checkpoint = Checkpoint::open(support::data("quantised"))?;
+        let open = |to| {
+            let units = [common::unit_of_formats(&checkpoint, to)];
+            LayerStreamer::new(&gpu.device, &checkpoint, &units, &Settings::default()).map(drop)
+        };
+        let refused = open(None).unwrap_err().to_string();
+        assert!(["formats", "U4_128", "BF16 or F32"].iter().all(|word| refused.contains(word)), "{refused}");
+        open(Some(DType::BF16))
     });
 }
 

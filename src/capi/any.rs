@@ -113,6 +113,15 @@ unsafe impl Device for AnyDevice {
         }
     }
 
+    fn dequantises_to(&self, dtype: DType) -> bool {
+        match self {
+            Any::Cpu(device) => device.dequantises_to(dtype),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.dequantises_to(dtype),
+            _ => false,
+        }
+    }
+
     fn free_memory(&self) -> Result<usize> {
         on!(self => |device| device.free_memory())
     }

@@ -134,6 +134,11 @@ pub unsafe trait Device: Clone + Send + Sync + 'static {
         stream: &Self::Stream,
     ) -> Result<()>;
 
+    /// Whether it makes matrices of this type of several tensors: as a rule any that they can become.
+    fn dequantises_to(&self, _dtype: DType) -> bool {
+        true
+    }
+
     /// Enqueues the making of a matrix, `to` that type, of the tensors of its recipe; those that there are not are not looked at. Each
     /// lies on a boundary of 16 bytes, unless the device's memory is RAM: then anywhere. The ranges do not overlap.
     ///

@@ -17,7 +17,7 @@ use std::{ffi::CStr, ops::Range, sync::Arc};
 use crate::{
     device::{Device, DevicePtr},
     dtype::DType,
-    error::Result,
+    error::{Error, Result},
     layout::{Cast, Dequantise, Staging, UnitLayout, Unpack},
     pipeline::reports::Reports,
 };
@@ -41,6 +41,18 @@ impl Form {
     fn keeps_inputs(self, dequantise: &Dequantise) -> bool {
         self == Self::Packed && dequantise.is_kept_stored()
     }
+}
+
+/// Refuses matrices that a device cannot make.
+pub(super) fn check<D: Device>(device: &D, units: &[UnitLayout]) -> Result<()> {
+    let made = units.iter().flat_map(|unit| unit.dequantises.iter().map(move |made| (unit, made)));
+    for (unit, made) in made.filter(|(_, made)| !device.dequantises_to(made.to_type)) {
+        let name = unit.tensors.iter().find(|tensor| tensor.at == made.to).map_or("", |tensor| &tensor.name);
+        let cause =
+            format!("{}: {name} becomes {}, which only a CPU makes: ask for BF16 or F32", unit.name, made.to_type);
+        return Err(Error::setting("unit", cause));
+    }
+    Ok(())
 }
 
 /// The streams that tensors arrive by, and what they pass through on their way.

@@ -177,6 +177,7 @@ impl<D: Device> LayerStreamer<D> {
         let sharing = if lent.is_some() { Sharing::Own } else { Sharing::of(device) };
         let plan = Arc::new(Plan::new(checkpoint, units, settings, sharing)?);
         lent.check(&plan)?;
+        arrival::check(device, &plan.units)?;
         device.bind_thread()?;
         let sources = io::open_all(checkpoint, settings.cache)?;
         let gpu = lent.gpu.map(|(start, _)| DevicePtr::new(start.as_ptr()));

@@ -307,6 +307,10 @@ unsafe impl Device for Cuda {
         self.call(operation, launch)
     }
 
+    fn dequantises_to(&self, dtype: DType) -> bool {
+        !dtype.is_blocks()
+    }
+
     unsafe fn dequantise_raw(
         &self,
         (to, to_type): (DevicePtr, DType),
