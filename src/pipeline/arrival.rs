@@ -45,14 +45,11 @@ impl Form {
 
 /// Refuses matrices that a device cannot make.
 pub(super) fn check<D: Device>(device: &D, units: &[UnitLayout]) -> Result<()> {
-    let made = units.iter().flat_map(|unit| unit.dequantises.iter().map(move |made| (unit, made)));
-    for (unit, made) in made.filter(|(_, made)| !device.dequantises_to(made.to_type)) {
-        let name = unit.tensors.iter().find(|tensor| tensor.at == made.to).map_or("", |tensor| &tensor.name);
-        let cause =
-            format!("{}: {name} becomes {}, which only a CPU makes: ask for BF16 or F32", unit.name, made.to_type);
-        return Err(Error::setting("unit", cause));
-    }
-    Ok(())
+    let mut made = units.iter().flat_map(|unit| unit.dequantises.iter().map(move |made| (unit, made)));
+    let Some((unit, made)) = made.find(|(_, made)| !device.dequantises_to(made.to_type)) else { return Ok(()) };
+    let name = unit.tensors.iter().find(|tensor| tensor.at == made.to).map_or("", |tensor| &tensor.name);
+    let cause = format!("{}: {name} becomes {}, which only a CPU makes: ask for BF16 or F32", unit.name, made.to_type);
+    Err(Error::setting("unit", cause))
 }
 
 /// The streams that tensors arrive by, and what they pass through on their way.

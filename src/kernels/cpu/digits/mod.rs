@@ -9,7 +9,7 @@
 mod split;
 mod tile;
 
-use std::{arch::x86_64::*, ops::Range};
+use std::{arch::x86_64::*, array, iter, ops::Range};
 
 use super::{Parts, for_parts, for_ranges, product::Product, room::room, x86::first};
 use crate::{dtype::DType, error::Result};
@@ -25,8 +25,8 @@ const BLOCK: usize = 256;
 /// Most tokens that are multiplied by a tile at once: their sums stay in registers.
 const AT_ONCE: usize = 4;
 
-/// Most tokens with which a product takes as long as its weights take to arrive. Rows are then read to their end before the next.
-const FEW: usize = 16;
+/// Most tokens with which rows are read to their end before the next.
+const SEVERAL: usize = 16;
 
 /// Rows of a piece for more tokens than that, if there are many: the tokens' digits stay in a cache for all of them.
 const ROWS: usize = 8 * SIDE;
@@ -34,7 +34,7 @@ const ROWS: usize = 8 * SIDE;
 /// Fewest tokens of such a piece: they make up for what a tile takes to be made.
 const LEAST: usize = 32;
 
-/// So many tiles further on a tile's bytes are fetched.
+/// So many blocks further on a tile's bytes are fetched, for more than few tokens.
 const AHEAD: usize = 6;
 
 /// Most tokens whose digits are in the room together, of as many blocks as it then has room for.
@@ -82,7 +82,7 @@ pub(super) unsafe fn multiply(_: Vnni, product: &Product<'_>, weight: &[u8], n: 
 
 /// Rows of the weight, of `n`, and tokens that a thread multiplies at a time.
 fn piece(n: usize, tokens: usize, threads: usize) -> [usize; 2] {
-    if tokens <= FEW {
+    if tokens <= SEVERAL {
         // Long stretches, since what is fetched ahead of a piece's end is lost.
         return [n.div_ceil(8 * threads).next_multiple_of(SIDE).max(2 * SIDE), tokens];
     }
@@ -118,61 +118,93 @@ impl Share<'_> {
     /// The machine has the instructions, and nobody else uses that part of the output.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
     unsafe fn part(&self, rows: Range<usize>, tokens: Range<usize>) {
-        // All blocks of some rows, or a block of all rows.
-        let some = if tokens.len() <= FEW { SIDE } else { rows.len().max(1) };
-        for first in rows.clone().step_by(some) {
+        // SAFETY: the caller promises these.
+        unsafe {
+            match tokens.len() {
+                1 => self.few::<1>(rows, tokens.start),
+                2 => self.few::<2>(rows, tokens.start),
+                _ => self.many(rows, tokens),
+            }
+        }
+    }
+
+    /// The same for so few tokens that weights take as long to arrive: each lane reads on through rows of its own, so that processors fetch ahead by themselves.
+    ///
+    /// # Safety
+    /// As for [`part`](Self::part).
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+    unsafe fn few<const T: usize>(&self, rows: Range<usize>, token: usize) {
+        let step = rows.len().div_ceil(SIDE);
+        for first in rows.start..rows.start + step {
+            let (starts, lanes) = self.starts((first..rows.end).step_by(step));
+            let places: [_; T] = array::from_fn(|number| (token + number) * self.product.stride + first);
+            let mut sums = [[0.0; SIDE]; T];
+            for (sums, place) in sums.iter_mut().zip(places) {
+                for (lane, sum) in sums[..lanes].iter_mut().enumerate() {
+                    // SAFETY: the caller promises this element.
+                    let before = || unsafe { self.out.slice(place + lane * step, 1)[0] };
+                    let bias = || self.product.bias.map_or(0.0, |bias| bias.at(first + lane * step));
+                    *sum = if self.blocks.start == 0 { bias() } else { before() };
+                }
+            }
             for block in self.blocks.clone() {
-                for row in (first..rows.end.min(first + some)).step_by(SIDE) {
-                    // SAFETY: the caller promises these.
-                    unsafe { self.tile(row..rows.end.min(row + SIDE), block, tokens.clone()) };
+                // SAFETY: the weight has these rows, and their blocks.
+                let more = unsafe { Scales::of(&starts, block).few(&starts, block, self.digits::<T>(block, token)) };
+                for (sums, more) in sums.iter_mut().zip(more) {
+                    // SAFETY: they are as many as lanes.
+                    unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), more)) };
+                }
+            }
+            for (sums, place) in sums.iter().zip(places) {
+                for (lane, sum) in sums[..lanes].iter().enumerate() {
+                    // SAFETY: the caller promises this element.
+                    unsafe { self.out.slice(place + lane * step, 1)[0] = *sum };
                 }
             }
         }
     }
 
-    /// A block of at most [`SIDE`] rows, for these tokens.
+    /// The same for more.
     ///
     /// # Safety
     /// As for [`part`](Self::part).
-    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
-    unsafe fn tile(&self, rows: Range<usize>, block: usize, tokens: Range<usize>) {
-        let row_bytes = DType::Q4_K.bytes(self.product.k);
-        let weight = self.weight[rows.start * row_bytes..rows.end * row_bytes].as_ptr();
-        // Rows that there are not repeat the last.
-        let mut starts = [weight; SIDE];
-        for (number, start) in starts.iter_mut().enumerate() {
-            *start = weight.wrapping_add(number.min(rows.len() - 1) * row_bytes);
-        }
-        // What comes later, in the order of addresses: that is what makes processors read ahead themselves.
-        let ahead = weight.wrapping_add(SIDE * (block + AHEAD) * tile::BYTES);
-        // SAFETY: the weight has these rows, and their blocks; the rest the caller promises.
-        unsafe {
-            let scales = Scales::of(&starts, block);
-            match tokens.len() {
-                1 => self.put(
-                    scales.few(&starts, block, self.digits::<1>(block, tokens.start), ahead),
-                    rows,
-                    block,
-                    tokens.start,
-                ),
-                2 => self.put(
-                    scales.few(&starts, block, self.digits::<2>(block, tokens.start), ahead),
-                    rows,
-                    block,
-                    tokens.start,
-                ),
-                _ => self.many(&Tile::new(&starts, block, scales, ahead), rows, block, tokens),
+    unsafe fn many(&self, rows: Range<usize>, tokens: Range<usize>) {
+        // All blocks of some rows, or a block of all rows.
+        let some = if tokens.len() <= SEVERAL { SIDE } else { rows.len().max(1) };
+        for first in rows.clone().step_by(some) {
+            for block in self.blocks.clone() {
+                for row in (first..rows.end.min(first + some)).step_by(SIDE) {
+                    let (starts, lanes) = self.starts(row..rows.end);
+                    // What comes later, in the order of addresses: that is what makes processors read ahead themselves.
+                    let ahead = starts[0].wrapping_add(SIDE * (block + AHEAD) * tile::BYTES);
+                    // SAFETY: the weight has these rows, and their blocks; the rest the caller promises.
+                    unsafe {
+                        let tile = Tile::new(&starts, block, Scales::of(&starts, block), ahead);
+                        self.multiplied(&tile, row..row + lanes, block, tokens.clone());
+                    }
+                }
             }
         }
     }
 
-    /// The same for more tokens.
+    /// Where the first of these rows begin, as many as there are lanes for, and how many they are. Lanes without a row repeat the last.
+    fn starts(&self, rows: impl ExactSizeIterator<Item = usize>) -> ([*const u8; SIDE], usize) {
+        let (lanes, row_bytes) = (rows.len().min(SIDE), DType::Q4_K.bytes(self.product.k));
+        let (mut starts, mut last) = ([self.weight.as_ptr(); SIDE], 0);
+        for (start, row) in starts.iter_mut().zip(rows.map(Some).chain(iter::repeat(None))) {
+            last = row.unwrap_or(last);
+            *start = self.weight[last * row_bytes..(last + 1) * row_bytes].as_ptr();
+        }
+        (starts, lanes)
+    }
+
+    /// What a tile of these rows gives of these tokens.
     ///
     /// # Safety
     /// As for [`part`](Self::part).
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
-    unsafe fn many(&self, tile: &Tile, rows: Range<usize>, block: usize, tokens: Range<usize>) {
+    unsafe fn multiplied(&self, tile: &Tile, rows: Range<usize>, block: usize, tokens: Range<usize>) {
         let mut token = tokens.start;
         while token < tokens.end {
             let some = if tokens.end - token >= AT_ONCE { AT_ONCE } else { 1 };

@@ -159,7 +159,7 @@ impl Scales {
         _mm512_mul_ps(all, _mm512_set1_ps(token.scale))
     }
 
-    /// The same for few tokens: the codes stay in registers. Meanwhile a tile's bytes from `ahead` on are fetched.
+    /// The same for few tokens: the codes stay in registers.
     ///
     /// # Safety
     /// The blocks lie there, which these scales are of.
@@ -169,11 +169,9 @@ impl Scales {
         rows: &[*const u8; SIDE],
         block: usize,
         tokens: [&Digits; T],
-        ahead: *const u8,
     ) -> [__m512; T] {
         let mut sums = [[_mm512_setzero_si512(); DIGITS]; T];
         for pair in 0..GROUPS / 2 {
-            fetch(ahead, pair);
             // SAFETY: the caller promises the blocks.
             let codes = unsafe { codes(rows, block, pair) };
             for (sums, token) in sums.iter_mut().zip(tokens) {
