@@ -64,7 +64,7 @@ Examples:
   layer-streamer tune --model DIR --trace tuned.html                    see what the answer's passes wait for
   layer-streamer generate --model DIR --config tuned.json …             and use the answer")]
 pub struct Options {
-    /// Folder with config.json and safetensors shards; or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, which is
+    /// Folder with config.json and safetensors shards; a GGUF file; or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub, which is
     /// downloaded once
     #[arg(long, value_name = "MODEL", value_parser = hub::parser(), default_value_os_t = crate::speller().into(),
           hide_default_value = true)]
