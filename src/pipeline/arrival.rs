@@ -304,7 +304,7 @@ impl<D: Device> ArrivalStream<D> {
     /// Whether no packed weights were found corrupt so far, of what the device has done.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint) with the tensor that is.
+    /// [`Error::Checkpoint`] with the tensor that is.
     pub(super) fn check(&self) -> Result<()> {
         self.reports.as_ref().map_or(Ok(()), |reports| reports.check())
     }
