@@ -1,5 +1,9 @@
 // What the two attention kernels share: how a context is cut into parts, the tiles in shared memory, and a warp's
 // online softmax on tensor cores (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
+//
+// What a query comes to has the same bits by either kernel, in whatever company. A part of the context begins at a multiple
+// of kPart, a tile of keys at one of kKeys. The tiles of a part are added up one after the other, by one warp; then the
+// parts are. Keys that a query does not see change no bit.
 #pragma once
 
 #include <type_traits>
@@ -18,8 +22,10 @@ struct Attention {
   float scale;    // of scores as powers of two: log2(e) included
   float bend;     // of a soft cap: a score becomes tanh_fast(bend · score) before that; 0: it does not
   int window;     // INT_MAX: none
-  int splits;     // parts that a context is cut into, at most
-  float* partial;  // what the parts gave: [tokens, heads, splits, size] sums, then [tokens, heads, splits] State
+  int first_tile, tiles;        // of this launch
+  int first_head, some_heads;  // the same
+  int places;      // in the scratch, of each row of a tile and each head: one for each part, or one for all
+  float* scratch;  // [tiles, rows of a tile, some_heads, places, size] sums, then [.., places] State
 };
 
 // A softmax over some of the keys, but for its sums of values (Milakov and Gimelshein's names): sums and denominator `d`
@@ -31,12 +37,16 @@ struct State {
 // Scratch for each multiprocessor, whose number is known by it.
 constexpr size_t kScratch = 128 * 1024;
 
+// Keys of a part.
+constexpr int kPart = 512;
+
+// Keys of a tile, for heads of a size.
+template <int D>
+constexpr int kKeys = D > 128 ? 32 : 64;
+
 // Enqueue attention for heads of `size`, a template's, or return cudaErrorInvalidValue.
 cudaError_t attention_decode(Attention call, int size, size_t scratch_bytes, cudaStream_t stream);
 cudaError_t attention_prefill(Attention call, int size, size_t scratch_bytes, cudaStream_t stream);
-
-// Adds up the parts of a call whose tiles are `tile` tokens and whose parts are `least` keys or more.
-cudaError_t attention_combine(Attention call, int size, int tile, int least, cudaStream_t stream);
 
 // Calls `launch` with the head size as a type, of those that there are kernels for.
 template <typename Launch>
@@ -61,12 +71,25 @@ inline cudaError_t with_sizes(Launch launch) {
   return cudaSuccess;
 }
 
-// How many parts fit the scratch, no more than `wanted` and one at least.
-inline int parts_that_fit(const Attention& call, int size, size_t scratch_bytes, int64_t wanted) {
-  const int64_t one = int64_t(call.tokens) * call.heads * (size * sizeof(float) + sizeof(State));
-  const int64_t fit = int64_t(scratch_bytes) / one;
-  const int64_t parts = wanted < fit ? wanted : fit;
-  return parts > 1 ? int(parts) : 1;
+// Calls `launch` for tiles of `rows` queries and heads, in groups, as many at a time as have room in the scratch.
+template <typename Launch>
+cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int group, size_t scratch_bytes, Launch launch) {
+  const int64_t most = int64_t(tiles) * call.heads;
+  // Tiles, each with one head, that there is room for. A context of one part takes none.
+  const int64_t one = int64_t(rows) * call.places * int64_t(size * sizeof(float) + sizeof(State));
+  const int64_t room = call.capacity <= kPart ? most : int64_t(scratch_bytes) / one;
+  const int64_t heads = room < call.heads ? room / group * group : call.heads;
+  if (heads == 0) return cudaErrorInvalidValue;
+  const int64_t together = heads < call.heads ? 1 : room / heads;
+  for (int64_t tile = 0; tile < tiles; tile += together) {
+    for (int64_t head = 0; head < call.heads; head += heads) {
+      call.first_tile = int(tile), call.tiles = int(tiles - tile < together ? tiles - tile : together);
+      call.first_head = int(head), call.some_heads = int(call.heads - head < heads ? call.heads - head : heads);
+      const cudaError_t error = launch(call);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 // Tokens `first .. first + count` of one sequence, `token ..` of the block: the sequence has `left` from there on,
@@ -111,31 +134,43 @@ __device__ inline bool find_tile(const Attention& call, int index, int size, Til
   return false;
 }
 
-// A part of the keys that a tile sees, and how many parts there are: as many as `splits` and `least` keys allow.
-struct Part {
-  int begin, end, parts;
+// The keys that a tile sees: from the first tile of keys on that any of its queries sees.
+template <int D>
+__device__ inline int first_key(const Attention& call, const Tile& tile) {
+  return tile.past + 1 > call.window ? (tile.past + 1 - call.window) / kKeys<D> * kKeys<D> : 0;
+}
+
+// The sums and the state in a place of row `row` of the launch, whose tiles have `rows`.
+__device__ inline float* sums_at(const Attention& call, int size, int64_t row, int head, int place) {
+  return call.scratch + ((row * call.some_heads + head - call.first_head) * call.places + place) * size;
+}
+
+__device__ inline State* state_at(const Attention& call, int size, int rows, int64_t row, int head, int place) {
+  float* const states = call.scratch + int64_t(call.tiles) * rows * call.some_heads * call.places * size;
+  return reinterpret_cast<State*>(states) + (row * call.some_heads + head - call.first_head) * call.places + place;
+}
+
+// What sums are multiplied by when a later part is added to those before it.
+struct Shares {
+  float before, later;
 };
 
-__device__ inline Part part_of(const Attention& call, const Tile& tile, int split, int least) {
-  constexpr int kStep = 64;
-  const int end = tile.past + tile.count;
-  const int begin = tile.past + 1 > call.window ? tile.past + 1 - call.window : 0;
-  const int even = (end - begin + call.splits - 1) / call.splits;
-  const int length = even < least ? least : (even + kStep - 1) / kStep * kStep;
-  Part part;
-  part.parts = (end - begin + length - 1) / length;
-  part.begin = split < part.parts ? begin + split * length : end;
-  part.end = end - part.begin < length ? end : part.begin + length;
-  return part;
+// Adds a later part's state. A part of which the query sees nothing leaves it as it is.
+__device__ inline Shares add_state(State* before, State later) {
+  if (later.d == 0.0f) return {1.0f, 0.0f};
+  if (before->d == 0.0f) {
+    *before = later;
+    return {0.0f, 1.0f};
+  }
+  const float m = fmaxf(before->m, later.m);
+  const Shares shares = {exp2_fast(before->m - m), exp2_fast(later.m - m)};
+  *before = {m, fmaf(later.d, shares.later, before->d * shares.before)};
+  return shares;
 }
 
-__device__ inline float* partial_sums(const Attention& call, int size, int token, int head, int split) {
-  return call.partial + ((int64_t(token) * call.heads + head) * call.splits + split) * size;
-}
-
-__device__ inline State* partial_state(const Attention& call, int size, int token, int head, int split) {
-  float* const states = call.partial + int64_t(call.tokens) * call.heads * call.splits * size;
-  return reinterpret_cast<State*>(states) + (int64_t(token) * call.heads + head) * call.splits + split;
+__device__ inline float add_sum(float before, float later, Shares shares) {
+  if (shares.later == 0.0f) return before;
+  return shares.before == 0.0f ? later : fmaf(later, shares.later, before * shares.before);
 }
 
 // A tile in shared memory is rows of D elements without padding. Chunks of 16 bytes change places within a row, so that
@@ -174,7 +209,9 @@ struct Softmax {
   float sums[M][D / 8][4];
   float m[M][2], d[M][2];  // of each query, as in State
 
-  __device__ Softmax() {
+  __device__ Softmax() { clear(); }
+
+  __device__ void clear() {
 #pragma unroll
     for (int t = 0; t < M; ++t) {
       m[t][0] = m[t][1] = -1e30f;
@@ -240,7 +277,8 @@ struct Softmax {
       if (__ballot_sync(kWarp, next[0] > m[t][0] + kSlack || next[1] > m[t][1] + kSlack) != 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          next[h] = fmaxf(next[h], m[t][h]);
+          // Each query for itself: others are multiplied by 1.
+          next[h] = next[h] > m[t][h] + kSlack ? next[h] : m[t][h];
           const float factor = exp2_fast(m[t][h] - next[h]);
           m[t][h] = next[h];
           d[t][h] *= factor;
@@ -255,8 +293,8 @@ struct Softmax {
       for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float low = exp2_fast(scores[t][n][2 * h] * scale - m[t][h]);
-          const float high = exp2_fast(scores[t][n][2 * h + 1] * scale - m[t][h]);
+          const float low = exp2_fast(fmaf(scores[t][n][2 * h], scale, -m[t][h]));
+          const float high = exp2_fast(fmaf(scores[t][n][2 * h + 1], scale, -m[t][h]));
           d[t][h] += low + high;
           weights[t][n / 2][n % 2 * 2 + h] = pack_bf16(low, high);
         }
@@ -296,5 +334,80 @@ struct Softmax {
     }
   }
 };
+
+// Waits for all threads that share tiles.
+template <int THREADS>
+__device__ inline void wait_for_all() {
+  if constexpr (THREADS == 32) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Goes over keys `begin .. end` of a row of the cache, which begin with a tile, and calls `ended` with the softmax when a part
+// is complete, and in the end, and whether that is now. THREADS threads share the three tiles from `tiles` on: while one is multiplied, the next two are
+// on their way. The warp's queries are `query(step, a)`; their own keys are `own` and, if `kRise`, those behind it.
+template <int D, int M, int THREADS, bool kCap, bool kRise, typename Query, typename Ended>
+__device__ inline void attend(const Attention& call, char* tiles, int64_t cache, int begin, int end, int own, Query query,
+                              Ended ended) {
+  constexpr int kKeys = lsk::kKeys<D>, kTileBytes = kKeys * D * 2;
+  const int lane = int(threadIdx.x) % 32, last = kRise ? own + 16 * M - 1 : own;
+  // Every register counts here: a warp's sums and scores take 192 of 255.
+  const lsk_bf16* const keys = call.keys + cache;
+  const int64_t values = call.values - call.keys;
+  const auto copy = [&](int to, const lsk_bf16* from, int key) {
+    if (key < end) {
+      copy_tile<D, kKeys, THREADS>(tiles + to, from + int64_t(key) * D, D, end - key, int(threadIdx.x) % THREADS);
+    }
+    cp_async_commit();
+  };
+  // The third tile is where these two are not.
+  int key_tile = 0, value_tile = kTileBytes;
+  copy(key_tile, keys, begin);
+  copy(value_tile, keys + values, begin);
+
+  Softmax<D, M, kKeys> softmax;
+  for (int key = begin; key < end; key += kKeys) {
+    const bool seen = key <= last && key + kKeys - 1 > own - call.window;
+    uint32_t weights[M][kKeys / 16][4];
+    // The keys are here; every warp is done with the values before.
+    cp_async_wait<1>();
+    wait_for_all<THREADS>();
+    const int free_tile = 3 * kTileBytes - key_tile - value_tile;
+    copy(free_tile, keys, key + kKeys);
+    if (seen) {
+      float scores[M][kKeys / 8][4];
+      softmax.score(scores, query, tiles + key_tile);
+      if constexpr (kCap) softmax.cap(scores, call.bend);
+      const int ahead = own + (kRise ? lane / 4 : 0) - key - lane % 4 * 2;  // of this lane's first query over its first key
+      if (key + kKeys - 1 > own || key <= last - call.window) {
+#pragma unroll
+        for (int t = 0; t < M; ++t) {
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int behind = ahead + (kRise ? t * 16 + i / 2 * 8 : 0) - n * 8 - i % 2;
+              if (behind < 0 || behind >= call.window) scores[t][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+      softmax.weigh(scores, weights, call.scale);
+    }
+    // The values are here; every warp is done with the keys.
+    cp_async_wait<1>();
+    wait_for_all<THREADS>();
+    copy(key_tile, keys + values, key + kKeys);
+    if (seen) softmax.add(weights, tiles + value_tile);
+    value_tile = key_tile, key_tile = free_tile;
+    if ((key + kKeys) % kPart == 0 || key + kKeys >= end) {
+      softmax.finish();
+      ended(softmax, key + kKeys >= end);
+      softmax.clear();
+    }
+  }
+}
 
 }  // namespace lsk

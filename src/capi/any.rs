@@ -268,6 +268,15 @@ impl Kernels for AnyDevice {
         on!(self => |device| device.check_head_size(size))
     }
 
+    fn product_rows(&self) -> usize {
+        match self {
+            Any::Cpu(device) => device.product_rows(),
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.product_rows(),
+            _ => 1,
+        }
+    }
+
     fn scratch_bytes(&self) -> usize {
         match self {
             Any::Cpu(device) => device.scratch_bytes(),

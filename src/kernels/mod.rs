@@ -111,6 +111,12 @@ pub trait Kernels: Device {
         Ok(())
     }
 
+    /// How many rows of `x` [`linear`](Self::linear) must be given at once for a row's bits to depend neither on how many there are
+    /// nor on its place among them; those that are missing may be any. 1: they never do.
+    fn product_rows(&self) -> usize {
+        1
+    }
+
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;
 

@@ -5,7 +5,6 @@ use super::{
     config::{ModelConfig, Norms},
     embedding::EmbeddingRows,
     exchange::Exchange,
-    tables::Tables,
     weights::Model,
     workspace::{Layout, Region, Workspace},
 };
@@ -24,6 +23,20 @@ pub(super) const HEAD_BLOCK: usize = 16;
 /// Tokens that a pass of several sequences may always have, if the cache holds that many: where weights come over a link, their
 /// computing takes about as long as a layer takes to come, so that more at once would win little. Whole blocks.
 const PASS_TOKENS: usize = 32 * BLOCK;
+
+/// How many rows a product has at once where there are so many tokens in a block: all of them, or a number that never differs, where a
+/// row's bits depend on it.
+pub(super) fn product_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
+    match device.product_rows() {
+        1 => tokens,
+        rows => rows,
+    }
+}
+
+/// The same of the output head, of which no more than [`HEAD_BLOCK`] tokens come at once.
+pub(super) fn head_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
+    if device.product_rows() == 1 { tokens } else { HEAD_BLOCK }
+}
 
 /// How much a decoder has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +118,8 @@ pub(super) struct Buffers<D: Device> {
     pub(super) values: Vec<Region>,
     pub(super) work: Workspace<D>,
     pub(super) at: Regions,
+    /// Rows of a part of the output head, wherever that is kept.
+    pub(super) part_rows: usize,
 }
 
 impl<D: Kernels> Buffers<D> {
@@ -112,10 +127,10 @@ impl<D: Kernels> Buffers<D> {
     pub(super) fn new(device: &D, model: &Model, capacity: Capacity) -> Result<Self> {
         let precision = device.precision();
         let (cache_layout, [keys, values]) = cache_layout(&model.config, precision, capacity);
-        let (work_layout, at) = work_layout(model, precision, capacity);
+        let (work_layout, at) = work_layout(device, model, capacity);
         let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
         let work = Workspace::new(device, "activations", &work_layout)?;
-        Ok(Self { capacity, cache, keys, values, work, at })
+        Ok(Self { capacity, cache, keys, values, work, at, part_rows: model.part_rows() })
     }
 
     /// Fills what never changes, and waits until it is there.
@@ -150,16 +165,16 @@ fn cache_layout(config: &ModelConfig, precision: Precision, capacity: Capacity) 
     (layout, regions)
 }
 
-fn work_layout(model: &Model, precision: Precision, capacity: Capacity) -> (Layout, Regions) {
-    let (layout, config) = (Layout::default(), &model.config);
+fn work_layout<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> (Layout, Regions) {
+    let (layout, config, precision) = (Layout::default(), &model.config, device.precision());
     let Capacity { batch, pass_tokens, .. } = capacity;
-    let block = pass_tokens.min(BLOCK);
-    let head_block = pass_tokens.max(batch).min(HEAD_BLOCK);
+    let fixed = device.product_rows();
+    let block = pass_tokens.min(BLOCK).next_multiple_of(fixed);
+    let head_block = head_rows(device, pass_tokens.max(batch).min(HEAD_BLOCK));
     // Of a head that comes in parts the logits of all sequences are made at once.
-    let (head_rows, part) = match model.tables {
-        Tables::HeadStreamed => (head_block.max(batch), model.part_rows()),
-        Tables::OnDevice | Tables::EmbeddingInFile => (head_block, 0),
-    };
+    let streamed = model.tables.streams_head();
+    let head_rows = if streamed { head_block.max(batch.next_multiple_of(head_rows(device, 1))) } else { head_block };
+    let part = if streamed || fixed > 1 { model.part_rows() } else { 0 };
     let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
     let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
     let activations = |shape: &[usize]| layout.region(precision.activation, shape);
@@ -193,7 +208,7 @@ pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -
     let statics = UnitLayout::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
     let Capacity { batch, context, pass_tokens } = capacity;
     let (cache, _) = cache_layout(&model.config, precision, capacity);
-    let (work, _) = work_layout(model, precision, capacity);
+    let (work, _) = work_layout(device, model, capacity);
     let part = |purpose: Purpose, bytes: usize| Part { purpose, bytes };
     let mut parts = vec![
         part(Purpose::Statics, statics),

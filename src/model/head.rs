@@ -2,7 +2,7 @@
 
 use super::{
     batch::Pass,
-    buffers::{Buffers, HEAD_BLOCK},
+    buffers::{Buffers, HEAD_BLOCK, head_rows},
     config::ModelConfig,
     weights::PART,
 };
@@ -61,7 +61,7 @@ impl<D: Kernels> Head<'_, D> {
     /// The logits of the last tokens of sequences `start..start + rows`, by the whole head; they become the first rows.
     pub(super) fn project_last(&self, weight: TensorRef<'_, D>, start: usize, rows: usize) -> Result<()> {
         self.norm_last(start, rows, 0)?;
-        self.project(weight, rows, 0)
+        self.project(weight, rows)
     }
 
     /// The next token of each of so many sequences by a head that comes in parts: this one's first row is `column`. Returns the next one's.
@@ -79,23 +79,34 @@ impl<D: Kernels> Head<'_, D> {
     /// The logits of so many of the head's rows by a part of the head whose first row is `column`; returns the next part's.
     pub(super) fn part(&self, layer: &Layer<'_, D>, rows: usize, column: usize) -> Result<usize> {
         let weight = layer.tensor(PART)?;
-        self.project(weight, rows, column)?;
+        self.project_part(weight, rows, column)?;
         Ok(column + weight.shape()[0])
     }
 
-    /// The logits of so many of the head's rows, from `column` on.
-    pub(super) fn project(&self, weight: TensorRef<'_, D>, rows: usize, column: usize) -> Result<()> {
+    /// The logits of so many of the head's rows by the whole head. Where bits depend on the shape of a product it is cut as if it came in
+    /// parts.
+    pub(super) fn project(&self, weight: TensorRef<'_, D>, rows: usize) -> Result<()> {
+        let vocab = self.config.vocab;
+        let each = if self.device.product_rows() == 1 { vocab } else { self.buffers.part_rows };
+        (0..vocab)
+            .step_by(each)
+            .try_for_each(|column| self.project_part(weight.rows(column..vocab.min(column + each)), rows, column))
+    }
+
+    /// The same by some of its rows, from `column` on.
+    fn project_part(&self, weight: TensorRef<'_, D>, rows: usize, column: usize) -> Result<()> {
         let (device, stream, work, at) = (self.device, self.stream, &self.buffers.work, &self.buffers.at);
         let (width, hidden, vocab) = (weight.shape()[0], self.config.hidden, self.config.vocab);
         for (start, rows) in blocks(rows) {
-            let x = work.read(at.head_normed, start * hidden, &[rows, hidden])?;
-            if rows == 1 || width == vocab {
-                let out = work.write(at.logits, start * vocab + column, &[rows, width])?;
+            let together = head_rows(device, rows);
+            let x = work.read(at.head_normed, start * hidden, &[together, hidden])?;
+            if together == 1 || width == vocab {
+                let out = work.write(at.logits, start * vocab + column, &[together, width])?;
                 device.linear(stream, x, weight, None, out)?;
                 self.finish(work.write(at.logits, start * vocab + column, &[rows, width])?)?;
                 continue;
             }
-            device.linear(stream, x, weight, None, work.write(at.part, 0, &[rows, width])?)?;
+            device.linear(stream, x, weight, None, work.write(at.part, 0, &[together, width])?)?;
             self.finish(work.write(at.part, 0, &[rows, width])?)?;
             for row in 0..rows {
                 let to = work.write(at.logits, (start + row) * vocab + column, &[width])?;

@@ -2,7 +2,7 @@
 
 use super::{
     batch::{Block, Pass, Sequence},
-    buffers::Buffers,
+    buffers::{Buffers, product_rows},
     config::{Activation, HeadNorm, ModelConfig, Norms},
     workspace::Region,
 };
@@ -113,13 +113,14 @@ impl<D: Kernels> LayerMath<'_, D> {
             kv_lens: self.words(lengths, pass.sequences)?,
             rows: self.words(rows, pass.sequences)?,
         };
-        let (q, kv) = (heads * size, kv_heads * size);
-        let x = self.read(at.normed, &[tokens, hidden])?;
-        self.linear(layer, x, V, (QKV, q + kv), self.write(at.value, &[tokens, kv])?)?;
-        for (region, heads, name, first, norm) in
-            [(at.query, heads, Q, 0, "self_attn.q_norm.weight"), (at.key, kv_heads, K, q, "self_attn.k_norm.weight")]
-        {
-            self.linear(layer, x, name, (QKV, first), self.write(at.unrotated, &[tokens, heads * size])?)?;
+        let (q_width, kv) = (heads * size, kv_heads * size);
+        let x = (at.normed, hidden);
+        self.linear(layer, block, x, V, (QKV, q_width + kv), (at.value, kv))?;
+        for (region, heads, name, first, norm) in [
+            (at.query, heads, Q, 0, "self_attn.q_norm.weight"),
+            (at.key, kv_heads, K, q_width, "self_attn.k_norm.weight"),
+        ] {
+            self.linear(layer, block, x, name, (QKV, first), (at.unrotated, heads * size))?;
             let normed_together: &[usize] = match config.family.head_norm {
                 HeadNorm::None => &[],
                 HeadNorm::Each => &[tokens, heads, size],
@@ -143,8 +144,7 @@ impl<D: Kernels> LayerMath<'_, D> {
         let mask = AttentionMask { scale, window, soft_cap: config.soft_caps.scores };
         let (keys, values) = (cache.read(keys, 0, &cached)?, cache.read(values, 0, &cached)?);
         device.attention(stream, q, keys, values, batch, mask, out)?;
-        let attn_out = self.read(at.attn_out, &[tokens, heads * size])?;
-        self.linear(layer, attn_out, O, (O, 0), self.branch_out(block)?)
+        self.linear(layer, block, (at.attn_out, q_width), O, (O, 0), self.branch_out())
     }
 
     /// Rotates the block's queries or keys: unrotated → `to`. Where frequencies depend on the length of a sequence, each sequence
@@ -171,32 +171,38 @@ impl<D: Kernels> LayerMath<'_, D> {
     fn mlp(&self, layer: &Layer<'_, D>, block: Block) -> Result<()> {
         let Self { device, stream, config, .. } = *self;
         let (at, wide) = (&self.buffers.at, [block.tokens, config.ffn]);
-        let x = self.read(at.normed, &self.shape(block))?;
-        self.linear(layer, x, GATE, (GATE_UP, 0), self.write(at.gate, &wide)?)?;
-        self.linear(layer, x, UP, (GATE_UP, config.ffn), self.write(at.up, &wide)?)?;
+        let x = (at.normed, config.hidden);
+        self.linear(layer, block, x, GATE, (GATE_UP, 0), (at.gate, config.ffn))?;
+        self.linear(layer, block, x, UP, (GATE_UP, config.ffn), (at.up, config.ffn))?;
         let (gate, up) = (self.write(at.gate, &wide)?, self.read(at.up, &wide)?);
         match config.activation {
             Activation::Silu => device.swiglu(stream, gate, up)?,
             Activation::Gelu => device.geglu(stream, gate, up)?,
         }
-        self.linear(layer, self.read(at.gate, &wide)?, DOWN, (DOWN, 0), self.branch_out(block)?)
+        self.linear(layer, block, (at.gate, config.ffn), DOWN, (DOWN, 0), self.branch_out())
     }
 
-    /// `x` by a projection of the layer, with its bias where there is one. In a family whose projections are fused it is the
-    /// part of `fused` whose first row is given.
+    /// The block's rows of `x` by a projection of the layer, with its bias where there is one; how wide both are is said beside them.
+    /// In a family whose projections are fused it is the part of `fused` whose first row is given.
     fn linear(
         &self,
         layer: &Layer<'_, D>,
-        x: TensorRef<'_, D>,
+        block: Block,
+        (x, depth): (Region, usize),
         [weight, bias]: Projection,
         ([fused, _], first): (Projection, usize),
-        out: TensorMut<'_, D>,
+        (out, width): (Region, usize),
     ) -> Result<()> {
         let weight = match self.config.family.is_fused {
-            true => layer.tensor(fused)?.rows(first..first + out.shape()[1]),
+            true => layer.tensor(fused)?.rows(first..first + width),
             false => layer.tensor(weight)?,
         };
-        self.device.linear(self.stream, x, weight, layer.get(bias), out)
+        let (work, rows) = (&self.buffers.work, product_rows(self.device, block.tokens));
+        (0..block.tokens).step_by(rows).try_for_each(|first| {
+            let x = work.read(x, first * depth, &[rows, depth])?;
+            let out = work.write(out, first * width, &[rows, width])?;
+            self.device.linear(self.stream, x, weight, layer.get(bias), out)
+        })
     }
 
     fn shape(&self, block: Block) -> [usize; 2] {
@@ -212,10 +218,10 @@ impl<D: Kernels> LayerMath<'_, D> {
         self.read(self.buffers.at.branch, &self.shape(block))
     }
 
-    /// Where attention and MLP leave what they made: in F32 where it is normed before it is added.
-    fn branch_out(&self, block: Block) -> Result<TensorMut<'_, D>> {
+    /// Where attention and MLP leave what they made, and how wide it is: in F32 where it is normed before it is added.
+    fn branch_out(&self) -> (Region, usize) {
         let (at, norms) = (&self.buffers.at, self.config.family.norms);
-        self.write(if norms == Norms::Before { at.branch } else { at.wide_branch }, &self.shape(block))
+        (if norms == Norms::Before { at.branch } else { at.wide_branch }, self.config.hidden)
     }
 
     fn read(&self, region: Region, shape: &[usize]) -> Result<TensorRef<'_, D>> {

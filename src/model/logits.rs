@@ -125,7 +125,7 @@ impl<D: Kernels> Decoder<D> {
                     false => head.part(layer, rows, column),
                 })?;
             } else {
-                head.project(statics.tensor(&model.names.head)?, rows, 0)?;
+                head.project(statics.tensor(&model.names.head)?, rows)?;
             }
             rows_out.resize(rows * vocab, 0.0);
             device::download(device, stream, head.logits(0, rows)?, &mut rows_out)?;

@@ -71,7 +71,7 @@ struct Case {
   int capacity;
   int64_t window;
   float sharpness;  // scale · sqrt(size)
-  bool scratch = true;
+  size_t scratch = SIZE_MAX;  // at most so many bytes
 };
 
 // Returns the greatest error relative to the greatest element of the same row, or infinity.
@@ -111,7 +111,7 @@ double check(const Case& c, float soft_cap, unsigned seed) {
   }
   const float scale = c.sharpness / sqrtf(float(size));
   constexpr size_t kGuard = 1024;
-  const size_t scratch_bytes = c.scratch ? lsk_attention_scratch(multiprocessors()) : 0;
+  const size_t scratch_bytes = std::min(c.scratch, lsk_attention_scratch(multiprocessors()));
   const Device<Bf16> device_q(q), device_keys(keys), device_values(values);
   const Device<Bf16> out(std::vector<Bf16>(q.size() + kGuard, kNan));
   const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_places(places);
@@ -131,6 +131,25 @@ double check(const Case& c, float soft_cap, unsigned seed) {
   }
   for (size_t i = 0; i < q.size(); ++i) {
     if (!isfinite(widen(got[i]))) return INFINITY;
+  }
+  // A token alone has the same bits as among the others.
+  for (int round = 0; round < 3 && tokens > 0; ++round) {
+    const int token = int(random() % tokens);
+    const int s = int(std::upper_bound(offsets.begin(), offsets.end(), uint32_t(token)) - offsets.begin()) - 1;
+    const uint32_t length = kv_lens[s] - (offsets[s + 1] - token) + 1;
+    const Device<uint32_t> one(std::vector<uint32_t>{0, 1}), lens(std::vector<uint32_t>{length});
+    const Device<uint32_t> place(std::vector<uint32_t>{places[s]});
+    const size_t row = size_t(heads) * size;
+    const Device<Bf16> query(std::vector<Bf16>(q.begin() + token * row, q.begin() + (token + 1) * row)), alone(row);
+    must(lsk_attention(alone.bf16(), query.bf16(), device_keys.bf16(), device_values.bf16(), one.data, lens.data,
+                       place.data, 1, 1, heads, kv_heads, c.capacity, size, scale, c.window, soft_cap, scratch.data,
+                       scratch_bytes, nullptr),
+         "lsk_attention of one token");
+    must(cudaDeviceSynchronize(), "the kernel");
+    if (!std::equal(got.begin() + token * row, got.begin() + (token + 1) * row, alone.read().begin())) {
+      printf("other bits: token %d of %d\n", token, tokens);
+      return INFINITY;
+    }
   }
   // Few rows of large cases: each sequence's first and last tokens and some between, and for each of them some heads.
   double worst = 0;
@@ -212,8 +231,11 @@ bool check_all(bool small) {
     add(size, groupings[6], {1}, {0}, 0);
     add(size, groupings[4], {64}, {0}, 0);
     add(size, groupings[4], {129}, {64}, 64);
-    cases.push_back({size, 6, 3, {100}, {small ? 700 : 4000}, small ? 800 : 4100, 0, 1.0f, false});
-    cases.push_back({size, 6, 3, {1}, {small ? 700 : 4000}, small ? 800 : 4100, 0, 1.0f, false});
+    // Room for one tile of one head, and for the parts of two heads of one token.
+    const size_t room = (size_t(size) * sizeof(float) + 8) * (size > 128 ? 64 : 128);
+    const int past = small ? 700 : 4000, capacity = small ? 800 : 4100;
+    cases.push_back({size, 6, 3, {200}, {past - 100}, capacity, 0, 1.0f, room});
+    cases.push_back({size, 6, 3, {3, 1}, {past, past - 9}, capacity, 0, 1.0f, room / 32});
   }
   cases.push_back({64, 2, 1, std::vector<int>(70, 1), std::vector<int>(70, 9), 10, 0, 1.0f});
   cases.push_back({64, 2, 1, {0, 0}, {3, 0}, 10, 0, 1.0f});
