@@ -1037,7 +1037,8 @@ ls_status ls_model_describe(struct ls_model model, struct ls_model_info *info);
 
 // Runs the tokens of `count` sequences through the model, after what the KV cache holds of them, and keeps their keys and
 // values. ls_model_logits then has what comes next, for a host that chooses tokens by itself. LS_CANCELLED after
-// ls_model_cancel. After an error the cache is as it was before.
+// ls_model_cancel. After an error the cache is as it was before. What a token comes to depends on the tokens before it in its
+// sequence and on nothing else, to the last bit.
 ls_status ls_model_forward(struct ls_model model,
                            const struct ls_sequence *sequences,
                            size_t count);

@@ -132,15 +132,11 @@ fn a_prompt_of_several_blocks_gives_what_pieces_of_any_length_give() {
             pieces.forward(&[Sequence { row: 0, tokens }]).unwrap();
             found.extend(logits(&mut pieces));
         }
-        let off = distance(&found, &reference);
-        assert!(off <= AT_MOST, "pieces of {piece} off by {off:.1e}");
+        assert!(found == at_once[150 * vocab..540 * vocab], "pieces of {piece} have other bits");
+        assert!(found[..150 * vocab] == at_once[..150 * vocab], "pieces of {piece}");
     }
-    for (found, expected) in
-        [(&at_once[150 * vocab..540 * vocab], &reference[..]), (&at_once[..150 * vocab], &reference[..150 * vocab])]
-    {
-        let off = distance(found, expected);
-        assert!(off <= AT_MOST, "several blocks off by {off:.1e}");
-    }
+    let off = distance(&at_once[150 * vocab..540 * vocab], &reference);
+    assert!(off <= AT_MOST, "off by {off:.1e}");
 }
 
 #[test]

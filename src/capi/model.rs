@@ -266,7 +266,8 @@ unsafe fn batch<'a>(sequences: *const ls_sequence, count: usize) -> Result<Vec<S
 
 /// Runs the tokens of `count` sequences through the model, after what the KV cache holds of them, and keeps their keys and
 /// values. ls_model_logits then has what comes next, for a host that chooses tokens by itself. LS_CANCELLED after
-/// ls_model_cancel. After an error the cache is as it was before.
+/// ls_model_cancel. After an error the cache is as it was before. What a token comes to depends on the tokens before it in its
+/// sequence and on nothing else, to the last bit.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_forward(model: ls_model, sequences: *const ls_sequence, count: usize) -> ls_status {
     ffi(|| {

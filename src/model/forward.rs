@@ -18,6 +18,9 @@ impl<D: Kernels> Decoder<D> {
     /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values. More tokens
     /// than [`pass_tokens`](Self::pass_tokens) take more passes, and give the same.
     ///
+    /// What a token comes to depends on the tokens before it in its sequence and on nothing else, to the last bit: neither on the
+    /// rest of the batch, nor on the passes its sequence took, nor on where anything is kept.
+    ///
     /// Where a model's rotary frequencies depend on how long a sequence is ([`Rope::grows`](super::Rope::grows)), and these tokens
     /// change them, the sequence is computed anew from its first token on: what comes of it is always what one pass over the
     /// whole sequence gives. Its tokens so far are then among those that are observed, and among
