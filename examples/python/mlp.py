@@ -18,8 +18,7 @@ class Handle(c.Structure):
 
 
 class UnitTensor(c.Structure):
-    _fields_ = [("name", c.c_char_p), ("stored", c.c_char_p), ("dtype", c.c_int32)]
-    _fields_ += [("rows", c.c_size_t), ("columns", c.c_size_t)]  # 0 where only the tensor of this name will do
+    _fields_ = [("name", c.c_char_p), ("stored", c.c_char_p), ("dtype", c.c_int32), ("rows", c.c_size_t), ("columns", c.c_size_t)]
 
 
 class Unit(c.Structure):

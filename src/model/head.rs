@@ -87,7 +87,7 @@ impl<D: Kernels> Head<'_, D> {
     /// parts.
     pub(super) fn project(&self, weight: TensorRef<'_, D>, rows: usize) -> Result<()> {
         let vocab = self.config.vocab;
-        let each = if self.device.product_rows() == 1 { vocab } else { self.buffers.part_rows };
+        let each = if self.device.product_rows() == 1 { vocab } else { self.buffers.part_rows.max(1) };
         (0..vocab)
             .step_by(each)
             .try_for_each(|column| self.project_part(weight.rows(column..vocab.min(column + each)), rows, column))
