@@ -1,9 +1,9 @@
 // What the two attention kernels share: how a context is cut into parts, the tiles in shared memory, and a warp's
 // online softmax on tensor cores (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023, arXiv:2307.08691).
 //
-// What a query comes to has the same bits by either kernel, in whatever company. A part of the context begins at a multiple
-// of kPart, a tile of keys at one of kKeys. The tiles of a part are added up one after the other, by one warp; then the
-// parts are. Keys that a query does not see change no bit.
+// What a query comes to has the same bits by either kernel, in whatever company. A part of the context begins at a
+// multiple of kPart, a tile of keys at one of kKeys. The tiles of a part are added up one after the other, by one warp;
+// then the parts are. Keys that a query does not see change no bit.
 #pragma once
 
 #include <type_traits>
@@ -73,7 +73,8 @@ inline cudaError_t with_sizes(Launch launch) {
 
 // Calls `launch` for tiles of `rows` queries and heads, in groups, as many at a time as have room in the scratch.
 template <typename Launch>
-cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int group, size_t scratch_bytes, Launch launch) {
+cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int group, size_t scratch_bytes,
+                      Launch launch) {
   const int64_t most = int64_t(tiles) * call.heads;
   // Tiles, each with one head, that there is room for. A context of one part takes none.
   const int64_t one = int64_t(rows) * call.places * int64_t(size * sizeof(float) + sizeof(State));
@@ -345,12 +346,13 @@ __device__ inline void wait_for_all() {
   }
 }
 
-// Goes over keys `begin .. end` of a row of the cache, which begin with a tile, and calls `ended` with the softmax when a part
-// is complete, and in the end, and whether that is now. THREADS threads share the three tiles from `tiles` on: while one is multiplied, the next two are
-// on their way. The warp's queries are `query(step, a)`; their own keys are `own` and, if `kRise`, those behind it.
+// Goes over keys `begin .. end` of a row of the cache, which begin with a tile. At the end of each part it calls `ended`
+// with the softmax, and whether the part is the first, and the last. THREADS threads share the three tiles from `tiles`
+// on: while one is multiplied, the next two are on their way. The warp's queries are `query(step, a)`; their own keys are
+// `own` and, if `kRise`, those behind it.
 template <int D, int M, int THREADS, bool kCap, bool kRise, typename Query, typename Ended>
-__device__ inline void attend(const Attention& call, char* tiles, int64_t cache, int begin, int end, int own, Query query,
-                              Ended ended) {
+__device__ inline void attend(const Attention& call, char* tiles, int64_t cache, int begin, int end, int own,
+                              Query query, Ended ended) {
   constexpr int kKeys = lsk::kKeys<D>, kTileBytes = kKeys * D * 2;
   const int lane = int(threadIdx.x) % 32, last = kRise ? own + 16 * M - 1 : own;
   // Every register counts here: a warp's sums and scores take 192 of 255.
@@ -368,46 +370,50 @@ __device__ inline void attend(const Attention& call, char* tiles, int64_t cache,
   copy(value_tile, keys + values, begin);
 
   Softmax<D, M, kKeys> softmax;
-  for (int key = begin; key < end; key += kKeys) {
-    const bool seen = key <= last && key + kKeys - 1 > own - call.window;
-    uint32_t weights[M][kKeys / 16][4];
-    // The keys are here; every warp is done with the values before.
-    cp_async_wait<1>();
-    wait_for_all<THREADS>();
-    const int free_tile = 3 * kTileBytes - key_tile - value_tile;
-    copy(free_tile, keys, key + kKeys);
-    if (seen) {
-      float scores[M][kKeys / 8][4];
-      softmax.score(scores, query, tiles + key_tile);
-      if constexpr (kCap) softmax.cap(scores, call.bend);
-      const int ahead = own + (kRise ? lane / 4 : 0) - key - lane % 4 * 2;  // of this lane's first query over its first key
-      if (key + kKeys - 1 > own || key <= last - call.window) {
+  int key = begin;
+  // A loop of its own for each part: what ends one takes no registers from the others.
+  do {
+    const int next = key / kPart * kPart + kPart, part_end = next < end ? next : end;
+    for (; key < part_end; key += kKeys) {
+      const bool seen = key <= last && key + kKeys - 1 > own - call.window;
+      uint32_t weights[M][kKeys / 16][4];
+      // The keys are here; every warp is done with the values before.
+      cp_async_wait<1>();
+      wait_for_all<THREADS>();
+      const int free_tile = 3 * kTileBytes - key_tile - value_tile;
+      copy(free_tile, keys, key + kKeys);
+      if (seen) {
+        float scores[M][kKeys / 8][4];
+        softmax.score(scores, query, tiles + key_tile);
+        if constexpr (kCap) softmax.cap(scores, call.bend);
+        // Of this lane's first query over its first key.
+        const int ahead = own + (kRise ? lane / 4 : 0) - key - lane % 4 * 2;
+        if (key + kKeys - 1 > own || key <= last - call.window) {
 #pragma unroll
-        for (int t = 0; t < M; ++t) {
+          for (int t = 0; t < M; ++t) {
 #pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n) {
+            for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int behind = ahead + (kRise ? t * 16 + i / 2 * 8 : 0) - n * 8 - i % 2;
-              if (behind < 0 || behind >= call.window) scores[t][n][i] = -INFINITY;
+              for (int i = 0; i < 4; ++i) {
+                const int behind = ahead + (kRise ? t * 16 + i / 2 * 8 : 0) - n * 8 - i % 2;
+                if (behind < 0 || behind >= call.window) scores[t][n][i] = -INFINITY;
+              }
             }
           }
         }
+        softmax.weigh(scores, weights, call.scale);
       }
-      softmax.weigh(scores, weights, call.scale);
+      // The values are here; every warp is done with the keys.
+      cp_async_wait<1>();
+      wait_for_all<THREADS>();
+      copy(key_tile, keys + values, key + kKeys);
+      if (seen) softmax.add(weights, tiles + value_tile);
+      value_tile = key_tile, key_tile = free_tile;
     }
-    // The values are here; every warp is done with the keys.
-    cp_async_wait<1>();
-    wait_for_all<THREADS>();
-    copy(key_tile, keys + values, key + kKeys);
-    if (seen) softmax.add(weights, tiles + value_tile);
-    value_tile = key_tile, key_tile = free_tile;
-    if ((key + kKeys) % kPart == 0 || key + kKeys >= end) {
-      softmax.finish();
-      ended(softmax, key + kKeys >= end);
-      softmax.clear();
-    }
-  }
+    softmax.finish();
+    ended(softmax, key <= begin / kPart * kPart + kPart, key >= end);
+    softmax.clear();
+  } while (key < end);
 }
 
 }  // namespace lsk

@@ -1,6 +1,6 @@
-// Attention of a few tokens: reading the cache is all the time it takes. A block is a warp that takes one token, the query heads
-// that share a key head (up to 16, which are the rows of a tensor core's tile), and some parts of the context. What the parts
-// come to is added up by another kernel.
+// Attention of a few tokens: reading the cache is all the time it takes. A block is a warp that takes one token, the query
+// heads that share a key head (up to 16, which are the rows of a tensor core's tile), and some parts of the context. What
+// the parts come to is added up by another kernel.
 #include <limits.h>
 #include <math.h>
 
@@ -14,7 +14,7 @@ constexpr int kHeads = 16;
 
 template <int D>
 struct Shape {
-  static constexpr int kBytes = 3 * kKeys<D> * D * 2;
+  static constexpr int kQueryBytes = kHeads * D * 2, kBytes = kQueryBytes + 3 * kKeys<D> * D * 2;
   // Blocks that a multiprocessor of an H100 holds: 227 KiB of shared memory, a KiB of each block is the system's; and 32.
   static constexpr int kMost = 227 * 1024 / (kBytes + 1024), kResident = kMost < 32 ? kMost : 32;
 };
@@ -22,6 +22,7 @@ struct Shape {
 // With kCap, scores are capped: apart, so that the others need no register for it.
 template <int D, bool kCap>
 __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
+  using Shape = Shape<D>;
   LSK_DYNAMIC_SHARED(shared);
   const int share = call.heads / call.kv_heads, chunks = (share + kHeads - 1) / kHeads;
   const int split = int(blockIdx.x) % splits, block = int(blockIdx.x) / splits;
@@ -34,27 +35,15 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
   const int first = begin / kPart, parts = (end - 1) / kPart - first + 1;
 
   const int lane = int(threadIdx.x);
-  uint32_t held[D / 16][4];
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i % 2 * 8, column = step * 16 + i / 2 * 8 + lane % 4 * 2;
-      held[step][i] = 0;
-      if (row < heads) {
-        held[step][i] = *reinterpret_cast<const uint32_t*>(
-            call.q + (int64_t(tile.token) * call.heads + head + row) * D + column);
-      }
-    }
-  }
-  const auto query = [&](int step, uint32_t(&a)[1][4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[0][i] = held[step][i];
-  };
+  copy_tile<D, kHeads, 32>(shared, call.q + (int64_t(tile.token) * call.heads + head) * D, D, heads, lane);
+  // Where this lane reads queries, as in Softmax::add.
+  const char* const query_row = shared + (lane & 15) * D * 2;
+  const int place = ((lane >> 4) ^ swizzle<D>(lane & 15)) * 16;
+  const auto query = [&](int step, uint32_t(&a)[1][4]) { ldmatrix_x4(a[0], query_row + (step * 32 ^ place)); };
   const int64_t cache = (int64_t(tile.row) * call.kv_heads + kv_head) * call.capacity * D;
   for (int part = split; part < parts; part += splits) {
     const int from = part == 0 ? begin : (first + part) * kPart, to = min(end, (first + part + 1) * kPart);
-    attend<D, 1, 32, kCap, false>(call, shared, cache, from, to, tile.past, query, [&](auto& softmax, bool) {
+    const auto ended = [&](auto& softmax, bool, bool) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4, column = lane % 4 * 2;
@@ -77,7 +66,9 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
         }
         if (lane % 4 == 0) *state_at(call, D, 1, number, head + row, part) = {softmax.m[0][h], softmax.d[0][h]};
       }
-    });
+    };
+    char* const tiles = shared + Shape::kQueryBytes;
+    attend<D, 1, 32, kCap, false>(call, tiles, cache, from, to, tile.past, query, ended);
     // All lanes are done with the tiles.
     __syncwarp();
   }

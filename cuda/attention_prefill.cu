@@ -1,7 +1,7 @@
 // Attention of many tokens: a block of four warps takes a tile of queries of one head, and goes over the keys they see.
 //
-// Shared memory holds the queries and three tiles of keys or values. What the parts of a context come to is added up by way of
-// the scratch.
+// Shared memory holds the queries and three tiles of keys or values. What the parts of a context come to is added up by
+// way of the scratch.
 #include <limits.h>
 #include <math.h>
 
@@ -70,37 +70,39 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
     }
   };
 
-  // Of the parts so far: their sums are in the scratch.
-  State totals[M][2];
-  bool begun = false;
-  const auto ended = [&](auto& softmax, bool done) {
-    if (begun || !done) {
+  const auto ended = [&](auto& softmax, bool first, bool done) {
+    if (!first || !done) {
 #pragma unroll
       for (int t = 0; t < M; ++t) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int at = row + t * 16 + h * 8 + lane / 4;
-          float* const before = sums_at(call, D, int64_t(number) * kRows + at, head, 0) + lane % 4 * 2;
-          const State later = {softmax.m[t][h], softmax.d[t][h]};
-          Shares shares = {0.0f, 1.0f};
-          if (begun) {
-            shares = add_state(&totals[t][h], later);
-          } else {
-            totals[t][h] = later;
-          }
+          const int64_t at = int64_t(number) * kRows + row + t * 16 + h * 8 + lane / 4;
+          float* const before = sums_at(call, D, at, head, 0) + lane % 4 * 2;
+          State* const state = state_at(call, D, kRows, at, head, 0);
+          State total = {softmax.m[t][h], softmax.d[t][h]};
+          if (!first) {
+            // One lane of four reads and writes it.
+            const State later = total;
+            if (lane % 4 == 0) total = *state;
+            total.m = __shfl_sync(kWarp, total.m, lane & ~3), total.d = __shfl_sync(kWarp, total.d, lane & ~3);
+            const Shares shares = add_state(&total, later);
 #pragma unroll
-          for (int n = 0; n < D / 8; ++n) {
-            float* const sums = &softmax.sums[t][n][2 * h];
-            if (begun) {
+            for (int n = 0; n < D / 8; ++n) {
               const float2 old = *reinterpret_cast<const float2*>(before + n * 8);
+              float* const sums = &softmax.sums[t][n][2 * h];
               sums[0] = add_sum(old.x, sums[0], shares), sums[1] = add_sum(old.y, sums[1], shares);
             }
-            if (!done) *reinterpret_cast<float2*>(before + n * 8) = make_float2(sums[0], sums[1]);
+            softmax.d[t][h] = total.d;
           }
-          softmax.d[t][h] = totals[t][h].d;
+          if (done) continue;
+          if (lane % 4 == 0) *state = total;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+            *reinterpret_cast<float2*>(before + n * 8) =
+                make_float2(softmax.sums[t][n][2 * h], softmax.sums[t][n][2 * h + 1]);
+          }
         }
       }
-      begun = true;
     }
     if (!done) return;
     // Through the place of the warp's own queries, so that rows are written 16 bytes at a time. All lanes have read those:
@@ -128,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
           *reinterpret_cast<const uint4*>(queries + at * D * 2 + (chunk ^ swizzle<D>(at)) * 16);
     }
   };
-  attend<D, M, kThreads, kCap, true>(call, shared + Shape::kQueryBytes, cache, begin, end, tile.past + row, query, ended);
+  char* const tiles = shared + Shape::kQueryBytes;
+  attend<D, M, kThreads, kCap, true>(call, tiles, cache, begin, end, tile.past + row, query, ended);
 }
 
 template <int D, int M>
