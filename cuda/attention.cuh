@@ -75,10 +75,9 @@ inline cudaError_t with_sizes(Launch launch) {
 template <typename Launch>
 cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int group, size_t scratch_bytes,
                       Launch launch) {
-  const int64_t most = int64_t(tiles) * call.heads;
   // Tiles, each with one head, that there is room for. A context of one part takes none.
   const int64_t one = int64_t(rows) * call.places * int64_t(size * sizeof(float) + sizeof(State));
-  const int64_t room = call.capacity <= kPart ? most : int64_t(scratch_bytes) / one;
+  const int64_t room = call.capacity <= kPart ? tiles * call.heads : int64_t(scratch_bytes) / one;
   const int64_t heads = room < call.heads ? room / group * group : call.heads;
   if (heads == 0) return cudaErrorInvalidValue;
   const int64_t together = heads < call.heads ? 1 : room / heads;
@@ -93,10 +92,10 @@ cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int gro
   return cudaSuccess;
 }
 
-// Tokens `first .. first + count` of one sequence, `token ..` of the block: the sequence has `left` from there on,
-// `past` keys before the first one's own, and `row` of the cache.
+// Some tokens of one sequence, `token .. token + count` of the block: the sequence has `past` keys before the first one's
+// own, and `row` of the cache.
 struct Tile {
-  int token, first, count, left, past, row;
+  int token, count, past, row;
 };
 
 // Finds tile `index` when each sequence is cut into tiles of `size` tokens; false: there are fewer. All lanes of a warp
@@ -122,11 +121,10 @@ __device__ inline bool find_tile(const Attention& call, int index, int size, Til
       const int owner = __ffs(int(after)) - 1;
       begin = __shfl_sync(kWarp, begin, owner);
       count = __shfl_sync(kWarp, count, owner);
-      tile->first = (index - __shfl_sync(kWarp, through - tiles, owner)) * size;
-      tile->token = begin + tile->first;
-      tile->past = __shfl_sync(kWarp, kv_len, owner) - count + tile->first;
-      tile->left = count - tile->first;
-      tile->count = tile->left < size ? tile->left : size;
+      const int first = (index - __shfl_sync(kWarp, through - tiles, owner)) * size;
+      tile->token = begin + first;
+      tile->past = __shfl_sync(kWarp, kv_len, owner) - count + first;
+      tile->count = count - first < size ? count - first : size;
       tile->row = __shfl_sync(kWarp, row, owner);
       return true;
     }

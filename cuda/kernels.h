@@ -132,13 +132,15 @@ cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t colu
 
 /* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, capacity, size],
  * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none.
- * soft_cap 0: none, others are exact to 3e-7 of themselves. */
+ * soft_cap 0: none, others are exact to 3e-7 of themselves. A token's result has the same bits whatever else the call has.
+ * With less scratch there are more launches; cudaErrorInvalidValue where not even the heads of one token that share a key
+ * head have room, which a capacity of 512 never asks. */
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
                           int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
                           float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream);
 
-/* The most scratch, in bytes, that lsk_attention uses on a device with so many multiprocessors. */
+/* The scratch, in bytes, that lsk_attention should have on a device with so many multiprocessors. */
 size_t lsk_attention_scratch(int multiprocessors);
 
 /* Loads all kernels onto this thread's device. Left to itself the runtime loads each when it is first launched, which

@@ -3,7 +3,7 @@
 #[path = "common/c.rs"]
 mod c_calls;
 
-use std::{fs, ptr, slice};
+use std::{fs, slice};
 
 use c_calls::{c, made, message};
 use layer_streamer::{
@@ -149,7 +149,7 @@ fn a_static_tensor_is_stored_by_itself() {
         unsafe {
             assert_eq!(ls_statics_load(streamer, &matrix, 1, &mut statics), LS_INVALID);
             assert!(message().contains("awq.weight") && message().contains("rows and columns"), "{}", message());
-            assert_eq!(ls_statics_load(streamer, &plain, 1, ptr::from_mut(&mut statics)), LS_OK, "{}", message());
+            assert_eq!(ls_statics_load(streamer, &plain, 1, &mut statics), LS_OK, "{}", message());
             assert_eq!(ls_statics_close(statics), LS_OK);
         }
     };

@@ -83,7 +83,7 @@ pub(super) unsafe fn multiply(_: Vnni, product: &Product<'_>, weight: &[u8], n: 
 /// Rows of the weight, of `n`, and tokens that a thread multiplies at a time.
 fn piece(n: usize, tokens: usize, threads: usize) -> [usize; 2] {
     if tokens <= SEVERAL {
-        // Long stretches, since what is fetched ahead of a piece's end is lost.
+        // Long stretches: what is fetched ahead of a piece's end is lost.
         return [n.div_ceil(8 * threads).next_multiple_of(SIDE).max(2 * SIDE), tokens];
     }
     let few = n.div_ceil(ROWS) * tokens.div_ceil(LEAST) < 4 * threads;
