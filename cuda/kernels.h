@@ -104,10 +104,15 @@ cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
 cudaError_t lsk_broadcast_row(void* out, int out_dtype, const lsk_bf16* bias, int64_t rows, int64_t columns,
                               cudaStream_t stream);
 
+/* Which elements of a head are a pair: i and i + half; 2i and 2i + 1; 2i and 2i + 1, which become i and i + half. */
+#define LSK_HALVES 0
+#define LSK_INTERLEAVED 1
+#define LSK_TO_HALVES 2
+
 /* Rotary embedding: x, out [tokens, heads, size], positions [tokens], inv_freq [half]. The first 2 * half elements of a
- * head turn and become `scale` times as long, the others are passed on. */
+ * head turn and become `scale` times as long, the others are passed on. `layout` is one of those above. */
 cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, float scale,
-                     int64_t tokens, int heads, int size, int half, int interleaved, cudaStream_t stream);
+                     int64_t tokens, int heads, int size, int half, int layout, cudaStream_t stream);
 
 /* gate = silu(gate) * up. */
 cudaError_t lsk_swiglu(lsk_bf16* gate, const lsk_bf16* up, size_t n, cudaStream_t stream);

@@ -26,8 +26,24 @@ __device__ inline void sine_and_cosine(float angle, float* sine, float* cosine) 
   sincospif(2.0f * float(turns - rint(turns)), sine, cosine);
 }
 
+// Of N pairs that lie side by side, the first elements and the second ones.
+template <int N>
+__device__ inline void part(Vec<float, N>& low, Vec<float, N>& high) {
+  const Vec<float, N> pairs[2] = {low, high};
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) (i % 2 == 0 ? low : high).at[i / 2] = pairs[i / N].at[i % N];
+}
+
+// And back.
+template <int N>
+__device__ inline void join(Vec<float, N>& low, Vec<float, N>& high) {
+  const Vec<float, N> parts[2] = {low, high};
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) (i < N ? low : high).at[i % N] = parts[i % 2].at[i / 2];
+}
+
 // A thread takes N pairs at once: half and size are multiples of N.
-template <int N, bool kInterleaved>
+template <int N, int kLayout>
 __global__ void __launch_bounds__(kBlock) rope(Rope call) {
   LSK_DYNAMIC_SHARED(shared);
   const int half = call.half, packs = half / N;
@@ -36,8 +52,7 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
   float* const cosines = reinterpret_cast<float*>(shared);
   float* const sines = cosines + call.each * half;
   const int items = tokens * call.heads * packs;
-  // The second elements of the pairs lie this far from the first.
-  const int apart = kInterleaved ? N : half;
+  constexpr bool kPairs = kLayout != LSK_HALVES, kToPairs = kLayout == LSK_INTERLEAVED;
   bool ready = false;
   for (int base = 0; base < items; base += kBlock * kUnroll) {
     Vec<float, N> low[kUnroll], high[kUnroll];
@@ -48,9 +63,10 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
       if (item < items) {
         const int row = int(unsigned(item) / unsigned(packs)), pack = item - row * packs;
         angle[i] = int(unsigned(row) / unsigned(call.heads)) * half + pack * N;
-        place[i] = row * call.size + pack * N * (kInterleaved ? 2 : 1);
-        low[i] = load<N>(call.x + begin + place[i]);
-        high[i] = load<N>(call.x + begin + place[i] + apart);
+        place[i] = row * call.size + pack * N;
+        const float* const from = call.x + begin + place[i] + (kPairs ? pack * N : 0);
+        low[i] = load<N>(from);
+        high[i] = load<N>(from + (kPairs ? N : half));
       }
     }
     if (!ready) {
@@ -66,17 +82,17 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
     for (int i = 0; i < kUnroll; ++i) {
       if (base + i * kBlock + int(threadIdx.x) < items) {
         const Vec<float, N> cosine = load<N>(cosines + angle[i]), sine = load<N>(sines + angle[i]);
+        if (kPairs) part(low[i], high[i]);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          // Interleaved, the 2 · N elements are N pairs side by side.
-          float& first_of = kInterleaved ? (2 * k < N ? low[i] : high[i]).at[2 * k % N] : low[i].at[k];
-          float& second_of = kInterleaved ? (2 * k + 1 < N ? low[i] : high[i]).at[(2 * k + 1) % N] : high[i].at[k];
-          const float a = first_of, b = second_of;
-          first_of = a * cosine.at[k] - b * sine.at[k];
-          second_of = b * cosine.at[k] + a * sine.at[k];
+          const float a = low[i].at[k], b = high[i].at[k];
+          low[i].at[k] = a * cosine.at[k] - b * sine.at[k];
+          high[i].at[k] = b * cosine.at[k] + a * sine.at[k];
         }
-        store(call.out + begin + place[i], narrow<lsk_bf16>(low[i].at));
-        store(call.out + begin + place[i] + apart, narrow<lsk_bf16>(high[i].at));
+        if (kToPairs) join(low[i], high[i]);
+        lsk_bf16* const to = call.out + begin + place[i] + (kToPairs ? place[i] % call.size : 0);
+        store(to, narrow<lsk_bf16>(low[i].at));
+        store(to + (kToPairs ? N : half), narrow<lsk_bf16>(high[i].at));
       }
     }
   }
@@ -90,28 +106,31 @@ __global__ void __launch_bounds__(kBlock) rope(Rope call) {
 }
 
 template <int N>
-cudaError_t launch(Rope call, bool interleaved, cudaStream_t stream) {
+cudaError_t launch(Rope call, int layout, cudaStream_t stream) {
+  constexpr decltype(&rope<N, LSK_HALVES>) kKernels[] = {rope<N, LSK_HALVES>, rope<N, LSK_INTERLEAVED>, rope<N, LSK_TO_HALVES>};
   // As many tokens as give every thread its share of pairs, those counted in that do not turn.
   const int64_t share = kBlock * kUnroll / (int64_t(call.heads) * ((call.size + 2 * N - 1) / (2 * N)));
   call.each = int(share < 1 ? 1 : share < kMostTokens ? share : kMostTokens);
   const size_t shared_bytes = size_t(call.each) * call.half * 2 * sizeof(float);
   const dim3 grid(unsigned((call.tokens + call.each - 1) / call.each));
-  return lsk_launch(interleaved ? rope<N, true> : rope<N, false>, grid, dim3(kBlock), shared_bytes, stream, call);
+  return lsk_launch(kKernels[layout], grid, dim3(kBlock), shared_bytes, stream, call);
 }
 
 }  // namespace
 
 cudaError_t lsk_rope(lsk_bf16* out, const float* x, const uint32_t* positions, const float* inv_freq, float scale,
-                     int64_t tokens, int heads, int size, int half, int interleaved, cudaStream_t stream) {
+                     int64_t tokens, int heads, int size, int half, int layout, cudaStream_t stream) {
   // The sines of a token must fit shared memory.
-  const bool valid = size >= 0 && size <= 4096 && half >= 0 && half <= size / 2 && heads >= 0 && heads <= 65536;
+  const bool valid = size >= 0 && size <= 4096 && half >= 0 && half <= size / 2 && heads >= 0 && heads <= 65536 && layout >= LSK_HALVES &&
+                     layout <= LSK_TO_HALVES;
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0 || heads == 0 || size == 0) return cudaSuccess;
   const Rope call = {out, x, positions, inv_freq, scale, tokens, heads, size, half, 1};
   const bool wide = size % 4 == 0 && half % 4 == 0 && aligned_for<4>(x) && aligned_for<4>(out);
-  return wide ? launch<4>(call, interleaved != 0, stream) : launch<1>(call, interleaved != 0, stream);
+  return wide ? launch<4>(call, layout, stream) : launch<1>(call, layout, stream);
 }
 
 static const Loader loader([] {
-  return load_kernels(rope<4, false>, rope<4, true>, rope<1, false>, rope<1, true>);
+  return load_kernels(rope<4, LSK_HALVES>, rope<4, LSK_INTERLEAVED>, rope<4, LSK_TO_HALVES>, rope<1, LSK_HALVES>, rope<1, LSK_INTERLEAVED>,
+                      rope<1, LSK_TO_HALVES>);
 });

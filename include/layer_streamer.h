@@ -277,6 +277,9 @@ enum ls_rope_layout
     LS_ROPE_HALVES = 0,
     // Elements 2i and 2i + 1, as in Meta's own checkpoints.
     LS_ROPE_INTERLEAVED = 1,
+    // Elements 2i and 2i + 1, which become i and i + half: what follows adds in the order of a checkpoint with halves, from one
+    // whose rows of queries and keys are interleaved, as in GGUF files of Llama models.
+    LS_ROPE_TO_HALVES = 2,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

@@ -117,7 +117,7 @@ fn rope_in_both_layouts_for_any_size_share_and_position() {
         let positions: Vec<u32> = (0..tokens).map(|_| rng.u32(..131_072)).collect();
         let inv_freq: Vec<f32> = (0..half).map(|i| 1e4f32.powf(-2.0 * i as f32 / size as f32)).collect();
         let values = random(rng, tokens * heads * size);
-        for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+        for layout in [RopeLayout::Halves, RopeLayout::Interleaved, RopeLayout::ToHalves] {
             near(
                 &format!("rope of [{tokens}, {heads}, {size}], {half} pairs, {layout:?}"),
                 on_both!(gpu, |on| {

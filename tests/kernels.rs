@@ -198,18 +198,23 @@ fn rope_turns_the_pairs_that_have_a_frequency_scales_them_and_passes_the_others_
         let positions: Vec<u32> = (0..tokens).map(|_| random.0.u32(..5000)).collect();
         let frequencies = random.floats(half);
         let (p, f) = (Tensor::new(&[tokens], &positions), Tensor::new(&[half], &frequencies));
-        for (layout, scale) in
-            [RopeLayout::Halves, RopeLayout::Interleaved].into_iter().flat_map(|l| [(l, 1.0), (l, 1.25)])
-        {
-            let (x, mut expected) = random.tensor(&[tokens, heads, size]);
+        let layouts = [RopeLayout::Halves, RopeLayout::Interleaved, RopeLayout::ToHalves];
+        for (layout, scale) in layouts.into_iter().flat_map(|layout| [(layout, 1.0), (layout, 1.25)]) {
+            let (x, values) = random.tensor(&[tokens, heads, size]);
+            let mut expected = values.clone();
             let mut out = Tensor::zeros(&[tokens, heads, size]);
             Cpu.rope(&stream, x.get(), p.get(), f.get(), scale, layout, out.out()).unwrap();
-            for (head, values) in expected.chunks_mut(size).enumerate() {
+            for (head, (values, expected)) in values.chunks(size).zip(expected.chunks_mut(size)).enumerate() {
                 for (i, frequency) in frequencies.iter().enumerate() {
                     let (sin, cos) = f64::from(positions[head / heads] as f32 * frequency).sin_cos();
-                    let pair = if layout == RopeLayout::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
-                    let [a, b] = pair.map(|at| values[at] * f64::from(scale));
-                    (values[pair[0]], values[pair[1]]) = (a * cos - b * sin, b * cos + a * sin);
+                    let (halves, pairs) = ([i, i + half], [2 * i, 2 * i + 1]);
+                    let (from, to) = match layout {
+                        RopeLayout::Halves => (halves, halves),
+                        RopeLayout::Interleaved => (pairs, pairs),
+                        RopeLayout::ToHalves => (pairs, halves),
+                    };
+                    let [a, b] = from.map(|at| values[at] * f64::from(scale));
+                    (expected[to[0]], expected[to[1]]) = (a * cos - b * sin, b * cos + a * sin);
                 }
             }
             close("rope", &out.values(), &expected, 1e-5);

@@ -319,7 +319,7 @@ fn kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started() {
             device.add_rms_norm(stream, x.out(), y.get(), norm.get(), 0.0, 1e-6, out.out())?;
             device.rms_norm_in_place(stream, x.out(), norm.get(), 0.0, 1e-6)?;
             device.linear(stream, x.get(), weight.get(), Some(norm.get()), out.out())?;
-            for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+            for layout in [RopeLayout::Halves, RopeLayout::Interleaved, RopeLayout::ToHalves] {
                 device.rope(stream, q.get(), places.get(), frequencies.get(), 1.0, layout, turned.out())?;
             }
             device.swiglu(stream, y.out(), x.get())?;

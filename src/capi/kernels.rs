@@ -23,6 +23,9 @@ pub enum ls_rope_layout {
     LS_ROPE_HALVES = 0,
     /// Elements 2i and 2i + 1, as in Meta's own checkpoints.
     LS_ROPE_INTERLEAVED = 1,
+    /// Elements 2i and 2i + 1, which become i and i + half: what follows adds in the order of a checkpoint with halves, from one
+    /// whose rows of queries and keys are interleaved, as in GGUF files of Llama models.
+    LS_ROPE_TO_HALVES = 2,
 }
 
 /// One block of tokens of several sequences, and where their keys and values lie: sequence i owns tokens q_offsets[i] to
@@ -131,7 +134,7 @@ macro_rules! values {
 }
 values! {
     f32: |c: f32, _name| Ok(c);
-    RopeLayout: |c: i32, name| choose(c, &[RopeLayout::Halves, RopeLayout::Interleaved], name);
+    RopeLayout: |c: i32, name| choose(c, &[RopeLayout::Halves, RopeLayout::Interleaved, RopeLayout::ToHalves], name);
     AttentionMask: |c: (f32, usize, f32), _name| Ok(Self {
         scale: c.0,
         window: (c.1 > 0).then_some(c.1),

@@ -212,9 +212,13 @@ impl Kernels for Cuda {
                 Call::Rope(Rope { x, positions, inv_freq, scale, layout, out, T, heads, D, half }) => {
                     let (x, positions, inv_freq) = (at(x), at(positions), at(inv_freq));
                     let (heads, size, half) = (int(heads)?, int(D)?, int(half)?);
-                    let pairs = c_int::from(layout == RopeLayout::Interleaved);
+                    let layout = match layout {
+                        RopeLayout::Halves => sys::LSK_HALVES,
+                        RopeLayout::Interleaved => sys::LSK_INTERLEAVED,
+                        RopeLayout::ToHalves => sys::LSK_TO_HALVES,
+                    } as c_int;
                     self.launch(name, || {
-                        sys::lsk_rope(to(&out), x, positions, inv_freq, scale, T as i64, heads, size, half, pairs, on)
+                        sys::lsk_rope(to(&out), x, positions, inv_freq, scale, T as i64, heads, size, half, layout, on)
                     })
                 }
                 Call::Swiglu(Swiglu { gate, up }) => {

@@ -47,6 +47,9 @@ pub enum RopeLayout {
     Halves,
     /// Elements `2i` and `2i + 1`, as in the paper and in Meta's own checkpoints.
     Interleaved,
+    /// Elements `2i` and `2i + 1`, which become `i` and `i + half`: what follows adds in the order of a checkpoint with halves,
+    /// and computes its bits, from one whose rows of queries and keys are interleaved, as in GGUF files of Llama models.
+    ToHalves,
 }
 
 /// One block of tokens of several sequences, and where their keys and values lie.

@@ -169,6 +169,10 @@ impl ModelConfig {
         if let Some(factors) = factors {
             config.ropes[0].slow_by(&factors).map_err(|fault| fault.at(file.path()))?;
         }
+        if layout == RopeLayout::ToHalves {
+            // Elements have to change places in those layers too in which nothing rotates.
+            config.ropes.iter_mut().for_each(|rope| rope.pair_all(config.head_dim));
+        }
         Ok(config)
     }
 

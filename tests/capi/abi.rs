@@ -160,7 +160,7 @@ fn for_rust() -> Vec<String> {
     enum ls_cache { LS_CACHE_AUTO, LS_CACHE_DIRECT, LS_CACHE_BUFFERED }
     enum ls_pack { LS_PACK_AUTO, LS_PACK_NEVER, LS_PACK_ALWAYS }
     enum ls_log_level { LS_LOG_INFO, LS_LOG_WARNING, LS_LOG_ERROR }
-    enum ls_rope_layout { LS_ROPE_HALVES, LS_ROPE_INTERLEAVED }
+    enum ls_rope_layout { LS_ROPE_HALVES, LS_ROPE_INTERLEAVED, LS_ROPE_TO_HALVES }
     struct ls_checkpoint { id }
     struct ls_stored_tensor { name, file, offset, shape, rank, dtype }
     struct ls_device { id }

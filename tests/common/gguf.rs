@@ -7,7 +7,7 @@ use serde_json::Value;
 use support::gguf::{GgufFile, Meta};
 
 /// Families whose queries and keys are stored with the elements that rotate together side by side.
-pub fn is_interleaved(model_type: &str) -> bool {
+fn is_interleaved(model_type: &str) -> bool {
     ["llama", "mistral", "smollm3", "granite"].contains(&model_type)
 }
 

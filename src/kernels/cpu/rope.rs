@@ -47,9 +47,15 @@ impl Work for Turn<'_> {
                         let (to_a, to_b) = out[first..half + first + count].split_at_mut(half);
                         turn_halves::<L>([a, b], [&mut to_a[..count], to_b], [&sines, &cosines]);
                     }
+                    RopeLayout::ToHalves => {
+                        let (to_a, to_b) = out[first..half + first + count].split_at_mut(half);
+                        let to = to_a[..count].iter_mut().zip(to_b);
+                        turn_pairs(&x[2 * first..][..2 * count], to, [&sines, &cosines]);
+                    }
                     RopeLayout::Interleaved => {
                         let part = 2 * first..2 * (first + count);
-                        turn_pairs(&x[part.clone()], &mut out[part], [&sines, &cosines]);
+                        let to = out[part.clone()].as_chunks_mut().0.iter_mut().map(|[a, b]| (a, b));
+                        turn_pairs(&x[part], to, [&sines, &cosines]);
                     }
                 }
             }
@@ -80,10 +86,13 @@ fn turn_halves<L: Lanes>(x: [&[f32]; 2], out: [&mut [f32]; 2], turns: [&[f32; SO
 
 /// Pairs of neighbours, which the compiler makes vectors of.
 #[inline(always)]
-fn turn_pairs(x: &[f32], out: &mut [f32], [sines, cosines]: [&[f32; SOME]; 2]) {
-    let pairs = out.as_chunks_mut::<2>().0.iter_mut().zip(x.as_chunks::<2>().0);
-    for ((out, [a, b]), (sin, cos)) in pairs.zip(sines.iter().zip(cosines)) {
-        *out = [a * cos - b * sin, b * cos + a * sin];
+fn turn_pairs<'a>(
+    x: &[f32],
+    out: impl Iterator<Item = (&'a mut f32, &'a mut f32)>,
+    [sines, cosines]: [&[f32; SOME]; 2],
+) {
+    for (((to_a, to_b), [a, b]), (sin, cos)) in out.zip(x.as_chunks().0).zip(sines.iter().zip(cosines)) {
+        (*to_a, *to_b) = (a * cos - b * sin, b * cos + a * sin);
     }
 }
 

@@ -30,7 +30,7 @@ struct Architecture {
 const WINDOW: (&str, &str) = ("attention.sliding_window", "sliding_window");
 
 const ARCHITECTURES: [Architecture; 9] = [
-    Architecture { name: "llama", model_type: "llama", layout: RopeLayout::Interleaved, keys: &[WINDOW] },
+    Architecture { name: "llama", model_type: "llama", layout: RopeLayout::ToHalves, keys: &[WINDOW] },
     Architecture { name: "qwen2", model_type: "qwen2", layout: RopeLayout::Halves, keys: &[] },
     Architecture { name: "qwen3", model_type: "qwen3", layout: RopeLayout::Halves, keys: &[] },
     Architecture { name: "phi3", model_type: "phi3", layout: RopeLayout::Halves, keys: &[WINDOW] },
@@ -55,11 +55,11 @@ const ARCHITECTURES: [Architecture; 9] = [
             ("final_logit_softcapping", "final_logit_softcapping"),
         ],
     },
-    Architecture { name: "smollm3", model_type: "smollm3", layout: RopeLayout::Interleaved, keys: &[] },
+    Architecture { name: "smollm3", model_type: "smollm3", layout: RopeLayout::ToHalves, keys: &[] },
     Architecture {
         name: "granite",
         model_type: "granite",
-        layout: RopeLayout::Interleaved,
+        layout: RopeLayout::ToHalves,
         keys: &[
             ("attention.scale", "attention_multiplier"),
             ("embedding_scale", "embedding_multiplier"),

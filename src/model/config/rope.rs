@@ -54,6 +54,13 @@ impl Rope {
         Ok(())
     }
 
+    /// Where no pair rotates, all do, by nothing.
+    pub(super) fn pair_all(&mut self, head_dim: usize) {
+        if self.inv_freq.is_empty() {
+            self.inv_freq = vec![0.0; head_dim / 2];
+        }
+    }
+
     /// How many pairs of a head's elements rotate.
     pub fn pairs(&self) -> usize {
         self.inv_freq.len()
