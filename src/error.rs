@@ -127,6 +127,12 @@ pub enum Error {
         /// Of RAM and of the device's memory.
         bytes: usize,
     },
+    /// As many requests wait as may.
+    #[error("{waiting} requests wait already: try again later, or allow more")]
+    Busy {
+        /// How many that are.
+        waiting: usize,
+    },
     /// The pass was cancelled from another thread.
     #[error("the pass was cancelled; the next one starts afresh")]
     Cancelled,

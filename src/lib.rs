@@ -50,6 +50,8 @@
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod device;
+#[cfg(feature = "model")]
+pub mod engine;
 pub mod files;
 #[cfg(feature = "model")]
 pub mod kernels;

@@ -186,6 +186,11 @@ impl<D: Kernels> Decoder<D> {
         self.pass.sequences
     }
 
+    /// How many sequences the KV cache has rows for.
+    pub fn rows(&self) -> usize {
+        self.buffers.capacity.batch
+    }
+
     /// How many tokens a sequence may have.
     pub fn context(&self) -> usize {
         self.buffers.capacity.context

@@ -83,7 +83,7 @@ impl Sampling {
     }
 
     /// Nothing changes which token is the most likely, and that one is taken: the device finds it by itself.
-    pub(super) fn is_greedy(&self) -> bool {
+    pub(crate) fn is_greedy(&self) -> bool {
         self.temperature == 0.0 && self.repetition_penalty == 1.0 && self.presence_penalty == 0.0
     }
 }
@@ -132,6 +132,9 @@ impl fmt::Debug for Sampler {
 /// What is remembered of a sequence.
 #[derive(Default)]
 struct History {
+    sampling: Sampling,
+    /// Its draws are other ones than those of a sequence with another number.
+    number: u64,
     /// Tokens that it has.
     length: u64,
     /// Which tokens those are; empty where nothing depends on it.
@@ -197,16 +200,28 @@ impl Sampler {
     /// # Errors
     /// [`Error::Setting`] for a token that is not in the vocabulary.
     pub fn begin(&mut self, sequence: usize, tokens: &[u32]) -> Result<()> {
+        self.begin_by(sequence, tokens, self.sampling, sequence as u64)
+    }
+
+    /// The same for a sequence whose tokens are drawn in a way of their own. Draws depend on `number` in place of the sequence's,
+    /// so that a sequence that has this number elsewhere draws the same.
+    ///
+    /// # Errors
+    /// As there, and as [`Sampling::check`].
+    pub fn begin_by(&mut self, sequence: usize, tokens: &[u32], sampling: Sampling, number: u64) -> Result<()> {
+        sampling.check()?;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
             return Err(Error::setting("tokens", format!("{token} is not in the vocabulary of {}", self.vocab)));
         }
         let history = self.sequences.entry(sequence).or_default();
-        history.length = tokens.len() as u64;
-        if self.sampling.repetition_penalty != 1.0 {
+        (history.sampling, history.number, history.length) = (sampling, number, tokens.len() as u64);
+        history.seen.0.clear();
+        history.chosen.0.clear();
+        if sampling.repetition_penalty != 1.0 {
             history.seen.clear(self.vocab);
             tokens.iter().for_each(|token| history.seen.insert(*token));
         }
-        if self.sampling.presence_penalty != 0.0 {
+        if sampling.presence_penalty != 0.0 {
             history.chosen.clear(self.vocab);
         }
         Ok(())
@@ -226,7 +241,7 @@ impl Sampler {
     /// [`Error::Setting`] for a sequence that was not begun, another number of logits, a logit that is NaN or +∞, or if all are
     /// -∞. Then the sequence is as it was.
     pub fn choose(&mut self, sequence: usize, logits: &[f32]) -> Result<u32> {
-        let Self { sampling, vocab, sequences, candidates, .. } = self;
+        let Self { vocab, sequences, candidates, .. } = self;
         let Some(history) = sequences.get_mut(&sequence) else {
             return Err(Error::setting("sequence", format!("{sequence} was not begun: give its tokens first")));
         };
@@ -237,9 +252,9 @@ impl Sampler {
             let cause = format!("{} for token {token}: the model computed no probabilities", logits[token]);
             return Err(Error::setting("logits", cause));
         }
-        candidates.fill(logits.iter().enumerate().map(|(token, x)| penalised(sampling, history, token, *x)));
-        let uniform = philox::uniform(sampling.seed, sequence as u64, history.length);
-        let Some(token) = candidates.choose(sampling, uniform) else {
+        candidates.fill(logits.iter().enumerate().map(|(token, x)| penalised(history, token, *x)));
+        let uniform = philox::uniform(history.sampling.seed, history.number, history.length);
+        let Some(token) = candidates.choose(&history.sampling, uniform) else {
             return Err(Error::setting("logits", "are all -inf: there is nothing to choose from"));
         };
         history.length += 1;
@@ -250,17 +265,17 @@ impl Sampler {
 }
 
 /// A token's logit after both penalties. A logit that is a number stays one, however large a penalty is.
-fn penalised(sampling: &Sampling, history: &History, token: usize, logit: f32) -> f64 {
+fn penalised(history: &History, token: usize, logit: f32) -> f64 {
     let mut x = f64::from(logit);
     if x == f64::NEG_INFINITY {
         return x;
     }
     if history.seen.has(token) {
-        let penalty = sampling.repetition_penalty;
+        let penalty = history.sampling.repetition_penalty;
         x = (if x < 0.0 { x * penalty } else { x / penalty }).clamp(f64::MIN / 4.0, f64::MAX / 4.0);
     }
     if history.chosen.has(token) {
-        x -= sampling.presence_penalty;
+        x -= history.sampling.presence_penalty;
     }
     x
 }

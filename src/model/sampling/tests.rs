@@ -57,7 +57,7 @@ fn found(logits: &[f32], prompt: &[u32], chosen: &[u32], sampling: Sampling) -> 
     choose_all(&mut sampler, 0, chosen);
     let (history, vocab) = (&sampler.sequences[&0], logits.len());
     assert_eq!(history.length as usize, prompt.len() + chosen.len());
-    let logits = logits.iter().enumerate().map(|(token, x)| penalised(&sampling, history, token, *x));
+    let logits = logits.iter().enumerate().map(|(token, x)| penalised(history, token, *x));
     sampler.candidates.fill(logits);
     sampler.candidates.probabilities(&sampling, vocab)
 }
