@@ -188,7 +188,9 @@ impl Both {
         }
         let (q, cache) = (floats(&[3, 4, 6]), floats(&[2, 2, 5, 6]));
         let [offsets, lens, rows] = [numbers(&[0, 1, 3]), numbers(&[4, 2]), numbers(&[1, 0])];
-        for (layout, code, half) in [(RopeLayout::Halves, 0, 3), (RopeLayout::Interleaved, 1, 2), (RopeLayout::ToHalves, 2, 3)] {
+        for (layout, code, half) in
+            [(RopeLayout::Halves, 0, 3), (RopeLayout::Interleaved, 1, 2), (RopeLayout::ToHalves, 2, 3)]
+        {
             self.run(
                 "rope",
                 [q.clone(), numbers(&[7, 8, 0]), floats(&[half]), floats(&[3, 4, 6])],

@@ -13,8 +13,6 @@
 
 mod pace;
 mod schedule;
-#[cfg(test)]
-mod tests;
 mod worker;
 
 use std::{

@@ -49,9 +49,9 @@ impl Job {
         Self { ticket, request, sink, tokens, cancelled: false }
     }
 
-    /// Tells of an event, unless whoever is told wants no more.
+    /// Tells of an event.
     fn tell(&mut self, event: Event) {
-        self.cancelled = self.cancelled || (self.sink)(event).is_break();
+        self.cancelled |= (self.sink)(event).is_break();
     }
 }
 
@@ -180,19 +180,19 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// How many tokens of each running sequence the next pass has; 0 of some, if prompts are long.
-    fn shares(&self) -> Vec<usize> {
+    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences it continues.
+    fn shares(&self) -> (Vec<usize>, usize) {
         let left: Vec<_> =
             (self.running.iter()).map(|running| running.job.tokens.len() - self.decoder.length(running.row)).collect();
         let continued = left.iter().filter(|left| **left == 1).count();
         let prompts: Vec<_> = left.iter().map(|left| if *left == 1 { 0 } else { *left }).collect();
         let shares = schedule::shares(&prompts, self.pace.allowed(continued));
-        iter::zip(left, shares).map(|(left, share)| if left == 1 { 1 } else { share }).collect()
+        (iter::zip(left, shares).map(|(left, share)| if left == 1 { 1 } else { share }).collect(), continued)
     }
 
     /// A pass over the layers, for all that runs.
     fn pass(&mut self) {
-        let shares = self.shares();
+        let (shares, continued) = self.shares();
         let batch: Vec<_> = iter::zip(&self.running, &shares)
             .filter(|(_, share)| **share > 0)
             .map(|(Running { job, row, .. }, share)| Sequence {
@@ -203,7 +203,6 @@ impl<D: Kernels> Worker<D> {
         if batch.is_empty() {
             return;
         }
-        let continued = shares.iter().filter(|share| **share == 1).count();
         let prompts = shares.iter().sum::<usize>() - continued;
         let begun = Instant::now();
         let passed = self.decoder.forward(&batch).and_then(|()| self.choose(&shares));
@@ -225,11 +224,13 @@ impl<D: Kernels> Worker<D> {
     fn choose(&mut self, shares: &[usize]) -> Result<Vec<Option<Result<Token>>>> {
         let Self { decoder, sampler, running, .. } = self;
         let in_pass = || iter::zip(running.iter(), shares).enumerate().filter(|(_, (_, share))| **share > 0);
-        let is_complete = |decoder: &Decoder<D>, running: &Running| decoder.length(running.row) == running.job.tokens.len();
+        let is_complete =
+            |decoder: &Decoder<D>, running: &Running| decoder.length(running.row) == running.job.tokens.len();
         let complete: Vec<bool> = running.iter().map(|running| is_complete(decoder, running)).collect();
         let mut chosen = Vec::new();
         chosen.resize_with(running.len(), || None);
-        let plain = |running: &Running| running.job.request.sampling.is_greedy() && running.job.request.logprobs.is_none();
+        let plain =
+            |running: &Running| running.job.request.sampling.is_greedy() && running.job.request.logprobs.is_none();
         if !complete.contains(&true) {
             return Ok(chosen);
         }
