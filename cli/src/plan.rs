@@ -63,7 +63,7 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
     drop(waiting);
     // The forecast goes by what the links carry.
     let own = Vec::from_iter(text::memory(&placing.model, &model));
-    let settled = placing.settle(device, &mut model, context, &own, Measure::Always);
+    let settled = placing.settle(device, &mut model, 1, context, &own, Measure::Always);
     if let (true, Err(error)) = (*json, &settled) {
         refused(error);
     }

@@ -40,12 +40,13 @@ pub struct Loaded<D: Kernels> {
     pub probe: Option<Probe>,
 }
 
-/// Places the model and reserves its memory, for one sequence of `context` tokens; says on stderr what that takes, with what the
-/// program takes itself, `own`.
+/// Places the model and reserves its memory, for so many sequences of up to `context` tokens; says on stderr what that takes, with
+/// what the program takes itself, `own`.
 pub fn load<D: Kernels>(
     device: &D,
     placing: &Placing,
     model: &mut Model,
+    sequences: usize,
     context: usize,
     mut own: Vec<Part>,
     timeline: Option<&Arc<Timeline>>,
@@ -53,9 +54,9 @@ pub fn load<D: Kernels>(
     own.extend(timeline.map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
     // What the links carry is shown in the picture too.
     let measure = if timeline.is_some() { Measure::Always } else { Measure::IfItCounts };
-    let (settings, probe) = placing.settle(device, model, context, &own, measure)?;
+    let (settings, probe) = placing.settle(device, model, sequences, context, &own, measure)?;
     placing.tell(probe.as_ref(), placing.probe);
-    let mut parts = Decoder::memory(device, model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, model, &settings, sequences, context)?;
     parts.extend(own);
     if !placing.quiet {
         print_memory(&device.describe(), &parts);
@@ -65,7 +66,7 @@ pub fn load<D: Kernels>(
     if !placing.quiet {
         observers.push(Arc::new(Silence));
     }
-    let decoder = Decoder::with_observers(device, model, &settings, 1, context, &observers)?;
+    let decoder = Decoder::with_observers(device, model, &settings, sequences, context, &observers)?;
     Ok(Loaded { decoder, settings, parts, probe })
 }
 
