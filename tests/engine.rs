@@ -2,7 +2,7 @@
 
 use std::{
     ops::ControlFlow,
-    sync::mpsc,
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -331,4 +331,21 @@ fn an_engine_that_is_dropped_cancels_and_one_that_is_finished_lets_all_end() {
     let answers = [(); 3].map(|()| finished.answer(Request::new(vec![5], 4)).unwrap());
     finished.finish().unwrap();
     assert_eq!(answers.map(|answer| collected(answer).1), ["most"; 3]);
+}
+
+#[test]
+fn an_engine_may_be_dropped_by_what_it_calls() {
+    let shared = Arc::new(Mutex::new(None));
+    let (sender, events) = mpsc::channel();
+    let inside = Arc::clone(&shared);
+    let engine = engine(&model(), 1, Limits::default());
+    engine
+        .submit(long(), move |event| {
+            drop(inside.lock().unwrap().take());
+            sender.send(event).unwrap();
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    *shared.lock().unwrap() = Some(engine);
+    assert_eq!(collected(events).1, "cancelled");
 }

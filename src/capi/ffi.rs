@@ -136,6 +136,11 @@ impl Failure {
         Self { status, message: message.into(), least: [0; 2] }
     }
 
+    /// Why, for people.
+    pub(super) fn line(self) -> CString {
+        c_line(self.message)
+    }
+
     /// [`LS_INVALID`] for the argument called `name`.
     pub(super) fn invalid(name: &str, cause: impl std::fmt::Display) -> Self {
         Self::new(LS_INVALID, format!("{name}: {cause}"))
@@ -155,6 +160,7 @@ impl From<Error> for Failure {
             Error::NoTensor { .. } => LS_NO_TENSOR,
             Error::LayersHeld { .. } | Error::LayerLeaked { .. } => LS_LAYERS_HELD,
             Error::Leaked { .. } => LS_LEAKED,
+            Error::Busy { .. } => LS_BUSY,
             Error::Cancelled => LS_CANCELLED,
             Error::Kernel { .. } => LS_KERNEL,
             Error::Cuda { .. } => LS_CUDA,

@@ -40,11 +40,12 @@ pub(super) enum Kind {
     Layer,
     Statics,
     Model,
+    Engine,
 }
 
 impl Kind {
     fn name(self) -> &'static str {
-        ["", "checkpoint", "device", "stream", "streamer", "layer", "static tensors", "model"][self as usize]
+        ["", "checkpoint", "device", "stream", "streamer", "layer", "static tensors", "model", "engine"][self as usize]
     }
 
     /// The handle of something of this kind.

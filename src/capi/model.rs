@@ -228,6 +228,15 @@ pub extern "C" fn ls_model_close(model: ls_model) -> ls_status {
     })
 }
 
+/// Closes a model, for an engine that has its decoder from then on.
+pub(super) fn taken_over(model: ls_model) -> Result<Decoder<AnyDevice>> {
+    let closed = MODELS.close(model.id, |opened| match opened.trace {
+        None => Ok(()),
+        Some(_) => Err(Failure::invalid("model", "writes a trace, which an engine does not: open it without one")),
+    })?;
+    Ok(closed.decoder.into_inner())
+}
+
 /// What is known of the model. Set `info->size` to sizeof(ls_model_info) before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_model_describe(model: ls_model, info: *mut ls_model_info) -> ls_status {

@@ -146,6 +146,18 @@ pub struct EngineStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(u64);
 
+impl Ticket {
+    /// For hosts that keep numbers, such as C's.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
+    /// The ticket of this [`number`](Self::number).
+    pub fn of(number: u64) -> Self {
+        Self(number)
+    }
+}
+
 /// Continues any number of prompts at once, on a thread of its own.
 ///
 /// ```
@@ -258,6 +270,11 @@ impl Engine {
         thread.join().map_err(|_| self.panicked())
     }
 
+    /// Whether this is the engine's thread, as in a sink, where its end cannot be waited for.
+    pub(crate) fn is_this_thread(&self) -> bool {
+        self.thread.as_ref().is_some_and(|engine| engine.thread().id() == thread::current().id())
+    }
+
     fn check(&self, request: &Request) -> Result<()> {
         let (length, most) = (request.prompt.len(), self.context);
         if request.prompt.is_empty() {
@@ -281,10 +298,14 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Cancels what has not ended, and waits for the pass that runs.
+    /// Cancels what has not ended, and waits for the pass that runs; not in a sink, whose thread that is: there the thread ends later.
     fn drop(&mut self) {
+        let is_this_thread = self.is_this_thread();
         let Some(thread) = self.thread.take() else { return };
         let _ = self.commands.send(Command::Drop);
+        if is_this_thread {
+            return;
+        }
         if let Err(panic) = thread.join() {
             if !thread::panicking() {
                 panic::resume_unwind(panic);

@@ -6,7 +6,7 @@ use std::{env, fs};
 use crate::run::root;
 
 /// The sources of the header, in its order.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "ffi",
     "checkpoint",
     "device",
@@ -19,6 +19,7 @@ const SOURCES: [&str; 12] = [
     "kernels",
     "sampling",
     "model",
+    "engine",
 ];
 
 #[test]
