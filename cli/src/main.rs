@@ -22,6 +22,7 @@ mod plan;
 mod prompt;
 mod run;
 mod sampling;
+mod serve;
 mod text;
 mod tune;
 #[allow(dead_code, reason = "benchmarks use the rest")]
@@ -69,6 +70,7 @@ macro_rules! subcommands {
 subcommands! {
     Generate in generate,
     Chat in chat,
+    Serve in serve,
     Plan in plan,
     Tune in tune,
     Pack in pack,
