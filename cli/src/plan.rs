@@ -6,7 +6,7 @@ use clap::Args;
 use layer_streamer::{
     Error,
     kernels::Kernels,
-    model::{Decoder, Model},
+    model::{Cache, Decoder, Model},
     plan::{Bandwidths, Part},
     probe::Probe,
 };
@@ -70,7 +70,7 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
     let (settings, probe) = settled?;
     // The table says what was measured and when, but not what disturbed it.
     placing.tell(probe.as_ref(), false);
-    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, &model, &settings, Cache::full(1, context))?;
     parts.extend(own);
     let plan = Decoder::plan(device, &model, &settings)?;
     let own = !device.memory_is_ram();

@@ -1,7 +1,7 @@
 //! Which settings, tiers and tables make a decoder the fastest within a budget of memory.
 
 use super::{
-    buffers::{self, Capacity},
+    buffers::{self, Cache, Capacity},
     decoder::Decoder,
     tables::Tables,
     weights::Model,
@@ -60,7 +60,7 @@ impl<'a, D: Kernels> Fit<'a, D> {
     /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as
     /// [`Decoder::memory`].
     pub fn fastest(&self, model: &mut Model) -> Result<Settings> {
-        let capacity = Capacity::new(&model.config, self.batch, self.context)?;
+        let capacity = Capacity::new(&model.config, Cache::full(self.batch, self.context))?;
         let plan = |tables: Tables| self.plan(model, capacity, tables);
         let plans = Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok());
         let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);

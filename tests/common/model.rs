@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, ops::ControlFlow, path::Path};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Choice, Decoder, Fit, Model, Tables},
+    model::{Cache, Choice, Decoder, Fit, Model, Tables},
     packed::{self, Description},
     plan::{Bandwidths, Budget, Part},
 };
@@ -320,7 +320,7 @@ pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
         let what = format!("seed {seed}: {dimensions:?}, batch {batch}, context {context}");
         let by = Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() };
         let taken = |model: &Model, settings: &Settings| -> Budget {
-            let parts = Decoder::memory(device, model, settings, batch, context).unwrap();
+            let parts = Decoder::memory(device, model, settings, Cache::full(batch, context)).unwrap();
             let [device, host] = Part::totals(&parts);
             match shared {
                 true => Budget { device_bytes: None, host_bytes: device + host },

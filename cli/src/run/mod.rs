@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Choice, Decoder, Model, Sequence},
+    model::{Cache, Choice, Decoder, Model, Sequence},
     plan::{Part, Purpose, Tier},
     probe::Probe,
     trace::{Observer, timeline::Timeline},
@@ -55,7 +55,7 @@ pub fn load<D: Kernels>(
     let measure = if timeline.is_some() { Measure::Always } else { Measure::IfItCounts };
     let (settings, probe) = placing.settle(device, model, context, &own, measure)?;
     placing.tell(probe.as_ref(), placing.probe);
-    let mut parts = Decoder::memory(device, model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, model, &settings, Cache::full(1, context))?;
     parts.extend(own);
     if !placing.quiet {
         print_memory(&device.describe(), &parts);
@@ -65,7 +65,7 @@ pub fn load<D: Kernels>(
     if !placing.quiet {
         observers.push(Arc::new(Silence));
     }
-    let decoder = Decoder::with_observers(device, model, &settings, 1, context, &observers)?;
+    let decoder = Decoder::with_observers(device, model, &settings, Cache::full(1, context), &observers)?;
     Ok(Loaded { decoder, settings, parts, probe })
 }
 
