@@ -8,9 +8,9 @@ constexpr int kBlock = 256;
 struct Append {
   lsk_bf16* cache;
   const lsk_bf16* block;
-  const uint32_t *q_offsets, *kv_lens, *rows;
-  int sequences, kv_heads;
-  int64_t items, capacity;
+  const uint32_t *q_offsets, *kv_lens, *pages;
+  int sequences, sequence_pages, kv_heads;
+  int64_t items;
   int size;
 };
 
@@ -31,9 +31,10 @@ __global__ void __launch_bounds__(kBlock) append_kv(Append call) {
     if (call.q_offsets[middle] <= token) sequence = middle;
     else after = middle;
   }
-  const int64_t place = int64_t(call.kv_lens[sequence]) - (call.q_offsets[sequence + 1] - token);
-  const int64_t lane = int64_t(call.rows[sequence]) * call.kv_heads + kv_head;
-  store(call.cache + (lane * call.capacity + place) * call.size + column, values);
+  const unsigned place = call.kv_lens[sequence] - (call.q_offsets[sequence + 1] - token);
+  const int64_t page = call.pages[int64_t(sequence) * call.sequence_pages + place / LSK_PAGE];
+  const int64_t row = (page * call.kv_heads + kv_head) * LSK_PAGE + place % LSK_PAGE;
+  store(call.cache + row * call.size + column, values);
 }
 
 template <int N>
@@ -45,10 +46,10 @@ cudaError_t launch(Append call, int tokens, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t* q_offsets, const uint32_t* kv_lens,
-                          const uint32_t* rows, int sequences, int tokens, int kv_heads, int64_t capacity, int size,
+                          const uint32_t* pages, int sequences, int sequence_pages, int tokens, int kv_heads, int size,
                           cudaStream_t stream) {
   if (tokens == 0 || kv_heads == 0 || size == 0) return cudaSuccess;
-  const Append call = {cache, block, q_offsets, kv_lens, rows, sequences, kv_heads, 0, capacity, size};
+  const Append call = {cache, block, q_offsets, kv_lens, pages, sequences, sequence_pages, kv_heads, 0, size};
   if (size % 8 == 0 && aligned_for<8>(cache) && aligned_for<8>(block)) return launch<8>(call, tokens, stream);
   return launch<1>(call, tokens, stream);
 }

@@ -16,9 +16,8 @@ namespace lsk {
 struct Attention {
   lsk_bf16* out;
   const lsk_bf16 *q, *keys, *values;
-  const uint32_t *q_offsets, *kv_lens, *rows;
-  int sequences, tokens, heads, kv_heads;
-  int64_t capacity;
+  const uint32_t *q_offsets, *kv_lens, *pages;
+  int sequences, sequence_pages, tokens, heads, kv_heads;
   float scale;    // of scores as powers of two: log2(e) included
   float bend;     // of a soft cap: a score becomes tanh_fast(bend · score) before that; 0: it does not
   int window;     // INT_MAX: none
@@ -40,9 +39,11 @@ constexpr size_t kScratch = 128 * 1024;
 // Keys of a part.
 constexpr int kPart = 512;
 
-// Keys of a tile, for heads of a size.
+// Keys of a tile, for heads of a size: a tile lies in one page.
 template <int D>
 constexpr int kKeys = D > 128 ? 32 : 64;
+
+static_assert(LSK_PAGE % kKeys<128> == 0 && LSK_PAGE % kKeys<256> == 0 && kPart % LSK_PAGE == 0);
 
 // Enqueue attention for heads of `size`, a template's, or return cudaErrorInvalidValue.
 cudaError_t attention_decode(Attention call, int size, size_t scratch_bytes, cudaStream_t stream);
@@ -77,7 +78,7 @@ cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int gro
                       Launch launch) {
   // Tiles, each with one head, that there is room for. A context of one part takes none.
   const int64_t one = int64_t(rows) * call.places * int64_t(size * sizeof(float) + sizeof(State));
-  const int64_t room = call.capacity <= kPart ? tiles * call.heads : int64_t(scratch_bytes) / one;
+  const int64_t room = call.sequence_pages <= kPart / LSK_PAGE ? tiles * call.heads : int64_t(scratch_bytes) / one;
   const int64_t heads = room < call.heads ? room / group * group : call.heads;
   if (heads == 0) return cudaErrorInvalidValue;
   const int64_t together = heads < call.heads ? 1 : room / heads;
@@ -93,9 +94,9 @@ cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int gro
 }
 
 // Some tokens of one sequence, `token .. token + count` of the block: the sequence has `past` keys before the first one's
-// own, and `row` of the cache.
+// own, and its pages are from `pages` on in the table.
 struct Tile {
-  int token, count, past, row;
+  int token, count, past, pages;
 };
 
 // Finds tile `index` when each sequence is cut into tiles of `size` tokens; false: there are fewer. All lanes of a warp
@@ -103,12 +104,11 @@ struct Tile {
 __device__ inline bool find_tile(const Attention& call, int index, int size, Tile* tile) {
   const int lane = threadIdx.x % 32;
   for (int base = 0; base < call.sequences; base += 32) {
-    int begin = 0, count = 0, kv_len = 0, row = 0;
+    int begin = 0, count = 0, kv_len = 0;
     if (base + lane < call.sequences) {
       begin = int(call.q_offsets[base + lane]);
       count = int(call.q_offsets[base + lane + 1]) - begin;
       kv_len = int(call.kv_lens[base + lane]);
-      row = int(call.rows[base + lane]);
     }
     const int tiles = (count + size - 1) / size;
     int through = tiles;  // tiles of this lane's sequence and those before it
@@ -125,7 +125,7 @@ __device__ inline bool find_tile(const Attention& call, int index, int size, Til
       tile->token = begin + first;
       tile->past = __shfl_sync(kWarp, kv_len, owner) - count + first;
       tile->count = count - first < size ? count - first : size;
-      tile->row = __shfl_sync(kWarp, row, owner);
+      tile->pages = (base + owner) * call.sequence_pages;
       return true;
     }
     index -= __shfl_sync(kWarp, through, 31);
@@ -344,28 +344,32 @@ __device__ inline void wait_for_all() {
   }
 }
 
-// Goes over keys `begin .. end` of a row of the cache, which begin with a tile. At the end of each part it calls `ended`
-// with the softmax, and whether the part is the first, and the last. THREADS threads share the three tiles from `tiles`
-// on: while one is multiplied, the next two are on their way. The warp's queries are `query(step, a)`; their own keys are
-// `own` and, if `kRise`, those behind it.
+// Goes over keys `begin .. end` of a sequence and a key head, which begin with a tile; the sequence's pages are from
+// `pages` on in the table. At the end of each part it calls `ended` with the softmax, and whether the part is the first,
+// and the last. THREADS threads share the three tiles from `tiles` on: while one is multiplied, the next two are on their
+// way. The warp's queries are `query(step, a)`; their own keys are `own` and, if `kRise`, those behind it.
 template <int D, int M, int THREADS, bool kCap, bool kRise, typename Query, typename Ended>
-__device__ inline void attend(const Attention& call, char* tiles, int64_t cache, int begin, int end, int own,
+__device__ inline void attend(const Attention& call, char* tiles, int pages, int kv_head, int begin, int end, int own,
                               Query query, Ended ended) {
   constexpr int kKeys = lsk::kKeys<D>, kTileBytes = kKeys * D * 2;
   const int lane = int(threadIdx.x) % 32, last = kRise ? own + 16 * M - 1 : own;
   // Every register counts here: a warp's sums and scores take 192 of 255.
-  const lsk_bf16* const keys = call.keys + cache;
-  const int64_t values = call.values - call.keys;
-  const auto copy = [&](int to, const lsk_bf16* from, int key) {
+  const auto page_of = [&](int key) { return key < end ? call.pages[pages + key / LSK_PAGE] : 0; };
+  const auto copy = [&](int to, const lsk_bf16* from, uint32_t page, int key) {
     if (key < end) {
-      copy_tile<D, kKeys, THREADS>(tiles + to, from + int64_t(key) * D, D, end - key, int(threadIdx.x) % THREADS);
+      // There is no memory for more rows than 32 bits count.
+      const uint32_t row = (page * call.kv_heads + kv_head) * LSK_PAGE + (kKeys == LSK_PAGE ? 0 : key % LSK_PAGE);
+      copy_tile<D, kKeys, THREADS>(tiles + to, from + uint64_t(row) * D, D, end - key, int(threadIdx.x) % THREADS);
     }
     cp_async_commit();
   };
   // The third tile is where these two are not.
   int key_tile = 0, value_tile = kTileBytes;
-  copy(key_tile, keys, begin);
-  copy(value_tile, keys + values, begin);
+  uint32_t page = page_of(begin);
+  copy(key_tile, call.keys, page, begin);
+  copy(value_tile, call.values, page, begin);
+  // Of the next tile: it is read long before it is needed.
+  page = page_of(begin + kKeys);
 
   Softmax<D, M, kKeys> softmax;
   int key = begin;
@@ -379,7 +383,7 @@ __device__ inline void attend(const Attention& call, char* tiles, int64_t cache,
       cp_async_wait<1>();
       wait_for_all<THREADS>();
       const int free_tile = 3 * kTileBytes - key_tile - value_tile;
-      copy(free_tile, keys, key + kKeys);
+      copy(free_tile, call.keys, page, key + kKeys);
       if (seen) {
         float scores[M][kKeys / 8][4];
         softmax.score(scores, query, tiles + key_tile);
@@ -404,7 +408,8 @@ __device__ inline void attend(const Attention& call, char* tiles, int64_t cache,
       // The values are here; every warp is done with the keys.
       cp_async_wait<1>();
       wait_for_all<THREADS>();
-      copy(key_tile, keys + values, key + kKeys);
+      copy(key_tile, call.values, page, key + kKeys);
+      page = page_of(key + 2 * kKeys);
       if (seen) softmax.add(weights, tiles + value_tile);
       value_tile = key_tile, key_tile = free_tile;
     }

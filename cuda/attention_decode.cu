@@ -40,7 +40,6 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
   const char* const query_row = shared + (lane & 15) * D * 2;
   const int place = ((lane >> 4) ^ swizzle<D>(lane & 15)) * 16;
   const auto query = [&](int step, uint32_t(&a)[1][4]) { ldmatrix_x4(a[0], query_row + (step * 32 ^ place)); };
-  const int64_t cache = (int64_t(tile.row) * call.kv_heads + kv_head) * call.capacity * D;
   for (int part = split; part < parts; part += splits) {
     const int from = part == 0 ? begin : (first + part) * kPart, to = min(end, (first + part + 1) * kPart);
     const auto ended = [&](auto& softmax, bool, bool) {
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
       }
     };
     char* const tiles = shared + Shape::kQueryBytes;
-    attend<D, 1, 32, kCap, false>(call, tiles, cache, from, to, tile.past, query, ended);
+    attend<D, 1, 32, kCap, false>(call, tiles, tile.pages, kv_head, from, to, tile.past, query, ended);
     // All lanes are done with the tiles.
     __syncwarp();
   }
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kAdding<D>) combine(Attention call) {
 template <int D>
 cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
   const int share = call.heads / call.kv_heads, chunks = (share + kHeads - 1) / kHeads;
-  const int64_t most = call.capacity > kPart ? (call.capacity + kPart - 1) / kPart : 1;
+  const int64_t most = call.sequence_pages > 0 ? (int64_t(call.sequence_pages) * LSK_PAGE + kPart - 1) / kPart : 1;
   call.places = int(most);
   return in_pieces(call, D, 1, call.tokens, share, scratch_bytes, [&](const Attention& call) {
     const int64_t blocks = int64_t(call.tiles) * chunks * (call.some_heads / share);
@@ -133,24 +132,25 @@ size_t lsk_attention_scratch(int multiprocessors) {
 }
 
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
-                          const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
-                          int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
-                          float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream) {
+                          const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* pages, int sequences,
+                          int sequence_pages, int tokens, int heads, int kv_heads, int size, float scale,
+                          int64_t window, float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream) {
   constexpr float kLog2E = 1.44269504088896341f;
   // With a cap, scores become cap · tanh(scale / cap · score).
   const float bend = soft_cap != 0.0f ? scale / soft_cap * 2.0f * kLog2E : 0.0f;
   // A greatest score is found before it is scaled, so the scale keeps order.
   const bool valid = sequences >= 0 && tokens >= 0 && heads > 0 && kv_heads > 0 && heads % kv_heads == 0 &&
-                     capacity >= 0 && capacity <= INT_MAX && scale > 0.0f && window >= 0 && soft_cap >= 0.0f &&
+                     sequence_pages >= 0 && int64_t(sequences) * sequence_pages <= INT_MAX &&
+                     sequence_pages <= INT_MAX / LSK_PAGE && scale > 0.0f && window >= 0 && soft_cap >= 0.0f &&
                      isfinite(bend);
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0) return cudaSuccess;
   lsk::Attention call = {};
   call.out = out;
   call.q = q, call.keys = keys, call.values = values;
-  call.q_offsets = q_offsets, call.kv_lens = kv_lens, call.rows = rows;
-  call.sequences = sequences, call.tokens = tokens, call.heads = heads, call.kv_heads = kv_heads;
-  call.capacity = capacity;
+  call.q_offsets = q_offsets, call.kv_lens = kv_lens, call.pages = pages;
+  call.sequences = sequences, call.sequence_pages = sequence_pages;
+  call.tokens = tokens, call.heads = heads, call.kv_heads = kv_heads;
   call.scale = (soft_cap > 0.0f ? soft_cap : scale) * kLog2E, call.bend = bend;
   call.window = window == 0 || window > INT_MAX ? INT_MAX : int(window);
   call.scratch = static_cast<float*>(scratch);

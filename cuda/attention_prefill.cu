@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
 
   const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 * 16 * M;  // the warp's first query in the tile
   const int kv_head = int(int64_t(head) * call.kv_heads / call.heads);
-  const int64_t cache = (int64_t(tile.row) * call.kv_heads + kv_head) * call.capacity * D;
   char* const queries = shared;
   copy_tile<D, kRows, kThreads>(queries, call.q + (int64_t(tile.token) * call.heads + head) * D,
                                 int64_t(call.heads) * D, tile.count, threadIdx.x);
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
     }
   };
   char* const tiles = shared + Shape::kQueryBytes;
-  attend<D, M, kThreads, kCap, true>(call, tiles, cache, begin, end, tile.past + row, query, ended);
+  attend<D, M, kThreads, kCap, true>(call, tiles, tile.pages, kv_head, begin, end, tile.past + row, query, ended);
 }
 
 template <int D, int M>

@@ -126,24 +126,28 @@ cudaError_t lsk_scale(void* x, int dtype, float factor, size_t n, cudaStream_t s
 /* x = cap * tanh(x / cap). */
 cudaError_t lsk_soft_cap(float* x, float cap, size_t n, cudaStream_t stream);
 
-/* Puts a block's keys or values [tokens, kv_heads, size] where they belong in cache [.., kv_heads, capacity, size].
- * Sequence i owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] in row rows[i] of the cache. */
+/* Tokens of a page of the KV cache. */
+#define LSK_PAGE 64
+
+/* Puts a block's keys or values [tokens, kv_heads, size] where they belong in cache [.., kv_heads, LSK_PAGE, size].
+ * Sequence i owns tokens q_offsets[i] .. q_offsets[i + 1], the last of the kv_lens[i] that it has; token t of those lies in
+ * page pages[i, t / LSK_PAGE]: pages [sequences, sequence_pages]. */
 cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t* q_offsets, const uint32_t* kv_lens,
-                          const uint32_t* rows, int sequences, int tokens, int kv_heads, int64_t capacity, int size,
+                          const uint32_t* pages, int sequences, int sequence_pages, int tokens, int kv_heads, int size,
                           cudaStream_t stream);
 
 /* out[r] = the index of the greatest of x[r], the first of equals: x [rows, columns]. */
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream);
 
-/* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, capacity, size],
+/* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, LSK_PAGE, size],
  * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none.
  * soft_cap 0: none, others are exact to 3e-7 of themselves. A token's result has the same bits whatever else the call has.
  * With less scratch there are more launches; cudaErrorInvalidValue where not even the heads of one token that share a key
- * head have room, which a capacity of 512 never asks. */
+ * head have room, which contexts of up to 512 never ask. */
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
-                          const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* rows, int sequences,
-                          int tokens, int heads, int kv_heads, int64_t capacity, int size, float scale, int64_t window,
-                          float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream);
+                          const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* pages, int sequences,
+                          int sequence_pages, int tokens, int heads, int kv_heads, int size, float scale,
+                          int64_t window, float soft_cap, void* scratch, size_t scratch_bytes, cudaStream_t stream);
 
 /* The scratch, in bytes, that lsk_attention should have on a device with so many multiprocessors. */
 size_t lsk_attention_scratch(int multiprocessors);

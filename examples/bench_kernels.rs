@@ -27,7 +27,7 @@ use indicatif::ProgressBar;
 use kernel_row::{COLUMNS, Row};
 use layer_streamer::{
     DType, Result,
-    kernels::{AttentionMask, Kernels, RopeLayout},
+    kernels::{AttentionMask, Kernels, PAGE, RopeLayout},
 };
 use processors::Processors;
 use report::{Common, Failure, Figure, Line, Panel, Plot, PlotTo, Report, Spread, by_default};
@@ -415,14 +415,14 @@ impl<D: Kernels> Bench<'_, D> {
     ) -> Result<()> {
         let here = self.on;
         let activation = here.device.precision().activation;
-        // A cache that no other memory of the device is large enough to keep, used row by row.
+        // A cache that no other memory of the device is large enough to keep, used sequence by sequence.
         let pool = self.many(1 << 29);
         let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: None, soft_cap };
         let capacity = before + new;
         // Held against the twin with a short context, where it is prefill, and with one that is split, where it is not.
         let past = if new == 1 { before.min(3000) } else { 100 };
-        let short = Batch { lengths: vec![(past, new.min(130))], rows: vec![0] };
-        let shape = [1, groups, past + 130, size];
+        let short = Batch::scattered(vec![(past, new.min(130))], &mut self.rng);
+        let shape = [short.cache_pages(), groups, PAGE, size];
         let [keys, values] = [(); 2].map(|()| random(&mut self.rng, shape.iter().product()));
         let queries = random(&mut self.rng, short.tokens() * heads * size);
         let both = on_both!(here, |on| {
@@ -432,14 +432,15 @@ impl<D: Kernels> Bench<'_, D> {
             on.device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out())?;
             on.read(&out)?
         });
-        let rows = (pool / (2 * groups * capacity * size * here.device.precision().cache.size())).clamp(1, 256);
-        let shape = [rows, groups, capacity, size];
         let cache_type = here.device.precision().cache;
+        let pages = capacity.div_ceil(PAGE);
+        let sequences = (pool / (2 * groups * pages * PAGE * size * cache_type.size())).clamp(1, 256);
+        let shape = [sequences * pages, groups, PAGE, size];
         let (keys, values) = (self.fill(cache_type, &shape)?, self.fill(cache_type, &shape)?);
         let q = self.fill(activation, &[new, heads, size])?;
         let mut out = here.empty(activation, &[new, heads, size])?;
-        let batches: Vec<_> = (0..rows)
-            .map(|row| Batch { lengths: vec![(before, new)], rows: vec![row as u32] }.on(here))
+        let batches: Vec<_> = (0..sequences)
+            .map(|sequence| Batch::new(vec![(before, new)], (sequence * pages) as u32).on(here))
             .collect::<Result<_>>()?;
         let cached = 2 * groups * capacity * size * cache_type.size();
         let pairs = new * before + new * (new + 1) / 2;
@@ -449,7 +450,7 @@ impl<D: Kernels> Bench<'_, D> {
         let shape = format!("{heads}/{groups} heads of {size}, {what}{with}");
         let row = Row::new("attention", shape, Some(off(&both.0, &both.1)), moved);
         self.record(Row { operations, tokens, ..row }, |number| {
-            let of = batches[number % rows].get();
+            let of = batches[number % sequences].get();
             here.device.attention(&here.stream, q.get(), keys.get(), values.get(), of, mask, out.out())
         })
     }

@@ -41,6 +41,9 @@
 // See LS_VERSION_MAJOR.
 #define LS_VERSION_PATCH 0
 
+// Tokens of a page of the KV cache.
+#define LS_PAGE 64
+
 // What an ls_token_fn returns to end a sequence.
 #define LS_END 1
 
@@ -595,15 +598,16 @@ typedef struct ls_layer {
 typedef int32_t (*ls_layer_fn)(void *user, struct ls_layer layer);
 
 // One block of tokens of several sequences, and where their keys and values lie: sequence i owns tokens q_offsets[i] to
-// q_offsets[i + 1] of the block, the last of the kv_lens[i] tokens that it has in the cache by then, and row rows[i] of the
-// cache. All three are U32, in device memory; a row that the cache does not have is the caller's error.
+// q_offsets[i + 1] of the block, the last of the kv_lens[i] tokens that it has in the cache by then. Token t of those lies in page
+// pages[i, t / LS_PAGE] of the cache, at place t % LS_PAGE. All three are U32, in device memory; a page that the cache does not
+// have is the caller's error. Several sequences may have a page in common, to which none of them writes then.
 typedef struct ls_ragged {
     // [S + 1]: where each sequence's tokens begin; the last is T.
     struct ls_tensor q_offsets;
     // [S]: tokens in the cache, those of this block included.
     struct ls_tensor kv_lens;
-    // [S]: which row of the cache.
-    struct ls_tensor rows;
+    // [S, P]: the pages of each sequence, in the order of its tokens; those behind its last token may be any.
+    struct ls_tensor pages;
 } ls_ragged;
 
 // How tokens are drawn. Fill it with ls_sampling_init, whose values have no effect, or with ls_model_suggested_sampling, then change
@@ -985,14 +989,14 @@ ls_status ls_linear(struct ls_stream stream,
                     const struct ls_tensor *bias,
                     const struct ls_tensor *out);
 
-// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [rows, G, capacity, D].
+// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [pages, G, LS_PAGE, D].
 ls_status ls_append_kv(struct ls_stream stream,
                        const struct ls_tensor *block,
                        const struct ls_ragged *batch,
                        const struct ls_tensor *cache);
 
 // Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
-// `q` and `out` [T, HQ, D], `keys` and `values` [rows, G, capacity, D]. Scores are multiplied by `scale`, usually
+// `q` and `out` [T, HQ, D], `keys` and `values` [pages, G, LS_PAGE, D]. Scores are multiplied by `scale`, usually
 // 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it. Scaled scores become
 // soft_cap · tanh(score / soft_cap) before the softmax; `soft_cap` 0: they stay as they are.
 ls_status ls_attention(struct ls_stream stream,

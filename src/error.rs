@@ -82,6 +82,17 @@ pub enum Error {
         /// The operating system's error.
         source: Arc<io::Error>,
     },
+    /// The KV cache has too few free pages for a batch.
+    #[error(
+        "the batch takes {needed} more pages of the KV cache, {available} are free; give fewer tokens, truncate a sequence, or give \
+         the cache more tokens"
+    )]
+    Pages {
+        /// How many pages the batch takes besides those that its sequences have.
+        needed: usize,
+        /// How many no sequence has.
+        available: usize,
+    },
     /// A thread could not be started.
     #[error(
         "cannot start the {stage} thread: {source}; raise the limit on processes (ulimit -u) or memory (ulimit -v)"

@@ -81,8 +81,7 @@ fn requests_from_several_threads_are_answered_as_alone() {
             let mut tokens: Vec<u32> = Vec::new();
             let sequence = ls_sequence { row: 0, tokens: prompt.as_ptr(), count: prompt.len() };
             // SAFETY: as the header asks.
-            let status =
-                unsafe { ls_model_generate(alone, &sequence, 1, 20, Some(keep), (&raw mut tokens).cast()) };
+            let status = unsafe { ls_model_generate(alone, &sequence, 1, 20, Some(keep), (&raw mut tokens).cast()) };
             assert_eq!((status, ls_model_truncate(alone, 0, 0)), (LS_OK, LS_OK), "{}", message());
             tokens
         })
@@ -117,12 +116,14 @@ fn requests_from_several_threads_are_answered_as_alone() {
     let found: Vec<_> = answers.into_inner().unwrap().into_values().collect();
     assert!(expected.iter().any(|tokens| tokens.len() > 2));
     assert_eq!(found, expected);
-    let mut stats =
-        ls_engine_stats { size: size_of::<ls_engine_stats>(), ..made(|to: *mut ls_engine_stats| {
+    let mut stats = ls_engine_stats {
+        size: size_of::<ls_engine_stats>(),
+        ..made(|to: *mut ls_engine_stats| {
             // SAFETY: zeroed words, with the size.
             unsafe { to.write(std::mem::zeroed()) };
             LS_OK
-        }) };
+        })
+    };
     // SAFETY: as the header asks.
     assert_eq!(unsafe { ls_engine_describe(engine, &mut stats) }, LS_OK);
     let all: usize = expected.iter().map(Vec::len).sum();

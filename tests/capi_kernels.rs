@@ -183,11 +183,13 @@ impl Both {
     }
 
     fn attention(&mut self) {
-        fn ragged<'a>([offsets, lens, rows]: [&'a Tensor; 3]) -> Ragged<'a, Cpu> {
-            Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), rows: rows.get() }
+        fn ragged<'a>([offsets, lens, pages]: [&'a Tensor; 3]) -> Ragged<'a, Cpu> {
+            Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), pages: pages.get() }
         }
-        let (q, cache) = (floats(&[3, 4, 6]), floats(&[2, 2, 5, 6]));
-        let [offsets, lens, rows] = [numbers(&[0, 1, 3]), numbers(&[4, 2]), numbers(&[1, 0])];
+        let (q, cache) = (floats(&[3, 4, 6]), floats(&[3, 2, LS_PAGE, 6]));
+        let [offsets, lens] = [numbers(&[0, 1, 3]), numbers(&[70, 2])];
+        // Of the second sequence's two, one is behind its last token.
+        let pages = Tensor { shape: vec![2, 2], ..numbers(&[1, 2, 0, 9]) };
         for (layout, code, half) in
             [(RopeLayout::Halves, 0, 3), (RopeLayout::Interleaved, 1, 2), (RopeLayout::ToHalves, 2, 3)]
         {
@@ -198,21 +200,21 @@ impl Both {
                 |s, [x, p, f, out]| unsafe { ls_rope(s, x, p, f, 1.25, code, out) },
             );
         }
-        let batch = |offsets: &ls_tensor, lens: &ls_tensor, rows: &ls_tensor| ls_ragged {
+        let batch = |offsets: &ls_tensor, lens: &ls_tensor, pages: &ls_tensor| ls_ragged {
             q_offsets: *offsets,
             kv_lens: *lens,
-            rows: *rows,
+            pages: *pages,
         };
         self.run(
             "append_kv",
-            [floats(&[3, 2, 6]), offsets.clone(), lens.clone(), rows.clone(), cache.clone()],
+            [floats(&[3, 2, 6]), offsets.clone(), lens.clone(), pages.clone(), cache.clone()],
             |s, [x, a, b, c, cache]| Cpu.append_kv(s, x.get(), ragged([a, b, c]), cache.out()),
             |s, [x, a, b, c, cache]| unsafe { ls_append_kv(s, x, &batch(a, b, c), cache) },
         );
         for (window, soft_cap) in [(None, None), (Some(2), None), (None, Some(0.5))] {
             let mask = AttentionMask { scale: 0.4, window, soft_cap };
             let tensors =
-                [q.clone(), cache.clone(), floats(&[2, 2, 5, 6]), offsets.clone(), lens.clone(), rows.clone()];
+                [q.clone(), cache.clone(), floats(&[3, 2, LS_PAGE, 6]), offsets.clone(), lens.clone(), pages.clone()];
             let [t0, t1, t2, t3, t4, t5] = tensors;
             self.run(
                 "attention",

@@ -14,7 +14,7 @@ use half::bf16;
 use layer_streamer::{
     Checkpoint, DType, Error, LayerStreamer, Result, Settings,
     device::{self, Cuda},
-    kernels::{AttentionMask, Kernels, RopeLayout},
+    kernels::{AttentionMask, Kernels, PAGE, RopeLayout},
 };
 use twin::{Batch, On, off, random};
 
@@ -296,14 +296,18 @@ fn attention_case(
     [heads, kv_heads, size]: [usize; 3],
     (window, soft_cap): (Option<usize>, Option<f32>),
 ) -> Result<()> {
-    let capacity = batch.lengths.iter().map(|(before, new)| before + new).max().unwrap_or(0) + rng.usize(..40);
-    let (rows, tokens) = (batch.rows.len() + 1, batch.tokens());
-    let shape = [rows, kv_heads, capacity, size];
+    let tokens = batch.tokens();
+    let shape = [batch.cache_pages(), kv_heads, PAGE, size];
+    // Of each page how many places are known: those that a sequence had before.
+    let mut known = vec![0; shape[0]];
+    for (pages, (before, _)) in batch.pages.iter().zip(&batch.lengths) {
+        for (page, start) in pages.iter().zip((0..).step_by(PAGE)) {
+            known[*page as usize] = before.saturating_sub(start).min(PAGE);
+        }
+    }
     let mut caches = [0, 1].map(|_| random(rng, shape.iter().product()));
-    for (row, cache) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(kv_heads * capacity * size).enumerate()) {
-        let sequence = batch.rows.iter().position(|&r| r as usize == row);
-        let known = sequence.map_or(0, |sequence| batch.lengths[sequence].0);
-        cache.chunks_mut(capacity * size).for_each(|lane| lane[known * size..].fill(f32::NAN));
+    for (page, known) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(kv_heads * PAGE * size).zip(&known)) {
+        page.chunks_mut(PAGE * size).for_each(|head| head[known * size..].fill(f32::NAN));
     }
     let new = [0, 1].map(|_| random(rng, tokens * kv_heads * size));
     // Queries long enough for some keys to matter more than others, in every second head far more.
@@ -334,16 +338,13 @@ fn attention_case(
     Ok(())
 }
 
-/// Sequences of any lengths, some without a new token, in rows of any order.
+/// Sequences of any lengths, some without a new token.
 fn random_batch(rng: &mut fastrand::Rng, sequences: usize, before: usize, new: usize) -> Batch {
-    let mut rows: Vec<u32> = (0..=sequences as u32).collect();
-    rng.shuffle(&mut rows);
-    rows.truncate(sequences);
     let mut lengths: Vec<_> = (0..sequences)
         .map(|_| (rng.usize(..=before), if rng.u8(..5) == 0 { 0 } else { 1 + rng.usize(..new) }))
         .collect();
     lengths[sequences - 1].1 = lengths[sequences - 1].1.max(1);
-    Batch { lengths, rows }
+    Batch::scattered(lengths, rng)
 }
 
 #[test]
@@ -373,29 +374,29 @@ fn attention_at_the_edges_of_tables_tiles_and_parts() {
         let many = random_batch(rng, 63, 20, 1);
         attention_case(gpu, rng, &many, [2, 1, 32], (None, None))?;
         // As many parts as there is room for, beside those of a head whose scores are far greater.
-        let batch = Batch { lengths: vec![(820, 1)], rows: vec![0] };
+        let batch = Batch::scattered(vec![(820, 1)], rng);
         attention_case(gpu, rng, &batch, [2, 1, 64], (None, None))?;
         // Tiles that end a few tokens before or behind the end of a part.
         for (before, new) in [(150, 100), (100, 200), (60, 200), (200, 60)] {
-            let batch = Batch { lengths: vec![(2000, 0), (before, new)], rows: vec![1, 0] };
+            let batch = Batch::scattered(vec![(2000, 0), (before, new)], rng);
             let size = [32, 64, 96, 128, 256][rng.usize(..5)];
             attention_case(gpu, rng, &batch, [1, 1, size], (None, None))?;
         }
         // Windows that begin where a tile of keys does, or next to it.
         for window in [63, 64, 65, 78, 79, 80, 95, 111, 127, 128, 129] {
-            let batch = Batch { lengths: vec![(64, 60)], rows: vec![0] };
+            let batch = Batch::scattered(vec![(64, 60)], rng);
             attention_case(gpu, rng, &batch, [2, 1, 64], (Some(window), None))?;
         }
         // Lengths around a tile.
         for new in [1, 8, 9, 15, 16, 17, 63, 64, 65] {
-            let batch = Batch { lengths: vec![(new / 2, new), (127, 1)], rows: vec![2, 0] };
+            let batch = Batch::scattered(vec![(new / 2, new), (127, 1)], rng);
             let size = [32, 64, 96, 128, 256][rng.usize(..5)];
             attention_case(gpu, rng, &batch, [17, 1, size], (None, None))?;
         }
         // A cap, of few tokens and of many, at every head size: masked scores stay masked.
         for size in [32, 64, 96, 128, 256] {
             for new in [1, 40, 150] {
-                let batch = Batch { lengths: vec![(30, new)], rows: vec![0] };
+                let batch = Batch::scattered(vec![(30, new)], rng);
                 attention_case(gpu, rng, &batch, [2, 1, size], (Some(33), Some(2.0)))?;
             }
         }
@@ -413,8 +414,7 @@ fn attention_over_long_contexts_and_more_heads_to_a_group_than_a_tile_has() {
             (vec![(100, 1), (7, 3)], [40, 1, 64]),
             (vec![(0, 2000)], [2, 1, 128]),
         ] {
-            let rows = (0..lengths.len() as u32).collect();
-            attention_case(gpu, rng, &Batch { lengths, rows }, shape, (None, None))?;
+            attention_case(gpu, rng, &Batch::scattered(lengths, rng), shape, (None, None))?;
         }
         Ok(())
     });
@@ -485,14 +485,14 @@ fn what_cannot_be_computed_is_refused_by_name() {
         let floats = on.tensor(&[2, 8], &[0.0f32; 16])?;
         let refused = on.device.linear(&on.stream, floats.get(), weight.get(), None, out.out()).unwrap_err();
         assert!(refused.to_string().contains("F32"), "{refused}");
-        let batch = Batch { lengths: vec![(0, 2)], rows: vec![0] }.on(on)?;
-        let (q, cache, mut mixed) = (zeros(&[2, 1, 80])?, zeros(&[1, 1, 4, 80])?, zeros(&[2, 1, 80])?);
+        let batch = Batch::new(vec![(0, 2)], 0).on(on)?;
+        let (q, cache, mut mixed) = (zeros(&[2, 1, 80])?, zeros(&[1, 1, PAGE, 80])?, zeros(&[2, 1, 80])?);
         let mask = AttentionMask { scale: 1.0, window: None, soft_cap: None };
         let (keys, values) = (cache.get(), cache.get());
         let refused =
             on.device.attention(&on.stream, q.get(), keys, values, batch.get(), mask, mixed.out()).unwrap_err();
         assert!(refused.to_string().contains("heads of 80"), "{refused}");
-        let (q, cache, mut mixed) = (zeros(&[2, 1, 64])?, zeros(&[1, 1, 4, 64])?, zeros(&[2, 1, 64])?);
+        let (q, cache, mut mixed) = (zeros(&[2, 1, 64])?, zeros(&[1, 1, PAGE, 64])?, zeros(&[2, 1, 64])?);
         for cap in [1e-5, 2e4] {
             let (keys, values, mask) = (cache.get(), cache.get(), AttentionMask { soft_cap: Some(cap), ..mask });
             let refused =

@@ -11,7 +11,8 @@ use layer_streamer::{
     Error, Settings,
     device::Cpu,
     engine::{End, Engine, Event, Limits, Logprobs, Request, Ticket, Token},
-    model::{Decoder, Model, Sampler, Sampling, Sequence},
+    kernels::PAGE,
+    model::{Cache, Decoder, Model, Sampler, Sampling, Sequence},
     plan::CachePolicy,
 };
 use support::{copy_of, data, healed, speller, whole};
@@ -159,6 +160,40 @@ fn answers_in_any_company_are_those_alone() {
         assert!(rows == 1 || stats.passes < tokens as u64, "{stats:?}");
         engine.finish().unwrap();
     }
+}
+
+#[test]
+fn where_the_cache_is_full_sequences_wait_and_none_fails() {
+    let (mut rng, model) = (fastrand::Rng::new(), model());
+    println!("seed {}", rng.get_seed());
+    // Many begin alike, and grow into pages that are not there.
+    let system: Vec<u32> = (0..2 * PAGE + 9).map(|_| rng.u32(3..300)).collect();
+    let requests: Vec<Request> = (0..24)
+        .map(|_| {
+            let mut request = drawn(&mut rng);
+            let shared = if rng.bool() { system.len() } else { 0 };
+            request.prompt.truncate(CONTEXT - shared - 1);
+            request.prompt.splice(..0, system[..shared].iter().copied());
+            request.most = rng.usize(1..120);
+            request
+        })
+        .collect();
+    let expected: Vec<_> = requests.iter().map(|request| alone(&model, request)).collect();
+    let mut put_back = 0;
+    for pages in [5, 7, 12] {
+        let cache = Cache { sequences: 8, context: CONTEXT, tokens: pages * PAGE };
+        let decoder = Decoder::with_cache(&Cpu, &model, &Settings::default(), cache).unwrap();
+        let engine = Engine::new(decoder, Limits::default()).unwrap();
+        let answers: Vec<_> = requests.iter().map(|request| engine.answer(request.clone()).unwrap()).collect();
+        for (number, answer) in answers.into_iter().enumerate() {
+            assert_same(&collected(answer), &expected[number], &format!("{pages} pages, {:?}", requests[number]));
+        }
+        let stats = engine.stats();
+        assert!(stats.reused_tokens >= 2 * PAGE as u64, "{stats:?}");
+        put_back += stats.put_back;
+        engine.finish().unwrap();
+    }
+    assert!(put_back > 0);
 }
 
 /// Waits until something is so.

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use layer_streamer::{
     DType, Element, Error,
     device::{Cpu, CpuMemory, Device, DevicePtr, Shape, TensorMut, TensorRef},
-    kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
+    kernels::{AttentionMask, Kernels, PAGE, Ragged, RopeLayout},
 };
 
 /// A tensor in memory of its own, filled from host values.
@@ -273,27 +273,30 @@ fn attention_case(
     (window, soft_cap): (Option<usize>, Option<f32>),
 ) {
     let stream = Cpu.stream().unwrap();
-    let (rows, capacity) = (lengths.len() + 1, lengths.iter().map(|(before, new)| before + new).max().unwrap() + 3);
     let tokens: usize = lengths.iter().map(|(_, new)| new).sum();
     let mut offsets = vec![0u32];
     lengths.iter().for_each(|(_, new)| offsets.push(offsets.last().unwrap() + *new as u32));
     let kv_lens: Vec<u32> = lengths.iter().map(|(before, new)| (before + new) as u32).collect();
-    let mut places: Vec<u32> = (0..rows as u32).collect();
-    random.0.shuffle(&mut places);
-    let places = &places[..lengths.len()];
+    // Pages in any order, and one that is nobody's.
+    let width = kv_lens.iter().max().unwrap().div_ceil(PAGE as u32) as usize + 1;
+    let mut numbers: Vec<u32> = (0..=(lengths.len() * width) as u32).collect();
+    random.0.shuffle(&mut numbers);
+    let pages = &numbers[1..];
     let of = |values: &[u32]| Tensor::new(&[values.len()], values);
-    let (q_offsets, lens, row_numbers) = (of(&offsets), of(&kv_lens), of(places));
-    let batch = Ragged { q_offsets: q_offsets.get(), kv_lens: lens.get(), rows: row_numbers.get() };
+    let (q_offsets, lens, table) = (of(&offsets), of(&kv_lens), Tensor::new(&[lengths.len(), width], pages));
+    let batch = Ragged { q_offsets: q_offsets.get(), kv_lens: lens.get(), pages: table.get() };
+    // Where a place of a sequence lies, in the cache of a head.
+    let at = |s: usize, head: usize, place: usize| {
+        ((pages[s * width + place / PAGE] as usize * kv_heads + head) * PAGE + place % PAGE) * size
+    };
 
     // What is cached already is random; what is not yet is NaN, which would spread to any sum that includes it.
-    let shape = [rows, kv_heads, capacity, size];
+    let shape = [numbers.len(), kv_heads, PAGE, size];
     let mut caches = [0, 1].map(|_| {
-        let mut values = random.floats(shape.iter().product());
-        for (at, value) in values.iter_mut().enumerate() {
-            let (row, place) = (at / (kv_heads * capacity * size), at / size % capacity);
-            let known = places.iter().position(|&r| r as usize == row).map_or(0, |s| lengths[s].0);
-            if place >= known {
-                *value = f32::NAN;
+        let mut values = vec![f32::NAN; shape.iter().product()];
+        for (s, &(before, _)) in lengths.iter().enumerate() {
+            for (head, place) in (0..kv_heads).flat_map(|head| (0..before).map(move |place| (head, place))) {
+                values[at(s, head, place)..][..size].copy_from_slice(&random.floats(size));
             }
         }
         Tensor::new(&shape, &values)
@@ -314,9 +317,7 @@ fn attention_case(
             for head in 0..heads {
                 let end = before + t + 1;
                 let start = window.map_or(0, |w| end.saturating_sub(w));
-                let at = |place: usize| {
-                    ((places[s] as usize * kv_heads + head / (heads / kv_heads)) * capacity + place) * size
-                };
+                let at = |place: usize| at(s, head / (heads / kv_heads), place);
                 let query = &qs[((offsets[s] as usize + t) * heads + head) * size..][..size];
                 let score = |place| {
                     let score = (0..size).map(|i| query[i] * f64::from(keys[at(place) + i])).sum::<f64>() * 0.3;
@@ -346,7 +347,12 @@ fn attention_is_causal_grouped_windowed_capped_and_ragged() {
             (None, Some(0.5)),
             (Some(4), Some(2.0)),
         ] {
-            for lengths in [&[(0, 1)][..], &[(0, 9)], &[(30, 1), (0, 1), (7, 1)], &[(5, 4), (0, 11), (2, 0), (64, 3)]] {
+            for lengths in [
+                &[(0, 1)][..],
+                &[(0, 9)],
+                &[(30, 1), (0, 1), (7, 1)],
+                &[(5, 4), (0, 11), (2, 0), (64, 3), (600, 2), (190, 70)],
+            ] {
                 attention_case(&mut random, lengths, heads, mask);
             }
         }
@@ -361,23 +367,30 @@ fn tensors_that_do_not_fit_together_are_refused_by_name() {
     assert!(refused.contains("linear") && refused.contains("[2, 8]") && refused.contains("[4, 9]"), "{refused}");
     assert!(Cpu.rms_norm(&stream, x.get(), w.get(), 0.0, 1e-5, out.out()).is_err());
     assert!(Cpu.add(&stream, out.out(), x.get()).is_err());
-    let (q, (cache, _)) = (Tensor::zeros(&[1, 2, 4]), random.tensor(&[1, 2, 5, 4]));
+    let (q, (cache, _)) = (Tensor::zeros(&[1, 2, 4]), random.tensor(&[3, 2, PAGE, 4]));
     let mut out = Tensor::zeros(&[1, 2, 4]);
     let of = |values: &[u32]| Tensor::new(&[values.len()], values);
-    for (offsets, lens, rows, part) in [
-        (vec![0, 2], vec![1], vec![0], "offsets"),
-        (vec![0, 1], vec![6], vec![0], "do not fit"),
-        (vec![0, 1], vec![1], vec![1], "do not fit"),
-        (vec![0, 1], vec![0], vec![0], "do not fit"),
+    let mask = AttentionMask { scale: 1.0, window: None, soft_cap: None };
+    for (offsets, lens, pages, part) in [
+        (vec![0, 2], vec![1], [0, 1], "offsets"),
+        (vec![0, 1], vec![129], [0, 1], "129 in the cache do not fit 2 pages of 64"),
+        (vec![0, 1], vec![0], [0, 1], "do not fit"),
+        (vec![0, 1], vec![1], [3, 1], "page 3 of a cache of 3 pages"),
+        (vec![0, 1], vec![65], [1, u32::MAX], "page 4294967295 of a cache of 3 pages"),
     ] {
-        let (offsets, lens, rows) = (of(&offsets), of(&lens), of(&rows));
-        let batch = Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), rows: rows.get() };
-        let mask = AttentionMask { scale: 1.0, window: None, soft_cap: None };
+        let (offsets, lens, pages) = (of(&offsets), of(&lens), Tensor::new(&[1, 2], &pages));
+        let batch = Ragged { q_offsets: offsets.get(), kv_lens: lens.get(), pages: pages.get() };
         let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();
         assert!(refused.to_string().contains(part), "{refused}");
+        let (new, mut cache) = (Tensor::zeros(&[1, 2, 4]), random.tensor(&[3, 2, PAGE, 4]).0);
+        let refused = Cpu.append_kv(&stream, new.get(), batch, cache.out()).unwrap_err();
+        assert!(refused.to_string().contains(part), "{refused}");
     }
-    let (offsets, one, row) = (of(&[0, 1]), of(&[1]), of(&[0]));
-    let batch = Ragged { q_offsets: offsets.get(), kv_lens: one.get(), rows: row.get() };
+    let (offsets, one, page) = (of(&[0, 1]), of(&[1]), Tensor::new(&[1, 1], &[0u32]));
+    let batch = Ragged { q_offsets: offsets.get(), kv_lens: one.get(), pages: page.get() };
+    let short = random.tensor(&[3, 2, PAGE - 1, 4]).0;
+    let refused = Cpu.attention(&stream, q.get(), short.get(), short.get(), batch, mask, out.out()).unwrap_err();
+    assert_eq!(refused.to_string(), "attention: the cache is [3, 2, 63, 4], expected pages of 64 tokens");
     for cap in [0.0, -50.0, f32::NAN, f32::INFINITY] {
         let mask = AttentionMask { scale: 1.0, window: None, soft_cap: Some(cap) };
         let refused = Cpu.attention(&stream, q.get(), cache.get(), cache.get(), batch, mask, out.out()).unwrap_err();

@@ -8,7 +8,8 @@ use common::{Dimensions, everywhere, expected, forget, generate, hollow, least, 
 use layer_streamer::{
     Error, MemoryKind, Settings,
     device::Cpu,
-    model::{Choice, Decoder, Fit, Model, Sequence, Tables},
+    kernels::PAGE,
+    model::{Cache, Choice, Decoder, Fit, Model, Sequence, Tables},
     plan::{Bandwidths, Budget, Part, Purpose},
     trace::Stage,
 };
@@ -181,15 +182,19 @@ fn an_embedding_whose_file_becomes_shorter_is_an_error_and_the_next_pass_works()
 fn the_memory_table_is_the_sum_of_its_parts_by_hand() {
     let (model, settings) = (Model::open(data("qwen2-f32")).unwrap(), Settings::default());
     let c = &model.config;
-    let parts = Decoder::memory(&Cpu, &model, &settings, 3, 100).unwrap();
-    let near = |purpose: Purpose, expected: usize| {
+    let memory = |cache: Cache| Decoder::memory(&Cpu, &model, &settings, cache).unwrap();
+    let near = |parts: &[Part], purpose: Purpose, expected: usize| {
         let got = parts.iter().find(|part| part.purpose == purpose).unwrap().bytes;
         assert!(got >= expected && got < expected + expected / 8 + 8192, "{purpose}: {got}, by hand {expected}");
     };
-    near(Purpose::KvCache { sequences: 3, tokens: 100 }, 2 * 4 * c.layers * 3 * c.kv_heads * 100 * c.head_dim);
+    // Two pages of each sequence.
+    let (parts, page) = (&memory(Cache::full(3, 100))[..], 2 * 4 * c.layers * c.kv_heads * PAGE * c.head_dim);
+    near(parts, Purpose::KvCache { sequences: 3, tokens: 100 }, 3 * 2 * page);
     let block = 2 * c.hidden + 3 * c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim + 2 * c.ffn;
-    near(Purpose::Activations, 4 * (300 * c.hidden + 256 * block + 16 * (c.hidden + c.vocab) + 3 * c.hidden));
-    near(Purpose::Statics, 4 * (2 * c.vocab * c.hidden + c.hidden));
+    near(parts, Purpose::Activations, 4 * (300 * c.hidden + 256 * block + 16 * (c.hidden + c.vocab) + 3 * c.hidden));
+    near(parts, Purpose::Statics, 4 * (2 * c.vocab * c.hidden + c.hidden));
+    let shared = memory(Cache { sequences: 3, context: 100, tokens: 200 });
+    near(&shared, Purpose::KvCache { sequences: 1, tokens: 4 * PAGE }, 4 * page);
 }
 
 #[test]
@@ -240,10 +245,10 @@ fn from_the_least_memory_on_more_of_it_brings_the_same_text_with_less_to_read() 
     let by = Bandwidths { disk: 1e9, copy: 10e9 };
     let fit = |model: &mut Model, host_bytes: usize| {
         let budget = Budget { device_bytes: None, host_bytes };
-        Fit { bandwidths: by, ..Fit::new(&Cpu, budget, 1, context) }.fastest(model)
+        Fit { bandwidths: by, ..Fit::new(&Cpu, budget, Cache::full(1, context)) }.fastest(model)
     };
     let total = |model: &Model, settings: &Settings| -> usize {
-        Decoder::memory(&Cpu, model, settings, 1, context).unwrap().iter().map(|part| part.bytes).sum()
+        Decoder::memory(&Cpu, model, settings, Cache::full(1, context)).unwrap().iter().map(|part| part.bytes).sum()
     };
     // What it takes with all tables on the device and the shortest of rings.
     let shortest = Settings { n_gpu: 1, n_cpu_pinned: 0, n_cpu: 0, ..Settings::default() };
@@ -283,8 +288,8 @@ fn a_70b_model_fits_8_gb_of_gpu_memory_and_less_where_its_head_is_streamed() {
     let fit = |device_bytes: usize| {
         let mut model = Model::open(folder.path()).unwrap();
         let budget = Budget { device_bytes: Some(device_bytes), host_bytes: 64_000_000_000 };
-        let settings = Fit::new(&Cpu, budget, 1, 2048).fastest(&mut model)?;
-        let parts = Decoder::memory(&Cpu, &model, &settings, 1, 2048)?;
+        let settings = Fit::new(&Cpu, budget, Cache::full(1, 2048)).fastest(&mut model)?;
+        let parts = Decoder::memory(&Cpu, &model, &settings, Cache::full(1, 2048))?;
         let [device, _] = Part::totals(&parts);
         assert!(device <= device_bytes, "{parts:?}");
         Ok::<_, Error>(model.tables)

@@ -287,7 +287,7 @@ fn taking_and_releasing_through_the_c_api_allocates_nothing() {
 #[cfg(feature = "model")]
 #[test]
 fn kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started() {
-    use layer_streamer::kernels::{AttentionMask, Kernels, RopeLayout};
+    use layer_streamer::kernels::{AttentionMask, Kernels, PAGE, RopeLayout};
 
     let Some(counter) = Counter::loaded() else {
         let name = "kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started";
@@ -304,13 +304,13 @@ fn kernels_on_the_cpu_allocate_nothing_once_their_threads_have_started() {
         let (mut x, mut y, mut out) = (floats(&[tokens, width]), floats(&[tokens, width]), floats(&[tokens, width]));
         let (q, mut turned) = (floats(&[tokens, heads, size]), floats(&[tokens, heads, size]));
         let block = floats(&[tokens, groups, size]);
-        let [mut keys, mut values] = [(); 2].map(|()| floats(&[1, groups, 700, size]));
+        let [mut keys, mut values] = [(); 2].map(|()| floats(&[11, groups, PAGE, size]));
         let (weight, norm) = (floats(&[width, width]), floats(&[width]));
         let mut narrow = on.empty(DType::BF16, &[tokens, width]).unwrap();
         let places: Vec<u32> = (0..tokens as u32).collect();
         let (places, frequencies) = (on.tensor(&[tokens], &places).unwrap(), floats(&[size / 2]));
         let mut best = on.tensor(&[tokens], &vec![0u32; tokens]).unwrap();
-        let batch = twin::Batch { lengths: vec![(500, tokens)], rows: vec![0] }.on(&on).unwrap();
+        let batch = twin::Batch::new(vec![(500, tokens)], 0).on(&on).unwrap();
         let mask = AttentionMask { scale: 0.1, window: None, soft_cap: Some(30.0) };
         let mut all = || -> layer_streamer::Result<()> {
             device.cast(stream, x.get(), narrow.out())?;

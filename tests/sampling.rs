@@ -9,7 +9,7 @@ use common::{everywhere, forget, generate};
 use layer_streamer::{
     Error, Settings,
     device::Cpu,
-    model::{Choice, Decoder, Fit, Model, Sampler, Sampling, Sequence},
+    model::{Cache, Choice, Decoder, Fit, Model, Sampler, Sampling, Sequence},
     plan::{Budget, Tier},
 };
 use support::data;
@@ -147,7 +147,7 @@ fn the_same_seed_gives_the_same_tokens_wherever_weights_are_kept_and_whoever_els
     for more in [0, 1_000_000, usize::MAX / 2] {
         let (mut model, least) = (model(), common::least(&Cpu, &model(), 3, 40));
         let budget = Budget { host_bytes: least.host_bytes + more, ..least };
-        let settings = Fit::new(&Cpu, budget, 3, 40).fastest(&mut model).unwrap();
+        let settings = Fit::new(&Cpu, budget, Cache::full(3, 40)).fastest(&mut model).unwrap();
         let mut decoder = Decoder::new(&Cpu, &model, &settings, 3, 40).unwrap();
         assert_eq!(alone(&mut decoder, 1, 20, lively(9)), expected, "the least and {more} bytes");
     }

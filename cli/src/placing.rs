@@ -9,7 +9,7 @@ use clap::Args;
 use layer_streamer::{
     Settings,
     kernels::Kernels,
-    model::{Fit, Model, Tables},
+    model::{Cache, Fit, Model, Tables},
     plan::{FixedOverhead, Pack, Part, Placement},
     probe::Probe,
     tuner::{self, CheckpointId, Record},
@@ -130,15 +130,14 @@ impl Placing {
         Ok(context)
     }
 
-    /// The settings that were given, else the fastest for the memory there is and so many sequences, for which layers get tiers; and
+    /// The settings that were given, else the fastest for the memory there is and a KV cache of such a size, for which layers get tiers; and
     /// what the links carry, where that was measured. `own` is what the program takes of RAM besides the model. `measure` is when to do so unless
     /// an option says it.
     pub fn settle<D: Kernels>(
         &self,
         device: &D,
         model: &mut Model,
-        sequences: usize,
-        context: usize,
+        cache: Cache,
         own: &[Part],
         measure: Measure,
     ) -> Result<(Settings, Option<Probe>), Failure> {
@@ -158,7 +157,7 @@ impl Placing {
                 let budget = budget::budget(device, self.vram, self.ram)?;
                 // What is free may lack the tokenizer already: then so much more stays free.
                 let (overhead, pack) = (FixedOverhead::of(own), self.pack.unwrap_or_default());
-                let fit = Fit { overhead, pack, ..Fit::new(device, budget, sequences, context) };
+                let fit = Fit { overhead, pack, ..Fit::new(device, budget, cache) };
                 Ok(budget::fastest(fit, model, measure)?)
             }
             Some(placement) => {

@@ -6,7 +6,7 @@ use clap::Args;
 use layer_streamer::{
     Error,
     kernels::Kernels,
-    model::{Decoder, Model},
+    model::{Cache, Decoder, Model},
     plan::{Bandwidths, Part},
     probe::Probe,
 };
@@ -63,14 +63,14 @@ fn run_on<D: Kernels>(device: &D, Options { placing, source, json }: &Options) -
     drop(waiting);
     // The forecast goes by what the links carry.
     let own = Vec::from_iter(text::memory(&placing.model, &model));
-    let settled = placing.settle(device, &mut model, 1, context, &own, Measure::Always);
+    let settled = placing.settle(device, &mut model, Cache::full(1, context), &own, Measure::Always);
     if let (true, Err(error)) = (*json, &settled) {
         refused(error);
     }
     let (settings, probe) = settled?;
     // The table says what was measured and when, but not what disturbed it.
     placing.tell(probe.as_ref(), false);
-    let mut parts = Decoder::memory(device, &model, &settings, 1, context)?;
+    let mut parts = Decoder::memory(device, &model, &settings, Cache::full(1, context))?;
     parts.extend(own);
     let plan = Decoder::plan(device, &model, &settings)?;
     let own = !device.memory_is_ram();

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use layer_streamer::{
     DType, Element, Result,
     device::{self, Device, DevicePtr, Shape, TensorMut, TensorRef},
-    kernels::{Kernels, Ragged},
+    kernels::{Kernels, PAGE, Ragged},
 };
 
 /// A tensor in memory of its own.
@@ -128,17 +128,48 @@ pub fn random(rng: &mut fastrand::Rng, count: usize) -> Vec<f32> {
     (0..count).map(|_| bf16::from_f32(rng.f32() * 2.0 - 1.0).to_f32()).collect()
 }
 
-/// Sequences as (tokens in the cache before, new ones), each in a row of the cache.
+/// Sequences as (tokens in the cache before, new ones), and the pages of each.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub lengths: Vec<(usize, usize)>,
-    pub rows: Vec<u32>,
+    pub pages: Vec<Vec<u32>>,
+    /// Pages that the table has room for, of each sequence; those that it has not are none of any cache.
+    pub width: usize,
 }
 
 /// The same on a device.
 pub struct BatchOn<D: Device>([Tensor<D>; 3]);
 
 impl Batch {
+    /// In pages that follow each other, from this one on.
+    pub fn new(lengths: Vec<(usize, usize)>, first: u32) -> Self {
+        let mut pages = first..;
+        let of = |(before, new): &(usize, usize)| pages.by_ref().take((before + new).div_ceil(PAGE)).collect();
+        let pages: Vec<Vec<u32>> = lengths.iter().map(of).collect();
+        let width = pages.iter().map(Vec::len).max().unwrap_or(0);
+        Self { lengths, pages, width }
+    }
+
+    /// In pages of any order. Some sequences have those in common that hold what both had before.
+    pub fn scattered(lengths: Vec<(usize, usize)>, rng: &mut fastrand::Rng) -> Self {
+        let mut batch = Self::new(lengths, 0);
+        let mut numbers: Vec<u32> = (0..batch.cache_pages() as u32).collect();
+        rng.shuffle(&mut numbers);
+        batch.pages.iter_mut().flatten().for_each(|page| *page = numbers[*page as usize]);
+        for i in 1..batch.pages.len() {
+            let both = batch.lengths[i - 1].0.min(batch.lengths[i].0) / PAGE;
+            let shared = batch.pages[i - 1][..if rng.bool() { rng.usize(..=both) } else { 0 }].to_vec();
+            batch.pages[i][..shared.len()].copy_from_slice(&shared);
+        }
+        batch.width += rng.usize(..3);
+        batch
+    }
+
+    /// Pages of a cache that has all of these, and one that is nobody's.
+    pub fn cache_pages(&self) -> usize {
+        self.pages.iter().flatten().max().map_or(1, |last| *last as usize + 2)
+    }
+
     pub fn tokens(&self) -> usize {
         self.lengths.iter().map(|(_, new)| new).sum()
     }
@@ -148,14 +179,19 @@ impl Batch {
         self.lengths.iter().for_each(|(_, new)| offsets.push(offsets[offsets.len() - 1] + *new as u32));
         let lens: Vec<u32> = self.lengths.iter().map(|(before, new)| (before + new) as u32).collect();
         let words = |words: &[u32]| on.tensor(&[words.len()], words);
-        Ok(BatchOn([words(&offsets)?, words(&lens)?, words(&self.rows)?]))
+        let mut pages = vec![u32::MAX; self.lengths.len() * self.width];
+        for (to, own) in pages.chunks_mut(self.width.max(1)).zip(&self.pages) {
+            to[..own.len()].copy_from_slice(own);
+        }
+        let pages = on.tensor(&[self.lengths.len(), self.width], &pages)?;
+        Ok(BatchOn([words(&offsets)?, words(&lens)?, pages]))
     }
 }
 
 impl<D: Device> BatchOn<D> {
     pub fn get(&self) -> Ragged<'_, D> {
-        let [q_offsets, kv_lens, rows] = self.0.each_ref().map(Tensor::get);
-        Ragged { q_offsets, kv_lens, rows }
+        let [q_offsets, kv_lens, pages] = self.0.each_ref().map(Tensor::get);
+        Ragged { q_offsets, kv_lens, pages }
     }
 }
 

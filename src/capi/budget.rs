@@ -12,7 +12,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     device::Device,
-    model::{Fit, Model},
+    model::{Cache, Fit, Model},
     plan::{Budget, Pack, Part, Placement, Plan, Settings, Sharing, Tier, Unit},
 };
 
@@ -203,7 +203,7 @@ impl StreamOptions {
         context: usize,
     ) -> Result<Settings> {
         let Some(budget) = self.budget_on(device)? else { return Ok(self.settings.clone()) };
-        let fit = Fit { pack: self.pack, ..Fit::new(device, budget, batch, context) };
+        let fit = Fit { pack: self.pack, ..Fit::new(device, budget, Cache::full(batch, context)) };
         Ok(self.within(fit.fastest(model)?))
     }
 }

@@ -364,8 +364,17 @@ pub unsafe extern "C" fn ls_engine_describe(engine: ls_engine, stats: *mut ls_en
         let EngineStats { waiting, running, ended, passes, prompt_tokens, reused_tokens, new_tokens, put_back } =
             enter(engine)?.engine.stats();
         let size = size_of::<ls_engine_stats>();
-        let stats =
-            ls_engine_stats { size, waiting, running, ended, passes, prompt_tokens, reused_tokens, new_tokens, put_back };
+        let stats = ls_engine_stats {
+            size,
+            waiting,
+            running,
+            ended,
+            passes,
+            prompt_tokens,
+            reused_tokens,
+            new_tokens,
+            put_back,
+        };
         // SAFETY: the caller says that as many bytes may be written as its size says.
         unsafe { write_sized(to, "stats", stats) }
     })

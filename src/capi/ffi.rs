@@ -155,7 +155,7 @@ impl From<Error> for Failure {
             Error::Read { .. } => LS_READ,
             Error::Setting { .. } => LS_INVALID,
             Error::TooLittle { .. } => LS_TOO_LITTLE,
-            Error::Memory { .. } => LS_MEMORY,
+            Error::Memory { .. } | Error::Pages { .. } => LS_MEMORY,
             Error::Thread { .. } => LS_THREAD,
             Error::NoTensor { .. } => LS_NO_TENSOR,
             Error::LayersHeld { .. } | Error::LayerLeaked { .. } => LS_LAYERS_HELD,

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     device::{Device, TensorMut, TensorRef},
-    kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
+    kernels::{AttentionMask, Kernels, PAGE, Ragged, RopeLayout},
 };
 
 /// Which elements of a head make a pair that rotates.
@@ -28,9 +28,14 @@ pub enum ls_rope_layout {
     LS_ROPE_TO_HALVES = 2,
 }
 
+/// Tokens of a page of the KV cache.
+pub const LS_PAGE: usize = 64;
+const _: () = assert!(LS_PAGE == PAGE);
+
 /// One block of tokens of several sequences, and where their keys and values lie: sequence i owns tokens q_offsets[i] to
-/// q_offsets[i + 1] of the block, the last of the kv_lens[i] tokens that it has in the cache by then, and row rows[i] of the
-/// cache. All three are U32, in device memory; a row that the cache does not have is the caller's error.
+/// q_offsets[i + 1] of the block, the last of the kv_lens[i] tokens that it has in the cache by then. Token t of those lies in page
+/// pages[i, t / LS_PAGE] of the cache, at place t % LS_PAGE. All three are U32, in device memory; a page that the cache does not
+/// have is the caller's error. Several sequences may have a page in common, to which none of them writes then.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ls_ragged {
@@ -38,8 +43,8 @@ pub struct ls_ragged {
     pub q_offsets: ls_tensor,
     /// [S]: tokens in the cache, those of this block included.
     pub kv_lens: ls_tensor,
-    /// [S]: which row of the cache.
-    pub rows: ls_tensor,
+    /// [S, P]: the pages of each sequence, in the order of its tokens; those behind its last token may be any.
+    pub pages: ls_tensor,
 }
 
 /// An argument of a kernel, and how C passes it.
@@ -110,7 +115,7 @@ impl Argument for Ragged<'_, AnyDevice> {
             Ok(Ragged {
                 q_offsets: (*c).q_offsets.read("q_offsets")?,
                 kv_lens: (*c).kv_lens.read("kv_lens")?,
-                rows: (*c).rows.read("rows")?,
+                pages: (*c).pages.read("pages")?,
             })
         }
     }
@@ -326,7 +331,7 @@ pub unsafe extern "C" fn ls_linear(
     kernel!(stream, linear(x, weight, bias, out))
 }
 
-/// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [rows, G, capacity, D].
+/// Writes the block's keys or values [T, G, D] to their places in one layer's `cache` [pages, G, LS_PAGE, D].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_append_kv(
     stream: ls_stream,
@@ -338,7 +343,7 @@ pub unsafe extern "C" fn ls_append_kv(
 }
 
 /// Causal attention of the block's queries over the cache, with grouped heads: query head h of HQ uses key head h · G / HQ.
-/// `q` and `out` [T, HQ, D], `keys` and `values` [rows, G, capacity, D]. Scores are multiplied by `scale`, usually
+/// `q` and `out` [T, HQ, D], `keys` and `values` [pages, G, LS_PAGE, D]. Scores are multiplied by `scale`, usually
 /// 1 / sqrt(D). Each token sees itself and window - 1 before it; `window` 0: all before it. Scaled scores become
 /// soft_cap · tanh(score / soft_cap) before the softmax; `soft_cap` 0: they stay as they are.
 #[unsafe(no_mangle)]

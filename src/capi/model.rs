@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     device::Device,
-    model::{Choice, Decoder, Model, Sampler, Sampling, Sequence},
+    model::{Cache, Choice, Decoder, Model, Sampler, Sampling, Sequence},
     plan::Settings,
 };
 
@@ -173,7 +173,7 @@ pub unsafe extern "C" fn ls_model_plan(
         let asked = unsafe { ModelRequest::read(folder, options)? };
         let device = DEVICES.enter(device.id)?.device.clone();
         let planned = asked.choose(&device).and_then(|Chosen { model, settings, batch, context }| {
-            let memory = Decoder::memory(&device, &model, &settings, batch, context)?;
+            let memory = Decoder::memory(&device, &model, &settings, Cache::full(batch, context))?;
             Ok((model.placement(&settings), memory))
         });
         // SAFETY: the caller says that a placement and, but for NULL, so many tiers may be written.
@@ -200,12 +200,12 @@ pub unsafe extern "C" fn ls_model_open(
         let device = DEVICES.enter(device.id)?.device.clone();
         let (observers, trace) = asked.streams.observers()?;
         let Chosen { model, settings, batch, context } = &asked.choose(&device)?;
-        let mut decoder = Decoder::with_observers(&device, model, settings, *batch, *context, &observers)?;
+        let mut decoder = Decoder::with_observers(&device, model, settings, Cache::full(*batch, *context), &observers)?;
         if let Some(progress) = asked.streams.progress {
             decoder.streamer().track_progress(move |now| progress.report(now));
         }
         if let Some(log) = &asked.streams.log {
-            let memory = Decoder::memory(&device, model, settings, *batch, *context)?;
+            let memory = Decoder::memory(&device, model, settings, Cache::full(*batch, *context))?;
             log.opened(&memory, &decoder.streamer().stats());
         }
         let streamer = decoder.streamer();

@@ -132,7 +132,7 @@ pub struct EngineStats {
     pub ended: u64,
     /// Passes over the layers.
     pub passes: u64,
-    /// Tokens of prompts that were computed.
+    /// Tokens of prompts that were computed; of sequences that were put back, again.
     pub prompt_tokens: u64,
     /// Tokens of prompts that were there already, of another sequence that begins the same.
     pub reused_tokens: u64,

@@ -21,10 +21,6 @@ impl<T> Queue<T> {
         self.waiting.insert(place(priority, ticket), what);
     }
 
-    pub(super) fn first(&self) -> Option<&T> {
-        self.waiting.first_key_value().map(|(_, first)| first)
-    }
-
     pub(super) fn take_first(&mut self) -> Option<T> {
         self.waiting.pop_first().map(|(_, first)| first)
     }
@@ -89,7 +85,6 @@ mod tests {
         let all = [(0, 3), (1, 4), (0, 1), (-2, 0), (1, 5)];
         all.iter().for_each(|&(priority, ticket)| queue.put(priority, ticket, ticket));
         assert_eq!((queue.take(1), queue.take(1), queue.len()), (Some(1), None, 4));
-        assert_eq!(queue.first(), Some(&4));
         let order: Vec<_> = std::iter::from_fn(|| queue.take_first()).collect();
         assert_eq!(order, [4, 5, 3, 0]);
         assert_eq!(last(all.into_iter()), Some(3));

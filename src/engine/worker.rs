@@ -40,13 +40,17 @@ pub(super) struct Job {
     sink: Sink,
     /// Its prompt, and the tokens that were chosen.
     tokens: Vec<u32>,
+    /// Tokens that were chosen.
+    new: usize,
+    /// It had a row before.
+    began: bool,
     cancelled: bool,
 }
 
 impl Job {
     pub(super) fn new(ticket: u64, mut request: Request, sink: Sink) -> Self {
         let tokens = std::mem::take(&mut request.prompt);
-        Self { ticket, request, sink, tokens, cancelled: false }
+        Self { ticket, request, sink, tokens, new: 0, began: false, cancelled: false }
     }
 
     /// Tells of an event.
@@ -59,8 +63,6 @@ impl Job {
 struct Running {
     job: Box<Job>,
     row: usize,
-    /// Tokens that were chosen.
-    new: usize,
 }
 
 /// What is counted, and seen from other threads.
@@ -122,6 +124,7 @@ impl<D: Kernels> Worker<D> {
     pub(super) fn run(mut self) {
         while self.take_commands().is_continue() {
             self.admit();
+            self.make_room();
             self.pass();
         }
         let left = iter::from_fn(|| self.queue.take_first());
@@ -165,27 +168,72 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// Gives rows to those that wait, while there are some.
+    /// Gives rows to those that wait, while there are some, and pages for all of their tokens.
     fn admit(&mut self) {
-        while let Some(row) = self.free_rows.pop() {
-            let Some(job) = self.queue.take_first() else {
-                self.free_rows.push(row);
-                return;
-            };
-            let begun = self.sampler.begin_by(row, &job.tokens, job.request.sampling, job.request.number);
-            match begun {
-                Ok(()) => {
-                    self.running.push(Running { job, row, new: 0 });
+        while let Some(job) = self.queue.take_first() {
+            let Some(row) = self.free_rows.pop() else { return self.put(job) };
+            match self.begin(row, &job) {
+                Ok(true) => {
+                    self.running.push(Running { job, row });
                     self.count_running();
                     // After the other, so that it is never seen in neither.
                     self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
                 }
+                Ok(false) => {
+                    self.free(row);
+                    return self.put(job);
+                }
                 Err(error) => {
-                    self.free_rows.push(row);
+                    self.free(row);
                     self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
                     self.end(job, End::Failed(error));
                 }
             }
+        }
+    }
+
+    fn put(&mut self, job: Box<Job>) {
+        self.queue.put(job.request.priority, job.ticket, job);
+    }
+
+    /// Begins a job in a row that is free, unless there are too few pages for it beside those that run.
+    fn begin(&mut self, row: usize, job: &Job) -> Result<bool> {
+        let Self { decoder, sampler, running, counts, .. } = self;
+        let held = decoder.begin(row, &job.tokens)?;
+        let to_come = running.iter().map(|Running { job, row }| {
+            let left = job.tokens.len() - decoder.length(*row);
+            decoder.pages_for(*row, left)
+        });
+        let all = to_come.sum::<usize>() + decoder.pages_for(row, job.tokens.len() - held);
+        if !running.is_empty() && all > decoder.free_pages() {
+            return Ok(false);
+        }
+        counts.reused_tokens.fetch_add(held as u64, Ordering::Relaxed);
+        if !job.began {
+            sampler.begin_by(job.ticket as usize, &job.tokens, job.request.sampling, job.request.number)?;
+        }
+        Ok(true)
+    }
+
+    /// Where the pages do not suffice for the next pass, sequences give up their place, and wait to be computed again.
+    fn make_room(&mut self) {
+        // A sequence alone has room: the cache has as many pages as a whole context takes.
+        while self.running.len() > 1 {
+            let (shares, _) = self.shares();
+            let needed =
+                iter::zip(&self.running, shares).map(|(running, share)| self.decoder.pages_for(running.row, share));
+            if needed.sum::<usize>() <= self.decoder.free_pages() {
+                return;
+            }
+            let places = self.running.iter().map(|Running { job, .. }| (job.request.priority, job.ticket));
+            let last = schedule::last(places).expect("more than one runs");
+            let Running { mut job, row } = self.running.remove(last);
+            job.began = true;
+            self.free(row);
+            self.put(job);
+            self.counts.waiting.fetch_add(1, Ordering::Relaxed);
+            self.counts.put_back.fetch_add(1, Ordering::Relaxed);
+            self.count_running();
         }
     }
 
@@ -255,7 +303,7 @@ impl<D: Kernels> Worker<D> {
         decoder.last_logits(|logits| {
             let (number, (running, _)) = rows.next().expect("a row for each sequence of the pass");
             if complete[number] {
-                chosen[number] = Some(sampler.choose(running.row, logits).map(|id| {
+                chosen[number] = Some(sampler.choose(running.job.ticket as usize, logits).map(|id| {
                     let logprobs = running.job.request.logprobs.map(|top| Logprobs::of(logits, id, top));
                     Token { id, logprobs }
                 }));
@@ -276,12 +324,12 @@ impl<D: Kernels> Worker<D> {
                 Some(Err(error)) => Some(End::Failed(error)),
                 Some(Ok(token)) if request.stop.contains(&token.id) => Some(End::Stop(token.id)),
                 Some(Ok(token)) => {
-                    running.new += 1;
+                    running.job.new += 1;
                     running.job.tokens.push(token.id);
                     self.counts.new_tokens.fetch_add(1, Ordering::Relaxed);
                     running.job.tell(Event::Token(token));
                     let full = self.decoder.length(running.row) == self.decoder.context();
-                    let most = running.new == running.job.request.most;
+                    let most = running.job.new == running.job.request.most;
                     if most { Some(End::Most) } else { full.then_some(End::Context) }
                 }
             };
@@ -294,15 +342,20 @@ impl<D: Kernels> Worker<D> {
 
     /// Ends a running sequence; its row is free.
     fn remove(&mut self, number: usize, end: End) {
-        let Running { job, row, .. } = self.running.remove(number);
+        let Running { job, row } = self.running.remove(number);
         self.count_running();
-        self.decoder.truncate(row, 0).expect("a row that there is, and a length that it has");
-        self.sampler.forget(row);
-        self.free_rows.push(row);
+        self.free(row);
         self.end(job, end);
     }
 
-    fn end(&self, mut job: Box<Job>, end: End) {
+    /// The row's pages are free, and so is the row.
+    fn free(&mut self, row: usize) {
+        self.decoder.truncate(row, 0).expect("a row that there is, and a length that it has");
+        self.free_rows.push(row);
+    }
+
+    fn end(&mut self, mut job: Box<Job>, end: End) {
+        self.sampler.forget(job.ticket as usize);
         self.counts.ended.fetch_add(1, Ordering::Relaxed);
         job.tell(Event::End(end));
     }

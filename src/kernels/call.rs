@@ -18,7 +18,9 @@ pub(super) use argument;
 /// Holds an argument against its row.
 macro_rules! fit {
     ($fit:ident, $argument:ident: value $type:ident) => {};
-    ($fit:ident, $argument:ident: read Ragged [$sequences:ident]) => { $fit.ragged(&$argument, &$sequences)? };
+    ($fit:ident, $argument:ident: read Ragged [$sequences:ident, $pages:ident]) => {
+        $fit.ragged(&$argument, &$sequences, &$pages)?
+    };
     ($fit:ident, $argument:ident: $how:ident $type:ident [.. $(, $dim:ident)*]) => {
         $fit.$how(stringify!($argument), &$argument, Pattern { dtype: Type::$type, rest: true, dims: &[$(&$dim),*] })?
     };

@@ -6,7 +6,7 @@
 use std::{ffi::c_int, ops::RangeInclusive};
 
 use super::{
-    Kernels, Precision, RopeLayout,
+    Kernels, PAGE, Precision, RopeLayout,
     call::*,
     cublas::{Cublas, WORKSPACE},
     fit::check,
@@ -28,6 +28,8 @@ const PRECISION: Precision = Precision { activation: DType::BF16, cache: DType::
 
 /// Head sizes that attention is compiled for.
 const HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
+
+const _: () = assert!(sys::LSK_PAGE as usize == PAGE);
 
 /// Caps of scores whose hyperbolic tangent, which is off by 3e-7, gives no score that is off by more than BF16 rounds.
 const SOFT_CAPS: RangeInclusive<f32> = 1e-4..=1e4;
@@ -83,7 +85,7 @@ impl Cuda {
     }
 
     fn attention(&self, stream: &CudaStream, call: Attention<'_, Cuda>) -> Result<()> {
-        let Attention { q, keys, values, batch, mask, out, T, HQ, D, S, G, capacity, .. } = call;
+        let Attention { q, keys, values, batch, mask, out, T, HQ, D, S, P, G, .. } = call;
         self.check_head_size(D)?;
         let (cap, known) = (mask.soft_cap.unwrap_or(0.0), mask.soft_cap.is_none_or(|cap| SOFT_CAPS.contains(&cap)));
         check("attention", known, || {
@@ -92,6 +94,7 @@ impl Cuda {
         })?;
         let int = |dimension| int("attention", dimension);
         let [sequences, tokens, heads, kv_heads, size] = [int(S)?, int(T)?, int(HQ)?, int(G)?, int(D)?];
+        let sequence_pages = int(P)?;
         let window = mask.window.map_or(0, |window| window as i64);
         let scratch = self.address(&math("attention", stream)?.scratch).as_ptr();
         // SAFETY: the checks found the tensors to be what the launcher asks for; each is device memory whose use `stream` orders,
@@ -104,12 +107,12 @@ impl Cuda {
                 at(values),
                 at(batch.q_offsets),
                 at(batch.kv_lens),
-                at(batch.rows),
+                at(batch.pages),
                 sequences,
+                sequence_pages,
                 tokens,
                 heads,
                 kv_heads,
-                capacity as i64,
                 size,
                 mask.scale,
                 window,
@@ -236,11 +239,11 @@ impl Kernels for Cuda {
                 Call::Add(Add { residual, y }) => {
                     self.launch(name, || sys::lsk_add(to(&residual), at(y), y.elements(), on))
                 }
-                Call::AppendKv(AppendKv { block, batch, cache, T, G, D, S, capacity, .. }) => {
-                    let [offsets, lens, rows] = [batch.q_offsets, batch.kv_lens, batch.rows].map(at);
-                    let (s, t, g, d) = (int(S)?, int(T)?, int(G)?, int(D)?);
-                    let (to, block, capacity) = (to(&cache), at(block), capacity as i64);
-                    self.launch(name, || sys::lsk_append_kv(to, block, offsets, lens, rows, s, t, g, capacity, d, on))
+                Call::AppendKv(AppendKv { block, batch, cache, T, G, D, S, P, .. }) => {
+                    let [offsets, lens, pages] = [batch.q_offsets, batch.kv_lens, batch.pages].map(at);
+                    let (s, p, t, g, d) = (int(S)?, int(P)?, int(T)?, int(G)?, int(D)?);
+                    let (to, block) = (to(&cache), at(block));
+                    self.launch(name, || sys::lsk_append_kv(to, block, offsets, lens, pages, s, p, t, g, d, on))
                 }
                 Call::Attention(call) => self.attention(stream, call),
                 Call::Gather(Gather { x, indices, out, H, R, .. }) => {

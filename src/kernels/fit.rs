@@ -119,11 +119,10 @@ impl Fit {
         tensor.map_or(Ok(()), |tensor| self.tensor(what, tensor, pattern, false))
     }
 
-    pub(super) fn ragged<D: Kernels>(&mut self, batch: &Ragged<'_, D>, sequences: &Dim) -> Result<()> {
-        let each = [sequences];
-        let pattern = Pattern { dtype: Type::U32, rest: false, dims: &each };
+    pub(super) fn ragged<D: Kernels>(&mut self, batch: &Ragged<'_, D>, sequences: &Dim, pages: &Dim) -> Result<()> {
+        let pattern = Pattern { dtype: Type::U32, rest: false, dims: &[sequences] };
         self.read("kv_lens", &batch.kv_lens, pattern)?;
-        self.read("rows", &batch.rows, pattern)?;
+        self.read("pages", &batch.pages, Pattern { dims: &[sequences, pages], ..pattern })?;
         let bounds = Dim { name: "S + 1", size: Cell::new(Some(sequences.size() + 1)) };
         self.read("q_offsets", &batch.q_offsets, Pattern { dims: &[&bounds], ..pattern })
     }

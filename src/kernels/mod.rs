@@ -27,6 +27,9 @@ use crate::{
     error::Result,
 };
 
+/// Tokens of a page of the KV cache, on every device: whole tiles of keys, of which devices go through some at a time.
+pub const PAGE: usize = 64;
+
 /// The types that a device computes with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
@@ -55,14 +58,16 @@ pub enum RopeLayout {
 /// One block of tokens of several sequences, and where their keys and values lie.
 ///
 /// Sequence `i` of the batch owns tokens `q_offsets[i]..q_offsets[i + 1]` of the block, the last of the `kv_lens[i]` tokens
-/// that it has in the cache by then, and row `rows[i]` of the cache. All three are U32, in device memory.
+/// that it has in the cache by then. Token `t` of those lies in page `pages[i, t / PAGE]` of the cache, at place `t % PAGE`
+/// (see [`PAGE`]). All three are U32, in device memory. Several sequences may have a page in common, to which none of them
+/// writes then.
 pub struct Ragged<'a, D> {
     /// `[S + 1]`: where each sequence's tokens begin; the last is `T`.
     pub q_offsets: TensorRef<'a, D>,
     /// `[S]`: tokens in the cache, those of this block included.
     pub kv_lens: TensorRef<'a, D>,
-    /// `[S]`: which row of the cache.
-    pub rows: TensorRef<'a, D>,
+    /// `[S, P]`: the pages of each sequence, in the order of its tokens; those behind its last token may be any.
+    pub pages: TensorRef<'a, D>,
 }
 
 // Not derived, which would demand it of the device.
@@ -82,7 +87,7 @@ impl<'a, D: Device> Ragged<'a, D> {
     pub(crate) unsafe fn of_device<E: Device>(self) -> Ragged<'a, E> {
         // SAFETY: the caller promises that all three are in that device's memory.
         let of = |tensor: TensorRef<'a, D>| unsafe { tensor.of_device() };
-        Ragged { q_offsets: of(self.q_offsets), kv_lens: of(self.kv_lens), rows: of(self.rows) }
+        Ragged { q_offsets: of(self.q_offsets), kv_lens: of(self.kv_lens), pages: of(self.pages) }
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! | argument | what |
 //! | --- | --- |
-//! | `x: read TYPE [shape]` | a tensor that is read; `batch: read Ragged [S]` stands for its three |
+//! | `x: read TYPE [shape]` | a tensor that is read; `batch: read Ragged [S, P]` stands for its three |
 //! | `x: write TYPE [shape]` | a tensor that is written, or read and written |
 //! | `x: maybe TYPE [shape]` | a tensor that is read if there is one |
 //! | `x: value TYPE` | anything else |
@@ -118,26 +118,29 @@ macro_rules! kernels {
                 y: read Activation [..],
             }
 
-            /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [rows, G, capacity, D]`.
-            append_kv AppendKv [T, G, D, S, rows, capacity] {
+            /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [pages, G, PAGE, D]`, with
+            /// [`PAGE`](super::PAGE) tokens to a page.
+            append_kv AppendKv [T, G, D, S, P, pages, page] {
                 block: read Activation [T, G, D],
-                batch: read Ragged [S],
-                cache: write Cache [rows, G, capacity, D],
+                batch: read Ragged [S, P],
+                cache: write Cache [pages, G, page, D],
             }
             where G > 0, "block is {:?} but the cache {:?}", block.shape(), cache.shape();
+            where page == PAGE, "the cache is {:?}, expected pages of {PAGE} tokens", cache.shape();
 
             /// Causal attention of the block's queries over the cache, grouped heads (Ainslie et al. 2023, arXiv:2305.13245):
             /// query head `h` of `HQ` uses key head `h · G / HQ`. `q` and `out [T, HQ, D]`, `keys` and
-            /// `values [rows, G, capacity, D]`.
-            attention Attention [T, HQ, D, S, rows, G, capacity] {
+            /// `values [pages, G, PAGE, D]`, with [`PAGE`](super::PAGE) tokens to a page.
+            attention Attention [T, HQ, D, S, P, pages, G, page] {
                 q: read Activation [T, HQ, D],
-                keys: read Cache [rows, G, capacity, D],
-                values: read Cache [rows, G, capacity, D],
-                batch: read Ragged [S],
+                keys: read Cache [pages, G, page, D],
+                values: read Cache [pages, G, page, D],
+                batch: read Ragged [S, P],
                 mask: value AttentionMask,
                 out: write Activation [T, HQ, D],
             }
             where G > 0 && HQ.is_multiple_of(G), "q is {:?} but the cache {:?}", q.shape(), keys.shape();
+            where page == PAGE, "the cache is {:?}, expected pages of {PAGE} tokens", keys.shape();
             where mask.window != Some(0), "a window of 0, in which a token does not see itself";
             where mask.soft_cap.is_none_or(|cap| cap > 0.0 && cap.is_finite()),
                 "a soft cap of {}, expected a number above 0", mask.soft_cap.unwrap_or_default();

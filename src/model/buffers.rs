@@ -5,6 +5,7 @@ use super::{
     config::{ModelConfig, Norms},
     embedding::EmbeddingRows,
     exchange::Exchange,
+    pages::pages_for,
     weights::Model,
     workspace::{Layout, Region, Workspace},
 };
@@ -12,7 +13,7 @@ use crate::{
     device::{self, Device},
     dtype::DType,
     error::{Error, Result},
-    kernels::{Kernels, Precision},
+    kernels::{Kernels, PAGE, Precision},
     layout::UnitLayout,
     plan::{Part, Purpose},
 };
@@ -38,13 +39,49 @@ pub(super) fn head_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
     if device.product_rows() == 1 { tokens } else { HEAD_BLOCK }
 }
 
+/// How much a decoder's KV cache holds. It lies in pages of [`PAGE`] tokens, of which each sequence takes as many as its tokens need.
+///
+/// ```
+/// use layer_streamer::{
+///     Settings,
+///     device::Cpu,
+///     model::{Cache, Decoder, Model},
+/// };
+///
+/// // Up to eight sequences, any of which may have 512 tokens, but all of them together no more than 1024.
+/// let cache = Cache { sequences: 8, context: 512, tokens: 1024 };
+/// let model = Model::open("examples/speller")?;
+/// let decoder = Decoder::with_cache(&Cpu, &model, &Settings::default(), cache)?;
+/// assert_eq!(decoder.free_pages(), 16);
+/// # Ok::<(), layer_streamer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache {
+    /// Rows: how many sequences there may be at once.
+    pub sequences: usize,
+    /// How many tokens a sequence may have.
+    pub context: usize,
+    /// How many tokens there is room for in all; at least a context. Rounded up to whole pages.
+    pub tokens: usize,
+}
+
+impl Cache {
+    /// Room for so many sequences that all have their whole context.
+    pub fn full(sequences: usize, context: usize) -> Self {
+        let tokens = sequences.saturating_mul(pages_for(context).saturating_mul(PAGE));
+        Self { sequences, context, tokens }
+    }
+}
+
 /// How much a decoder has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
     /// Rows of the KV cache.
     pub(super) batch: usize,
-    /// Tokens that each row holds.
+    /// Tokens that a row may hold.
     pub(super) context: usize,
+    /// Pages of all rows together.
+    pub(super) pages: usize,
     /// The most tokens in a pass: all that the cache holds, or else whole blocks of them. The residual stream and the words
     /// that describe a pass are sized by it; a batch with more tokens takes several passes.
     pub(super) pass_tokens: usize,
@@ -54,8 +91,9 @@ impl Capacity {
     /// Room for any prompt in one pass; several sequences' prompts may take more than one.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's.
-    pub(super) fn new(config: &ModelConfig, batch: usize, context: usize) -> Result<Self> {
+    /// [`Error::Setting`] for a batch or context of 0, a context longer than the model's, or room for less than a context.
+    pub(super) fn new(config: &ModelConfig, cache: Cache) -> Result<Self> {
+        let Cache { sequences: batch, context, tokens } = cache;
         if batch == 0 || batch > u16::MAX.into() {
             return Err(Error::setting("batch", format!("is {batch}, expected 1 to {}", u16::MAX)));
         }
@@ -63,17 +101,34 @@ impl Capacity {
             let most = config.max_positions;
             return Err(Error::setting("context", format!("is {context} tokens, this model takes 1 to {most}")));
         }
-        Ok(Self { batch, context, pass_tokens: usize::MAX }.in_passes_of(context.max(PASS_TOKENS)))
+        if tokens < context || pages_for(tokens) > u32::MAX as usize {
+            return Err(Error::setting(
+                "tokens",
+                format!("of the KV cache are {tokens}, expected at least a context of {context}"),
+            ));
+        }
+        let capacity = Self { batch, context, pages: pages_for(tokens), pass_tokens: usize::MAX };
+        Ok(capacity.in_passes_of(context.max(PASS_TOKENS)))
     }
 
     /// The same with passes of so many tokens, rounded up to whole blocks, where that is less than the cache holds.
     pub(super) fn in_passes_of(self, tokens: usize) -> Self {
-        Self { pass_tokens: tokens.max(1).next_multiple_of(BLOCK).min(self.batch.saturating_mul(self.context)), ..self }
+        let all = self.batch.saturating_mul(self.context);
+        Self { pass_tokens: tokens.max(1).next_multiple_of(BLOCK).min(all), ..self }
+    }
+
+    /// What memory for the cache is said to be for.
+    fn purpose(self) -> Purpose {
+        let Self { batch, context, pages, .. } = self;
+        match batch.saturating_mul(pages_for(context)) == pages {
+            true => Purpose::KvCache { sequences: batch, tokens: context },
+            false => Purpose::KvCache { sequences: 1, tokens: pages.saturating_mul(PAGE) },
+        }
     }
 
     /// The most words that describe a pass.
     pub(super) fn words(self) -> usize {
-        Pass::most_words(self.pass_tokens, self.batch)
+        Pass::most_words(self.pass_tokens, self.batch, pages_for(self.context))
     }
 }
 
@@ -113,7 +168,7 @@ pub(super) struct Regions {
 pub(super) struct Buffers<D: Device> {
     pub(super) capacity: Capacity,
     pub(super) cache: Workspace<D>,
-    /// By layer, each `[batch, kv_heads, context, head_dim]`.
+    /// By layer, each `[pages, kv_heads, PAGE, head_dim]`.
     pub(super) keys: Vec<Region>,
     pub(super) values: Vec<Region>,
     pub(super) work: Workspace<D>,
@@ -142,6 +197,21 @@ impl<D: Kernels> Buffers<D> {
         Ok(())
     }
 
+    /// Copies a page of the cache to another, in all layers.
+    pub(super) fn copy_page(
+        &self,
+        device: &D,
+        stream: &D::Stream,
+        config: &ModelConfig,
+        [from, to]: [u32; 2],
+    ) -> Result<()> {
+        let page = [config.kv_heads, PAGE, config.head_dim];
+        let at = |number: u32| number as usize * page.iter().product::<usize>();
+        self.keys.iter().chain(&self.values).try_for_each(|&layer| {
+            device.cast(stream, self.cache.read(layer, at(from), &page)?, self.cache.write(layer, at(to), &page)?)
+        })
+    }
+
     /// Sends the frequencies of a sequence that will have so many tokens, where they depend on that.
     pub(super) fn send_frequencies(
         &self,
@@ -160,7 +230,7 @@ impl<D: Kernels> Buffers<D> {
 
 fn cache_layout(config: &ModelConfig, precision: Precision, capacity: Capacity) -> (Layout, [Vec<Region>; 2]) {
     let layout = Layout::default();
-    let shape = [capacity.batch, config.kv_heads, capacity.context, config.head_dim];
+    let shape = [capacity.pages, config.kv_heads, PAGE, config.head_dim];
     let regions = [(), ()].map(|()| (0..config.layers).map(|_| layout.region(precision.cache, &shape)).collect());
     (layout, regions)
 }
@@ -206,13 +276,13 @@ fn work_layout<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> (La
 pub(super) fn parts<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> Result<Vec<Part>> {
     let precision = device.precision();
     let statics = UnitLayout::new(&model.checkpoint, &model.statics_for(precision))?.device_bytes;
-    let Capacity { batch, context, pass_tokens } = capacity;
+    let Capacity { pass_tokens, .. } = capacity;
     let (cache, _) = cache_layout(&model.config, precision, capacity);
     let (work, _) = work_layout(device, model, capacity);
     let part = |purpose: Purpose, bytes: usize| Part { purpose, bytes };
     let mut parts = vec![
         part(Purpose::Statics, statics),
-        part(Purpose::KvCache { sequences: batch, tokens: context }, cache.bytes()?),
+        part(capacity.purpose(), cache.bytes()?),
         part(Purpose::Activations, work.bytes()?),
         part(Purpose::Tokens, Exchange::<D>::bytes(capacity.words())),
     ];

@@ -7,9 +7,10 @@ use std::{fmt, sync::Arc};
 
 use super::{
     batch::Pass,
-    buffers::{self, Buffers, Capacity},
+    buffers::{self, Buffers, Cache, Capacity},
     embedding::EmbeddingRows,
     exchange::Exchange,
+    pages::Pages,
     renewal::Renewal,
     weights::Model,
 };
@@ -21,7 +22,8 @@ use crate::{
     trace::Observer,
 };
 
-/// A model with its memory on a device. The KV cache holds `batch` sequences of up to `context` tokens.
+/// A model with its memory on a device. Its KV cache lies in pages, which sequences take as they grow; those that begin alike
+/// share what they have in common.
 ///
 /// ```
 /// use std::ops::ControlFlow;
@@ -56,6 +58,8 @@ pub struct Decoder<D: Kernels> {
     pub(super) buffers: Buffers<D>,
     /// The tokens that each row of the cache holds.
     pub(super) held: Vec<Vec<u32>>,
+    /// Where in the cache they lie.
+    pub(super) pages: Pages,
     /// Of a model whose rotary frequencies depend on how long a sequence is.
     pub(super) renewal: Option<Renewal>,
     /// The last pass of the batch before; without tokens if there was none, or it failed.
@@ -69,12 +73,13 @@ pub struct Decoder<D: Kernels> {
 
 impl<D: Kernels> fmt::Debug for Decoder<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Capacity { batch, context, pass_tokens }, config) = (self.buffers.capacity, &self.model.config);
+        let (Capacity { batch, context, pages, pass_tokens }, config) = (self.buffers.capacity, &self.model.config);
         let model = format_args!("{}, {} layers of width {}", config.family.model_type, config.layers, config.hidden);
         f.debug_struct("Decoder")
             .field("model", &model)
             .field("batch", &batch)
             .field("context", &context)
+            .field("pages", &pages)
             .field("pass_tokens", &pass_tokens)
             .field("placement", &self.placement)
             .finish_non_exhaustive()
@@ -82,16 +87,25 @@ impl<D: Kernels> fmt::Debug for Decoder<D> {
 }
 
 impl<D: Kernels> Decoder<D> {
-    /// Reserves everything, loads what stays on the device, and starts streaming.
+    /// Reserves everything, loads what stays on the device, and starts streaming. The KV cache has room for `batch` sequences of
+    /// `context` tokens, all at once.
     ///
     /// # Errors
     /// [`Error::Setting`] for a batch or context of 0, or a context longer than the model's;
     /// [`Error::Kernel`] for heads that the device cannot compute; else as [`LayerStreamer::new`].
     pub fn new(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Self> {
-        Self::with_observers(device, model, settings, batch, context, &[])
+        Self::with_cache(device, model, settings, Cache::full(batch, context))
     }
 
-    /// As [`Decoder::new`], with those who see what the streamer does.
+    /// As [`Decoder::new`], with a KV cache that may have room for fewer tokens than all sequences with their whole context.
+    ///
+    /// # Errors
+    /// As there, and [`Error::Setting`] for a cache with less room than one context.
+    pub fn with_cache(device: &D, model: &Model, settings: &Settings, cache: Cache) -> Result<Self> {
+        Self::with_observers(device, model, settings, cache, &[])
+    }
+
+    /// As [`Decoder::with_cache`], with those who see what the streamer does.
     ///
     /// # Errors
     /// As there.
@@ -99,11 +113,10 @@ impl<D: Kernels> Decoder<D> {
         device: &D,
         model: &Model,
         settings: &Settings,
-        batch: usize,
-        context: usize,
+        cache: Cache,
         observers: &[Arc<dyn Observer>],
     ) -> Result<Self> {
-        let capacity = Capacity::new(&model.config, batch, context)?;
+        let capacity = Capacity::new(&model.config, cache)?;
         Self::with_capacity(device, model, settings, capacity, observers)
     }
 
@@ -137,6 +150,7 @@ impl<D: Kernels> Decoder<D> {
             stream,
             buffers,
             held: vec![Vec::new(); capacity.batch],
+            pages: Pages::new(capacity.pages, capacity.batch),
             renewal: Renewal::of(&model.config, capacity.batch),
             pass: Pass::default(),
             last_logits_there: false,
@@ -147,13 +161,13 @@ impl<D: Kernels> Decoder<D> {
         })
     }
 
-    /// What [`Decoder::new`] will reserve with the same arguments.
+    /// What [`Decoder::with_cache`] will reserve with the same arguments.
     ///
     /// # Errors
     /// As there, as far as can be known beforehand.
-    pub fn memory(device: &D, model: &Model, settings: &Settings, batch: usize, context: usize) -> Result<Vec<Part>> {
+    pub fn memory(device: &D, model: &Model, settings: &Settings, cache: Cache) -> Result<Vec<Part>> {
         let mut parts = Self::plan(device, model, settings)?.memory();
-        parts.extend(buffers::parts(device, model, Capacity::new(&model.config, batch, context)?)?);
+        parts.extend(buffers::parts(device, model, Capacity::new(&model.config, cache)?)?);
         Ok(parts)
     }
 
@@ -196,6 +210,21 @@ impl<D: Kernels> Decoder<D> {
         self.buffers.capacity.context
     }
 
+    /// Pages of the KV cache, of [`PAGE`](crate::kernels::PAGE) tokens, that no sequence has. Those that are kept of sequences that
+    /// ended, for others that begin alike, are among them.
+    pub fn free_pages(&self) -> usize {
+        self.pages.available()
+    }
+
+    /// Free pages that [`forward`](Self::forward) takes for `tokens` more tokens of sequence `row`. A batch has its pages if those of
+    /// its sequences are no more than are [free](Self::free_pages).
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn pages_for(&self, row: usize, tokens: usize) -> usize {
+        self.pages.needed(row, self.length(row), tokens)
+    }
+
     /// The most tokens that a pass takes, of all sequences together: any sequence's context, or all that the KV cache holds
     /// where that is not much. [`forward`](Self::forward) runs more tokens in several passes, and then
     /// [`all_logits`](Self::all_logits) has none to give.
@@ -203,25 +232,45 @@ impl<D: Kernels> Decoder<D> {
         self.buffers.capacity.pass_tokens
     }
 
-    /// Forgets all tokens of sequence `row` from number `length` on.
+    /// Begins sequence `row`, which must hold no tokens: takes over the pages that the KV cache has of the beginning of `tokens`,
+    /// of sequences that are there and of such that ended. Returns how many tokens the sequence then holds: whole pages, and
+    /// less than all of `tokens`. The others are for [`forward`](Self::forward), and give what they would without this, to the
+    /// last bit.
+    ///
+    /// Of a model whose rotary frequencies depend on how long a sequence is ([`Rope::grows`](super::Rope::grows)) nothing is taken
+    /// over.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if there is no such row, or it holds tokens.
+    pub fn begin(&mut self, row: usize, tokens: &[u32]) -> Result<usize> {
+        let held = self.row(row)?.len();
+        if held > 0 {
+            return Err(Error::setting("begin", format!("needs an empty row, but row {row} holds {held} tokens")));
+        }
+        let taken = self.pages.begin(row, tokens);
+        self.held[row].extend_from_slice(&tokens[..taken]);
+        Ok(taken)
+    }
+
+    /// Forgets all tokens of sequence `row` from number `length` on, and gives back the pages behind them. A sequence that then
+    /// goes on within a page that others have too does so in a copy.
     ///
     /// # Errors
     /// [`Error::Setting`] if there is no such row, or it is shorter.
     pub fn truncate(&mut self, row: usize, length: usize) -> Result<()> {
-        match self.held.get_mut(row) {
-            Some(held) if length <= held.len() => held.truncate(length),
-            Some(held) => {
-                let held = held.len();
-                return Err(Error::setting("truncate", format!("to {length}, but row {row} holds {held} tokens")));
-            }
-            None => {
-                return Err(Error::setting(
-                    "row",
-                    format!("is {row}, the KV cache has {} rows", self.buffers.capacity.batch),
-                ));
-            }
+        let held = self.row(row)?.len();
+        if length > held {
+            return Err(Error::setting("truncate", format!("to {length}, but row {row} holds {held} tokens")));
         }
+        self.held[row].truncate(length);
+        self.pages.cut(row, length);
         Ok(())
+    }
+
+    /// The tokens of a row, if there is one.
+    pub(super) fn row(&self, row: usize) -> Result<&[u32]> {
+        let held = self.held.get(row).map(Vec::as_slice);
+        held.ok_or_else(|| Error::setting("row", format!("is {row}, the KV cache has {} rows", self.held.len())))
     }
 
     /// The model.

@@ -1,7 +1,7 @@
 //! Which settings, tiers and tables make a decoder the fastest within a budget of memory.
 
 use super::{
-    buffers::{self, Capacity},
+    buffers::{self, Cache, Capacity},
     decoder::Decoder,
     tables::Tables,
     weights::Model,
@@ -17,14 +17,14 @@ use crate::{
 /// ```no_run
 /// use layer_streamer::{
 ///     device::Cpu,
-///     model::{Decoder, Fit, Model},
+///     model::{Cache, Decoder, Fit, Model},
 ///     plan::Budget,
 /// };
 ///
 /// let mut model = Model::open("model")?;
-/// let fit = Fit::new(&Cpu, Budget::free(&Cpu)?, 1, 4096);
+/// let fit = Fit::new(&Cpu, Budget::free(&Cpu)?, Cache::full(1, 4096));
 /// let settings = fit.fastest(&mut model)?;
-/// let decoder = Decoder::new(&Cpu, &model, &settings, fit.batch, fit.context)?;
+/// let decoder = Decoder::with_cache(&Cpu, &model, &settings, fit.cache)?;
 /// # Ok::<(), layer_streamer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +37,8 @@ pub struct Fit<'a, D> {
     pub overhead: FixedOverhead,
     /// What disk and link carry.
     pub bandwidths: Bandwidths,
-    /// As for [`Decoder::new`].
-    pub batch: usize,
-    /// As there, in tokens.
-    pub context: usize,
+    /// As for [`Decoder::with_cache`].
+    pub cache: Cache,
     /// Where they are given: what they leave of the budget decides on tiers and tables.
     pub settings: Option<&'a Settings>,
     /// Whether layers may be packed where they are kept in RAM.
@@ -49,9 +47,9 @@ pub struct Fit<'a, D> {
 
 impl<'a, D: Kernels> Fit<'a, D> {
     /// Nothing else is taken, bandwidths are assumed, and settings are free.
-    pub fn new(device: &'a D, budget: Budget, batch: usize, context: usize) -> Self {
+    pub fn new(device: &'a D, budget: Budget, cache: Cache) -> Self {
         let (overhead, bandwidths) = (FixedOverhead::default(), Bandwidths::default());
-        Self { device, budget, overhead, bandwidths, batch, context, settings: None, pack: Pack::Auto }
+        Self { device, budget, overhead, bandwidths, cache, settings: None, pack: Pack::Auto }
     }
 
     /// The settings with which the model runs fastest. Its layers are given tiers, and its [tables](Model::tables) their place.
@@ -60,7 +58,7 @@ impl<'a, D: Kernels> Fit<'a, D> {
     /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as
     /// [`Decoder::memory`].
     pub fn fastest(&self, model: &mut Model) -> Result<Settings> {
-        let capacity = Capacity::new(&model.config, self.batch, self.context)?;
+        let capacity = Capacity::new(&model.config, self.cache)?;
         let plan = |tables: Tables| self.plan(model, capacity, tables);
         let plans = Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok());
         let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);

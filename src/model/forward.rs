@@ -2,7 +2,6 @@
 
 use super::{
     batch::{Pass, Sequence, passes},
-    buffers::Capacity,
     decoder::Decoder,
     head::Head,
     layer::LayerMath,
@@ -16,7 +15,8 @@ use crate::{
 
 impl<D: Kernels> Decoder<D> {
     /// Runs all tokens of `batch` through the model, in one pass over the layers, and keeps their keys and values. More tokens
-    /// than [`pass_tokens`](Self::pass_tokens) take more passes, and give the same.
+    /// than [`pass_tokens`](Self::pass_tokens) take more passes, and give the same. The pages that they need in the KV cache are
+    /// taken first.
     ///
     /// What a token comes to depends on the tokens before it in its sequence and on nothing else, to the last bit: neither on the
     /// rest of the batch, nor on the passes its sequence took, nor on where anything is kept.
@@ -28,7 +28,8 @@ impl<D: Kernels> Decoder<D> {
     ///
     /// # Errors
     /// [`Error::Setting`] if a row is out of range or named twice, a sequence has no token or would outgrow the context, or
-    /// a token is not in the vocabulary; else the streamer's. After an error the cache is as it was before.
+    /// a token is not in the vocabulary; [`Error::Pages`] if the KV cache has too few free pages; else the streamer's. After an
+    /// error the cache is as it was before.
     pub fn forward(&mut self, batch: &[Sequence<'_>]) -> Result<()> {
         self.forward_observed(batch, |_, _, _| Ok(()))
     }
@@ -45,24 +46,44 @@ impl<D: Kernels> Decoder<D> {
     ) -> Result<()> {
         self.check_batch(batch)?;
         self.device.bind_thread()?;
-        if self.renewal.is_some() { self.forward_renewing(batch, observe) } else { self.forward_passes(batch, observe) }
+        let passed = self.take_pages(batch).and_then(|()| match self.renewal {
+            Some(_) => self.forward_renewing(batch, observe),
+            None => self.forward_passes(batch, observe),
+        });
+        if passed.is_err() {
+            batch.iter().for_each(|sequence| self.pages.cut(sequence.row, self.held[sequence.row].len()));
+        }
+        passed
     }
 
-    /// Runs a batch that was checked.
+    /// Takes the pages that a batch needs, all or none.
+    fn take_pages(&mut self, batch: &[Sequence<'_>]) -> Result<()> {
+        let Self { pages, held, buffers, device, stream, model, .. } = self;
+        let sizes = batch.iter().map(|sequence| (sequence.row, held[sequence.row].len(), sequence.tokens.len()));
+        pages.grow(sizes, |from, to| buffers.copy_page(device, stream, &model.config, [from, to]))
+    }
+
+    /// Runs a batch that was checked and has its pages.
     pub(super) fn forward_passes(
         &mut self,
         batch: &[Sequence<'_>],
         mut observe: impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
         (self.pass.tokens, self.last_logits_there) = (0, false);
+        let longest = batch.iter().map(|sequence| self.pages.of(sequence.row).len()).max().unwrap_or(0);
         let mut last = Pass::default();
-        for pass in passes(batch, self.buffers.capacity.pass_tokens) {
+        for pass in passes(batch, self.buffers.capacity.pass_tokens, longest) {
             self.run(batch, pass, &mut observe)?;
             last = pass;
         }
         // At the end, so that the tokens of passes before one that failed are forgotten.
         for sequence in batch {
-            self.held[sequence.row].extend_from_slice(sequence.tokens);
+            let held = &mut self.held[sequence.row];
+            let before = held.len();
+            held.extend_from_slice(sequence.tokens);
+            if self.renewal.is_none() {
+                self.pages.fill(sequence.row, before, held);
+            }
         }
         (self.pass, self.last_logits_there) = (last, self.model.tables.streams_head());
         Ok(())
@@ -75,10 +96,10 @@ impl<D: Kernels> Decoder<D> {
         pass: Pass,
         observe: &mut impl FnMut(usize, TensorRef<'_, D>, &D::Stream) -> Result<()>,
     ) -> Result<()> {
-        let Self { streamer, stream, device, statics, buffers, model, exchange, rows, held, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, exchange, rows, held, pages, .. } = self;
         let (work, at, config) = (&buffers.work, &buffers.at, &model.config);
-        pass.fill(exchange.words()?, batch, |row| held[row].len());
-        exchange.send(work.write(at.words, 0, &[pass.words()])?, stream)?;
+        let words = pass.fill(exchange.words()?, batch, |row| held[row].len(), |row| pages.of(row));
+        exchange.send(work.write(at.words, 0, &[words])?, stream)?;
         let shape = [pass.tokens, config.hidden];
         match rows {
             Some(rows) => rows.send(pass.ids(batch), work, at.residual, stream)?,
@@ -113,11 +134,9 @@ impl<D: Kernels> Decoder<D> {
         if batch.is_empty() {
             return Err(Error::setting("batch", "has no sequence"));
         }
-        let Capacity { batch: cached, context, .. } = self.buffers.capacity;
+        let context = self.context();
         for (number, sequence) in batch.iter().enumerate() {
-            let Some(length) = self.held.get(sequence.row).map(Vec::len) else {
-                return Err(Error::setting("row", format!("is {}, the KV cache has {} rows", sequence.row, cached)));
-            };
+            let length = self.row(sequence.row)?.len();
             if batch[..number].iter().any(|other| other.row == sequence.row) {
                 return Err(Error::setting("row", format!("{} is in the batch twice", sequence.row)));
             }
@@ -145,14 +164,14 @@ mod tests {
     use super::*;
     use crate::{
         device::{self, Cpu},
-        model::{Choice, Model, Tables},
+        model::{Cache, Choice, Model, Tables, buffers::Capacity},
         plan::Settings,
         trace::Stage,
     };
 
     /// Next tokens, residual streams layer by layer, and bytes computed with, of a batch whose passes have so many tokens.
     fn run(model: &Model, most: usize, batch: &[Sequence<'_>]) -> (Vec<u32>, Vec<Vec<u32>>, u64) {
-        let capacity = Capacity::new(&model.config, 4, 500).unwrap().in_passes_of(most);
+        let capacity = Capacity::new(&model.config, Cache::full(4, 500)).unwrap().in_passes_of(most);
         let mut decoder = Decoder::with_capacity(&Cpu, model, &Settings::default(), capacity, &[]).unwrap();
         let residuals = RefCell::new(vec![Vec::new(); model.config.layers]);
         let pass = decoder.forward_observed(batch, |layer, residual, stream| {
@@ -198,7 +217,7 @@ mod tests {
     #[test]
     fn a_pass_that_fails_takes_back_the_tokens_of_the_passes_before_it() {
         let model = Model::open("tests/data/qwen2-tied").unwrap();
-        let capacity = Capacity::new(&model.config, 2, 500).unwrap().in_passes_of(256);
+        let capacity = Capacity::new(&model.config, Cache::full(2, 500)).unwrap().in_passes_of(256);
         let mut decoder = Decoder::with_capacity(&Cpu, &model, &Settings::default(), capacity, &[]).unwrap();
         let (tokens, mut layers) = ([5; 400], 0);
         let failed = decoder.forward_observed(&[Sequence { row: 0, tokens: &tokens }], |_, _, _| {
@@ -215,7 +234,7 @@ mod tests {
     fn room_for_passes_grows_with_what_one_sequence_may_have_and_not_with_how_many_there_are() {
         let mut config = Model::open("tests/data/qwen2-tied").unwrap().config;
         config.max_positions = 1 << 20;
-        let most = |batch, context| Capacity::new(&config, batch, context).unwrap().pass_tokens;
+        let most = |batch, context| Capacity::new(&config, Cache::full(batch, context)).unwrap().pass_tokens;
         assert_eq!((most(1, 3), most(100, 48), most(1, 100_000)), (3, 4800, 100_000));
         assert_eq!((most(64, 8192), most(1000, 512), most(2, 10_000)), (8192, 8192, 10_240));
     }

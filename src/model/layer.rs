@@ -9,7 +9,7 @@ use super::{
 use crate::{
     device::{TensorMut, TensorRef},
     error::Result,
-    kernels::{AttentionMask, Kernels, Ragged},
+    kernels::{AttentionMask, Kernels, PAGE, Ragged},
     pipeline::Layer,
 };
 
@@ -46,7 +46,7 @@ pub(super) struct LayerMath<'a, D: Kernels> {
 impl<D: Kernels> LayerMath<'_, D> {
     /// Sends the pass's tokens through a layer, block by block.
     pub(super) fn layer(&self, layer: &Layer<'_, D>) -> Result<()> {
-        self.pass.blocks().try_for_each(|block| {
+        self.pass.blocks(self.batch).try_for_each(|block| {
             layer.check_cancelled()?;
             self.block(layer, block)
         })
@@ -107,11 +107,11 @@ impl<D: Kernels> LayerMath<'_, D> {
         let (at, cache, tokens) = (&buffers.at, &buffers.cache, block.tokens);
         let (hidden, heads, kv_heads, size) = (config.hidden, config.heads, config.kv_heads, config.head_dim);
 
-        let [offsets, lengths, rows] = pass.ragged(block);
+        let [offsets, lengths, pages] = pass.ragged(block);
         let batch = Ragged {
-            q_offsets: self.words(offsets, pass.sequences + 1)?,
-            kv_lens: self.words(lengths, pass.sequences)?,
-            rows: self.words(rows, pass.sequences)?,
+            q_offsets: self.words(offsets, &[block.sequences + 1])?,
+            kv_lens: self.words(lengths, &[block.sequences])?,
+            pages: self.words(pages, &[block.sequences, pass.pages])?,
         };
         let (q_width, kv) = (heads * size, kv_heads * size);
         let x = (at.normed, hidden);
@@ -134,7 +134,7 @@ impl<D: Kernels> LayerMath<'_, D> {
         }
 
         let (keys, values) = (buffers.keys[layer.index()], buffers.values[layer.index()]);
-        let cached = [buffers.capacity.batch, kv_heads, buffers.capacity.context, size];
+        let cached = [buffers.capacity.pages, kv_heads, PAGE, size];
         for (new, to) in [(at.key, keys), (at.value, values)] {
             let new = self.read(new, &[tokens, kv_heads, size])?;
             device.append_kv(stream, new, batch, cache.write(to, 0, &cached)?)?;
@@ -156,7 +156,7 @@ impl<D: Kernels> LayerMath<'_, D> {
             let (skip, shape) = (start * heads * size, [tokens, heads, size]);
             let work = &self.buffers.work;
             let x = work.read(self.buffers.at.unrotated, skip, &shape)?;
-            let positions = self.words(self.pass.positions() + block.start + start, tokens)?;
+            let positions = self.words(self.pass.positions() + block.start + start, &[tokens])?;
             let inv_freq = work.read(table, row * rope.pairs(), &[rope.pairs()])?;
             let out = work.write(to, skip, &shape)?;
             self.device.rope(self.stream, x, positions, inv_freq, rope.scale, self.config.rope_layout, out)
@@ -232,8 +232,8 @@ impl<D: Kernels> LayerMath<'_, D> {
         self.buffers.work.write(region, 0, shape)
     }
 
-    /// So many of the pass's words, from this one on.
-    fn words(&self, first: usize, count: usize) -> Result<TensorRef<'_, D>> {
-        self.buffers.work.read(self.buffers.at.words, first, &[count])
+    /// As many of the pass's words as the shape has, from this one on.
+    fn words(&self, first: usize, shape: &[usize]) -> Result<TensorRef<'_, D>> {
+        self.buffers.work.read(self.buffers.at.words, first, shape)
     }
 }

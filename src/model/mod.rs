@@ -16,6 +16,7 @@ mod generate;
 mod head;
 mod layer;
 mod logits;
+mod pages;
 mod renewal;
 mod sampling;
 mod tables;
@@ -23,6 +24,7 @@ mod weights;
 mod workspace;
 
 pub use batch::Sequence;
+pub use buffers::Cache;
 pub use config::{ModelConfig, Multipliers, Rope, SoftCaps, SuggestedSampling};
 pub use decoder::Decoder;
 pub use fit::Fit;

@@ -48,8 +48,8 @@ impl Layout {
     }
 }
 
-/// **Invariant**: regions of one layout are disjoint, and the decoder makes one view of a region at a time, or several for
-/// reading.
+/// **Invariant**: regions of one layout are disjoint, and the decoder makes one view of any part of a region at a time, or several
+/// for reading.
 pub(super) struct Workspace<D: Device> {
     device: D,
     memory: D::Memory,

@@ -32,9 +32,9 @@ pub enum Purpose {
     Statics,
     /// The KV cache of a decoder.
     KvCache {
-        /// How many sequences it holds.
+        /// How many sequences have room of their own in it; 1 where all of them share it.
         sequences: usize,
-        /// How many tokens of each.
+        /// How many tokens of each. There is room for whole pages.
         tokens: usize,
     },
     /// What a decoder computes with.

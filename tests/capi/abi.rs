@@ -145,6 +145,7 @@ macro_rules! measured {
 fn for_rust() -> Vec<String> {
     measured! {
     number LS_END { i32 }
+    number LS_PAGE { usize }
     enum ls_status {
         LS_OK, LS_NULL, LS_INVALID, LS_CLOSED, LS_BUSY, LS_PANICKED, LS_CALLBACK, LS_IO, LS_CHECKPOINT, LS_READ, LS_MEMORY,
         LS_THREAD, LS_NO_TENSOR, LS_LAYERS_HELD, LS_CANCELLED, LS_KERNEL, LS_CUDA, LS_UNSUPPORTED, LS_LEAKED, LS_TOO_LITTLE,
@@ -187,7 +188,7 @@ fn for_rust() -> Vec<String> {
     struct ls_statics { id }
     struct ls_tensor { data, dtype, rank, shape }
     struct ls_layer { id }
-    struct ls_ragged { q_offsets, kv_lens, rows }
+    struct ls_ragged { q_offsets, kv_lens, pages }
     struct ls_model_options { size, batch, context, streamer }
     struct ls_model { id }
     struct ls_model_info { size, vocab, hidden, layers, max_positions, context, batch }

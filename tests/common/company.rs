@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 use layer_streamer::{
     Error, Settings,
-    kernels::Kernels,
-    model::{Decoder, Model, Sequence, Tables},
+    kernels::{Kernels, PAGE},
+    model::{Cache, Decoder, Model, Sequence, Tables},
     plan::Tier,
 };
 use support::data;
@@ -28,10 +28,16 @@ struct Request {
 }
 
 impl Request {
-    /// With more short prompts than long ones, of `longest` tokens at most.
-    fn drawn(rng: &mut fastrand::Rng, longest: usize, vocabulary: u32) -> Self {
-        let length = (longest as f64).powf(rng.f64()).round() as usize;
-        let prompt = (0..length.max(1)).map(|_| rng.u32(3..vocabulary)).collect();
+    /// With more short prompts than long ones, of `longest` tokens at most, many of which begin as one of `others` does.
+    fn drawn(rng: &mut fastrand::Rng, longest: usize, vocabulary: u32, others: &[Self]) -> Self {
+        let length = (longest as f64).powf(rng.f64()).round().max(1.0) as usize;
+        let mut prompt: Vec<u32> = (0..length).map(|_| rng.u32(3..vocabulary)).collect();
+        if let (Some(other), true) = (rng.choice(others), rng.bool()) {
+            let shared = rng.usize(0..=other.prompt.len());
+            // Longer than it would be, if need be: pages are shared as a whole.
+            prompt.splice(..shared.min(length), other.prompt[..shared].iter().copied());
+            prompt.truncate(longest);
+        }
         Self { prompt, more: rng.usize(0..4), arrives: rng.usize(0..8) }
     }
 }
@@ -69,59 +75,109 @@ fn alone<D: Kernels>(device: &D, model: &Model, request: &Request) -> Answer {
 struct Going {
     request: usize,
     row: usize,
-    /// Tokens of the prompt that are still to come, or the one that was chosen.
-    left: VecDeque<u32>,
+    /// Its prompt, and the tokens that were chosen; the row holds the first of them.
+    tokens: Vec<u32>,
+}
+
+/// What has come of requests so far.
+struct Company<D: Kernels> {
+    decoder: Decoder<D>,
+    answers: Vec<Answer>,
+    going: Vec<Going>,
+    free: Vec<usize>,
+    waiting: VecDeque<usize>,
+    /// How often there were no pages for a batch, and how many tokens were there already when a sequence began.
+    short: usize,
+    reused: usize,
+}
+
+impl<D: Kernels> Company<D> {
+    /// Begins those that have come, as long as there are rows, and pages for the next one alone.
+    fn begin(&mut self, requests: &[Request], pass: usize) {
+        while let (Some(&request), Some(&row)) = (self.waiting.front(), self.free.last()) {
+            let chosen = self.answers[request].iter().map(|logits| most_likely(logits));
+            let tokens: Vec<u32> = requests[request].prompt.iter().copied().chain(chosen).collect();
+            let has_pages = self.decoder.pages_for(row, tokens.len()) <= self.decoder.free_pages();
+            if !self.going.is_empty() && (requests[request].arrives > pass || !has_pages) {
+                break;
+            }
+            let taken = self.decoder.begin(row, &tokens).unwrap();
+            assert!(taken < tokens.len() && self.decoder.tokens(row) == &tokens[..taken]);
+            self.reused += taken;
+            self.going.push(Going { request, row, tokens });
+            self.waiting.pop_front();
+            self.free.pop();
+        }
+    }
+
+    /// Runs some tokens of some sequences; where there are no pages for them, one sequence gives back its own, and waits.
+    fn pass(&mut self, rng: &mut fastrand::Rng) {
+        let Self { decoder, going, .. } = self;
+        rng.shuffle(going);
+        // Some sit a pass out.
+        let taking = rng.usize(1..=going.len());
+        let mut batch = Vec::new();
+        for Going { row, tokens, .. } in &going[..taking] {
+            let left = &tokens[decoder.length(*row)..];
+            let count = if rng.bool() { left.len() } else { rng.usize(1..=left.len()) };
+            batch.push(Sequence { row: *row, tokens: &left[..count] });
+        }
+        let needed = batch.iter().map(|of| decoder.pages_for(of.row, of.tokens.len())).sum::<usize>();
+        let (available, lengths) = (decoder.free_pages(), going.iter().map(|of| decoder.length(of.row)));
+        let lengths: Vec<_> = lengths.collect();
+        match decoder.forward(&batch) {
+            Ok(()) => {}
+            Err(Error::Pages { needed: said, available: free }) => {
+                assert!(said > available && said <= needed && free == available && decoder.free_pages() == available);
+                assert!(going.iter().zip(lengths).all(|(of, length)| decoder.length(of.row) == length));
+                let waits = going.pop().unwrap();
+                decoder.truncate(waits.row, 0).unwrap();
+                self.free.push(waits.row);
+                self.waiting.push_back(waits.request);
+                self.short += 1;
+                return;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        for (going, logits) in going.iter_mut().zip(last_logits(decoder)) {
+            if decoder.length(going.row) == going.tokens.len() {
+                going.tokens.push(most_likely(&logits));
+                self.answers[going.request].push(logits);
+            }
+        }
+    }
 }
 
 /// All requests in the rows of one decoder, each pass with any of those that have come, in any order, and any of their tokens.
 fn together<D: Kernels>(
-    device: &D,
-    model: &Model,
-    settings: &Settings,
+    decoder: Decoder<D>,
     rows: usize,
     requests: &[Request],
     rng: &mut fastrand::Rng,
 ) -> Vec<Answer> {
-    let mut decoder = Decoder::new(device, model, settings, rows, CONTEXT).unwrap();
-    let mut answers: Vec<Answer> = requests.iter().map(|_| Answer::new()).collect();
-    let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
-    let (mut free, mut going): (Vec<usize>, Vec<Going>) = ((0..rows).collect(), Vec::new());
+    let mut company = Company {
+        decoder,
+        answers: requests.iter().map(|_| Answer::new()).collect(),
+        going: Vec::new(),
+        free: (0..rows).collect(),
+        waiting: (0..requests.len()).collect(),
+        short: 0,
+        reused: 0,
+    };
     for pass in 0.. {
-        while let (Some(&request), Some(&row)) = (waiting.front(), free.last()) {
-            if requests[request].arrives > pass && !going.is_empty() {
-                break;
-            }
-            decoder.truncate(row, 0).unwrap();
-            going.push(Going { request, row, left: requests[request].prompt.iter().copied().collect() });
-            waiting.pop_front();
-            free.pop();
+        company.begin(requests, pass);
+        if company.going.is_empty() {
+            println!("{} batches were too large, {} tokens were there already", company.short, company.reused);
+            return company.answers;
         }
-        if going.is_empty() {
-            return answers;
-        }
-        rng.shuffle(&mut going);
-        // Some sit a pass out.
-        let taking = rng.usize(1..=going.len());
-        let pieces: Vec<Vec<u32>> = going[..taking]
-            .iter_mut()
-            .map(|going| {
-                let whole = rng.bool();
-                let count = if whole { going.left.len() } else { rng.usize(1..=going.left.len()) };
-                going.left.drain(..count).collect()
-            })
-            .collect();
-        let batch: Vec<_> =
-            going.iter().zip(&pieces).map(|(going, tokens)| Sequence { row: going.row, tokens }).collect();
-        decoder.forward(&batch).unwrap();
-        for (going, logits) in going.iter_mut().zip(last_logits(&mut decoder)) {
-            if going.left.is_empty() {
-                going.left.push_back(most_likely(&logits));
-                answers[going.request].push(logits);
-            }
-        }
+        company.pass(rng);
+        let Company { decoder, answers, going, free, .. } = &mut company;
         going.retain(|going| {
             let ended = answers[going.request].len() > requests[going.request].more;
-            free.extend(ended.then_some(going.row));
+            if ended {
+                decoder.truncate(going.row, 0).unwrap();
+                free.push(going.row);
+            }
             !ended
         });
     }
@@ -132,7 +188,10 @@ fn together<D: Kernels>(
 pub fn check_company<D: Kernels>(device: &D, name: &str, sequences: usize, longest: usize, rng: &mut fastrand::Rng) {
     let plain = model(name);
     let vocabulary = plain.config.vocab as u32;
-    let requests: Vec<_> = (0..sequences).map(|_| Request::drawn(rng, longest, vocabulary)).collect();
+    let mut requests = Vec::new();
+    for _ in 0..sequences {
+        requests.push(Request::drawn(rng, longest, vocabulary, &requests));
+    }
     let mut placed = plain.clone();
     placed.tables = [Tables::OnDevice, Tables::EmbeddingInFile, Tables::HeadStreamed][rng.usize(0..3)];
     for unit in &mut placed.units {
@@ -140,7 +199,11 @@ pub fn check_company<D: Kernels>(device: &D, name: &str, sequences: usize, longe
     }
     let settings = Settings { n_gpu: rng.usize(1..4), n_cpu_pinned: rng.usize(0..3), ..Settings::default() };
     let rows = rng.usize(1..=sequences);
-    let found = together(device, &placed, &settings, rows, &requests, rng);
+    // Room for the longest, or for some more.
+    let context = (longest + 4).next_multiple_of(PAGE);
+    let tokens = context + rng.usize(0..=(rows - 1) * context / 2);
+    let cache = Cache { sequences: rows, context, tokens };
+    let found = together(Decoder::with_cache(device, &placed, &settings, cache).unwrap(), rows, &requests, rng);
     for (request, found) in requests.iter().zip(found) {
         let expected = alone(device, &plain, request);
         let what = format!("{name}, {:?}, {} tokens, then {}", placed.tables, request.prompt.len(), request.more);

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs, ops::ControlFlow, path::Path};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Choice, Decoder, Fit, Model, Tables},
+    model::{Cache, Choice, Decoder, Fit, Model, Tables},
     packed::{self, Description},
     plan::{Bandwidths, Budget, Part},
 };
@@ -285,7 +285,7 @@ pub fn spelled_right<D: Kernels>(decoder: &mut Decoder<D>, numbers: &[u32]) -> u
 /// What the errors name as the least: of RAM alone, or of GPU memory and then of RAM beside that.
 pub fn least<D: Kernels>(device: &D, model: &Model, batch: usize, context: usize) -> Budget {
     let named = |budget: Budget| -> usize {
-        let fitted = Fit::new(device, budget, batch, context).fastest(&mut model.clone());
+        let fitted = Fit::new(device, budget, Cache::full(batch, context)).fastest(&mut model.clone());
         match fitted.expect_err("nothing is too little") {
             Error::TooLittle { least, .. } => least,
             error => panic!("{error}"),
@@ -320,7 +320,7 @@ pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
         let what = format!("seed {seed}: {dimensions:?}, batch {batch}, context {context}");
         let by = Bandwidths { disk: 1e8 + 1e10 * rng.f64(), copy: 1e8 + 1e11 * rng.f64() };
         let taken = |model: &Model, settings: &Settings| -> Budget {
-            let parts = Decoder::memory(device, model, settings, batch, context).unwrap();
+            let parts = Decoder::memory(device, model, settings, Cache::full(batch, context)).unwrap();
             let [device, host] = Part::totals(&parts);
             match shared {
                 true => Budget { device_bytes: None, host_bytes: device + host },
@@ -346,15 +346,17 @@ pub fn check_plans<D: Kernels>(device: &D, cases: u32) {
             Budget { host_bytes: budget.host_bytes - 1, ..budget },
             Budget { device_bytes: budget.device_bytes.map(|bytes| bytes - 1), ..budget },
         ] {
-            let fitted = Fit { bandwidths: by, ..Fit::new(device, below, batch, context) }.fastest(&mut model.clone());
+            let fitted = Fit { bandwidths: by, ..Fit::new(device, below, Cache::full(batch, context)) }
+                .fastest(&mut model.clone());
             assert_eq!(fitted.is_ok(), below == budget, "{what}: {below:?}");
         }
         let mut before = f64::INFINITY;
         let all = fs::metadata(folder.path().join("model.safetensors")).unwrap().len() as usize;
         for round in 0..16 {
             let mut model = model.clone();
-            let settings =
-                Fit { bandwidths: by, ..Fit::new(device, budget, batch, context) }.fastest(&mut model).unwrap();
+            let settings = Fit { bandwidths: by, ..Fit::new(device, budget, Cache::full(batch, context)) }
+                .fastest(&mut model)
+                .unwrap();
             let (memory, now) = (taken(&model, &settings), time(&model, &settings));
             assert!(fits(memory, budget), "{what}: {memory:?} for {budget:?}");
             // Units that are alike but for a sixty-fourth count as one another, which shows in both comparisons.

@@ -65,10 +65,12 @@ int multiprocessors() {
   return count;
 }
 
+int pages_of(int tokens) { return (tokens + LSK_PAGE - 1) / LSK_PAGE; }
+
 struct Case {
   int size, heads, kv_heads;
   std::vector<int> tokens, past;  // of each sequence
-  int capacity;
+  int capacity;  // of each sequence's pages, rounded up
   int64_t window;
   float sharpness;  // scale · sqrt(size)
   size_t scratch = SIZE_MAX;  // at most so many bytes
@@ -78,19 +80,23 @@ struct Case {
 double check(const Case& c, float soft_cap, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
-  const int sequences = int(c.tokens.size()), rows = sequences + 1;
+  const int sequences = int(c.tokens.size()), each = pages_of(c.capacity);
   const int kv_heads = c.kv_heads, heads = c.heads, size = c.size;
-  std::vector<uint32_t> offsets{0}, kv_lens, places;
+  std::vector<uint32_t> offsets{0}, kv_lens, pages;
   for (int s = 0; s < sequences; ++s) {
     offsets.push_back(offsets.back() + c.tokens[s]);
     kv_lens.push_back(c.tokens[s] + c.past[s]);
-    places.push_back((s * 5 + 1) % rows);
   }
-  if (rows % 5 == 0) {
-    for (int s = 0; s < sequences; ++s) places[s] = rows - 1 - s;
-  }
+  // Pages in any order, and one that is nobody's.
+  for (int page = 0; page <= sequences * each; ++page) pages.push_back(page);
+  std::shuffle(pages.begin(), pages.end(), random);
+  const size_t elements = pages.size() * kv_heads * LSK_PAGE * size;
+  pages.pop_back();
+  // Where a key of a sequence lies in the cache.
+  const auto at = [&](int s, int kv_head, int key) {
+    return ((size_t(pages[s * each + key / LSK_PAGE]) * kv_heads + kv_head) * LSK_PAGE + key % LSK_PAGE) * size;
+  };
   const int tokens = int(offsets.back());
-  const size_t elements = size_t(rows) * kv_heads * c.capacity * size;
   std::vector<Bf16> q(size_t(tokens) * heads * size), keys(elements, kNan), values(elements, kNan);
   // Random numbers are slow to make: a table of them, read from random places.
   std::vector<Bf16> table(1 << 16);
@@ -104,9 +110,7 @@ double check(const Case& c, float soft_cap, unsigned seed) {
   fill(q.data(), q.size());
   for (int s = 0; s < sequences; ++s) {
     for (int g = 0; g < kv_heads; ++g) {
-      const size_t start = (size_t(places[s]) * kv_heads + g) * c.capacity * size;
-      fill(&keys[start], size_t(kv_lens[s]) * size);
-      fill(&values[start], size_t(kv_lens[s]) * size);
+      for (int key = 0; key < int(kv_lens[s]); ++key) fill(&keys[at(s, g, key)], size), fill(&values[at(s, g, key)], size);
     }
   }
   const float scale = c.sharpness / sqrtf(float(size));
@@ -114,11 +118,11 @@ double check(const Case& c, float soft_cap, unsigned seed) {
   const size_t scratch_bytes = std::min(c.scratch, lsk_attention_scratch(multiprocessors()));
   const Device<Bf16> device_q(q), device_keys(keys), device_values(values);
   const Device<Bf16> out(std::vector<Bf16>(q.size() + kGuard, kNan));
-  const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_places(places);
+  const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_pages(pages);
   const Device<uint8_t> scratch(std::vector<uint8_t>(scratch_bytes + kGuard, 0xff));
   must(lsk_attention(out.bf16(), device_q.bf16(), device_keys.bf16(), device_values.bf16(), device_offsets.data,
-                     device_lens.data, device_places.data, sequences, tokens, heads, kv_heads, c.capacity, size, scale,
-                     c.window, soft_cap, scratch.data, scratch_bytes, nullptr),
+                     device_lens.data, device_pages.data, sequences, each, tokens, heads, kv_heads, size, scale, c.window,
+                     soft_cap, scratch.data, scratch_bytes, nullptr),
        "lsk_attention");
   must(cudaDeviceSynchronize(), "the kernel");
   const std::vector<Bf16> got = out.read();
@@ -138,11 +142,11 @@ double check(const Case& c, float soft_cap, unsigned seed) {
     const int s = int(std::upper_bound(offsets.begin(), offsets.end(), uint32_t(token)) - offsets.begin()) - 1;
     const uint32_t length = kv_lens[s] - (offsets[s + 1] - token) + 1;
     const Device<uint32_t> one(std::vector<uint32_t>{0, 1}), lens(std::vector<uint32_t>{length});
-    const Device<uint32_t> place(std::vector<uint32_t>{places[s]});
+    const Device<uint32_t> own(std::vector<uint32_t>(pages.begin() + s * each, pages.begin() + (s + 1) * each));
     const size_t row = size_t(heads) * size;
     const Device<Bf16> query(std::vector<Bf16>(q.begin() + token * row, q.begin() + (token + 1) * row)), alone(row);
     must(lsk_attention(alone.bf16(), query.bf16(), device_keys.bf16(), device_values.bf16(), one.data, lens.data,
-                       place.data, 1, 1, heads, kv_heads, c.capacity, size, scale, c.window, soft_cap, scratch.data,
+                       own.data, 1, each, 1, heads, kv_heads, size, scale, c.window, soft_cap, scratch.data,
                        scratch_bytes, nullptr),
          "lsk_attention of one token");
     must(cudaDeviceSynchronize(), "the kernel");
@@ -163,13 +167,13 @@ double check(const Case& c, float soft_cap, unsigned seed) {
       for (int head = int(random() % 3); head < heads; head += 1 + int(random() % 3)) {
         const int end = int(kv_lens[s]) - c.tokens[s] + i + 1;
         const int begin = c.window > 0 ? int(std::max<int64_t>(0, end - c.window)) : 0;
-        const size_t cache = (size_t(places[s]) * kv_heads + size_t(head) * kv_heads / heads) * c.capacity * size;
+        const int kv_head = int(int64_t(head) * kv_heads / heads);
         const size_t row = (size_t(offsets[s] + i) * heads + head) * size;
         double greatest = -INFINITY, sum = 0, error = 0, most = 0;
         scores.clear();
         for (int key = begin; key < end; ++key) {
           double dot = 0;
-          for (int d = 0; d < size; ++d) dot += double(widen(q[row + d])) * widen(keys[cache + size_t(key) * size + d]);
+          for (int d = 0; d < size; ++d) dot += double(widen(q[row + d])) * widen(keys[at(s, kv_head, key) + d]);
           const double score = dot * scale;
           scores.push_back(soft_cap > 0 ? soft_cap * tanh(score / soft_cap) : score);
           greatest = std::max(greatest, scores.back());
@@ -178,7 +182,7 @@ double check(const Case& c, float soft_cap, unsigned seed) {
         for (int key = begin; key < end; ++key) {
           const double weight = exp(scores[key - begin] - greatest);
           sum += weight;
-          for (int d = 0; d < size; ++d) expected[d] += weight * widen(values[cache + size_t(key) * size + d]);
+          for (int d = 0; d < size; ++d) expected[d] += weight * widen(values[at(s, kv_head, key) + d]);
         }
         for (int d = 0; d < size; ++d) {
           most = std::max(most, fabs(expected[d] / sum));
@@ -259,7 +263,7 @@ bool check_all(bool small) {
   // What is refused, and what is nothing to do.
   lsk_bf16* const none = nullptr;
   const auto call = [&](int tokens, int heads, int kv_heads, int size, float scale) {
-    return lsk_attention(none, none, none, none, nullptr, nullptr, nullptr, 1, tokens, heads, kv_heads, 8, size, scale,
+    return lsk_attention(none, none, none, none, nullptr, nullptr, nullptr, 1, 1, tokens, heads, kv_heads, size, scale,
                          0, 0.0f, nullptr, 0, nullptr);
   };
   const bool refuses = call(1, 4, 2, 80, 1) == cudaErrorInvalidValue &&
@@ -273,8 +277,8 @@ bool check_all(bool small) {
 
 // Milliseconds of the fastest of some runs.
 double time_one(int sequences, int tokens, int past, int capacity, int heads, int kv_heads, int size) {
-  const int total = sequences * tokens;
-  const size_t elements = size_t(sequences) * kv_heads * capacity * size;
+  const int total = sequences * tokens, each = pages_of(capacity);
+  const size_t elements = size_t(sequences) * each * kv_heads * LSK_PAGE * size;
   std::vector<Bf16> q(size_t(total) * heads * size), cache(elements);
   std::mt19937 random(1);
   for (Bf16& x : q) x = narrow(float(random() % 2001) / 1000 - 1);
@@ -282,14 +286,15 @@ double time_one(int sequences, int tokens, int past, int capacity, int heads, in
   for (size_t i = 0; i < elements; ++i) {
     cache[i] = i < kPeriod ? narrow(float(random() % 2001) / 1000 - 1) : cache[i - kPeriod];
   }
-  std::vector<uint32_t> offsets{0}, kv_lens, places;
+  std::vector<uint32_t> offsets{0}, kv_lens, pages;
   for (int s = 0; s < sequences; ++s) {
     offsets.push_back((s + 1) * tokens);
     kv_lens.push_back(tokens + past);
-    places.push_back(s);
   }
+  for (int page = 0; page < sequences * each; ++page) pages.push_back(page);
+  std::shuffle(pages.begin(), pages.end(), random);
   const Device<Bf16> device_q(q), keys(cache), values(cache), out(q.size());
-  const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_places(places);
+  const Device<uint32_t> device_offsets(offsets), device_lens(kv_lens), device_pages(pages);
   const size_t scratch_bytes = lsk_attention_scratch(multiprocessors());
   const Device<uint8_t> scratch(scratch_bytes), cold(256 << 20);  // what drives the cache out of L2
   cudaEvent_t begin, end;
@@ -300,8 +305,8 @@ double time_one(int sequences, int tokens, int past, int capacity, int heads, in
     must(cudaMemsetAsync(cold.data, run, cold.count, nullptr), "cudaMemsetAsync");
     must(cudaEventRecord(begin, nullptr), "cudaEventRecord");
     must(lsk_attention(out.bf16(), device_q.bf16(), keys.bf16(), values.bf16(), device_offsets.data, device_lens.data,
-                       device_places.data, sequences, total, heads, kv_heads, capacity, size, 1 / sqrtf(float(size)), 0,
-                       0.0f, scratch.data, scratch_bytes, nullptr),
+                       device_pages.data, sequences, each, total, heads, kv_heads, size, 1 / sqrtf(float(size)), 0, 0.0f,
+                       scratch.data, scratch_bytes, nullptr),
          "lsk_attention");
     must(cudaEventRecord(end, nullptr), "cudaEventRecord");
     must(cudaEventSynchronize(end), "cudaEventSynchronize");

@@ -12,7 +12,7 @@ use conversation::{Conversation, Setting};
 use input::Input;
 use layer_streamer::{
     kernels::Kernels,
-    model::{Model, Sampler},
+    model::{Cache, Model, Sampler},
 };
 
 use crate::{
@@ -108,7 +108,7 @@ fn run_on<D: Kernels>(device: &D, Options { placing, talk, sampling, stop }: &Op
     drop(waiting);
     let context = placing.context.unwrap_or(USUAL_CONTEXT.min(model.config.max_positions));
     let own = text::memory(&placing.model, &model).into_iter().chain(sampler.as_ref().map(|sampler| sampler.memory(1)));
-    let loaded = run::load(device, placing, &mut model, 1, context, own.collect(), None)?;
+    let loaded = run::load(device, placing, &mut model, Cache::full(1, context), own.collect(), None)?;
     let mut stop_tokens = model.config.stop.clone();
     stop_tokens.extend(text.end_of_turn());
     let setting = Setting {

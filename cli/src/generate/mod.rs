@@ -13,7 +13,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 use dump::Dump;
 use layer_streamer::{
     kernels::Kernels,
-    model::{Choice, Model, Sampler},
+    model::{Cache, Choice, Model, Sampler},
     trace::timeline::{Timeline, TraceFile},
 };
 
@@ -126,7 +126,7 @@ fn run_on<D: Kernels>(
     let tokenizer = prompt.text.as_ref().and_then(|_| text::memory(&placing.model, &model));
     let own = tokenizer.into_iter().chain(sampler.as_ref().map(|sampler| sampler.memory(1))).collect();
     let Loaded { mut decoder, settings, parts, probe } =
-        run::load(device, placing, &mut model, 1, context, own, timeline.as_ref())?;
+        run::load(device, placing, &mut model, Cache::full(1, context), own, timeline.as_ref())?;
     let limits = Limits { most: placing.max_new_tokens, stop: &stop_tokens };
     let choice = sampler.as_mut().map_or(Choice::Greedy, Choice::Sample);
     let answer = Answer::new(in_words, stop, !json);

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use layer_streamer::{
     Error, Settings,
     kernels::Kernels,
-    model::{Choice, Decoder, Model, Sequence},
+    model::{Cache, Choice, Decoder, Model, Sequence},
     plan::{Part, Purpose, Tier},
     probe::Probe,
     trace::{Observer, timeline::Timeline},
@@ -40,23 +40,22 @@ pub struct Loaded<D: Kernels> {
     pub probe: Option<Probe>,
 }
 
-/// Places the model and reserves its memory, for so many sequences of up to `context` tokens; says on stderr what that takes, with
+/// Places the model and reserves its memory, with a KV cache of such a size; says on stderr what that takes, with
 /// what the program takes itself, `own`.
 pub fn load<D: Kernels>(
     device: &D,
     placing: &Placing,
     model: &mut Model,
-    sequences: usize,
-    context: usize,
+    cache: Cache,
     mut own: Vec<Part>,
     timeline: Option<&Arc<Timeline>>,
 ) -> Result<Loaded<D>, Failure> {
     own.extend(timeline.map(|of| Part { purpose: Purpose::Trace, bytes: of.bytes() }));
     // What the links carry is shown in the picture too.
     let measure = if timeline.is_some() { Measure::Always } else { Measure::IfItCounts };
-    let (settings, probe) = placing.settle(device, model, sequences, context, &own, measure)?;
+    let (settings, probe) = placing.settle(device, model, cache, &own, measure)?;
     placing.tell(probe.as_ref(), placing.probe);
-    let mut parts = Decoder::memory(device, model, &settings, sequences, context)?;
+    let mut parts = Decoder::memory(device, model, &settings, cache)?;
     parts.extend(own);
     if !placing.quiet {
         print_memory(&device.describe(), &parts);
@@ -66,7 +65,7 @@ pub fn load<D: Kernels>(
     if !placing.quiet {
         observers.push(Arc::new(Silence));
     }
-    let decoder = Decoder::with_observers(device, model, &settings, sequences, context, &observers)?;
+    let decoder = Decoder::with_observers(device, model, &settings, cache, &observers)?;
     Ok(Loaded { decoder, settings, parts, probe })
 }
 

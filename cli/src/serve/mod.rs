@@ -28,7 +28,7 @@ use key::Key;
 use layer_streamer::{
     engine::{Engine, Limits},
     kernels::Kernels,
-    model::{Model, Sampler},
+    model::{Cache, Model, Sampler},
 };
 use server::{Rules, Server};
 use tokio::{net::TcpListener, runtime};
@@ -143,7 +143,7 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
     let context = placing.context.unwrap_or(USUAL_CONTEXT.min(model.config.max_positions));
     let sampler = Sampler::new(model.config.suggested.sampling, model.config.vocab)?.memory(*sequences);
     let own = text::memory(&placing.model, &model).into_iter().chain([sampler]).collect();
-    let loaded = run::load(device, placing, &mut model, *sequences, context, own, None)?;
+    let loaded = run::load(device, placing, &mut model, Cache::full(*sequences, context), own, None)?;
     let engine = Engine::new(loaded.decoder, Limits { waiting: *queue, ..Limits::default() })?;
     let rules = options.rules(key, &listener)?;
     let names = (options.model_name(), context, placing.max_new_tokens);

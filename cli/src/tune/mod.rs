@@ -22,7 +22,7 @@ use layer_streamer::{
     Error, Settings,
     files::NewFile,
     kernels::Kernels,
-    model::{Decoder, Fit, Model, Sequence},
+    model::{Cache, Decoder, Fit, Model, Sequence},
     plan::{Bandwidths, FixedOverhead, Pack, Placement, Tier},
     trace::{
         Observer, Stage,
@@ -194,7 +194,7 @@ impl<D: Kernels> Trial<D> {
         let mut model = Model::open(&options.model)?;
         model.place(placement)?;
         let context = context(options, &model);
-        let decoder = Decoder::with_observers(device, &model, &placement.settings, 1, context, observers)?;
+        let decoder = Decoder::with_observers(device, &model, &placement.settings, Cache::full(1, context), observers)?;
         Ok(Self { decoder, token: Vec::new() })
     }
 
@@ -284,7 +284,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
     // What is found is for runs with a tokenizer.
     let overhead = FixedOverhead::of(&text::memory(&options.model, &model));
     // What is packed while passes go by would be measured before it is.
-    let fit = |budget| Fit { overhead, pack: Pack::Never, ..Fit::new(device, budget, 1, context) };
+    let fit = |budget| Fit { overhead, pack: Pack::Never, ..Fit::new(device, budget, Cache::full(1, context)) };
     // A search that goes on has the memory that it began with: what is free varies.
     let begun = options.json.as_deref().filter(|path| path.exists()).map(Record::read).transpose()?;
     let is_auto = |amount: Option<Amount>| amount.is_none_or(|amount| amount == Amount::Auto);
@@ -303,7 +303,7 @@ fn prepare<D: Kernels>(device: &D, name: &str, options: &Options) -> Result<(Tun
         Ok::<_, Error>(Candidate {
             placement: model.placement(settings),
             plan: Some(Decoder::plan(device, model, settings)?),
-            memory: Decoder::memory(device, model, settings, 1, context)?,
+            memory: Decoder::memory(device, model, settings, Cache::full(1, context))?,
         })
     };
     let candidates = Candidates::new(candidate(&model, &settings)?, &values, |settings| {

@@ -21,7 +21,7 @@ use std::{
 use layer_streamer::{
     Checkpoint, DType, Error, Layer, LayerStreamer, StaticTensors,
     device::Cpu,
-    kernels::{AttentionMask, Kernels, Ragged, RopeLayout},
+    kernels::{AttentionMask, Kernels, PAGE, Ragged, RopeLayout},
     plan::{Bandwidths, Budget, FixedOverhead},
 };
 use layer_streamer_hub::Name;
@@ -167,8 +167,10 @@ struct State<D: Kernels> {
     device: D,
     stream: D::Stream,
     config: Config,
-    /// Keys and values by layer, each `[1, kv_heads, context, head_size]`.
+    /// Keys and values by layer, each `[pages, kv_heads, PAGE, head_size]`.
     cache: Vec<[Buffer<D>; 2]>,
+    /// Which pages the sequence has, `[1, pages]`.
+    pages: Buffer<D>,
     /// Tokens that the cache holds.
     held: usize,
     frequencies: Buffer<D>,
@@ -184,7 +186,8 @@ impl<D: Kernels> Qwen<D> {
             units.iter_mut().for_each(|unit| _ = unit.convert(dtype));
         }
         let context = CONTEXT.min(config.max_position_embeddings.unwrap_or(CONTEXT));
-        let cached = [1, config.num_key_value_heads, context, config.head_size()];
+        let pages = context.div_ceil(PAGE);
+        let cached = [pages, config.num_key_value_heads, PAGE, config.head_size()];
         let cache_bytes = 2 * config.num_hidden_layers * precision.cache.bytes_of(&cached).unwrap_or(usize::MAX);
         let head_bytes = 2 * config.vocab_size * config.hidden_size * 2;
 
@@ -203,7 +206,10 @@ impl<D: Kernels> Qwen<D> {
         });
         let cache = cache.collect::<Result<Vec<_>, Error>>()?;
         let frequencies = Buffer::filled(device, &stream, &config.frequencies())?;
-        let state = State { device: device.clone(), stream, config, cache, held: 0, frequencies };
+        // There is one sequence, which has all pages of the cache, in order.
+        let mut pages = Buffer::filled(device, &stream, &(0..pages as u32).collect::<Vec<_>>())?;
+        pages.reshape(&[1, cached[0]])?;
+        let state = State { device: device.clone(), stream, config, cache, pages, held: 0, frequencies };
         Ok(Self { streamer, statics, state, context })
     }
 
@@ -246,7 +252,6 @@ struct Pass<D: Kernels> {
     positions: Buffer<D>,
     offsets: Buffer<D>,
     lengths: Buffer<D>,
-    rows: Buffer<D>,
 }
 
 impl<D: Kernels> Pass<D> {
@@ -256,10 +261,9 @@ impl<D: Kernels> Pass<D> {
         Ok(Self {
             count,
             positions: words(&(first..end).collect::<Vec<_>>())?,
-            // One sequence: all of these tokens, which are the last of so many, in the cache's only row.
+            // One sequence: all of these tokens, which are the last of so many.
             offsets: words(&[0, count as u32])?,
             lengths: words(&[end])?,
-            rows: words(&[0])?,
         })
     }
 }
@@ -291,7 +295,7 @@ impl<D: Kernels> State<D> {
         let Self { device, stream, config, .. } = self;
         let (count, size, activation) = (pass.count, config.head_size(), device.precision().activation);
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let batch = Ragged { q_offsets: pass.offsets.read(), kv_lens: pass.lengths.read(), rows: pass.rows.read() };
+        let batch = Ragged { q_offsets: pass.offsets.read(), kv_lens: pass.lengths.read(), pages: self.pages.read() };
         let rotated = |name: &str, heads: usize| {
             let flat = self.linear(layer, x, name, DType::F32, &[count, heads * size])?;
             let mut out = Buffer::new(device, activation, &[count, heads, size])?;

@@ -19,10 +19,11 @@ use super::{
     rows::{put, some},
     split::Partials,
 };
-use crate::kernels::AttentionMask;
+use crate::kernels::{AttentionMask, PAGE};
 
-/// Keys of a block.
+/// Keys of a block, which lies in one page.
 const KEYS: usize = 64;
+const _: () = assert!(PAGE.is_multiple_of(KEYS));
 
 /// Queries of a piece: a multiple of any tile's.
 pub(super) const QUERIES: usize = 24;
@@ -50,11 +51,14 @@ pub(super) enum To<'a> {
 /// Some queries of one sequence and one key and value head.
 pub(super) struct Queries<'a> {
     pub(super) q: &'a [f32],
+    /// Those of all pages, and so are `values`.
     pub(super) keys: &'a [f32],
     pub(super) values: &'a [f32],
     pub(super) mask: AttentionMask,
     pub(super) to: To<'a>,
-    pub(super) sequence: &'a CheckedSequence,
+    pub(super) sequence: &'a CheckedSequence<'a>,
+    /// The key head, and how many a page has.
+    pub(super) kv_head: (usize, usize),
     /// The first query head of those that share the key head, and how many do.
     pub(super) heads: (usize, usize),
     /// Query heads of a token.
@@ -209,12 +213,13 @@ impl Queries<'_> {
         values.iter().take(count).for_each(|values| unsafe { values.write_bytes(0, self.size) });
         let mut sums = Sums { states: [State::NONE; QUERIES], factors: [1.0; QUERIES], values };
         for start in (stretch.start / KEYS * KEYS..stretch.end).step_by(KEYS) {
-            let places = start.max(stretch.start)..stretch.end.min(start + KEYS);
-            self.scores::<L>(start, places.clone(), scores);
+            let columns = stretch.start.saturating_sub(start)..stretch.end.min(start + KEYS) - start;
+            let row = self.sequence.at(start, self.kv_head);
+            self.scores::<L>(row, columns.clone(), scores);
             for (query, scores) in scores.iter_mut().take(count).enumerate() {
                 sums.factors[query] = self.weigh::<L>(query, start, scores, &mut sums.states[query]);
             }
-            self.add_values::<L>(start, places, scores, &sums);
+            self.add_values::<L>(row, columns, scores, &sums);
         }
         sums.states
     }
@@ -224,13 +229,13 @@ impl Queries<'_> {
         self.sequence.sees((self.queries.start + query) / self.heads.1, self.mask.window)
     }
 
-    /// The scaled products with the keys at `places`, of the block that begins at `start`.
+    /// The scaled products with those keys of a block that are at `columns`. The block begins at `row` of the cache.
     #[inline(always)]
-    fn scores<L: Lanes>(&self, start: usize, places: Range<usize>, scores: &mut [[f32; KEYS]; QUERIES]) {
+    fn scores<L: Lanes>(&self, row: usize, columns: Range<usize>, scores: &mut [[f32; KEYS]; QUERIES]) {
         for query in (0..self.queries.len()).step_by(L::TOKENS) {
-            let mut place = places.start;
-            while place < places.end {
-                let (rows, column) = (if place + 4 <= places.end { 4 } else { 1 }, place - start);
+            let mut column = columns.start;
+            while column < columns.end {
+                let (rows, place) = (if column + 4 <= columns.end { 4 } else { 1 }, row + column);
                 match (rows, (self.queries.len() - query).min(L::TOKENS)) {
                     (4, 6) => self.some_scores::<L, 4, 6>(query, place, column, scores),
                     (4, 5) => self.some_scores::<L, 4, 5>(query, place, column, scores),
@@ -244,7 +249,7 @@ impl Queries<'_> {
                         }
                     }
                 }
-                place += rows;
+                column += rows;
             }
         }
     }
@@ -303,25 +308,25 @@ impl Queries<'_> {
         factor
     }
 
-    /// Adds the values at `places`, by their weights, to what there is.
+    /// Adds the values of the same keys, by their weights, to what there is.
     #[inline(always)]
-    fn add_values<L: Lanes>(&self, start: usize, places: Range<usize>, weights: &[[f32; KEYS]; QUERIES], sums: &Sums) {
-        let weights = |query: usize| &weights[query][places.start - start..places.end - start];
+    fn add_values<L: Lanes>(&self, row: usize, columns: Range<usize>, weights: &[[f32; KEYS]; QUERIES], sums: &Sums) {
+        let (weights, place) = (|query: usize| &weights[query][columns.clone()], row + columns.start);
         for query in (0..self.queries.len()).step_by(L::TOKENS) {
             let count = (self.queries.len() - query).min(L::TOKENS);
             let mut column = 0;
             while column < self.size {
                 let wide = column + 4 * L::COUNT <= self.size;
                 match (wide, count) {
-                    (true, 6) => self.mix::<L, 6, 4>(query, column, places.start, weights, sums),
-                    (true, 5) => self.mix::<L, 5, 4>(query, column, places.start, weights, sums),
-                    (true, 4) => self.mix::<L, 4, 4>(query, column, places.start, weights, sums),
-                    (true, 3) => self.mix::<L, 3, 4>(query, column, places.start, weights, sums),
-                    (true, 2) => self.mix::<L, 2, 4>(query, column, places.start, weights, sums),
-                    (true, _) => self.mix::<L, 1, 4>(query, column, places.start, weights, sums),
+                    (true, 6) => self.mix::<L, 6, 4>(query, column, place, weights, sums),
+                    (true, 5) => self.mix::<L, 5, 4>(query, column, place, weights, sums),
+                    (true, 4) => self.mix::<L, 4, 4>(query, column, place, weights, sums),
+                    (true, 3) => self.mix::<L, 3, 4>(query, column, place, weights, sums),
+                    (true, 2) => self.mix::<L, 2, 4>(query, column, place, weights, sums),
+                    (true, _) => self.mix::<L, 1, 4>(query, column, place, weights, sums),
                     (false, _) => {
                         for query in query..query + count {
-                            self.mix::<L, 1, 1>(query, column, places.start, weights, sums);
+                            self.mix::<L, 1, 1>(query, column, place, weights, sums);
                         }
                     }
                 }

@@ -27,7 +27,7 @@ use std::{ops::Range, slice};
 
 use half::{bf16, f16};
 
-use super::{Kernels, Precision, Ragged, call::*, fit::check};
+use super::{Kernels, PAGE, Precision, Ragged, call::*, fit::check};
 use crate::{
     device::{Cpu, CpuStream, TensorMut, TensorRef, pool::pool},
     dtype::{DType, Element},
@@ -300,15 +300,14 @@ fn each_with<'a>(mut x: TensorMut<'_, Cpu>, y: TensorRef<'a, Cpu>, with: fn(&'a 
 }
 
 fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
-    let AppendKv { block, batch, mut cache, T, G: kv_heads, D: size, rows, capacity, .. } = call;
+    let AppendKv { block, batch, mut cache, T, G: kv_heads, D: size, P, pages, .. } = call;
     let (block, cache) = (read::<f32>(block), write::<f32>(&mut cache));
-    for sequence in Sequences::new("append_kv", batch, [T, rows, capacity])?.iter() {
+    for sequence in Sequences::new("append_kv", batch, [T, P, pages])?.iter() {
         let first = sequence.kv_len - sequence.tokens.len();
         for (place, token) in (first..).zip(sequence.tokens.clone()) {
             for kv_head in 0..kv_heads {
                 let source = &block[(token * kv_heads + kv_head) * size..][..size];
-                cache[((sequence.row * kv_heads + kv_head) * capacity + place) * size..][..size]
-                    .copy_from_slice(source);
+                cache[sequence.at(place, (kv_head, kv_heads)) * size..][..size].copy_from_slice(source);
             }
         }
     }
@@ -316,19 +315,17 @@ fn append_kv(call: AppendKv<'_, Cpu>) -> Result<()> {
 }
 
 fn attention(call: Attention<'_, Cpu>) -> Result<()> {
-    let Attention { q, keys, values, batch, mask, mut out, T, HQ: heads, G: kv_heads, D: size, rows, capacity, .. } =
-        call;
+    let Attention { q, keys, values, batch, mask, mut out, T, HQ: heads, G: kv_heads, D: size, P, pages, .. } = call;
     let pieces = Pieces {
         q: read(q),
         keys: read(keys),
         values: read(values),
         mask,
         out: Parts::new(write(&mut out)),
-        sequences: Sequences::new("attention", batch, [T, rows, capacity])?,
+        sequences: Sequences::new("attention", batch, [T, P, pages])?,
         heads,
         kv_heads,
         size,
-        capacity,
         vectors: Vectors::widest(),
     };
     if parallel(pieces.work()) {
@@ -403,13 +400,19 @@ impl<T> Parts<T> {
 }
 
 /// One sequence of a batch, checked.
-struct CheckedSequence {
+struct CheckedSequence<'a> {
     tokens: Range<usize>,
     kv_len: usize,
-    row: usize,
+    pages: &'a [u32],
 }
 
-impl CheckedSequence {
+impl CheckedSequence<'_> {
+    /// Which of the rows of all pages and heads the cache has for a place of the sequence and one of so many heads. Those of the
+    /// places behind it follow, up to the page's end.
+    fn at(&self, place: usize, (kv_head, kv_heads): (usize, usize)) -> usize {
+        (self.pages[place / PAGE] as usize * kv_heads + kv_head) * PAGE + place % PAGE
+    }
+
     /// The places in the cache that the token sees, of this number among the new ones.
     fn sees(&self, token: usize, window: Option<usize>) -> Range<usize> {
         let end = self.kv_len - self.tokens.len() + token + 1;
@@ -422,24 +425,26 @@ impl CheckedSequence {
 struct Sequences<'a> {
     offsets: &'a [u32],
     lens: &'a [u32],
-    rows: &'a [u32],
+    pages: &'a [u32],
+    /// Of each sequence in the table.
+    width: usize,
 }
 
 impl<'a> Sequences<'a> {
-    /// Those of a batch of so many tokens, beside a cache of so many rows and places in each.
-    fn new(kernel: &'static str, batch: Ragged<'a, Cpu>, [tokens, rows, capacity]: [usize; 3]) -> Result<Self> {
-        let all = Self { offsets: read(batch.q_offsets), lens: read(batch.kv_lens), rows: read(batch.rows) };
+    /// Those of a batch of so many tokens, with so many pages each in the table, beside a cache of so many.
+    fn new(kernel: &'static str, batch: Ragged<'a, Cpu>, [tokens, width, pages]: [usize; 3]) -> Result<Self> {
+        let all = Self { offsets: read(batch.q_offsets), lens: read(batch.kv_lens), pages: read(batch.pages), width };
         let (offsets, count) = (all.offsets, all.len());
         let consistent = offsets[0] == 0 && offsets[count] as usize == tokens && offsets.is_sorted();
         check(kernel, consistent, || format!("offsets {offsets:?} of {tokens} tokens, {count} lengths"))?;
         for s in all.iter() {
-            check(kernel, s.row < rows && s.tokens.len() <= s.kv_len && s.kv_len <= capacity, || {
-                format!(
-                    "{} tokens of row {} with {} cached do not fit {rows} rows of {capacity}",
-                    s.tokens.len(),
-                    s.row,
-                    s.kv_len
-                )
+            let (new, of) = (s.tokens.len(), s.kv_len.div_ceil(PAGE));
+            check(kernel, new <= s.kv_len && of <= width, || {
+                format!("{new} tokens of {} in the cache do not fit {width} pages of {PAGE}", s.kv_len)
+            })?;
+            let beyond = s.pages[..of].iter().find(|&&page| page as usize >= pages);
+            check(kernel, beyond.is_none(), || {
+                format!("page {} of a cache of {pages} pages", beyond.copied().unwrap_or_default())
             })?;
         }
         Ok(all)
@@ -454,12 +459,13 @@ impl<'a> Sequences<'a> {
         self.offsets[self.len()] as usize
     }
 
-    fn get(&self, number: usize) -> CheckedSequence {
+    fn get(&self, number: usize) -> CheckedSequence<'a> {
         let [start, end] = [number, number + 1].map(|at| self.offsets[at] as usize);
-        CheckedSequence { tokens: start..end, kv_len: self.lens[number] as usize, row: self.rows[number] as usize }
+        let pages = &self.pages[number * self.width..][..self.width];
+        CheckedSequence { tokens: start..end, kv_len: self.lens[number] as usize, pages }
     }
 
-    fn iter(self) -> impl Iterator<Item = CheckedSequence> + 'a {
+    fn iter(self) -> impl Iterator<Item = CheckedSequence<'a>> + 'a {
         (0..self.len()).map(move |number| self.get(number))
     }
 }

@@ -29,7 +29,6 @@ pub(super) struct Pieces<'a> {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) size: usize,
-    pub(super) capacity: usize,
     pub(super) vectors: Vectors,
 }
 
@@ -139,14 +138,14 @@ impl Pieces<'_> {
         if first >= queries {
             return;
         }
-        let lane = (sequence.row * self.kv_heads + kv_head) * self.capacity * self.size;
         self.vectors.run(Queries {
             q: self.q,
-            keys: &self.keys[lane..][..sequence.kv_len * self.size],
-            values: &self.values[lane..][..sequence.kv_len * self.size],
+            keys: self.keys,
+            values: self.values,
             mask: self.mask,
             to,
             sequence: &sequence,
+            kv_head: (kv_head, self.kv_heads),
             heads: (kv_head * group, group),
             all_heads: self.heads,
             size: self.size,

@@ -1,29 +1,33 @@
 //! Attention against formulas in f64, and bits that depend neither on the company nor on how the work is split.
 
+use std::rc::Rc;
+
 use super::{
     super::{split::Pieces, *},
     floats,
 };
 use crate::{device::pool::Pool, kernels::AttentionMask};
 
-/// Sequences of these (cached before, new) lengths, each with a row of the cache.
+/// Sequences of these (cached before, new) lengths, in pages of any order.
 #[derive(Clone)]
 struct Case {
     lengths: Vec<(usize, usize)>,
     heads: usize,
     kv_heads: usize,
     size: usize,
-    capacity: usize,
     mask: AttentionMask,
     q: Vec<f32>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// So many for each sequence.
+    pages: Vec<u32>,
+    width: usize,
+    keys: Rc<[f32]>,
+    values: Rc<[f32]>,
 }
 
 /// A head of a token: its number among all, and where it lies.
 struct Query {
     number: usize,
-    row: usize,
+    sequence: usize,
     place: usize,
     head: usize,
 }
@@ -31,11 +35,14 @@ struct Query {
 impl Case {
     fn random(lengths: &[(usize, usize)], [heads, kv_heads, size]: [usize; 3], mask: AttentionMask) -> Self {
         let mut rng = fastrand::Rng::new();
-        let capacity = lengths.iter().map(|(before, new)| before + new).max().unwrap();
+        let width = lengths.iter().map(|(before, new)| before + new).max().unwrap().div_ceil(PAGE);
+        let mut pages: Vec<u32> = (0..(lengths.len() * width) as u32).collect();
+        rng.shuffle(&mut pages);
         let queries = lengths.iter().map(|(_, new)| new).sum::<usize>() * heads;
-        let cached = lengths.len() * kv_heads * capacity;
+        let cached = pages.len() * kv_heads * PAGE;
         let [q, keys, values] = [queries, cached, cached].map(|count| floats(&mut rng, count * size));
-        Self { lengths: lengths.to_vec(), heads, kv_heads, size, capacity, mask, q, keys, values }
+        let (keys, values) = (keys.into(), values.into());
+        Self { lengths: lengths.to_vec(), heads, kv_heads, size, mask, q, pages, width, keys, values }
     }
 
     /// Calls `f` with the pieces, and returns what they wrote, query by query.
@@ -43,7 +50,6 @@ impl Case {
         let mut offsets = vec![0];
         self.lengths.iter().for_each(|(_, new)| offsets.push(offsets.last().unwrap() + *new as u32));
         let lens: Vec<u32> = self.lengths.iter().map(|(before, new)| (before + new) as u32).collect();
-        let rows: Vec<u32> = (0..lens.len() as u32).collect();
         let mut out = vec![f32::NAN; self.q.len()];
         f(&Pieces {
             q: &self.q,
@@ -51,11 +57,10 @@ impl Case {
             values: &self.values,
             mask: self.mask,
             out: Parts::new(&mut out),
-            sequences: Sequences { offsets: &offsets, lens: &lens, rows: &rows },
+            sequences: Sequences { offsets: &offsets, lens: &lens, pages: &self.pages, width: self.width },
             heads: self.heads,
             kv_heads: self.kv_heads,
             size: self.size,
-            capacity: self.capacity,
             vectors,
         });
         out.chunks(self.size).map(|query| query.iter().map(|x| x.to_bits()).collect()).collect()
@@ -63,10 +68,10 @@ impl Case {
 
     fn queries(&self) -> Vec<Query> {
         let mut queries = Vec::new();
-        for (row, &(before, new)) in self.lengths.iter().enumerate() {
+        for (sequence, &(before, new)) in self.lengths.iter().enumerate() {
             for (place, head) in (before..before + new).flat_map(|place| (0..self.heads).map(move |head| (place, head)))
             {
-                queries.push(Query { number: queries.len(), row, place, head });
+                queries.push(Query { number: queries.len(), sequence, place, head });
             }
         }
         queries
@@ -74,13 +79,11 @@ impl Case {
 
     /// The query's token, as the only one of a batch.
     fn alone(&self, query: &Query) -> Self {
-        let some = |of: &[f32], number: usize, len: usize| of[number * len..][..len].to_vec();
-        let of_row = self.kv_heads * self.capacity * self.size;
+        let width = self.heads * self.size;
         Self {
             lengths: vec![(query.place, 1)],
-            q: some(&self.q, query.number / self.heads, self.heads * self.size),
-            keys: some(&self.keys, query.row, of_row),
-            values: some(&self.values, query.row, of_row),
+            q: self.q[query.number / self.heads * width..][..width].to_vec(),
+            pages: self.pages[query.sequence * self.width..][..self.width].to_vec(),
             ..self.clone()
         }
     }
@@ -88,12 +91,13 @@ impl Case {
     /// By the formula.
     fn exact(&self, query: &Query) -> Vec<f64> {
         let AttentionMask { scale, window, soft_cap } = self.mask;
-        let lane = query.row * self.kv_heads + query.head / (self.heads / self.kv_heads);
+        let (pages, kv_head) = (&self.pages[query.sequence * self.width..], query.head / (self.heads / self.kv_heads));
         let end = query.place + 1;
         let places = window.map_or(0, |window| end.saturating_sub(window))..end;
         let (mut sum, mut mixed) = (0.0, vec![0.0; self.size]);
         for place in places {
-            let at = (lane * self.capacity + place) * self.size;
+            let page = pages[place / PAGE] as usize;
+            let at = ((page * self.kv_heads + kv_head) * PAGE + place % PAGE) * self.size;
             let pairs = self.q[query.number * self.size..].iter().zip(&self.keys[at..][..self.size]);
             let score = pairs.map(|(q, key)| f64::from(*q) * f64::from(*key)).sum::<f64>() * f64::from(scale);
             let cap = |cap: f32| f64::from(cap) * (score / f64::from(cap)).tanh();
@@ -171,10 +175,13 @@ fn heads_that_are_too_large_for_stretches_attend_alike() {
 fn a_stretch_that_is_not_seen_changes_no_bit() {
     let mut case = Case::random(&[(1020, 8)], [1, 1, 3], mask(Some(2), None));
     case.q.fill(1.0);
+    // In order, so that places are those in the cache of the one head.
+    case.pages.sort_unstable();
+    let [keys, values] = [&mut case.keys, &mut case.values].map(|of| Rc::get_mut(of).unwrap());
     // Each key weighs less than half of the next, so that the smallest number by its weight is a zero.
-    case.keys.iter_mut().enumerate().for_each(|(at, key)| *key = (at / 3) as f32 - 1000.0);
-    case.values.fill(-0.0);
-    [1022, 1024].into_iter().for_each(|place| case.values[place * 3..][..3].fill(-f32::from_bits(1)));
+    keys.iter_mut().enumerate().for_each(|(at, key)| *key = (at / 3) as f32 - 1000.0);
+    values.fill(-0.0);
+    [1022, 1024].into_iter().for_each(|place| values[place * 3..][..3].fill(-f32::from_bits(1)));
     is_right_however_it_is_split(&case);
 }
 
