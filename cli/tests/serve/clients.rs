@@ -97,6 +97,21 @@ fn a_client_that_stops_reading_delays_nobody_and_is_given_up() {
 }
 
 #[test]
+fn long_requests_that_are_being_answered_keep_no_other_from_being_read() {
+    let model = endless();
+    let server = Server::start(model.path(), &["--sequences", "2", "--context", "20000", "--ram", "1GB"]);
+    let with_padding = |mut body: Value| {
+        body["user"] = "x".repeat(100_000).into();
+        body
+    };
+    let answering: Vec<_> = (0..9).map(|_| server.send(PATH, &with_padding(long(false)))).collect();
+    server.wait_for("requests_waiting", 7);
+    assert_eq!(server.post(PATH, &with_padding(json!({ "prompt": "" }))).status, 400);
+    drop(answering);
+    server.wait_for("requests_waiting", 0);
+}
+
+#[test]
 fn one_connection_serves_many_requests_and_garbage_ends_only_its_own() {
     let server = Server::start(&speller(), &[]);
     let mut stream = server.connect();
