@@ -20,7 +20,7 @@ const THROWN_AWAY: usize = 64 << 20;
 /// A body, and the right to hold it where it is a long one.
 pub struct Held {
     pub bytes: Vec<u8>,
-    _permit: Option<OwnedSemaphorePermit>,
+    pub permit: Option<OwnedSemaphorePermit>,
 }
 
 /// Reads the body of a request that is JSON.
@@ -69,7 +69,7 @@ async fn collect(server: &Server, body: Body, waits: bool) -> Result<Held, Refus
         }
         bytes.extend_from_slice(&data);
     }
-    if is_over { Err(too_long(most)) } else { Ok(Held { bytes, _permit: permit }) }
+    if is_over { Err(too_long(most)) } else { Ok(Held { bytes, permit }) }
 }
 
 fn too_long(most: usize) -> Refused {

@@ -148,10 +148,16 @@ fn unescaped(path: &str) -> String {
 
 async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Response, Refused> {
     let answering = Answering::begin(&server).ok_or_else(Refused::closing)?;
-    let held = body::read(&server, request).await?;
+    let body::Held { bytes, permit } = body::read(&server, request).await?;
     let reader = Arc::clone(&server);
     // It takes time, which other connections do not wait for.
-    let asked = task::spawn_blocking(move || Asked::read(&reader, form, &held.bytes)).await;
+    let asked = task::spawn_blocking(move || {
+        let asked = Asked::read(&reader, form, &bytes);
+        // Other long bodies may come, before this one is answered.
+        drop((bytes, permit));
+        asked
+    });
+    let asked = asked.await;
     let asked = asked.map_err(|error| {
         let message = format!("reading the request failed: {error}; this is a bug, please report it");
         Refused::new(StatusCode::INTERNAL_SERVER_ERROR, message)

@@ -32,6 +32,8 @@ pub struct Server {
     pub vocab: usize,
     /// Tokens that a prompt may have with its answer.
     pub context: usize,
+    /// The most bytes that those can be: what is longer need not be tokenized, which takes hundreds of times its bytes.
+    pub longest_text: usize,
     /// The most tokens of an answer.
     pub most: usize,
     /// What a request leaves out.
@@ -63,8 +65,10 @@ impl Server {
         (name, context, most): (String, usize, usize),
         rules: Rules,
     ) -> Self {
+        let longest_text = context.saturating_mul(text.longest_token());
         Self {
             engine,
+            longest_text,
             text: Arc::new(text),
             template,
             name,

@@ -126,6 +126,12 @@ impl Text {
         self.tokenizer.token_to_id(&self.config.special("eos_token")?)
     }
 
+    /// The longest token's bytes as the vocabulary spells it, at least as many as it stands for: a text that is so many times longer
+    /// than a number of tokens has more of them.
+    pub fn longest_token(&self) -> usize {
+        self.tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(0).max(1)
+    }
+
     /// A token by itself, as it stands within a text: its bytes, which may be a part of a character.
     pub fn bytes_of(&self, token: u32) -> Vec<u8> {
         let decode = |tokens: &[u32]| self.ask(|tokenizer| tokenizer.decode(tokens, false)).unwrap_or_default();
@@ -174,8 +180,8 @@ fn bytes_spelled(spelled: &str) -> Option<Vec<u8>> {
         .collect()
 }
 
-/// What parsing took and freed, up to twice what the tokenizer keeps, goes back to the system.
-fn give_back_memory() {
+/// What was taken and freed, by parsing up to twice what the tokenizer keeps, goes back to the system.
+pub fn give_back_memory() {
     // SAFETY: it may be called at any time, in any thread.
     #[cfg(target_env = "gnu")]
     unsafe {

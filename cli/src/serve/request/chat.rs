@@ -28,7 +28,10 @@ pub(super) fn read(server: &Server, fields: &mut Fields) -> Result<Asked, Refuse
     let thinking = thinking(fields)?;
     let messages = messages(fields.require("messages")?)?;
     let refused = |error| Refused::field("messages", format!("{error}"));
+    let all: usize = messages.iter().map(|message| message.content.len()).sum();
+    super::check_text(server, "messages", all)?;
     let text = template.render(&messages, thinking).map_err(refused)?;
+    super::check_text(server, "messages", text.len())?;
     asked.prompts = vec![server.text.encode_turns(&text).map_err(refused)?];
     Ok(asked)
 }

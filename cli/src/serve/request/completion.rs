@@ -52,6 +52,7 @@ fn prompts(server: &Server, value: Value) -> Result<Vec<Vec<u32>>, Refused> {
 fn one(server: &Server, name: &str, value: &Value) -> Result<Vec<u32>, Refused> {
     match value {
         Value::String(text) => {
+            super::check_text(server, name, text.len())?;
             server.text.encode(text).map_err(|error| Refused::field(name, format!("cannot be tokenized: {error}")))
         }
         Value::Array(values) => tokens(server, name, values),

@@ -8,8 +8,11 @@ use fields::{Fields, is_nothing};
 use layer_streamer::model::Sampling;
 use serde_json::Value;
 
-use super::{error::Refused, server::Server};
-use crate::sampling;
+use super::{
+    error::Refused,
+    server::{LONG_BODY, Server},
+};
+use crate::{sampling, text::give_back_memory};
 
 /// The most answers to one request.
 const MOST_CHOICES: usize = 128;
@@ -59,6 +62,14 @@ pub struct Asked {
 impl Asked {
     /// Reads a request's body. Takes time: tokenizers and templates run.
     pub fn read(server: &Server, form: Form, body: &[u8]) -> Result<Self, Refused> {
+        let read = Self::parse(server, form, body);
+        if body.len() > LONG_BODY {
+            give_back_memory();
+        }
+        read
+    }
+
+    fn parse(server: &Server, form: Form, body: &[u8]) -> Result<Self, Refused> {
         let value: Value = serde_json::from_slice(body)
             .map_err(|error| Refused::field("body", format!("is no JSON: {error}; send one JSON object")))?;
         let mut fields = Fields::of(value, "")?;
@@ -76,6 +87,18 @@ impl Asked {
         asked.prompts.iter().try_for_each(|prompt| check_length(server, form, prompt.len()))?;
         Ok(asked)
     }
+}
+
+/// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them.
+fn check_text(server: &Server, name: &str, length: usize) -> Result<(), Refused> {
+    if length <= server.longest_text {
+        return Ok(());
+    }
+    let most = server.context;
+    let cause = format!(
+        "has {length} bytes, more than {most} tokens can be: shorten it, or start the server with a larger --context"
+    );
+    Err(Refused::field(name, cause).with_code("context_length_exceeded"))
 }
 
 fn check_length(server: &Server, form: Form, length: usize) -> Result<(), Refused> {
