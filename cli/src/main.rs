@@ -9,6 +9,7 @@ macro_rules! say {
     ($($text:tt)*) => {{ let _ = std::io::Write::write_all(&mut std::io::stderr(), (format!($($text)*) + "\n").as_bytes()); }};
 }
 
+mod batch;
 mod budget;
 mod chat;
 mod device;
@@ -16,6 +17,7 @@ mod generate;
 mod hub;
 mod interrupt;
 mod make_checkpoint;
+mod openai;
 mod pack;
 mod placing;
 mod plan;
@@ -69,6 +71,7 @@ macro_rules! subcommands {
 subcommands! {
     Generate in generate,
     Chat in chat,
+    Batch in batch,
     Plan in plan,
     Tune in tune,
     Pack in pack,

@@ -1,0 +1,184 @@
+//! The lines of the output, and what is read of them again.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::line::Form;
+use crate::{
+    openai::{self, Usage},
+    run::End,
+};
+
+/// With what an OpenAI line's `id` begins; the line's number and digest follow.
+const OPENAI_ID: &str = "batch_req_";
+
+/// Which line an answer belongs to.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub number: u64,
+    pub digest: u64,
+    pub form: Form,
+    pub id: Value,
+}
+
+/// What a prompt came to.
+#[derive(Debug)]
+pub struct Done {
+    /// The new tokens as text, or as they are.
+    pub text: Result<String, Vec<u32>>,
+    pub end: End,
+    pub usage: Usage,
+    /// Of an answer that was drawn.
+    pub seed: Option<u64>,
+    /// What the request calls the model, or its name.
+    pub model: String,
+}
+
+fn digest_text(digest: u64) -> String {
+    format!("{digest:016x}")
+}
+
+impl Place {
+    /// The line of an answer, or of why there is none; with its end.
+    pub fn line(&self, done: &Result<Done, String>) -> Vec<u8> {
+        let line = match self.form {
+            Form::Plain => self.plain(done),
+            Form::OpenAi(_) => self.openai(done),
+        };
+        format!("{line}\n").into_bytes()
+    }
+
+    fn plain(&self, done: &Result<Done, String>) -> Value {
+        let mut line = json!({ "line": self.number, "id": self.id });
+        match done {
+            Ok(Done { text, end, usage, seed, .. }) => {
+                match text {
+                    Ok(text) => line["text"] = text.as_str().into(),
+                    Err(ids) => line["ids"] = ids.as_slice().into(),
+                }
+                line["end"] = end.name().into();
+                (line["prompt_tokens"], line["new_tokens"]) = (usage.prompt.into(), usage.new.into());
+                if let Some(seed) = seed {
+                    line["seed"] = (*seed).into();
+                }
+            }
+            Err(why) => line["error"] = why.as_str().into(),
+        }
+        line["line_digest"] = digest_text(self.digest).into();
+        line
+    }
+
+    fn openai(&self, done: &Result<Done, String>) -> Value {
+        let number = self.number;
+        let endpoint = if let Form::OpenAi(endpoint) = self.form { endpoint } else { None };
+        let (status, body) = match (done, endpoint) {
+            (Ok(Done { text, end, usage, model, .. }), Some(endpoint)) => {
+                let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+                let ids = |ids: &Vec<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+                let text = text.clone().unwrap_or_else(|tokens| ids(&tokens));
+                (200, openai::completed(endpoint, &number.to_string(), created, model, &text, end, *usage))
+            }
+            (Ok(_), None) => (400, openai::refused("url: is not supported")),
+            (Err(why), _) => (400, openai::refused(why)),
+        };
+        json!({
+            "id": format!("{OPENAI_ID}{number}_{}", digest_text(self.digest)), "custom_id": self.id,
+            "response": { "status_code": status, "request_id": format!("req_{number}"), "body": body }, "error": null,
+        })
+    }
+}
+
+/// What says to which line an answer belongs.
+#[derive(Deserialize)]
+struct Head {
+    line: Option<u64>,
+    line_digest: Option<String>,
+    id: Option<Value>,
+    custom_id: Option<Value>,
+    error: Option<Value>,
+    response: Option<Response>,
+}
+
+#[derive(Deserialize)]
+struct Response {
+    status_code: u16,
+}
+
+/// An answer that was read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Found {
+    pub number: u64,
+    pub digest: u64,
+    pub is_error: bool,
+}
+
+/// Which line this answer belongs to; `None` if it is none of this program's.
+pub fn read(line: &[u8]) -> Option<Found> {
+    let head: Head = serde_json::from_slice(line).ok()?;
+    let digest = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
+    match (head.line, head.line_digest, head.id, head.response) {
+        (Some(number), Some(text), _, None) => {
+            Some(Found { number, digest: digest(&text)?, is_error: head.error.is_some() })
+        }
+        (None, None, Some(Value::String(id)), Some(response)) => {
+            head.custom_id?;
+            let (number, text) = id.strip_prefix(OPENAI_ID)?.split_once('_')?;
+            Some(Found { number: number.parse().ok()?, digest: digest(text)?, is_error: response.status_code != 200 })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::Endpoint;
+
+    fn done(text: Result<&str, Vec<u32>>, end: End) -> Result<Done, String> {
+        let usage = Usage { prompt: 5, new: 2 };
+        Ok(Done { text: text.map(Into::into), end, usage, seed: Some(u64::MAX), model: "m".into() })
+    }
+
+    #[test]
+    fn every_answer_says_to_which_line_it_belongs() {
+        let forms = [Form::Plain, Form::OpenAi(Some(Endpoint::Chat)), Form::OpenAi(Some(Endpoint::Completions))];
+        for form in forms {
+            for digest in [0, 7, u64::MAX] {
+                let place = Place { number: 12, digest, form, id: json!("\"\n") };
+                for done in [done(Ok("a\nb"), End::Limit), done(Err(vec![1, 2]), End::Context), Err("no\n".into())] {
+                    let line = place.line(&done);
+                    assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+                    assert_eq!(read(&line), Some(Found { number: 12, digest, is_error: done.is_err() }));
+                    for cut in 0..line.len() - 1 {
+                        assert_eq!(read(&line[..cut]), None, "what is cut off is no answer");
+                    }
+                }
+            }
+        }
+        let bad = Place { number: 1, digest: 2, form: Form::OpenAi(None), id: json!("x") };
+        let found = Found { number: 1, digest: 2, is_error: true };
+        assert_eq!(read(&bad.line(&Err("url: is missing".into()))), Some(found));
+        for other in [&b"{}"[..], b"[]", b"", br#"{"line": 5}"#, br#"{"id": "batch_req_5_0", "custom_id": "a"}"#] {
+            assert_eq!(read(other), None);
+        }
+    }
+
+    #[test]
+    fn an_answer_in_openais_form_is_what_its_clients_parse() {
+        let place = Place { number: 3, digest: 4, form: Form::OpenAi(Some(Endpoint::Chat)), id: json!("x") };
+        let line: Value = serde_json::from_slice(&place.line(&done(Ok("t"), End::StopToken(0)))).unwrap();
+        assert_eq!(
+            (&line["custom_id"], &line["error"], &line["response"]["status_code"]),
+            (&json!("x"), &Value::Null, &json!(200))
+        );
+        let body = &line["response"]["body"];
+        assert_eq!(body["choices"][0]["message"], json!({ "role": "assistant", "content": "t", "refusal": null }));
+        assert_eq!((&body["choices"][0]["finish_reason"], &body["model"]), (&json!("stop"), &json!("m")));
+        assert_eq!(body["usage"], json!({ "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7 }));
+        let refused: Value = serde_json::from_slice(&place.line(&Err("n: 2 is not supported".into()))).unwrap();
+        assert_eq!(refused["response"]["status_code"], 400);
+        assert_eq!(refused["response"]["body"]["error"]["param"], "n");
+    }
+}
