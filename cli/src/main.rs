@@ -17,13 +17,13 @@ mod generate;
 mod hub;
 mod interrupt;
 mod make_checkpoint;
-mod openai;
 mod pack;
 mod placing;
 mod plan;
 mod prompt;
 mod run;
 mod sampling;
+mod serve;
 mod text;
 mod tune;
 #[allow(dead_code, reason = "benchmarks use the rest")]
@@ -72,6 +72,7 @@ subcommands! {
     Generate in generate,
     Chat in chat,
     Batch in batch,
+    Serve in serve,
     Plan in plan,
     Tune in tune,
     Pack in pack,

@@ -92,7 +92,7 @@ impl SamplingOptions {
 }
 
 /// A seed, short enough to be typed again. The keys of the standard library's hash tables are random.
-fn drawn() -> u64 {
+pub fn drawn() -> u64 {
     RandomState::new().build_hasher().finish() >> 32
 }
 

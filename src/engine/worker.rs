@@ -123,7 +123,6 @@ impl<D: Kernels> Worker<D> {
         while self.take_commands().is_continue() {
             self.admit();
             self.pass();
-            self.counts.running.store(self.running.len(), Ordering::Relaxed);
         }
         let left = iter::from_fn(|| self.queue.take_first());
         for mut job in left.chain(self.running.into_iter().map(|running| running.job)) {
@@ -152,6 +151,11 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
+    /// Shows how many have a row; before anyone is told that one ended.
+    fn count_running(&self) {
+        self.counts.running.store(self.running.len(), Ordering::Relaxed);
+    }
+
     fn cancel(&mut self, ticket: u64) {
         if let Some(job) = self.queue.take(ticket) {
             self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -168,12 +172,17 @@ impl<D: Kernels> Worker<D> {
                 self.free_rows.push(row);
                 return;
             };
-            self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
             let begun = self.sampler.begin_by(row, &job.tokens, job.request.sampling, job.request.number);
             match begun {
-                Ok(()) => self.running.push(Running { job, row, new: 0 }),
+                Ok(()) => {
+                    self.running.push(Running { job, row, new: 0 });
+                    self.count_running();
+                    // After the other, so that it is never seen in neither.
+                    self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+                }
                 Err(error) => {
                     self.free_rows.push(row);
+                    self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
                     self.end(job, End::Failed(error));
                 }
             }
@@ -285,6 +294,7 @@ impl<D: Kernels> Worker<D> {
     /// Ends a running sequence; its row is free.
     fn remove(&mut self, number: usize, end: End) {
         let Running { job, row, .. } = self.running.remove(number);
+        self.count_running();
         self.decoder.truncate(row, 0).expect("a row that there is, and a length that it has");
         self.sampler.forget(row);
         self.free_rows.push(row);

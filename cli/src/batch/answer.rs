@@ -1,14 +1,18 @@
 //! The lines of the output, and what is read of them again.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::line::Form;
 use crate::{
-    openai::{self, Usage},
     run::End,
+    serve::{
+        choices::Usage,
+        error::Refused,
+        request::Form as Endpoint,
+        respond::{self, Head},
+        server,
+    },
 };
 
 /// With what an OpenAI line's `id` begins; the line's number and digest follow.
@@ -42,7 +46,7 @@ fn digest_text(digest: u64) -> String {
 
 impl Place {
     /// The line of an answer, or of why there is none; with its end.
-    pub fn line(&self, done: &Result<Done, String>) -> Vec<u8> {
+    pub fn line(&self, done: &Result<Done, Refused>) -> Vec<u8> {
         let line = match self.form {
             Form::Plain => self.plain(done),
             Form::OpenAi(_) => self.openai(done),
@@ -50,7 +54,7 @@ impl Place {
         format!("{line}\n").into_bytes()
     }
 
-    fn plain(&self, done: &Result<Done, String>) -> Value {
+    fn plain(&self, done: &Result<Done, Refused>) -> Value {
         let mut line = json!({ "line": self.number, "id": self.id });
         match done {
             Ok(Done { text, end, usage, seed, .. }) => {
@@ -64,24 +68,18 @@ impl Place {
                     line["seed"] = (*seed).into();
                 }
             }
-            Err(why) => line["error"] = why.as_str().into(),
+            Err(why) => line["error"] = why.message().into(),
         }
         line["line_digest"] = digest_text(self.digest).into();
         line
     }
 
-    fn openai(&self, done: &Result<Done, String>) -> Value {
+    fn openai(&self, done: &Result<Done, Refused>) -> Value {
         let number = self.number;
-        let endpoint = if let Form::OpenAi(endpoint) = self.form { endpoint } else { None };
-        let (status, body) = match (done, endpoint) {
-            (Ok(Done { text, end, usage, model, .. }), Some(endpoint)) => {
-                let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-                let ids = |ids: &Vec<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-                let text = text.clone().unwrap_or_else(|tokens| ids(&tokens));
-                (200, openai::completed(endpoint, &number.to_string(), created, model, &text, end, *usage))
-            }
-            (Ok(_), None) => (400, openai::refused("url: is not supported")),
-            (Err(why), _) => (400, openai::refused(why)),
+        let (status, body) = match (done, self.form) {
+            (Ok(done), Form::OpenAi(Some(endpoint))) => (200, done.body(endpoint, number)),
+            (Ok(_), _) => unreachable!("what is sent to nowhere is refused"),
+            (Err(why), _) => (why.status.as_u16(), why.json()),
         };
         json!({
             "id": format!("{OPENAI_ID}{number}_{}", digest_text(self.digest)), "custom_id": self.id,
@@ -90,9 +88,28 @@ impl Place {
     }
 }
 
+impl Done {
+    /// What `serve` would answer.
+    fn body(&self, form: Endpoint, number: u64) -> Value {
+        let prefix = if form == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
+        let (id, model) = (format!("{prefix}-{number}"), self.model.clone());
+        let head = Head { form, logprobs: false, id, created: server::now(), model };
+        let end = match self.end {
+            End::StopToken(_) | End::StopText(_) => "stop",
+            _ => "length",
+        };
+        let ids = |ids: &Vec<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+        let text = self.text.as_ref().map_or_else(ids, Clone::clone);
+        let mut body = head.envelope(form.object(false));
+        body["choices"] = json!([head.whole(0, &text, &[], end)]);
+        body["usage"] = respond::usage(self.usage);
+        body
+    }
+}
+
 /// What says to which line an answer belongs.
 #[derive(Deserialize)]
-struct Head {
+struct Written {
     line: Option<u64>,
     line_digest: Option<String>,
     id: Option<Value>,
@@ -116,14 +133,14 @@ pub struct Found {
 
 /// Which line this answer belongs to; `None` if it is none of this program's.
 pub fn read(line: &[u8]) -> Option<Found> {
-    let head: Head = serde_json::from_slice(line).ok()?;
+    let written: Written = serde_json::from_slice(line).ok()?;
     let digest = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
-    match (head.line, head.line_digest, head.id, head.response) {
+    match (written.line, written.line_digest, written.id, written.response) {
         (Some(number), Some(text), _, None) => {
-            Some(Found { number, digest: digest(&text)?, is_error: head.error.is_some() })
+            Some(Found { number, digest: digest(&text)?, is_error: written.error.is_some() })
         }
         (None, None, Some(Value::String(id)), Some(response)) => {
-            head.custom_id?;
+            written.custom_id?;
             let (number, text) = id.strip_prefix(OPENAI_ID)?.split_once('_')?;
             Some(Found { number: number.parse().ok()?, digest: digest(text)?, is_error: response.status_code != 200 })
         }
@@ -134,20 +151,23 @@ pub fn read(line: &[u8]) -> Option<Found> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::openai::Endpoint;
 
-    fn done(text: Result<&str, Vec<u32>>, end: End) -> Result<Done, String> {
+    fn refused() -> Refused {
+        Refused::field("n", "one\nanswer")
+    }
+
+    fn done(text: Result<&str, Vec<u32>>, end: End) -> Result<Done, Refused> {
         let usage = Usage { prompt: 5, new: 2 };
         Ok(Done { text: text.map(Into::into), end, usage, seed: Some(u64::MAX), model: "m".into() })
     }
 
     #[test]
     fn every_answer_says_to_which_line_it_belongs() {
-        let forms = [Form::Plain, Form::OpenAi(Some(Endpoint::Chat)), Form::OpenAi(Some(Endpoint::Completions))];
+        let forms = [Form::Plain, Form::OpenAi(Some(Endpoint::Chat)), Form::OpenAi(Some(Endpoint::Completion))];
         for form in forms {
             for digest in [0, 7, u64::MAX] {
                 let place = Place { number: 12, digest, form, id: json!("\"\n") };
-                for done in [done(Ok("a\nb"), End::Limit), done(Err(vec![1, 2]), End::Context), Err("no\n".into())] {
+                for done in [done(Ok("a\nb"), End::Limit), done(Err(vec![1, 2]), End::Context), Err(refused())] {
                     let line = place.line(&done);
                     assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
                     assert_eq!(read(&line), Some(Found { number: 12, digest, is_error: done.is_err() }));
@@ -159,7 +179,7 @@ mod tests {
         }
         let bad = Place { number: 1, digest: 2, form: Form::OpenAi(None), id: json!("x") };
         let found = Found { number: 1, digest: 2, is_error: true };
-        assert_eq!(read(&bad.line(&Err("url: is missing".into()))), Some(found));
+        assert_eq!(read(&bad.line(&Err(refused()))), Some(found));
         for other in [&b"{}"[..], b"[]", b"", br#"{"line": 5}"#, br#"{"id": "batch_req_5_0", "custom_id": "a"}"#] {
             assert_eq!(read(other), None);
         }
@@ -177,7 +197,7 @@ mod tests {
         assert_eq!(body["choices"][0]["message"], json!({ "role": "assistant", "content": "t", "refusal": null }));
         assert_eq!((&body["choices"][0]["finish_reason"], &body["model"]), (&json!("stop"), &json!("m")));
         assert_eq!(body["usage"], json!({ "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7 }));
-        let refused: Value = serde_json::from_slice(&place.line(&Err("n: 2 is not supported".into()))).unwrap();
+        let refused: Value = serde_json::from_slice(&place.line(&Err(refused()))).unwrap();
         assert_eq!(refused["response"]["status_code"], 400);
         assert_eq!(refused["response"]["body"]["error"]["param"], "n");
     }

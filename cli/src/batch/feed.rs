@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+use axum::http::StatusCode;
 use layer_streamer::{
     Error,
     engine::{self, Engine, Event, Ticket},
@@ -34,8 +35,8 @@ use super::{
 };
 use crate::{
     Failure, interrupt,
-    openai::Usage,
     run::End,
+    serve::{choices::Usage, error::Refused},
     text::{AnswerText, Text},
 };
 
@@ -258,7 +259,7 @@ impl Running<'_, '_> {
         let mut sink = Sink { number: place.number, to: self.to.clone(), has_ended: false };
         let ticket = match self.feed.engine.submit(request, move |event| sink.tell(event)) {
             Ok(ticket) => ticket,
-            Err(error @ Error::Setting { .. }) => return self.refuse(at, &place, error.to_string()),
+            Err(error @ Error::Setting { .. }) => return self.refuse(at, &place, error.into()),
             Err(error) => return Err(error.into()),
         };
         let words = &self.feed.preparing.words;
@@ -271,9 +272,9 @@ impl Running<'_, '_> {
     }
 
     /// A line that is not understood, or that the model cannot answer.
-    fn refuse(&mut self, at: u64, place: &Place, why: String) -> Result<(), Failure> {
+    fn refuse(&mut self, at: u64, place: &Place, why: Refused) -> Result<(), Failure> {
         if self.feed.strict {
-            return Err(format!("line {}: {why}", place.number).into());
+            return Err(format!("line {}: {}", place.number, why.message()).into());
         }
         self.order.put(at, place.line(&Err(why)), true);
         Ok(())
@@ -291,14 +292,14 @@ impl Running<'_, '_> {
                 }
                 Err(error) => {
                     self.feed.engine.cancel(active.ticket);
-                    Err(error.to_string())
+                    Err(unreadable(&error))
                 }
             },
             Event::End(engine::End::Stop(token)) => Ok(End::StopToken(token)),
             Event::End(engine::End::Most) => Ok(End::Limit),
             Event::End(engine::End::Context) => Ok(End::Context),
             // The model's numbers for this prompt are none.
-            Event::End(engine::End::Failed(error @ Error::Setting { .. })) => Err(error.to_string()),
+            Event::End(engine::End::Failed(error @ Error::Setting { .. })) => Err(error.into()),
             // By Ctrl-C, which is noticed soon.
             Event::End(engine::End::Failed(Error::Cancelled)) if interrupt::is_noted() => return Ok(()),
             Event::End(engine::End::Failed(error)) => return Err(format!("{error}; the same command goes on").into()),
@@ -327,10 +328,10 @@ impl Active {
         Ok(piece.stop)
     }
 
-    fn end(mut self, end: Result<End, String>) -> (u64, Place, Result<Done, String>) {
+    fn end(mut self, end: Result<End, Refused>) -> (u64, Place, Result<Done, Refused>) {
         let done = end.and_then(|mut end| {
             if let Some(words) = self.words.as_mut().filter(|_| !matches!(end, End::StopText(_))) {
-                let piece = words.end().map_err(|error| error.to_string())?;
+                let piece = words.end().map_err(|error| unreadable(&error))?;
                 self.text += &piece.text;
                 if let Some(stop) = piece.stop {
                     end = End::StopText(stop);
@@ -342,4 +343,9 @@ impl Active {
         });
         (self.at, self.place, done)
     }
+}
+
+/// The tokenizer makes no text of the answer.
+fn unreadable(error: &Failure) -> Refused {
+    Refused::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
 }

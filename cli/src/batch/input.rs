@@ -23,7 +23,7 @@ pub struct RawLine {
 
 /// Why a line has no bytes.
 pub fn too_long() -> String {
-    format!("the line is longer than {LONGEST} bytes")
+    format!("is longer than {LONGEST} bytes; give shorter ones")
 }
 
 pub struct Lines<R> {

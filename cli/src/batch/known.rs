@@ -116,14 +116,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::batch::{answer::Place, line::Form};
+    use crate::{
+        batch::{answer::Place, line::Form},
+        serve::error::Refused,
+    };
 
     fn place(number: u64) -> Place {
         Place { number, digest: 100 + number, form: Form::Plain, id: json!(number) }
     }
 
     fn output(numbers: &[u64]) -> Vec<u8> {
-        numbers.iter().flat_map(|number| place(*number).line(&Err("why".into()))).collect()
+        numbers.iter().flat_map(|number| place(*number).line(&Err(Refused::field("a", "why")))).collect()
     }
 
     fn read(bytes: &[u8], in_order: bool) -> Result<Held, String> {

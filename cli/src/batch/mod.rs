@@ -364,6 +364,7 @@ fn preparing(options: &Options, model: &Model) -> Result<Preparing, Failure> {
         name,
         suggested: model.config.suggested.sampling,
         stop_tokens: model.config.stop.clone(),
+        vocab: model.config.vocab,
         context: model.config.max_positions,
         max_positions: model.config.max_positions,
     })

@@ -37,10 +37,10 @@ pub fn scan<R: BufRead>(
         scan.prompts += 1;
         known.has(line.number, line.digest)?;
         let Line { ask, .. } = prepare::parse(line.bytes.as_deref());
-        let most = |most: Option<usize>| most.unwrap_or(preparing.most);
         let needed = ask.and_then(|ask| {
-            // To count tokens takes time; a line that is no longer than another in bytes has no more of them.
-            let bound = ask.prompt.most_tokens().saturating_add(around).saturating_add(most(ask.most));
+            // To count tokens takes time. None has less than a byte, so a line may be too short to be the longest.
+            let bytes = line.bytes.as_ref().map_or(0, Vec::len);
+            let bound = bytes.saturating_add(around).saturating_add(ask.most().unwrap_or(preparing.most));
             if bound <= scan.context && !strict {
                 return Ok(0);
             }
@@ -48,7 +48,7 @@ pub fn scan<R: BufRead>(
         });
         match needed {
             Ok(needed) => scan.context = scan.context.max(needed),
-            Err(why) if strict => return Err(format!("line {}: {why}", line.number).into()),
+            Err(why) if strict => return Err(format!("line {}: {}", line.number, why.message()).into()),
             Err(_) => {}
         }
     }

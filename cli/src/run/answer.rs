@@ -10,14 +10,13 @@ use indicatif::ProgressBar;
 use super::End;
 use crate::{
     Failure,
-    text::{StopTexts, Text, Words},
+    text::{AnswerText, Piece, Text},
 };
 
 /// Goes to stdout, as text or as token ids, or nowhere. Text is kept besides.
 pub struct Answer<'a> {
     out: StdoutLock<'static>,
-    words: Option<Words<'a>>,
-    stops: StopTexts,
+    words: Option<AnswerText<&'a Text>>,
     kept: String,
     is_printed: bool,
     is_begun: bool,
@@ -28,8 +27,7 @@ impl<'a> Answer<'a> {
     pub fn new(text: Option<&'a Text>, stops: &[String], is_printed: bool) -> Self {
         Self {
             out: io::stdout().lock(),
-            words: text.map(Text::words),
-            stops: StopTexts::new(stops),
+            words: text.map(|text| AnswerText::new(text, stops)),
             kept: String::new(),
             is_printed,
             is_begun: false,
@@ -38,23 +36,20 @@ impl<'a> Answer<'a> {
 
     /// The next token. The answer may end with it: by a stop text, or as its reader went away (`| head`), which is no error.
     pub fn push(&mut self, token: u32, bar: &ProgressBar) -> Result<ControlFlow<End>, Failure> {
-        let piece = match &mut self.words {
+        let Piece { text, stop } = match &mut self.words {
             Some(words) => words.push(token)?,
-            None => format!("{}{token}", if self.is_begun { "," } else { "" }),
+            None => Piece { text: format!("{}{token}", if self.is_begun { "," } else { "" }), stop: None },
         };
         self.is_begun = true;
-        let (piece, stop) = self.stops.push(&piece);
-        let printed = self.print(&piece, bar)?;
+        let printed = self.print(&text, bar)?;
         Ok(stop.map_or(printed, |stop| ControlFlow::Break(End::StopText(stop))))
     }
 
     /// After the last token. Returns the text, where it is one of words. `end`: why it ends, where it has.
     pub fn end(mut self, end: &mut End, bar: &ProgressBar) -> Result<Option<String>, Failure> {
         if !matches!(end, End::StopText(_)) {
-            let left = self.words.as_mut().map_or_else(|| Ok(String::new()), Words::end)?;
-            let (mut left, stop) = self.stops.push(&left);
-            left += &self.stops.rest();
-            let _ = self.print(&left, bar)?;
+            let Piece { text, stop } = self.words.as_mut().map_or_else(|| Ok(Piece::default()), AnswerText::end)?;
+            let _ = self.print(&text, bar)?;
             if let Some(stop) = stop {
                 *end = End::StopText(stop);
             }

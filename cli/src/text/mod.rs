@@ -1,5 +1,6 @@
 //! Text and tokens: a model's tokenizer as transformers uses it, and the words that tokens become on their way out.
 
+mod answer;
 mod config;
 mod gguf;
 mod python;
@@ -14,16 +15,17 @@ use std::{
     sync::Once,
 };
 
+pub use answer::{AnswerText, Piece};
 use config::TokenizerConfig;
 use layer_streamer::{
     files,
     model::Model,
     plan::{Part, Purpose},
 };
-pub use stop::StopTexts;
+use stop::StopTexts;
 pub use template::{ChatTemplate, Message};
 use tokenizers::Tokenizer;
-pub use words::Words;
+use words::Words;
 
 use crate::Failure;
 
@@ -124,9 +126,15 @@ impl Text {
         self.tokenizer.token_to_id(&self.config.special("eos_token")?)
     }
 
-    /// What tokens become, one after the other.
-    pub fn words(&self) -> Words<'_> {
-        Words::new(self)
+    /// A token by itself, as it stands within a text: its bytes, which may be a part of a character.
+    pub fn bytes_of(&self, token: u32) -> Vec<u8> {
+        let decode = |tokens: &[u32]| self.ask(|tokenizer| tokenizer.decode(tokens, false)).unwrap_or_default();
+        // Decoders may treat the first token of a text in their own way.
+        let (once, twice) = (decode(&[token]), decode(&[token, token]));
+        match twice.strip_prefix(&once) {
+            Some(text) if !text.contains(char::REPLACEMENT_CHARACTER) => text.as_bytes().to_vec(),
+            _ => self.spelled(token).and_then(|spelled| bytes_spelled(&spelled)).unwrap_or_else(|| once.into_bytes()),
+        }
     }
 
     /// Whether a token adds anything to a text: special tokens do not, nor do those beyond the tokenizer's vocabulary, which many
@@ -145,6 +153,25 @@ impl Text {
     fn ask<T>(&self, question: impl FnOnce(&Tokenizer) -> tokenizers::Result<T>) -> Result<T, Failure> {
         guarded(&self.file, || question(&self.tokenizer))
     }
+}
+
+/// The bytes of a token that is no text: `<0xFF>`, or GPT-2's letters for bytes.
+fn bytes_spelled(spelled: &str) -> Option<Vec<u8>> {
+    if let Some(hex) = spelled.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')) {
+        return u8::from_str_radix(hex, 16).ok().map(|byte| vec![byte]);
+    }
+    // Visible characters of Latin-1 stand for themselves, and the letters from U+0100 on for the other bytes in their order.
+    let is_visible = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    spelled
+        .chars()
+        .map(|letter| match u8::try_from(letter) {
+            Ok(byte) => Some(byte).filter(is_visible),
+            Err(_) => {
+                let number = (letter as usize).checked_sub(256)?;
+                (0..=255u8).filter(|byte| !is_visible(byte)).nth(number)
+            }
+        })
+        .collect()
 }
 
 /// What parsing took and freed, up to twice what the tokenizer keeps, goes back to the system.

@@ -1,5 +1,7 @@
 //! Tokens become text as they come. A character of several tokens comes out when it is whole.
 
+use std::ops::Deref;
+
 use super::Text;
 use crate::Failure;
 
@@ -10,8 +12,8 @@ const LONGEST_CHARACTER: usize = 4;
 const UNKNOWN: char = char::REPLACEMENT_CHARACTER;
 
 /// The text of a sequence of tokens, piece by piece.
-pub struct Words<'a> {
-    of: &'a Text,
+pub struct Words<T> {
+    of: T,
     /// The tokens of the last piece that was whole, then those that came since. A decoder may treat the first token of a text
     /// in its own way, so none that follows is decoded alone.
     window: Vec<u32>,
@@ -21,8 +23,8 @@ pub struct Words<'a> {
     given: String,
 }
 
-impl<'a> Words<'a> {
-    pub(super) fn new(of: &'a Text) -> Self {
+impl<T: Deref<Target = Text>> Words<T> {
+    pub fn new(of: T) -> Self {
         Self { of, window: Vec::new(), new: 0, given: String::new() }
     }
 

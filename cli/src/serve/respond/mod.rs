@@ -1,0 +1,98 @@
+//! Answers as clients get them: whole, or as a stream of events.
+
+mod form;
+mod stream;
+
+use std::{future::poll_fn, sync::Arc};
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, header},
+    response::Response,
+};
+pub use form::{Head, usage};
+use serde_json::{Value, json};
+use stream::Stream;
+
+use super::{
+    choices::{Choices, Delta, Spoken},
+    error::Refused,
+    request::Asked,
+    server::Server,
+};
+
+/// Answers a request whose sequences have begun.
+pub async fn respond(server: &Arc<Server>, asked: &Outline, choices: Choices) -> Result<Response, Refused> {
+    let head = Head::new(asked, server);
+    if asked.stream {
+        let mut response = Response::new(Body::new(Stream::new(head, choices, asked.usage)));
+        for (name, value) in [
+            (header::CONTENT_TYPE, "text/event-stream"),
+            (header::CACHE_CONTROL, "no-cache"),
+            // Proxies such as nginx would hold it back.
+            (header::HeaderName::from_static("x-accel-buffering"), "no"),
+        ] {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+        }
+        return Ok(response);
+    }
+    Ok(json(&whole(&head, choices).await?))
+}
+
+/// What is left of a request when its sequences have begun.
+pub struct Outline {
+    form: super::request::Form,
+    stream: bool,
+    usage: bool,
+    logprobs: bool,
+}
+
+impl Outline {
+    pub fn of(asked: &Asked) -> Self {
+        Self { form: asked.form, stream: asked.stream, usage: asked.usage, logprobs: asked.logprobs.is_some() }
+    }
+}
+
+/// An answer's JSON.
+pub fn json(value: &Value) -> Response {
+    let mut response = Response::new(Body::from(value.to_string()));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// One answer, all of it.
+#[derive(Default)]
+struct Whole {
+    text: String,
+    tokens: Vec<Spoken>,
+    end: &'static str,
+}
+
+/// Waits for all answers.
+async fn whole(head: &Head, mut choices: Choices) -> Result<Value, Refused> {
+    let mut all: Vec<Whole> = (0..choices.count()).map(|_| Whole::default()).collect();
+    while let Some(delta) = poll_fn(|context| choices.poll(context)).await {
+        let Delta { choice, text, tokens, end } = delta?;
+        let whole = &mut all[choice];
+        whole.text += &text;
+        whole.tokens.extend(tokens);
+        whole.end = end.unwrap_or_default();
+    }
+    let choice = |(number, Whole { text, tokens, end }): (usize, &Whole)| head.whole(number, text, tokens, end);
+    let mut answer = head.envelope(head.form.object(false));
+    answer["choices"] = all.iter().enumerate().map(choice).collect();
+    answer["usage"] = usage(choices.usage());
+    Ok(answer)
+}
+
+/// The models that there are: one.
+pub fn models(server: &Server) -> Value {
+    json!({ "object": "list", "data": [model(server)] })
+}
+
+pub fn model(server: &Server) -> Value {
+    json!({
+        "id": server.name, "object": "model", "created": server.begun, "owned_by": "layer-streamer",
+        "context_length": server.context,
+    })
+}

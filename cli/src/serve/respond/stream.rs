@@ -1,0 +1,120 @@
+//! An answer as server-sent events.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::body::{Body, Bytes, Frame};
+use serde_json::Value;
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::form::{self, Head};
+use crate::serve::{
+    choices::{Choices, Delta},
+    error::Refused,
+    request::Form,
+};
+
+/// So often something is sent while nothing happens, so that neither side takes the other for gone.
+const BEAT: Duration = Duration::from_secs(15);
+
+/// Events are gathered up to so many bytes, where they come faster than they are sent.
+const GATHERED: usize = 16 << 10;
+
+/// The body of a streamed answer. It is asked for more only while the client takes it.
+pub struct Stream {
+    head: Head,
+    /// `None` after the last event.
+    choices: Option<Choices>,
+    /// Whether the last event is the numbers of tokens.
+    usage: bool,
+    /// What is ready to be sent.
+    text: String,
+    beat: Pin<Box<Sleep>>,
+}
+
+impl Stream {
+    pub fn new(head: Head, choices: Choices, usage: bool) -> Self {
+        let count = choices.count();
+        let mut stream = Self { head, choices: Some(choices), usage, text: String::new(), beat: Box::pin(sleep(BEAT)) };
+        if stream.head.form == Form::Chat {
+            (0..count).for_each(|number| stream.put_choice(stream.head.first(number)));
+        }
+        stream
+    }
+
+    fn put(&mut self, event: &str) {
+        self.text += "data: ";
+        self.text += event;
+        self.text += "\n\n";
+    }
+
+    fn put_choice(&mut self, choice: Value) {
+        let mut event = self.head.envelope(self.head.form.object(true));
+        event["choices"] = [choice].into_iter().collect();
+        if self.usage {
+            event["usage"] = Value::Null;
+        }
+        self.put(&event.to_string());
+    }
+
+    /// What came from the engine. `None`: all answers have ended.
+    fn take(&mut self, came: Option<Result<Delta, Refused>>) {
+        match came {
+            Some(Ok(Delta { choice, text, tokens, end })) => {
+                // As in OpenAI's API, a chat's last piece has no text.
+                let ends_apart =
+                    self.head.form == Form::Chat && end.is_some() && !(text.is_empty() && tokens.is_empty());
+                let said = self.head.piece(choice, &text, &tokens, end.filter(|_| !ends_apart));
+                self.put_choice(said);
+                if ends_apart {
+                    self.put_choice(self.head.piece(choice, "", &[], end));
+                }
+            }
+            Some(Err(refused)) => {
+                self.put(&refused.json().to_string());
+                self.choices = None;
+            }
+            None => {
+                let usage = self.choices.take().map(|choices| choices.usage()).filter(|_| self.usage);
+                if let Some(usage) = usage {
+                    let mut event = self.head.envelope(self.head.form.object(true));
+                    event["choices"] = Value::Array(Vec::new());
+                    event["usage"] = form::usage(usage);
+                    self.put(&event.to_string());
+                }
+                self.put("[DONE]");
+            }
+        }
+    }
+}
+
+impl Body for Stream {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let stream = self.get_mut();
+        while stream.text.len() < GATHERED
+            && let Some(choices) = &mut stream.choices
+            && let Poll::Ready(came) = choices.poll(context)
+        {
+            stream.take(came);
+        }
+        if stream.text.is_empty() {
+            if stream.choices.is_none() {
+                return Poll::Ready(None);
+            }
+            if stream.beat.as_mut().poll(context).is_pending() {
+                return Poll::Pending;
+            }
+            // A comment.
+            stream.text += ":\n\n";
+        }
+        stream.beat.as_mut().reset(Instant::now() + BEAT);
+        Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut stream.text).into()))))
+    }
+}

@@ -1,0 +1,167 @@
+//! Which path is answered how, and to whom.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Authority},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use tokio::task;
+
+use super::{
+    body,
+    choices::Choices,
+    closing::Answering,
+    error::Refused,
+    request::{Asked, Form},
+    respond::{self, Outline},
+    server::Server,
+};
+
+/// The page at `/`.
+const PAGE: &str = include_str!("page.html");
+
+/// What the page may do: run its own script, and ask this server.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                           base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// Paths that need no key: the page, which asks for it, and what says whether the server lives.
+const OPEN: [&str; 2] = ["/", "/health"];
+
+pub fn router(server: Arc<Server>) -> Router {
+    let complete = |State(server): State<Arc<Server>>, request: Request| answer(server, Form::Completion, request);
+    let chat = |State(server): State<Arc<Server>>, request: Request| answer(server, Form::Chat, request);
+    Router::new()
+        .route("/", get(page))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(|State(server): State<Arc<Server>>| async move { respond::json(&respond::models(&server)) }))
+        .route("/v1/models/{*model}", get(model))
+        .route("/v1/completions", post(complete))
+        .route("/v1/chat/completions", post(chat))
+        .fallback(|uri: Uri| async move {
+            let message = format!(
+                "there is no {}; this server has /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics",
+                uri.path()
+            );
+            Refused::new(StatusCode::NOT_FOUND, message)
+        })
+        .method_not_allowed_fallback(|uri: Uri| async move {
+            let method = if uri.path().ends_with("completions") { "POST" } else { "GET" };
+            Refused::new(StatusCode::METHOD_NOT_ALLOWED, format!("{} takes {method} alone", uri.path()))
+        })
+        .layer(middleware::from_fn_with_state(Arc::clone(&server), admit))
+        .with_state(server)
+}
+
+/// Lets in whom the rules allow, and counts.
+async fn admit(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path().to_owned();
+    let response = match check(&server, &path, request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(refused) => refused.into_response(),
+    };
+    server.http.note(&path, response.status().as_u16());
+    response
+}
+
+fn check(server: &Server, path: &str, headers: &HeaderMap) -> Result<(), Refused> {
+    let value = |name| headers.get(name).map_or(&b""[..], HeaderValue::as_bytes);
+    match &server.rules.key {
+        Some(key) if !OPEN.contains(&path) && !key.is_in(value(header::AUTHORIZATION)) => {
+            let message = "the API key is missing or wrong; send the header Authorization: Bearer KEY";
+            Err(Refused::new(StatusCode::UNAUTHORIZED, message).with_code("invalid_api_key"))
+        }
+        // A page of another site may have a name of its own lead here, and would then read the answers.
+        None if server.rules.is_local && !is_local(value(header::HOST)) => {
+            let message =
+                "this server is for its own machine: call it localhost or by its address, or give it an --api-key";
+            Err(Refused::new(StatusCode::FORBIDDEN, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a `Host` is an address or this machine's own name. Clients that send none are no browsers.
+fn is_local(host: &[u8]) -> bool {
+    let Ok(host) = Authority::try_from(host) else { return host.is_empty() };
+    let name = host.host().trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+}
+
+async fn page() -> Response {
+    let mut response = Response::new(Body::from(PAGE));
+    for (name, value) in [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, PAGE_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+async fn health(State(server): State<Arc<Server>>) -> Response {
+    match server.closing.has_begun() {
+        true => Refused::closing().into_response(),
+        false => respond::json(&serde_json::json!({ "status": "ok" })),
+    }
+}
+
+async fn metrics(State(server): State<Arc<Server>>) -> Response {
+    let mut response = Response::new(Body::from(server.http.text(&server.engine.stats(), &server.name)));
+    let version = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, version);
+    response
+}
+
+async fn model(State(server): State<Arc<Server>>, uri: Uri) -> Result<Response, Refused> {
+    let asked = uri.path().trim_start_matches("/v1/models/").replace("%2F", "/");
+    if asked == server.name {
+        Ok(respond::json(&respond::model(&server)))
+    } else {
+        Err(Refused::no_model(&asked, &server.name))
+    }
+}
+
+async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Response, Refused> {
+    let answering = Answering::begin(&server).ok_or_else(Refused::closing)?;
+    let held = body::read(&server, request).await?;
+    let reader = Arc::clone(&server);
+    // It takes time, which other connections do not wait for.
+    let asked = task::spawn_blocking(move || Asked::read(&reader.terms(), form, &held.bytes)).await;
+    let asked = asked.map_err(|error| {
+        let message = format!("reading the request failed: {error}; this is a bug, please report it");
+        Refused::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    })??;
+    let outline = Outline::of(&asked);
+    let choices = Choices::begin(Arc::clone(&server), asked, answering)?;
+    respond::respond(&server, &outline, choices).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_and_localhost_are_local_names() {
+        for (host, local) in [
+            ("localhost:8080", true),
+            ("LOCALHOST", true),
+            ("127.0.0.1:8080", true),
+            ("[::1]:8080", true),
+            ("", true),
+            ("localhost.example.com", false),
+            ("example.com:8080", false),
+            ("not a host", false),
+        ] {
+            assert_eq!(is_local(host.as_bytes()), local, "{host}");
+        }
+    }
+}
