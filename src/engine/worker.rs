@@ -189,19 +189,20 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// How many tokens of each running sequence the next pass has; 0 of some, if prompts are long.
-    fn shares(&self) -> Vec<usize> {
+    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences are continued
+    /// in it. Short shares of prompts are not those: many prompts may have a token each.
+    fn shares(&self) -> (Vec<usize>, usize) {
         let left: Vec<_> =
             (self.running.iter()).map(|running| running.job.tokens.len() - self.decoder.length(running.row)).collect();
         let continued = left.iter().filter(|left| **left == 1).count();
         let prompts: Vec<_> = left.iter().map(|left| if *left == 1 { 0 } else { *left }).collect();
         let shares = schedule::shares(&prompts, self.pace.allowed(continued));
-        iter::zip(left, shares).map(|(left, share)| if left == 1 { 1 } else { share }).collect()
+        (iter::zip(left, shares).map(|(left, share)| if left == 1 { 1 } else { share }).collect(), continued)
     }
 
     /// A pass over the layers, for all that runs.
     fn pass(&mut self) {
-        let shares = self.shares();
+        let (shares, continued) = self.shares();
         let batch: Vec<_> = iter::zip(&self.running, &shares)
             .filter(|(_, share)| **share > 0)
             .map(|(Running { job, row, .. }, share)| Sequence {
@@ -212,7 +213,6 @@ impl<D: Kernels> Worker<D> {
         if batch.is_empty() {
             return;
         }
-        let continued = shares.iter().filter(|share| **share == 1).count();
         let prompts = shares.iter().sum::<usize>() - continued;
         let begun = Instant::now();
         let passed = self.decoder.forward(&batch).and_then(|()| self.choose(&shares));
