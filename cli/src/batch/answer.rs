@@ -1,6 +1,6 @@
 //! The lines of the output, and what is read of them again.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::line::Form;
@@ -40,6 +40,28 @@ pub struct Done {
     pub model: String,
 }
 
+/// A line in the plain form.
+#[derive(Serialize)]
+struct PlainLine<'a> {
+    line: u64,
+    id: &'a Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ids: Option<&'a Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    end: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    new_tokens: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    line_digest: String,
+}
+
 fn digest_text(digest: u64) -> String {
     format!("{digest:016x}")
 }
@@ -48,30 +70,28 @@ impl Place {
     /// The line of an answer, or of why there is none; with its end.
     pub fn line(&self, done: &Result<Done, Refused>) -> Vec<u8> {
         let line = match self.form {
-            Form::Plain => self.plain(done),
-            Form::OpenAi(_) => self.openai(done),
+            Form::Plain => serde_json::to_vec(&self.plain(done)),
+            Form::OpenAi(_) => serde_json::to_vec(&self.openai(done)),
         };
-        format!("{line}\n").into_bytes()
+        let mut line = line.expect("maps with names, and nothing that fails");
+        line.push(b'\n');
+        line
     }
 
-    fn plain(&self, done: &Result<Done, Refused>) -> Value {
-        let mut line = json!({ "line": self.number, "id": self.id });
-        match done {
-            Ok(Done { text, end, usage, seed, .. }) => {
-                match text {
-                    Ok(text) => line["text"] = text.as_str().into(),
-                    Err(ids) => line["ids"] = ids.as_slice().into(),
-                }
-                line["end"] = end.name().into();
-                (line["prompt_tokens"], line["new_tokens"]) = (usage.prompt.into(), usage.new.into());
-                if let Some(seed) = seed {
-                    line["seed"] = (*seed).into();
-                }
-            }
-            Err(why) => line["error"] = why.message().into(),
+    fn plain<'a>(&'a self, done: &'a Result<Done, Refused>) -> PlainLine<'a> {
+        let (answer, error) = (done.as_ref().ok(), done.as_ref().err().map(Refused::message));
+        PlainLine {
+            line: self.number,
+            id: &self.id,
+            text: answer.and_then(|done| done.text.as_deref().ok()),
+            ids: answer.and_then(|done| done.text.as_ref().err()),
+            error,
+            end: answer.map(|done| done.end.name()),
+            prompt_tokens: answer.map(|done| done.usage.prompt),
+            new_tokens: answer.map(|done| done.usage.new),
+            seed: answer.and_then(|done| done.seed),
+            line_digest: digest_text(self.digest),
         }
-        line["line_digest"] = digest_text(self.digest).into();
-        line
     }
 
     fn openai(&self, done: &Result<Done, Refused>) -> Value {

@@ -43,7 +43,7 @@ use serde_json::{Value, json};
 use crate::{
     Failure,
     device::Chosen,
-    interrupt::{self, Interrupts},
+    interrupt::Interrupts,
     placing::Placing,
     prompt::Talk,
     run::{self, Loaded},
@@ -54,6 +54,9 @@ use crate::{
 
 /// How many sequences run at once where nobody says so.
 const USUAL_SEQUENCES: usize = 64;
+
+/// How much longer a pass may take so that prompts go on: nobody waits for the next token of an answer, so all that fit may.
+const DELAY: f64 = 1e6;
 
 /// Tokens that a sequence may have where nobody says so and the lines cannot be looked at beforehand.
 const USUAL_CONTEXT: usize = 4096;
@@ -227,7 +230,6 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
         Some(path) => Output::open(path, work, in_order)?,
         None => Output::stdout(work),
     };
-    interrupt::listen();
     let found = match paths.is_file {
         true => {
             let found = scan(paths.lines()?, opened.known().clone(), &preparing, options.strict);
@@ -241,9 +243,6 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     let before = opened.known().len() as u64;
     let errors = opened.known().errors() as u64;
     let tally = Tally { all: found.map(|Scan { prompts, .. }| prompts), before, answered: 0, errors };
-    if interrupt::is_noted() {
-        return Ok(());
-    }
     say_beginning(options, &paths, &tally);
     if tally.all == Some(before) {
         opened.begin()?.0.complete()?;
@@ -266,7 +265,7 @@ fn compute<D: Kernels>(
     let (mut loaded, sequences) = load(device, options, model, preparing.context, left)?;
     let canceller = loaded.decoder.streamer().canceller();
     let interrupts = Interrupts::cancel(canceller);
-    let engine = Engine::new(loaded.decoder, Limits { waiting: 4 * sequences, ..Limits::default() })?;
+    let engine = Engine::new(loaded.decoder, Limits { waiting: 4 * sequences, delay: DELAY })?;
     let (mut output, known) = opened.begin()?;
     let mut progress = Progress::begin(tally, options.placing.quiet);
     let feed = Feed {

@@ -9,7 +9,7 @@ use super::{
     line::Line,
     prepare::{self, Preparing},
 };
-use crate::{Failure, interrupt};
+use crate::Failure;
 
 /// What a file holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,9 +31,6 @@ pub fn scan<R: BufRead>(
 ) -> Result<Scan, Failure> {
     let (mut scan, around) = (Scan::default(), preparing.around());
     while let Some(line) = lines.next().map_err(|error| format!("cannot read it: {error}"))? {
-        if interrupt::is_noted() {
-            break;
-        }
         scan.prompts += 1;
         known.has(line.number, line.digest)?;
         let Line { ask, .. } = prepare::parse(line.bytes.as_deref());

@@ -134,7 +134,7 @@ mod tests {
     }
 
     fn pieces(text: &Text, tokens: impl IntoIterator<Item = u32>) -> Vec<String> {
-        let mut words = text.words();
+        let mut words = Words::new(text);
         let mut pieces: Vec<_> = tokens.into_iter().map(|token| words.push(token).unwrap()).collect();
         pieces.push(words.end().unwrap());
         pieces
