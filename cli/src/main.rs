@@ -9,6 +9,7 @@ macro_rules! say {
     ($($text:tt)*) => {{ let _ = std::io::Write::write_all(&mut std::io::stderr(), (format!($($text)*) + "\n").as_bytes()); }};
 }
 
+mod batch;
 mod budget;
 mod chat;
 mod device;
@@ -70,6 +71,7 @@ macro_rules! subcommands {
 subcommands! {
     Generate in generate,
     Chat in chat,
+    Batch in batch,
     Serve in serve,
     Plan in plan,
     Tune in tune,

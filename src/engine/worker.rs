@@ -237,7 +237,8 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences it continues.
+    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences are continued
+    /// in it. Short shares of prompts are not those: many prompts may have a token each.
     fn shares(&self) -> (Vec<usize>, usize) {
         let left: Vec<_> =
             (self.running.iter()).map(|running| running.job.tokens.len() - self.decoder.length(running.row)).collect();

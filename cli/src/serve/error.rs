@@ -9,7 +9,7 @@ use layer_streamer::Error;
 use serde_json::{Value, json};
 
 /// A request that is not answered, and why.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {
     pub status: StatusCode,
     message: String,
@@ -45,6 +45,10 @@ impl Refused {
     pub fn closing() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down: ask again when it is back")
             .with_code("shutting_down")
+    }
+
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// As the error of a whole answer, or of a piece of a stream.

@@ -9,17 +9,17 @@
 //! The engine's thread hands each event to a channel and never waits. A client that goes away drops its `Choices`, which cancels.
 
 mod body;
-mod choices;
+pub mod choices;
 mod closing;
 mod connections;
 mod counts;
-mod error;
+pub mod error;
 mod key;
 mod patience;
-mod request;
+pub mod request;
 mod respond;
 mod routes;
-mod server;
+pub mod server;
 
 use std::{env, net::TcpListener as Listener, sync::Arc, thread, time::Duration};
 

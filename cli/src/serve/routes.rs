@@ -20,8 +20,10 @@ use super::{
     error::Refused,
     request::{Asked, Form},
     respond::{self, Outline},
-    server::Server,
+    server::{LONG_BODY, Server},
 };
+
+use crate::text::give_back_memory;
 
 /// The page at `/`.
 const PAGE: &str = include_str!("page.html");
@@ -152,7 +154,10 @@ async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Res
     let reader = Arc::clone(&server);
     // It takes time, which other connections do not wait for.
     let asked = task::spawn_blocking(move || {
-        let asked = Asked::read(&reader, form, &bytes);
+        let asked = Asked::read(&reader.terms(), form, &bytes);
+        if bytes.len() > LONG_BODY {
+            give_back_memory();
+        }
         // Other long bodies may come, before this one is answered.
         drop((bytes, permit));
         asked

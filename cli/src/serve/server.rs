@@ -11,8 +11,11 @@ use layer_streamer::{
 };
 use tokio::sync::Semaphore;
 
-use super::{closing::Closing, counts::HttpCounts, key::Key};
-use crate::text::{ChatTemplate, Text};
+use super::{closing::Closing, counts::HttpCounts, key::Key, request::Terms};
+use crate::{
+    sampling,
+    text::{ChatTemplate, Text},
+};
 
 /// A body that is longer than this counts as long, in bytes.
 pub const LONG_BODY: usize = 64 << 10;
@@ -82,6 +85,23 @@ impl Server {
             http: HttpCounts::default(),
             closing: Closing::default(),
             long_bodies: Arc::new(Semaphore::new(LONG_BODIES)),
+        }
+    }
+
+    /// What requests are read with.
+    pub fn terms(&self) -> Terms<'_> {
+        Terms {
+            text: &self.text,
+            template: self.template.as_ref(),
+            name: Some(&self.name),
+            vocab: self.vocab,
+            context: self.context,
+            longest_text: self.longest_text,
+            most: self.most,
+            usual: None,
+            sampling: self.sampling,
+            seed: &sampling::drawn,
+            stop_tokens: &self.stop_tokens,
         }
     }
 }

@@ -3,36 +3,33 @@
 use serde_json::Value;
 
 use super::{
-    Asked, Form, common,
+    Asked, Form, Terms, common,
     fields::{Fields, is_nothing, kind},
 };
-use crate::{
-    serve::{error::Refused, server::Server},
-    text::Message,
-};
+use crate::{serve::error::Refused, text::Message};
 
 /// The most likeliest tokens that are told, as in OpenAI's API.
 const MOST_LOGPROBS: usize = 20;
 
-pub(super) fn read(server: &Server, fields: &mut Fields) -> Result<Asked, Refused> {
-    let Some(template) = &server.template else {
+pub(super) fn read(terms: &Terms<'_>, fields: &mut Fields) -> Result<Asked, Refused> {
+    let Some(template) = terms.template else {
         return Err(Refused::field(
             "messages",
             "this model has no chat template, so it knows no turns; ask /v1/completions",
         ));
     };
-    let mut asked = common(server, Form::Chat, fields, usize::MAX)?;
-    asked.stop_tokens.extend(server.text.end_of_turn());
+    let mut asked = common(terms, Form::Chat, fields, usize::MAX)?;
+    asked.stop_tokens.extend(terms.text.end_of_turn());
     asked.logprobs = logprobs(fields)?;
     refuse_what_is_not_there(fields)?;
     let thinking = thinking(fields)?;
     let messages = messages(fields.require("messages")?)?;
     let refused = |error| Refused::field("messages", format!("{error}"));
     let all: usize = messages.iter().map(|message| message.content.len()).sum();
-    super::check_text(server, "messages", all)?;
+    super::check_text(terms, "messages", all)?;
     let text = template.render(&messages, thinking).map_err(refused)?;
-    super::check_text(server, "messages", text.len())?;
-    asked.prompts = vec![server.text.encode_turns(&text).map_err(refused)?];
+    super::check_text(terms, "messages", text.len())?;
+    asked.prompts = vec![terms.text.encode_turns(&text).map_err(refused)?];
     Ok(asked)
 }
 
@@ -67,7 +64,11 @@ fn thinking(fields: &mut Fields) -> Result<Option<bool>, Refused> {
     Ok(thinking)
 }
 
-fn messages(value: Value) -> Result<Vec<Message>, Refused> {
+/// The turns of a conversation.
+///
+/// # Errors
+/// That name the turn.
+pub fn messages(value: Value) -> Result<Vec<Message>, Refused> {
     let Value::Array(values) = value else {
         return Err(Refused::field("messages", format!("is {}; give a list of turns", kind(&value))));
     };

@@ -103,7 +103,7 @@ impl Fields {
     pub fn end(self) -> Result<(), Refused> {
         match self.fields.keys().next() {
             Some(field) => {
-                let refused = Refused::field(self.name(field), "is not known to this server; leave it out");
+                let refused = Refused::field(self.name(field), "is not known; leave it out");
                 Err(refused.with_code("unknown_parameter"))
             }
             None => Ok(()),

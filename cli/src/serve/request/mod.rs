@@ -4,15 +4,14 @@ mod chat;
 mod completion;
 mod fields;
 
-use fields::{Fields, is_nothing};
+pub use chat::messages;
+pub use fields::Fields;
+use fields::is_nothing;
 use layer_streamer::model::Sampling;
 use serde_json::Value;
 
-use super::{
-    error::Refused,
-    server::{LONG_BODY, Server},
-};
-use crate::{sampling, text::give_back_memory};
+use super::error::Refused;
+use crate::text::{ChatTemplate, Text};
 
 /// The most answers to one request.
 const MOST_CHOICES: usize = 128;
@@ -40,6 +39,27 @@ pub enum Form {
     Chat,
 }
 
+/// What requests are read with: the model's words, and what a request leaves out.
+pub struct Terms<'a> {
+    pub text: &'a Text,
+    pub template: Option<&'a ChatTemplate>,
+    /// What a request has to call the model, if it calls it anything; `None`: whatever it likes.
+    pub name: Option<&'a str>,
+    pub vocab: usize,
+    /// Tokens that a prompt may have with its answer.
+    pub context: usize,
+    /// Bytes that a text may have: a longer one has more tokens than the context.
+    pub longest_text: usize,
+    /// The most tokens of an answer.
+    pub most: usize,
+    /// Those of an answer whose request does not say; `None`: as OpenAI's API has it.
+    pub usual: Option<usize>,
+    pub sampling: Sampling,
+    /// Of a request without one.
+    pub seed: &'a dyn Fn() -> u64,
+    pub stop_tokens: &'a [u32],
+}
+
 /// A request that can be answered.
 #[derive(Debug)]
 pub struct Asked {
@@ -61,21 +81,18 @@ pub struct Asked {
 
 impl Asked {
     /// Reads a request's body. Takes time: tokenizers and templates run.
-    pub fn read(server: &Server, form: Form, body: &[u8]) -> Result<Self, Refused> {
-        let read = Self::parse(server, form, body);
-        if body.len() > LONG_BODY {
-            give_back_memory();
-        }
-        read
-    }
-
-    fn parse(server: &Server, form: Form, body: &[u8]) -> Result<Self, Refused> {
+    pub fn read(terms: &Terms<'_>, form: Form, body: &[u8]) -> Result<Self, Refused> {
         let value: Value = serde_json::from_slice(body)
             .map_err(|error| Refused::field("body", format!("is no JSON: {error}; send one JSON object")))?;
-        let mut fields = Fields::of(value, "")?;
+        Self::parse(terms, form, value)
+    }
+
+    /// The same of a body that is JSON already.
+    pub fn parse(terms: &Terms<'_>, form: Form, body: Value) -> Result<Self, Refused> {
+        let mut fields = Fields::of(body, "")?;
         let asked = match form {
-            Form::Completion => completion::read(server, &mut fields)?,
-            Form::Chat => chat::read(server, &mut fields)?,
+            Form::Completion => completion::read(terms, &mut fields)?,
+            Form::Chat => chat::read(terms, &mut fields)?,
         };
         fields.end()?;
         let (choices, prompts) = (asked.choices, asked.prompts.len());
@@ -84,32 +101,32 @@ impl Asked {
                 format!("is {choices} for each of {prompts} prompts; a request has at most {MOST_CHOICES} answers");
             return Err(Refused::field("n", cause));
         }
-        asked.prompts.iter().try_for_each(|prompt| check_length(server, form, prompt.len()))?;
+        asked.prompts.iter().try_for_each(|prompt| check_length(terms, form, prompt.len()))?;
         Ok(asked)
     }
 }
 
 /// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them.
-fn check_text(server: &Server, name: &str, length: usize) -> Result<(), Refused> {
-    if length <= server.longest_text {
+fn check_text(terms: &Terms<'_>, name: &str, length: usize) -> Result<(), Refused> {
+    if length <= terms.longest_text {
         return Ok(());
     }
-    let most = server.context;
+    let most = terms.context;
     let cause = format!(
         "has {length} bytes, more than {most} tokens can be: shorten it, or start the server with a larger --context"
     );
     Err(Refused::field(name, cause).with_code("context_length_exceeded"))
 }
 
-fn check_length(server: &Server, form: Form, length: usize) -> Result<(), Refused> {
+fn check_length(terms: &Terms<'_>, form: Form, length: usize) -> Result<(), Refused> {
     let name = if form == Form::Chat { "messages" } else { "prompt" };
     if length == 0 {
         return Err(Refused::field(name, "has no tokens; give some text"));
     }
-    if length >= server.context {
+    if length >= terms.context {
         let cause = format!(
-            "has {length} tokens, and with its answer it may have {}: shorten it, or start the server with a larger --context",
-            server.context
+            "has {length} tokens, and with its answer it may have {}: shorten it, or start with a larger --context",
+            terms.context
         );
         return Err(Refused::field(name, cause).with_code("context_length_exceeded"));
     }
@@ -117,11 +134,12 @@ fn check_length(server: &Server, form: Form, length: usize) -> Result<(), Refuse
 }
 
 /// What both forms have in common, without prompts. `usual`: the most tokens where the request does not say.
-fn common(server: &Server, form: Form, fields: &mut Fields, usual: usize) -> Result<Asked, Refused> {
-    if let Some(model) = fields.string("model")?.filter(|model| *model != server.name) {
-        return Err(Refused::no_model(&model, &server.name));
+fn common(terms: &Terms<'_>, form: Form, fields: &mut Fields, usual: usize) -> Result<Asked, Refused> {
+    let model = fields.string("model")?;
+    if let Some((asked, there)) = model.as_deref().zip(terms.name).filter(|(asked, there)| asked != there) {
+        return Err(Refused::no_model(asked, there));
     }
-    let suggested = server.sampling;
+    let suggested = terms.sampling;
     let sampling = Sampling {
         temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(suggested.temperature),
         top_k: fields.count("top_k", 0..=u32::MAX as usize)?.unwrap_or(suggested.top_k),
@@ -129,19 +147,19 @@ fn common(server: &Server, form: Form, fields: &mut Fields, usual: usize) -> Res
         min_p: fields.number("min_p", 0.0..=1.0)?.unwrap_or(suggested.min_p),
         repetition_penalty: fields.number("repetition_penalty", 0.01..=100.0)?.unwrap_or(suggested.repetition_penalty),
         presence_penalty: fields.number("presence_penalty", -2.0..=2.0)?.unwrap_or(suggested.presence_penalty),
-        seed: fields.seed("seed")?.unwrap_or_else(sampling::drawn),
+        seed: fields.seed("seed")?.unwrap_or_else(terms.seed),
     };
     let (stream, choices) =
         (fields.boolean("stream")?.unwrap_or(false), fields.count("n", 1..=MOST_CHOICES)?.unwrap_or(1));
-    let most = most(form, fields)?.unwrap_or(usual);
+    let most = most(form, fields)?.or(terms.usual).unwrap_or(usual);
     let asked = Asked {
         form,
         prompts: Vec::new(),
         choices,
-        most: most.min(server.most),
+        most: most.min(terms.most),
         sampling,
         stop_texts: stop_texts(fields)?,
-        stop_tokens: server.stop_tokens.clone(),
+        stop_tokens: terms.stop_tokens.to_vec(),
         logprobs: None,
         stream,
         usage: usage(fields, stream)?,
