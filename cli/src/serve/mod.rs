@@ -46,6 +46,9 @@ use crate::{
 /// Tokens that a request and its answer may have where nobody says how many.
 const USUAL_CONTEXT: usize = 4096;
 
+/// How many whole contexts the KV cache has room for, where nobody says it: most sequences are far shorter.
+const USUAL_CONTEXTS: usize = 4;
+
 /// The variable that may have the key in place of the option, which other users of the machine can see.
 const KEY: &str = "LAYER_STREAMER_API_KEY";
 
@@ -97,11 +100,16 @@ pub struct Options {
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), help_heading = "Server")]
     name: Option<String>,
 
-    /// Sequences that run at a time. Each has a row of the KV cache, for --context tokens
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one, help_heading = "Server")]
+    /// Sequences that run at a time
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one, help_heading = "Server")]
     sequences: usize,
 
-    /// Sequences that wait for such a row; one more is refused, with status 429
+    /// Tokens that the KV cache has room for, of all sequences together; where it is full, sequences wait [default: those of four whole
+    /// contexts]
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Server")]
+    cache_tokens: Option<usize>,
+
+    /// Sequences that wait to run; one more is refused, with status 429
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Server")]
     queue: usize,
 
@@ -130,7 +138,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 }
 
 fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener: Listener) -> Result<(), Failure> {
-    let Options { placing, sequences, queue, .. } = options;
+    let Options { placing, sequences, cache_tokens, queue, .. } = options;
     placing.model.fetch(placing.quiet)?;
     let waiting = Waiting::on("reading the checkpoint's headers", placing.quiet);
     let mut model = Model::open(&placing.model)?;
@@ -141,9 +149,12 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
     let template = text.template()?;
     drop(waiting);
     let context = placing.context.unwrap_or(USUAL_CONTEXT.min(model.config.max_positions));
+    let all = Cache::full(*sequences, context);
+    let tokens = cache_tokens.unwrap_or(USUAL_CONTEXTS.saturating_mul(context)).min(all.tokens);
+    let cache = Cache { tokens, ..all };
     let sampler = Sampler::new(model.config.suggested.sampling, model.config.vocab)?.memory(*sequences);
     let own = text::memory(&placing.model, &model).into_iter().chain([sampler]).collect();
-    let loaded = run::load(device, placing, &mut model, Cache::full(*sequences, context), own, None)?;
+    let loaded = run::load(device, placing, &mut model, cache, own, None)?;
     let engine = Engine::new(loaded.decoder, Limits { waiting: *queue, ..Limits::default() })?;
     let rules = options.rules(key, &listener)?;
     let names = (options.model_name(), context, placing.max_new_tokens);
