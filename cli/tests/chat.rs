@@ -1,6 +1,8 @@
 //! `chat` as its users meet it: through a pipe, and on a terminal.
 
 mod common;
+#[path = "common/models.rs"]
+mod models;
 #[path = "common/terminal.rs"]
 mod terminal;
 
@@ -12,24 +14,12 @@ use std::{
 };
 
 use common::program;
+use models::{TEMPLATE, chat_model, endless};
 use serde_json::Value;
-use support::{copy_of, speller};
+use support::speller;
 use terminal::Terminal;
 
-/// How turns become text for a model that spells numbers: `4096` is asked as `4096=`, and its answers end as it ended them.
-const TEMPLATE: &str = "\
-{%- for m in messages -%}
-    {{- m.content | replace('\n', '') + {'system': '', 'user': '=', 'assistant': '<|endoftext|>'}[m.role] -}}
-{%- endfor -%}";
-
 const ANSWER: &str = " four thousand ninety-six\n";
-
-/// A copy of the speller that has this template.
-fn chat_model(template: &str) -> tempfile::TempDir {
-    let folder = copy_of(&speller());
-    fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
-    folder
-}
 
 fn on_cpu(command: &str, model: &Path, arguments: &[&str]) -> Command {
     let mut program = program(command);
@@ -166,18 +156,6 @@ fn an_answer_ends_where_its_options_say_and_an_empty_one_is_taken_back() {
     let [out, said] = told(&piped(at_once.path(), &["--quiet"], "4096= four thousand ninety-six\n4096=\n"));
     assert_eq!(out, format!("\n{ANSWER}"));
     assert_says(&said, &["ended at once", "stop token 0", "taken back"]);
-}
-
-/// A model that never ends an answer.
-fn endless() -> tempfile::TempDir {
-    let folder = chat_model(TEMPLATE);
-    fs::remove_file(folder.path().join("generation_config.json")).unwrap();
-    let path = folder.path().join("config.json");
-    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    config["eos_token_id"] = Value::Null;
-    config["max_position_embeddings"] = 20_000.into();
-    fs::write(path, config.to_string()).unwrap();
-    folder
 }
 
 #[test]

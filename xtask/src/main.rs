@@ -1,6 +1,7 @@
 //! The repository's checks and measurements: `cargo xtask --help`. `.ci/run` and `ci/full` are lists of them.
 
 mod attack;
+mod attack_server;
 mod budget;
 mod capi;
 mod compare_llm_layer_prefetch;
@@ -48,6 +49,7 @@ enum Command {
         what: Check,
     },
     Attack(attack::Options),
+    AttackServer(attack_server::Options),
     Mutants(mutants::Options),
     Sanitize(sanitize::Options),
     Capi(capi::Options),
@@ -95,6 +97,7 @@ fn main() -> ExitCode {
         Command::Test(options) => tests::run(&options),
         Command::Check { what } => what.run(),
         Command::Attack(options) => attack::run(&options),
+        Command::AttackServer(options) => attack_server::run(&options),
         Command::Mutants(options) => mutants::run(&options),
         Command::Sanitize(options) => sanitize::run(&options),
         Command::Capi(options) => capi::run(&options),

@@ -122,12 +122,28 @@ async fn metrics(State(server): State<Arc<Server>>) -> Response {
 }
 
 async fn model(State(server): State<Arc<Server>>, uri: Uri) -> Result<Response, Refused> {
-    let asked = uri.path().trim_start_matches("/v1/models/").replace("%2F", "/");
-    if asked == server.name {
-        Ok(respond::json(&respond::model(&server)))
-    } else {
-        Err(Refused::no_model(&asked, &server.name))
+    let asked = unescaped(uri.path().trim_start_matches("/v1/models/"));
+    match asked == server.name {
+        true => Ok(respond::json(&respond::model(&server))),
+        false => Err(Refused::no_model(&asked, &server.name)),
     }
+}
+
+/// A path's text, without `%2F` and its like.
+fn unescaped(path: &str) -> String {
+    let byte = |hex: &str| u8::from_str_radix(hex, 16).ok();
+    let mut parts = path.split('%');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        match part.get(..2).and_then(byte) {
+            Some(byte) => {
+                bytes.push(byte);
+                bytes.extend(&part.as_bytes()[2..]);
+            }
+            None => bytes.extend([b"%", part.as_bytes()].concat()),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Response, Refused> {
@@ -148,6 +164,13 @@ async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_s_name_may_be_escaped_in_a_path() {
+        for (path, name) in [("a%2Fb", "a/b"), ("a/b", "a/b"), ("%C3%a9", "é"), ("50%", "50%"), ("%zz%2", "%zz%2")] {
+            assert_eq!(unescaped(path), name);
+        }
+    }
 
     #[test]
     fn only_addresses_and_localhost_are_local_names() {

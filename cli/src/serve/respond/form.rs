@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::Outline;
 use crate::{
@@ -94,7 +94,7 @@ fn of_completion(tokens: &[Spoken]) -> Value {
     let top = |token: &Spoken| {
         let named = |(bytes, logprob): &(Vec<u8>, f32)| (name(bytes), json!(logprob.max(LEAST)));
         // Of two tokens with one text the likelier counts.
-        Value::Object(token.top.iter().rev().map(named).collect::<Map<_, _>>().into_iter().rev().collect())
+        Value::Object(token.top.iter().rev().map(named).collect())
     };
     json!({
         "tokens": tokens.iter().map(|token| name(&token.bytes)).collect::<Value>(),

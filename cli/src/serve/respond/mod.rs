@@ -93,6 +93,6 @@ pub fn models(server: &Server) -> Value {
 pub fn model(server: &Server) -> Value {
     json!({
         "id": server.name, "object": "model", "created": server.begun, "owned_by": "layer-streamer",
-        "context_length": server.context,
+        "context_length": server.context, "has_chat_template": server.template.is_some(),
     })
 }

@@ -1,0 +1,124 @@
+//! The server that is attacked.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Child, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use super::client::Client;
+use crate::run::{self, Failure};
+
+/// How long a client may take, in seconds: clients that stop reading are given up while the attack goes on.
+const PATIENCE: &str = "2";
+
+pub struct Server {
+    child: Child,
+    address: SocketAddr,
+    /// Its model.
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    /// Serves a model that spells numbers and never ends an answer.
+    pub fn start() -> Result<Self, Failure> {
+        let program = run::program()?;
+        let folder = run::scratch("attack-server")?;
+        for entry in fs::read_dir(run::root().join("examples/speller"))? {
+            let entry = entry?;
+            if entry.file_name() != "generation_config.json" {
+                fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
+            }
+        }
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+        (config["eos_token_id"], config["max_position_embeddings"]) = (Value::Null, 4096.into());
+        fs::write(path, config.to_string())?;
+        let mut command =
+            run::command(program, &["serve", "--device", "cpu", "--no-probe", "--port", "0", "--patience", PATIENCE]);
+        command.args("--sequences 16 --queue 64 --context 4096 --ram 2GB --model".split(' ')).arg(folder.path());
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines();
+        let address = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .find_map(|line| line.strip_prefix("listening on http://")?.parse().ok());
+        // What it says from now on is passed on, so that it never waits for us.
+        thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+        match address {
+            Some(address) => Ok(Self { child, address, _folder: folder }),
+            None => {
+                let _ = child.kill();
+                Err(format!("the server does not listen; it ended with {}", child.wait()?).into())
+            }
+        }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::of(self.address)
+    }
+
+    /// A figure of `/metrics`.
+    pub fn figure(&self, name: &str) -> Result<u64, Failure> {
+        let text = self.client().get("/metrics")?;
+        let value = text.lines().find_map(|line| line.strip_prefix(&format!("layer_streamer_{name} ")));
+        Ok(value.ok_or_else(|| format!("/metrics has no {name}"))?.parse()?)
+    }
+
+    /// Waits until nothing runs or waits, and ours is the only connection.
+    pub fn wait_until_quiet(&self, patience: Duration) -> Result<(), Failure> {
+        let begun = Instant::now();
+        loop {
+            let names = ["requests_running", "requests_waiting", "connections"];
+            let [running, waiting, connections] = names.map(|name| self.figure(name));
+            let left = [running?, waiting?, connections?];
+            if left == [0, 0, 1] {
+                return Ok(());
+            }
+            if begun.elapsed() > patience {
+                let [running, waiting, connections] = left;
+                return Err(format!("{running} sequences run, {waiting} wait and {connections} connections are open long after the last client left").into());
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Files that it has open, our connections not among them.
+    pub fn files(&self) -> Result<usize, Failure> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    }
+
+    /// A line of its status, in bytes.
+    pub fn memory(&self, name: &str) -> Result<u64, Failure> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}:")));
+        let kilobytes = line.ok_or_else(|| format!("no {name} in its status"))?.trim().trim_end_matches(" kB");
+        Ok(kilobytes.parse::<u64>()? * 1024)
+    }
+
+    /// Tells it to end, and waits.
+    pub fn end(&mut self) -> Result<(), Failure> {
+        // SAFETY: no memory is involved; the child has not been waited for, so that the number is its own.
+        unsafe { libc::kill(libc::pid_t::try_from(self.child.id())?, libc::SIGTERM) };
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(20) {
+            if let Some(status) = self.child.try_wait()? {
+                return if status.success() { Ok(()) } else { Err(format!("the server ended with {status}").into()) };
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Err("the server does not end when told to".into())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
