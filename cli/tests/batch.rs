@@ -75,7 +75,10 @@ impl Batch {
         let done = self.run(arguments);
         let said = text(&done.stderr);
         assert!(done.status.code() == Some(1) && !said.contains("panicked"), "{said}");
-        assert_eq!(fs::read(self.output()).ok().unwrap_or_default(), before.unwrap_or_default());
+        assert!(
+            fs::read(self.output()).unwrap_or_default() == before.unwrap_or_default(),
+            "the output is another: {said}"
+        );
         said
     }
 
@@ -171,7 +174,7 @@ fn every_answer_is_what_generate_gives_however_many_run_at_once() {
 #[test]
 fn options_are_for_lines_that_say_nothing() {
     let batch =
-        Batch::of(&[json!({ "prompt": "123456=" }), json!({ "prompt": "123456=", "temperature": 0, "stop": "x" })]);
+        Batch::of(&[json!({ "prompt": "123456=" }), json!({ "prompt": "123456=", "temperature": 0, "stop": "q" })]);
     let given = ["--temperature", "4", "--seed", "9", "--max-new-tokens", "20", "--stop", "hundred"];
     let answers = batch.answers(&given);
     let expected =
@@ -260,7 +263,8 @@ fn another_input_model_or_option_is_refused_by_name() {
     let batch = Batch::of(&lines);
     let mut run = batch.start(&["--sequences", "2"]);
     batch.wait_for(&mut run, 500);
-    assert!(batch.refused(&["--sequences", "2"]).contains("another process writes it"));
+    let other = batch.run(&["--sequences", "2"]);
+    assert!(text(&other.stderr).contains("another process writes it"), "{}", text(&other.stderr));
     run.kill().unwrap();
     run.wait().unwrap();
     assert!(batch.journal().exists(), "it was killed before its end");
@@ -408,12 +412,11 @@ fn conversations_go_through_the_chat_template() {
 
 #[test]
 fn a_short_answer_is_written_before_a_long_one_where_no_order_is_asked_for() {
-    let long = json!({ "prompt": "1=", "temperature": 9, "max_new_tokens": 200, "seed": 1 });
-    let mut lines = vec![long];
-    lines.extend(numbers(30));
+    let mut lines = vec![json!({ "prompt": "777777=" })];
+    lines.extend([(); 30].map(|()| json!({ "prompt": "7=" })));
     let batch = Batch::of(&lines);
     let ordered = complete(&batch.answers(&["--sequences", "4"]), 31);
-    assert!(ordered[&1]["new_tokens"].as_u64().unwrap() > 30, "{}", ordered[&1]);
+    assert!(ordered[&1]["new_tokens"].as_u64() > ordered[&2]["new_tokens"].as_u64(), "{}", ordered[&1]);
     fs::remove_file(batch.output()).unwrap();
     let answers = batch.answers(&["--sequences", "4", "--as-they-end"]);
     assert_eq!(complete(&answers, 31), ordered);
