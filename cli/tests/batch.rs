@@ -470,6 +470,35 @@ fn ctrl_c_keeps_what_is_answered_and_says_how_to_go_on() {
 }
 
 #[test]
+fn passes_are_full_and_every_token_is_counted() {
+    let lines = numbers(300);
+    let batch = Batch::of(&lines);
+    let done = batch.run(&["--json"]);
+    let summary: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let sum = |name: &str| batch.written().iter().map(|answer| answer[name].as_u64().unwrap()).sum::<u64>();
+    let [new, prompts, passes] = ["new_tokens", "prompt_tokens", "passes"].map(|name| summary[name].as_u64().unwrap());
+    assert_eq!((new, prompts), (sum("new_tokens"), sum("prompt_tokens")), "{summary}");
+    assert_eq!(summary["sequences"], 64);
+    // The last answers are alone with each other.
+    let least = new / 64;
+    assert!(passes <= 3 * least, "{passes} passes where {least} are the fewest: {summary}");
+}
+
+#[test]
+fn fewer_run_at_once_where_memory_is_short() {
+    let lines = numbers(80);
+    let batch = Batch::of(&lines);
+    let whole = batch.answers(&[]);
+    fs::remove_file(batch.output()).unwrap();
+    let said = batch.refused(&["--ram", "20MB", "--sequences", "64"]);
+    assert!(said.contains("or fewer --sequences"), "{said}");
+    let done = batch.run(&["--ram", "20MB"]);
+    let said = text(&done.stderr);
+    assert!(done.status.success() && said.contains("the memory is too little for 64"), "{said}");
+    assert_eq!(batch.written(), whole);
+}
+
+#[test]
 fn what_cannot_be_done_is_refused_before_anything_is_written() {
     let batch = Batch::of(&numbers(2));
     let input = batch.input();

@@ -304,7 +304,12 @@ fn load<D: Kernels>(
         let sampler = Sampler::new(Sampling::default(), model.config.vocab)?.memory(sequences);
         let own = text::memory(&placing.model, model).into_iter().chain([sampler]).collect();
         match run::load(device, placing, model, sequences, context, own, None) {
-            Err(error) if sequences > 1 && options.sequences.is_none() && is_too_little(&error) => sequences /= 2,
+            Err(error) if sequences > 1 && is_too_little(&error) => {
+                if options.sequences.is_some() {
+                    return Err(format!("{error}, or fewer --sequences").into());
+                }
+                sequences /= 2;
+            }
             loaded => {
                 if sequences < wanted && loaded.is_ok() && !placing.quiet {
                     say!(

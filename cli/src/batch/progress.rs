@@ -112,7 +112,7 @@ impl Summary {
         let before = if *before > 0 { format!(", {before} of them before") } else { String::new() };
         let errors = if *errors > 0 { format!(", {errors} of them errors") } else { String::new() };
         let mut text = format!("{}{all} prompts answered{before}{errors}", self.tally.done());
-        if *answered > 0 {
+        if *answered > 0 && stats.passes > 0 {
             let seconds = elapsed.as_secs_f64().max(1e-9);
             let rate = |tokens: u64| format!("{tokens} tokens ({:.2}/s)", tokens as f64 / seconds);
             text += &format!(
