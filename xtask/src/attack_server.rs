@@ -5,6 +5,7 @@ mod server;
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -18,7 +19,7 @@ use client::{Kind, Random};
 use serde_json::{Value, json};
 use server::Server;
 
-use crate::run::{Failure, Steps};
+use crate::run::{self, Failure, Steps};
 
 /// Let many clients at `layer-streamer serve`, of which half misbehave, and check that it takes no harm.
 ///
@@ -39,6 +40,9 @@ pub struct Options {
     /// Random clients are the same with the same seed, but for who comes first
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// A `layer-streamer` that is built already
+    #[arg(long, value_parser = run::absolute)]
+    program: Option<PathBuf>,
 }
 
 /// How long the server may take to have nothing left to do.
@@ -62,12 +66,17 @@ struct Counts {
 pub fn run(options: &Options) -> Result<(), Failure> {
     let steps = Steps::of("attack-server");
     steps.begin("building");
-    let mut server = Server::start()?;
+    let program = match &options.program {
+        Some(program) => program.clone(),
+        None => run::program()?,
+    };
+    let mut server = Server::start(&program)?;
     steps.begin("one client alone");
     let asked: BTreeMap<u64, Value> = (0..64).map(|number| (number, client::request(number))).collect();
     let answers = asked.values().map(|body| server.client().whole(body)).collect::<Result<Vec<_>, _>>()?;
     let alone = alone(&server, &asked, &answers)?;
-    let files = server.files()?;
+    server.wait_until_quiet(QUIET)?;
+    let files = server.files_left(0)?;
     let counts = Counts::default();
     let half = Duration::from_secs(options.seconds) / 2;
     let mut memory = Vec::new();
@@ -80,7 +89,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     steps.begin("checked");
     let answers_still = asked.values().map(|body| server.client().whole(body)).collect::<Result<Vec<_>, _>>()?;
     let peak = server.memory("VmHWM")?;
-    let files_left = server.files()?;
+    let files_left = server.files_left(files)?;
     server.end()?;
     tell(options, &counts, alone, [memory[0], memory[1], peak], [files, files_left]);
     let wrong = counts.wrong.into_inner()?;

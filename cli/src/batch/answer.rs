@@ -6,13 +6,7 @@ use serde_json::{Value, json};
 use super::line::Form;
 use crate::{
     run::End,
-    serve::{
-        choices::Usage,
-        error::Refused,
-        request::Form as Endpoint,
-        respond::{self, Head},
-        server,
-    },
+    serve::{choices::Usage, error::Refused, request::Form as Endpoint, server},
 };
 
 /// With what an OpenAI line's `id` begins; the line's number and digest follow.
@@ -111,19 +105,25 @@ impl Place {
 impl Done {
     /// What `serve` would answer.
     fn body(&self, form: Endpoint, number: u64) -> Value {
-        let prefix = if form == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-        let (id, model) = (format!("{prefix}-{number}"), self.model.clone());
-        let head = Head { form, logprobs: false, id, created: server::now(), model };
         let end = match self.end {
             End::StopToken(_) | End::StopText(_) => "stop",
             _ => "length",
         };
         let ids = |ids: &Vec<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let text = self.text.as_ref().map_or_else(ids, Clone::clone);
-        let mut body = head.envelope(form.object(false));
-        body["choices"] = json!([head.whole(0, &text, &[], end)]);
-        body["usage"] = respond::usage(self.usage);
-        body
+        let (prefix, object, name, said) = match form {
+            Endpoint::Completion => ("cmpl", "text_completion", "text", json!(text)),
+            Endpoint::Chat => {
+                let message = json!({ "role": "assistant", "content": text, "refusal": null });
+                ("chatcmpl", "chat.completion", "message", message)
+            }
+        };
+        let Usage { prompt, new } = self.usage;
+        json!({
+            "id": format!("{prefix}-{number}"), "object": object, "created": server::now(), "model": self.model,
+            "choices": [{ "index": 0, name: said, "logprobs": null, "finish_reason": end }],
+            "usage": { "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new },
+        })
     }
 }
 

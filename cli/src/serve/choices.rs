@@ -42,10 +42,10 @@ pub struct Delta {
 /// A token and how likely it was.
 #[derive(Debug)]
 pub struct Spoken {
-    pub bytes: Vec<u8>,
+    pub id: u32,
     pub logprob: f32,
     /// The likeliest ones.
-    pub top: Vec<(Vec<u8>, f32)>,
+    pub top: Vec<(u32, f32)>,
     /// Where its text begins in the answer, in characters.
     pub at: usize,
     /// Where that ends, once it is known: that of a part of a character with the character.
@@ -122,7 +122,7 @@ impl Choices {
             if choice.ticket.is_none() {
                 continue;
             }
-            let delta = match choice.take(number, event, &self.server.text) {
+            let delta = match choice.take(number, event) {
                 Ok(delta) => delta,
                 Err(refused) => return Poll::Ready(Some(Err(refused))),
             };
@@ -149,12 +149,18 @@ impl Drop for Choices {
 }
 
 impl Choice {
-    fn take(&mut self, number: usize, event: Event, text: &Text) -> Result<Delta, Refused> {
+    fn take(&mut self, number: usize, event: Event) -> Result<Delta, Refused> {
         let (piece, mut end) = match event {
             Event::Token(Token { id, logprobs }) => {
                 self.tokens += 1;
                 let at = self.text.said();
-                self.held.extend(logprobs.map(|logprobs| Spoken::new(text, id, &logprobs, at)));
+                self.held.extend(logprobs.map(|Logprobs { chosen, top }| Spoken {
+                    id,
+                    logprob: chosen,
+                    top,
+                    at,
+                    until: at,
+                }));
                 let piece = self.text.push(id).map_err(unreadable)?;
                 let said = self.text.said();
                 self.held.iter_mut().filter(|token| token.until == token.at).for_each(|token| token.until = said);
@@ -177,13 +183,6 @@ impl Choice {
             ready = self.held.len();
         }
         Ok(Delta { choice: number, text: piece.text, tokens: self.held.drain(..ready).collect(), end })
-    }
-}
-
-impl Spoken {
-    fn new(text: &Text, id: u32, Logprobs { chosen, top }: &Logprobs, at: usize) -> Self {
-        let top = top.iter().map(|(id, logprob)| (text.bytes_of(*id), *logprob)).collect();
-        Self { bytes: text.bytes_of(id), logprob: *chosen, top, at, until: at }
     }
 }
 

@@ -17,7 +17,7 @@ pub mod error;
 mod key;
 mod patience;
 pub mod request;
-pub mod respond;
+mod respond;
 mod routes;
 pub mod server;
 

@@ -40,7 +40,7 @@ pub fn router(server: Arc<Server>) -> Router {
         .route("/", get(page))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
-        .route("/v1/models", get(|State(server): State<Arc<Server>>| async move { respond::json(&respond::models(&server)) }))
+        .route("/v1/models", get(|State(server): State<Arc<Server>>| async move { respond::json(respond::models(&server)) }))
         .route("/v1/models/{*model}", get(model))
         .route("/v1/completions", post(complete))
         .route("/v1/chat/completions", post(chat))
@@ -110,7 +110,7 @@ async fn page() -> Response {
 async fn health(State(server): State<Arc<Server>>) -> Response {
     match server.closing.has_begun() {
         true => Refused::closing().into_response(),
-        false => respond::json(&serde_json::json!({ "status": "ok" })),
+        false => respond::json("{\"status\":\"ok\"}"),
     }
 }
 
@@ -124,7 +124,7 @@ async fn metrics(State(server): State<Arc<Server>>) -> Response {
 async fn model(State(server): State<Arc<Server>>, uri: Uri) -> Result<Response, Refused> {
     let asked = unescaped(uri.path().trim_start_matches("/v1/models/"));
     match asked == server.name {
-        true => Ok(respond::json(&respond::model(&server))),
+        true => Ok(respond::json(respond::model(&server))),
         false => Err(Refused::no_model(&asked, &server.name)),
     }
 }

@@ -1,9 +1,10 @@
 //! Clients that come and go as they like.
 
 use std::{
+    fs::File,
     io::{Read, Write},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde_json::{Value, json};
@@ -121,4 +122,31 @@ fn one_connection_serves_many_requests_and_garbage_ends_only_its_own() {
         (0..8).for_each(|_| assert_eq!(server.completed(&short()), " four thousand ninety-six"));
     });
     server.wait_for("connections", 1);
+}
+
+#[test]
+fn a_pass_that_fails_is_told_to_those_in_it_and_the_next_request_is_answered() {
+    let model = endless();
+    // Each pass reads all layers.
+    let rings = ["--n-gpu", "1", "--n-cpu-pinned", "1", "--sequences", "2", "--context", "20000"];
+    let server = Server::start(model.path(), &rings);
+    let shard = model.path().join("model-00002-of-00002.safetensors");
+    let whole = support::whole(&shard);
+    let mut stream = server.send(PATH, &long(true));
+    let waiting = server.send(PATH, &long(false));
+    server.wait_for("requests_running", 2);
+    let mut begun = [0; 500];
+    stream.read_exact(&mut begun).unwrap();
+    // As if someone had written it anew.
+    File::options().write(true).open(&shard).unwrap().set_modified(SystemTime::now()).unwrap();
+    let failed = Reply::read(waiting);
+    let error = failed.json()["error"].clone();
+    assert_eq!((failed.status, &error["type"]), (500, &json!("server_error")));
+    assert!(error["message"].as_str().unwrap().contains("model-00002-of-00002.safetensors"), "{error}");
+    let streamed = Reply::read((&begun[..]).chain(stream)).text();
+    let last = streamed.split_terminator("\n\n").last().unwrap().strip_prefix("data: ").unwrap();
+    assert_eq!(serde_json::from_str::<Value>(last).unwrap()["error"], error);
+    support::healed(&shard, &whole);
+    assert_eq!(server.completed(&short()), " four thousand ninety-six");
+    assert_eq!(server.figure("requests_running"), 0);
 }

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader},
     net::SocketAddr,
+    path::Path,
     process::{Child, Stdio},
     thread,
     time::{Duration, Instant},
@@ -26,8 +27,7 @@ pub struct Server {
 
 impl Server {
     /// Serves a model that spells numbers and never ends an answer.
-    pub fn start() -> Result<Self, Failure> {
-        let program = run::program()?;
+    pub fn start(program: &Path) -> Result<Self, Failure> {
         let folder = run::scratch("attack-server")?;
         for entry in fs::read_dir(run::root().join("examples/speller"))? {
             let entry = entry?;
@@ -88,9 +88,16 @@ impl Server {
         }
     }
 
-    /// Files that it has open, our connections not among them.
-    pub fn files(&self) -> Result<usize, Failure> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    /// How many files it has open: a second after our last connection, unless there are no more than so many before.
+    pub fn files_left(&self, most: usize) -> Result<usize, Failure> {
+        let begun = Instant::now();
+        loop {
+            let files = fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count();
+            if files <= most || begun.elapsed() > Duration::from_secs(1) {
+                return Ok(files);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// A line of its status, in bytes.

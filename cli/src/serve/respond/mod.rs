@@ -10,7 +10,7 @@ use axum::{
     http::{HeaderValue, header},
     response::Response,
 };
-pub use form::{Head, usage};
+use form::{Head, Part};
 use serde_json::{Value, json};
 use stream::Stream;
 
@@ -36,7 +36,7 @@ pub async fn respond(server: &Arc<Server>, asked: &Outline, choices: Choices) ->
         }
         return Ok(response);
     }
-    Ok(json(&whole(&head, choices).await?))
+    Ok(json(whole(&head, choices).await?))
 }
 
 /// What is left of a request when its sequences have begun.
@@ -54,8 +54,8 @@ impl Outline {
 }
 
 /// An answer's JSON.
-pub fn json(value: &Value) -> Response {
-    let mut response = Response::new(Body::from(value.to_string()));
+pub fn json(text: impl Into<String>) -> Response {
+    let mut response = Response::new(Body::from(text.into()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
@@ -65,32 +65,34 @@ pub fn json(value: &Value) -> Response {
 struct Whole {
     text: String,
     tokens: Vec<Spoken>,
-    end: &'static str,
+    end: Option<&'static str>,
 }
 
 /// Waits for all answers.
-async fn whole(head: &Head, mut choices: Choices) -> Result<Value, Refused> {
+async fn whole(head: &Head, mut choices: Choices) -> Result<String, Refused> {
     let mut all: Vec<Whole> = (0..choices.count()).map(|_| Whole::default()).collect();
     while let Some(delta) = poll_fn(|context| choices.poll(context)).await {
         let Delta { choice, text, tokens, end } = delta?;
         let whole = &mut all[choice];
         whole.text += &text;
         whole.tokens.extend(tokens);
-        whole.end = end.unwrap_or_default();
+        whole.end = end;
     }
-    let choice = |(number, Whole { text, tokens, end }): (usize, &Whole)| head.whole(number, text, tokens, end);
-    let mut answer = head.envelope(head.form.object(false));
-    answer["choices"] = all.iter().enumerate().map(choice).collect();
-    answer["usage"] = usage(choices.usage());
-    Ok(answer)
+    let parts = all.iter().enumerate();
+    let parts = parts.map(|(index, Whole { text, tokens, end })| Part { index, text, tokens, end: *end });
+    Ok(head.whole(&parts.collect::<Vec<_>>(), choices.usage()))
 }
 
 /// The models that there are: one.
-pub fn models(server: &Server) -> Value {
-    json!({ "object": "list", "data": [model(server)] })
+pub fn models(server: &Server) -> String {
+    json!({ "object": "list", "data": [described(server)] }).to_string()
 }
 
-pub fn model(server: &Server) -> Value {
+pub fn model(server: &Server) -> String {
+    described(server).to_string()
+}
+
+fn described(server: &Server) -> Value {
     json!({
         "id": server.name, "object": "model", "created": server.begun, "owned_by": "layer-streamer",
         "context_length": server.context, "has_chat_template": server.template.is_some(),

@@ -8,10 +8,9 @@ use std::{
 };
 
 use hyper::body::{Body, Bytes, Frame};
-use serde_json::Value;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::form::{self, Head};
+use super::form::{Head, Part};
 use crate::serve::{
     choices::{Choices, Delta},
     error::Refused,
@@ -41,7 +40,7 @@ impl Stream {
         let count = choices.count();
         let mut stream = Self { head, choices: Some(choices), usage, text: String::new(), beat: Box::pin(sleep(BEAT)) };
         if stream.head.form == Form::Chat {
-            (0..count).for_each(|number| stream.put_choice(stream.head.first(number)));
+            (0..count).for_each(|number| stream.put(&stream.head.first(number, usage)));
         }
         stream
     }
@@ -52,26 +51,16 @@ impl Stream {
         self.text += "\n\n";
     }
 
-    fn put_choice(&mut self, choice: Value) {
-        let mut event = self.head.envelope(self.head.form.object(true));
-        event["choices"] = [choice].into_iter().collect();
-        if self.usage {
-            event["usage"] = Value::Null;
-        }
-        self.put(&event.to_string());
-    }
-
     /// What came from the engine. `None`: all answers have ended.
     fn take(&mut self, came: Option<Result<Delta, Refused>>) {
         match came {
-            Some(Ok(Delta { choice, text, tokens, end })) => {
+            Some(Ok(Delta { choice: index, text, tokens, end })) => {
                 // As in OpenAI's API, a chat's last piece has no text.
-                let ends_apart =
-                    self.head.form == Form::Chat && end.is_some() && !(text.is_empty() && tokens.is_empty());
-                let said = self.head.piece(choice, &text, &tokens, end.filter(|_| !ends_apart));
-                self.put_choice(said);
-                if ends_apart {
-                    self.put_choice(self.head.piece(choice, "", &[], end));
+                let is_apart = self.head.form == Form::Chat && !(text.is_empty() && tokens.is_empty());
+                let said = Part { index, text: &text, tokens: &tokens, end: end.filter(|_| !is_apart) };
+                self.put(&self.head.piece(&said, self.usage));
+                if is_apart && end.is_some() {
+                    self.put(&self.head.piece(&Part { index, text: "", tokens: &[], end }, self.usage));
                 }
             }
             Some(Err(refused)) => {
@@ -81,10 +70,7 @@ impl Stream {
             None => {
                 let usage = self.choices.take().map(|choices| choices.usage()).filter(|_| self.usage);
                 if let Some(usage) = usage {
-                    let mut event = self.head.envelope(self.head.form.object(true));
-                    event["choices"] = Value::Array(Vec::new());
-                    event["usage"] = form::usage(usage);
-                    self.put(&event.to_string());
+                    self.put(&self.head.last(usage));
                 }
                 self.put("[DONE]");
             }
