@@ -414,7 +414,8 @@ fn attention_over_long_contexts_and_more_heads_to_a_group_than_a_tile_has() {
             (vec![(100, 1), (7, 3)], [40, 1, 64]),
             (vec![(0, 2000)], [2, 1, 128]),
         ] {
-            attention_case(gpu, rng, &Batch::scattered(lengths, rng), shape, (None, None))?;
+            let batch = Batch::scattered(lengths, rng);
+            attention_case(gpu, rng, &batch, shape, (None, None))?;
         }
         Ok(())
     });

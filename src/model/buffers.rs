@@ -48,11 +48,11 @@ pub(super) fn head_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
 ///     model::{Cache, Decoder, Model},
 /// };
 ///
-/// // Up to eight sequences, any of which may have 512 tokens, but all of them together no more than 1024.
-/// let cache = Cache { sequences: 8, context: 512, tokens: 1024 };
+/// // Up to eight sequences, any of which may have 128 tokens, but all of them together no more than 256.
+/// let cache = Cache { sequences: 8, context: 128, tokens: 256 };
 /// let model = Model::open("examples/speller")?;
 /// let decoder = Decoder::with_cache(&Cpu, &model, &Settings::default(), cache)?;
-/// assert_eq!(decoder.free_pages(), 16);
+/// assert_eq!(decoder.free_pages(), 4);
 /// # Ok::<(), layer_streamer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,11 +101,9 @@ impl Capacity {
             let most = config.max_positions;
             return Err(Error::setting("context", format!("is {context} tokens, this model takes 1 to {most}")));
         }
-        if tokens < context || pages_for(tokens) > u32::MAX as usize {
-            return Err(Error::setting(
-                "tokens",
-                format!("of the KV cache are {tokens}, expected at least a context of {context}"),
-            ));
+        if tokens < context {
+            let cause = format!("of the KV cache are {tokens}, expected at least a context of {context}");
+            return Err(Error::setting("tokens", cause));
         }
         let capacity = Self { batch, context, pages: pages_for(tokens), pass_tokens: usize::MAX };
         Ok(capacity.in_passes_of(context.max(PASS_TOKENS)))

@@ -287,7 +287,101 @@ impl<D: Kernels> Decoder<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Cpu;
+    use crate::{device::Cpu, kernels::PAGE, model::Sequence};
+
+    /// A decoder with so many pages for rows of up to 256 tokens.
+    fn decoder(pages: usize) -> Decoder<Cpu> {
+        let mut model = Model::open("tests/data/qwen2-tied").unwrap();
+        model.config.max_positions = 256;
+        let cache = Cache { sequences: 3, context: 256, tokens: pages * PAGE };
+        Decoder::with_cache(&Cpu, &model, &Settings::default(), cache).unwrap()
+    }
+
+    fn ids(count: usize) -> Vec<u32> {
+        (0..count as u32).map(|i| 3 + i * 7919 % 300).collect()
+    }
+
+    /// The bits of the logits of a row's last token, after these tokens.
+    fn forward(decoder: &mut Decoder<Cpu>, row: usize, tokens: &[u32]) -> Vec<u32> {
+        decoder.forward(&[Sequence { row, tokens }]).unwrap();
+        let mut bits = Vec::new();
+        let told = decoder.last_logits(|logits| {
+            bits.extend(logits.iter().map(|logit| logit.to_bits()));
+            Ok::<_, Error>(())
+        });
+        told.unwrap();
+        bits
+    }
+
+    fn alone(tokens: &[u32]) -> Vec<u32> {
+        forward(&mut decoder(4), 0, tokens)
+    }
+
+    #[test]
+    fn a_batch_without_pages_is_refused_and_changes_nothing() {
+        let (mut decoder, ids) = (decoder(5), ids(256));
+        assert_eq!((decoder.free_pages(), decoder.pages_for(0, 129)), (5, 3));
+        forward(&mut decoder, 0, &ids[..129]);
+        forward(&mut decoder, 1, &ids[100..228]);
+        // The first of these has its page, the second has not.
+        let both = [(0, 63), (2, 1)].map(|(row, count)| Sequence { row, tokens: &ids[..count] });
+        let cut = (decoder.truncate(1, 70), decoder.free_pages(), decoder.pages_for(2, 65));
+        assert!(matches!(cut, (Ok(()), 0, 2)), "{cut:?}");
+        let refused = decoder.forward(&both).unwrap_err();
+        assert!(matches!(refused, Error::Pages { needed: 1, available: 0 }));
+        let said = refused.to_string();
+        assert!(
+            ["1 more pages of the KV cache", "0 are free", "truncate"].iter().all(|part| said.contains(part)),
+            "{said}"
+        );
+        assert_eq!([0, 1, 2].map(|row| decoder.length(row)), [129, 70, 0]);
+        assert_eq!(decoder.sequences(), 1, "of the batch before");
+        decoder.truncate(1, 0).unwrap();
+        decoder.forward(&both).unwrap();
+        assert_eq!(forward(&mut decoder, 1, &ids[100..128]), alone(&ids[100..128]));
+    }
+
+    #[test]
+    fn a_pass_that_fails_gives_back_the_pages_that_it_took() {
+        let (mut decoder, ids) = (decoder(4), ids(256));
+        forward(&mut decoder, 0, &ids[..70]);
+        let batch = [(0, 100), (1, 60)].map(|(row, count)| Sequence { row, tokens: &ids[..count] });
+        let failed = decoder
+            .forward_observed(&batch, |_, _, _| Err(Error::Kernel { kernel: "test", cause: "on purpose".into() }));
+        assert!(failed.is_err() && decoder.free_pages() == 2 && decoder.length(0) == 70);
+        assert_eq!(forward(&mut decoder, 0, &ids[70..200]), alone(&ids[..200]));
+    }
+
+    #[test]
+    fn a_row_that_takes_over_pages_gives_the_bits_that_it_gives_alone() {
+        let (mut decoder, ids) = (decoder(6), ids(256));
+        let other = [&ids[..100], &[5, 6, 7]].concat();
+        forward(&mut decoder, 0, &ids[..200]);
+        assert!(decoder.begin(0, &ids).is_err() && decoder.begin(3, &ids).is_err());
+        decoder.truncate(0, 0).unwrap();
+        assert_eq!((decoder.begin(1, &ids[..192]).unwrap(), decoder.tokens(1)), (128, &ids[..128]));
+        assert_eq!((decoder.begin(2, &ids[..200]).unwrap(), decoder.free_pages()), (192, 3));
+        assert_eq!(forward(&mut decoder, 2, &ids[192..200]), alone(&ids[..200]));
+        // Cut within a page that both have: each goes on for itself.
+        decoder.truncate(1, 100).unwrap();
+        assert_eq!(decoder.pages_for(1, 3), 1);
+        assert_eq!(forward(&mut decoder, 1, &other[100..]), alone(&other));
+        assert_eq!(forward(&mut decoder, 2, &ids[200..203]), alone(&ids[..203]));
+        // Within a page that is kept by nobody else: it is known for what it held no longer.
+        decoder.truncate(1, 0).unwrap();
+        decoder.truncate(2, 100).unwrap();
+        assert_eq!(forward(&mut decoder, 2, &other[100..]), alone(&other));
+        assert_eq!((decoder.begin(0, &ids[..200]).unwrap(), decoder.pages_for(0, 136)), (64, 3));
+        assert_eq!(forward(&mut decoder, 0, &ids[64..200]), alone(&ids[..200]));
+    }
+
+    #[test]
+    fn a_cache_with_less_room_than_a_context_is_refused() {
+        let model = Model::open("examples/speller").unwrap();
+        let cache = Cache { sequences: 2, context: 40, tokens: 39 };
+        let refused = Decoder::with_cache(&Cpu, &model, &Settings::default(), cache).unwrap_err().to_string();
+        assert!(refused.contains("39, expected at least a context of 40"), "{refused}");
+    }
 
     #[test]
     fn a_decoder_says_what_it_is_and_where_its_parts_live_in_a_few_lines() {

@@ -142,6 +142,17 @@ mod tests {
         }
     }
 
+    #[test]
+    fn nothing_is_taken_over_of_keys_that_were_rotated_for_a_shorter_sequence() {
+        let ids: Vec<u32> = (0..80u32).map(|i| 3 + i * 7919 % 300).collect();
+        for kind in ["dynamic", "longrope"] {
+            let (_folder, model) = growing(kind);
+            let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 2, 80).unwrap();
+            decoder.forward(&[Sequence { row: 0, tokens: &ids[..70] }]).unwrap();
+            assert_eq!((decoder.begin(1, &ids).unwrap(), decoder.length(1)), (0, 0), "{kind}");
+        }
+    }
+
     /// Gives each row the tokens that it lacks.
     fn grow(decoder: &mut Decoder<Cpu>, ids: &[u32], held: &mut [usize; 2], lengths: [usize; 2]) {
         let batch = [0, 1].map(|row| Sequence { row, tokens: &ids[row..][held[row]..lengths[row]] });
