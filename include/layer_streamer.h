@@ -105,6 +105,33 @@ typedef int32_t ls_status;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+// What happens to a request. All but LS_EVENT_TOKEN end the answer: nothing comes after them.
+enum ls_event_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    // A new token.
+    LS_EVENT_TOKEN = 0,
+    // One of its stop tokens came.
+    LS_EVENT_STOP = 1,
+    // It has as many tokens as it may.
+    LS_EVENT_MOST = 2,
+    // It fills the context.
+    LS_EVENT_CONTEXT = 3,
+    // By ls_engine_cancel, by LS_END, or since the engine was closed.
+    LS_EVENT_CANCELLED = 4,
+    // The pass failed; the engine goes on.
+    LS_EVENT_FAILED = 5,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ls_event_kind ls_event_kind;
+#else
+typedef int32_t ls_event_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 // Element types. The names are those of the safetensors format; from LS_Q4_0 on, types of quantised weights in blocks, those of GGUF
 // files.
 enum ls_dtype
@@ -681,6 +708,84 @@ typedef struct ls_sequence {
 // LS_CALLBACK. It must not call the model (LS_BUSY), but for ls_model_cancel. Neither longjmp nor an exception may leave it.
 typedef int32_t (*ls_token_fn)(void *user, size_t row, uint32_t token);
 
+// What an engine allows. Fill it with ls_engine_options_init, then change what should differ.
+typedef struct ls_engine_options {
+    // sizeof(ls_engine_options).
+    size_t size;
+    // The most requests that wait for a row of the KV cache; one more is refused with LS_BUSY. By default 1024.
+    size_t waiting;
+    // By how much of its time a pass may take longer so that prompts go on, while other sequences are being continued: 0.5, the
+    // default, is half as long again.
+    double delay;
+} ls_engine_options;
+
+// A prompt that is to be continued. Fill it with ls_request_init, then set the prompt and what should differ. All of it is read
+// before ls_engine_submit returns.
+typedef struct ls_request {
+    // sizeof(ls_request).
+    size_t size;
+    // The prompt's tokens.
+    const uint32_t *prompt;
+    // How many; at least one.
+    size_t count;
+    // The most new tokens; by default 256.
+    size_t most;
+    // Tokens that end the answer, and are not part of it; NULL, the default: the model's own.
+    const uint32_t *stop;
+    // How many.
+    size_t stop_count;
+    // How tokens are drawn; NULL, the default: the most likely one is taken.
+    const struct ls_sampling *sampling;
+    // Sequences of the same seed with different numbers draw differently. By default 0.
+    uint64_t number;
+    // Of those that wait the greatest is next, and of equal ones the first. From -2³¹ to 2³¹ - 1, by default 0.
+    int64_t priority;
+} ls_request;
+
+// A model that continues any number of sequences at once, on a thread of its own. Zeroed: none.
+typedef struct ls_engine {
+    // The library's.
+    uint64_t id;
+} ls_engine;
+
+// Something that happens to a request.
+typedef struct ls_event {
+    // Which.
+    ls_event_kind kind;
+    // Of LS_EVENT_TOKEN the new token, of LS_EVENT_STOP the one that stopped; else 0.
+    uint32_t token;
+    // Of LS_EVENT_FAILED why; else LS_OK.
+    ls_status status;
+    // The same in words, until the callback returns; else NULL.
+    const char *message;
+} ls_event;
+
+// Given each event of a request, by the engine's thread, which waits for it: be quick. It returns 0 to go on, anything else cancels
+// the request. It may submit and cancel requests, but not close the engine (LS_BUSY). Neither longjmp nor an exception may leave it.
+typedef int32_t (*ls_event_fn)(void *user, const struct ls_event *event);
+
+// What an engine did and does. Set `size` before the call.
+typedef struct ls_engine_stats {
+    // sizeof(ls_engine_stats).
+    size_t size;
+    // Requests that wait for a row of the KV cache.
+    size_t waiting;
+    // Sequences that have one.
+    size_t running;
+    // Requests that have ended, however.
+    uint64_t ended;
+    // Passes over the layers.
+    uint64_t passes;
+    // Tokens of prompts that were computed.
+    uint64_t prompt_tokens;
+    // Tokens of prompts that were there already, of another sequence that begins the same.
+    uint64_t reused_tokens;
+    // Tokens that were chosen.
+    uint64_t new_tokens;
+    // How often a sequence gave back its place since the cache was full.
+    uint64_t put_back;
+} ls_engine_stats;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1098,6 +1203,42 @@ ls_status ls_model_cancel(struct ls_model model);
 
 // Counts since the model was opened, from any thread at any time. Set `stats->size` to sizeof(ls_stats) before.
 ls_status ls_model_stats(struct ls_model model, struct ls_stats *stats);
+
+// Fills `options`, which is `size` bytes long (sizeof(ls_engine_options)), with the defaults.
+ls_status ls_engine_options_init(struct ls_engine_options *options, size_t size);
+
+// Fills `request`, which is `size` bytes long (sizeof(ls_request)), with the defaults.
+ls_status ls_request_init(struct ls_request *request, size_t size);
+
+// Makes an engine of a model, which it takes over: its handle is closed, whatever this returns, and its KV cache emptied; it has as
+// many sequences at once as ls_model_options.batch says. `options` may be NULL: the defaults. LS_INVALID, and the model stays, if it
+// was opened with a trace.
+//
+// An engine may be used by any number of threads at once.
+ls_status ls_engine_open(struct ls_model model,
+                         const struct ls_engine_options *options,
+                         struct ls_engine *engine);
+
+// Cancels all requests, waits until each has been told so, and frees everything. LS_BUSY from inside a callback.
+ls_status ls_engine_close(struct ls_engine engine);
+
+// Lets all requests end, then closes the engine. LS_BUSY from inside a callback.
+ls_status ls_engine_finish(struct ls_engine engine);
+
+// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, may be NULL.
+// LS_INVALID names what is wrong with the request; LS_BUSY if too many wait.
+ls_status ls_engine_submit(struct ls_engine engine,
+                           const struct ls_request *request,
+                           ls_event_fn event_fn,
+                           void *user,
+                           uint64_t *ticket);
+
+// Ends a request at the end of the pass that runs; its last event is LS_EVENT_CANCELLED. One that has ended stays as it is.
+ls_status ls_engine_cancel(struct ls_engine engine,
+                           uint64_t ticket);
+
+// What the engine did, and does now. Set `stats->size` to sizeof(ls_engine_stats) before.
+ls_status ls_engine_describe(struct ls_engine engine, struct ls_engine_stats *stats);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -306,10 +306,10 @@ impl Drop for Engine {
         if is_this_thread {
             return;
         }
-        if let Err(panic) = thread.join() {
-            if !thread::panicking() {
-                panic::resume_unwind(panic);
-            }
+        if let Err(panic) = thread.join()
+            && !thread::panicking()
+        {
+            panic::resume_unwind(panic);
         }
     }
 }

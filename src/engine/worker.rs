@@ -160,9 +160,9 @@ impl<D: Kernels> Worker<D> {
     }
 
     fn cancel(&mut self, ticket: u64) {
-        if let Some(job) = self.queue.take(ticket) {
+        if let Some(mut job) = self.queue.take(ticket) {
             self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
-            self.end(job, End::Cancelled);
+            self.end(&mut job, End::Cancelled);
         } else if let Some(number) = self.running.iter().position(|running| running.job.ticket == ticket) {
             self.remove(number, End::Cancelled);
         }
@@ -170,7 +170,7 @@ impl<D: Kernels> Worker<D> {
 
     /// Gives rows to those that wait, while there are some, and pages for all of their tokens.
     fn admit(&mut self) {
-        while let Some(job) = self.queue.take_first() {
+        while let Some(mut job) = self.queue.take_first() {
             let Some(row) = self.free_rows.pop() else { return self.put(job) };
             match self.begin(row, &job) {
                 Ok(true) => {
@@ -186,7 +186,7 @@ impl<D: Kernels> Worker<D> {
                 Err(error) => {
                     self.free(row);
                     self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
-                    self.end(job, End::Failed(error));
+                    self.end(&mut job, End::Failed(error));
                 }
             }
         }
@@ -240,12 +240,15 @@ impl<D: Kernels> Worker<D> {
     /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences are continued
     /// in it. Short shares of prompts are not those: many prompts may have a token each.
     fn shares(&self) -> (Vec<usize>, usize) {
-        let left: Vec<_> =
-            (self.running.iter()).map(|running| running.job.tokens.len() - self.decoder.length(running.row)).collect();
-        let continued = left.iter().filter(|left| **left == 1).count();
-        let prompts: Vec<_> = left.iter().map(|left| if *left == 1 { 0 } else { *left }).collect();
+        let left = self.running.iter().map(|Running { job, row }| {
+            let left = job.tokens.len() - self.decoder.length(*row);
+            (left, left == 1 && job.new > 0)
+        });
+        let left: Vec<_> = left.collect();
+        let continued = left.iter().filter(|(_, goes_on)| *goes_on).count();
+        let prompts: Vec<_> = left.iter().map(|(left, goes_on)| if *goes_on { 0 } else { *left }).collect();
         let shares = schedule::shares(&prompts, self.pace.allowed(continued));
-        (iter::zip(left, shares).map(|(left, share)| if left == 1 { 1 } else { share }).collect(), continued)
+        (iter::zip(left, shares).map(|((_, goes_on), share)| if goes_on { 1 } else { share }).collect(), continued)
     }
 
     /// A pass over the layers, for all that runs.
@@ -343,10 +346,10 @@ impl<D: Kernels> Worker<D> {
 
     /// Ends a running sequence; its row is free.
     fn remove(&mut self, number: usize, end: End) {
-        let Running { job, row } = self.running.remove(number);
+        let Running { mut job, row } = self.running.remove(number);
         self.count_running();
         self.free(row);
-        self.end(job, end);
+        self.end(&mut job, end);
     }
 
     /// The row's pages are free, and so is the row.
@@ -355,7 +358,7 @@ impl<D: Kernels> Worker<D> {
         self.free_rows.push(row);
     }
 
-    fn end(&mut self, mut job: Box<Job>, end: End) {
+    fn end(&mut self, job: &mut Job, end: End) {
         self.sampler.forget(job.ticket as usize);
         self.counts.ended.fetch_add(1, Ordering::Relaxed);
         job.tell(Event::End(end));

@@ -162,6 +162,9 @@ fn for_rust() -> Vec<String> {
     enum ls_pack { LS_PACK_AUTO, LS_PACK_NEVER, LS_PACK_ALWAYS }
     enum ls_log_level { LS_LOG_INFO, LS_LOG_WARNING, LS_LOG_ERROR }
     enum ls_rope_layout { LS_ROPE_HALVES, LS_ROPE_INTERLEAVED, LS_ROPE_TO_HALVES }
+    enum ls_event_kind {
+        LS_EVENT_TOKEN, LS_EVENT_STOP, LS_EVENT_MOST, LS_EVENT_CONTEXT, LS_EVENT_CANCELLED, LS_EVENT_FAILED,
+    }
     struct ls_checkpoint { id }
     struct ls_stored_tensor { name, file, offset, shape, rank, dtype }
     struct ls_device { id }
@@ -194,5 +197,12 @@ fn for_rust() -> Vec<String> {
     struct ls_model_info { size, vocab, hidden, layers, max_positions, context, batch }
     struct ls_sampling { size, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed }
     struct ls_sequence { row, tokens, count }
+    struct ls_engine { id }
+    struct ls_engine_options { size, waiting, delay }
+    struct ls_request { size, prompt, count, most, stop, stop_count, sampling, number, priority }
+    struct ls_event { kind, token, status, message }
+    struct ls_engine_stats {
+        size, waiting, running, ended, passes, prompt_tokens, reused_tokens, new_tokens, put_back,
+    }
     }
 }
