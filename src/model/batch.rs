@@ -219,7 +219,7 @@ mod tests {
     }
 
     /// What a block's kernels are told: offsets, lengths and pages.
-    fn told<'a>(pass: Pass, block: Block, words: &'a [u32]) -> [&'a [u32]; 3] {
+    fn told(pass: Pass, block: Block, words: &[u32]) -> [&[u32]; 3] {
         let [offsets, lengths, pages] = pass.ragged(block).map(|at| &words[at..]);
         let sequences = block.sequences;
         [&offsets[..sequences + 1], &lengths[..sequences], &pages[..sequences * pass.pages]]
