@@ -145,6 +145,15 @@ impl Pages {
         }
     }
 
+    /// One more row has a page that is known.
+    fn share(&mut self, number: u32) {
+        let page = &mut self.pages[number as usize];
+        if page.rows == 0 {
+            self.kept.remove(&page.given_back);
+        }
+        page.rows += 1;
+    }
+
     /// One row has a page no longer.
     fn give_back(&mut self, number: u32) {
         let page = &mut self.pages[number as usize];
@@ -175,12 +184,8 @@ impl Pages {
         let (mut chain, whole) = (0, tokens.len().saturating_sub(1) / PAGE);
         for tokens in tokens.chunks_exact(PAGE).take(whole) {
             let Some(&number) = self.known.get(&content(chain, tokens)) else { break };
-            let page = &mut self.pages[number as usize];
-            if page.rows == 0 {
-                self.kept.remove(&page.given_back);
-            }
-            page.rows += 1;
-            chain = page.known.as_ref().map_or(0, |known| known.1);
+            self.share(number);
+            chain = self.pages[number as usize].known.as_ref().map_or(0, |known| known.1);
             self.rows[row].push(number);
         }
         self.rows[row].len() * PAGE
@@ -196,10 +201,7 @@ impl Pages {
             let content = content(chain.expect("pages before it are known"), tokens);
             let own = self.rows[row][at];
             if let Some(&same) = self.known.get(&content) {
-                self.pages[same as usize].rows += 1;
-                if self.pages[same as usize].rows == 1 {
-                    self.kept.remove(&self.pages[same as usize].given_back);
-                }
+                self.share(same);
                 self.rows[row][at] = same;
                 self.give_back(own);
                 continue;
