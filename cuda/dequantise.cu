@@ -295,32 +295,47 @@ __global__ void __launch_bounds__(kThreads) patches(Out* out, const Matrix<Scale
   if (patch.across >= matrix.octets || patch.down * 8 >= matrix.rows) return;
   if constexpr (!Format::kShared) Format::codes(matrix, patch, words);
 
-  // All columns are of one group, or each of its own.
-  constexpr int kGroups = kOrder ? 8 : 1;
-  uint32_t groups[kGroups], zeros[kGroups];
-  float scales[kGroups][8];
-  if constexpr (kOrder) {
-    matrix.groups_of(patch.across, groups);
-  } else {
-    groups[0] = patch.across / matrix.group_octets;
-  }
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    Format::scales(matrix, patch, groups[i], scales[i]);
-    zeros[i] = matrix.zeros == nullptr ? 0x88888888 : Format::zeros(matrix, patch, groups[i]);
-  }
+  uint32_t groups[8] = {patch.across / matrix.group_octets};
+  if constexpr (kOrder) matrix.groups_of(patch.across, groups);
+  float scales[8];
+  uint32_t zeros;
+  const auto begin = [&](uint32_t group) {
+    Format::scales(matrix, patch, group, scales);
+    zeros = matrix.zeros == nullptr ? 0x88888888 : Format::zeros(matrix, patch, group);
+  };
+  const auto weight = [&](int r, int c) {
+    const float zero = number_of(zeros >> 4 * Format::place(r)) + matrix.added;
+    return (number_of(Format::code(words, r, c)) - zero) * scales[r];
+  };
   out += size_t(patch.down) * 8 * matrix.octets * 8 + patch.across * 8;
+  const auto row = [&](int r) { return out + size_t(r) * matrix.octets * 8; };
+  const int rows = matrix.rows - patch.down * 8 < 8 ? int(matrix.rows - patch.down * 8) : 8;
+  if constexpr (!kOrder) {
+    begin(groups[0]);
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    if (patch.down * 8 + r >= matrix.rows) return;
-    float weights[8];
+    for (int r = 0; r < 8; ++r) {
+      if (r >= rows) return;
+      float weights[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) weights[c] = weight(r, c);
+      store_eight(row(r), weights);
+    }
+  } else {
+    // Column after column, since each has its own scales, for which a thread has no room at once. Rows are kept as they will be stored.
+    constexpr int kWide = 16 / sizeof(Out);
+    Vec<Out, kWide> made[8][8 / kWide];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const int i = kOrder ? c : 0;
-      const float zero = number_of(zeros[i] >> 4 * Format::place(r)) + matrix.added;
-      weights[c] = (number_of(Format::code(words, r, c)) - zero) * scales[i][r];
+      begin(groups[c]);
+#pragma unroll
+      for (int r = 0; r < 8; ++r) narrow(weight(r, c), &made[r][c / kWide].at[c % kWide]);
     }
-    store_eight(out + size_t(r) * matrix.octets * 8, weights);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      if (r >= rows) return;
+#pragma unroll
+      for (int i = 0; i < 8 / kWide; ++i) store(row(r) + i * kWide, made[r][i]);
+    }
   }
 }
 
