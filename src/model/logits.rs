@@ -23,7 +23,7 @@ impl<D: Kernels> Decoder<D> {
     pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
         self.check_passed()?;
         self.device.bind_thread()?;
-        let Self { streamer, stream, device, statics, buffers, model, exchange, pass, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, exchange, pass, pages, .. } = self;
         if !model.tables.streams_head() {
             let head =
                 Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
@@ -31,7 +31,7 @@ impl<D: Kernels> Decoder<D> {
         }
         let best = buffers.work.read(buffers.at.best, 0, &[pass.sequences])?;
         let best = exchange.receive(best, stream)?;
-        streamer.check_arrivals()?;
+        streamer.check_arrivals().inspect_err(|_| pages.distrust())?;
         out.extend_from_slice(best);
         Ok(())
     }
@@ -70,13 +70,13 @@ impl<D: Kernels> Decoder<D> {
     ) -> Result<(), E> {
         self.check_passed()?;
         self.device.bind_thread()?;
-        let Self { streamer, stream, device, statics, buffers, model, pass, last_logits_there, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, pass, pages, last_logits_there, .. } = self;
         let head = Head { device, stream, config: &model.config, buffers, norm: statics.tensor(&model.names.norm)? };
         rows.resize(HEAD_BLOCK.min(pass.sequences) * model.config.vocab, 0.0);
         let mut tell = |streamer: &LayerStreamer<D>, first, count| {
             let rows = &mut rows[..count * model.config.vocab];
             device::download(device, stream, head.logits(first, count)?, rows)?;
-            streamer.check_arrivals()?;
+            streamer.check_arrivals().inspect_err(|_| pages.distrust())?;
             rows.chunks_exact(model.config.vocab).try_for_each(&mut sink)
         };
         if !model.tables.streams_head() {
@@ -110,7 +110,7 @@ impl<D: Kernels> Decoder<D> {
         }
         self.device.bind_thread()?;
         self.last_logits_there = false;
-        let Self { streamer, stream, device, statics, buffers, model, pass, .. } = self;
+        let Self { streamer, stream, device, statics, buffers, model, pass, pages, .. } = self;
         let (config, streams_head) = (&model.config, model.tables.streams_head());
         let (hidden, vocab, tokens) = (config.hidden, config.vocab, pass.tokens);
         let head = Head { device, stream, config, buffers, norm: statics.tensor(&model.names.norm)? };
@@ -129,7 +129,7 @@ impl<D: Kernels> Decoder<D> {
             }
             rows_out.resize(rows * vocab, 0.0);
             device::download(device, stream, head.logits(0, rows)?, &mut rows_out)?;
-            streamer.check_arrivals()?;
+            streamer.check_arrivals().inspect_err(|_| pages.distrust())?;
             sink(&rows_out)?;
         }
         Ok(())

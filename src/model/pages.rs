@@ -191,6 +191,13 @@ impl Pages {
         self.rows[row].len() * PAGE
     }
 
+    /// Forgets what all pages hold, since it was computed from weights that were found to be wrong. Rows keep their pages.
+    pub(super) fn distrust(&mut self) {
+        self.known.clear();
+        self.pages.iter_mut().for_each(|page| page.known = None);
+        self.free.extend(std::mem::take(&mut self.kept).into_values());
+    }
+
     /// Makes known the pages of a row that its tokens have filled, of which it held `before` until then. Where another page is
     /// known for the same, the row has that one from now on.
     pub(super) fn fill(&mut self, row: usize, before: usize, tokens: &[u32]) {
@@ -198,7 +205,9 @@ impl Pages {
             let chain = at.checked_sub(1).map_or(Some(0), |before| {
                 self.pages[self.rows[row][before] as usize].known.as_ref().map(|known| known.1)
             });
-            let content = content(chain.expect("pages before it are known"), tokens);
+            // Not after a distrust.
+            let Some(chain) = chain else { return };
+            let content = content(chain, tokens);
             let own = self.rows[row][at];
             if let Some(&same) = self.known.get(&content) {
                 self.share(same);
@@ -421,5 +430,21 @@ mod tests {
         cache.pass(&[(0, vec![1]), (1, vec![2])], false).unwrap();
         cache.check();
         assert_eq!(cache.pages.available(), 0);
+    }
+
+    #[test]
+    fn after_a_distrust_nothing_is_taken_over_and_rows_go_on() {
+        let mut cache = Cache::new(8, 3);
+        let tokens = [7; 3 * PAGE];
+        cache.pass(&[(0, tokens[..2 * PAGE + 1].to_vec())], false).unwrap();
+        assert_eq!(cache.begin(1, &tokens), 2 * PAGE);
+        cache.truncate(1, 0);
+        cache.pages.distrust();
+        assert_eq!((cache.pages.begin(1, &tokens), cache.pages.available()), (0, 5));
+        cache.pass(&[(0, tokens[2 * PAGE + 1..].to_vec())], false).unwrap();
+        cache.check();
+        cache.pass(&[(2, tokens.to_vec())], false).unwrap();
+        cache.check();
+        assert_eq!(cache.begin(1, &[&tokens[..], &[7]].concat()), 3 * PAGE);
     }
 }
