@@ -712,7 +712,7 @@ typedef int32_t (*ls_token_fn)(void *user, size_t row, uint32_t token);
 typedef struct ls_engine_options {
     // sizeof(ls_engine_options).
     size_t size;
-    // The most requests that wait for a row of the KV cache; one more is refused with LS_BUSY. By default 1024.
+    // The most requests beside those that have a row of the KV cache; one more is refused with LS_BUSY. By default 1024.
     size_t waiting;
     // By how much of its time a pass may take longer so that prompts go on, while other sequences are being continued: 0.5, the
     // default, is half as long again.
@@ -1225,7 +1225,8 @@ ls_status ls_engine_close(struct ls_engine engine);
 // Lets all requests end, then closes the engine. LS_BUSY from inside a callback.
 ls_status ls_engine_finish(struct ls_engine engine);
 
-// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, may be NULL.
+// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, and which is never 0, may be NULL; it is
+// written when the call returns, before which callbacks may come.
 // LS_INVALID names what is wrong with the request; LS_BUSY if too many wait.
 ls_status ls_engine_submit(struct ls_engine engine,
                            const struct ls_request *request,

@@ -9,7 +9,7 @@ use std::{
     ptr,
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread,
@@ -188,6 +188,17 @@ fn what_is_wrong_is_refused_by_name() {
         // SAFETY: as the header asks.
         ..made(|to| unsafe { ls_sampling_init(to, size_of::<ls_sampling>()) })
     };
+    // The engine's thread waits in this one's callback, so that the row stays taken.
+    static IS_OVER: AtomicBool = AtomicBool::new(false);
+    unsafe extern "C" fn wait(_user: *mut c_void, _event: *const ls_event) -> i32 {
+        while !IS_OVER.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
+        1
+    }
+    // SAFETY: as the header asks.
+    let status = unsafe { ls_engine_submit(engine, &plain, Some(wait), ptr::null_mut(), ptr::null_mut()) };
+    assert_eq!(status, LS_OK, "{}", message());
     for (request, status, said) in [
         (ls_request { count: 0, ..plain }, LS_INVALID, "prompt: is empty"),
         (ls_request { prompt: ptr::null(), ..plain }, LS_NULL, "prompt"),
@@ -202,6 +213,7 @@ fn what_is_wrong_is_refused_by_name() {
         assert_eq!(found, status, "{said}: {}", message());
         assert!(message().contains(said), "{said}: {}", message());
     }
+    IS_OVER.store(true, Ordering::Relaxed);
     // SAFETY: as the header asks.
     let found = unsafe { ls_engine_submit(engine, &plain, None, ptr::null_mut(), ptr::null_mut()) };
     assert_eq!((found, ls_engine_close(engine), ls_engine_close(ls_engine { id: 0 })), (LS_NULL, LS_OK, LS_CLOSED));

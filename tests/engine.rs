@@ -369,6 +369,18 @@ fn an_engine_that_is_dropped_cancels_and_one_that_is_finished_lets_all_end() {
 }
 
 #[test]
+fn who_drops_an_answer_that_waits_frees_its_place_and_a_sink_that_panics_ends_its_own_request_alone() {
+    let engine = engine(&model(), 1, Limits { waiting: 1, ..Limits::default() });
+    let first = engine.answer(long()).unwrap();
+    drop(engine.answer(long()).unwrap());
+    until("its place is free", || engine.stats().waiting == 0);
+    drop(first);
+    engine.submit(long(), |_| panic!("on purpose")).unwrap();
+    until("the row is free", || engine.stats().running == 0 && engine.stats().ended == 3);
+    assert_eq!(collected(engine.answer(Request::new(vec![5], 3)).unwrap()).1, "most");
+}
+
+#[test]
 fn an_engine_may_be_dropped_by_what_it_calls() {
     let shared = Arc::new(Mutex::new(None));
     let (sender, events) = mpsc::channel();

@@ -35,7 +35,7 @@ pub struct ls_engine {
 pub struct ls_engine_options {
     /// sizeof(ls_engine_options).
     pub size: usize,
-    /// The most requests that wait for a row of the KV cache; one more is refused with LS_BUSY. By default 1024.
+    /// The most requests beside those that have a row of the KV cache; one more is refused with LS_BUSY. By default 1024.
     pub waiting: usize,
     /// By how much of its time a pass may take longer so that prompts go on, while other sequences are being continued: 0.5, the
     /// default, is half as long again.
@@ -295,7 +295,8 @@ fn closed(engine: ls_engine) -> Result<OpenEngine> {
     }
 }
 
-/// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, may be NULL.
+/// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, and which is never 0, may be NULL; it is
+/// written when the call returns, before which callbacks may come.
 /// LS_INVALID names what is wrong with the request; LS_BUSY if too many wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_engine_submit(

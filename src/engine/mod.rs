@@ -107,7 +107,7 @@ pub enum End {
 /// What an engine allows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// The most requests that wait for a row of the cache; one more is refused. By default 1024.
+    /// The most requests beside those that have a row of the cache; one more is refused. By default 1024.
     pub waiting: usize,
     /// By how much of its time a pass may take longer so that prompts go on, while other sequences are being continued: 0.5, the
     /// default, is half as long again.
@@ -188,6 +188,7 @@ pub struct Engine {
     limits: Limits,
     vocab: usize,
     context: usize,
+    rows: usize,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -206,17 +207,17 @@ impl Engine {
         if !(limits.delay >= 0.0 && limits.delay.is_finite()) {
             return Err(Error::setting("delay", format!("is {}, must be a number from 0 on", limits.delay)));
         }
-        let (vocab, context) = (decoder.model().config.vocab, decoder.context());
+        let (vocab, context, rows) = (decoder.model().config.vocab, decoder.context(), decoder.rows());
         let (commands, receiver) = mpsc::channel();
         let counts = Arc::new(Counts::default());
         let worker = Worker::new(decoder, limits, receiver, Arc::clone(&counts))?;
         let thread = thread::Builder::new().name("ls-engine".into()).spawn(move || worker.run());
         let thread = thread.map_err(|source| Error::Thread { stage: "engine", source: Arc::new(source) })?;
-        Ok(Self { commands, counts, tickets: AtomicU64::new(0), limits, vocab, context, thread: Some(thread) })
+        Ok(Self { commands, counts, tickets: AtomicU64::new(1), limits, vocab, context, rows, thread: Some(thread) })
     }
 
     /// Hands in a request. `sink` is given its events by the engine's thread, which waits for it: it must be quick.
-    /// [`ControlFlow::Break`] cancels the request.
+    /// [`ControlFlow::Break`], or a panic, cancels the request. Only a panic of the engine itself leaves it without a last event.
     ///
     /// # Errors
     /// [`Error::Setting`] that names what is wrong with the request; [`Error::Busy`] if as many requests wait as may.
@@ -226,13 +227,19 @@ impl Engine {
         sink: impl FnMut(Event) -> ControlFlow<()> + Send + 'static,
     ) -> Result<Ticket> {
         self.check(&request)?;
-        if !self.counts.enter(self.limits.waiting) {
+        if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(self.panicked());
+        }
+        if !self.counts.enter(self.limits.waiting.saturating_add(self.rows)) {
             return Err(Error::Busy { waiting: self.limits.waiting });
         }
         let ticket = Ticket(self.tickets.fetch_add(1, Ordering::Relaxed));
         // If the thread has ended, by a panic, the job is dropped with the channel: its sink sees no event.
         let sent = self.commands.send(Command::Submit(Box::new(Job::new(ticket.0, request, Box::new(sink)))));
-        sent.map_err(|_| self.panicked())?;
+        sent.map_err(|_| {
+            self.counts.leave();
+            self.panicked()
+        })?;
         Ok(ticket)
     }
 
@@ -242,11 +249,11 @@ impl Engine {
     /// As [`submit`](Self::submit).
     pub fn answer(&self, request: Request) -> Result<Answer> {
         let (sender, events) = mpsc::channel();
-        self.submit(request, move |event| match sender.send(event) {
+        let ticket = self.submit(request, move |event| match sender.send(event) {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         })?;
-        Ok(Answer { events })
+        Ok(Answer { events, ticket, commands: self.commands.clone() })
     }
 
     /// Ends a request at the end of the pass that runs; its last event is [`End::Cancelled`]. One that has ended stays as it is.
@@ -263,8 +270,11 @@ impl Engine {
     /// Lets all requests end, and the thread with them.
     ///
     /// # Errors
-    /// [`Error::Panicked`].
+    /// [`Error::Panicked`]; [`Error::Setting`] in a sink, whose thread cannot wait for itself: there the engine is dropped.
     pub fn finish(mut self) -> Result<()> {
+        if self.is_this_thread() {
+            return Err(Error::setting("finish", "cannot be called by a sink, whose thread would wait for itself"));
+        }
         let _ = self.commands.send(Command::Finish);
         let thread = self.thread.take().expect("taken here or in drop");
         thread.join().map_err(|_| self.panicked())
@@ -315,9 +325,23 @@ impl Drop for Engine {
 }
 
 /// The events of a request, one after the other; waits for each. Dropping it cancels the request.
-#[derive(Debug)]
 pub struct Answer {
     events: Receiver<Event>,
+    ticket: Ticket,
+    commands: Sender<Command>,
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer").field("ticket", &self.ticket).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Nothing is left to cancel where the engine has ended.
+        let _ = self.commands.send(Command::Cancel(self.ticket.0));
+    }
 }
 
 impl Iterator for Answer {

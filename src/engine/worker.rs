@@ -3,6 +3,7 @@
 use std::{
     iter,
     ops::ControlFlow,
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -55,7 +56,9 @@ impl Job {
 
     /// Tells of an event.
     fn tell(&mut self, event: Event) {
-        self.cancelled |= (self.sink)(event).is_break();
+        // A sink that panics has said so; the others' requests go on.
+        let told = panic::catch_unwind(AssertUnwindSafe(|| (self.sink)(event)));
+        self.cancelled |= told.map_or(true, |flow| flow.is_break());
     }
 }
 
@@ -79,10 +82,16 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// One more waits, unless so many do.
+    /// One more waits, unless so many wait and run.
     pub(super) fn enter(&self, most: usize) -> bool {
-        let entered = |waiting: usize| (waiting < most).then_some(waiting + 1);
+        let running = self.running.load(Ordering::Relaxed);
+        let entered = |waiting: usize| (waiting + running < most).then_some(waiting + 1);
         self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, entered).is_ok()
+    }
+
+    /// It does not, after all.
+    pub(super) fn leave(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
     pub(super) fn stats(&self) -> EngineStats {
@@ -161,7 +170,7 @@ impl<D: Kernels> Worker<D> {
 
     fn cancel(&mut self, ticket: u64) {
         if let Some(mut job) = self.queue.take(ticket) {
-            self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+            self.counts.leave();
             self.end(&mut job, End::Cancelled);
         } else if let Some(number) = self.running.iter().position(|running| running.job.ticket == ticket) {
             self.remove(number, End::Cancelled);
@@ -177,7 +186,7 @@ impl<D: Kernels> Worker<D> {
                     self.running.push(Running { job, row });
                     self.count_running();
                     // After the other, so that it is never seen in neither.
-                    self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+                    self.counts.leave();
                 }
                 Ok(false) => {
                     self.free(row);
@@ -185,7 +194,7 @@ impl<D: Kernels> Worker<D> {
                 }
                 Err(error) => {
                     self.free(row);
-                    self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
+                    self.counts.leave();
                     self.end(&mut job, End::Failed(error));
                 }
             }
@@ -247,7 +256,13 @@ impl<D: Kernels> Worker<D> {
         let left: Vec<_> = left.collect();
         let continued = left.iter().filter(|(_, goes_on)| *goes_on).count();
         let prompts: Vec<_> = left.iter().map(|(left, goes_on)| if *goes_on { 0 } else { *left }).collect();
-        let shares = schedule::shares(&prompts, self.pace.allowed(continued));
+        // A token for each at least, so that a long prompt moves on whatever shorter ones come.
+        let pending = prompts.iter().filter(|left| **left > 0).count();
+        let allowed = match self.pace.allowed(continued) {
+            0 => 0,
+            allowed => allowed.max(pending),
+        };
+        let shares = schedule::shares(&prompts, allowed);
         (iter::zip(left, shares).map(|((_, goes_on), share)| if goes_on { 1 } else { share }).collect(), continued)
     }
 

@@ -133,7 +133,6 @@ struct Written {
     line: Option<u64>,
     line_digest: Option<String>,
     id: Option<Value>,
-    custom_id: Option<Value>,
     error: Option<Value>,
     response: Option<Response>,
 }
@@ -160,7 +159,6 @@ pub fn read(line: &[u8]) -> Option<Found> {
             Some(Found { number, digest: digest(&text)?, is_error: written.error.is_some() })
         }
         (None, None, Some(Value::String(id)), Some(response)) => {
-            written.custom_id?;
             let (number, text) = id.strip_prefix(OPENAI_ID)?.split_once('_')?;
             Some(Found { number: number.parse().ok()?, digest: digest(text)?, is_error: response.status_code != 200 })
         }
@@ -197,9 +195,12 @@ mod tests {
                 }
             }
         }
-        let bad = Place { number: 1, digest: 2, form: Form::OpenAi(None), id: json!("x") };
-        let found = Found { number: 1, digest: 2, is_error: true };
-        assert_eq!(read(&bad.line(&Err(refused()))), Some(found));
+        // A line whose own id is none has an answer too.
+        for id in [json!("x"), Value::Null] {
+            let bad = Place { number: 1, digest: 2, form: Form::OpenAi(None), id };
+            let found = Found { number: 1, digest: 2, is_error: true };
+            assert_eq!(read(&bad.line(&Err(refused()))), Some(found));
+        }
         for other in [&b"{}"[..], b"[]", b"", br#"{"line": 5}"#, br#"{"id": "batch_req_5_0", "custom_id": "a"}"#] {
             assert_eq!(read(other), None);
         }

@@ -65,7 +65,12 @@ async fn collect(server: &Server, body: Body, waits: bool) -> Result<Held, Refus
             continue;
         }
         if permit.is_none() && bytes.len() + data.len() > LONG_BODY {
-            permit = Arc::clone(&server.long_bodies).acquire_owned().await.ok();
+            let acquired = Arc::clone(&server.long_bodies).acquire_owned();
+            let acquired = timeout(server.rules.patience / 2, acquired).await.map_err(|_| {
+                let message = "other long requests are being read; ask again later";
+                Refused::new(StatusCode::SERVICE_UNAVAILABLE, message)
+            })?;
+            permit = acquired.ok();
         }
         bytes.extend_from_slice(&data);
     }
