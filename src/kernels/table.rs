@@ -119,7 +119,7 @@ macro_rules! kernels {
             }
 
             /// Writes the block's keys or values `[T, G, D]` to their places in one layer's `cache [pages, G, PAGE, D]`, with
-            /// [`PAGE`](super::PAGE) tokens to a page.
+            /// [`PAGE`](crate::kernels::PAGE) tokens to a page.
             append_kv AppendKv [T, G, D, S, P, pages, page] {
                 block: read Activation [T, G, D],
                 batch: read Ragged [S, P],
@@ -130,7 +130,7 @@ macro_rules! kernels {
 
             /// Causal attention of the block's queries over the cache, grouped heads (Ainslie et al. 2023, arXiv:2305.13245):
             /// query head `h` of `HQ` uses key head `h · G / HQ`. `q` and `out [T, HQ, D]`, `keys` and
-            /// `values [pages, G, PAGE, D]`, with [`PAGE`](super::PAGE) tokens to a page.
+            /// `values [pages, G, PAGE, D]`, with [`PAGE`](crate::kernels::PAGE) tokens to a page.
             attention Attention [T, HQ, D, S, P, pages, G, page] {
                 q: read Activation [T, HQ, D],
                 keys: read Cache [pages, G, page, D],
