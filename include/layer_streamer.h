@@ -1225,9 +1225,9 @@ ls_status ls_engine_close(struct ls_engine engine);
 // Lets all requests end, then closes the engine. LS_BUSY from inside a callback.
 ls_status ls_engine_finish(struct ls_engine engine);
 
-// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, and which is never 0, may be NULL; it is
-// written when the call returns, before which callbacks may come.
-// LS_INVALID names what is wrong with the request; LS_BUSY if too many wait.
+// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket` may be NULL: what the request can be cancelled by,
+// never 0; it is written when the call returns, before which callbacks may come. LS_INVALID names what is wrong with the request; LS_BUSY
+// if too many wait.
 ls_status ls_engine_submit(struct ls_engine engine,
                            const struct ls_request *request,
                            ls_event_fn event_fn,

@@ -194,7 +194,8 @@ fn null_for_every_pointer_of_every_function_is_a_status() {
         let argument = |(kind, _): &(String, String)| match kind.as_str() {
             "ls_layer_fn" => "layer_fn".into(),
             "ls_token_fn" => "token_fn".into(),
-            "size_t" | "uint32_t" | "int32_t" | "float" => "1".into(),
+            "ls_event_fn" => "event_fn".into(),
+            "size_t" | "uint32_t" | "uint64_t" | "int32_t" | "float" => "1".into(),
             pointer if pointer.ends_with('*') => format!("({pointer})scratch"),
             handle => format!("no_{handle}"),
         };
@@ -216,7 +217,7 @@ fn null_for_every_pointer_of_every_function_is_a_status() {
         }
     }
     assert!(functions.len() > 50 && cases > 100, "{} functions, {cases} cases", functions.len());
-    let handles = ["checkpoint", "device", "stream", "streamer", "layer", "statics", "model"];
+    let handles = ["checkpoint", "device", "stream", "streamer", "layer", "statics", "model", "engine"];
     let handles: String = handles.iter().map(|kind| format!("static ls_{kind} no_ls_{kind};\n")).collect();
     let program = format!(
         r#"#include <layer_streamer.h>
@@ -227,6 +228,7 @@ static uint64_t scratch[1024], zeros[1024];
 {handles}
 static int32_t layer_fn(void *user, ls_layer layer) {{ (void)user; (void)layer; return 0; }}
 static int32_t token_fn(void *user, size_t row, uint32_t token) {{ (void)user; (void)row; (void)token; return 0; }}
+static int32_t event_fn(void *user, const ls_event *event) {{ (void)user; (void)event; return 0; }}
 static void check(const char *what, ls_status got, int null)
 {{
     if ((null ? got != LS_NULL : got == LS_OK) || memcmp(scratch, zeros, sizeof zeros) != 0) {{
@@ -632,7 +634,7 @@ fn kernels_compute_and_refuse_tensors_that_are_none() {
             assert_eq!(ls_add(stream, &residual, &wrong), LS_INVALID, "{}", message());
         }
         assert_eq!(ls_add(stream, &residual, &ls_tensor { data: ptr::null_mut(), ..other }), LS_NULL);
-        assert_eq!(ls_rope(stream, &residual, &other, &other, 1.0, 2, &residual), LS_INVALID);
+        assert_eq!(ls_rope(stream, &residual, &other, &other, 1.0, 3, &residual), LS_INVALID);
         assert_eq!(x, [11.0, 22.0, 33.0, 44.0]);
         let mut raw = ptr::null_mut();
         assert_eq!(ls_stream_to_cuda(stream, &mut raw), LS_UNSUPPORTED);

@@ -295,9 +295,9 @@ fn closed(engine: ls_engine) -> Result<OpenEngine> {
     }
 }
 
-/// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket`, by which it can be cancelled, and which is never 0, may be NULL; it is
-/// written when the call returns, before which callbacks may come.
-/// LS_INVALID names what is wrong with the request; LS_BUSY if too many wait.
+/// Hands in a request; `event_fn` is called with `user` for each of its events. `ticket` may be NULL: what the request can be cancelled by,
+/// never 0; it is written when the call returns, before which callbacks may come. LS_INVALID names what is wrong with the request; LS_BUSY
+/// if too many wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_engine_submit(
     engine: ls_engine,
