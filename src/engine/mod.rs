@@ -175,7 +175,7 @@ impl Ticket {
 /// let answers = [[23, 29], [24, 29]].map(|prompt| {
 ///     engine.answer(Request { stop: model.config.stop.clone(), ..Request::new(prompt.to_vec(), 8) })
 /// });
-/// for (answer, expected) in answers.into_iter().zip([284, 285]) {
+/// for (answer, expected) in answers.into_iter().zip([284, 295]) {
 ///     let tokens: Vec<_> = answer?.filter_map(|event| if let Event::Token(token) = event { Some(token.id) } else { None }).collect();
 ///     assert_eq!(tokens, [expected], "` seven`, ` eight`");
 /// }
