@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{TcpListener as Listener, ToSocketAddrs},
+    os::fd::AsRawFd,
     pin::pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
@@ -25,6 +26,9 @@ use crate::Failure;
 
 /// What a connection gathers before it sends, and takes of a request's head, in bytes.
 const BUFFER: usize = 64 << 10;
+
+/// What the system keeps of an answer that its client does not take, in bytes, before that is noticed. Left to itself it keeps megabytes.
+static UNSENT: libc::c_int = 128 << 10;
 
 /// Connections beside those whose requests run or wait: for what is refused, and for figures.
 const MORE: usize = 256;
@@ -102,6 +106,7 @@ async fn connection(server: Arc<Server>, stream: TcpStream, router: Router, _pla
     let _counted = Counted::begin(&server);
     // Each piece of a stream is sent as it comes.
     let _ = stream.set_nodelay(true);
+    limit_unsent(&stream);
     let patience = server.rules.patience;
     let is_closing = server.closing.has_begun();
     let connection = http1::Builder::new()
@@ -122,6 +127,15 @@ async fn connection(server: Arc<Server>, stream: TcpStream, router: Router, _pla
         () = server.closing.begins() => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
+}
+
+/// Without success the system keeps more, which does no harm.
+fn limit_unsent(stream: &TcpStream) {
+    let size = size_of_val(&UNSENT) as libc::socklen_t;
+    // SAFETY: the call reads the number, which lives as long as the program, and the socket is open.
+    unsafe {
+        libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, (&raw const UNSENT).cast(), size);
+    }
 }
 
 /// A connection that is open.

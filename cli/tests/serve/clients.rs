@@ -81,7 +81,7 @@ fn a_client_that_stops_reading_delays_nobody_and_is_given_up() {
     // More than the system holds for a connection.
     let stalled = server
         .send(PATH, &json!({ "prompt": "4096=", "max_tokens": 19_000, "stream": true, "logprobs": 5, "seed": 1 }));
-    // Little of it: megabytes of an answer would take as long as their tokens, before anything is noticed.
+    // What the client's side keeps of it, so that little has to be generated before the server notices.
     let bytes = 4096_i32;
     // SAFETY: the call reads the number, which lives, of a socket that is open.
     let set = unsafe {
@@ -98,7 +98,7 @@ fn a_client_that_stops_reading_delays_nobody_and_is_given_up() {
         assert_eq!(server.completed(&short()), " four thousand ninety-six");
         assert!(asked.elapsed() < Duration::from_secs(10));
         answered += 1;
-        assert!(begun.elapsed() < 3 * PATIENCE, "it is never given up");
+        assert!(begun.elapsed() < PATIENCE, "it is never given up");
     }
     assert!(answered > 0);
     server.wait_for("requests_running", 0);
