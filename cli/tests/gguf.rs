@@ -157,7 +157,7 @@ fn smollm2_in_blocks_says_what_its_weights_in_f32_say() {
 }
 
 #[test]
-#[ignore = "takes Gemma 3 270M, which ci/gemma fetches: LAYER_STREAMER_GEMMA names the file; ci/full runs it"]
+#[ignore = "takes Gemma 3 270M, which ci/gemma fetches: LAYER_STREAMER_GEMMA names the file; .ci/run runs it"]
 fn gemma_in_five_types_says_what_transformers_says_of_the_same_file() {
     let model = PathBuf::from(env::var_os("LAYER_STREAMER_GEMMA").expect("it names Gemma's file"));
     let answers: Value = serde_json::from_slice(&fs::read(data("gemma/answers.json")).unwrap()).unwrap();
