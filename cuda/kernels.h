@@ -136,7 +136,7 @@ cudaError_t lsk_append_kv(lsk_bf16* cache, const lsk_bf16* block, const uint32_t
                           const uint32_t* pages, int sequences, int sequence_pages, int tokens, int kv_heads, int size,
                           cudaStream_t stream);
 
-/* out[r] = the index of the greatest of x[r], the first of equals: x [rows, columns]. */
+/* out[r] = the index of the greatest of x[r], the first of equals, or UINT32_MAX if there is a NaN: x [rows, columns]. */
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream);
 
 /* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, LSK_PAGE, size],

@@ -78,14 +78,16 @@ cudaError_t launch_broadcast_row(Out* out, const lsk_bf16* bias, int64_t rows, i
 
 constexpr int kGreatestBlock = 1024;
 
+constexpr unsigned kNoIndex = 0xffffffffu;
+
 // A value and where it stands. No index: nothing was seen yet.
 struct Greatest {
   float value;
   unsigned index;
 
-  // A NaN is never greater.
+  // Nothing is greater than a NaN, so that one stays.
   __device__ void see(float other, unsigned at) {
-    if (other > value || (other == value && at < index)) value = other, index = at;
+    if (isnan(other) || other > value || (other == value && at < index)) value = other, index = at;
   }
 };
 
@@ -97,11 +99,11 @@ __device__ inline Greatest greatest_of_warp(Greatest best) {
   return best;
 }
 
-// One row a block. If the first element is a NaN nothing is greater than it.
+// One row a block.
 template <int N>
 __global__ void __launch_bounds__(kGreatestBlock) argmax(uint32_t* out, const float* x, int64_t columns) {
   x += int64_t(blockIdx.x) * columns;
-  Greatest best = {-INFINITY, 0xffffffffu};
+  Greatest best = {-INFINITY, kNoIndex};
 #pragma unroll 4
   for (int64_t column = int64_t(threadIdx.x) * N; column < columns; column += kGreatestBlock * N) {
     const Vec<float, N> values = load<N>(x + column);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kGreatestBlock) argmax(uint32_t* out, const fl
   __syncthreads();
   if (warp > 0) return;
   best = greatest_of_warp(of_warps[lane]);
-  if (lane == 0) out[blockIdx.x] = isnan(x[0]) || best.index == 0xffffffffu ? 0 : best.index;
+  if (lane == 0) out[blockIdx.x] = isnan(best.value) ? kNoIndex : best.index;
 }
 
 }  // namespace
@@ -148,7 +150,7 @@ cudaError_t lsk_broadcast_row(void* out, int out_dtype, const lsk_bf16* bias, in
 cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t columns, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   // Without columns there is no x to look at.
-  if (columns <= 0 || columns >= int64_t(0xffffffffu)) return cudaErrorInvalidValue;
+  if (columns <= 0 || columns >= int64_t(kNoIndex)) return cudaErrorInvalidValue;
   const bool wide = columns % 4 == 0 && aligned_for<4>(x);
   return lsk_launch(wide ? argmax<4> : argmax<1>, dim3(unsigned(rows)), dim3(kGreatestBlock), 0, stream, out, x,
                     columns);

@@ -1083,8 +1083,11 @@ ls_status ls_gather(struct ls_stream stream,
                     const struct ls_tensor *indices,
                     const struct ls_tensor *out);
 
-// The index of each row's greatest element, the first if there are several: `x` [R, V] F32, `out` [R] U32.
-ls_status ls_argmax(struct ls_stream stream, const struct ls_tensor *x, const struct ls_tensor *out);
+// The index of each row's greatest element, the first if there are several, or UINT32_MAX of a row with a NaN: `x` [R, V] F32,
+// `out` [R] U32.
+ls_status ls_argmax(struct ls_stream stream,
+                    const struct ls_tensor *x,
+                    const struct ls_tensor *out);
 
 // out = x · weightᵀ + bias, with activations `x` [T, K] and `out` [T, N], `weight` [N, K], `bias` [N]. `bias` may be NULL. `out`
 // may be F32 instead, for logits and for what ls_rope takes.

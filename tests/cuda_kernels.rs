@@ -234,21 +234,23 @@ fn an_id_beyond_the_table_harms_no_other_row() {
 }
 
 #[test]
-fn argmax_takes_the_first_of_equals_and_no_nan_but_the_first_element() {
+fn argmax_takes_the_first_of_equals_and_marks_a_row_with_a_nan() {
     on_gpu(40, |gpu, rng| {
         let most = [100, 5000, 160_000][rng.usize(..3)];
         let (rows, columns) = (1 + rng.usize(..6), length(rng, most));
         let levels = [3, 1000, 1 << 20][rng.usize(..3)];
         let mut values: Vec<f32> = (0..rows * columns).map(|_| rng.i32(-levels..levels) as f32).collect();
         for value in &mut values {
-            match rng.u32(..2000) {
+            match rng.u32(..20_000) {
                 0 => *value = f32::NAN,
-                1 => *value = f32::NEG_INFINITY,
+                1 => *value = f32::INFINITY,
+                2..20 => *value = f32::NEG_INFINITY,
                 _ => {}
             }
         }
         match rng.u8(..4) {
-            0 => values[0] = f32::NAN,
+            // One alone, of either sign, in any place.
+            0 => values[rng.usize(..rows * columns)] = [f32::NAN, -f32::NAN][rng.usize(..2)],
             1 => values[..columns].fill(f32::NEG_INFINITY),
             2 => values[..columns].fill(f32::NAN),
             _ => {}

@@ -1,6 +1,7 @@
 //! The engine: answers in company are those alone, whatever comes and goes; and nobody waits for ever.
 
 use std::{
+    fs,
     ops::ControlFlow,
     sync::{Arc, Mutex, mpsc},
     thread,
@@ -12,9 +13,10 @@ use layer_streamer::{
     device::Cpu,
     engine::{End, Engine, Event, Limits, Logprobs, Request, Ticket, Token},
     kernels::PAGE,
-    model::{Cache, Decoder, Model, Sampler, Sampling, Sequence},
+    model::{Cache, Choice, Decoder, Model, Sampler, Sampling, Sequence, Tables},
     plan::CachePolicy,
 };
+use safetensors::SafeTensors;
 use support::{copy_of, data, healed, speller, whole};
 
 const CONTEXT: usize = 300;
@@ -353,6 +355,57 @@ fn a_pass_that_fails_ends_who_was_in_it_and_the_next_one_works() {
         last = ask();
     }
     assert_eq!((ids(last.0), last.1), (vec![284], "stop"));
+}
+
+/// A model that computes NaN for every sequence that has this token.
+fn spoilt(token: usize) -> tempfile::TempDir {
+    let folder = copy_of(&data("mistral"));
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let table = SafeTensors::deserialize(&bytes).unwrap().tensor("model.embed_tokens.weight").unwrap();
+    let (row, start) = (table.data().len() / table.shape()[0], table.data().as_ptr().addr() - bytes.as_ptr().addr());
+    // In BF16 that is a NaN.
+    bytes[start + token * row..][..row].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    folder
+}
+
+#[test]
+fn a_sequence_whose_logits_are_nan_fails_alike_greedily_and_drawn_and_disturbs_nobody() {
+    let folder = spoilt(17);
+    for tables in [Tables::OnDevice, Tables::HeadStreamed] {
+        let mut model = Model::open(folder.path()).unwrap();
+        model.tables = tables;
+        let mut decoder = Decoder::new(&Cpu, &model, &Settings::default(), 4, 64).unwrap();
+        let mut sampler = Sampler::new(Sampling::default(), model.config.vocab).unwrap();
+        let mut said = Vec::new();
+        for choice in [Choice::Greedy, Choice::Sample(&mut sampler)] {
+            let on_token = |_, token| panic!("{token} of NaN");
+            let failed = decoder.generate::<Error>(&[&[5, 17]], 3, &[], choice, on_token).unwrap_err();
+            assert!(matches!(failed, Error::Setting { name: "logits", .. }), "{failed}");
+            said.push(failed.to_string());
+            decoder.truncate(0, 0).unwrap();
+        }
+        let expected = alone(&model, &Request::new(vec![5, 6], 9));
+        let engine = Engine::new(decoder, Limits::default()).unwrap();
+        let healthy = engine.answer(Request::new(vec![5, 6], 9)).unwrap();
+        let greedy = Request::new(vec![5, 17], 9);
+        let drawn = Request { sampling: Sampling::default(), ..greedy.clone() };
+        // Alone with greedy ones, which the device chooses for, and beside one that is drawn.
+        for requests in [&[greedy.clone()][..], &[greedy, drawn]] {
+            let answers: Vec<_> = requests.iter().map(|request| engine.answer(request.clone()).unwrap()).collect();
+            for answer in answers {
+                let events: Vec<_> = answer.collect();
+                let [Event::End(End::Failed(failed))] = &events[..] else { panic!("{events:?}") };
+                said.push(failed.to_string());
+            }
+        }
+        assert!(
+            said[0].contains("logits: NaN for token 0: ") && said.iter().all(|other| *other == said[0]),
+            "{said:?}"
+        );
+        assert_same(&collected(healthy), &expected, "beside them");
+    }
 }
 
 #[test]

@@ -312,7 +312,8 @@ pub unsafe extern "C" fn ls_gather(
     kernel!(stream, gather(x, indices, out))
 }
 
-/// The index of each row's greatest element, the first if there are several: `x` [R, V] F32, `out` [R] U32.
+/// The index of each row's greatest element, the first if there are several, or UINT32_MAX of a row with a NaN: `x` [R, V] F32,
+/// `out` [R] U32.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_argmax(stream: ls_stream, x: *const ls_tensor, out: *const ls_tensor) -> ls_status {
     kernel!(stream, argmax(x, out))

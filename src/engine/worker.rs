@@ -312,11 +312,13 @@ impl<D: Kernels> Worker<D> {
         }
         if in_pass().all(|(number, (running, _))| !complete[number] || plain(running)) {
             let mut found = Vec::with_capacity(running.len());
-            decoder.greedy(&mut found)?;
-            for ((number, _), id) in iter::zip(in_pass(), found) {
-                chosen[number] = complete[number].then_some(Ok(Token { id, logprobs: None }));
+            if decoder.most_likely(&mut found)? {
+                for ((number, _), id) in iter::zip(in_pass(), found) {
+                    chosen[number] = complete[number].then_some(Ok(Token { id, logprobs: None }));
+                }
+                return Ok(chosen);
             }
-            return Ok(chosen);
+            // Of some there are no probabilities: the sampler says of which, and the others go on.
         }
         let mut rows = in_pass();
         decoder.last_logits(|logits| {

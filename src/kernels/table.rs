@@ -154,7 +154,8 @@ macro_rules! kernels {
             }
             where T > 0 || R == 0, "the table has no rows";
 
-            /// The index of each row's greatest element, the first if there are several: `x [R, V]` F32, `out [R]` U32.
+            /// The index of each row's greatest element, the first if there are several, or `u32::MAX` of a row with a NaN: `x [R, V]`
+            /// F32, `out [R]` U32.
             argmax Argmax [R, V] {
                 x: read F32 [R, V],
                 out: write U32 [R],

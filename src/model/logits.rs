@@ -6,7 +6,7 @@ use super::{
     buffers::HEAD_BLOCK,
     decoder::Decoder,
     head::{Head, blocks},
-    sampling::Sampler,
+    sampling::{Sampler, check_logits},
 };
 use crate::{
     device,
@@ -15,12 +15,26 @@ use crate::{
     pipeline::LayerStreamer,
 };
 
+/// Where [`argmax`](Kernels::argmax) found a NaN among the logits. No vocabulary is so large.
+const NO_TOKEN: u32 = u32::MAX;
+
 impl<D: Kernels> Decoder<D> {
     /// The most likely next token of each sequence of the batch before, in its order, appended to `out`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if no pass went before, or the device's own.
+    /// [`Error::Setting`] if no pass went before, or, as [`Sampler::choose`] has it, for a logit that is NaN; or the device's own.
     pub fn greedy(&mut self, out: &mut Vec<u32>) -> Result<()> {
+        let before = out.len();
+        if self.most_likely(out)? {
+            return Ok(());
+        }
+        out.truncate(before);
+        self.last_logits(check_logits)?;
+        Err(Error::setting("logits", "are NaN: the model computed no probabilities"))
+    }
+
+    /// The same; `false` if a sequence has none, since a logit is NaN: which, and where, its logits say.
+    pub(crate) fn most_likely(&mut self, out: &mut Vec<u32>) -> Result<bool> {
         self.check_passed()?;
         self.device.bind_thread()?;
         let Self { streamer, stream, device, statics, buffers, model, exchange, pass, pages, .. } = self;
@@ -33,7 +47,7 @@ impl<D: Kernels> Decoder<D> {
         let best = exchange.receive(best, stream)?;
         streamer.check_arrivals().inspect_err(|_| pages.distrust())?;
         out.extend_from_slice(best);
-        Ok(())
+        Ok(!best.contains(&NO_TOKEN))
     }
 
     /// The next token of each sequence of the batch before, whose `rows` these are in its order, drawn by `sampler` and appended

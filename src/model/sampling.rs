@@ -248,10 +248,7 @@ impl Sampler {
         if logits.len() != *vocab {
             return Err(Error::setting("logits", format!("are {}, the vocabulary has {vocab} tokens", logits.len())));
         }
-        if let Some(token) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
-            let cause = format!("{} for token {token}: the model computed no probabilities", logits[token]);
-            return Err(Error::setting("logits", cause));
-        }
+        check_logits(logits)?;
         candidates.fill(logits.iter().enumerate().map(|(token, x)| penalised(history, token, *x)));
         let uniform = philox::uniform(history.sampling.seed, history.number, history.length);
         let Some(token) = candidates.choose(&history.sampling, uniform) else {
@@ -262,6 +259,16 @@ impl Sampler {
         history.chosen.insert(token);
         Ok(token)
     }
+}
+
+/// Whether probabilities follow from logits, unless all are -∞.
+///
+/// # Errors
+/// [`Error::Setting`] that names the first token with NaN or +∞.
+pub(super) fn check_logits(logits: &[f32]) -> Result<()> {
+    let Some(token) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) else { return Ok(()) };
+    let cause = format!("{} for token {token}: the model computed no probabilities", logits[token]);
+    Err(Error::setting("logits", cause))
 }
 
 /// A token's logit after both penalties. A logit that is a number stays one, however large a penalty is.

@@ -242,7 +242,10 @@ impl<D: Kernels> Qwen<D> {
         let mut best = Buffer::new(device, DType::U32, &[1])?;
         device.argmax(stream, logits.read(), best.write())?;
         state.held += count;
-        Ok(best.to_host::<u32>(&state.stream)?[0])
+        match best.to_host::<u32>(&state.stream)?[0] {
+            u32::MAX => Err("the model computed logits that are NaN".into()),
+            token => Ok(token),
+        }
     }
 }
 

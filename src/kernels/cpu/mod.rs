@@ -349,10 +349,10 @@ fn argmax(Argmax { x, mut out, V: width, .. }: Argmax<'_, Cpu>) -> Result<()> {
         let (piece, most) = greatest[..pieces]
             .iter()
             .enumerate()
-            .fold((0, f32::NEG_INFINITY), |best, (piece, &x)| if x > best.1 { (piece, x) } else { best });
-        // A NaN is the best only where it is the first, and where all are -∞ the first is.
-        let place = row[piece * len..].iter().position(|&x| x == most).unwrap_or(0);
-        *out = if row[0].is_nan() { 0 } else { (piece * len + place) as u32 };
+            .fold((0, f32::NEG_INFINITY), |best, (piece, &x)| if x > best.1 || x.is_nan() { (piece, x) } else { best });
+        // Nothing equals a NaN.
+        let place = row[piece * len..].iter().position(|&x| x == most);
+        *out = place.map_or(u32::MAX, |place| (piece * len + place) as u32);
     }
     Ok(())
 }

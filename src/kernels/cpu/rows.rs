@@ -109,7 +109,7 @@ impl Work for Elements<'_> {
     }
 }
 
-/// The greatest number of some, -∞ where there is none.
+/// The greatest of some, -∞ where there is none, a NaN where one of them is.
 pub(super) struct Greatest<'a>(pub(super) &'a [f32]);
 
 impl Work for Greatest<'_> {
@@ -119,13 +119,22 @@ impl Work for Greatest<'_> {
     fn run<L: Lanes>(self) -> f32 {
         // Several, since each waits for what came before it.
         let mut greatest = [L::splat(f32::NEG_INFINITY); 4];
+        // 1 where something was not below ∞, which is rare.
+        let mut odd = L::splat(0.0);
+        let (infinity, one) = (L::splat(f32::INFINITY), L::splat(1.0));
         let whole = self.0.chunks_exact(4 * L::COUNT);
         let rest = whole.remainder();
         for part in whole {
             for (number, greatest) in greatest.iter_mut().enumerate() {
                 // SAFETY: a chunk is four vectors.
-                *greatest = unsafe { L::load(part.as_ptr().add(number * L::COUNT)) }.max(*greatest);
+                let part = unsafe { L::load(part.as_ptr().add(number * L::COUNT)) };
+                *greatest = part.max(*greatest);
+                odd = part.if_below(infinity, odd, one);
             }
+        }
+        let is_odd = odd.greatest() > 0.0 || rest.iter().any(|x| x.is_nan());
+        if is_odd && self.0.iter().any(|x| x.is_nan()) {
+            return f32::NAN;
         }
         let [a, b, c, d] = greatest;
         rest.iter().fold(a.max(b).max(c.max(d)).greatest(), |most, &x| if x > most { x } else { most })

@@ -53,7 +53,7 @@ const EQUIVALENT: &[Row] = &[
      "< items becomes <=", AGAIN),
     ("cuda/rows.cu", "warp > 0",
      "always false", "every warp computes and writes the same"),
-    ("cuda/rows.cu", "if (other > value || (other == value && at < index)) value = other, index = at;",
+    ("cuda/rows.cu", "if (isnan(other) || other > value || (other == value && at < index)) value = other, index = at;",
      "< index becomes <=", "the element that it is already"),
     ("cuda/unpack.cu", "if (units < index_units) return false;",
      "< index_units becomes <=", NO_BLOCK),
