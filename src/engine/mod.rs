@@ -3,7 +3,7 @@
 //! A pass over streamed layers costs nearly the same for one token as for hundreds. So an [`Engine`] takes whatever there is to do into the
 //! next pass: one token of each sequence that is being continued, and as much of the prompts that have begun as its
 //! [pace](Limits::delay) allows. What a sequence comes to does not depend on that, to the last bit: neither on the others, nor on when
-//! they came ([`Decoder::forward`]).
+//! they came ([`Decoder::forward`]). What prompts begin with in common is computed by one of them; the others wait for its pages.
 //!
 //! ```text
 //! submit ──► waiting ──a row of the cache──► running: prompt, then token after token ──► the last event

@@ -1,6 +1,9 @@
 //! Who is next, and how prompts share a pass.
 
-use std::collections::BTreeMap;
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+};
 
 /// Those that wait: the greatest priority first, and of equal ones the first that came.
 pub(super) struct Queue<T> {
@@ -55,6 +58,33 @@ pub(super) fn shares(left: &[usize], tokens: usize) -> Vec<usize> {
     shares
 }
 
+/// The page that a prompt comes to next.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Next<'a> {
+    /// The same for those that compute the same page.
+    pub(super) page: (u64, &'a [u32]),
+    /// Tokens of the page that are there.
+    pub(super) there: usize,
+    /// Whether another one's page would do, once it is full.
+    pub(super) can_wait: bool,
+    pub(super) priority: i32,
+    pub(super) ticket: u64,
+}
+
+/// Which of some prompts wait for the page that they come to next, since another one computes it: of those with the same page the one
+/// that has the most of it, and of equal ones the most important. That one waits for none, so that there is always somebody who goes on.
+/// It ends or leaves the page behind at some time, whatever becomes of it: then nobody waits for it any more.
+pub(super) fn waits(prompts: &[Option<Next<'_>>]) -> Vec<bool> {
+    let rank = |next: &Next<'_>| (Reverse(next.there), place(next.priority, next.ticket));
+    let mut first = HashMap::new();
+    for next in prompts.iter().flatten() {
+        let best = first.entry(next.page).or_insert(rank(next));
+        *best = rank(next).min(*best);
+    }
+    let waits = |next: &Next<'_>| next.can_wait && first[&next.page] != rank(next);
+    prompts.iter().map(|next| next.as_ref().is_some_and(waits)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,6 +107,18 @@ mod tests {
             let short = shares.iter().zip(&left).filter(|(share, left)| share < left).map(|(share, _)| *share);
             assert!(short.min().is_none_or(|least| least + 1 >= most), "{left:?} of {tokens}: {shares:?}");
         }
+    }
+
+    #[test]
+    fn of_prompts_with_the_same_page_the_one_that_has_most_of_it_computes_it_and_who_has_begun_it_goes_on() {
+        let page = |page: u32, there, priority, ticket| {
+            let tokens = if page == 0 { &[1, 2][..] } else { &[1, 3] };
+            Some(Next { page: (0, tokens), there, can_wait: there == 0, priority, ticket })
+        };
+        let begun = [page(0, 0, 9, 1), page(0, 5, 0, 8), page(0, 3, 0, 2), None, page(1, 0, 0, 3), page(0, 0, 0, 4)];
+        assert_eq!(waits(&begun), [true, false, false, false, false, true]);
+        assert_eq!(waits(&[page(0, 0, 0, 1), page(0, 0, 1, 2), page(0, 0, 1, 3)]), [true, false, true]);
+        assert_eq!(waits(&[]), [false; 0]);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! The engine's thread: takes in what came, puts together a pass, and hands out what it gave.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     iter,
     ops::ControlFlow,
@@ -15,11 +18,11 @@ use std::{
 use super::{
     End, EngineStats, Event, Limits, Logprobs, Request, Token,
     pace::Pace,
-    schedule::{self, Queue},
+    schedule::{self, Next, Queue},
 };
 use crate::{
     error::{Error, Result},
-    kernels::Kernels,
+    kernels::{Kernels, PAGE},
     model::{Decoder, Sampler, Sampling, Sequence},
 };
 
@@ -52,6 +55,11 @@ impl Job {
     pub(super) fn new(ticket: u64, mut request: Request, sink: Sink) -> Self {
         let tokens = std::mem::take(&mut request.prompt);
         Self { ticket, request, sink, tokens, new: 0, began: false, cancelled: false }
+    }
+
+    /// Whether it has tokens to compute before the next one can be chosen, of which so many are held, or is at its beginning.
+    fn is_prompt(&self, held: usize) -> bool {
+        self.tokens.len() - held > 1 || self.new == 0
     }
 
     /// Tells of an event.
@@ -132,14 +140,20 @@ impl<D: Kernels> Worker<D> {
 
     pub(super) fn run(mut self) {
         while self.take_commands().is_continue() {
-            self.admit();
-            self.make_room();
-            self.pass();
+            self.step();
         }
         let left = iter::from_fn(|| self.queue.take_first());
         for mut job in left.chain(self.running.into_iter().map(|running| running.job)) {
             job.tell(Event::End(End::Cancelled));
         }
+    }
+
+    /// Admits who waits, and runs a pass.
+    fn step(&mut self) {
+        self.admit();
+        self.take_over();
+        self.make_room();
+        self.pass();
     }
 
     /// Takes in all commands that are there, and waits for one while there is nothing else to do.
@@ -224,6 +238,32 @@ impl<D: Kernels> Worker<D> {
         Ok(true)
     }
 
+    /// Those that waited for a page have it, if it is full by now.
+    fn take_over(&mut self) {
+        let Self { decoder, running, counts, .. } = self;
+        for Running { job, row } in running {
+            let held = decoder.length(*row);
+            if held.is_multiple_of(PAGE) && job.is_prompt(held) {
+                let taken = decoder.take_over(*row, &job.tokens) - held;
+                counts.reused_tokens.fetch_add(taken as u64, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Which of the running sequences wait for a page that another one computes.
+    fn waits(&self) -> Vec<bool> {
+        let next = self.running.iter().map(|Running { job, row }| {
+            let held = self.decoder.length(*row);
+            // Of one that is continued a page takes too many passes to be waited for.
+            let page = job.is_prompt(held).then(|| self.decoder.next_page(*row, &job.tokens)).flatten()?;
+            let there = held % PAGE;
+            // A token at least is left to compute.
+            let can_wait = there == 0 && held + PAGE < job.tokens.len();
+            Some(Next { page, there, can_wait, priority: job.request.priority, ticket: job.ticket })
+        });
+        schedule::waits(&next.collect::<Vec<_>>())
+    }
+
     /// Where the pages do not suffice for the next pass, sequences give up their place, and wait to be computed again.
     fn make_room(&mut self) {
         // A sequence alone has room: the cache has as many pages as a whole context takes.
@@ -246,16 +286,18 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long; and how many sequences are continued
+    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long or wait for a page; and how many sequences are continued
     /// in it. Short shares of prompts are not those: many prompts may have a token each.
     fn shares(&self) -> (Vec<usize>, usize) {
         let left = self.running.iter().map(|Running { job, row }| {
             let left = job.tokens.len() - self.decoder.length(*row);
-            (left, left == 1 && job.new > 0)
+            (left, !job.is_prompt(self.decoder.length(*row)))
         });
         let left: Vec<_> = left.collect();
         let continued = left.iter().filter(|(_, goes_on)| *goes_on).count();
-        let prompts: Vec<_> = left.iter().map(|(left, goes_on)| if *goes_on { 0 } else { *left }).collect();
+        let prompts: Vec<_> = iter::zip(&left, self.waits())
+            .map(|((left, goes_on), waits)| if *goes_on || waits { 0 } else { *left })
+            .collect();
         // A token for each at least, so that a long prompt moves on whatever shorter ones come.
         let pending = prompts.iter().filter(|left| **left > 0).count();
         let allowed = match self.pace.allowed(continued) {

@@ -247,9 +247,28 @@ impl<D: Kernels> Decoder<D> {
         if held > 0 {
             return Err(Error::setting("begin", format!("needs an empty row, but row {row} holds {held} tokens")));
         }
+        Ok(self.take_over(row, tokens))
+    }
+
+    /// Takes over pages that are known by now for a row that holds whole pages of `tokens`. Returns how many tokens it then holds.
+    pub(crate) fn take_over(&mut self, row: usize, tokens: &[u32]) -> usize {
         let taken = self.pages.begin(row, tokens);
-        self.held[row].extend_from_slice(&tokens[..taken]);
-        Ok(taken)
+        let held = &mut self.held[row];
+        held.extend_from_slice(&tokens[held.len()..taken]);
+        taken
+    }
+
+    /// What the page will be known by that a row computes next, once it holds so many more of `tokens`, all that it is to hold: rows of
+    /// which this is the same compute the same page. `None` if the page will not be known.
+    pub(crate) fn next_page<'a>(&self, row: usize, tokens: &'a [u32]) -> Option<(u64, &'a [u32])> {
+        let is_known = self.renewal.is_none();
+        is_known.then(|| self.pages.next(row, self.length(row), tokens)).flatten()
+    }
+
+    /// What happens to the pages where weights are found to be corrupt.
+    #[cfg(test)]
+    pub(crate) fn forget_pages(&mut self) {
+        self.pages.distrust();
     }
 
     /// Forgets all tokens of sequence `row` from number `length` on, and gives back the pages behind them. A sequence that then

@@ -178,11 +178,25 @@ impl Pages {
         }
     }
 
-    /// Takes over what is known of `tokens` for a row without pages, but leaves at least one token to compute. Returns how many
-    /// tokens the row then holds.
+    /// The chain that a row's first pages end; `None` if they are not known.
+    fn chain(&self, row: usize, pages: usize) -> Option<u64> {
+        let Some(last) = pages.checked_sub(1) else { return Some(0) };
+        self.pages[self.rows[row][last] as usize].known.as_ref().map(|known| known.1)
+    }
+
+    /// What the page will be known by in which the next token comes of a row that holds `length` tokens, once it is full of `tokens`,
+    /// the row's, with those to come: the chain before it, and its tokens. `None` if they do not fill it, or it will not be known.
+    pub(super) fn next<'a>(&self, row: usize, length: usize, tokens: &'a [u32]) -> Option<(u64, &'a [u32])> {
+        let at = length / PAGE;
+        Some((self.chain(row, at)?, tokens.chunks_exact(PAGE).nth(at)?))
+    }
+
+    /// Takes over what is known of `tokens` behind the pages of a row, all of which are full of them, but leaves at least one token to
+    /// compute. Returns how many tokens the row then holds.
     pub(super) fn begin(&mut self, row: usize, tokens: &[u32]) -> usize {
-        let (mut chain, whole) = (0, tokens.len().saturating_sub(1) / PAGE);
-        for tokens in tokens.chunks_exact(PAGE).take(whole) {
+        let (full, whole) = (self.rows[row].len(), tokens.len().saturating_sub(1) / PAGE);
+        let Some(mut chain) = self.chain(row, full) else { return full * PAGE };
+        for tokens in tokens.chunks_exact(PAGE).take(whole).skip(full) {
             let Some(&number) = self.known.get(&content(chain, tokens)) else { break };
             self.share(number);
             chain = self.pages[number as usize].known.as_ref().map_or(0, |known| known.1);
@@ -202,11 +216,8 @@ impl Pages {
     /// known for the same, the row has that one from now on.
     pub(super) fn fill(&mut self, row: usize, before: usize, tokens: &[u32]) {
         for (at, tokens) in tokens.chunks_exact(PAGE).enumerate().skip(before / PAGE) {
-            let chain = at.checked_sub(1).map_or(Some(0), |before| {
-                self.pages[self.rows[row][before] as usize].known.as_ref().map(|known| known.1)
-            });
             // Not after a distrust.
-            let Some(chain) = chain else { return };
+            let Some(chain) = self.chain(row, at) else { return };
             let content = content(chain, tokens);
             let own = self.rows[row][at];
             if let Some(&same) = self.known.get(&content) {
@@ -295,7 +306,7 @@ mod tests {
             let most = self.held.iter().map(|held| alike(held)).max().unwrap_or(0).min(tokens.len() - 1);
             let taken = self.pages.begin(row, tokens);
             assert!(taken >= most / PAGE * PAGE && taken < tokens.len() && taken.is_multiple_of(PAGE));
-            self.held[row].extend(&tokens[..taken]);
+            self.held[row].extend(&tokens[self.held[row].len()..taken]);
             taken
         }
 
@@ -349,19 +360,26 @@ mod tests {
             let mut reused = 0;
             for _ in 0..300 {
                 let row = rng.usize(0..rows);
-                match rng.u8(0..6) {
+                match rng.u8(0..7) {
                     0 => cache.truncate(row, 0),
                     1 => cache.truncate(row, rng.usize(0..=cache.held[row].len())),
                     2 => {
                         cache.truncate(row, 0);
                         reused += cache.begin(row, &tokens(&mut rng, 6 * PAGE));
                     }
+                    3 => {
+                        // One that goes on, with what others have computed by now.
+                        let held = cache.held[row].len() / PAGE * PAGE;
+                        cache.truncate(row, held);
+                        let all = [&cache.held[row][..], &tokens(&mut rng, 3 * PAGE)].concat();
+                        reused += cache.begin(row, &all) - held;
+                    }
                     fails => {
                         let mut batch: Vec<_> = (0..rows).map(|row| (row, tokens(&mut rng, 3 * PAGE))).collect();
                         rng.shuffle(&mut batch);
                         batch.truncate(rng.usize(1..=rows));
                         let before = (cache.pages.available(), cache.pages.rows.clone());
-                        if let Err(error) = cache.pass(&batch, fails == 3) {
+                        if let Err(error) = cache.pass(&batch, fails == 4) {
                             assert!(matches!(error, Error::Pages { needed, available } if needed > available));
                             assert_eq!((cache.pages.available(), &cache.pages.rows), (before.0, &before.1));
                         }
