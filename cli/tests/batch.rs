@@ -280,6 +280,16 @@ fn another_input_model_or_option_is_refused_by_name() {
     fs::write(&shard, weights).unwrap();
     let said = batch.refused(&["--model", other.path().to_str().unwrap()]);
     assert!(said.contains("was begun with the model") && said.contains("other weights"), "{said}");
+    let journal = fs::read_to_string(batch.journal()).unwrap();
+    let device = serde_json::from_str::<Value>(&journal).unwrap()["device"].as_str().unwrap().to_owned();
+    assert!(device.starts_with("cpu ("), "{device}");
+    fs::write(batch.journal(), journal.replace(&device, "H200")).unwrap();
+    let said = batch.refused(&[]);
+    assert!(
+        said.contains(&format!("was begun on the device H200, and {device} may")) && said.contains("--device"),
+        "{said}"
+    );
+    fs::write(batch.journal(), journal).unwrap();
     let original = fs::read_to_string(batch.input()).unwrap();
     for (changed, part) in [
         (original.replacen("n0", "m0", 1), "line 1 is not the one that was answered"),

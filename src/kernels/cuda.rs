@@ -147,6 +147,11 @@ impl Kernels for Cuda {
         PRECISION
     }
 
+    /// Which of several it is does not matter, nor how much memory is left.
+    fn arithmetic(&self) -> String {
+        self.model()
+    }
+
     /// Starts cuBLAS for this stream, with a workspace of its own, and reserves what attention needs. The crate's own kernels
     /// are loaded with the device. cuBLAS loads each of its kernels when a product first needs it, which may allocate device
     /// memory: so may the first pass of a new shape, and none after it.

@@ -125,6 +125,11 @@ pub trait Kernels: Device {
         1
     }
 
+    /// What the bits of results depend on, in words: devices that say the same compute the same, by the same build.
+    fn arithmetic(&self) -> String {
+        self.describe()
+    }
+
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;
 

@@ -37,6 +37,8 @@ pub struct Work {
     pub model: String,
     /// By which it is known again.
     pub model_digest: String,
+    /// Of which kind the device is: another one computes other bits.
+    pub device: String,
     /// Options by their names.
     pub options: BTreeMap<String, Value>,
 }
@@ -84,6 +86,14 @@ impl Journal {
                 "{output} was begun with the model {}, and {} has other weights, tokenizer or configuration; give that model, \
                  or another --output",
                 then.model, work.model
+            )
+            .into());
+        }
+        if then.device != work.device {
+            return Err(format!(
+                "{output} was begun on the device {}, and {} may compute other answers; go on there, by --device, or give another \
+                 --output",
+                then.device, work.device
             )
             .into());
         }
@@ -194,7 +204,7 @@ mod tests {
         let output = folder.path().join("out");
         let journal = Journal::of(&output);
         let options = BTreeMap::from([("--stop".to_owned(), json!(["a"])), ("--seed".to_owned(), json!(null))]);
-        let work = Work { model: "here".into(), model_digest: "1".into(), options };
+        let work = Work { model: "here".into(), model_digest: "1".into(), device: "cpu".into(), options };
         let refused = |work: &Work| journal.check(work, &output).unwrap_err().to_string();
         assert!(refused(&work).contains("out.journal is missing"), "{}", refused(&work));
         journal.begin(&work).unwrap();
@@ -203,6 +213,12 @@ mod tests {
         let other = Work { model_digest: "2".into(), ..work.clone() };
         assert!(
             refused(&other).contains("was begun with the model here, and here has other weights"),
+            "{}",
+            refused(&other)
+        );
+        let other = Work { device: "gpu".into(), ..work.clone() };
+        assert!(
+            refused(&other).contains("was begun on the device cpu, and gpu may compute other answers"),
             "{}",
             refused(&other)
         );

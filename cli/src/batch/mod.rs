@@ -224,7 +224,7 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     let waiting = Waiting::on("reading the checkpoint's headers and the prompts", placing.quiet);
     let mut model = Model::open(&placing.model)?;
     let mut preparing = preparing(options, &model)?;
-    let work = work(options)?;
+    let work = work(device, options)?;
     let in_order = !options.as_they_end;
     let opened = match &paths.output {
         Some(path) => Output::open(path, work, in_order)?,
@@ -393,7 +393,7 @@ fn work(options: &Options) -> Result<Work, Failure> {
         given.insert(name.into(), value);
     }
     let model = placing.model.display().to_string();
-    Ok(Work { model, model_digest: journal::digest(&placing.model)?, options: given })
+    Ok(Work { model, model_digest: journal::digest(&placing.model)?, device: device.arithmetic(), options: given })
 }
 
 fn say_beginning(options: &Options, paths: &Paths, tally: &Tally) {

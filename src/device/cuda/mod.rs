@@ -107,6 +107,13 @@ impl Cuda {
         self.0.ordinal as u32
     }
 
+    /// What it is, without its number.
+    #[cfg(feature = "model")]
+    pub(crate) fn model(&self) -> String {
+        let CudaState { name, capability: (major, minor), multiprocessors, .. } = &*self.0;
+        format!("{name} (sm_{major}{minor}, {multiprocessors} multiprocessors)")
+    }
+
     /// How many multiprocessors it has.
     pub fn multiprocessors(&self) -> usize {
         self.0.multiprocessors as usize

@@ -233,6 +233,17 @@ impl Vectors {
         wide.unwrap_or(Self::Plain)
     }
 
+    /// For people.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain code",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => "AVX-512",
+        }
+    }
+
     /// All that this machine has.
     #[cfg(test)]
     pub(super) fn all() -> Vec<Self> {

@@ -193,6 +193,16 @@ impl Kernels for Cpu {
         room::BYTES + tiles
     }
 
+    /// How many threads there are does not matter.
+    fn arithmetic(&self) -> String {
+        let vectors = Vectors::widest().name();
+        #[cfg(target_arch = "x86_64")]
+        let more = [Vnni::of_this_machine().map(|_| " with VNNI"), Amx::wanted().ok().flatten().map(|_| " and AMX")];
+        #[cfg(not(target_arch = "x86_64"))]
+        let more = [None::<&str>];
+        format!("cpu ({vectors}{})", more.into_iter().flatten().collect::<String>())
+    }
+
     fn compute(&self, _: &CpuStream, call: Call<'_, Cpu>) -> Result<()> {
         match call {
             Call::Cast(call) => cast(call),
