@@ -10,6 +10,7 @@ use std::{
     collections::HashMap,
     io::BufRead,
     ops::ControlFlow,
+    panic::{self, AssertUnwindSafe},
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
@@ -119,7 +120,7 @@ pub struct Feed<'a> {
 }
 
 /// Reads lines on a thread of its own, which tokenizes them too: one for each permit. It may wait for its input for ever, so
-/// nobody waits for it.
+/// nobody waits for it; a panic is told as an error.
 fn read<R: BufRead + Send + 'static>(
     mut lines: Lines<R>,
     mut known: Known,
@@ -138,10 +139,15 @@ fn read<R: BufRead + Send + 'static>(
     };
     let read = move || {
         while permits.recv().is_ok() {
-            let happening = match next() {
-                Ok(Some(prepared)) => Happening::Line(Box::new(prepared)),
-                Ok(None) => Happening::Over(Ok(())),
-                Err(error) => Happening::Over(Err(error)),
+            // After a panic nothing is read any more.
+            let happening = match panic::catch_unwind(AssertUnwindSafe(&mut next)) {
+                Ok(Ok(Some(prepared))) => Happening::Line(Box::new(prepared)),
+                Ok(Ok(None)) => Happening::Over(Ok(())),
+                Ok(Err(error)) => Happening::Over(Err(error)),
+                Err(_) => Happening::Over(Err(
+                    "the thread that reads the input panicked; what it said is above. This is a bug, please report it"
+                        .into(),
+                )),
             };
             let is_over = matches!(happening, Happening::Over(_));
             if to.send(happening).is_err() || is_over {
@@ -348,4 +354,54 @@ impl Active {
 /// The tokenizer makes no text of the answer.
 fn unreadable(error: &Failure) -> Refused {
     Refused::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, BufReader, Read};
+
+    use super::*;
+    use crate::{batch::prepare::Words, sampling::SamplingOptions};
+
+    struct Panics;
+
+    impl Read for Panics {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            panic!("on purpose")
+        }
+    }
+
+    /// Of a model without a tokenizer.
+    fn preparing() -> Preparing {
+        let words = Words { text: None, template: None, raw: false, system: None, thinking: None, in_words: false };
+        Preparing {
+            words,
+            sampling: SamplingOptions::default(),
+            stop: Vec::new(),
+            most: 1,
+            name: String::new(),
+            suggested: Default::default(),
+            stop_tokens: Vec::new(),
+            vocab: 9,
+            context: 9,
+            max_positions: 9,
+        }
+    }
+
+    #[test]
+    fn a_panic_where_the_input_is_read_ends_the_batch_with_an_error() {
+        let input = Lines::new(BufReader::new((&br#"{"prompt_ids": [1]}"#[..]).chain(&b"\n"[..]).chain(Panics)));
+        let (to, happenings) = mpsc::channel();
+        let (permit, permits) = mpsc::channel();
+        // A batch that runs has this end too: the channel is never closed.
+        read(input, Known::default(), Arc::new(preparing()), permits, to.clone()).unwrap();
+        let mut next = || {
+            permit.send(()).unwrap();
+            happenings.recv_timeout(Duration::from_secs(20)).expect("it says something")
+        };
+        assert!(matches!(next(), Happening::Line(prepared) if prepared.job.is_ok()));
+        let Happening::Over(Err(error)) = next() else { panic!("not an error") };
+        assert!(error.to_string().contains("reads the input panicked"), "{error}");
+        drop(to);
+    }
 }
