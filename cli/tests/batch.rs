@@ -397,6 +397,24 @@ fn openais_form_is_answered_in_openais_form() {
 }
 
 #[test]
+fn a_text_that_cannot_fit_is_refused_by_its_bytes_before_it_is_cut_into_tokens() {
+    let long = "7=".repeat(1 << 20);
+    let body = json!({ "prompt": long, "temperature": 0 });
+    let batch = Batch::of(&[
+        json!({ "prompt": long }),
+        json!({ "prompt": "7=" }),
+        json!({ "custom_id": "x", "method": "POST", "url": "/v1/completions", "body": body }),
+    ]);
+    let answers = batch.answers(&[]);
+    let openai = &answers[2]["response"]["body"]["error"]["message"];
+    for said in [&answers[0]["error"], openai] {
+        let said = said.as_str().unwrap();
+        assert!(said.contains("has 2097152 bytes, more than ") && said.contains(" tokens can be"), "{said}");
+    }
+    assert_eq!(answers[1]["text"], " seven");
+}
+
+#[test]
 fn conversations_go_through_the_chat_template() {
     let model = copy_of(&speller());
     let template = "{% for turn in messages %}{% if turn.role == 'user' %}{{ turn.content }}={% endif %}{% endfor %}";

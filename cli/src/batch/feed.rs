@@ -385,6 +385,7 @@ mod tests {
             vocab: 9,
             context: 9,
             max_positions: 9,
+            longest_token: 1,
         }
     }
 

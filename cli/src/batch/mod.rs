@@ -347,6 +347,7 @@ fn preparing(options: &Options, model: &Model) -> Result<Preparing, Failure> {
     }
     // Whatever is out of range is known before anything is loaded.
     sampling.over(&model.config.suggested.sampling, || 0)?;
+    let longest_token = text.as_ref().map_or(1, Text::longest_token);
     let words = Words {
         text: text.map(Arc::new),
         template,
@@ -371,11 +372,12 @@ fn preparing(options: &Options, model: &Model) -> Result<Preparing, Failure> {
         vocab: model.config.vocab,
         context: model.config.max_positions,
         max_positions: model.config.max_positions,
+        longest_token,
     })
 }
 
 /// All that answers depend on, beside the input.
-fn work(options: &Options) -> Result<Work, Failure> {
+fn work<D: Kernels>(device: &D, options: &Options) -> Result<Work, Failure> {
     let Options { placing, talk, sampling, raw, print_ids, stop, .. } = options;
     let mut given: BTreeMap<String, Value> = BTreeMap::new();
     if let Value::Object(values) = serde_json::to_value(sampling)? {

@@ -38,6 +38,8 @@ pub struct Preparing {
     pub context: usize,
     /// The most that the model was made for.
     pub max_positions: usize,
+    /// Bytes of the tokenizer's longest token.
+    pub longest_token: usize,
 }
 
 /// How text goes in and out.
@@ -92,10 +94,29 @@ impl Preparing {
             return Err(Refused::field("prompt", format!("token {id} is not in the vocabulary of {}", self.vocab)));
         }
         if length > context {
-            let remedy = if context < self.max_positions { "raise --context" } else { "give a shorter one" };
+            let remedy = self.remedy();
             return Err(Refused::field("prompt", format!("is {length} tokens long, the context {context}; {remedy}")));
         }
         Ok(job)
+    }
+
+    /// What helps where a prompt is longer than the context.
+    fn remedy(&self) -> &'static str {
+        if self.context < self.max_positions { "raise --context" } else { "give a shorter one" }
+    }
+
+    /// Bytes that a text may have: a longer one has more tokens than the context. To cut it into tokens would take memory and time, for
+    /// nothing.
+    fn longest_text(&self) -> usize {
+        self.context.saturating_mul(self.longest_token)
+    }
+
+    fn check_text(&self, name: &'static str, text: &str) -> Result<(), Refused> {
+        if text.len() <= self.longest_text() {
+            return Ok(());
+        }
+        let (length, context, remedy) = (text.len(), self.context, self.remedy());
+        Err(Refused::field(name, format!("has {length} bytes, more than {context} tokens can be; {remedy}")))
     }
 
     /// The seed of a line that has none: each draws by another, whatever the other lines are.
@@ -135,7 +156,7 @@ impl Preparing {
             name: None,
             vocab: self.vocab,
             context: self.context,
-            longest_text: usize::MAX,
+            longest_text: self.longest_text(),
             most: usize::MAX,
             usual: Some(self.most),
             sampling: sampling.unwrap_or_default(),
@@ -171,6 +192,7 @@ impl Preparing {
             Prompt::Ids(ids) => return Ok((ids, false)),
             Prompt::Text(prompt) if *raw || template.is_none() => {
                 let text = text.as_ref().ok_or_else(no_tokenizer)?;
+                self.check_text(name, &prompt)?;
                 return Ok((text.encode(&prompt).map_err(refused(name))?, false));
             }
             Prompt::Text(prompt) => {
@@ -184,6 +206,7 @@ impl Preparing {
         };
         let rendered = template.render(&turns, *thinking).map_err(refused(name))?;
         let text = text.as_ref().ok_or_else(no_tokenizer)?;
+        self.check_text(name, &rendered)?;
         Ok((text.encode_turns(&rendered).map_err(refused(name))?, true))
     }
 

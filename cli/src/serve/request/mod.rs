@@ -112,9 +112,8 @@ fn check_text(terms: &Terms<'_>, name: &str, length: usize) -> Result<(), Refuse
         return Ok(());
     }
     let most = terms.context;
-    let cause = format!(
-        "has {length} bytes, more than {most} tokens can be: shorten it, or start the server with a larger --context"
-    );
+    let cause =
+        format!("has {length} bytes, more than {most} tokens can be: shorten it, or start with a larger --context");
     Err(Refused::field(name, cause).with_code("context_length_exceeded"))
 }
 
