@@ -12,5 +12,7 @@ mod answers;
 mod clients;
 #[path = "serve/ending.rs"]
 mod ending;
+#[path = "serve/page.rs"]
+mod page;
 #[path = "serve/refusals.rs"]
 mod refusals;
