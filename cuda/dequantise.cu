@@ -138,6 +138,15 @@ struct Nf4 {
 // Threads of a block that make patches side by side, and one below the other.
 constexpr int kSide = 16, kThreads = kSide * kSide;
 
+// The scales of eight rows. Those of 32 bytes are two units, since they need not be aligned for one access.
+template <typename Scale>
+struct Scales {
+  static constexpr int kWide = 16 / sizeof(Scale), kUnits = 8 / kWide;
+  Vec<Scale, kWide> units[kUnits];
+
+  __device__ Scale& at(int row) { return units[row / kWide].at[row % kWide]; }
+};
+
 // Of the formats with zeros: the tensors, and the matrix's sizes.
 template <typename Scale>
 struct Matrix {
@@ -147,6 +156,7 @@ struct Matrix {
   const uint32_t* order;  // the group of each column, or null
   uint32_t rows, octets;  // of columns, in a row
   uint32_t groups, group_octets;
+  uint32_t pitch;  // of a table of all groups. Odd, so that rows of it begin in different banks
   float added;  // to each zero
 
   Matrix(const void* const inputs[], const lsk_recipe& recipe)
@@ -158,15 +168,17 @@ struct Matrix {
         octets(uint32_t(recipe.columns / 8)),
         groups(uint32_t(recipe.columns / recipe.block_columns)),
         group_octets(uint32_t(recipe.block_columns / 8)),
+        pitch(groups | 1),
         added(float(recipe.zero)) {}
 
-  // The groups of eight columns, by the order. One that there is not is the last.
-  __device__ void groups_of(uint32_t octet, uint32_t (&of)[8]) const {
+  // The groups of N columns, by the order. One that there is not is the last.
+  template <int N>
+  __device__ void groups_of(uint32_t column, uint32_t (&of)[N]) const {
 #pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-      const Vec<uint32_t, 4> four = load<4>(order + size_t(octet) * 8 + half);
+    for (int from = 0; from < N; from += 4) {
+      const Vec<uint32_t, 4> four = load<4>(order + column + from);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) of[half + i] = four.at[i] < groups ? four.at[i] : groups - 1;
+      for (int i = 0; i < 4; ++i) of[from + i] = four.at[i] < groups ? four.at[i] : groups - 1;
     }
   }
 };
@@ -179,8 +191,11 @@ struct Patch {
 // compressed-tensors' int4: everything row by row, but that a word has the zeros of eight rows.
 struct Rows {
   static constexpr bool kShared = false, kMayHaveOrder = true;
-  // The matrix's rows are a multiple of the first; the second is how many patches of a warp are side by side.
-  static constexpr int kRows = 1, kBeside = 16;
+  // The matrix's rows are a multiple of the first; the second is how many patches of a warp are side by side; with an order
+  // the third is how many of a block are below each other.
+  static constexpr int kRows = 1, kBeside = 16, kBelow = 1;
+  // Scales of so many bytes and more are read from a table where groups are mixed.
+  static constexpr size_t kTabled = 2;
 
   // Where in a word a row's zero is.
   __device__ static int place(int row) { return row; }
@@ -199,9 +214,9 @@ struct Rows {
   __device__ static uint32_t code(const uint32_t (&words)[8], int row, int column) { return words[row] >> 4 * column; }
 
   template <typename Scale>
-  __device__ static void scales(const Matrix<Scale>& matrix, Patch patch, uint32_t group, float (&scales)[8]) {
+  __device__ static void scales(const Matrix<Scale>& matrix, Patch patch, uint32_t group, Scales<Scale>& scales) {
 #pragma unroll
-    for (int r = 0; r < 8; ++r) scales[r] = widen(matrix.scales[row_of(matrix, patch, r) * matrix.groups + group]);
+    for (int r = 0; r < 8; ++r) scales.at(r) = matrix.scales[row_of(matrix, patch, r) * matrix.groups + group];
   }
   template <typename Scale>
   __device__ static uint32_t zeros(const Matrix<Scale>& matrix, Patch patch, uint32_t group) {
@@ -214,16 +229,10 @@ struct ByGroup {
   static constexpr int kRows = 8;
 
   template <typename Scale>
-  __device__ static void scales(const Matrix<Scale>& matrix, Patch patch, uint32_t group, float (&scales)[8]) {
-    // Two accesses where one would be of 32 bytes, for which they need not be aligned.
-    constexpr int kWide = sizeof(Scale) == 2 ? 8 : 4;
+  __device__ static void scales(const Matrix<Scale>& matrix, Patch patch, uint32_t group, Scales<Scale>& scales) {
+    const Scale* const from = matrix.scales + size_t(group) * matrix.rows + patch.down * 8;
 #pragma unroll
-    for (int r = 0; r < 8; r += kWide) {
-      float wide[kWide];
-      widen(load<kWide>(matrix.scales + size_t(group) * matrix.rows + patch.down * 8 + r), wide);
-#pragma unroll
-      for (int i = 0; i < kWide; ++i) scales[r + i] = wide[i];
-    }
+    for (int u = 0; u < scales.kUnits; ++u) scales.units[u] = load<Scales<Scale>::kWide>(from + u * scales.kWide);
   }
   template <typename Scale>
   __device__ static uint32_t zeros(const Matrix<Scale>& matrix, Patch patch, uint32_t group) {
@@ -235,7 +244,8 @@ struct ByGroup {
 struct Gptq : ByGroup {
   static constexpr bool kShared = false, kMayHaveOrder = true;
   // What a warp reads lies together where its patches are below each other, what it writes where they are side by side.
-  static constexpr int kBeside = 4;
+  static constexpr int kBeside = 4, kBelow = 4;
+  static constexpr size_t kTabled = 4;
 
   __device__ static int place(int row) { return row; }
 
@@ -283,7 +293,7 @@ struct Awq : ByGroup {
 // The lowest four bits, and 2^23: less another such number it is exact.
 __device__ inline float number_of(uint32_t code) { return __uint_as_float(0x4b000000 | (code & 15)); }
 
-template <typename Format, typename Scale, typename Out, bool kOrder>
+template <typename Format, typename Scale, typename Out>
 __global__ void __launch_bounds__(kThreads) patches(Out* out, const Matrix<Scale> matrix) {
   const uint32_t tiles = (matrix.octets + kSide - 1) / kSide;
   constexpr uint32_t kBeside = Format::kBeside, kBelow = 32 / kBeside, kWarpsBeside = kSide / kBeside;
@@ -295,48 +305,101 @@ __global__ void __launch_bounds__(kThreads) patches(Out* out, const Matrix<Scale
   if (patch.across >= matrix.octets || patch.down * 8 >= matrix.rows) return;
   if constexpr (!Format::kShared) Format::codes(matrix, patch, words);
 
-  uint32_t groups[8] = {patch.across / matrix.group_octets};
-  if constexpr (kOrder) matrix.groups_of(patch.across, groups);
-  float scales[8];
-  uint32_t zeros;
-  const auto begin = [&](uint32_t group) {
-    Format::scales(matrix, patch, group, scales);
-    zeros = matrix.zeros == nullptr ? 0x88888888 : Format::zeros(matrix, patch, group);
-  };
-  const auto weight = [&](int r, int c) {
-    const float zero = number_of(zeros >> 4 * Format::place(r)) + matrix.added;
-    return (number_of(Format::code(words, r, c)) - zero) * scales[r];
-  };
+  Scales<Scale> scales;
+  const uint32_t group = patch.across / matrix.group_octets;
+  Format::scales(matrix, patch, group, scales);
+  const uint32_t zeros = matrix.zeros == nullptr ? 0x88888888 : Format::zeros(matrix, patch, group);
   out += size_t(patch.down) * 8 * matrix.octets * 8 + patch.across * 8;
-  const auto row = [&](int r) { return out + size_t(r) * matrix.octets * 8; };
-  const int rows = matrix.rows - patch.down * 8 < 8 ? int(matrix.rows - patch.down * 8) : 8;
-  if constexpr (!kOrder) {
-    begin(groups[0]);
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    if (patch.down * 8 + r >= matrix.rows) return;
+    const float zero = number_of(zeros >> 4 * Format::place(r)) + matrix.added, scale = widen(scales.at(r));
+    float weights[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) weights[c] = (number_of(Format::code(words, r, c)) - zero) * scale;
+    store_eight(out + size_t(r) * matrix.octets * 8, weights);
+  }
+}
+
+// The same of columns whose groups are mixed. A thread makes patches of eight rows and 16 bytes of each, column after column:
+// each has its own scales, for which there is no room at once. With a table a block first puts the scales and zeros of its
+// rows, of all groups, in shared memory. From there eight rows are read at once, and of any groups.
+//
+// One kind asks for as many registers as it can have: left to itself the compiler gives it too few.
+template <typename Format, typename Scale, typename Out, bool kTable>
+__global__ void __launch_bounds__(2 * kThreads, kTable || Format::kRows == 8 || sizeof(Out) == 2 ? 0 : 1) mixed(Out* out, const Matrix<Scale> matrix) {
+  constexpr uint32_t kColumns = 16 / sizeof(Out), kParts = 8 / kColumns, kUnits = sizeof(Scale) / 2, kBelow = Format::kBelow;
+  LSK_DYNAMIC_SHARED(shared);
+  auto* const scale_table = reinterpret_cast<Vec<Scale, 8 / kUnits>*>(shared);
+  auto* const zero_table = reinterpret_cast<uint32_t*>(scale_table + kBelow * kUnits * matrix.pitch);
+
+  const uint32_t across = matrix.octets * kParts, beside = blockDim.x / kBelow, strips = (across + beside - 1) / beside;
+  const uint32_t top = blockIdx.x / strips * kBelow, below = threadIdx.x % kBelow, down = top + below;
+  const uint32_t at = blockIdx.x % strips * beside + threadIdx.x / kBelow;
+  const bool inside = at < across && down * 8 < matrix.rows;
+  const Patch patch = {down, at / kParts};
+  uint32_t words[8], groups[kColumns];
+  if (inside) {
+    Format::codes(matrix, patch, words);
+    matrix.groups_of(at * kColumns, groups);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) words[r] >>= at % kParts * kColumns * 4;
+  }
+  if constexpr (kTable) {
+    for (uint32_t i = threadIdx.x; i < kBelow * matrix.groups; i += blockDim.x) {
+      const uint32_t eight = i % kBelow, group = i / kBelow;
+      const Patch left = {top + eight, 0};
+      if (left.down * 8 >= matrix.rows) continue;
+      Scales<Scale> scales;
+      Format::scales(matrix, left, group, scales);
+#pragma unroll
+      for (uint32_t u = 0; u < kUnits; ++u) scale_table[(eight * kUnits + u) * matrix.pitch + group] = scales.units[u];
+      if (matrix.zeros != nullptr) zero_table[eight * matrix.pitch + group] = Format::zeros(matrix, left, group);
+    }
+    __syncthreads();
+  }
+  if (!inside) return;
+  uint32_t zeros = 0x88888888;
+  Vec<Out, kColumns> made[8];
+#pragma unroll
+  for (uint32_t c = 0; c < kColumns; ++c) {
+    Scales<Scale> scales;
+    if constexpr (kTable) {
+#pragma unroll
+      for (uint32_t u = 0; u < kUnits; ++u) scales.units[u] = scale_table[(below * kUnits + u) * matrix.pitch + groups[c]];
+      if (matrix.zeros != nullptr) zeros = zero_table[below * matrix.pitch + groups[c]];
+    } else {
+      Format::scales(matrix, patch, groups[c], scales);
+      if (matrix.zeros != nullptr) zeros = Format::zeros(matrix, patch, groups[c]);
+    }
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-      if (r >= rows) return;
-      float weights[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) weights[c] = weight(r, c);
-      store_eight(row(r), weights);
-    }
-  } else {
-    // Column after column, since each has its own scales, for which a thread has no room at once. Rows are kept as they will be stored.
-    constexpr int kWide = 16 / sizeof(Out);
-    Vec<Out, kWide> made[8][8 / kWide];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      begin(groups[c]);
-#pragma unroll
-      for (int r = 0; r < 8; ++r) narrow(weight(r, c), &made[r][c / kWide].at[c % kWide]);
-    }
-#pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      if (r >= rows) return;
-#pragma unroll
-      for (int i = 0; i < 8 / kWide; ++i) store(row(r) + i * kWide, made[r][i]);
+      const float zero = number_of(zeros >> 4 * Format::place(r)) + matrix.added;
+      narrow((number_of(Format::code(words, r, c)) - zero) * widen(scales.at(r)), &made[r].at[c]);
     }
   }
+  out += size_t(down) * 8 * matrix.octets * 8 + at * kColumns;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    if (down * 8 + r >= matrix.rows) return;
+    store(out + size_t(r) * matrix.octets * 8, made[r]);
+  }
+}
+
+template <typename Format, typename Scale, typename Out>
+cudaError_t launch_mixed(Out* out, const Matrix<Scale>& matrix, cudaStream_t stream) {
+  constexpr int64_t kColumns = 16 / sizeof(Out), kBelow = Format::kBelow;
+  // With a larger table too few blocks would fit in a multiprocessor.
+  const size_t table = kBelow * size_t(matrix.pitch) * (8 * sizeof(Scale) + sizeof(uint32_t));
+  constexpr bool kTable = sizeof(Scale) >= Format::kTabled;
+  const bool fits = kTable && table <= 48 * 1024;
+  // More threads share a larger table.
+  const int64_t threads = fits && matrix.groups > 64 ? 2 * kThreads : kThreads, beside = threads / kBelow;
+  const int64_t across = matrix.octets * int64_t(8 / kColumns), bands = (int64_t(matrix.rows) + 8 * kBelow - 1) / (8 * kBelow);
+  const int64_t count = bands * ((across + beside - 1) / beside);
+  if (count >= kMost) return cudaErrorInvalidValue;
+  return lsk_launch(fits ? mixed<Format, Scale, Out, kTable> : mixed<Format, Scale, Out, false>, dim3(unsigned(count)),
+                    dim3(unsigned(threads)), fits ? table : 0, stream, out, matrix);
 }
 
 template <typename Format, typename Scale, typename Out>
@@ -345,12 +408,12 @@ cudaError_t launch_patches(void* out, const void* const inputs[], const lsk_reci
   const int64_t count = tiles(recipe.rows) * tiles(recipe.columns);
   const bool whole = recipe.block_columns % 8 == 0 && recipe.columns % recipe.block_columns == 0;
   if (!whole || recipe.rows % Format::kRows != 0 || count >= kMost) return cudaErrorInvalidValue;
-  auto kernel = patches<Format, Scale, Out, false>;
+  const Matrix<Scale> matrix(inputs, recipe);
   if constexpr (Format::kMayHaveOrder) {
-    if (recipe.order) kernel = patches<Format, Scale, Out, true>;
+    if (recipe.order) return launch_mixed<Format>(static_cast<Out*>(out), matrix, stream);
   }
-  return lsk_launch(kernel, dim3(unsigned(count)), dim3(kThreads), 0, stream, static_cast<Out*>(out),
-                    Matrix<Scale>(inputs, recipe));
+  return lsk_launch(patches<Format, Scale, Out>, dim3(unsigned(count)), dim3(kThreads), 0, stream,
+                    static_cast<Out*>(out), matrix);
 }
 
 // By units of so many weights.
@@ -399,9 +462,10 @@ cudaError_t launch_to(void* out, const void* const inputs[], const lsk_recipe& r
 
 template <typename Out, typename Scale>
 cudaError_t load_scaled() {
-  return load_kernels(elementwise<Fp8<Scale, Out, 8>>, elementwise<Fp8<Scale, Out, 1>>, patches<Rows, Scale, Out, false>,
-                      patches<Rows, Scale, Out, true>, patches<Gptq, Scale, Out, false>, patches<Gptq, Scale, Out, true>,
-                      patches<Awq, Scale, Out, false>);
+  return load_kernels(elementwise<Fp8<Scale, Out, 8>>, elementwise<Fp8<Scale, Out, 1>>, patches<Rows, Scale, Out>,
+                      patches<Gptq, Scale, Out>, patches<Awq, Scale, Out>, mixed<Rows, Scale, Out, false>,
+                      mixed<Rows, Scale, Out, true>, mixed<Gptq, Scale, Out, false>,
+                      mixed<Gptq, Scale, Out, sizeof(Scale) >= Gptq::kTabled>);
 }
 
 template <typename Out>
