@@ -268,12 +268,19 @@ impl Kernels for AnyDevice {
         on!(self => |device| device.check_head_size(size))
     }
 
-    fn product_rows(&self) -> usize {
+    fn product_rows(&self, tokens: usize) -> usize {
         match self {
-            Any::Cpu(device) => device.product_rows(),
             #[cfg(feature = "cuda")]
-            Any::Cuda(device) => device.product_rows(),
-            _ => 1,
+            Any::Cuda(device) => device.product_rows(tokens),
+            _ => tokens,
+        }
+    }
+
+    fn block_tokens(&self, token_bytes: usize) -> usize {
+        match self {
+            #[cfg(feature = "cuda")]
+            Any::Cuda(device) => device.block_tokens(token_bytes),
+            _ => Cpu.block_tokens(token_bytes),
         }
     }
 

@@ -8,8 +8,9 @@ use std::{ffi::c_int, ops::RangeInclusive};
 use super::{
     Kernels, PAGE, Precision, RopeLayout,
     call::*,
-    cublas::{Cublas, WORKSPACE},
+    cublas::Tensors,
     fit::check,
+    product::{self, Product, Products},
 };
 use crate::{
     device::{
@@ -36,7 +37,7 @@ const SOFT_CAPS: RangeInclusive<f32> = 1e-4..=1e4;
 
 /// What a stream that was prepared has of its own.
 struct Math {
-    cublas: Cublas,
+    products: Products,
     scratch: CudaMemory,
 }
 
@@ -67,21 +68,15 @@ impl Cuda {
 
     fn linear(&self, stream: &CudaStream, call: Linear<'_, Cuda>) -> Result<()> {
         let Linear { x, weight, bias, out, T, K, N } = call;
-        let math = math("linear", stream)?;
+        let products = &math("linear", stream)?.products;
         if T * N == 0 {
             return Ok(());
         }
-        if let Some(bias) = bias {
-            // SAFETY: the checks found N biases in BF16 and an `out` [T, N] of that type; both are device memory whose use
-            // `stream` orders.
-            self.launch("linear", || unsafe {
-                sys::lsk_broadcast_row(to(&out), code_of(out.dtype()), at(bias), T as i64, N as i64, stream.raw())
-            })?;
-        }
-        let beta = if bias.is_some() { 1.0 } else { 0.0 };
-        // SAFETY: the checks found `x` [T, K] and `weight` [N, K] in BF16 and `out` [T, N]; all are device memory whose use
-        // `stream` orders, which is the stream of `math`.
-        unsafe { math.cublas.product([T, K, N], (x.ptr(), weight.ptr()), beta, (out.ptr(), out.dtype())) }
+        let tensors = Tensors { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
+        let product = Product { sizes: [T, K, N], tensors, out: out.dtype(), bias: bias.map(|bias| bias.ptr()) };
+        // SAFETY: the checks found `x` [T, K], `weight` [N, K] and N biases in BF16 and `out` [T, N]; all are device memory whose use
+        // `stream` orders, which is the stream of `products`.
+        unsafe { products.enqueue(product, stream) }
     }
 
     fn attention(&self, stream: &CudaStream, call: Attention<'_, Cuda>) -> Result<()> {
@@ -138,9 +133,8 @@ fn math<'a>(kernel: &'static str, stream: &'a CudaStream) -> Result<&'a Math> {
     })
 }
 
-/// Rows of a product: cuBLAS adds up in another order for other numbers of rows, as a rule. The weights of so few take about as long
-/// to be read as the product takes to compute (on an H200 up to 1.2 times what one row takes), and so many are worth it.
-const PRODUCT_ROWS: usize = 128;
+/// Tokens that go through a layer at once in any case.
+const LEAST_BLOCK: usize = 256;
 
 impl Kernels for Cuda {
     fn precision(&self) -> Precision {
@@ -153,13 +147,14 @@ impl Kernels for Cuda {
     }
 
     /// Starts cuBLAS for this stream, with a workspace of its own, and reserves what attention needs. The crate's own kernels
-    /// are loaded with the device. cuBLAS loads each of its kernels when a product first needs it, which may allocate device
-    /// memory: so may the first pass of a new shape, and none after it.
+    /// are loaded with the device. The first product of a shape waits for the stream, while algorithms of cuBLAS are tried. cuBLAS
+    /// loads each of its kernels when a product first needs it, which may allocate device memory. So may the first pass of a new
+    /// shape, and none after it.
     fn prepare(&self, stream: &CudaStream) -> Result<()> {
         if stream.math.get().is_none() {
             self.bind_thread()?;
             let scratch = self.allocate("attention's scratch", self.attention_scratch())?;
-            let math = Math { cublas: Cublas::new(self, stream)?, scratch };
+            let math = Math { products: Products::new(self)?, scratch };
             stream.math.get_or_init(|| Box::new(math));
         }
         Ok(())
@@ -171,12 +166,18 @@ impl Kernels for Cuda {
         })
     }
 
-    fn product_rows(&self) -> usize {
-        PRODUCT_ROWS
+    fn product_rows(&self, tokens: usize) -> usize {
+        product::rows(tokens)
+    }
+
+    /// As many as cuBLAS takes at once, unless their activations would take more than a 64th of the GPU's memory.
+    fn block_tokens(&self, token_bytes: usize) -> usize {
+        let room = self.memory().map_or(0, |(_, total)| total / 64) / token_bytes.max(1);
+        if room == 0 { LEAST_BLOCK } else { (1 << room.ilog2()).clamp(LEAST_BLOCK, product::MOST_ROWS) }
     }
 
     fn scratch_bytes(&self) -> usize {
-        WORKSPACE + self.attention_scratch()
+        product::SCRATCH + self.attention_scratch()
     }
 
     fn compute(&self, stream: &CudaStream, call: Call<'_, Cuda>) -> Result<()> {

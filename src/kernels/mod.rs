@@ -12,10 +12,9 @@ mod cublas;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod fit;
+#[cfg(feature = "cuda")]
+mod product;
 mod table;
-
-#[cfg(cuda_emulated)]
-pub(crate) use cpu::product;
 
 use call::{Call, argument, fit, methods};
 use fit::{Dim, Fit, Pattern, Type};
@@ -119,16 +118,20 @@ pub trait Kernels: Device {
         Ok(())
     }
 
-    /// How many rows of `x` [`linear`](Self::linear) must be given at once for a row's bits to depend neither on how many there are
-    /// nor on its place among them; those that are missing may be any. 1: they never do.
-    fn product_rows(&self) -> usize {
-        1
+    /// How many rows [`linear`](Self::linear) should be given where there are so many tokens; those that are missing may be any. The fewer
+    /// sizes there are, the fewer shapes have their first product.
+    fn product_rows(&self, tokens: usize) -> usize {
+        tokens
     }
 
     /// What the bits of results depend on, in words: devices that say the same compute the same, by the same build.
     fn arithmetic(&self) -> String {
         self.describe()
     }
+
+    /// How many tokens should go through a layer at once, at most, where the activations of each take so many bytes. Each block of so many
+    /// reads all weights.
+    fn block_tokens(&self, token_bytes: usize) -> usize;
 
     /// Memory that the kernels take for themselves at most, in bytes.
     fn scratch_bytes(&self) -> usize;

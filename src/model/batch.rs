@@ -2,9 +2,6 @@
 
 use std::ops::Range;
 
-/// Tokens that go through a layer at once.
-pub(super) const BLOCK: usize = 256;
-
 /// New tokens of one sequence of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequence<'a> {
@@ -25,6 +22,8 @@ pub(super) struct Pass {
     before: usize,
     /// Tokens in this pass.
     pub(super) tokens: usize,
+    /// Tokens that go through a layer at once, at most.
+    block: usize,
     /// Sequences of the whole batch; some may have no token in this pass.
     pub(super) sequences: usize,
     /// Pages of the sequence that has most by the end of the batch.
@@ -57,9 +56,9 @@ struct Piece {
     tokens: Range<usize>,
 }
 
-/// The batch as passes of at most so many tokens, whose sequences have at most so many pages. Where the tokens are a multiple of
-/// [`BLOCK`], blocks are those of a single pass.
-pub(super) fn passes(batch: &[Sequence<'_>], most: usize, pages: usize) -> impl Iterator<Item = Pass> {
+/// The batch as passes of at most so many tokens, in blocks of so many, whose sequences have at most so many pages. Where the tokens are a
+/// multiple of a block's, blocks are those of a single pass.
+pub(super) fn passes(batch: &[Sequence<'_>], [most, block]: [usize; 2], pages: usize) -> impl Iterator<Item = Pass> {
     let all: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
     let ended = |by: usize| {
         let ends = batch.iter().scan(0, |end, sequence| {
@@ -71,14 +70,14 @@ pub(super) fn passes(batch: &[Sequence<'_>], most: usize, pages: usize) -> impl 
     (0..all).step_by(most).map(move |before| {
         let tokens = most.min(all - before);
         let ended = [ended(before), ended(before + tokens)];
-        Pass { before, tokens, sequences: batch.len(), pages, ended }
+        Pass { before, tokens, block, sequences: batch.len(), pages, ended }
     })
 }
 
 impl Pass {
-    /// The longest words there can be: of so many tokens of so many sequences that have so many pages each.
-    pub(super) fn most_words(tokens: usize, sequences: usize, pages: usize) -> usize {
-        let blocks = tokens.div_ceil(BLOCK);
+    /// The longest words there can be: of so many tokens, in blocks of so many, of so many sequences that have so many pages each.
+    pub(super) fn most_words([tokens, block]: [usize; 2], sequences: usize, pages: usize) -> usize {
+        let blocks = tokens.div_ceil(block);
         let pass = Self { tokens, sequences, pages, ..Self::default() };
         // The end of a block is in the middle of one sequence at most.
         pass.block_words().saturating_add(2 * (sequences + blocks) + blocks)
@@ -102,8 +101,8 @@ impl Pass {
     /// Its tokens in blocks.
     pub(super) fn blocks(self, batch: &[Sequence<'_>]) -> impl Iterator<Item = Block> {
         let (mut first, mut words) = ((0, 0), self.block_words());
-        (0..self.tokens).step_by(BLOCK).map(move |start| {
-            let tokens = BLOCK.min(self.tokens - start);
+        (0..self.tokens).step_by(self.block).map(move |start| {
+            let tokens = self.block.min(self.tokens - start);
             while first.1 + batch[first.0].tokens.len() <= self.before + start {
                 first = (first.0 + 1, first.1 + batch[first.0].tokens.len());
             }
@@ -208,10 +207,13 @@ impl Pass {
 mod tests {
     use super::*;
 
+    /// Tokens of a block.
+    const BLOCK: usize = 256;
+
     const LENGTHS: [usize; 4] = [300, 1, 500, 7];
 
     fn words(pass: Pass, batch: &[Sequence<'_>]) -> Vec<u32> {
-        let mut words = vec![u32::MAX; Pass::most_words(pass.tokens, 4, 9)];
+        let mut words = vec![u32::MAX; Pass::most_words([pass.tokens, BLOCK], 4, 9)];
         let pages = [&[5, 6, 1, 2, 3][..], &[7], &[8; 9], &[4]];
         let count = pass.fill(&mut words, batch, |row| [9, 0, 4, 2][row], |row| pages[3 - row]);
         words.truncate(count);
@@ -229,12 +231,12 @@ mod tests {
     fn in_passes_of_whole_blocks_each_block_is_told_what_it_is_told_in_a_single_pass() {
         let ids: Vec<u32> = (0..500).collect();
         let batch: Vec<_> = (0..4).map(|i| Sequence { row: 3 - i, tokens: &ids[..LENGTHS[i]] }).collect();
-        let [whole] = passes(&batch, 1000, 9).collect::<Vec<_>>()[..] else { panic!("several passes") };
+        let [whole] = passes(&batch, [1000, BLOCK], 9).collect::<Vec<_>>()[..] else { panic!("several passes") };
         assert!(whole.is_whole() && whole.ending() == (0..4));
         let all = words(whole, &batch);
         let blocks: Vec<_> = whole.blocks(&batch).collect();
         let mut ends = 0;
-        for pass in passes(&batch, 2 * BLOCK, 9) {
+        for pass in passes(&batch, [2 * BLOCK, BLOCK], 9) {
             let found = words(pass, &batch);
             assert_eq!(found[..pass.tokens], all[pass.before..][..pass.tokens], "ids");
             assert!(pass.ids(&batch).eq(found[..pass.tokens].iter().copied()));
@@ -258,7 +260,7 @@ mod tests {
     #[test]
     fn a_block_is_told_of_the_sequences_that_have_tokens_in_it_alone() {
         let batch: Vec<_> = (0..4).map(|row| Sequence { row: 3 - row, tokens: &[5; 500][..LENGTHS[row]] }).collect();
-        let [pass] = passes(&batch, 1000, 9).collect::<Vec<_>>()[..] else { panic!("several passes") };
+        let [pass] = passes(&batch, [1000, BLOCK], 9).collect::<Vec<_>>()[..] else { panic!("several passes") };
         let words = words(pass, &batch);
         let found: Vec<_> = pass.blocks(&batch).map(|block| told(pass, block, &words)).collect();
         let nine = |pages: &[&[u32]]| {

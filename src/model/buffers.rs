@@ -1,7 +1,7 @@
 //! What a decoder reserves on its device besides the weights: how large, and where each part lies.
 
 use super::{
-    batch::{BLOCK, Pass},
+    batch::Pass,
     config::{ModelConfig, Norms},
     embedding::EmbeddingRows,
     exchange::Exchange,
@@ -22,22 +22,8 @@ use crate::{
 pub(super) const HEAD_BLOCK: usize = 16;
 
 /// Tokens that a pass of several sequences may always have, if the cache holds that many: where weights come over a link, their
-/// computing takes about as long as a layer takes to come, so that more at once would win little. Whole blocks.
-const PASS_TOKENS: usize = 32 * BLOCK;
-
-/// How many rows a product has at once where there are so many tokens in a block: all of them, or a number that never differs, where a
-/// row's bits depend on it.
-pub(super) fn product_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
-    match device.product_rows() {
-        1 => tokens,
-        rows => rows,
-    }
-}
-
-/// The same of the output head, of which no more than [`HEAD_BLOCK`] tokens come at once.
-pub(super) fn head_rows<D: Kernels>(device: &D, tokens: usize) -> usize {
-    if device.product_rows() == 1 { tokens } else { HEAD_BLOCK }
-}
+/// computing takes about as long as a layer takes to come, so that more at once would win little.
+const PASS_TOKENS: usize = 8192;
 
 /// How much a decoder's KV cache holds. It lies in pages of [`PAGE`] tokens, of which each sequence takes as many as its tokens need.
 ///
@@ -85,6 +71,8 @@ pub(super) struct Capacity {
     /// The most tokens in a pass: all that the cache holds, or else whole blocks of them. The residual stream and the words
     /// that describe a pass are sized by it; a batch with more tokens takes several passes.
     pub(super) pass_tokens: usize,
+    /// The most tokens that go through a layer at once.
+    pub(super) block: usize,
 }
 
 impl Capacity {
@@ -92,7 +80,7 @@ impl Capacity {
     ///
     /// # Errors
     /// [`Error::Setting`] for a batch or context of 0, a context longer than the model's, or room for less than a context.
-    pub(super) fn new(config: &ModelConfig, cache: Cache) -> Result<Self> {
+    pub(super) fn new<D: Kernels>(device: &D, config: &ModelConfig, cache: Cache) -> Result<Self> {
         let Cache { sequences: batch, context, tokens } = cache;
         if batch == 0 || batch > u16::MAX.into() {
             return Err(Error::setting("batch", format!("is {batch}, expected 1 to {}", u16::MAX)));
@@ -105,14 +93,15 @@ impl Capacity {
             let cause = format!("of the KV cache are {tokens}, expected at least a context of {context}");
             return Err(Error::setting("tokens", cause));
         }
-        let capacity = Self { batch, context, pages: pages_for(tokens), pass_tokens: usize::MAX };
+        let block = device.block_tokens(token_bytes(config, device.precision()));
+        let capacity = Self { batch, context, pages: pages_for(tokens), pass_tokens: usize::MAX, block };
         Ok(capacity.in_passes_of(context.max(PASS_TOKENS)))
     }
 
     /// The same with passes of so many tokens, rounded up to whole blocks, where that is less than the cache holds.
     pub(super) fn in_passes_of(self, tokens: usize) -> Self {
         let all = self.batch.saturating_mul(self.context);
-        Self { pass_tokens: tokens.max(1).next_multiple_of(BLOCK).min(all), ..self }
+        Self { pass_tokens: tokens.max(1).next_multiple_of(self.block).min(all), ..self }
     }
 
     /// What memory for the cache is said to be for.
@@ -124,9 +113,14 @@ impl Capacity {
         }
     }
 
+    /// The most tokens of a pass, and of its blocks.
+    pub(super) fn passes(self) -> [usize; 2] {
+        [self.pass_tokens, self.block]
+    }
+
     /// The most words that describe a pass.
     pub(super) fn words(self) -> usize {
-        Pass::most_words(self.pass_tokens, self.batch, pages_for(self.context))
+        Pass::most_words(self.passes(), self.batch, pages_for(self.context))
     }
 }
 
@@ -171,8 +165,6 @@ pub(super) struct Buffers<D: Device> {
     pub(super) values: Vec<Region>,
     pub(super) work: Workspace<D>,
     pub(super) at: Regions,
-    /// Rows of a part of the output head, wherever that is kept.
-    pub(super) part_rows: usize,
 }
 
 impl<D: Kernels> Buffers<D> {
@@ -183,7 +175,7 @@ impl<D: Kernels> Buffers<D> {
         let (work_layout, at) = work_layout(device, model, capacity);
         let cache = Workspace::new(device, "the KV cache", &cache_layout)?;
         let work = Workspace::new(device, "activations", &work_layout)?;
-        Ok(Self { capacity, cache, keys, values, work, at, part_rows: model.part_rows() })
+        Ok(Self { capacity, cache, keys, values, work, at })
     }
 
     /// Fills what never changes, and waits until it is there.
@@ -233,16 +225,22 @@ fn cache_layout(config: &ModelConfig, precision: Precision, capacity: Capacity) 
     (layout, regions)
 }
 
+/// What activations take for each token that goes through a layer with others.
+fn token_bytes(config: &ModelConfig, precision: Precision) -> usize {
+    let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let wide = if config.family.norms == Norms::Before { 0 } else { config.hidden };
+    2 * (config.hidden + q + kv + config.ffn) * precision.activation.size() + (q + wide) * DType::F32.size()
+}
+
 fn work_layout<D: Kernels>(device: &D, model: &Model, capacity: Capacity) -> (Layout, Regions) {
     let (layout, config, precision) = (Layout::default(), &model.config, device.precision());
     let Capacity { batch, pass_tokens, .. } = capacity;
-    let fixed = device.product_rows();
-    let block = pass_tokens.min(BLOCK).next_multiple_of(fixed);
-    let head_block = head_rows(device, pass_tokens.max(batch).min(HEAD_BLOCK));
+    let block = device.product_rows(pass_tokens.min(capacity.block));
+    let head_block = pass_tokens.max(batch).min(HEAD_BLOCK);
     // Of a head that comes in parts the logits of all sequences are made at once.
     let streamed = model.tables.streams_head();
-    let head_rows = if streamed { head_block.max(batch.next_multiple_of(head_rows(device, 1))) } else { head_block };
-    let part = if streamed || fixed > 1 { model.part_rows() } else { 0 };
+    let head_rows = if streamed { head_block.max(batch) } else { head_block };
+    let part = if streamed { model.part_rows() } else { 0 };
     let f32s = |shape: &[usize]| layout.region(DType::F32, shape);
     let u32s = |shape: &[usize]| layout.region(DType::U32, shape);
     let activations = |shape: &[usize]| layout.region(precision.activation, shape);

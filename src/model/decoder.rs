@@ -73,7 +73,7 @@ pub struct Decoder<D: Kernels> {
 
 impl<D: Kernels> fmt::Debug for Decoder<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Capacity { batch, context, pages, pass_tokens }, config) = (self.buffers.capacity, &self.model.config);
+        let (Capacity { batch, context, pages, pass_tokens, .. }, config) = (self.buffers.capacity, &self.model.config);
         let model = format_args!("{}, {} layers of width {}", config.family.model_type, config.layers, config.hidden);
         f.debug_struct("Decoder")
             .field("model", &model)
@@ -116,7 +116,7 @@ impl<D: Kernels> Decoder<D> {
         cache: Cache,
         observers: &[Arc<dyn Observer>],
     ) -> Result<Self> {
-        let capacity = Capacity::new(&model.config, cache)?;
+        let capacity = Capacity::new(device, &model.config, cache)?;
         Self::with_capacity(device, model, settings, capacity, observers)
     }
 
@@ -167,7 +167,7 @@ impl<D: Kernels> Decoder<D> {
     /// As there, as far as can be known beforehand.
     pub fn memory(device: &D, model: &Model, settings: &Settings, cache: Cache) -> Result<Vec<Part>> {
         let mut parts = Self::plan(device, model, settings)?.memory();
-        parts.extend(buffers::parts(device, model, Capacity::new(&model.config, cache)?)?);
+        parts.extend(buffers::parts(device, model, Capacity::new(device, &model.config, cache)?)?);
         Ok(parts)
     }
 

@@ -3,7 +3,6 @@
 use std::{fs::File, mem, os::unix::fs::FileExt, path::PathBuf, slice, sync::Arc};
 
 use super::{
-    batch::BLOCK,
     exchange::Exchange,
     workspace::{Region, Workspace},
 };
@@ -14,6 +13,9 @@ use crate::{
     error::{Error, Result},
     packed::{self, CORRUPT, Packed},
 };
+
+/// Rows that are read before they are sent.
+const AT_ONCE: usize = 256;
 
 /// An embedding table in its file, whose rows are read as they are needed: a few kilobytes a token.
 pub(super) struct EmbeddingRows<D: Device> {
@@ -93,7 +95,7 @@ impl<D: Device> EmbeddingRows<D> {
     }
 
     fn words(tokens: usize, width: usize) -> usize {
-        tokens.min(BLOCK).saturating_mul(width)
+        tokens.min(AT_ONCE).saturating_mul(width)
     }
 
     /// For passes of up to so many tokens, from a table whose type on the device would be `weight`, or that of the file.

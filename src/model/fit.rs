@@ -58,7 +58,7 @@ impl<'a, D: Kernels> Fit<'a, D> {
     /// [`Error::TooLittle`](crate::Error::TooLittle) if the budget is less than the minimum, which it names; else as
     /// [`Decoder::memory`].
     pub fn fastest(&self, model: &mut Model) -> Result<Settings> {
-        let capacity = Capacity::new(&model.config, self.cache)?;
+        let capacity = Capacity::new(self.device, &model.config, self.cache)?;
         let plan = |tables: Tables| self.plan(model, capacity, tables);
         let plans = Tables::ALL.into_iter().filter_map(|tables| plan(tables).ok());
         let best = fastest(plans.map(|plan| (plan.2.cost(), plan)), 0.0);

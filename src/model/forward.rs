@@ -72,7 +72,7 @@ impl<D: Kernels> Decoder<D> {
         (self.pass.tokens, self.last_logits_there) = (0, false);
         let longest = batch.iter().map(|sequence| self.pages.of(sequence.row).len()).max().unwrap_or(0);
         let mut last = Pass::default();
-        for pass in passes(batch, self.buffers.capacity.pass_tokens, longest) {
+        for pass in passes(batch, self.buffers.capacity.passes(), longest) {
             self.run(batch, pass, &mut observe)?;
             last = pass;
         }
@@ -171,7 +171,7 @@ mod tests {
 
     /// Next tokens, residual streams layer by layer, and bytes computed with, of a batch whose passes have so many tokens.
     fn run(model: &Model, most: usize, batch: &[Sequence<'_>]) -> (Vec<u32>, Vec<Vec<u32>>, u64) {
-        let capacity = Capacity::new(&model.config, Cache::full(4, 500)).unwrap().in_passes_of(most);
+        let capacity = Capacity::new(&Cpu, &model.config, Cache::full(4, 500)).unwrap().in_passes_of(most);
         let mut decoder = Decoder::with_capacity(&Cpu, model, &Settings::default(), capacity, &[]).unwrap();
         let residuals = RefCell::new(vec![Vec::new(); model.config.layers]);
         let pass = decoder.forward_observed(batch, |layer, residual, stream| {
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn a_pass_that_fails_takes_back_the_tokens_of_the_passes_before_it() {
         let model = Model::open("tests/data/qwen2-tied").unwrap();
-        let capacity = Capacity::new(&model.config, Cache::full(2, 500)).unwrap().in_passes_of(256);
+        let capacity = Capacity::new(&Cpu, &model.config, Cache::full(2, 500)).unwrap().in_passes_of(256);
         let mut decoder = Decoder::with_capacity(&Cpu, &model, &Settings::default(), capacity, &[]).unwrap();
         let (tokens, mut layers) = ([5; 400], 0);
         let failed = decoder.forward_observed(&[Sequence { row: 0, tokens: &tokens }], |_, _, _| {
@@ -234,7 +234,7 @@ mod tests {
     fn room_for_passes_grows_with_what_one_sequence_may_have_and_not_with_how_many_there_are() {
         let mut config = Model::open("tests/data/qwen2-tied").unwrap().config;
         config.max_positions = 1 << 20;
-        let most = |batch, context| Capacity::new(&config, Cache::full(batch, context)).unwrap().pass_tokens;
+        let most = |batch, context| Capacity::new(&Cpu, &config, Cache::full(batch, context)).unwrap().pass_tokens;
         assert_eq!((most(1, 3), most(100, 48), most(1, 100_000)), (3, 4800, 100_000));
         assert_eq!((most(64, 8192), most(1000, 512), most(2, 10_000)), (8192, 8192, 10_240));
     }

@@ -2,7 +2,7 @@
 
 use super::{
     batch::Pass,
-    buffers::{Buffers, HEAD_BLOCK, head_rows},
+    buffers::{Buffers, HEAD_BLOCK},
     config::ModelConfig,
     weights::PART,
 };
@@ -83,14 +83,9 @@ impl<D: Kernels> Head<'_, D> {
         Ok(column + weight.shape()[0])
     }
 
-    /// The logits of so many of the head's rows by the whole head. Where bits depend on the shape of a product it is cut as if it came in
-    /// parts.
+    /// The logits of so many of the head's rows by the whole head.
     pub(super) fn project(&self, weight: TensorRef<'_, D>, rows: usize) -> Result<()> {
-        let vocab = self.config.vocab;
-        let each = if self.device.product_rows() == 1 { vocab } else { self.buffers.part_rows.max(1) };
-        (0..vocab)
-            .step_by(each)
-            .try_for_each(|column| self.project_part(weight.rows(column..vocab.min(column + each)), rows, column))
+        self.project_part(weight, rows, 0)
     }
 
     /// The same by some of its rows, from `column` on.
@@ -98,15 +93,14 @@ impl<D: Kernels> Head<'_, D> {
         let (device, stream, work, at) = (self.device, self.stream, &self.buffers.work, &self.buffers.at);
         let (width, hidden, vocab) = (weight.shape()[0], self.config.hidden, self.config.vocab);
         for (start, rows) in blocks(rows) {
-            let together = head_rows(device, rows);
-            let x = work.read(at.head_normed, start * hidden, &[together, hidden])?;
-            if together == 1 || width == vocab {
-                let out = work.write(at.logits, start * vocab + column, &[together, width])?;
-                device.linear(stream, x, weight, None, out)?;
-                self.finish(work.write(at.logits, start * vocab + column, &[rows, width])?)?;
+            let x = work.read(at.head_normed, start * hidden, &[rows, hidden])?;
+            if rows == 1 || width == vocab {
+                let out = || work.write(at.logits, start * vocab + column, &[rows, width]);
+                device.linear(stream, x, weight, None, out()?)?;
+                self.finish(out()?)?;
                 continue;
             }
-            device.linear(stream, x, weight, None, work.write(at.part, 0, &[together, width])?)?;
+            device.linear(stream, x, weight, None, work.write(at.part, 0, &[rows, width])?)?;
             self.finish(work.write(at.part, 0, &[rows, width])?)?;
             for row in 0..rows {
                 let to = work.write(at.logits, (start + row) * vocab + column, &[width])?;

@@ -2,7 +2,7 @@
 
 use super::{
     batch::{Block, Pass, Sequence},
-    buffers::{Buffers, product_rows},
+    buffers::Buffers,
     config::{Activation, HeadNorm, ModelConfig, Norms},
     workspace::Region,
 };
@@ -197,12 +197,9 @@ impl<D: Kernels> LayerMath<'_, D> {
             true => layer.tensor(fused)?.rows(first..first + width),
             false => layer.tensor(weight)?,
         };
-        let (work, rows) = (&self.buffers.work, product_rows(self.device, block.tokens));
-        (0..block.tokens).step_by(rows).try_for_each(|first| {
-            let x = work.read(x, first * depth, &[rows, depth])?;
-            let out = work.write(out, first * width, &[rows, width])?;
-            self.device.linear(self.stream, x, weight, layer.get(bias), out)
-        })
+        let rows = self.device.product_rows(block.tokens);
+        let (x, out) = (self.read(x, &[rows, depth])?, self.write(out, &[rows, width])?);
+        self.device.linear(self.stream, x, weight, layer.get(bias), out)
     }
 
     fn shape(&self, block: Block) -> [usize; 2] {

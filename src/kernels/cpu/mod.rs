@@ -165,15 +165,6 @@ fn for_rows(out: &mut [f32], width: usize, work: usize, f: impl Fn(usize, &mut [
     })
 }
 
-/// `out[t, n] = Σ x[t, k] · weight[n, k]` for dense `x [T, K]` and `weight [N, K]`, in this thread.
-#[cfg(cuda_emulated)]
-pub(crate) fn product([tokens, k, n]: [usize; 3], x: &[f32], weight: &[f32], out: &mut [f32]) {
-    assert_eq!(out.len(), tokens * n);
-    let product = Product { x, weight: Matrix::Plain(Weight::F32(weight)), bias: None, tokens, k, stride: n };
-    // SAFETY: `out` has a row of `n` elements for each token, and is this call's.
-    unsafe { product.part(Vectors::widest(), 0..n, 0..tokens, Parts::new(out)) };
-}
-
 impl Kernels for Cpu {
     fn precision(&self) -> Precision {
         PRECISION
@@ -182,6 +173,11 @@ impl Kernels for Cpu {
     #[cfg(target_arch = "x86_64")]
     fn prepare(&self, _: &CpuStream) -> Result<()> {
         if Amx::wanted()?.is_some() { tiles::prepare() } else { Ok(()) }
+    }
+
+    /// As much as stays in the caches.
+    fn block_tokens(&self, _token_bytes: usize) -> usize {
+        256
     }
 
     fn scratch_bytes(&self) -> usize {
