@@ -327,8 +327,10 @@ __global__ void __launch_bounds__(kThreads) patches(Out* out, const Matrix<Scale
 //
 // One kind asks for as many registers as it can have: left to itself the compiler gives it too few.
 template <typename Format, typename Scale, typename Out, bool kTable>
-__global__ void __launch_bounds__(2 * kThreads, kTable || Format::kRows == 8 || sizeof(Out) == 2 ? 0 : 1) mixed(Out* out, const Matrix<Scale> matrix) {
-  constexpr uint32_t kColumns = 16 / sizeof(Out), kParts = 8 / kColumns, kUnits = sizeof(Scale) / 2, kBelow = Format::kBelow;
+__global__ void __launch_bounds__(2 * kThreads, kTable || Format::kRows == 8 || sizeof(Out) == 2 ? 0 : 1)
+    mixed(Out* out, const Matrix<Scale> matrix) {
+  constexpr uint32_t kColumns = 16 / sizeof(Out), kParts = 8 / kColumns, kUnits = sizeof(Scale) / 2;
+  constexpr uint32_t kBelow = Format::kBelow;
   LSK_DYNAMIC_SHARED(shared);
   auto* const scale_table = reinterpret_cast<Vec<Scale, 8 / kUnits>*>(shared);
   auto* const zero_table = reinterpret_cast<uint32_t*>(scale_table + kBelow * kUnits * matrix.pitch);

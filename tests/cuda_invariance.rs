@@ -3,9 +3,14 @@
 mod common;
 #[path = "common/company.rs"]
 mod company;
+#[path = "../examples/bench/twin.rs"]
+#[allow(dead_code, reason = "a benchmark uses the rest")]
+mod twin;
 
 use company::{check_companies, check_company};
+use layer_streamer::{DType, kernels::Kernels};
 use support::cases;
+use twin::{On, random};
 
 #[test]
 fn on_a_gpu_a_sequence_has_the_same_bits_alone_and_in_any_company() {
@@ -19,4 +24,53 @@ fn on_a_gpu_so_has_one_with_a_context_of_several_parts() {
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     check_company(&device, "qwen2-tied", 3, 700, &mut fastrand::Rng::with_seed(seed));
+}
+
+/// The weights of a 7B model, and of a small one; where threads are emulated, what they compute in a minute.
+fn weights() -> (&'static [[usize; 2]], usize) {
+    match cfg!(cuda_emulated) {
+        true => (&[[200, 40], [16, 24]], 300),
+        false => {
+            (&[[3584, 3584], [3584, 512], [3584, 18944], [18944, 3584], [576, 192], [576, 1536], [1536, 576]], 2048)
+        }
+    }
+}
+
+#[test]
+fn on_a_gpu_a_row_of_a_product_has_the_same_bits_at_every_place_among_1_to_2048() {
+    const ROWS: usize = 3;
+    let Some(device) = common::gpu() else { return };
+    let on = On::new(&device).unwrap();
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let (shapes, most) = weights();
+    let around = |count: usize| [count - 1, count, count + 1];
+    let counts = (1..=17).chain([16, 64, 128, 256, 512, 1024].into_iter().flat_map(around)).chain([2047, 2048, 1, 128]);
+    for &[k, n] in shapes {
+        // The same few rows over and over: each is at every place, beside others.
+        let rows = random(&mut rng, ROWS * k);
+        let x = on.repeated(DType::BF16, &[most, k], &rows).unwrap();
+        let weight = on.weight(&[n, k], &random(&mut rng, n * k)).unwrap();
+        for to in [DType::BF16, DType::F32] {
+            let alone: Vec<Vec<u32>> = (0..ROWS)
+                .map(|row| {
+                    let x = on.weight(&[1, k], &rows[row * k..][..k]).unwrap();
+                    let mut out = on.empty(to, &[1, n]).unwrap();
+                    device.linear(&on.stream, x.get(), weight.get(), None, out.out()).unwrap();
+                    on.read(&out).unwrap().into_iter().map(f32::to_bits).collect()
+                })
+                .collect();
+            for count in counts.clone().filter(|count| *count <= most) {
+                let mut out = on.empty(to, &[count, n]).unwrap();
+                let some = x.cast(DType::BF16, &[count, k]);
+                device.linear(&on.stream, some, weight.get(), None, out.out()).unwrap();
+                let found = on.read(&out).unwrap();
+                let same =
+                    |row: usize| found[row * n..][..n].iter().zip(&alone[row % ROWS]).all(|(a, b)| a.to_bits() == *b);
+                let differs = (0..count).find(|row| !same(*row));
+                assert_eq!(differs, None, "a row of {count} by [{n}, {k}] to {to}");
+            }
+        }
+    }
 }

@@ -127,7 +127,7 @@ impl Canceller {
     /// Makes the pass under way (or, between passes, the next one) fail with [`Error::Cancelled`] when it next asks for a layer,
     /// or at once if it waits for one; so also [`load_static`](LayerStreamer::load_static) while it waits for the disk. Layers that
     /// are held stay usable, and the pass after starts afresh. A layer function that computes for long asks by
-    /// [`Layer::check_cancelled`], as the decoder does before each block of 256 tokens.
+    /// [`Layer::check_cancelled`], as the decoder does before each block of tokens.
     pub fn cancel(&self) {
         self.0.cancel();
     }
