@@ -285,7 +285,7 @@ mod tests {
         let batch: Vec<_> = (0..4).map(|row| Sequence { row, tokens: &[5; 500][..LENGTHS[row]] }).collect();
         for most in [1, 7, 300, 301, 302, 808] {
             let mut tokens = 0;
-            for pass in passes(&batch, most, 9) {
+            for pass in passes(&batch, [most, BLOCK], 9) {
                 assert!(!words(pass, &batch).contains(&u32::MAX), "{pass:?}");
                 tokens += pass.tokens;
             }
