@@ -306,7 +306,8 @@ mod tests {
             let most = self.held.iter().map(|held| alike(held)).max().unwrap_or(0).min(tokens.len() - 1);
             let taken = self.pages.begin(row, tokens);
             assert!(taken >= most / PAGE * PAGE && taken < tokens.len() && taken.is_multiple_of(PAGE));
-            self.held[row].extend(&tokens[self.held[row].len()..taken]);
+            let held = &mut self.held[row];
+            held.extend(&tokens[held.len()..taken]);
             taken
         }
 
