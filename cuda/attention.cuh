@@ -21,10 +21,11 @@ struct Attention {
   float scale;    // of scores as powers of two: log2(e) included
   float bend;     // of a soft cap: a score becomes tanh_fast(bend · score) before that; 0: it does not
   int window;     // INT_MAX: none
-  int first_tile, tiles;        // of this launch
-  int first_head, some_heads;  // the same
-  int places;      // in the scratch, of each row of a tile and each head: one for each part, or one for all
-  float* scratch;  // [tiles, rows of a tile, some_heads, places, size] sums, then [.., places] State
+  int first_tile, tiles;       // of this launch
+  int first_head, some_heads;  // of this launch of decode
+  int places;                  // in decode's scratch, of each token and head: one for each part
+  int blocks;                  // of prefill
+  float* scratch;
 };
 
 // A softmax over some of the keys, but for its sums of values (Milakov and Gimelshein's names): sums and denominator `d`
@@ -33,8 +34,8 @@ struct State {
   float m, d;
 };
 
-// Scratch for each multiprocessor, whose number is known by it.
-constexpr size_t kScratch = 128 * 1024;
+// Scratch for each multiprocessor, whose number is known by it: what two blocks of prefill keep.
+constexpr size_t kScratch = 136 * 1024;
 
 // Keys of a part.
 constexpr int kPart = 512;
@@ -68,27 +69,6 @@ inline cudaError_t with_sizes(Launch launch) {
   for (const int size : {32, 64, 96, 128, 256}) {
     const cudaError_t error = with_size(size, launch);
     if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
-
-// Calls `launch` for tiles of `rows` queries and heads, in groups, as many at a time as have room in the scratch.
-template <typename Launch>
-cudaError_t in_pieces(Attention call, int size, int rows, int64_t tiles, int group, size_t scratch_bytes,
-                      Launch launch) {
-  // Tiles, each with one head, that there is room for. A context of one part takes none.
-  const int64_t one = int64_t(rows) * call.places * int64_t(size * sizeof(float) + sizeof(State));
-  const int64_t room = call.sequence_pages <= kPart / LSK_PAGE ? tiles * call.heads : int64_t(scratch_bytes) / one;
-  const int64_t heads = room < call.heads ? room / group * group : call.heads;
-  if (heads == 0) return cudaErrorInvalidValue;
-  const int64_t together = heads < call.heads ? 1 : room / heads;
-  for (int64_t tile = 0; tile < tiles; tile += together) {
-    for (int64_t head = 0; head < call.heads; head += heads) {
-      call.first_tile = int(tile), call.tiles = int(tiles - tile < together ? tiles - tile : together);
-      call.first_head = int(head), call.some_heads = int(call.heads - head < heads ? call.heads - head : heads);
-      const cudaError_t error = launch(call);
-      if (error != cudaSuccess) return error;
-    }
   }
   return cudaSuccess;
 }
@@ -139,27 +119,18 @@ __device__ inline int first_key(const Attention& call, const Tile& tile) {
   return tile.past + 1 > call.window ? (tile.past + 1 - call.window) / kKeys<D> * kKeys<D> : 0;
 }
 
-// The sums and the state in a place of row `row` of the launch, whose tiles have `rows`.
-__device__ inline float* sums_at(const Attention& call, int size, int64_t row, int head, int place) {
-  return call.scratch + ((row * call.some_heads + head - call.first_head) * call.places + place) * size;
-}
-
-__device__ inline State* state_at(const Attention& call, int size, int rows, int64_t row, int head, int place) {
-  float* const states = call.scratch + int64_t(call.tiles) * rows * call.some_heads * call.places * size;
-  return reinterpret_cast<State*>(states) + (row * call.some_heads + head - call.first_head) * call.places + place;
-}
-
-// What sums are multiplied by when a later part is added to those before it.
+// What sums are multiplied by when a later part is added to those before it. Those of no keys are 0, and their share is -0:
+// -0 is what changes no number that it is added to.
 struct Shares {
   float before, later;
 };
 
 // Adds a later part's state. A part of which the query sees nothing leaves it as it is.
 __device__ inline Shares add_state(State* before, State later) {
-  if (later.d == 0.0f) return {1.0f, 0.0f};
+  if (later.d == 0.0f) return {1.0f, -0.0f};
   if (before->d == 0.0f) {
     *before = later;
-    return {0.0f, 1.0f};
+    return {-0.0f, 1.0f};
   }
   const float m = fmaxf(before->m, later.m);
   const Shares shares = {exp2_fast(before->m - m), exp2_fast(later.m - m)};
@@ -168,8 +139,7 @@ __device__ inline Shares add_state(State* before, State later) {
 }
 
 __device__ inline float add_sum(float before, float later, Shares shares) {
-  if (shares.later == 0.0f) return before;
-  return shares.before == 0.0f ? later : fmaf(later, shares.later, before * shares.before);
+  return fmaf(later, shares.later, before * shares.before);
 }
 
 // A tile in shared memory is rows of D elements without padding. Chunks of 16 bytes change places within a row, so that
@@ -345,14 +315,15 @@ __device__ inline void wait_for_all() {
 }
 
 // Goes over keys `begin .. end` of a sequence and a key head, which begin with a tile; the sequence's pages are from
-// `pages` on in the table. At the end of each part it calls `ended` with the softmax, and whether the part is the first,
-// and the last. THREADS threads share the three tiles from `tiles` on: while one is multiplied, the next two are on their
-// way. The warp's queries are `query(step, a)`; their own keys are `own` and, if `kRise`, those behind it.
+// `pages` on in the table. At the end of each part it calls `ended` with the softmax, where the next part begins, and
+// whether there is none. THREADS threads share the three tiles from `tiles` on: while one is multiplied, the next two are
+// on their way. The warp's queries are `query(step, a)`; their own keys are `own` and, if `kRise`, those behind it.
 template <int D, int M, int THREADS, bool kCap, bool kRise, typename Query, typename Ended>
 __device__ inline void attend(const Attention& call, char* tiles, int pages, int kv_head, int begin, int end, int own,
                               Query query, Ended ended) {
   constexpr int kKeys = lsk::kKeys<D>, kTileBytes = kKeys * D * 2;
-  const int lane = int(threadIdx.x) % 32, last = kRise ? own + 16 * M - 1 : own;
+  const int lane = int(threadIdx.x) % 32;
+  constexpr int kMore = kRise ? 16 * M - 1 : 0;  // positions behind the first query's own, of the last
   // Every register counts here: a warp's sums and scores take 192 of 255.
   const auto page_of = [&](int key) { return key < end ? call.pages[pages + key / LSK_PAGE] : 0; };
   const auto copy = [&](int to, const lsk_bf16* from, uint32_t page, int key) {
@@ -377,7 +348,8 @@ __device__ inline void attend(const Attention& call, char* tiles, int pages, int
   do {
     const int next = key / kPart * kPart + kPart, part_end = next < end ? next : end;
     for (; key < part_end; key += kKeys) {
-      const bool seen = key <= last && key + kKeys - 1 > own - call.window;
+      const int over = own - key;  // of the first query over the first key
+      const bool seen = over + kMore >= 0 && over - (kKeys - 1) < call.window;
       uint32_t weights[M][kKeys / 16][4];
       // The keys are here; every warp is done with the values before.
       cp_async_wait<1>();
@@ -389,8 +361,8 @@ __device__ inline void attend(const Attention& call, char* tiles, int pages, int
         softmax.score(scores, query, tiles + key_tile);
         if constexpr (kCap) softmax.cap(scores, call.bend);
         // Of this lane's first query over its first key.
-        const int ahead = own + (kRise ? lane / 4 : 0) - key - lane % 4 * 2;
-        if (key + kKeys - 1 > own || key <= last - call.window) {
+        const int ahead = over + (kRise ? lane / 4 : 0) - lane % 4 * 2;
+        if (over < kKeys - 1 || over + kMore >= call.window) {
 #pragma unroll
           for (int t = 0; t < M; ++t) {
 #pragma unroll
@@ -414,7 +386,7 @@ __device__ inline void attend(const Attention& call, char* tiles, int pages, int
       value_tile = key_tile, key_tile = free_tile;
     }
     softmax.finish();
-    ended(softmax, key <= begin / kPart * kPart + kPart, key >= end);
+    ended(softmax, key, key >= end);
     softmax.clear();
   } while (key < end);
 }

@@ -19,6 +19,17 @@ struct Shape {
   static constexpr int kMost = 227 * 1024 / (kBytes + 1024), kResident = kMost < 32 ? kMost : 32;
 };
 
+// The sums and the state in a place of token `number` of the launch. The scratch has [tiles, some_heads, places, size]
+// sums, then [.., places] State.
+__device__ inline float* sums_at(const Attention& call, int size, int64_t number, int head, int place) {
+  return call.scratch + ((number * call.some_heads + head - call.first_head) * call.places + place) * size;
+}
+
+__device__ inline State* state_at(const Attention& call, int size, int64_t number, int head, int place) {
+  float* const states = call.scratch + int64_t(call.tiles) * call.some_heads * call.places * size;
+  return reinterpret_cast<State*>(states) + (number * call.some_heads + head - call.first_head) * call.places + place;
+}
+
 // With kCap, scores are capped: apart, so that the others need no register for it.
 template <int D, bool kCap>
 __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
@@ -42,7 +53,7 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
   const auto query = [&](int step, uint32_t(&a)[1][4]) { ldmatrix_x4(a[0], query_row + (step * 32 ^ place)); };
   for (int part = split; part < parts; part += splits) {
     const int from = part == 0 ? begin : (first + part) * kPart, to = min(end, (first + part + 1) * kPart);
-    const auto ended = [&](auto& softmax, bool, bool) {
+    const auto ended = [&](auto& softmax, int, bool) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = h * 8 + lane / 4, column = lane % 4 * 2;
@@ -63,7 +74,7 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
           *reinterpret_cast<float2*>(sums + n * 8) =
               make_float2(softmax.sums[0][n][2 * h], softmax.sums[0][n][2 * h + 1]);
         }
-        if (lane % 4 == 0) *state_at(call, D, 1, number, head + row, part) = {softmax.m[0][h], softmax.d[0][h]};
+        if (lane % 4 == 0) *state_at(call, D, number, head + row, part) = {softmax.m[0][h], softmax.d[0][h]};
       }
     };
     char* const tiles = shared + Shape::kQueryBytes;
@@ -84,7 +95,7 @@ __global__ void __launch_bounds__(kAdding<D>) combine(Attention call) {
   if (!find_tile(call, call.first_tile + number, 1, &tile)) return;
   const int parts = tile.past / kPart - first_key<D>(call, tile) / kPart + 1, column = int(threadIdx.x) * 4;
   if (parts == 1 || column >= D) return;
-  const State* const states = state_at(call, D, 1, number, head, 0);
+  const State* const states = state_at(call, D, number, head, 0);
   const float* const partial = sums_at(call, D, number, head, 0) + column;
   State total = states[0];
   float4 sums = *reinterpret_cast<const float4*>(partial);
@@ -100,12 +111,32 @@ __global__ void __launch_bounds__(kAdding<D>) combine(Attention call) {
       make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
 }
 
+// Calls `launch` for tokens and heads, in groups of `share`, as many at a time as have room in the scratch.
+template <typename Launch>
+cudaError_t in_pieces(Attention call, int size, int share, size_t scratch_bytes, Launch launch) {
+  // Tokens, each with one head, that there is room for. A context of one part takes none.
+  const int64_t one = int64_t(call.places) * int64_t(size * sizeof(float) + sizeof(State));
+  const int64_t room = call.places == 1 ? int64_t(call.tokens) * call.heads : int64_t(scratch_bytes) / one;
+  const int64_t heads = room < call.heads ? room / share * share : call.heads;
+  if (heads == 0) return cudaErrorInvalidValue;
+  const int64_t together = heads < call.heads ? 1 : room / heads;
+  for (int64_t token = 0; token < call.tokens; token += together) {
+    for (int64_t head = 0; head < call.heads; head += heads) {
+      call.first_tile = int(token), call.tiles = int(call.tokens - token < together ? call.tokens - token : together);
+      call.first_head = int(head), call.some_heads = int(call.heads - head < heads ? call.heads - head : heads);
+      const cudaError_t error = launch(call);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
 template <int D>
 cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
   const int share = call.heads / call.kv_heads, chunks = (share + kHeads - 1) / kHeads;
   const int64_t most = call.sequence_pages > 0 ? (int64_t(call.sequence_pages) * LSK_PAGE + kPart - 1) / kPart : 1;
   call.places = int(most);
-  return in_pieces(call, D, 1, call.tokens, share, scratch_bytes, [&](const Attention& call) {
+  return in_pieces(call, D, share, scratch_bytes, [&](const Attention& call) {
     const int64_t blocks = int64_t(call.tiles) * chunks * (call.some_heads / share);
     // Four waves, if there are so many parts: contexts are of any length.
     const int64_t wanted = int64_t(scratch_bytes / kScratch) * Shape<D>::kResident * 4 / blocks + 1;

@@ -154,8 +154,8 @@ cudaError_t lsk_argmax(uint32_t* out, const float* x, int64_t rows, int64_t colu
 /* Causal attention with grouped heads: q, out [tokens, heads, size], keys, values [.., kv_heads, LSK_PAGE, size],
  * sequences as in lsk_append_kv. Head sizes 32, 64, 96, 128 and 256, others are cudaErrorInvalidValue. window 0: none.
  * soft_cap 0: none, others are exact to 3e-7 of themselves. A token's result has the same bits whatever else the call has.
- * With less scratch there are more launches; cudaErrorInvalidValue where not even the heads of one token that share a key
- * head have room, which contexts of up to 512 never ask. */
+ * With less scratch fewer blocks work at a time, or there are more launches; cudaErrorInvalidValue where not even one block,
+ * or the heads of one token that share a key head, have room, which contexts of up to 512 never ask. */
 cudaError_t lsk_attention(lsk_bf16* out, const lsk_bf16* q, const lsk_bf16* keys, const lsk_bf16* values,
                           const uint32_t* q_offsets, const uint32_t* kv_lens, const uint32_t* pages, int sequences,
                           int sequence_pages, int tokens, int heads, int kv_heads, int size, float scale,

@@ -10,6 +10,15 @@
 
 #include "common.cuh"
 
+// x, which the compiler takes for another number: so it does not compute what depends on it ahead of a loop, to keep it in
+// registers.
+__device__ inline int afresh(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x, to within two units in the last place; subnormal results are 0.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__

@@ -236,9 +236,9 @@ bool check_all(bool small) {
     add(size, groupings[4], {64}, {0}, 0);
     add(size, groupings[4], {129}, {64}, 64);
     // Room for one tile of one head, and for the parts of the heads of one token that share a key head.
-    const size_t one = size_t(size) * sizeof(float) + 8;
+    const size_t one = size_t(size) * sizeof(float) + 8, row = size_t(size) * sizeof(float) + 32;
     const int past = small ? 700 : 4000, capacity = small ? 800 : 4100;
-    cases.push_back({size, 6, 3, {200}, {past - 100}, capacity, 0, 1.0f, one * (size > 128 ? 64 : 128)});
+    cases.push_back({size, 6, 3, {200}, {past - 100}, capacity, 0, 1.0f, row * (size > 128 ? 64 : 128)});
     cases.push_back({size, 6, 3, {3, 1}, {past, past - 9}, capacity, 0, 1.0f, one * 2 * (size_t(capacity) / 512 + 1)});
   }
   cases.push_back({64, 2, 1, std::vector<int>(70, 1), std::vector<int>(70, 9), 10, 0, 1.0f});
