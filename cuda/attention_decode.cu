@@ -84,31 +84,62 @@ __global__ void __launch_bounds__(32) decode(Attention call, int splits) {
   }
 }
 
-// Threads that add up the parts of a token's head, four columns each; at least a warp.
-template <int D>
-constexpr int kAdding = D / 4 < 32 ? 32 : D / 4;
+// The shares of 32 parts, one a lane: `later` is this lane's, and `before` what the parts before all of them came to; then
+// what they came to together. Of that there is only the maximum, and whether it is of any keys: d is 1 or 0.
+__device__ inline Shares add_states(State* before, State later) {
+  const int lane = int(threadIdx.x) % 32;
+  // Maxima are exact in any order. Those of no keys do not count.
+  float most = later.d == 0.0f ? -INFINITY : later.m;
+  if (lane == 0 && before->d != 0.0f) most = fmaxf(most, before->m);
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float below = __shfl_up_sync(kWarp, most, distance);
+    if (lane >= distance) most = fmaxf(most, below);
+  }
+  const float below = __shfl_up_sync(kWarp, most, 1);
+  State own = *before;
+  if (lane > 0) own = {below, below == -INFINITY ? 0.0f : 1.0f};
+  const Shares shares = add_state(&own, later);
+  before->m = __shfl_sync(kWarp, most, 31);
+  before->d = before->m == -INFINITY ? 0.0f : 1.0f;
+  return shares;
+}
 
+// Adds up the parts of a token's head, a column a thread. The sums of 32 parts are on their way while those of 32 are added.
 template <int D>
-__global__ void __launch_bounds__(kAdding<D>) combine(Attention call) {
+__global__ void __launch_bounds__(D) combine(Attention call) {
   const int number = int(blockIdx.x) / call.some_heads, head = call.first_head + int(blockIdx.x) % call.some_heads;
   Tile tile;
   if (!find_tile(call, call.first_tile + number, 1, &tile)) return;
-  const int parts = tile.past / kPart - first_key<D>(call, tile) / kPart + 1, column = int(threadIdx.x) * 4;
-  if (parts == 1 || column >= D) return;
+  const int parts = tile.past / kPart - first_key<D>(call, tile) / kPart + 1, lane = int(threadIdx.x) % 32;
+  if (parts == 1) return;
   const State* const states = state_at(call, D, number, head, 0);
-  const float* const partial = sums_at(call, D, number, head, 0) + column;
-  State total = states[0];
-  float4 sums = *reinterpret_cast<const float4*>(partial);
-#pragma unroll 4
-  for (int part = 1; part < parts; ++part) {
-    const float4 later = *reinterpret_cast<const float4*>(partial + int64_t(part) * D);
-    const Shares shares = add_state(&total, states[part]);
-    sums.x = add_sum(sums.x, later.x, shares), sums.y = add_sum(sums.y, later.y, shares);
-    sums.z = add_sum(sums.z, later.z, shares), sums.w = add_sum(sums.w, later.w, shares);
+  const float* const partial = sums_at(call, D, number, head, 0) + int(threadIdx.x);
+  float next[32], now[32];
+  State next_state;
+  const auto load = [&](int base) {
+    next_state = base + lane < parts ? states[base + lane] : State{0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) next[i] = base + i < parts ? partial[int64_t(base + i) * D] : 0.0f;
+  };
+  load(0);
+  State most = {-INFINITY, 0.0f};
+  float sum = 0.0f, d = 0.0f;
+  for (int base = 0; base < parts; base += 32) {
+    const State state = next_state;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) now[i] = next[i];
+    load(base + 32);
+    const Shares own = add_states(&most, state);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (i % 8 == 0 && base + i >= parts) break;
+      const Shares shares = {__shfl_sync(kWarp, own.before, i), __shfl_sync(kWarp, own.later, i)};
+      d = add_sum(d, __shfl_sync(kWarp, state.d, i), shares);
+      sum = add_sum(sum, now[i], shares);
+    }
   }
-  const float factor = 1.0f / total.d;
-  *reinterpret_cast<uint2*>(call.out + (int64_t(tile.token) * call.heads + head) * D + column) =
-      make_uint2(pack_bf16(sums.x * factor, sums.y * factor), pack_bf16(sums.z * factor, sums.w * factor));
+  store(call.out + (int64_t(tile.token) * call.heads + head) * D + int(threadIdx.x),
+        Vec<lsk_bf16, 1>{__float2bfloat16_rn(sum * (1.0f / d))});
 }
 
 // Calls `launch` for tokens and heads, in groups of `share`, as many at a time as have room in the scratch.
@@ -146,7 +177,7 @@ cudaError_t launch(Attention call, size_t scratch_bytes, cudaStream_t stream) {
         lsk_launch(call.bend > 0.0f ? decode<D, true> : decode<D, false>, dim3(unsigned(blocks * splits)), dim3(32),
                    Shape<D>::kBytes, stream, call, splits);
     if (error != cudaSuccess || most == 1) return error;
-    return lsk_launch(combine<D>, dim3(unsigned(call.tiles * call.some_heads)), dim3(kAdding<D>), 0, stream, call);
+    return lsk_launch(combine<D>, dim3(unsigned(call.tiles * call.some_heads)), dim3(D), 0, stream, call);
   });
 }
 
