@@ -1,7 +1,7 @@
 // Attention of many tokens: a block of four warps takes a tile of queries of one head, and goes over the keys they see;
 // then it takes another.
 //
-// Shared memory holds the queries and three tiles of keys or values. What the parts of a context come to is added up by
+// Shared memory holds the queries, three tiles of keys or values, and what the block works on. What the parts of a context come to is added up by
 // way of the block's place in the scratch.
 #include <limits.h>
 #include <math.h>
@@ -13,11 +13,16 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// What a block works on, in shared memory: a thread has no registers for what it needs at the end alone.
+struct Item {
+  int round, token, count, head, begin;
+};
+
 template <int D, int M>
 struct Shape {
   static constexpr int kRows = 64 * M;
   static constexpr int kQueryBytes = kRows * D * 2, kTileBytes = kKeys<D> * D * 2;
-  static constexpr int kBytes = kQueryBytes + 3 * kTileBytes;
+  static constexpr int kItem = kQueryBytes + 3 * kTileBytes, kBytes = kItem + 16 * int((sizeof(Item) + 15) / 16);
   // Small queries stay in registers.
   static constexpr bool kHeld = D * M <= 128;
 };
@@ -76,11 +81,6 @@ __device__ inline void add_to_kept(const float4* kept, Softmax& softmax) {
     }
   }
 }
-
-// What a block works on, in shared memory: a thread has no registers for what it needs at the end alone.
-struct Item {
-  int round, token, count, head, begin;
-};
 
 // Writes what the warp's queries came to by way of `staging`, the place of the tile's queries: so rows are written 16 bytes
 // at a time.
@@ -165,7 +165,7 @@ template <int D, int M, bool kCap>
 __global__ void __launch_bounds__(kThreads, 2) prefill(Attention call) {
   LSK_DYNAMIC_SHARED(shared);
   const int block = int(blockIdx.x), all = call.tiles * call.heads;
-  LSK_SHARED(Item, item, 1);
+  Item* const item = reinterpret_cast<Item*>(shared + Shape<D, M>::kItem);
   // The last tiles of a sequence see the most keys: they go first. Every second round goes backwards, so that blocks have
   // about as much to do. Heads that share a key head follow each other, for the cache.
   for (int round = 0; round * call.blocks < all; ++round) {
