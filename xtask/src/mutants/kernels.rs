@@ -1,6 +1,6 @@
 //! Mutants of `cuda/*.cu` and `*.cuh`.
 
-use std::{fs, sync::LazyLock};
+use std::{fs, path::Path, sync::LazyLock};
 
 use regex::{Captures, Regex};
 
@@ -28,8 +28,7 @@ pub fn run(pattern: &Regex) -> Result<(), Failure> {
         let name = format!("cuda/{}", path.file_name().unwrap_or_default().display());
         fs::write(&path, mutate(&name, &fs::read_to_string(&path)?, &mut mutants)?)?;
     }
-    let common = tree.join("cuda/common.cuh");
-    fs::write(&common, with_switch(&fs::read_to_string(&common)?)?)?;
+    with_switch(&tree)?;
     let built = Built::new(
         &tree,
         "--features cuda --test cuda_kernels",
@@ -50,17 +49,19 @@ pub fn run(pattern: &Regex) -> Result<(), Failure> {
     }
 }
 
-/// common.cuh with the function that says which mutant is chosen.
-fn with_switch(text: &str) -> Result<String, Failure> {
+/// Gives common.cuh of a copy of the tree the function that says which mutant is chosen.
+pub fn with_switch(tree: &Path) -> Result<(), Failure> {
     const LAST_INCLUDE: &str = "\n#include <utility>\n";
+    let path = tree.join("cuda/common.cuh");
+    let text = fs::read_to_string(&path)?;
     let switch = format!(
         "{LAST_INCLUDE}\n#include <stdlib.h>\ninline const int mutant = getenv(\"{VARIABLE}\") != nullptr ? \
          atoi(getenv(\"{VARIABLE}\")) : 0;\ninline bool mutated(int number) {{ return mutant == number; }}\n"
     );
-    match text.contains(LAST_INCLUDE) {
-        true => Ok(text.replacen(LAST_INCLUDE, &switch, 1)),
-        false => Err("cuda/common.cuh does not include <utility>, behind which the switch goes".into()),
+    if !text.contains(LAST_INCLUDE) {
+        return Err("cuda/common.cuh does not include <utility>, behind which the switch goes".into());
     }
+    Ok(fs::write(path, text.replacen(LAST_INCLUDE, &switch, 1))?)
 }
 
 macro_rules! regexes {

@@ -3,6 +3,7 @@
 //! All mutants are compiled into one executable, in a copy of the tree; a variable of the environment picks one.
 
 mod codec;
+mod company;
 mod equivalent;
 mod kernels;
 mod pipeline;
@@ -36,6 +37,9 @@ use crate::{
 ///
 /// codec: expressions of `src/packed` and of the arithmetic of packed tensors are replaced, by a list; the tests are unit tests.
 ///
+/// company: what keeps a sequence's bits the same in any company is changed, by a list; the tests are `tests/invariance.rs` and, on
+/// kernels compiled for the host, `tests/cuda_invariance.rs`.
+///
 /// Fails if one survives without a reason given in `xtask/src/mutants/equivalent.rs`, or if a reason is given for none.
 #[derive(Args)]
 #[command(after_help = "Examples:
@@ -52,6 +56,7 @@ pub struct Options {
 #[derive(Clone, Copy, ValueEnum)]
 enum Part {
     Codec,
+    Company,
     Kernels,
     Pipeline,
 }
@@ -59,6 +64,7 @@ enum Part {
 pub fn run(options: &Options) -> Result<(), Failure> {
     match options.part {
         Part::Codec => codec::run(&options.pattern),
+        Part::Company => company::run(&options.pattern),
         Part::Kernels => kernels::run(&options.pattern),
         Part::Pipeline => pipeline::run(&options.pattern),
     }
@@ -136,6 +142,35 @@ impl<'a> Source<'a> {
 fn is_count(text: &str) -> bool {
     let digits = text.strip_prefix(" (").and_then(|rest| rest.strip_suffix(')'));
     digits.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// An expression of a file, and what stands in its place. It stands there once.
+type Change = (&'static str, &'static str, &'static str);
+
+/// Replaces each of them in a copy of the tree by one or the other, as the switch says.
+fn replace(tree: &Path, changes: &[Change], mutants: &mut Vec<Mutant>) -> Result<(), Failure> {
+    let mut files: Vec<_> = changes.iter().map(|(file, ..)| *file).collect();
+    files.dedup();
+    for file in files {
+        let path = tree.join(file);
+        let text = fs::read_to_string(&path)?;
+        let mut source = Source::new(file, &text);
+        for (_, code, instead) in changes.iter().filter(|(of, ..)| *of == file) {
+            let places: Vec<_> = text.match_indices(code).map(|(at, _)| at).collect();
+            let [at] = places[..] else {
+                return Err(format!("{file} has {} times what it should have once: {code}", places.len()).into());
+            };
+            let number = source.mutant(at, code, instead, mutants);
+            let [before, after] = match file.ends_with(".rs") {
+                true => [format!("(if crate::mutated({number}) {{ {instead} }} else {{ "), " })".to_owned()],
+                false => [format!("(mutated({number}) ? ({instead}) : ("), "))".to_owned()],
+            };
+            source.insert(at, before);
+            source.insert(at + code.len(), after);
+        }
+        fs::write(&path, source.finish())?;
+    }
+    Ok(())
 }
 
 /// Gives a copy of the tree the function that says which mutant is chosen.
