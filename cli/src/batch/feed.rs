@@ -396,7 +396,7 @@ mod tests {
         let (permit, permits) = mpsc::channel();
         // A batch that runs has this end too: the channel is never closed.
         read(input, Known::default(), Arc::new(preparing()), permits, to.clone()).unwrap();
-        let mut next = || {
+        let next = || {
             permit.send(()).unwrap();
             happenings.recv_timeout(Duration::from_secs(20)).expect("it says something")
         };
