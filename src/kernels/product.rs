@@ -12,6 +12,7 @@ use std::{
     ffi::c_int,
     iter,
     ops::Range,
+    sync::{LazyLock, Mutex, PoisonError},
 };
 
 use super::cublas::{Algorithm, Cublas, Description, Shape, Tensors, WORKSPACE};
@@ -87,6 +88,9 @@ impl Product {
     }
 }
 
+/// What trials came to on each device, for other streams: it stays the same as long as the process lives.
+static TRIED: LazyLock<Mutex<HashMap<(u32, Shape), Option<Algorithm>>>> = LazyLock::new(Mutex::default);
+
 /// How products of a shape are computed: by an algorithm of cuBLAS, or by the own kernel.
 type Plan = Option<(Description, Algorithm)>;
 
@@ -104,7 +108,7 @@ impl Products {
         Ok(Self { cuda: cuda.clone(), cublas: Cublas::new(cuda)?, plans: RefCell::default(), trial })
     }
 
-    /// Enqueues a product. The first of a shape waits for the stream.
+    /// Enqueues a product. The first of a shape on a device waits for the stream.
     ///
     /// # Safety
     /// The tensors are on the device for as long as the stream works on them, which is always the same.
@@ -141,13 +145,21 @@ impl Products {
     /// As for [`enqueue`](Self::enqueue).
     unsafe fn choose(&self, product: Product, stream: &CudaStream) -> Result<Plan> {
         let description = self.cublas.describe(product.shape())?;
+        let known = (self.cuda.ordinal(), product.shape());
+        let tried = || TRIED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = tried().get(&known) {
+            return Ok(found.map(|algorithm| (description, algorithm)));
+        }
+        let mut found = None;
         for algorithm in self.cublas.algorithms(&description)? {
             // SAFETY: as the caller promises.
             if unsafe { self.passes(product, &description, &algorithm, stream)? } {
-                return Ok(Some((description, algorithm)));
+                found = Some(algorithm);
+                break;
             }
         }
-        Ok(None)
+        tried().insert(known, found);
+        Ok(found.map(|algorithm| (description, algorithm)))
     }
 
     /// Whether an algorithm adds up rows at the beginning and in the middle of a product as the own kernel does. Both add them to what
