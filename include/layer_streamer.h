@@ -1090,7 +1090,8 @@ ls_status ls_argmax(struct ls_stream stream,
                     const struct ls_tensor *out);
 
 // out = x · weightᵀ + bias, with activations `x` [T, K] and `out` [T, N], `weight` [N, K], `bias` [N]. `bias` may be NULL. `out`
-// may be F32 instead, for logits and for what ls_rope takes.
+// may be F32 instead, for logits and for what ls_rope takes. On a GPU the first product of a shape with more than 16 rows waits for
+// the stream; rows in multiples of 128 make few shapes.
 ls_status ls_linear(struct ls_stream stream,
                     const struct ls_tensor *x,
                     const struct ls_tensor *weight,

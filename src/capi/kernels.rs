@@ -320,7 +320,8 @@ pub unsafe extern "C" fn ls_argmax(stream: ls_stream, x: *const ls_tensor, out: 
 }
 
 /// out = x · weightᵀ + bias, with activations `x` [T, K] and `out` [T, N], `weight` [N, K], `bias` [N]. `bias` may be NULL. `out`
-/// may be F32 instead, for logits and for what ls_rope takes.
+/// may be F32 instead, for logits and for what ls_rope takes. On a GPU the first product of a shape with more than 16 rows waits for
+/// the stream; rows in multiples of 128 make few shapes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ls_linear(
     stream: ls_stream,

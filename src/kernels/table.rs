@@ -63,7 +63,8 @@ macro_rules! kernels {
             }
 
             /// `out = x · weightᵀ + bias`, with activations `x [T, K]` and `out [T, N]`, `weight [N, K]`, `bias [N]`. `out` may
-            /// be F32 instead, for logits and for what [`rope`](Kernels::rope) takes.
+            /// be F32 instead, for logits and for what [`rope`](Kernels::rope) takes. On a GPU the first product of a shape with more than
+            /// 16 rows waits for the stream.
             linear Linear [T, K, N] {
                 x: read Activation [T, K],
                 weight: read Matrix [N, K],
