@@ -100,11 +100,11 @@ cudaError_t lsk_rms_norm_in_place(float* x, const lsk_bf16* weight, float offset
 /* x += y. */
 cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
 
-/* Rows that lsk_few_rows takes at most. */
+/* Tokens and rows of the weight that a block of lsk_few_rows takes, the latter or twice as many. */
 #define LSK_FEW_ROWS 16
 
 /* out = x · weightᵀ + bias, or + out if `add`: x [tokens, k], weight [n, k], bias [n] or null, out [tokens, n] of LSK_F32 or
- * LSK_BF16. An element is added up from the first column to the last, sixteen at a time, whatever the sizes are. */
+ * LSK_BF16. An element is added up from the first column to the last, sixteen at a time, whatever the sizes are. Up to a million tokens; each LSK_FEW_ROWS of them read the whole weight. */
 cudaError_t lsk_few_rows(void* out, int out_dtype, const lsk_bf16* x, const lsk_bf16* weight, const lsk_bf16* bias,
                          int add, int tokens, int64_t n, int64_t k, cudaStream_t stream);
 

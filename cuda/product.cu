@@ -1,7 +1,7 @@
 // Products of few rows: out [tokens, n] = x [tokens, k] · weight [n, k]ᵀ, and what is added to it. Reading the weight is all the time they take.
 //
-// A block is a warp that takes some rows of the weight, and goes over all their columns from the first to the last, while those
-// to come are on their way to shared memory. So an element's sum has one order, sixteen columns at a time; src/kernels/product.rs
+// A block is a warp that takes some rows of the weight and some tokens, and goes over all columns from the first to the last, while
+// those to come are on their way to shared memory. So an element's sum has one order, sixteen columns at a time; src/kernels/product.rs
 // tells why that matters.
 #include <limits.h>
 
@@ -20,7 +20,7 @@ struct Product {
   bool add;  // to what `out` holds
 };
 
-// M × 16 rows of the weight, and the tokens. With small ones a multiprocessor has few, so each looks further ahead.
+// M × 16 rows of the weight, and tokens. With small ones a multiprocessor has few, so each looks further ahead.
 constexpr int kTokens = LSK_FEW_ROWS;
 
 template <int M>
@@ -30,20 +30,24 @@ struct Shape {
   static constexpr int kBytes = kStages * kStageBytes;
 };
 
-// What a lane copies of ROWS rows: the same chunk of some of them. Rows behind the last are that one, and what comes of them is not
-// stored.
-template <int ROWS, bool kAligned>
+// What a lane copies of ROWS rows: the same chunk of some of them. What comes of rows behind the last is not stored: others are
+// copied in their place, which are on their way anyway. Were it always the same row, blocks would wait for each other's reading.
+template <typename Offset, int ROWS, bool kAligned>
 struct Copier {
   static constexpr int kDown = 32 / kChunks, kRows = ROWS / kDown;
   const lsk_bf16* source;
-  int k, column, rows[kRows];
+  int k, column;
+  Offset rows[kRows];
 
-  __device__ Copier(const lsk_bf16* source, int64_t count, int k)
+  // Row `r` that there is not is row `instead(r)` of those from `others` on.
+  template <typename Instead>
+  __device__ Copier(const lsk_bf16* source, int64_t count, int k, const lsk_bf16* others, Instead instead)
       : source(source), k(k), column(int(threadIdx.x) % kChunks * 8) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = int(threadIdx.x) / kChunks + i * kDown;
-      rows[i] = (row < count ? row : int(count) - 1) * k + column;
+      rows[i] = row < count ? Offset(row) * k : Offset(others - source) + Offset(instead(row)) * k;
+      rows[i] += column;
     }
   }
 
@@ -92,8 +96,11 @@ __global__ void __launch_bounds__(32) few_rows(Product call) {
   LSK_DYNAMIC_SHARED(shared);
   const int64_t first = int64_t(blockIdx.x) * Shape::kRows;
   const int k = call.k;
-  const Copier<Shape::kRows, kAligned> weight(call.weight + first * k, call.n - first, k);
-  const Copier<kTokens, kAligned> x(call.x, call.tokens, k);
+  const int first_token = int(blockIdx.y) * kTokens, rows = int(call.n - first < Shape::kRows ? call.n - first : Shape::kRows);
+  const lsk_bf16 *const weight_rows = call.weight + first * k, *const tokens = call.x + int64_t(first_token) * k;
+  const auto last = [&](int row) { return row < rows ? row : rows - 1; };
+  const Copier<int, Shape::kRows, kAligned> weight(weight_rows, rows, k, weight_rows, last);
+  const Copier<int64_t, kTokens, kAligned> x(tokens, call.tokens - first_token, k, weight_rows, last);
   const auto copy = [&](int place, int from) {
     if (from < k) {
       weight.start(shared + place, from);
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(32) few_rows(Product call) {
       const float bias = call.bias == nullptr ? 0.0f : widen(call.bias[row]);
 #pragma unroll
       for (int i = 0; i < kTokens / 4; ++i) {
-        const int token = i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+        const int token = first_token + i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
         if (token >= call.tokens) continue;
         Out* const to = out + token * call.n + row;
         narrow(sums[i / 2][m][2 * h + i % 2] + (call.add ? widen(*to) : bias), to);
@@ -140,8 +147,9 @@ cudaError_t launch(const Product& call, cudaStream_t stream) {
   using Shape = Shape<M>;
   const int64_t blocks = (call.n + Shape::kRows - 1) / Shape::kRows;
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned(blocks), unsigned(call.tokens + kTokens - 1) / kTokens);
   const bool aligned = call.k % 8 == 0 && aligned_for<8>(call.x) && aligned_for<8>(call.weight);
-  return lsk_launch(aligned ? few_rows<Out, M, true> : few_rows<Out, M, false>, dim3(unsigned(blocks)),
+  return lsk_launch(aligned ? few_rows<Out, M, true> : few_rows<Out, M, false>, grid,
                     dim3(32), Shape::kBytes, stream, call);
 }
 
@@ -181,7 +189,7 @@ __global__ void __launch_bounds__(kComparing) compare(uint32_t* differ, const T*
 cudaError_t lsk_few_rows(void* out, int out_dtype, const lsk_bf16* x, const lsk_bf16* weight, const lsk_bf16* bias,
                          int add, int tokens, int64_t n, int64_t k, cudaStream_t stream) {
   // A block's elements of the weight are counted with `int`.
-  const bool valid = (bias == nullptr || !add) && tokens >= 0 && tokens <= LSK_FEW_ROWS && n >= 0 && k >= 0 && k <= INT_MAX / 64;
+  const bool valid = (bias == nullptr || !add) && tokens >= 0 && tokens <= 65535 * kTokens && n >= 0 && k >= 0 && k <= INT_MAX / 64;
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0 || n == 0) return cudaSuccess;
   const Product call = {out, x, weight, bias, n, int(k), tokens, add != 0};

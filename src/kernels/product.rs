@@ -3,8 +3,8 @@
 //! An element is a sum over the columns. The own kernel (`cuda/product.cu`) adds them up from the first to the last, sixteen at a
 //! time, as tensor cores do. So do cuBLAS's algorithms that split no sum, whatever the shape of their tiles: then a row's bits depend
 //! neither on how many rows there are nor on its place among them. cuBLAS does not promise that. So each of its algorithms is
-//! tried before it is used: on the first product of a shape, some of whose rows the own kernel computes too. Where none passes, the own
-//! kernel computes all.
+//! tried before it is used: on the first product of a shape, some of whose rows the own kernel computes too. Where none passes, or none is
+//! faster, the own kernel computes all.
 
 use std::{
     cell::RefCell,
@@ -13,6 +13,7 @@ use std::{
     iter,
     ops::Range,
     sync::{LazyLock, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use super::cublas::{Algorithm, Cublas, Description, Shape, Tensors, WORKSPACE};
@@ -22,16 +23,19 @@ use crate::{
         cuda::{code_of, sys},
     },
     dtype::DType,
-    error::Result,
+    error::{Error, Result},
     layout::DEVICE_ALIGN,
 };
 
-/// Rows that the own kernel takes at once.
+/// Rows that the own kernel's blocks take.
 const FEW: usize = sys::LSK_FEW_ROWS as usize;
 
 /// Rows of cuBLAS's smallest product, and of its largest. Those between are twice as many each time, so that there are few shapes.
 const ROWS: usize = 128;
 pub(super) const MOST_ROWS: usize = 16 * ROWS;
+
+/// Of so many rows and more the first algorithm that cuBLAS names is about the fastest.
+const MANY: usize = 512;
 
 /// Room for what the own kernel computes while algorithms are tried, and for the answer, which comes first.
 const TRIAL: usize = 4 << 20;
@@ -89,7 +93,8 @@ impl Product {
 }
 
 /// What trials came to on each device, for other streams: it stays the same as long as the process lives.
-static TRIED: LazyLock<Mutex<HashMap<(u32, Shape), Option<Algorithm>>>> = LazyLock::new(Mutex::default);
+static TRIED: LazyLock<Mutex<Tried>> = LazyLock::new(Mutex::default);
+type Tried = HashMap<(u32, Shape), Option<Algorithm>>;
 
 /// How products of a shape are computed: by an algorithm of cuBLAS, or by the own kernel.
 type Plan = Option<(Description, Algorithm)>;
@@ -130,16 +135,17 @@ impl Products {
             // SAFETY: as the caller promises.
             Entry::Vacant(new) => new.insert(unsafe { self.choose(product, stream)? }),
         };
-        // SAFETY: as the caller promises; a piece's rows are some of them.
         match plan {
+            // SAFETY: as the caller promises.
             Some((description, algorithm)) => unsafe { self.by_cublas(product, description, algorithm, stream) },
-            None => (0..product.sizes[0]).step_by(FEW).try_for_each(|start| unsafe {
-                self.few_rows(product.rows(start..product.sizes[0].min(start + FEW)), false, stream)
-            }),
+            // SAFETY: as the caller promises.
+            None => unsafe { self.few_rows(product, false, stream) },
         }
     }
 
-    /// The first algorithm of cuBLAS that gives the own kernel's bits.
+    /// How products of a shape are computed: by an algorithm of cuBLAS that gives the own kernel's bits. Of many rows it is the first one,
+    /// of fewer the fastest, or the own kernel: with narrow weights cuBLAS counts on split sums, and what it names without is sometimes
+    /// ten times as slow.
     ///
     /// # Safety
     /// As for [`enqueue`](Self::enqueue).
@@ -150,13 +156,33 @@ impl Products {
         if let Some(found) = tried().get(&known) {
             return Ok(found.map(|algorithm| (description, algorithm)));
         }
-        let mut found = None;
+        let takes = |run: &dyn Fn() -> Result<()>| {
+            self.cuda.drain(stream)?;
+            let start = Instant::now();
+            run()?;
+            self.cuda.drain(stream)?;
+            Ok::<_, Error>(start.elapsed())
+        };
+        let (mut found, mut best) = (None, Duration::MAX);
         for algorithm in self.cublas.algorithms(&description)? {
             // SAFETY: as the caller promises.
-            if unsafe { self.passes(product, &description, &algorithm, stream)? } {
+            if !unsafe { self.passes(product, &description, &algorithm, stream)? } {
+                continue;
+            }
+            if product.sizes[0] >= MANY {
                 found = Some(algorithm);
                 break;
             }
+            // SAFETY: as the caller promises.
+            let time = takes(&|| unsafe { self.by_cublas(product, &description, &algorithm, stream) })?;
+            if time < best {
+                (found, best) = (Some(algorithm), time);
+            }
+        }
+        // SAFETY: as the caller promises.
+        let own = || unsafe { self.few_rows(product, false, stream) };
+        if best < Duration::MAX && takes(&own)? < best {
+            found = None;
         }
         tried().insert(known, found);
         Ok(found.map(|algorithm| (description, algorithm)))
@@ -242,7 +268,7 @@ impl Products {
     /// Computes a product, or adds one without bias to what `out` holds.
     ///
     /// # Safety
-    /// As for [`enqueue`](Self::enqueue), and the product has up to [`FEW`] rows.
+    /// As for [`enqueue`](Self::enqueue).
     unsafe fn few_rows(&self, product: Product, add: bool, stream: &CudaStream) -> Result<()> {
         let Product { sizes: [rows, k, n], tensors, out, bias } = product;
         let [to, x, weight] = [tensors.out, tensors.x, tensors.weight].map(|at| at.as_ptr());
