@@ -103,10 +103,10 @@ cudaError_t lsk_add(float* x, const lsk_bf16* y, size_t n, cudaStream_t stream);
 /* Tokens and rows of the weight that a block of lsk_few_rows takes, the latter or twice as many. */
 #define LSK_FEW_ROWS 16
 
-/* out = x · weightᵀ + bias, or + out if `add`: x [tokens, k], weight [n, k], bias [n] or null, out [tokens, n] of LSK_F32 or
- * LSK_BF16. An element is added up from the first column to the last, sixteen at a time, whatever the sizes are. Up to a million tokens; each LSK_FEW_ROWS of them read the whole weight. */
+/* out = x · weightᵀ + bias: x [tokens, k], weight [n, k], bias [n] or null, out [tokens, n] of LSK_F32 or LSK_BF16, rounded before the
+ * bias is added and after. An element is added up from the first column to the last, sixteen at a time, whatever the sizes are. Up to a million tokens; each LSK_FEW_ROWS of them read the whole weight. */
 cudaError_t lsk_few_rows(void* out, int out_dtype, const lsk_bf16* x, const lsk_bf16* weight, const lsk_bf16* bias,
-                         int add, int tokens, int64_t n, int64_t k, cudaStream_t stream);
+                         int tokens, int64_t n, int64_t k, cudaStream_t stream);
 
 /* Stores to *differ, which is the device's, whether any of n elements of LSK_F32 or LSK_BF16 differ: 1, or 0. A NaN is like any
  * other. */

@@ -1,4 +1,4 @@
-// Products of few rows: out [tokens, n] = x [tokens, k] · weight [n, k]ᵀ, and what is added to it. Reading the weight is all the time they take.
+// Products of few rows: out [tokens, n] = x [tokens, k] · weight [n, k]ᵀ + bias. Reading the weight is all the time they take.
 //
 // A block is a warp that takes some rows of the weight and some tokens, and goes over all columns from the first to the last, while
 // those to come are on their way to shared memory. So an element's sum has one order, sixteen columns at a time; src/kernels/product.rs
@@ -17,7 +17,6 @@ struct Product {
   const lsk_bf16 *x, *weight, *bias;  // bias: or null
   int64_t n;
   int k, tokens;
-  bool add;  // to what `out` holds
 };
 
 // M × 16 rows of the weight, and tokens. With small ones a multiprocessor has few, so each looks further ahead.
@@ -133,7 +132,9 @@ __global__ void __launch_bounds__(32) few_rows(Product call) {
         const int token = first_token + i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
         if (token >= call.tokens) continue;
         Out* const to = out + token * call.n + row;
-        narrow(sums[i / 2][m][2 * h + i % 2] + (call.add ? widen(*to) : bias), to);
+        narrow(sums[i / 2][m][2 * h + i % 2], to);
+        // cuBLAS rounds a sum before it adds to it, too.
+        if (call.bias != nullptr) narrow(widen(*to) + bias, to);
       }
     }
   }
@@ -187,12 +188,12 @@ __global__ void __launch_bounds__(kComparing) compare(uint32_t* differ, const T*
 }  // namespace
 
 cudaError_t lsk_few_rows(void* out, int out_dtype, const lsk_bf16* x, const lsk_bf16* weight, const lsk_bf16* bias,
-                         int add, int tokens, int64_t n, int64_t k, cudaStream_t stream) {
+                         int tokens, int64_t n, int64_t k, cudaStream_t stream) {
   // A block's elements of the weight are counted with `int`.
-  const bool valid = (bias == nullptr || !add) && tokens >= 0 && tokens <= 65535 * kTokens && n >= 0 && k >= 0 && k <= INT_MAX / 64;
+  const bool valid = tokens >= 0 && tokens <= 65535 * kTokens && n >= 0 && k >= 0 && k <= INT_MAX / 64;
   if (!valid) return cudaErrorInvalidValue;
   if (tokens == 0 || n == 0) return cudaSuccess;
-  const Product call = {out, x, weight, bias, n, int(k), tokens, add != 0};
+  const Product call = {out, x, weight, bias, n, int(k), tokens};
   switch (out_dtype) {
     case LSK_F32: return launch_to<float>(call, stream);
     case LSK_BF16: return launch_to<lsk_bf16>(call, stream);

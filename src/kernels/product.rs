@@ -24,7 +24,6 @@ use crate::{
     },
     dtype::DType,
     error::{Error, Result},
-    layout::DEVICE_ALIGN,
 };
 
 /// Rows that the own kernel's blocks take.
@@ -33,6 +32,10 @@ const FEW: usize = sys::LSK_FEW_ROWS as usize;
 /// Rows of cuBLAS's smallest product, and of its largest. Those between are twice as many each time, so that there are few shapes.
 const ROWS: usize = 128;
 pub(super) const MOST_ROWS: usize = 16 * ROWS;
+
+/// A weight with fewer elements stays in the GPU's caches, where the own kernel may read it as often as it must; and in BF16, in which other
+/// orders of adding up are seen in a thousandth of all elements or less, a trial would have too few of them.
+const SMALL: usize = 1 << 20;
 
 /// Of so many rows and more the first algorithm that cuBLAS names is about the fastest.
 const MANY: usize = 512;
@@ -125,9 +128,10 @@ impl Products {
     /// # Safety
     /// As for [`enqueue`](Self::enqueue).
     unsafe fn piece(&self, product: Product, stream: &CudaStream) -> Result<()> {
-        if product.sizes[0] <= FEW {
+        let [rows, k, n] = product.sizes;
+        if rows <= FEW || k * n < SMALL {
             // SAFETY: as the caller promises.
-            return unsafe { self.few_rows(product, false, stream) };
+            return unsafe { self.few_rows(product, stream) };
         }
         let mut plans = self.plans.borrow_mut();
         let plan = match plans.entry(product.shape()) {
@@ -139,7 +143,7 @@ impl Products {
             // SAFETY: as the caller promises.
             Some((description, algorithm)) => unsafe { self.by_cublas(product, description, algorithm, stream) },
             // SAFETY: as the caller promises.
-            None => unsafe { self.few_rows(product, false, stream) },
+            None => unsafe { self.few_rows(product, stream) },
         }
     }
 
@@ -180,7 +184,7 @@ impl Products {
             }
         }
         // SAFETY: as the caller promises.
-        let own = || unsafe { self.few_rows(product, false, stream) };
+        let own = || unsafe { self.few_rows(product, stream) };
         if best < Duration::MAX && takes(&own)? < best {
             found = None;
         }
@@ -188,9 +192,7 @@ impl Products {
         Ok(found.map(|algorithm| (description, algorithm)))
     }
 
-    /// Whether an algorithm adds up rows at the beginning and in the middle of a product as the own kernel does. Both add them to what
-    /// the own kernel made of them before, negative: what is left are the bits that a result in BF16 has no room for. Sums in
-    /// another order differ there by far more often than where they are rounded once.
+    /// Whether rows at the beginning and in the middle of a product come out of an algorithm as the own kernel makes them.
     ///
     /// # Safety
     /// As for [`enqueue`](Self::enqueue).
@@ -201,35 +203,24 @@ impl Products {
         algorithm: &Algorithm,
         stream: &CudaStream,
     ) -> Result<bool> {
-        let [rows, _, n] = product.sizes;
-        let (size, answer) = (product.out.size(), self.cuda.address(&self.trial));
-        let room = (TRIAL - ANSWER) / 2 / DEVICE_ALIGN * DEVICE_ALIGN;
-        let some = (room / (n * size)).min(FEW);
-        let parts = [(0, ANSWER), (rows / 2, ANSWER + room)].map(|(start, place)| {
-            let part = product.rows(start..rows.min(start + some));
-            (part, Product { tensors: Tensors { out: answer.offset(place), ..part.tensors }, bias: None, ..part })
-        });
-        for (part, own) in parts {
-            let (to, count) = (own.tensors.out.as_ptr().cast(), part.sizes[0] * n);
-            // SAFETY: as the caller promises; what the own kernel writes has room in the trial's memory, which this stream alone uses.
-            unsafe {
-                self.few_rows(own, false, stream)?;
-                let scale = || sys::lsk_scale(to, code_of(own.out), -1.0, count, stream.raw());
-                self.cuda.call(|| "run scale".into(), scale)?;
-                self.cuda.copy_on_device(part.tensors.out, own.tensors.out, count * size, stream)?;
-            }
-        }
-        // SAFETY: as the caller promises; the description is of the product's shape.
-        if unsafe { self.cublas.multiply(description, algorithm, 1.0, product.tensors, stream) }.is_err() {
+        // SAFETY: as the caller promises.
+        if unsafe { self.by_cublas(product, description, algorithm, stream) }.is_err() {
             return self.cuda.alive().map(|()| false);
         }
-        for (part, own) in parts {
+        let [rows, _, n] = product.sizes;
+        let answer = self.cuda.address(&self.trial);
+        let (out, some) = (answer.offset(ANSWER), ((TRIAL - ANSWER) / (n * product.out.size())).min(FEW));
+        for start in [0, rows / 2] {
+            let part = product.rows(start..rows.min(start + some));
+            let (theirs, count) = (part.tensors.out, part.sizes[0] * n);
+            let own = Product { tensors: Tensors { out, ..part.tensors }, ..part };
             let mut differ = 1u32;
-            // SAFETY: as above; the answer is four bytes long, and copied before `drain` returns.
+            // SAFETY: as the caller promises; what the own kernel writes has room in the trial's memory, which this stream alone uses, behind
+            // the answer. That is four bytes long, and copied before `drain` returns.
             unsafe {
-                self.few_rows(own, true, stream)?;
-                let [at, theirs, own] = [answer, part.tensors.out, own.tensors.out].map(|at| at.as_ptr());
-                let (dtype, count) = (code_of(product.out), part.sizes[0] * n);
+                self.few_rows(own, stream)?;
+                let [at, theirs, own] = [answer, theirs, out].map(|at| at.as_ptr());
+                let dtype = code_of(product.out);
                 let compare = || sys::lsk_compare(at.cast(), theirs.cast(), own.cast(), dtype, count, stream.raw());
                 self.cuda.call(|| "run compare".into(), compare)?;
                 self.cuda.copy_to_host((&raw mut differ).cast(), answer, size_of::<u32>(), stream)?;
@@ -265,19 +256,16 @@ impl Products {
         unsafe { self.cublas.multiply(description, algorithm, beta, tensors, stream) }
     }
 
-    /// Computes a product, or adds one without bias to what `out` holds.
-    ///
     /// # Safety
     /// As for [`enqueue`](Self::enqueue).
-    unsafe fn few_rows(&self, product: Product, add: bool, stream: &CudaStream) -> Result<()> {
+    unsafe fn few_rows(&self, product: Product, stream: &CudaStream) -> Result<()> {
         let Product { sizes: [rows, k, n], tensors, out, bias } = product;
         let [to, x, weight] = [tensors.out, tensors.x, tensors.weight].map(|at| at.as_ptr());
         let bias = bias.map_or(std::ptr::null(), |bias| bias.as_ptr().cast_const());
         // SAFETY: the caller promises `x` [T, K], `weight` [N, K] and N biases in BF16, and an `out` [T, N], on the device.
         let launch = || unsafe {
             let (dtype, x, weight, bias) = (code_of(out), x.cast(), weight.cast(), bias.cast());
-            let (add, rows) = (c_int::from(add), rows as c_int);
-            sys::lsk_few_rows(to.cast(), dtype, x, weight, bias, add, rows, n as i64, k as i64, stream.raw())
+            sys::lsk_few_rows(to.cast(), dtype, x, weight, bias, rows as c_int, n as i64, k as i64, stream.raw())
         };
         self.cuda.call(|| product.shape().operation(), launch)
     }

@@ -246,15 +246,16 @@ unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32, algorithm: u64)
             let sum = dot(&left[row * depth..][..depth], &right[column * depth..][..depth], algorithm);
             let at = column * c.apart + row;
             // What is multiplied by nothing is not read: it may be NaN.
-            let add = |before: f32| if beta == 0.0 { sum } else { sum + beta * before };
+            let add = |sum: f32, before: f32| if beta == 0.0 { sum } else { sum + beta * before };
             // SAFETY: `at` is inside the matrix `c`, which nobody else uses.
             unsafe {
                 if wide {
                     let to = c.start.cast::<f32>().add(at);
-                    to.write(add(to.read()));
+                    to.write(add(sum, to.read()));
                 } else {
+                    // Rounded before it is added to, and after, as cuBLAS does.
                     let to = c.start.cast::<bf16>().add(at);
-                    to.write(bf16::from_f32(add(to.read().to_f32())));
+                    to.write(bf16::from_f32(add(bf16::from_f32(sum).to_f32(), to.read().to_f32())));
                 }
             }
         }
