@@ -34,8 +34,9 @@ const ROWS: usize = 128;
 pub(super) const MOST_ROWS: usize = 16 * ROWS;
 
 /// A weight with fewer elements stays in the GPU's caches, where the own kernel may read it as often as it must; and in BF16, in which other
-/// orders of adding up are seen in a thousandth of all elements or less, a trial would have too few of them.
-const SMALL: usize = 1 << 20;
+/// orders of adding up are seen in a thousandth of all elements or less, a trial would have too few of them. Where threads are emulated they
+/// take long to read it again, and the wrong algorithm is one that is seen at once.
+const SMALL: usize = if cfg!(cuda_emulated) { 1 << 12 } else { 1 << 20 };
 
 /// Of so many rows and more the first algorithm that cuBLAS names is about the fastest.
 const MANY: usize = 512;

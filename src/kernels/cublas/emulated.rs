@@ -1,6 +1,7 @@
 //! The part of cuBLASLt that the crate uses, on the emulated runtime: products of BF16, added up in F32.
 //!
-//! There are two algorithms. The second adds up as the emulated tensor cores do, the first in another order, as some of cuBLAS's do.
+//! There are two algorithms. The second adds up as the emulated tensor cores do. The first rounds to BF16 on its way, so that no trial can
+//! miss it.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -29,7 +30,7 @@ const COMPUTE_32F: c_int = 68;
 const DESC_TRANSA: c_int = 3;
 
 /// The first numbers of the two algorithms.
-const BACKWARDS: u64 = 1;
+const ROUGH: u64 = 1;
 const IN_ORDER: u64 = 2;
 
 /// A handle: of one device.
@@ -147,7 +148,7 @@ unsafe extern "C" fn algorithms(
     to: *mut Heuristic,
     count: *mut c_int,
 ) -> c_int {
-    let both = [BACKWARDS, IN_ORDER].map(|number| {
+    let both = [ROUGH, IN_ORDER].map(|number| {
         let algorithm = [number, 0, 0, 0, 0, 0, 0, 0];
         Heuristic { algorithm, workspace: 0, state: SUCCESS, waves: 1.0, reserved: [0; 4] }
     });
@@ -220,7 +221,7 @@ impl Matrix {
     }
 }
 
-/// The sum of two vectors' products, as `cuda/mma.cuh` adds it up where there are no tensor cores; or from the last sixteen to the first.
+/// The sum of two vectors' products, as `cuda/mma.cuh` adds it up where there are no tensor cores; or rounded after each sixteen.
 fn dot(a: &[f32], b: &[f32], algorithm: u64) -> f32 {
     let add = |sum: f32, (a, b): (&[f32], &[f32])| {
         let mut lanes = [0f32; 4];
@@ -230,7 +231,8 @@ fn dot(a: &[f32], b: &[f32], algorithm: u64) -> f32 {
         sum + (lanes[0] + lanes[1] + lanes[2] + lanes[3])
     };
     let sixteens = a.chunks_exact(16).zip(b.chunks_exact(16));
-    if algorithm == IN_ORDER { sixteens.fold(0.0, add) } else { sixteens.rev().fold(0.0, add) }
+    let rough = |sum, sixteen| bf16::from_f32(add(sum, sixteen)).to_f32();
+    if algorithm == IN_ORDER { sixteens.fold(0.0, add) } else { sixteens.fold(0.0, rough) }
 }
 
 /// `c = aᵀ · b + beta · c`.
@@ -292,7 +294,7 @@ unsafe extern "C" fn multiply(
         || !(wide || c_of.dtype == CUDA_R_16BF)
         || (a_of.rows, a_of.columns, b_of.columns) != (b_of.rows, c_of.rows, c_of.columns)
         || !(std::ptr::eq(c, d) && std::ptr::eq(c_of, d_of.cast()))
-        || !(BACKWARDS..=IN_ORDER).contains(&algorithm)
+        || !(ROUGH..=IN_ORDER).contains(&algorithm)
     {
         return INVALID_VALUE;
     }
