@@ -1,7 +1,7 @@
 //! The part of cuBLASLt that the crate uses, on the emulated runtime: products of BF16, added up in F32.
 //!
-//! There are two algorithms. The second adds up as the emulated tensor cores do. The first rounds to BF16 on its way, so that no trial can
-//! miss it.
+//! There are two algorithms. The second adds up as the emulated tensor cores do. The first loses the lower half of each sum on its
+//! way, so that no trial can miss it.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -221,18 +221,17 @@ impl Matrix {
     }
 }
 
-/// The sum of two vectors' products, as `cuda/mma.cuh` adds it up where there are no tensor cores; or rounded after each sixteen.
-fn dot(a: &[f32], b: &[f32], algorithm: u64) -> f32 {
-    let add = |sum: f32, (a, b): (&[f32], &[f32])| {
-        let mut lanes = [0f32; 4];
-        for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(4)) {
-            (0..4).for_each(|i| lanes[i] += a[i] * b[i]);
-        }
-        sum + (lanes[0] + lanes[1] + lanes[2] + lanes[3])
-    };
-    let sixteens = a.chunks_exact(16).zip(b.chunks_exact(16));
-    let rough = |sum, sixteen| bf16::from_f32(add(sum, sixteen)).to_f32();
-    if algorithm == IN_ORDER { sixteens.fold(0.0, add) } else { sixteens.fold(0.0, rough) }
+unsafe extern "C" {
+    /// Of `cuda/emulation/product.cpp`, which a compiler makes quick in any profile.
+    fn lsk_emulated_product(
+        a: *const f32,
+        b: *const f32,
+        sums: *mut f32,
+        rows: usize,
+        columns: usize,
+        depth: usize,
+        rough: bool,
+    );
 }
 
 /// `c = aᵀ · b + beta · c`.
@@ -242,10 +241,15 @@ fn dot(a: &[f32], b: &[f32], algorithm: u64) -> f32 {
 unsafe fn product([a, b, c]: [Matrix; 3], wide: bool, beta: f32, algorithm: u64) {
     // SAFETY: the two are matrices that nobody writes, by what this function asks of its caller.
     let (left, right) = unsafe { (a.sixteens(), b.sixteens()) };
-    let depth = a.rows.next_multiple_of(16);
+    let mut sums = vec![0f32; c.rows * c.columns];
+    let (depth, rough) = (a.rows.next_multiple_of(16), algorithm == ROUGH);
+    // SAFETY: both have so many vectors of `depth` numbers, and there is a sum for each two.
+    unsafe {
+        lsk_emulated_product(left.as_ptr(), right.as_ptr(), sums.as_mut_ptr(), c.rows, c.columns, depth, rough);
+    }
     for column in 0..c.columns {
         for row in 0..c.rows {
-            let sum = dot(&left[row * depth..][..depth], &right[column * depth..][..depth], algorithm);
+            let sum = sums[column * c.rows + row];
             let at = column * c.apart + row;
             // What is multiplied by nothing is not read: it may be NaN.
             let add = |sum: f32, before: f32| if beta == 0.0 { sum } else { sum + beta * before };
