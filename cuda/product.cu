@@ -19,9 +19,10 @@ struct Product {
   int k, tokens;
 };
 
-// M × 16 rows of the weight, and tokens. With small ones a multiprocessor has few, so each looks further ahead.
+// Tokens of a block.
 constexpr int kTokens = LSK_FEW_ROWS;
 
+// A block of M × 16 rows of the weight. With small ones a multiprocessor has few, so each looks further ahead.
 template <int M>
 struct Shape {
   static constexpr int kRows = 16 * M, kStages = M == 1 ? 8 : 3;
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(32) few_rows(Product call) {
   LSK_DYNAMIC_SHARED(shared);
   const int64_t first = int64_t(blockIdx.x) * Shape::kRows;
   const int k = call.k;
-  const int first_token = int(blockIdx.y) * kTokens, rows = int(call.n - first < Shape::kRows ? call.n - first : Shape::kRows);
+  const int first_token = int(blockIdx.y) * kTokens;
+  const int rows = int(call.n - first < Shape::kRows ? call.n - first : Shape::kRows);
   const lsk_bf16 *const weight_rows = call.weight + first * k, *const tokens = call.x + int64_t(first_token) * k;
   const auto last = [&](int row) { return row < rows ? row : rows - 1; };
   const Copier<int, Shape::kRows, kAligned> weight(weight_rows, rows, k, weight_rows, last);
@@ -131,10 +133,11 @@ __global__ void __launch_bounds__(32) few_rows(Product call) {
       for (int i = 0; i < kTokens / 4; ++i) {
         const int token = first_token + i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
         if (token >= call.tokens) continue;
-        Out* const to = out + token * call.n + row;
-        narrow(sums[i / 2][m][2 * h + i % 2], to);
+        Out sum;
+        narrow(sums[i / 2][m][2 * h + i % 2], &sum);
         // cuBLAS rounds a sum before it adds to it, too.
-        if (call.bias != nullptr) narrow(widen(*to) + bias, to);
+        if (call.bias != nullptr) narrow(widen(sum) + bias, &sum);
+        out[token * call.n + row] = sum;
       }
     }
   }
@@ -150,8 +153,8 @@ cudaError_t launch(const Product& call, cudaStream_t stream) {
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   const dim3 grid(unsigned(blocks), unsigned(call.tokens + kTokens - 1) / kTokens);
   const bool aligned = call.k % 8 == 0 && aligned_for<8>(call.x) && aligned_for<8>(call.weight);
-  return lsk_launch(aligned ? few_rows<Out, M, true> : few_rows<Out, M, false>, grid,
-                    dim3(32), Shape::kBytes, stream, call);
+  return lsk_launch(aligned ? few_rows<Out, M, true> : few_rows<Out, M, false>, grid, dim3(32), Shape::kBytes,
+                    stream, call);
 }
 
 template <typename Out>

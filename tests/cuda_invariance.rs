@@ -29,7 +29,7 @@ fn on_a_gpu_so_has_one_with_a_context_of_several_parts() {
 /// The weights of a 7B model, and of a small one; where threads are emulated, what they compute in a minute.
 fn weights() -> (&'static [[usize; 2]], usize) {
     match cfg!(cuda_emulated) {
-        true => (&[[200, 40], [16, 24], [128, 128], [128, 64], [160, 128], [64, 160]], 300),
+        true => (&[[200, 40], [16, 24], [128, 128], [128, 64], [160, 128], [64, 160]], 600),
         false => {
             (&[[3584, 3584], [3584, 512], [3584, 18944], [18944, 3584], [576, 192], [576, 1536], [1536, 576]], 2048)
         }

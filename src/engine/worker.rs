@@ -286,8 +286,8 @@ impl<D: Kernels> Worker<D> {
         }
     }
 
-    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long or wait for a page; and how many sequences are continued
-    /// in it. Short shares of prompts are not those: many prompts may have a token each.
+    /// How many tokens of each running sequence the next pass has, 0 of some if prompts are long or wait for a page; and how many sequences
+    /// are continued in it. Short shares of prompts are not those: many prompts may have a token each.
     fn shares(&self) -> (Vec<usize>, usize) {
         let left = self.running.iter().map(|Running { job, row }| {
             let left = job.tokens.len() - self.decoder.length(*row);

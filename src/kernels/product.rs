@@ -120,7 +120,7 @@ impl Products {
     /// Enqueues a product. The first of a shape on a device waits for the stream.
     ///
     /// # Safety
-    /// The tensors are on the device for as long as the stream works on them, which is always the same.
+    /// The tensors are on the device for as long as the stream works on them. It is the same stream in every call.
     pub(super) unsafe fn enqueue(&self, product: Product, stream: &CudaStream) -> Result<()> {
         // SAFETY: a piece of the product is as the caller promises of the whole.
         pieces(product.sizes[0]).try_for_each(|rows| unsafe { self.piece(product.rows(rows), stream) })
@@ -211,6 +211,10 @@ impl Products {
         let [rows, _, n] = product.sizes;
         let answer = self.cuda.address(&self.trial);
         let (out, some) = (answer.offset(ANSWER), ((TRIAL - ANSWER) / (n * product.out.size())).min(FEW));
+        if some == 0 {
+            // A row has no room.
+            return Ok(false);
+        }
         for start in [0, rows / 2] {
             let part = product.rows(start..rows.min(start + some));
             let (theirs, count) = (part.tensors.out, part.sizes[0] * n);

@@ -13,7 +13,7 @@ const ON_CPU: &[Change] = &[
         "(*partials.state(query, slot), partials.values(query, slot))",
         "(*partials.state(query, stretches.len() - 1 - slot), partials.values(query, stretches.len() - 1 - slot))",
     ),
-    // Stretches are shorter where threads take one each: a part of the keys is left out, and another comes twice.
+    // Where threads take a stretch each, some come twice and others not at all.
     ("src/kernels/cpu/split.rs", "stretch: start + slot", "stretch: start + slot / 2"),
     // A page is known by the first of its tokens.
     ("src/model/pages.rs", "tokens.try_into().expect(\"a page's tokens\")", "[tokens[0]; PAGE]"),
@@ -28,7 +28,7 @@ const ON_GPU: &[Change] = &[
         "add_sum(before[n].x, sums[0], shares[0])",
         "fmaf(before[n].x, shares[0].before, sums[0] * shares[0].later)",
     ),
-    // Tiles of one kernel begin elsewhere.
+    // Tiles begin where a query's window does, and no longer at fixed places.
     ("cuda/attention.cuh", "(tile.past + 1 - call.window) / kKeys<D> * kKeys<D>", "(tile.past + 1 - call.window)"),
 ];
 
