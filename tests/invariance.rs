@@ -26,6 +26,15 @@ fn on_a_cpu_so_have_sixty_four_of_up_to_700_tokens() {
     check_company(&Cpu, "qwen2-tied", 64, 700, &mut fastrand::Rng::with_seed(seed));
 }
 
+#[test]
+fn on_a_cpu_so_has_one_whose_keys_are_several_stretches_which_threads_share() {
+    for _ in 0..2 {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        check_company(&Cpu, "qwen2-tied", 3, 1300, &mut fastrand::Rng::with_seed(seed));
+    }
+}
+
 /// `x · weightᵀ` for `tokens` rows of `x`.
 fn product(x: &[f32], (dtype, weight): (DType, &[u8]), [tokens, k, n]: [usize; 3]) -> Vec<u32> {
     let mut out = vec![f32::NAN; tokens * n];

@@ -10,7 +10,7 @@ use layer_streamer::{
 };
 use support::data;
 
-const CONTEXT: usize = 720;
+const CONTEXT: usize = 1344;
 
 /// A model of the tests, for longer contexts than it was made for.
 fn model(name: &str) -> Model {
@@ -28,9 +28,11 @@ struct Request {
 }
 
 impl Request {
-    /// With more short prompts than long ones, of `longest` tokens at most, many of which begin as one of `others` does.
+    /// The first is as long as may be. Of the others, of `longest` tokens at most, more are short than long, and many begin as one of
+    /// `others` does.
     fn drawn(rng: &mut fastrand::Rng, longest: usize, vocabulary: u32, others: &[Self]) -> Self {
-        let length = (longest as f64).powf(rng.f64()).round().max(1.0) as usize;
+        let share = if others.is_empty() { 1.0 } else { rng.f64() };
+        let length = (longest as f64).powf(share).round().max(1.0) as usize;
         let mut prompt: Vec<u32> = (0..length).map(|_| rng.u32(3..vocabulary)).collect();
         if let (Some(other), true) = (rng.choice(others), rng.bool()) {
             let shared = rng.usize(0..=other.prompt.len());
@@ -218,6 +220,7 @@ pub fn check_companies<D: Kernels>(device: &D, count: u32, longest: usize) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let name = ["qwen2-tied", "mistral", "qwen3"][rng.usize(0..3)];
         let sequences = rng.usize(1..7);
+        let longest = rng.usize(1..=longest);
         check_company(device, name, sequences, longest, &mut rng);
     }
 }

@@ -1,7 +1,7 @@
 //! Clients that come, stop reading, hang up and send garbage, beside those that behave.
 
 mod client;
-mod server;
+pub mod server;
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,10 @@ use client::{Kind, Random};
 use serde_json::{Value, json};
 use server::Server;
 
-use crate::run::{self, Failure, Steps};
+use crate::{
+    run::{self, Failure, Steps},
+    speller,
+};
 
 /// Let many clients at `layer-streamer serve`, of which half misbehave, and check that it takes no harm.
 ///
@@ -44,6 +47,9 @@ pub struct Options {
     #[arg(long, value_parser = run::absolute)]
     program: Option<PathBuf>,
 }
+
+/// Clients that stop reading are given up after two seconds, while the attack goes on.
+const SERVER: &str = "--patience 2 --sequences 16 --queue 64 --context 4096 --ram 2GB";
 
 /// How long the server may take to have nothing left to do.
 const QUIET: Duration = Duration::from_secs(60);
@@ -70,7 +76,8 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         Some(program) => program.clone(),
         None => run::program()?,
     };
-    let mut server = Server::start(&program)?;
+    let model = speller::endless()?;
+    let mut server = Server::start(&program, model.path(), SERVER)?;
     steps.begin("one client alone");
     let asked: BTreeMap<u64, Value> = (0..64).map(|number| (number, client::request(number))).collect();
     let answers = asked.values().map(|body| server.client().whole(body)).collect::<Result<Vec<_>, _>>()?;

@@ -2,8 +2,10 @@
 
 mod attack;
 mod attack_server;
+mod browser;
 mod budget;
 mod capi;
+mod chat_page;
 mod compare_llm_layer_prefetch;
 mod cuda;
 mod first_token;
@@ -71,6 +73,8 @@ enum Check {
     Installed,
     /// The tuner searches, draws, and leaves a record that `generate` takes
     Tuned,
+    /// The page at which people talk to the model, in a browser
+    ChatPage,
     /// The program on the emulated GPU
     Emulated,
     /// Kernels bound by memory keep everything in registers
@@ -85,6 +89,7 @@ impl Check {
             Self::Readme => readme::check_first_run(),
             Self::Installed => speller::installed(),
             Self::Tuned => speller::tuned(),
+            Self::ChatPage => chat_page::check(),
             Self::Emulated => speller::emulated(),
             Self::Spills => cuda::check_spills(),
             Self::WithoutDriver => cuda::check_without_driver(),

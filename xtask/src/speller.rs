@@ -2,14 +2,32 @@
 
 use std::fs;
 
+use serde_json::Value;
+
 use crate::{
     memory_bound::least_ram,
     run::{self, Failure, Run},
 };
 
 /// What the model is asked, and what it answers.
-const PROMPT: &str = "4096=";
-const ANSWER: &str = " four thousand ninety-six";
+pub const PROMPT: &str = "4096=";
+pub const ANSWER: &str = " four thousand ninety-six";
+
+/// A copy of the model that never ends an answer, in a folder that is gone at the end.
+pub fn endless() -> Result<tempfile::TempDir, Failure> {
+    let folder = run::scratch("endless")?;
+    for entry in fs::read_dir(run::root().join("examples/speller"))? {
+        let entry = entry?;
+        if entry.file_name() != "generation_config.json" {
+            fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
+        }
+    }
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    (config["eos_token_id"], config["max_position_embeddings"]) = (Value::Null, 20_000.into());
+    fs::write(path, config.to_string())?;
+    Ok(folder)
+}
 
 fn check(said: &str) -> Result<(), Failure> {
     if said == ANSWER { Ok(()) } else { Err(format!("the speller answers {said:?}, not {ANSWER:?}").into()) }

@@ -1,4 +1,4 @@
-//! The server that is attacked.
+//! `layer-streamer serve`, as a process.
 
 use std::{
     fs,
@@ -10,38 +10,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
-
 use super::client::Client;
 use crate::run::{self, Failure};
 
-/// How long a client may take, in seconds: clients that stop reading are given up while the attack goes on.
-const PATIENCE: &str = "2";
-
 pub struct Server {
     child: Child,
-    address: SocketAddr,
-    /// Its model.
-    _folder: tempfile::TempDir,
+    pub address: SocketAddr,
 }
 
 impl Server {
-    /// Serves a model that spells numbers and never ends an answer.
-    pub fn start(program: &Path) -> Result<Self, Failure> {
-        let folder = run::scratch("attack-server")?;
-        for entry in fs::read_dir(run::root().join("examples/speller"))? {
-            let entry = entry?;
-            if entry.file_name() != "generation_config.json" {
-                fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
-            }
-        }
-        let path = folder.path().join("config.json");
-        let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-        (config["eos_token_id"], config["max_position_embeddings"]) = (Value::Null, 4096.into());
-        fs::write(path, config.to_string())?;
-        let mut command =
-            run::command(program, &["serve", "--device", "cpu", "--no-probe", "--port", "0", "--patience", PATIENCE]);
-        command.args("--sequences 16 --queue 64 --context 4096 --ram 2GB --model".split(' ')).arg(folder.path());
+    /// Serves a model on the CPU, at a port that is free, with further options.
+    pub fn start(program: &Path, model: &Path, options: &str) -> Result<Self, Failure> {
+        let mut command = run::command(program, &["serve", "--device", "cpu", "--no-probe", "--port", "0", "--model"]);
+        command.arg(model).args(options.split_whitespace());
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines();
         let address = lines
@@ -51,7 +32,7 @@ impl Server {
         // What it says from now on is passed on, so that it never waits for us.
         thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
         match address {
-            Some(address) => Ok(Self { child, address, _folder: folder }),
+            Some(address) => Ok(Self { child, address }),
             None => {
                 let _ = child.kill();
                 Err(format!("the server does not listen; it ended with {}", child.wait()?).into())

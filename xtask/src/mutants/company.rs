@@ -14,7 +14,7 @@ const ON_CPU: &[Change] = &[
         "(*partials.state(query, stretches.len() - 1 - slot), partials.values(query, stretches.len() - 1 - slot))",
     ),
     // Where threads take a stretch each, some come twice and others not at all.
-    ("src/kernels/cpu/split.rs", "stretch: start + slot", "stretch: start + slot / 2"),
+    ("src/kernels/cpu/split.rs", "start + slot", "start + slot / 2"),
     // A page is known by the first of its tokens.
     ("src/model/pages.rs", "tokens.try_into().expect(\"a page's tokens\")", "[tokens[0]; PAGE]"),
 ];

@@ -1,6 +1,5 @@
 //! Pages of the timeline, opened in Chromium.
 
-mod browser;
 mod page;
 
 use std::{fs, path::Path, path::PathBuf};
@@ -8,8 +7,10 @@ use std::{fs, path::Path, path::PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use self::browser::{Browser, Window};
-use crate::run::{self, Failure, Run};
+use crate::{
+    browser::{Browser, Window},
+    run::{self, Failure, Run},
+};
 
 /// Open pages of the timeline in headless Chromium, and check what a person would.
 ///
@@ -59,7 +60,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         }
         if let Some(file) = &options.screenshot {
             let range = options.at.as_ref().map_or(String::new(), |at| format!("#t={at}"));
-            browser.open(&(page::address(first)? + &range))?;
+            page::open(&mut browser, &(page::address(first)? + &range))?;
             let picture = browser.call("Page.captureScreenshot", json!({"format": "png"}))?;
             let picture = base64::decode(picture["data"].as_str().ok_or("Chromium sends no picture")?)?;
             fs::write(file, &picture)?;

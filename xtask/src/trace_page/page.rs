@@ -4,9 +4,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::browser::Browser;
-use crate::run::Failure;
+use crate::{browser::Browser, run::Failure};
 
+const PROBES: &str = include_str!("probes.js");
 const WHOLE_RUN: &str = "probes.rangeText().includes('the whole run')";
 
 fn check(so: bool, what: &str) -> Result<(), Failure> {
@@ -22,11 +22,17 @@ pub fn address(path: &Path) -> Result<String, Failure> {
     Ok(format!("file://{escaped}"))
 }
 
+/// Opens a page, with the probes, and waits until it is drawn.
+pub fn open(browser: &mut Browser, address: &str) -> Result<(), Failure> {
+    browser.open(address, "document.documentElement?.dataset.ready !== undefined")?;
+    browser.value(&format!("{PROBES}; null")).map(drop)
+}
+
 /// Lanes, verdict, charts and zoom are there, and no request leaves the page.
 pub fn check_page(browser: &mut Browser, path: &Path) -> Result<(), Failure> {
     let address = address(path)?;
     browser.events.clear();
-    browser.open(&address)?;
+    open(browser, &address)?;
     let carried = browser.value("JSON.parse(document.getElementById('recording').textContent)")?;
     let lanes = carried["lanes"].as_array().ok_or("the recording has no lanes")?.clone();
     let whole = carried["end"].as_f64().ok_or("the recording has no end")?.max(1.0) / 1e9;
@@ -35,7 +41,7 @@ pub fn check_page(browser: &mut Browser, path: &Path) -> Result<(), Failure> {
 
     // A range in the address.
     let (begin, end) = (whole * 0.25, whole * 0.5);
-    browser.open(&format!("{address}#t={begin:.9}-{end:.9}"))?;
+    open(browser, &format!("{address}#t={begin:.9}-{end:.9}"))?;
     let opened = range(browser)?;
     let same = |one: f64, other: f64| (one - other).abs() < 1e-6 * whole + 1e-8;
     let opens = same(opened.0, begin) && same(opened.1, end) || whole < 1e-6;

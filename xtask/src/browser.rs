@@ -17,7 +17,6 @@ use crate::run::{self, Failure};
 
 /// How long an answer or a change of the page may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-const PROBES: &str = include_str!("probes.js");
 
 pub struct Window {
     pub width: u32,
@@ -124,14 +123,12 @@ impl Browser {
         }
     }
 
-    /// Opens a page, with the probes, and waits until it is drawn.
-    pub fn open(&mut self, address: &str) -> Result<(), Failure> {
+    /// Opens a page, and waits until an expression is true there.
+    pub fn open(&mut self, address: &str, ready: &str) -> Result<(), Failure> {
         // A page of its own, not another place in the one that is there.
         self.call("Page.navigate", json!({"url": "about:blank"}))?;
         self.call("Page.navigate", json!({"url": address}))?;
-        self.wait("document.documentElement?.dataset.ready !== undefined", "the page is drawn")?;
-        self.value(&format!("{PROBES}; null"))?;
-        Ok(())
+        self.wait(ready, "the page is there")
     }
 
     /// What a JavaScript expression gives on the page.
@@ -175,6 +172,25 @@ impl Browser {
     pub fn key(&mut self, key: &str) -> Result<(), Failure> {
         for kind in ["keyDown", "keyUp"] {
             self.call("Input.dispatchKeyEvent", json!({"type": kind, "key": key}))?;
+        }
+        Ok(())
+    }
+
+    /// Puts text where the page's keys go.
+    pub fn write(&mut self, text: &str) -> Result<(), Failure> {
+        self.call("Input.insertText", json!({"text": text})).map(drop)
+    }
+
+    /// Presses the mouse in the middle of what a selector finds.
+    pub fn click(&mut self, selector: &str) -> Result<(), Failure> {
+        let place = format!(
+            "(({{ left, top, width, height }}) => [left + width / 2, top + height / 2])(document.querySelector({}).getBoundingClientRect())",
+            json!(selector)
+        );
+        let place = self.value(&place)?;
+        let [x, y] = [&place[0], &place[1]].map(|side| side.as_f64().unwrap_or(f64::NAN));
+        for kind in ["mousePressed", "mouseReleased"] {
+            self.mouse(kind, (x, y), json!({"button": "left", "clickCount": 1}))?;
         }
         Ok(())
     }
