@@ -8,9 +8,12 @@ mod company;
 mod twin;
 
 use company::{check_companies, check_company};
-use layer_streamer::{DType, kernels::Kernels};
+use layer_streamer::{
+    DType,
+    kernels::{AttentionMask, Kernels, PAGE},
+};
 use support::cases;
-use twin::{On, random};
+use twin::{Batch, On, random};
 
 #[test]
 fn on_a_gpu_a_sequence_has_the_same_bits_alone_and_in_any_company() {
@@ -72,5 +75,43 @@ fn on_a_gpu_a_row_of_a_product_has_the_same_bits_at_every_place_among_1_to_2048(
                 assert_eq!(differs, None, "a row of {count} by [{n}, {k}] to {to}");
             }
         }
+    }
+}
+
+/// Values change their sign from each part of the context to the next, so that little is left of sums: it shows where one is rounded.
+#[test]
+fn on_a_gpu_a_token_attends_with_the_same_bits_alone_and_in_a_prompt() {
+    const PART: usize = 512;
+    const NEW: usize = 48;
+    let Some(device) = common::gpu() else { return };
+    let on = On::new(&device).unwrap();
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let before = 3 * PART + rng.usize(..PART);
+    for [heads, size] in [[8, 64], [4, 128]] {
+        let batch = Batch::new(vec![(before, NEW)], 0);
+        let shape = [batch.cache_pages(), 1, PAGE, size];
+        let many = shape.iter().product();
+        // Of nearly the same scores, of which none outweighs the others.
+        let keys: Vec<f32> = random(&mut rng, many).into_iter().map(|key| key / 32.0).collect();
+        let sign = |at: usize| if (at / size / PART).is_multiple_of(2) { 1.0 } else { -1.0 };
+        let base = random(&mut rng, PART * size);
+        let values: Vec<f32> = (0..many).map(|at| sign(at) * base[at % base.len()]).collect();
+        let queries = random(&mut rng, NEW * heads * size);
+        let [keys, values] = [keys, values].map(|of| on.cache(&shape, &of).unwrap());
+        let mask = AttentionMask { scale: (size as f32).powf(-0.5), window: None, soft_cap: None };
+        let attend = |first: usize, count: usize| {
+            let lengths = vec![(before + first, count)];
+            let of = Batch { lengths, ..batch.clone() }.on(&on).unwrap();
+            let shape = [count, heads, size];
+            let q = on.activation(&shape, &queries[first * heads * size..][..count * heads * size]).unwrap();
+            let mut out = on.empty(device.precision().activation, &shape).unwrap();
+            device.attention(&on.stream, q.get(), keys.get(), values.get(), of.get(), mask, out.out()).unwrap();
+            on.read(&out).unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let together = attend(0, NEW);
+        let differs = (0..NEW).find(|token| attend(*token, 1) != together[token * heads * size..][..heads * size]);
+        assert_eq!(differs, None, "heads of {size}, {before} tokens before");
     }
 }

@@ -58,10 +58,10 @@ fn answers(browser: &mut Browser, program: &Path) -> Result<(), Failure> {
         fs::copy(entry.path(), model.path().join(entry.file_name()))?;
     }
     fs::write(model.path().join("chat_template.jinja"), TEMPLATE)?;
-    let mut server = Server::start(program, model.path(), "--name speller --context 256")?;
+    let mut server = Server::start(program, model.path(), "--name speller --context 128")?;
     open(browser, &server)?;
     browser.wait(&is("model", "speller"), "the model is named")?;
-    browser.wait(&is("state", "256 tokens of context"), "its context is told")?;
+    browser.wait(&is("state", "128 tokens of context"), "its context is told")?;
     browser.wait(&is("empty", "Say something."), "an empty page says what to do")?;
 
     let asked = PROMPT.trim_end_matches('=');
