@@ -1,7 +1,7 @@
 //! Clients that come, stop reading, hang up and send garbage, beside those that behave.
 
-mod client;
-mod server;
+pub mod client;
+pub mod server;
 
 use std::{
     collections::BTreeMap,

@@ -149,6 +149,13 @@ impl Client {
         Ok(stream)
     }
 
+    /// Asks for a completion, whose answer is left to be read.
+    pub fn send(&self, body: &str) -> io::Result<TcpStream> {
+        let mut stream = self.connect()?;
+        stream.write_all(post(body).as_bytes())?;
+        Ok(stream)
+    }
+
     /// Sends a request, and returns what it is answered: without the head, chunks joined.
     fn ask(&self, request: &str) -> Result<String, Failed> {
         let mut stream = self.connect()?;

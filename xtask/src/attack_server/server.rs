@@ -1,11 +1,11 @@
-//! The server that is attacked.
+//! A server as those who attack it have it.
 
 use std::{
     fs,
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::Path,
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -21,8 +21,8 @@ const PATIENCE: &str = "2";
 pub struct Server {
     child: Child,
     address: SocketAddr,
-    /// Its model.
-    _folder: tempfile::TempDir,
+    /// Its model, where that is made for it.
+    _folder: Option<tempfile::TempDir>,
 }
 
 impl Server {
@@ -42,19 +42,29 @@ impl Server {
         let mut command =
             run::command(program, &["serve", "--device", "cpu", "--no-probe", "--port", "0", "--patience", PATIENCE]);
         command.args("--sequences 16 --queue 64 --context 4096 --ram 2GB --model".split(' ')).arg(folder.path());
+        let mut server = Self::launch(&mut command)?;
+        server._folder = Some(folder);
+        Ok(server)
+    }
+
+    /// Runs a command that serves at a free port, until it listens.
+    pub fn launch(command: &mut Command) -> Result<Self, Failure> {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-        let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines();
-        let address = lines
-            .by_ref()
-            .map_while(Result::ok)
-            .find_map(|line| line.strip_prefix("listening on http://")?.parse().ok());
+        let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines().map_while(Result::ok);
+        let mut said = Vec::new();
+        let address = lines.by_ref().find_map(|line| {
+            let address = line.strip_prefix("listening on http://").and_then(|address| address.parse().ok());
+            said.push(line);
+            address
+        });
         // What it says from now on is passed on, so that it never waits for us.
-        thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+        thread::spawn(move || lines.for_each(|line| eprintln!("server: {line}")));
         match address {
-            Some(address) => Ok(Self { child, address, _folder: folder }),
+            Some(address) => Ok(Self { child, address, _folder: None }),
             None => {
                 let _ = child.kill();
-                Err(format!("the server does not listen; it ended with {}", child.wait()?).into())
+                let (ended, said) = (child.wait()?, said.join("\n"));
+                Err(format!("the server does not listen; it ended with {ended}: {said}").into())
             }
         }
     }
@@ -68,6 +78,16 @@ impl Server {
         let text = self.client().get("/metrics")?;
         let value = text.lines().find_map(|line| line.strip_prefix(&format!("layer_streamer_{name} ")));
         Ok(value.ok_or_else(|| format!("/metrics has no {name}"))?.parse()?)
+    }
+
+    /// What it says that it takes of memory, by purpose, in bytes.
+    pub fn said(&self) -> Result<Vec<(String, u64)>, Failure> {
+        let text = self.client().get("/metrics")?;
+        let of = |line: &str| {
+            let (purpose, bytes) = line.strip_prefix("layer_streamer_memory_bytes{purpose=\"")?.split_once("\"} ")?;
+            Some((purpose.to_owned(), bytes.parse().ok()?))
+        };
+        Ok(text.lines().filter_map(of).collect())
     }
 
     /// Waits until nothing runs or waits, and ours is the only connection.
