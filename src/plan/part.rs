@@ -51,6 +51,8 @@ pub enum Purpose {
     Tokenizer,
     /// What tokens are drawn at random with.
     Sampler,
+    /// A host's requests and their answers, until they are taken.
+    Requests,
 }
 
 impl Purpose {
@@ -59,7 +61,9 @@ impl Purpose {
         match self {
             Self::Slots { tier, .. } | Self::Kept { tier, .. } => tier.is_on_device(),
             Self::Staging | Self::Statics | Self::KvCache { .. } | Self::Activations | Self::Scratch => true,
-            Self::Tokens | Self::EmbeddingRows | Self::Trace | Self::Tokenizer | Self::Sampler => false,
+            Self::Tokens | Self::EmbeddingRows | Self::Trace | Self::Tokenizer | Self::Sampler | Self::Requests => {
+                false
+            }
         }
     }
 }
@@ -89,6 +93,7 @@ impl fmt::Display for Purpose {
             Self::Trace => "the trace".into(),
             Self::Tokenizer => "tokenizer".into(),
             Self::Sampler => "drawing tokens".into(),
+            Self::Requests => "requests on their way".into(),
         };
         f.pad(&text)
     }

@@ -1,7 +1,6 @@
 //! Clients that come, stop reading, hang up and send garbage, beside those that behave.
 
 mod client;
-pub mod server;
 
 use std::{
     collections::BTreeMap,
@@ -17,10 +16,10 @@ use std::{
 use clap::Args;
 use client::{Kind, Random};
 use serde_json::{Value, json};
-use server::Server;
 
 use crate::{
     run::{self, Failure, Steps},
+    server::{Server, client::Failed},
     speller,
 };
 
@@ -164,7 +163,7 @@ fn one(server: &Server, kind: Kind, random: &mut Random, counts: &Counts, answer
         Kind::Stream => client.stream(&client::request(number)),
         _ => {
             // What becomes of these is the server's business.
-            let _ = client.misbehave(kind, random);
+            let _ = client::misbehave(&client, kind, random);
             return;
         }
     };
@@ -176,11 +175,11 @@ fn one(server: &Server, kind: Kind, random: &mut Random, counts: &Counts, answer
         Ok(text) => {
             note(counts, format!("{} gives {text:?}, alone {:?}", client::request(number), answers[number as usize]))
         }
-        Err(client::Failed::Busy) => {
+        Err(Failed::Busy) => {
             counts.refused.fetch_add(1, Relaxed);
             thread::sleep(Duration::from_millis(20));
         }
-        Err(client::Failed::Other(cause)) => note(counts, cause),
+        Err(Failed::Other(cause)) => note(counts, cause),
     }
 }
 

@@ -5,9 +5,9 @@ use std::{fs, path::Path};
 use serde_json::json;
 
 use crate::{
-    attack_server::server::Server,
     browser::{Browser, Window},
     run::{self, Failure},
+    server::Server,
     speller::{self, ANSWER, PROMPT},
 };
 

@@ -16,6 +16,7 @@ mod mutants;
 mod readme;
 mod run;
 mod sanitize;
+mod server;
 mod speller;
 mod statistics;
 mod tests;

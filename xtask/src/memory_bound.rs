@@ -1,15 +1,16 @@
-//! What `generate` says that it takes bounds what it takes.
+//! What `generate`, `serve` and `batch` say that they take bounds what they take.
+
+mod batch;
+mod generate;
+mod serve;
 
 use std::{
-    ffi::OsString,
     fs::{self, File},
     io::{self, Read},
     mem::MaybeUninit,
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
-    process::{self, Command, ExitStatus, Stdio},
-    thread,
-    time::{Duration, Instant},
+    process::{Command, ExitStatus, Stdio},
 };
 
 use clap::Args;
@@ -17,10 +18,12 @@ use serde_json::Value;
 
 use crate::run::{self, Failure, Run};
 
-/// Check that the memory which `generate` says it takes, and 64 MiB, bounds what it takes.
+/// Check that the memory which `generate`, `serve` and `batch` say they take, and 64 MiB, bounds what they take.
 ///
 /// Makes a checkpoint of the shape below the folder, or takes the model that is there, and generates four tokens from it: with
-/// settings of its own, within two budgets, and within what a control group leaves, where one can be set.
+/// settings of its own, within two budgets, and within what a control group leaves, where one can be set. If the model has a
+/// tokenizer, a batch of prompts is answered too, and a server within a budget gets all that it takes: sequences that fill the
+/// cache and are not read, a full queue, long requests, and those that take much to read.
 #[derive(Args)]
 #[command(after_help = "Examples:
   cargo xtask memory-bound ~/checkpoints qwen2.5-0.5b
@@ -43,26 +46,13 @@ const SLACK: u64 = 64 * MIB;
 pub fn run(options: &Options) -> Result<(), Failure> {
     let program = run::program()?;
     let model = checkpoint(&program, &options.folder, &options.shape, &options.more)?;
-    let check = Check { program: &program, model: &model };
-    let tokens = check.run("rings 2 and 4", &["--n-gpu", "2", "--n-cpu-pinned", "4"], &[], None)?;
-    let least = least_ram(run::command(check.program, &["plan"]).args(check.options()))?;
-    for budget in [least, least * 13 / 10] {
-        let found =
-            check.run(&format!("a budget of {budget} bytes"), &["--ram", &budget.to_string()], &[], Some(budget))?;
-        same(&found, &tokens)?;
+    generate::check(&program, &model)?;
+    if !model.join("tokenizer.json").exists() {
+        println!("left out: serve and batch, since the model has no tokenizer");
+        return Ok(());
     }
-    let limit = least * 13 / 10 + 512 * MIB;
-    match Group::with_limit(limit)? {
-        // More than the group leaves would be the end of it.
-        Some(group) => same(
-            &check.run(&format!("a group with a limit of {limit} bytes"), &[], &group.enter, Some(limit))?,
-            &tokens,
-        ),
-        None => {
-            println!("left out: no control group can be set here");
-            Ok(())
-        }
-    }
+    batch::check(&program, &model)?;
+    serve::check(&program, &model)
 }
 
 /// FOLDER/SHAPE, which is made if it is not there.
@@ -83,58 +73,37 @@ pub fn least_ram(plan: &mut Command) -> Result<u64, Failure> {
         .filter(|_| !refused.status.success())
         .ok_or_else(|| format!("no refusal that has the least RAM: {said}").into())
 }
+/// What a program says that it takes, by purpose, in bytes.
+type Said = Vec<(String, u64)>;
 
-fn same(found: &Value, expected: &Value) -> Result<(), Failure> {
-    if found == expected { Ok(()) } else { Err(format!("tokens {found}, where other settings gave {expected}").into()) }
+/// The same from the JSON of a program.
+fn said(memory: &Value) -> Result<Said, Failure> {
+    let part = |part: &Value| Some((part["purpose"].as_str()?.to_owned(), part["bytes"].as_u64()?));
+    let parts = memory.as_array().and_then(|parts| parts.iter().map(part).collect());
+    parts.ok_or_else(|| format!("no list of what takes memory: {memory}").into())
 }
 
-struct Check<'a> {
-    program: &'a Path,
-    model: &'a Path,
+fn total(said: &Said) -> u64 {
+    said.iter().map(|(_, bytes)| bytes).sum()
 }
 
-impl Check<'_> {
-    /// Four tokens, run by the command in front, if there is one.
-    fn command(&self, before: &[String]) -> Command {
-        let mut command = match before {
-            [first, rest @ ..] => {
-                let mut command = run::command(first, &[]);
-                command.args(rest).arg(self.program);
-                command
-            }
-            [] => run::command(self.program, &[]),
-        };
-        command.arg("generate").args(self.options()).arg("--json");
-        command
+/// Holds a peak against what was said, or both against the budget. `purposes` have to be among what was said.
+fn judge(what: &str, said: &Said, purposes: &[&str], peak: u64, budget: Option<u64>) -> Result<(), Failure> {
+    let total = total(said);
+    let bound = budget.unwrap_or(total);
+    let mib = |bytes: u64| bytes as f64 / MIB as f64;
+    let over = mib(peak) - mib(bound);
+    let (total_mib, bound_mib, peak_mib) = (mib(total), mib(bound), mib(peak));
+    println!("{what}: said {total_mib:.0} MiB, bound {bound_mib:.0} MiB, peak {peak_mib:.0} MiB: {over:+.0} MiB");
+    if let Some(missing) =
+        purposes.iter().find(|name| !said.iter().any(|(purpose, bytes)| purpose == *name && *bytes > 0))
+    {
+        return Err(format!("{what}: nothing is said of {missing}").into());
     }
-
-    /// Which model runs on what, and how many tokens there are; in words, where it has a tokenizer.
-    fn options(&self) -> Vec<OsString> {
-        let prompt: &[&str] = match self.model.join("tokenizer.json").exists() {
-            true => &["What is the capital of France?"],
-            false => &["--prompt-ids", "1,2,3"],
-        };
-        let options = ["--device", "cpu", "--max-new-tokens", "4"].iter().chain(prompt).map(OsString::from);
-        options.chain(["--model".into(), self.model.into()]).collect()
+    if total == 0 || total > bound || peak > bound + SLACK {
+        return Err(format!("{what}: more than was said").into());
     }
-
-    /// Holds the peak of a run against what it says, or both against the budget; returns its tokens.
-    fn run(&self, what: &str, options: &[&str], before: &[String], budget: Option<u64>) -> Result<Value, Failure> {
-        let (said, peak) =
-            peak_of(self.command(before).args(options)).map_err(|failure| format!("{what}: {failure}"))?;
-        let said: Value = serde_json::from_str(&said)?;
-        let parts = said["placement"]["memory"].as_array().ok_or("no placement.memory in what generate says")?;
-        let total: u64 = parts.iter().filter_map(|part| part["bytes"].as_u64()).sum();
-        let bound = budget.unwrap_or(total);
-        let mib = |bytes: u64| bytes as f64 / MIB as f64;
-        let over = mib(peak) - mib(bound);
-        let (total_mib, bound_mib, peak_mib) = (mib(total), mib(bound), mib(peak));
-        println!("{what}: said {total_mib:.0} MiB, bound {bound_mib:.0} MiB, peak {peak_mib:.0} MiB: {over:+.0} MiB");
-        if total == 0 || total > bound || peak > bound + SLACK {
-            return Err(format!("{what}: more than was said").into());
-        }
-        Ok(said["tokens"].clone())
-    }
+    Ok(())
 }
 
 /// What a command writes to stdout, and the most bytes of RAM that it had.
@@ -159,78 +128,6 @@ fn peak_of(command: &mut Command) -> Result<(String, u64), Failure> {
     let usage = unsafe { usage.assume_init() };
     Ok((said, u64::try_from(usage.ru_maxrss)? * 1024))
 }
-
-/// A control group with a limit of memory.
-struct Group {
-    /// A command that runs another one in the group.
-    enter: Vec<String>,
-    /// Groups of our own, which are removed at the end.
-    folders: Vec<PathBuf>,
-}
-
-impl Group {
-    fn with_limit(limit: u64) -> Result<Option<Self>, Failure> {
-        let scope = |more: &[&str]| -> Vec<String> {
-            let limit = format!("MemoryMax={limit}");
-            let options = ["-p", &limit, "-p", "MemorySwapMax=0"];
-            ["systemd-run", "--quiet", "--scope"]
-                .iter()
-                .chain(more)
-                .chain(&options)
-                .map(|word| (*word).to_owned())
-                .collect()
-        };
-        let mut group = Self { enter: Vec::new(), folders: Vec::new() };
-        let mut candidates = vec![scope(&[]), scope(&["--user"])];
-        // Without systemd a group of one's own, of either version.
-        for (root, file) in [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")] {
-            let folder = Path::new(root).join(format!("layer-streamer-{}", process::id()));
-            if Path::new(root).join("cgroup.procs").exists() && fs::create_dir(&folder).is_ok() {
-                let shell = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", folder.display());
-                if fs::write(folder.join(file), limit.to_string()).is_ok() {
-                    candidates.push(["sh", "-c", &shell, "sh"].map(str::to_owned).to_vec());
-                }
-                group.folders.push(folder);
-            }
-        }
-        for enter in candidates {
-            let mut command = run::command(&enter[0], &[]);
-            if ends_well(command.args(&enter[1..]).arg("true"), Duration::from_secs(20))? {
-                group.enter = enter;
-                return Ok(Some(group));
-            }
-        }
-        Ok(None)
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        for folder in &self.folders {
-            if let Err(error) = fs::remove_dir(folder) {
-                eprintln!("cannot remove {}: {error}", folder.display());
-            }
-        }
-    }
-}
-
-/// Whether a command can be run, and ends with 0 in that time.
-fn ends_well(command: &mut Command, limit: Duration) -> Result<bool, Failure> {
-    let begun = Instant::now();
-    let Ok(mut child) = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn() else {
-        return Ok(false);
-    };
-    while begun.elapsed() < limit {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status.success());
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    child.kill()?;
-    child.wait()?;
-    Ok(false)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,20 +144,21 @@ mod tests {
     }
 
     #[test]
-    fn more_than_was_said_is_a_failure() {
-        let check = Check { program: Path::new("program"), model: Path::new("model") };
-        let run = |fill: &str, budget| {
-            let script =
-                format!("{fill} echo '{{\"placement\": {{\"memory\": [{{\"bytes\": 1000}}]}}, \"tokens\": [7]}}'");
-            let before = ["sh", "-c", &script].map(str::to_owned);
-            check.run("fake", &[], &before, budget).map_err(|failure| failure.to_string())
+    fn what_is_said_has_every_purpose_and_bounds_the_peak_within_the_budget() {
+        let said = said(&serde_json::json!([
+            { "purpose": "kv_cache", "tokens": 64, "bytes": 1000 },
+            { "purpose": "requests", "bytes": 0 },
+        ]));
+        let said = said.unwrap();
+        let failure = |purposes: &[&str], peak, budget| {
+            judge("fake", &said, purposes, peak, budget).err().map(|failure| failure.to_string())
         };
-        assert_eq!(run("", None).unwrap(), serde_json::json!([7]));
-        assert!(run("", Some(999)).unwrap_err().contains("more than was said"), "it says more than the budget");
-        let fill = "x=$(head -c 100000000 /dev/zero | tr '\\0' x);";
-        assert!(run(fill, None).unwrap_err().contains("more than was said"), "it takes more than it says");
-        assert!(run("exit 1;", None).unwrap_err().contains("exit status: 1"));
-        assert!(same(&serde_json::json!([7]), &serde_json::json!([8])).is_err());
+        assert_eq!(failure(&["kv_cache"], 1000 + SLACK, None), None);
+        assert!(failure(&["kv_cache"], 1001 + SLACK, None).unwrap().contains("more than was said"));
+        assert_eq!(failure(&["kv_cache"], 1001 + SLACK, Some(1001)), None);
+        assert!(failure(&[], 0, Some(999)).unwrap().contains("more than was said"), "it says more than the budget");
+        assert!(failure(&["kv_cache", "requests"], 0, None).unwrap().contains("nothing is said of requests"));
+        assert!(super::said(&serde_json::json!([{ "bytes": 1 }])).is_err());
     }
 
     #[test]

@@ -23,6 +23,7 @@ use axum::http::StatusCode;
 use layer_streamer::{
     Error,
     engine::{self, Engine, Event, Ticket},
+    plan::{Part, Purpose},
 };
 
 use super::{
@@ -47,6 +48,20 @@ const PATIENCE: Duration = Duration::from_millis(50);
 /// So many times the sequences may be between the first answer that is not written and the last line that was read: those of
 /// short answers that wait for a long one before them.
 const MOST_HELD: usize = 64;
+
+/// Bytes that those answers may have before no more lines are read.
+const MOST_HELD_BYTES: usize = 16 << 20;
+
+/// What lines and answers on their way take of RAM: twice as many as there are sequences, with text or tokens of their answers, and those
+/// that are held; and so many bytes besides.
+pub fn memory(sequences: usize, context: usize, besides: usize) -> Part {
+    /// Of a token: of a prompt or an answer, in lists that grow by doubling; and its text.
+    const TOKEN: usize = 2 * size_of::<u32>() + 24;
+    let on_their_way = sequences.saturating_mul(2).saturating_mul(context).saturating_mul(TOKEN);
+    // Held, and gathered to be written.
+    let held = 2 * MOST_HELD_BYTES;
+    Part { purpose: Purpose::Requests, bytes: on_their_way.saturating_add(held).saturating_add(besides) }
+}
 
 enum Happening {
     Line(Box<Prepared>),
@@ -228,7 +243,9 @@ impl Running<'_, '_> {
     fn has_room(&self) -> bool {
         let sequences = self.feed.sequences;
         let on_their_way = self.active.len() + self.awaited;
-        !self.is_over && on_their_way < 2 * sequences && self.order.held() + self.awaited < MOST_HELD * sequences
+        let may_be_held =
+            self.order.held() + self.awaited < MOST_HELD * sequences && self.order.held_bytes() < MOST_HELD_BYTES;
+        !self.is_over && on_their_way < 2 * sequences && may_be_held
     }
 
     fn write(&mut self) -> Result<bool, Failure> {

@@ -27,6 +27,11 @@ pub struct Held {
 }
 
 impl Known {
+    /// What it takes of RAM at most: its list has grown by doubling.
+    pub fn bytes(&self) -> usize {
+        2 * size_of_val(&self.found[..])
+    }
+
     /// Reads all answers of an output. Whatever ended the process may have cut off the last line. After a power failure some of
     /// what was written last may be zeros, which no JSON has: those lines are lost, and all that follow them are given up.
     ///

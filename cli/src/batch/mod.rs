@@ -33,6 +33,7 @@ use layer_streamer::{
     engine::{Engine, Limits},
     kernels::Kernels,
     model::{Cache, Model, Sampler, Sampling},
+    plan::Part,
 };
 use output::{Opened, Output};
 use prepare::{Preparing, Words};
@@ -233,6 +234,7 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     let found = match paths.is_file {
         true => {
             let found = scan(paths.lines()?, opened.known().clone(), &preparing, options.strict);
+            text::give_back_memory();
             Some(found.map_err(|error| format!("{}: {error}", paths.input_name()))?)
         }
         false => None,
@@ -246,23 +248,24 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
     say_beginning(options, &paths, &tally);
     if tally.all == Some(before) {
         opened.begin()?.0.complete()?;
-        return finish(options, &paths, Ended::Complete, &Summary::of(tally), 0);
+        return finish(options, &paths, Ended::Complete, &Summary::of(tally), 0, &[]);
     }
-    compute(device, options, &paths, &mut model, preparing, opened, tally)
+    let besides = found.map_or(preparing.reading(), |scan| scan.reading) + opened.known().bytes();
+    compute(device, options, &paths, &mut model, (preparing, besides), opened, tally)
 }
 
-/// Loads the model, and answers what is not answered.
+/// Loads the model, and answers what is not answered. `besides`: what lines take while they are read, and those that are known.
 fn compute<D: Kernels>(
     device: &D,
     options: &Options,
     paths: &Paths,
     model: &mut Model,
-    preparing: Preparing,
+    (preparing, besides): (Preparing, usize),
     opened: Opened,
     tally: Tally,
 ) -> Result<(), Failure> {
     let left = tally.all.map_or(usize::MAX, |all| (all - tally.before) as usize);
-    let (mut loaded, sequences) = load(device, options, model, preparing.context, left)?;
+    let (mut loaded, sequences) = load(device, options, model, (preparing.context, besides), left)?;
     let canceller = loaded.decoder.streamer().canceller();
     let interrupts = Interrupts::cancel(canceller);
     let engine = Engine::new(loaded.decoder, Limits { waiting: 4 * sequences, delay: DELAY })?;
@@ -286,7 +289,7 @@ fn compute<D: Kernels>(
     if ended == Ended::Complete {
         output.complete()?;
     }
-    finish(options, paths, ended, &summary, sequences)
+    finish(options, paths, ended, &summary, sequences, &loaded.parts)
 }
 
 /// Reserves memory for as many sequences as are asked for; where nobody asks, for as many as there is memory for.
@@ -294,7 +297,7 @@ fn load<D: Kernels>(
     device: &D,
     options: &Options,
     model: &mut Model,
-    context: usize,
+    (context, besides): (usize, usize),
     left: usize,
 ) -> Result<(Loaded<D>, usize), Failure> {
     let placing = &options.placing;
@@ -302,7 +305,8 @@ fn load<D: Kernels>(
     let mut sequences = wanted;
     loop {
         let sampler = Sampler::new(Sampling::default(), model.config.vocab)?.memory(sequences);
-        let own = text::memory(&placing.model, model).into_iter().chain([sampler]).collect();
+        let requests = feed::memory(sequences, context, besides);
+        let own = text::memory(&placing.model, model).into_iter().chain([sampler, requests]).collect();
         match run::load(device, placing, model, Cache::full(sequences, context), own, None) {
             Err(error) if sequences > 1 && is_too_little(&error) => {
                 if options.sequences.is_some() {
@@ -415,11 +419,18 @@ fn say_beginning(options: &Options, paths: &Paths, tally: &Tally) {
     }
 }
 
-fn finish(options: &Options, paths: &Paths, ended: Ended, summary: &Summary, sequences: usize) -> Result<(), Failure> {
+fn finish(
+    options: &Options,
+    paths: &Paths,
+    ended: Ended,
+    summary: &Summary,
+    sequences: usize,
+    memory: &[Part],
+) -> Result<(), Failure> {
     if options.json {
         let interrupted = ended != Ended::Complete;
         // Whoever reads it may have gone away.
-        let _ = io::stdout().write_all(format!("{}\n", summary.json(interrupted, sequences)).as_bytes());
+        let _ = io::stdout().write_all(format!("{}\n", summary.json(interrupted, sequences, memory)).as_bytes());
     }
     if !options.placing.quiet {
         say!("{}", summary.text());

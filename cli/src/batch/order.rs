@@ -13,6 +13,8 @@ pub struct Order {
     entered: u64,
     /// Lines that left.
     left: u64,
+    /// Bytes of the answers that wait for those before them.
+    bytes: usize,
     ready: Ready,
 }
 
@@ -38,7 +40,7 @@ impl Ready {
 
 impl Order {
     pub fn new(by_input: bool) -> Self {
-        Self { by_input, waiting: VecDeque::new(), first: 0, entered: 0, left: 0, ready: Ready::default() }
+        Self { by_input, waiting: VecDeque::new(), first: 0, entered: 0, left: 0, bytes: 0, ready: Ready::default() }
     }
 
     /// The place of the next line.
@@ -58,9 +60,11 @@ impl Order {
             self.left += 1;
             return;
         }
+        self.bytes += answer.0.len();
         self.waiting[(place - self.first) as usize] = Some(answer);
         while let Some(Some(answer)) = self.waiting.front() {
             self.ready.add(answer);
+            self.bytes -= answer.0.len();
             self.waiting.pop_front();
             self.first += 1;
             self.left += 1;
@@ -70,6 +74,11 @@ impl Order {
     /// Lines that have entered, and whose answers cannot be written yet.
     pub fn held(&self) -> usize {
         (self.entered - self.left) as usize
+    }
+
+    /// Bytes of the answers among them.
+    pub fn held_bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Answers that can be written now.
@@ -101,6 +110,8 @@ mod tests {
                 assert_eq!((ready.lines.len() as u64, errors as u64), (ready.count, ready.errors));
                 out.extend(ready.lines);
                 assert_eq!(order.held(), order.entered as usize - out.len());
+                let put_not_out = if by_input { put.len() - out.len() } else { 0 };
+                assert_eq!(order.held_bytes(), put_not_out);
             }
             for place in open {
                 order.put(place, vec![place as u8], place % 3 == 0);

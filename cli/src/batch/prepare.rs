@@ -14,11 +14,16 @@ use crate::{
     Failure,
     sampling::SamplingOptions,
     serve::{
+        cost::{self, Texts},
         error::Refused,
         request::{Asked, Form as Endpoint, Terms},
+        room,
     },
     text::{ChatTemplate, Message, Text},
 };
+
+/// The longest line that `serve` would take as it is usually started, in bytes. Longer ones are refused only where they take more to read.
+const BODY_LIMIT: usize = 4 << 20;
 
 /// What lines become requests with.
 pub struct Preparing {
@@ -72,9 +77,29 @@ pub struct Job {
 
 impl Preparing {
     pub fn prepare(&self, RawLine { number, digest, bytes }: RawLine) -> Prepared {
-        let Line { form, id, ask } = parse(bytes.as_deref());
+        let Line { form, id, ask } = self.parse(bytes.as_deref());
         let job = ask.and_then(|ask| self.job(number, ask));
         Prepared { place: Place { number, digest, form, id }, job }
+    }
+
+    /// What a line asks for, if it is not too long, nor takes too much to read.
+    pub fn parse(&self, bytes: Option<&[u8]>) -> Line {
+        let Some(line) = bytes else { return Line::bad(input::too_long()) };
+        let (cost, most) = (self.cost(bytes), self.reading());
+        match cost > most {
+            true => Line::bad(format!("takes {cost} bytes to read, more than the {most} that there are; shorten it")),
+            false => Line::parse(line),
+        }
+    }
+
+    /// What a line takes while it is read, in bytes.
+    pub fn cost(&self, bytes: Option<&[u8]>) -> usize {
+        bytes.map_or(0, |bytes| bytes.len() + cost::of(bytes, Texts::Together, self.longest_text()))
+    }
+
+    /// The most that any line may take.
+    pub fn reading(&self) -> usize {
+        room::reading(self.max_positions, BODY_LIMIT)
     }
 
     /// What a line asks for, as a request.
@@ -214,9 +239,4 @@ impl Preparing {
     pub fn around(&self) -> usize {
         self.tokens(Prompt::Text("1".into())).map_or(0, |(tokens, _)| tokens.len()) + 16
     }
-}
-
-/// What a line asks for, if it is not too long.
-pub fn parse(bytes: Option<&[u8]>) -> Line {
-    bytes.map_or_else(|| Line::bad(input::too_long()), Line::parse)
 }

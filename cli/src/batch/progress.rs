@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use layer_streamer::engine::EngineStats;
+use layer_streamer::{engine::EngineStats, plan::Part};
 use serde_json::{Value, json};
 
 use crate::units;
@@ -128,7 +128,7 @@ impl Summary {
     }
 
     /// The same for programs.
-    pub fn json(&self, interrupted: bool, sequences: usize) -> Value {
+    pub fn json(&self, interrupted: bool, sequences: usize, memory: &[Part]) -> Value {
         let Self { tally: Tally { all, before, answered, errors }, elapsed, stats } = self;
         let seconds = elapsed.as_secs_f64();
         let rate = |tokens: u64| tokens as f64 / seconds.max(1e-9);
@@ -137,6 +137,7 @@ impl Summary {
             "interrupted": interrupted, "sequences": sequences, "seconds": seconds, "passes": stats.passes,
             "prompt_tokens": stats.prompt_tokens, "reused_tokens": stats.reused_tokens, "new_tokens": stats.new_tokens,
             "prompt_tokens_per_second": rate(stats.prompt_tokens), "new_tokens_per_second": rate(stats.new_tokens),
+            "memory": crate::plan::memory(memory),
         })
     }
 }

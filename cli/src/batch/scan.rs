@@ -3,12 +3,7 @@
 
 use std::io::BufRead;
 
-use super::{
-    input::Lines,
-    known::Known,
-    line::Line,
-    prepare::{self, Preparing},
-};
+use super::{input::Lines, known::Known, line::Line, prepare::Preparing};
 use crate::Failure;
 
 /// What a file holds.
@@ -17,6 +12,8 @@ pub struct Scan {
     pub prompts: u64,
     /// Tokens that a sequence has at most, its answer included.
     pub context: usize,
+    /// The most bytes that a line takes while it is read.
+    pub reading: usize,
 }
 
 /// Looks through all lines. `known`: what is answered.
@@ -33,7 +30,8 @@ pub fn scan<R: BufRead>(
     while let Some(line) = lines.next().map_err(|error| format!("cannot read it: {error}"))? {
         scan.prompts += 1;
         known.has(line.number, line.digest)?;
-        let Line { ask, .. } = prepare::parse(line.bytes.as_deref());
+        scan.reading = scan.reading.max(preparing.cost(line.bytes.as_deref()).min(preparing.reading()));
+        let Line { ask, .. } = preparing.parse(line.bytes.as_deref());
         let needed = ask.and_then(|ask| {
             // To count tokens takes time. None has less than a byte, so a line may be too short to be the longest.
             let bytes = line.bytes.as_ref().map_or(0, Vec::len);

@@ -72,6 +72,8 @@ async fn collect(server: &Server, body: Body, waits: bool) -> Result<Held, Refus
             })?;
             permit = acquired.ok();
         }
+        // All that is to come, where that was told: not twice as much.
+        bytes.reserve_exact((told as usize).saturating_sub(bytes.len()));
         bytes.extend_from_slice(&data);
     }
     if is_over { Err(too_long(most)) } else { Ok(Held { bytes, permit }) }

@@ -10,22 +10,26 @@ use axum::http::StatusCode;
 use layer_streamer::engine::{End, Event, Logprobs, Request, Ticket, Token};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-use super::{closing::Answering, error::Refused, request::Asked, server::Server};
+use super::{closing::Answering, error::Refused, request::Asked, room::Kept, server::Server};
 use crate::{Failure, text::AnswerText, text::Text};
 
 /// All answers to a request, as they come.
 ///
-/// The channel has no bound, so that the engine's thread never waits for a client; it holds at most the tokens that the request may
-/// have. Dropping this cancels what has not ended.
+/// The channel has no bound, so that the engine's thread never waits for a client; an answer ends with an error where there is no
+/// [`Room`](super::room::Room) for more. Dropping this cancels what has not ended.
 pub struct Choices {
-    events: UnboundedReceiver<(usize, Event)>,
+    events: UnboundedReceiver<Happened>,
     choices: Vec<Choice>,
     left: usize,
     prompt_tokens: usize,
+    kept: Arc<Kept>,
     server: Arc<Server>,
     /// The server does not end before.
     _answering: Answering,
 }
+
+/// Which answer, and what happened to it.
+pub type Happened = (usize, Event);
 
 /// What is new of one answer.
 #[derive(Debug)]
@@ -73,7 +77,12 @@ impl Choices {
     pub fn begin(server: Arc<Server>, asked: Asked, answering: Answering) -> Result<Self, Refused> {
         let (sender, events) = mpsc::unbounded_channel();
         let prompt_tokens = asked.prompts.iter().map(Vec::len).sum();
-        let mut all = Self { events, choices: Vec::new(), left: 0, prompt_tokens, server, _answering: answering };
+        let kept = Arc::new(Kept::new(&server.room, asked.stream));
+        if !kept.take_prompt(asked.choices.saturating_mul(prompt_tokens)) {
+            return Err(Refused::no_room());
+        }
+        let choices = Vec::new();
+        let mut all = Self { events, choices, left: 0, prompt_tokens, kept, server, _answering: answering };
         for prompt in &asked.prompts {
             for number in 0..asked.choices {
                 let request = Request {
@@ -83,10 +92,13 @@ impl Choices {
                     logprobs: asked.logprobs,
                     ..Request::new(prompt.clone(), asked.most)
                 };
-                let (sender, choice) = (sender.clone(), all.choices.len());
-                let sink = move |event| match sender.send((choice, event)) {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(_) => ControlFlow::Break(()),
+                let (sender, choice, kept) = (sender.clone(), all.choices.len(), Arc::clone(&all.kept));
+                let sink = move |event| {
+                    let fits = if let Event::Token(token) = &event { kept.take_token(token) } else { true };
+                    match fits && sender.send((choice, event)).is_ok() {
+                        true => ControlFlow::Continue(()),
+                        false => ControlFlow::Break(()),
+                    }
                 };
                 // Where this one is refused, those before are cancelled.
                 let ticket = all.server.engine.submit(request, sink)?;
@@ -103,6 +115,11 @@ impl Choices {
         self.choices.len()
     }
 
+    /// What is kept of the answers, while they are on their way to the client.
+    pub fn kept(&self) -> Arc<Kept> {
+        Arc::clone(&self.kept)
+    }
+
     pub fn usage(&self) -> Usage {
         Usage { prompt: self.prompt_tokens, new: self.choices.iter().map(|choice| choice.tokens).sum() }
     }
@@ -117,6 +134,12 @@ impl Choices {
                     "the engine has ended by a panic: see the server's stderr, and start it anew",
                 ))));
             };
+            if let Event::Token(token) = &event {
+                self.kept.passed(token);
+            }
+            if self.kept.was_full() {
+                return Poll::Ready(Some(Err(Refused::no_room())));
+            }
             let choice = &mut self.choices[number];
             // What follows a stop text until the engine has noticed.
             if choice.ticket.is_none() {

@@ -25,7 +25,7 @@ use super::{patience::Patient, server::Server};
 use crate::Failure;
 
 /// What a connection gathers before it sends, and takes of a request's head, in bytes.
-const BUFFER: usize = 64 << 10;
+const BUFFER: usize = 16 << 10;
 
 /// What the system keeps of an answer that its client does not take, in bytes, before that is noticed. Left to itself it keeps megabytes.
 static UNSENT: libc::c_int = 128 << 10;

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use layer_streamer::engine::EngineStats;
+use layer_streamer::{engine::EngineStats, plan::Part};
 
 /// Paths that are counted by their names.
 const PATHS: [&str; 6] = ["/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"];
@@ -33,7 +33,7 @@ impl HttpCounts {
     }
 
     /// All figures.
-    pub fn text(&self, stats: &EngineStats, model: &str) -> String {
+    pub fn text(&self, stats: &EngineStats, memory: &[Part], model: &str) -> String {
         let mut text = String::new();
         let mut put = |name: &str, kind: &str, help: &str, value: u64| {
             let _ = writeln!(
@@ -55,6 +55,11 @@ impl HttpCounts {
         ] {
             put(name, "counter", help, value);
         }
+        text += "# HELP layer_streamer_memory_bytes What the server takes, by purpose.\n";
+        text += "# TYPE layer_streamer_memory_bytes gauge\n";
+        for (purpose, bytes) in by_purpose(memory) {
+            let _ = writeln!(text, "layer_streamer_memory_bytes{{purpose=\"{}\"}} {bytes}", escaped(&purpose));
+        }
         text += "# HELP layer_streamer_info The model that is served.\n# TYPE layer_streamer_info gauge\n";
         let _ = writeln!(text, "layer_streamer_info{{model=\"{}\"}} 1", escaped(model));
         text += "# HELP layer_streamer_http_requests_total Answers that began, by path and status.\n";
@@ -66,6 +71,17 @@ impl HttpCounts {
     }
 }
 
+/// What is taken for each purpose, by its name for programs.
+fn by_purpose(memory: &[Part]) -> BTreeMap<String, usize> {
+    let mut all = BTreeMap::new();
+    for part in memory {
+        let purpose =
+            serde_json::to_value(part.purpose).ok().and_then(|value| Some(value["purpose"].as_str()?.to_owned()));
+        *all.entry(purpose.unwrap_or_default()).or_default() += part.bytes;
+    }
+    all
+}
+
 /// A label's value as Prometheus reads it.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
@@ -73,6 +89,8 @@ fn escaped(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use layer_streamer::plan::{Purpose, Tier};
+
     use super::*;
 
     #[test]
@@ -81,9 +99,13 @@ mod tests {
         for (path, status) in [("/v1/completions", 200), ("/a", 404), ("/b", 404), ("/v1/models/x", 404)] {
             counts.note(path, status);
         }
-        let text = counts.text(&EngineStats::default(), "a\"b\\c");
+        let part = |tier, bytes| Part { purpose: Purpose::Kept { tier, units: 1 }, bytes };
+        let memory = [part(Tier::Ram, 3), part(Tier::Gpu, 4), Part { purpose: Purpose::Requests, bytes: 5 }];
+        let text = counts.text(&EngineStats::default(), &memory, "a\"b\\c");
         for line in [
             "layer_streamer_requests_running 0",
+            "layer_streamer_memory_bytes{purpose=\"kept\"} 7",
+            "layer_streamer_memory_bytes{purpose=\"requests\"} 5",
             "# TYPE layer_streamer_passes_total counter",
             "layer_streamer_info{model=\"a\\\"b\\\\c\"} 1",
             "layer_streamer_http_requests_total{path=\"other\",status=\"404\"} 2",

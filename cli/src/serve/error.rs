@@ -47,6 +47,12 @@ impl Refused {
             .with_code("shutting_down")
     }
 
+    /// All that is set aside for requests on their way is taken.
+    pub fn no_room() -> Self {
+        let message = "requests and answers on their way take all the memory that is set aside for them: ask again later, or for less";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("no_room")
+    }
+
     pub fn message(&self) -> &str {
         &self.message
     }

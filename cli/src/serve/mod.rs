@@ -12,12 +12,14 @@ mod body;
 pub mod choices;
 mod closing;
 mod connections;
+pub mod cost;
 mod counts;
 pub mod error;
 mod key;
 mod patience;
 pub mod request;
 mod respond;
+pub mod room;
 mod routes;
 pub mod server;
 
@@ -153,12 +155,14 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
     let tokens = cache_tokens.unwrap_or(USUAL_CONTEXTS.saturating_mul(context)).min(all.tokens);
     let cache = Cache { tokens, ..all };
     let sampler = Sampler::new(model.config.suggested.sampling, model.config.vocab)?.memory(*sequences);
-    let own = text::memory(&placing.model, &model).into_iter().chain([sampler]).collect();
+    let rules = options.rules(key, &listener)?;
+    let connections = connections::most(sequences.saturating_add(*queue));
+    let requests = room::memory(connections, *sequences, context, rules.body);
+    let own = text::memory(&placing.model, &model).into_iter().chain([sampler, requests]).collect();
     let loaded = run::load(device, placing, &mut model, cache, own, None)?;
     let engine = Engine::new(loaded.decoder, Limits { waiting: *queue, ..Limits::default() })?;
-    let rules = options.rules(key, &listener)?;
     let names = (options.model_name(), context, placing.max_new_tokens);
-    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules));
+    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules, loaded.parts));
     let threads = thread::available_parallelism().map_or(2, usize::from);
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
@@ -167,7 +171,7 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
         .enable_all()
         .build();
     let runtime = runtime.map_err(|error| format!("cannot start the threads of the server: {error}"))?;
-    runtime.block_on(listen(&server, listener, options))?;
+    runtime.block_on(listen(&server, listener, connections, options))?;
     // What is left of connections ends with it.
     drop(runtime);
     let server = Arc::into_inner(server).ok_or("a connection outlived the server; this is a bug, please report it")?;
@@ -175,12 +179,16 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
 }
 
 /// Serves, until the server is told to end and has.
-async fn listen(server: &Arc<Server>, listener: Listener, options: &Options) -> Result<(), Failure> {
+async fn listen(
+    server: &Arc<Server>,
+    listener: Listener,
+    most_connections: usize,
+    options: &Options,
+) -> Result<(), Failure> {
     closing::listen(Arc::clone(server))?;
-    let most = connections::most(options.sequences.saturating_add(options.queue));
     let listener = TcpListener::from_std(listener)?;
     options.tell(server, listener.local_addr()?);
-    connections::serve(Arc::clone(server), listener, routes::router(Arc::clone(server)), most).await;
+    connections::serve(Arc::clone(server), listener, routes::router(Arc::clone(server)), most_connections).await;
     Ok(())
 }
 

@@ -11,16 +11,18 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use tokio::task;
+use tokio::{sync::OwnedSemaphorePermit, task};
 
 use super::{
     body,
     choices::Choices,
     closing::Answering,
+    cost::{self, Texts},
     error::Refused,
     request::{Asked, Form},
     respond::{self, Outline},
-    server::{LONG_BODY, Server},
+    room,
+    server::Server,
 };
 
 use crate::text::give_back_memory;
@@ -31,6 +33,9 @@ const PAGE: &str = include_str!("page.html");
 /// What the page may do: run its own script, and ask this server.
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                            base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// What was taken to read a request is given back to the system at once where it was more than this, in KiB.
+const KEPT_BY_ALLOCATOR: usize = 1 << 10;
 
 /// Paths that need no key: the page, which asks for it, and what says whether the server lives.
 const OPEN: [&str; 2] = ["/", "/health"];
@@ -117,7 +122,8 @@ async fn health(State(server): State<Arc<Server>>) -> Response {
 }
 
 async fn metrics(State(server): State<Arc<Server>>) -> Response {
-    let mut response = Response::new(Body::from(server.http.text(&server.engine.stats(), &server.name)));
+    let mut response =
+        Response::new(Body::from(server.http.text(&server.engine.stats(), &server.memory, &server.name)));
     let version = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, version);
     response
@@ -151,15 +157,17 @@ fn unescaped(path: &str) -> String {
 async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Response, Refused> {
     let answering = Answering::begin(&server).ok_or_else(Refused::closing)?;
     let body::Held { bytes, permit } = body::read(&server, request).await?;
+    let room = room_to_read(&server, form, &bytes).await?;
     let reader = Arc::clone(&server);
     // It takes time, which other connections do not wait for.
     let asked = task::spawn_blocking(move || {
         let asked = Asked::read(&reader.terms(), form, &bytes);
-        if bytes.len() > LONG_BODY {
-            give_back_memory();
-        }
         // Other long bodies may come, before this one is answered.
         drop((bytes, permit));
+        if room.num_permits() > KEPT_BY_ALLOCATOR {
+            give_back_memory();
+        }
+        drop(room);
         asked
     });
     let asked = asked.await;
@@ -170,6 +178,20 @@ async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Res
     let outline = Outline::of(&asked);
     let choices = Choices::begin(Arc::clone(&server), asked, answering)?;
     respond::respond(&server, &outline, choices).await
+}
+
+/// Waits until there is room for what a body takes while it is parsed and cut into tokens.
+async fn room_to_read(server: &Server, form: Form, body: &[u8]) -> Result<OwnedSemaphorePermit, Refused> {
+    let texts = if form == Form::Chat { Texts::Together } else { Texts::OneByOne };
+    let taken = cost::of(body, texts, server.longest_text);
+    let most = room::reading(server.context, server.rules.body);
+    if taken > most {
+        let message =
+            format!("to read the request takes {taken} bytes, more than the {most} that there are: shorten it");
+        return Err(Refused::new(StatusCode::PAYLOAD_TOO_LARGE, message));
+    }
+    let permits = Arc::clone(&server.reading).acquire_many_owned(u32::try_from(taken >> 10).unwrap_or(u32::MAX)).await;
+    permits.map_err(|_| Refused::closing())
 }
 
 #[cfg(test)]

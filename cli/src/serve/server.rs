@@ -8,20 +8,27 @@ use std::{
 use layer_streamer::{
     engine::Engine,
     model::{Model, Sampling},
+    plan::Part,
 };
 use tokio::sync::Semaphore;
 
-use super::{closing::Closing, counts::HttpCounts, key::Key, request::Terms};
+use super::{
+    closing::Closing,
+    counts::HttpCounts,
+    key::Key,
+    request::Terms,
+    room::{self, Room},
+};
 use crate::{
     sampling,
     text::{ChatTemplate, Text},
 };
 
 /// A body that is longer than this counts as long, in bytes.
-pub const LONG_BODY: usize = 64 << 10;
+pub const LONG_BODY: usize = 16 << 10;
 
-/// So many long bodies are read and parsed at a time: parsed, lists of tokens take some twenty times their bytes.
-const LONG_BODIES: usize = 4;
+/// So many long bodies are read at a time.
+pub const LONG_BODIES: usize = 4;
 
 /// The server, as its connections see it.
 pub struct Server {
@@ -47,6 +54,12 @@ pub struct Server {
     pub closing: Closing,
     /// Permits for long bodies.
     pub long_bodies: Arc<Semaphore>,
+    /// Permits for what requests take while they are parsed and cut into tokens, in KiB.
+    pub reading: Arc<Semaphore>,
+    /// For prompts that wait and answers that are not taken.
+    pub room: Arc<Room>,
+    /// What the server takes.
+    pub memory: Vec<Part>,
 }
 
 /// Whom the server answers, and how patiently.
@@ -67,7 +80,9 @@ impl Server {
         model: &Model,
         (name, context, most): (String, usize, usize),
         rules: Rules,
+        memory: Vec<Part>,
     ) -> Self {
+        let reading = (room::reading(context, rules.body) >> 10).min(u32::MAX as usize);
         let longest_text = context.saturating_mul(text.longest_token());
         Self {
             engine,
@@ -85,6 +100,9 @@ impl Server {
             http: HttpCounts::default(),
             closing: Closing::default(),
             long_bodies: Arc::new(Semaphore::new(LONG_BODIES)),
+            reading: Arc::new(Semaphore::new(reading)),
+            room: Arc::default(),
+            memory,
         }
     }
 

@@ -161,6 +161,8 @@ fn a_model_a_path_a_method_or_a_body_that_is_not_known_is_refused() {
     let no_template = Server::start(&speller(), &[]);
     let told = no_template.post("/v1/chat/completions", &json!({ "messages": turns }));
     assert_refused(&told, 400, Some("messages"), "/v1/completions");
+    let costly = format!("{{\"prompt\": [{}0]}}", "{\"\":0},".repeat(200_000));
+    assert_refused(&no_template.ask("POST", "/v1/completions", &[], &costly), 413, None, "to read the request takes");
 }
 
 #[test]

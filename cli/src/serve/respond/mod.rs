@@ -11,6 +11,7 @@ use axum::{
     response::Response,
 };
 use form::{Head, Part};
+use hyper::body::Bytes;
 use serde_json::{Value, json};
 use stream::Stream;
 
@@ -18,6 +19,7 @@ use super::{
     choices::{Choices, Delta, Spoken},
     error::Refused,
     request::Asked,
+    room::Sent,
     server::Server,
 };
 
@@ -36,7 +38,9 @@ pub async fn respond(server: &Arc<Server>, asked: &Outline, choices: Choices) ->
         }
         return Ok(response);
     }
-    Ok(json(whole(&head, choices).await?))
+    let kept = choices.kept();
+    let text = whole(&head, choices).await?;
+    Ok(json(Bytes::from_owner(Sent::new(text, kept))))
 }
 
 /// What is left of a request when its sequences have begun.
@@ -54,8 +58,8 @@ impl Outline {
 }
 
 /// An answer's JSON.
-pub fn json(text: impl Into<String>) -> Response {
-    let mut response = Response::new(Body::from(text.into()));
+pub fn json(text: impl Into<Body>) -> Response {
+    let mut response = Response::new(text.into());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

@@ -1,4 +1,6 @@
-//! `layer-streamer serve`, as a process.
+//! `layer-streamer serve` as a process, and clients of it.
+
+pub mod client;
 
 use std::{
     fs,
@@ -10,7 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::client::Client;
+use client::Client;
+
 use crate::run::{self, Failure};
 
 pub struct Server {
@@ -24,18 +27,21 @@ impl Server {
         let mut command = run::command(program, &["serve", "--device", "cpu", "--no-probe", "--port", "0", "--model"]);
         command.arg(model).args(options.split_whitespace());
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-        let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines();
-        let address = lines
-            .by_ref()
-            .map_while(Result::ok)
-            .find_map(|line| line.strip_prefix("listening on http://")?.parse().ok());
+        let mut lines = BufReader::new(child.stderr.take().ok_or("stderr is a pipe")?).lines().map_while(Result::ok);
+        let mut said = Vec::new();
+        let address = lines.by_ref().find_map(|line| {
+            let address = line.strip_prefix("listening on http://").and_then(|address| address.parse().ok());
+            said.push(line);
+            address
+        });
         // What it says from now on is passed on, so that it never waits for us.
-        thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("server: {line}")));
+        thread::spawn(move || lines.for_each(|line| eprintln!("server: {line}")));
         match address {
             Some(address) => Ok(Self { child, address }),
             None => {
                 let _ = child.kill();
-                Err(format!("the server does not listen; it ended with {}", child.wait()?).into())
+                let (ended, said) = (child.wait()?, said.join("\n"));
+                Err(format!("the server does not listen; it ended with {ended}: {said}").into())
             }
         }
     }
@@ -49,6 +55,16 @@ impl Server {
         let text = self.client().get("/metrics")?;
         let value = text.lines().find_map(|line| line.strip_prefix(&format!("layer_streamer_{name} ")));
         Ok(value.ok_or_else(|| format!("/metrics has no {name}"))?.parse()?)
+    }
+
+    /// What it says that it takes of memory, by purpose, in bytes.
+    pub fn said(&self) -> Result<Vec<(String, u64)>, Failure> {
+        let text = self.client().get("/metrics")?;
+        let of = |line: &str| {
+            let (purpose, bytes) = line.strip_prefix("layer_streamer_memory_bytes{purpose=\"")?.split_once("\"} ")?;
+            Some((purpose.to_owned(), bytes.parse().ok()?))
+        };
+        Ok(text.lines().filter_map(of).collect())
     }
 
     /// Waits until nothing runs or waits, and ours is the only connection.

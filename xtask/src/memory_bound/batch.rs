@@ -1,0 +1,59 @@
+//! `batch`: a file of prompts, short and long, many at a time.
+
+use std::{fmt::Write, fs, path::Path};
+
+use serde_json::{Value, json};
+
+use super::{judge, peak_of, said, total};
+use crate::run::{self, Failure};
+
+const PROMPTS: u64 = 100;
+
+pub fn check(program: &Path, model: &Path) -> Result<(), Failure> {
+    let work = run::scratch("memory-bound")?;
+    let file = work.path().join("prompts.jsonl");
+    fs::write(&file, lines())?;
+    let options = ["--device", "cpu", "--no-probe", "--max-new-tokens", "2", "--model"];
+    // With all layers kept; then a tenth less, so that some are not.
+    let mut budget = None;
+    for what in ["a batch within what is free", "a batch within a budget"] {
+        let mut command = run::command(program, &["batch", "--raw", "--sequences", "16", "--json"]);
+        command.args(options).arg(model).arg("--output").arg(work.path().join(what)).arg(&file);
+        if let Some(budget) = budget {
+            command.args(["--ram", &format!("{budget}")]);
+        }
+        let (summary, peak) = peak_of(&mut command).map_err(|failure| format!("{what}: {failure}"))?;
+        let summary: Value = serde_json::from_str(&summary)?;
+        let said = said(&summary["memory"])?;
+        judge(what, &said, &["kv_cache", "requests", "tokenizer"], peak, budget)?;
+        if summary["answered"] != PROMPTS || summary["errors"] != 1 {
+            return Err(format!("{what}: not {PROMPTS} answers, of which one is an error: {summary}").into());
+        }
+        budget = Some(total(&said) / 10 * 9);
+    }
+    Ok(())
+}
+
+/// Two of them are long: a prompt, and a line that nobody can answer.
+fn lines() -> String {
+    let mut lines = String::new();
+    for number in 0..PROMPTS - 2 {
+        let prompt = format!("{number} and {} make", 7 * number);
+        let _ = writeln!(lines, "{}", json!({ "id": number, "prompt": prompt }));
+    }
+    let _ =
+        writeln!(lines, "{}", json!({ "prompt": (0..100).map(|number| format!("{number}, ")).collect::<String>() }));
+    let _ = writeln!(lines, "{{\"prompt_ids\": [{}0]}}", "0,".repeat(4 << 20));
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_prompt_has_a_line() {
+        assert_eq!(lines().lines().count() as u64, PROMPTS);
+        assert!(lines().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+    }
+}
