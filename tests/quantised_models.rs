@@ -228,13 +228,18 @@ fn what_is_not_read_of_a_quantization_config_is_refused_by_name() {
 #[test]
 fn a_missing_tensor_or_one_of_another_shape_or_type_is_named() {
     for method in methods() {
-        for (part, tensor) in parts(&method, [128, 160]).into_iter().skip(1) {
+        let mut parts = parts(&method, [128, 160]).into_iter();
+        // The codes, of which the scales are there.
+        let (codes, _) = parts.next().unwrap();
+        let said = format!("tensor {MODULE}.{codes}: is not in the checkpoint; {}", called_for(&method));
+        assert_refused(with_part(&method, codes, None).path(), &[&said]);
+        for (part, tensor) in parts {
             // These are not needed: groups one after the other are no order, and the configuration has the shape.
             if !["g_idx", "weight_shape"].contains(&part) {
                 // Of scales of FP8 the usual name is asked for.
                 let asked = part.trim_end_matches("_inv");
-                let said = format!("tensor {MODULE}.{asked}: is not in the checkpoint");
-                assert_refused(with_part(&method, part, None).path(), &[&said]);
+                let said = format!("tensor {MODULE}.{asked}: is not in the checkpoint; {}", called_for(&method));
+                assert_refused(with_part(&method, part, None).path(), &[&said, "download the folder anew"]);
             }
             if part == "weight_shape" || part.contains("quant_state") {
                 continue;
@@ -257,7 +262,7 @@ fn a_missing_tensor_or_one_of_another_shape_or_type_is_named() {
     assert_refused(many.path(), &["scales: is F16 [161, 128], expected groups of a multiple of 8 columns"]);
     let asymmetric = with(int4(), "/config_groups/group_0/weights/symmetric", false.into());
     let said = "self_attn.q_proj.weight_zero_point: is not in the checkpoint";
-    assert_refused(quantised(&asymmetric, |_| {}).path(), &[said]);
+    assert_refused(quantised(&asymmetric, |_| {}).path(), &[said, &called_for(&int4())]);
 }
 
 /// Why a tensor was looked for.

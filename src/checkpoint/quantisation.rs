@@ -149,11 +149,14 @@ impl Quantisation {
         name: &str,
         shape: [usize; 2],
     ) -> Result<Option<Arrival>> {
-        let Some((scheme, inputs)) = self.scheme(checkpoint, name, shape)? else { return Ok(None) };
-        inputs.iter().try_for_each(|input| checkpoint.entry(input).map(|_| ()))?;
-        self.check_scales(checkpoint, scheme, shape, &inputs)?;
-        let op = ArrivalOp::Dequantise { scheme, shape, to: None };
-        Ok(Some(Arrival { output: output.to_owned(), inputs, op }))
+        let made = self.scheme(checkpoint, name, shape).and_then(|found| {
+            let Some((scheme, inputs)) = found else { return Ok(None) };
+            inputs.iter().try_for_each(|input| checkpoint.entry(input).map(|_| ()))?;
+            self.check_scales(checkpoint, scheme, shape, &inputs)?;
+            let op = ArrivalOp::Dequantise { scheme, shape, to: None };
+            Ok(Some(Arrival { output: output.to_owned(), inputs, op }))
+        });
+        made.map_err(|error| self.called_for(checkpoint, error))
     }
 
     /// How a matrix is stored, and in which tensors, of which some may be missing.
@@ -192,7 +195,19 @@ impl Quantisation {
                 let nested = nested.into_iter().filter(|_| offset.is_some());
                 (Scheme::Nf4 { block, offset }, ["weight", "weight.absmax"].into_iter().chain(nested).collect())
             }
-            _ => return Ok(None),
+            _ => {
+                // Scales without codes or plain weights show what is missing.
+                let (codes, scales): (_, &[&str]) = match self {
+                    Self::Fp8 { .. } => ("weight", &["weight_scale_inv", "weight_scale"]),
+                    Self::Rows { .. } => ("weight_packed", &["weight_scale"]),
+                    Self::Gptq { .. } | Self::Awq { .. } => ("qweight", &["scales"]),
+                    Self::Nf4 => ("weight", &["weight.absmax"]),
+                };
+                if !stores("weight") && scales.iter().any(|scales| stores(scales)) {
+                    checkpoint.entry(&beside(codes))?;
+                }
+                return Ok(None);
+            }
         };
         Ok(Some((scheme, inputs.into_iter().map(beside).collect())))
     }
@@ -231,6 +246,20 @@ impl Quantisation {
             self.method(),
         );
         Err(refused(checkpoint, &inputs[1], cause))
+    }
+
+    /// The same error, which says of a tensor that is missing why it was looked for.
+    fn called_for(self, checkpoint: &Checkpoint, error: Error) -> Error {
+        match error {
+            Error::Checkpoint { path, tensor: Some(tensor), cause } if checkpoint.describe(&tensor).is_none() => {
+                let remedy =
+                    if checkpoint.why_unreadable(&tensor).is_none() { ": download the folder anew" } else { "" };
+                let method = self.method();
+                let cause = format!("{cause}; quantization_config of config.json ({method}) calls for it{remedy}");
+                Error::Checkpoint { path, tensor: Some(tensor), cause }
+            }
+            other => other,
+        }
     }
 
     /// For messages.
