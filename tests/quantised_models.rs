@@ -138,6 +138,22 @@ fn methods() -> [Value; 6] {
     [fp8(), compressed("float-quantized", 8, "float"), int4(), gptq(), awq(), nf4()]
 }
 
+/// The same with scales for groups of so many columns.
+fn in_groups(method: &Value, group: usize) -> TempDir {
+    quantised(method, |tensors| {
+        // Of one group there is no order.
+        tensors.retain(|name, _| !name.ends_with("g_idx"));
+        for (name, tensor) in tensors {
+            let along = if name.ends_with("weight_scale") { 1 } else { 0 };
+            if [".scales", ".qzeros", ".weight_scale"].iter().any(|part| name.ends_with(part)) {
+                let mut shape = tensor.1.clone();
+                shape[along] = (shape[along] * GROUP).div_ceil(group);
+                *tensor = zeros(tensor.0, &shape);
+            }
+        }
+    })
+}
+
 #[test]
 fn layers_that_are_quantised_stand_beside_layers_that_are_not() {
     // With weights of 0 the first layer changes nothing.
@@ -212,13 +228,18 @@ fn what_is_not_read_of_a_quantization_config_is_refused_by_name() {
 #[test]
 fn a_missing_tensor_or_one_of_another_shape_or_type_is_named() {
     for method in methods() {
-        for (part, tensor) in parts(&method, [128, 160]).into_iter().skip(1) {
+        let mut parts = parts(&method, [128, 160]).into_iter();
+        // The codes, of which the scales are there.
+        let (codes, _) = parts.next().unwrap();
+        let said = format!("tensor {MODULE}.{codes}: is not in the checkpoint; {}", called_for(&method));
+        assert_refused(with_part(&method, codes, None).path(), &[&said]);
+        for (part, tensor) in parts {
             // These are not needed: groups one after the other are no order, and the configuration has the shape.
             if !["g_idx", "weight_shape"].contains(&part) {
                 // Of scales of FP8 the usual name is asked for.
                 let asked = part.trim_end_matches("_inv");
-                let said = format!("tensor {MODULE}.{asked}: is not in the checkpoint");
-                assert_refused(with_part(&method, part, None).path(), &[&said]);
+                let said = format!("tensor {MODULE}.{asked}: is not in the checkpoint; {}", called_for(&method));
+                assert_refused(with_part(&method, part, None).path(), &[&said, "download the folder anew"]);
             }
             if part == "weight_shape" || part.contains("quant_state") {
                 continue;
@@ -241,7 +262,91 @@ fn a_missing_tensor_or_one_of_another_shape_or_type_is_named() {
     assert_refused(many.path(), &["scales: is F16 [161, 128], expected groups of a multiple of 8 columns"]);
     let asymmetric = with(int4(), "/config_groups/group_0/weights/symmetric", false.into());
     let said = "self_attn.q_proj.weight_zero_point: is not in the checkpoint";
-    assert_refused(quantised(&asymmetric, |_| {}).path(), &[said]);
+    assert_refused(quantised(&asymmetric, |_| {}).path(), &[said, &called_for(&int4())]);
+}
+
+/// Why a tensor was looked for.
+fn called_for(method: &Value) -> String {
+    let name = match method["quant_method"].as_str().unwrap() {
+        "compressed-tensors" if method["format"] == "float-quantized" => "FP8",
+        "fp8" => "FP8",
+        "gptq" => "GPTQ",
+        "awq" => "AWQ",
+        other => other,
+    };
+    format!("quantization_config of config.json ({name}) calls for it")
+}
+
+#[test]
+fn scales_for_other_groups_than_the_configuration_states_are_refused() {
+    const WEIGHTS: &str = "/config_groups/group_0/weights";
+    let of_weights = |key: &str, value: Value| with(int4(), &format!("{WEIGHTS}/{key}"), value);
+    let channel = || of_weights("strategy", "channel".into());
+    let mut two = of_weights("group_size", 64.into());
+    two["config_groups"]["group_1"] = two["config_groups"]["group_0"].clone();
+    let other = with(two.clone(), "/config_groups/group_1/weights/group_size", 32.into());
+    let [absent, old] = [json!({ "quant_method": "awq", "w_bit": 4 }), with(awq(), "/q_group_size", 64.into())];
+    let dynamic = |size: i64| json!({ "-:.*q_proj": {}, "+:.*down_proj": { "bits": 4, "group_size": size } });
+    let of_parts = |size: i64| with(with(gptq(), "/group_size", 64.into()), "/dynamic", dynamic(size));
+    // Stated in which way, and what the scales are refused for.
+    for (method, scales, stated) in [
+        (with(gptq(), "/group_size", 16.into()), "scales", "a group_size of 16"),
+        (with(gptq(), "/group_size", 64.into()), "scales", "a group_size of 64"),
+        (with(gptq(), "/group_size", (-1).into()), "scales", "a group_size of -1, a scale for each row"),
+        (of_parts(64), "scales", "a group_size of 64"),
+        (with(awq(), "/group_size", 128.into()), "scales", "a group_size of 128"),
+        (old, "scales", "a group_size of 64"),
+        (of_weights("group_size", 128.into()), "weight_scale", "a group_size of 128"),
+        (of_weights("group_size", (-1).into()), "weight_scale", "a scale for each row"),
+        (channel(), "weight_scale", "a scale for each row"),
+        (two, "weight_scale", "a group_size of 64"),
+    ] {
+        let named = format!("model.safetensors: tensor model.layers.0.self_attn.q_proj.{scales}: has the scales [");
+        let [name, found] = [called_for(&method), "one for each 32 columns of a row".into()];
+        let name = name.replace("calls for it", &format!("states {stated}"));
+        assert_refused(in_groups(&method, GROUP).path(), &[&named, &found, &name, "or correct config.json"]);
+    }
+    // What is not stated, or differs from part to part, or is more than a row has.
+    let row = usize::MAX;
+    for (method, group) in [
+        (with(gptq(), "/group_size", Value::Null), GROUP),
+        (with(gptq(), "/group_size", 0.into()), GROUP),
+        (of_parts(32), GROUP),
+        (absent.clone(), GROUP),
+        (other, GROUP),
+        (of_weights("group_size", Value::Null), GROUP),
+        (of_weights("strategy", "group".into()), GROUP),
+        (with(gptq(), "/group_size", (-1).into()), row),
+        (with(gptq(), "/group_size", 1024.into()), row),
+        (with(awq(), "/group_size", (-1).into()), row),
+        (absent, row),
+        (channel(), row),
+        (of_weights("group_size", (-1).into()), row),
+    ] {
+        Model::open(in_groups(&method, group).path()).unwrap_or_else(|error| panic!("{method}: {error}"));
+    }
+}
+
+#[test]
+fn scales_of_other_blocks_than_stated_are_refused() {
+    for (scales, found) in [(zeros(Dtype::F32, &[128, 1]), "one for each row"), (zeros(Dtype::F32, &[]), "one for all")]
+    {
+        let said = format!("tensor {MODULE}.weight_scale_inv: has the scales {:?} of a matrix [128, 160]", scales.1);
+        let stated = "quantization_config of config.json (FP8) states blocks of 128 × 128";
+        let folder = |method: &Value| with_part(method, "weight_scale_inv", Some(scales.clone()));
+        assert_refused(folder(&fp8()).path(), &[&said, found, stated, "or correct config.json"]);
+        Model::open(folder(&with(fp8(), "/weight_block_size", Value::Null)).path()).unwrap();
+    }
+    let rows = compressed("float-quantized", 8, "float");
+    let blocks = with(rows, "/config_groups/group_0/weights/block_structure", json!([128, 128]));
+    Model::open(quantised(&blocks, |_| {}).path()).unwrap();
+    let blocks = with(blocks, "/config_groups/group_0/weights/strategy", "block".into());
+    assert_refused(quantised(&blocks, |_| {}).path(), &["weight_scale: ", "one for each row", "blocks of 128 × 128"]);
+
+    let state = r#"{"blocksize": 128, "nested_blocksize": 256, "nested_offset": 0.0}"#;
+    let folder = with_part(&nf4(), "weight.quant_state.bitsandbytes__nf4", Some(text(state)));
+    let found = format!("{MODULE}.weight.absmax: has 320 scales of a matrix [128, 160], one for each 64 weights");
+    assert_refused(folder.path(), &[&found, "quant_state.bitsandbytes__nf4 states a blocksize of 128", "anew"]);
 }
 
 #[test]

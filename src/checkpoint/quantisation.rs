@@ -9,7 +9,7 @@ use crate::{
     dtype::{DType, NF4},
     error::{Error, Result},
     files,
-    quantised::Scheme,
+    quantised::{Recipe, Scheme},
     unit::{Arrival, ArrivalOp},
 };
 
@@ -35,11 +35,16 @@ use crate::{
 #[non_exhaustive]
 pub enum Quantisation {
     /// FP8 with scales.
-    Fp8,
+    Fp8 {
+        /// Rows and columns that have one scale, if that is stated.
+        block: Option<[usize; 2]>,
+    },
     /// compressed-tensors' int4.
     Rows {
         /// There must be zeros.
         zeros: bool,
+        /// Columns that have one scale, if that is stated and alike for all matrices: `usize::MAX` for all of a row.
+        group: Option<usize>,
     },
     /// GPTQ's 4 bits.
     Gptq {
@@ -47,9 +52,14 @@ pub enum Quantisation {
         zero: u8,
         /// There must be an order.
         order: bool,
+        /// As for [`Rows`](Self::Rows).
+        group: Option<usize>,
     },
     /// AWQ's 4 bits.
-    Awq,
+    Awq {
+        /// As for [`Rows`](Self::Rows).
+        group: Option<usize>,
+    },
     /// bitsandbytes' NF4.
     Nf4,
 }
@@ -86,31 +96,31 @@ impl Quantisation {
                     return with(format!("with blocks of {size}"));
                 }
                 match word("fmt").as_str() {
-                    "" | "e4m3" => Ok(Some(Self::Fp8)),
+                    "" | "e4m3" => Ok(Some(Self::Fp8 { block: block.map(|_| FP8_BLOCK) })),
                     other => with(format!("of the form {other}")),
                 }
             }
             "modelopt" if ["fp8", "fp8_per_channel_per_token"].contains(&word("quant_algo").as_str()) => {
-                Ok(Some(Self::Fp8))
+                Ok(Some(Self::Fp8 { block: None }))
             }
             "compressed-tensors" | "compressed_tensors" => compressed(said).map(Some),
             "gptq" | "awq" if bits != Some(4) => {
                 with(format!("of {} bits", bits.map_or("unknown".into(), |bits| bits.to_string())))
             }
             "gptq" => {
-                let order = on("desc_act");
+                let (order, group) = (on("desc_act"), stated_group(said));
                 match [word("checkpoint_format"), word("format")]
                     .iter()
                     .find(|said| !said.is_empty())
                     .map(String::as_str)
                 {
-                    None | Some("gptq") => Ok(Some(Self::Gptq { zero: 1, order })),
-                    Some("gptq_v2") => Ok(Some(Self::Gptq { zero: 0, order })),
+                    None | Some("gptq") => Ok(Some(Self::Gptq { zero: 1, order, group })),
+                    Some("gptq_v2") => Ok(Some(Self::Gptq { zero: 0, order, group })),
                     Some(other) => with(format!("in the format {other}")),
                 }
             }
             "awq" => match word("version").as_str() {
-                "" | "gemm" => Ok(Some(Self::Awq)),
+                "" | "gemm" => Ok(Some(Self::Awq { group: stated_group(said) })),
                 other => with(format!("of the version {other}")),
             },
             // It is written also by those who had it turned off.
@@ -130,7 +140,8 @@ impl Quantisation {
     /// if it is stored by itself.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if a tensor that it is made of is not there, or cannot be.
+    /// [`Error::Checkpoint`] if a tensor that it is made of is not there, or cannot be, or its scales are for other groups of weights
+    /// than the configuration states.
     pub fn arrival(
         self,
         checkpoint: &Checkpoint,
@@ -138,16 +149,28 @@ impl Quantisation {
         name: &str,
         shape: [usize; 2],
     ) -> Result<Option<Arrival>> {
+        let made = self.scheme(checkpoint, name, shape).and_then(|found| {
+            let Some((scheme, inputs)) = found else { return Ok(None) };
+            inputs.iter().try_for_each(|input| checkpoint.entry(input).map(|_| ()))?;
+            self.check_scales(checkpoint, scheme, shape, &inputs)?;
+            let op = ArrivalOp::Dequantise { scheme, shape, to: None };
+            Ok(Some(Arrival { output: output.to_owned(), inputs, op }))
+        });
+        made.map_err(|error| self.called_for(checkpoint, error))
+    }
+
+    /// How a matrix is stored, and in which tensors, of which some may be missing.
+    fn scheme(self, checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<Option<(Scheme, Vec<String>)>> {
         let Some(module) = name.strip_suffix("weight") else { return Ok(None) };
         let beside = |tensor: &str| format!("{module}{tensor}");
         let stores = |tensor: &str| checkpoint.stores(&beside(tensor));
         let dtype = checkpoint.describe(name).map(|(dtype, _)| dtype);
         let (scheme, inputs) = match self {
-            Self::Fp8 if dtype == Some(DType::F8E4M3) => {
+            Self::Fp8 { .. } if dtype == Some(DType::F8E4M3) => {
                 let scale = if stores("weight_scale_inv") { "weight_scale_inv" } else { "weight_scale" };
                 (Scheme::Fp8, vec!["weight", scale])
             }
-            Self::Rows { zeros } if stores("weight_packed") => {
+            Self::Rows { zeros, .. } if stores("weight_packed") => {
                 let zeros = zeros || stores("weight_zero_point");
                 let groups = checkpoint.entry(&beside("weight_scale"))?.shape.last().copied().unwrap_or(1);
                 let order = beside("weight_g_idx");
@@ -158,26 +181,119 @@ impl Quantisation {
                     .chain(order.then_some("weight_g_idx"));
                 (Scheme::Rows { zeros, order }, inputs.collect())
             }
-            Self::Gptq { zero, order } if stores("qweight") => {
+            Self::Gptq { zero, order, .. } if stores("qweight") => {
                 let groups = checkpoint.entry(&beside("scales"))?.shape.first().copied().unwrap_or(1);
                 let order =
                     (order || stores("g_idx")) && is_mixed(checkpoint, &beside("g_idx"), shape[1], groups, false)?;
                 let inputs = ["qweight", "scales", "qzeros"].into_iter().chain(order.then_some("g_idx"));
                 (Scheme::Gptq { zero, order }, inputs.collect())
             }
-            Self::Awq if stores("qweight") => (Scheme::Awq, vec!["qweight", "scales", "qzeros"]),
+            Self::Awq { .. } if stores("qweight") => (Scheme::Awq, vec!["qweight", "scales", "qzeros"]),
             Self::Nf4 if dtype == Some(DType::U8) => {
                 let (block, offset) = nf4_state(checkpoint, name, shape)?;
                 let nested = ["weight.nested_absmax", "weight.nested_quant_map"];
                 let nested = nested.into_iter().filter(|_| offset.is_some());
                 (Scheme::Nf4 { block, offset }, ["weight", "weight.absmax"].into_iter().chain(nested).collect())
             }
-            _ => return Ok(None),
+            _ => {
+                // Scales without codes or plain weights show what is missing.
+                let (codes, scales): (_, &[&str]) = match self {
+                    Self::Fp8 { .. } => ("weight", &["weight_scale_inv", "weight_scale"]),
+                    Self::Rows { .. } => ("weight_packed", &["weight_scale"]),
+                    Self::Gptq { .. } | Self::Awq { .. } => ("qweight", &["scales"]),
+                    Self::Nf4 => ("weight", &["weight.absmax"]),
+                };
+                if !stores("weight") && scales.iter().any(|scales| stores(scales)) {
+                    checkpoint.entry(&beside(codes))?;
+                }
+                return Ok(None);
+            }
         };
-        let inputs = inputs.into_iter().map(beside).collect();
-        let op = ArrivalOp::Dequantise { scheme, shape, to: None };
-        Ok(Some(Arrival { output: output.to_owned(), inputs, op }))
+        Ok(Some((scheme, inputs.into_iter().map(beside).collect())))
     }
+
+    /// Refuses scales for other weights than the configuration states.
+    fn check_scales(self, checkpoint: &Checkpoint, scheme: Scheme, shape: [usize; 2], inputs: &[String]) -> Result<()> {
+        let (block, stated) = match self {
+            Self::Fp8 { block: Some([rows, columns]) } => ([rows, columns], format!("blocks of {rows} × {columns}")),
+            Self::Rows { group: Some(usize::MAX), .. } => ([1, usize::MAX], "a scale for each row".into()),
+            Self::Rows { group: Some(group), .. } => ([1, group], format!("a group_size of {group}")),
+            Self::Gptq { group: Some(group), .. } | Self::Awq { group: Some(group) } => {
+                let size = if group == usize::MAX { "-1, a scale for each row".into() } else { group.to_string() };
+                ([1, group], format!("a group_size of {size}"))
+            }
+            _ => return Ok(()),
+        };
+        let entries = inputs.iter().map(|input| checkpoint.entry(input)).collect::<Result<Vec<_>>>()?;
+        let tensors: Vec<_> = entries.iter().map(|entry| (entry.dtype, entry.shape.as_slice())).collect();
+        // Tensors that do not fit together are refused where the matrix is planned.
+        let Ok(recipe) = Recipe::new(scheme, shape, &tensors) else { return Ok(()) };
+        // Not the blocks: of few rows or columns a smaller one is all.
+        let scales = |block: [usize; 2]| [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
+        if scales(recipe.block) == scales(block) {
+            return Ok(());
+        }
+        let found = match recipe.block {
+            [rows, columns] if rows >= shape[0] && columns >= shape[1] => "one for all weights".into(),
+            [1, columns] if columns >= shape[1] => "one for each row".into(),
+            [1, columns] => format!("one for each {columns} columns of a row"),
+            [rows, columns] => format!("one for each {rows} × {columns} weights"),
+        };
+        let cause = format!(
+            "has the scales {:?} of a matrix {shape:?}, {found}, but quantization_config of config.json ({}) states \
+             {stated}; download both anew, or correct config.json if the weights are right",
+            entries[1].shape,
+            self.method(),
+        );
+        Err(refused(checkpoint, &inputs[1], cause))
+    }
+
+    /// The same error, which says of a tensor that is missing why it was looked for.
+    fn called_for(self, checkpoint: &Checkpoint, error: Error) -> Error {
+        match error {
+            Error::Checkpoint { path, tensor: Some(tensor), cause } if checkpoint.describe(&tensor).is_none() => {
+                let remedy =
+                    if checkpoint.why_unreadable(&tensor).is_none() { ": download the folder anew" } else { "" };
+                let method = self.method();
+                let cause = format!("{cause}; quantization_config of config.json ({method}) calls for it{remedy}");
+                Error::Checkpoint { path, tensor: Some(tensor), cause }
+            }
+            other => other,
+        }
+    }
+
+    /// For messages.
+    fn method(self) -> &'static str {
+        match self {
+            Self::Fp8 { .. } => "FP8",
+            Self::Rows { .. } => "compressed-tensors",
+            Self::Gptq { .. } => "GPTQ",
+            Self::Awq { .. } => "AWQ",
+            Self::Nf4 => "bitsandbytes",
+        }
+    }
+}
+
+/// Rows and columns of FP8 that have one scale, where a configuration states such blocks.
+const FP8_BLOCK: [usize; 2] = [128; 2];
+
+/// Columns that have one scale by what is said of `group_size` (of `q_group_size` in older files of AWQ), here and for parts of the
+/// model: where that differs, or is none, nothing is stated. -1 is a whole row.
+fn stated_group(said: &Value) -> Option<usize> {
+    fn find(said: &Value, found: &mut Vec<i64>) {
+        let entries = said.as_object().into_iter().flatten();
+        for (key, value) in entries {
+            match (key.as_str(), value.as_i64()) {
+                ("group_size" | "q_group_size", Some(size)) => found.push(size),
+                _ => find(value, found),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    find(said, &mut found);
+    found.dedup();
+    let [size] = found[..] else { return None };
+    if size == -1 { Some(usize::MAX) } else { usize::try_from(size).ok().filter(|size| *size > 0) }
 }
 
 /// What compressed-tensors says: all of `config_groups` must be quantised alike, and nothing else be done to the weights.
@@ -208,16 +324,32 @@ fn compressed(said: &Value) -> Result<Quantisation, String> {
         return Err(format!("compressed-tensors with a sparsity_config in the format {sparse}"));
     }
     match format.as_str() {
-        "float-quantized" | "naive-quantized" if all(8, "float") => Ok(Quantisation::Fp8),
+        "float-quantized" | "naive-quantized" if all(8, "float") => {
+            let is_block = |weights: &Value| weights.get("block_structure").is_some_and(|block| !block.is_null());
+            let block = weights.iter().all(|weights| text(weights.get("strategy")) == "block" && is_block(weights));
+            Ok(Quantisation::Fp8 { block: block.then_some(FP8_BLOCK) })
+        }
         "pack-quantized" if all(4, "int") => {
             let symmetric = |weights: &&Value| weights.get("symmetric").and_then(Value::as_bool).unwrap_or(true);
-            Ok(Quantisation::Rows { zeros: !weights.iter().all(symmetric) })
+            let groups: Vec<_> = weights.iter().map(|weights| group_of_strategy(weights)).collect();
+            let group = groups[0].filter(|_| groups.iter().all(|group| *group == groups[0]));
+            Ok(Quantisation::Rows { zeros: !weights.iter().all(symmetric), group })
         }
         "" => Err("compressed-tensors in no format".into()),
         "float-quantized" | "naive-quantized" | "pack-quantized" => {
             Err(format!("compressed-tensors in the format {format}, other than FP8 and int4"))
         }
         _ => Err(format!("compressed-tensors in the format {format}")),
+    }
+}
+
+/// Columns that have one scale by what compressed-tensors says of some weights, if that is clear.
+fn group_of_strategy(weights: &Value) -> Option<usize> {
+    let strategy = weights.get("strategy").and_then(Value::as_str).unwrap_or_default();
+    match (strategy, weights.get("group_size").and_then(Value::as_i64)) {
+        ("channel", None | Some(-1)) | ("", Some(-1)) => Some(usize::MAX),
+        ("group" | "", Some(size)) => usize::try_from(size).ok().filter(|size| *size > 0),
+        _ => None,
     }
 }
 
@@ -285,6 +417,16 @@ fn nf4_state(checkpoint: &Checkpoint, name: &str, shape: [usize; 2]) -> Result<(
     let count = |key: &str| state.get(key).and_then(Value::as_u64);
     let block = count("blocksize").and_then(|block| usize::try_from(block).ok()).filter(|block| *block > 0);
     let block = block.ok_or_else(|| wrong("says no blocksize".into()))?;
+    let scales = format!("{name}.absmax");
+    let (found, weights) = (checkpoint.entry(&scales)?.elements(), shape[0].saturating_mul(shape[1]));
+    if found > 0 && weights.is_multiple_of(found) && weights / found != block {
+        let each = weights / found;
+        let cause = format!(
+            "has {found} scales of a matrix {shape:?}, one for each {each} weights, but {state_name} states a blocksize \
+             of {block}; download the weights anew"
+        );
+        return Err(refused(checkpoint, &scales, cause));
+    }
     let Some(offset) = state.get("nested_offset") else { return Ok((block, None)) };
     let offset = offset.as_f64().ok_or_else(|| wrong("has a nested_offset that is no number".into()))?;
     match count("nested_blocksize") {

@@ -112,10 +112,18 @@ mod tests {
         fs::File,
         os::fd::{AsRawFd, FromRawFd},
         path::PathBuf,
+        slice,
     };
 
     use super::*;
-    use crate::{checkpoint::StoredTensor, dtype::DType};
+    use crate::{
+        checkpoint::StoredTensor,
+        dtype::DType,
+        layout::Dequantise,
+        packed::{BLOCK, Description, PART, Table},
+        quantised::Scheme,
+        unit::Arrival,
+    };
 
     /// A file in memory that takes no room whatever its length, and its path.
     pub(in crate::plan) fn hole() -> (File, PathBuf) {
@@ -140,6 +148,70 @@ mod tests {
         let budget = Budget { device_bytes: None, host_bytes: usize::MAX };
         let refused = budget.plan(&checkpoint, &units, FixedOverhead::default(), Bandwidths::default()).unwrap_err();
         assert!(refused.to_string().contains("larger together than can be addressed"), "{refused}");
+    }
+
+    /// The layout of a unit in which tensors of these types and shapes become one, or each by itself what it is, in this tier.
+    fn laid_out(tensors: &[(DType, Vec<usize>)], op: ArrivalOp, tier: Tier, packed: Option<Description>) -> UnitLayout {
+        let (hole, file) = hole();
+        hole.set_len(1 << 40).unwrap();
+        let table = tensors.iter().enumerate().map(|(number, (dtype, shape))| {
+            let (name, offset) = (number.to_string(), (number as u64) << 36);
+            StoredTensor { name, file: file.clone(), offset, dtype: *dtype, shape: shape.clone() }
+        });
+        let checkpoint = Checkpoint::from_table(table).unwrap();
+        let checkpoint = checkpoint.with_packed(packed.map(|packed| ("0".into(), packed))).unwrap();
+        let inputs = (0..tensors.len()).map(|number| number.to_string()).collect();
+        let mut unit = Unit::new("unit");
+        unit.add(Arrival { output: "w".into(), inputs, op }).set_tier(tier);
+        UnitLayout::new(&checkpoint, &unit).unwrap()
+    }
+
+    /// Bytes of a staging block for units of a device with memory of its own, and of one that computes in RAM.
+    fn staged(units: &[UnitLayout]) -> [usize; 2] {
+        [Sharing::Own, Sharing::Ram].map(|sharing| Staging::of(units, sharing).block_bytes)
+    }
+
+    #[test]
+    fn a_staging_block_takes_32_mib_at_a_time_of_what_can_be_cut_and_all_of_what_makes_a_matrix() {
+        const MOST: usize = 32 << 20;
+        let cast =
+            |bytes: usize| laid_out(&[(DType::F16, vec![bytes / 2])], ArrivalOp::To(DType::F32), Tier::Disk, None);
+        for (bytes, block) in [(1000, 1024), (MOST - 2, MOST), (MOST, MOST), (MOST + 2, MOST), (5 * MOST, MOST)] {
+            let unit = cast(bytes);
+            assert_eq!(staged(slice::from_ref(&unit)), [block; 2], "a cast of {bytes} bytes");
+            let pieces: Vec<_> =
+                unit.casts[0].pieces(&(0..unit.host_bytes), block).map(|piece| piece.bytes()).collect();
+            assert_eq!((pieces.len(), pieces.iter().sum()), (bytes.div_ceil(MOST), bytes));
+        }
+
+        let fp8 = |rows: usize, columns: usize| {
+            let tensors = [(DType::F8E4M3, vec![rows, columns]), (DType::F32, vec![rows, 1])];
+            let op = ArrivalOp::Dequantise { scheme: Scheme::Fp8, shape: [rows, columns], to: None };
+            laid_out(&tensors, op, Tier::Disk, None)
+        };
+        let [small, large] = [fp8(3, 40), fp8((96 << 10) + 1, 1024)];
+        assert_eq!(staged(slice::from_ref(&small)), [256, 0]);
+        // The codes, then a scale for each row.
+        let whole = (3 * MOST + 1024) + 4 * ((96 << 10) + 1);
+        assert_eq!(large.dequantises.iter().map(Dequantise::staged_bytes).collect::<Vec<_>>(), [whole]);
+        assert_eq!(staged(slice::from_ref(&large)), [whole.next_multiple_of(256), 0]);
+        assert_eq!(staged(&[cast(5 * MOST), large, small.clone()]), [whole.next_multiple_of(256), MOST]);
+        assert_eq!(staged(&[cast(5 * MOST), small]), [MOST; 2]);
+
+        // Weights that are packed, and those that are to be.
+        let parts = 128;
+        let length = (PART / BLOCK * 6000).next_multiple_of(16) as u32;
+        let (shape, table) = (vec![parts, PART], Table([0; 13]));
+        let description =
+            Description { shape: shape.clone(), table, checksum: 0, part: PART, lengths: vec![length; parts] };
+        let packed = [(DType::U8, vec![description.bytes()])];
+        assert!(description.bytes() > MOST);
+        let packed = laid_out(&packed, ArrivalOp::Keep, Tier::Disk, Some(description));
+        assert_eq!(staged(&[packed]), [MOST, 0]);
+        for (tier, block) in [(Tier::Disk, 0), (Tier::PinnedPacked, MOST)] {
+            let plain = laid_out(&[(DType::BF16, shape.clone())], ArrivalOp::Keep, tier, None);
+            assert_eq!(staged(&[plain]), [block, 0], "{tier}");
+        }
     }
 
     #[test]
