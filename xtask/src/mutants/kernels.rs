@@ -15,6 +15,7 @@ const TESTS: &[(&[&str], &[&str], usize)] = &[
     (&["norm"], &["norms"], 5),
     (&["rope"], &["rope"], 5),
     (&["rows"], &["lookups", "an_id", "argmax", "gates_factors", "linear"], 5),
+    (&["product"], &["linear"], 2),
     (&["unpack"], &["unpack"], 3),
     (&["blocks"], &["casts"], 3),
     (&["dequantise"], &["matrices"], 1),
