@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const MOST_HELD: usize = 64;
 
 /// Bytes that those answers may have before no more lines are read.
-const MOST_HELD_BYTES: usize = 16 << 20;
+const MOST_HELD_BYTES: usize = 4 << 20;
 
 /// What lines and answers on their way take of RAM: twice as many as there are sequences, with text or tokens of their answers, and those
 /// that are held; and so many bytes besides.

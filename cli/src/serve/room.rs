@@ -180,7 +180,7 @@ mod tests {
         let usual = memory(528, 16, 4096, 4 << 20).bytes;
         assert!((150 << 20..200 << 20).contains(&usual), "{usual}");
         assert_eq!(memory(529, 16, 4096, 4 << 20).bytes - usual, CONNECTION);
-        assert_eq!(memory(528, 16, 4096, 8 << 20).bytes - usual, (16 << 20) + (12 * 4 << 20));
+        assert_eq!(memory(528, 16, 4096, 8 << 20).bytes - usual, (16 + 48) << 20);
         assert!(memory(528, 16, 131_072, 4 << 20).bytes > usual + (200 << 20));
         assert_eq!(memory(usize::MAX, 1, 1, 1).bytes, usize::MAX);
     }
