@@ -77,7 +77,7 @@ regexes! {
     IF = r"\bif \(";
     JUMP = r"^\s*(return|continue|break)\b";
     COMPARES = r" [<>]=? ";
-    CHOICE = r"(?:\(|= |return |\+= )([^=(;?]*? [<>]=? [^=;?]*?) \? ";
+    CHOICE = r"(?:\(|= |return |\+= )([^=(;?{]*? [<>]=? [^=;?{]*?) \? ";
     FLAG = r"const bool \w+ = ([^;]*? [<>]=? [^;]*);|, (\w+ < \w+)\);";
     COMPARISON = r" ([<>]=?) ";
     MIN = r"\bmin\(";
