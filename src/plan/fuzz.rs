@@ -2,204 +2,19 @@
 //! its plan reads what is needed once, puts it where nothing else lies, and keeps to the budget; and where a budget is too
 //! small, the least that it names is the least. How long, and from which seed: see `tests/support/src/fuzz.rs`.
 
-use std::{fs::File, path::PathBuf};
+mod draw;
 
+use draw::{Asked, Holes, settings};
 use support::fuzz::{number, rounds};
 
-use super::{tests::hole, *};
+use super::*;
 use crate::{
-    checkpoint::StoredTensor,
+    checkpoint::TensorEntry,
     dtype::DType,
     error::MemoryKind,
-    layout::{Cast, CopyRange, Extent, MAX_GAP, Space, StageLayout},
-    packed::{self, Description},
+    layout::{Cast, CopyRange, Dequantise, Extent, MAX_GAP, REPACK_ALIGN, Space, StageLayout},
+    quantised::Recipe,
 };
-
-const TYPES: [DType; 13] = [
-    DType::BF16,
-    DType::F16,
-    DType::F32,
-    DType::F8E4M3,
-    DType::U8,
-    DType::Bool,
-    DType::I64,
-    DType::F64,
-    DType::F8E5M2,
-    DType::Q4_K,
-    DType::Q8_0,
-    DType::Q6_K,
-    DType::MXFP4,
-];
-
-/// Files of any length.
-struct Holes(Vec<(File, PathBuf)>);
-
-impl Holes {
-    fn new() -> Self {
-        Self((0..3).map(|_| hole()).collect())
-    }
-}
-
-/// What is to be planned.
-struct Asked {
-    checkpoint: Checkpoint,
-    units: Vec<Unit>,
-}
-
-/// Dimensions of a tensor of up to `most` elements; where the caller is careless, also others.
-fn shape(rng: &mut fastrand::Rng, most: usize, careless: bool) -> Vec<usize> {
-    let rank = if careless && rng.u8(..20) == 0 { rng.usize(..12) } else { rng.usize(..5) };
-    let (mut shape, mut left) = (Vec::new(), most);
-    for _ in 0..rank {
-        let dim = match rng.u8(..16) {
-            0 => 0,
-            1..8 => 1 + rng.usize(..9),
-            8..12 => [255, 256, 257, 2047, 4095, 4096, 4097][rng.usize(..7)],
-            12..15 => {
-                let most = left >> rng.u32(..64);
-                rng.usize(..=most)
-            }
-            _ if careless => number(rng),
-            _ => left,
-        };
-        if dim > left && !careless {
-            continue;
-        }
-        left = left.checked_div(dim).unwrap_or(left);
-        shape.push(dim);
-    }
-    rng.shuffle(&mut shape);
-    shape
-}
-
-/// What packed weights of this shape could be said to be.
-fn description(rng: &mut fastrand::Rng, shape: &[usize]) -> Description {
-    let (weights, part) = (shape.iter().product::<usize>(), packed::BLOCK * (1 + rng.usize(..64)));
-    let part = if rng.bool() { Description::part_of(shape) } else { part };
-    let lengths = (0..weights.div_ceil(part)).map(|number| {
-        let blocks = part.min(weights - number * part).div_ceil(packed::BLOCK);
-        (blocks * 8).next_multiple_of(16) as u32 + blocks as u32 * (5120 + 16 * rng.u32(..400))
-    });
-    Description { shape: shape.to_vec(), table: packed::Table([0; 13]), checksum: 0, part, lengths: lengths.collect() }
-}
-
-/// Tensors side by side, or nearly so, in files that end where the last one does or later; and what is said of those that are packed.
-fn table(rng: &mut fastrand::Rng, holes: &Holes, careless: bool) -> (Vec<StoredTensor>, Vec<(String, Description)>) {
-    // Sizes of everyday, of large models, and of no disk.
-    let most = 1usize << [10, 20, 26, 34, 50, 62][rng.usize(..6)];
-    let (mut table, mut all_packed) = (Vec::new(), Vec::new());
-    let files = &holes.0[..1 + rng.usize(..holes.0.len())];
-    for (file, path) in files {
-        let mut end = [0, 8, 4096, rng.u64(..100_000)][rng.usize(..4)];
-        for _ in 0..rng.usize(..9) {
-            let gap = match rng.u8(..8) {
-                0..4 => 0,
-                4 => rng.u64(..64),
-                5 => MAX_GAP + rng.u64(..9000) - 4500,
-                6 => rng.u64(..1 << 20),
-                _ => {
-                    let most = (i64::MAX as u64 - end) >> rng.u32(..63);
-                    rng.u64(..=most)
-                }
-            };
-            let offset = end.saturating_add(gap).min(i64::MAX as u64);
-            let mut dtype = TYPES[rng.usize(..TYPES.len())];
-            let room = (i64::MAX as u64 - offset) as usize;
-            let mut shape = shape(rng, most.min(room) / dtype.size(), careless);
-            if dtype.is_blocks() && !(careless && rng.u8(..30) == 0) {
-                let row = shape.pop().unwrap_or(1).saturating_mul(dtype.block_elements());
-                shape.push(row);
-            }
-            let weights = dtype.bytes_of(&shape).unwrap_or(0) / 2;
-            let packs = dtype == DType::BF16 && (1..1 << 24).contains(&weights) && rng.bool();
-            let described = packs.then(|| description(rng, &shape));
-            if let Some(description) = &described {
-                (dtype, shape) = (DType::U8, vec![description.bytes()]);
-            }
-            let bytes = dtype.bytes_of(&shape).unwrap_or(0) as u64;
-            if bytes as usize > room && !careless {
-                continue;
-            }
-            let overlaps = careless && rng.u8(..30) == 0;
-            let name = format!("{}{}", table.len(), ["", ".weight", "\"\n\0é", "[0..1]"][rng.usize(..4)]);
-            all_packed.extend(described.map(|description| (name.clone(), description)));
-            table.push(StoredTensor { name, file: path.clone(), offset, dtype, shape });
-            end = if overlaps { offset } else { offset.saturating_add(bytes).min(i64::MAX as u64) };
-        }
-        let beyond = [0, 1, 4096, rng.u64(..1 << 20)][rng.usize(..4)];
-        let length = end.saturating_add(beyond).min(i64::MAX as u64);
-        let cut = if careless && rng.u8(..20) == 0 { rng.u64(..=length) } else { 0 };
-        file.set_len(length - cut).unwrap();
-    }
-    rng.shuffle(&mut table);
-    (table, all_packed)
-}
-
-fn unit(rng: &mut fastrand::Rng, checkpoint: &Checkpoint, names: &[String], careless: bool) -> Unit {
-    let mut unit = Unit::new(format!("unit {}", rng.u8(..)));
-    for index in 0..rng.usize(..9) {
-        let name = &names[rng.usize(..names.len())];
-        let wrong = careless && rng.u8(..30) == 0;
-        let inputs = match rng.u8(..3) {
-            0 if wrong => vec![],
-            1 if wrong => vec![name.clone(), name.clone()],
-            _ if wrong => vec!["no such tensor".into()],
-            _ => vec![name.clone()],
-        };
-        let dtype = checkpoint.describe(name).expect("it is there").0;
-        let is_packed = checkpoint.entry(name).unwrap().packed.is_some();
-        let op = match TYPES[rng.usize(..TYPES.len())] {
-            to if rng.bool() && (careless || to == dtype || dtype.converts_to(to) && !is_packed) => ArrivalOp::To(to),
-            _ => ArrivalOp::Keep,
-        };
-        let twice = careless && rng.u8(..30) == 0;
-        let output = format!("{}{}", if twice { 0 } else { index }, ["", ".a", "é\0"][rng.usize(..3)]);
-        unit.add(Arrival { output, inputs, op });
-    }
-    unit.set_tier(Tier::ALL[rng.usize(..Tier::ALL.len())]);
-    unit
-}
-
-impl Asked {
-    fn new(rng: &mut fastrand::Rng, holes: &Holes) -> Option<Self> {
-        let careless = rng.u8(..4) == 0;
-        let (table, packed) = table(rng, holes, careless);
-        let mut checkpoint = Checkpoint::from_table(table).ok()?.with_packed(packed).unwrap();
-        let mut names: Vec<_> = checkpoint.names().map(str::to_owned).collect();
-        if rng.u8(..4) == 0 {
-            // Rows of a matrix lie inside it. Not one tensor for each of a great many.
-            let name = names[rng.usize(..names.len())].clone();
-            let height = checkpoint.describe(&name).map_or(0, |(_, shape)| shape.first().copied().unwrap_or(0));
-            let rows = number(rng).max(height / 8);
-            let (with_rows, parts) = checkpoint.with_rows(&name, rows).ok()?;
-            checkpoint = with_rows;
-            names.extend(parts);
-        }
-        // A few units of which there may be many, so that some are alike.
-        let kinds: Vec<_> = (0..1 + rng.usize(..3)).map(|_| unit(rng, &checkpoint, &names, careless)).collect();
-        let units =
-            (0..rng.usize(..if careless { 12 } else { 11 }) + usize::from(!careless)).map(|_| match rng.u8(..4) {
-                0 => unit(rng, &checkpoint, &names, careless),
-                _ => {
-                    let mut unit = kinds[rng.usize(..kinds.len())].clone();
-                    unit.set_tier(Tier::ALL[rng.usize(..Tier::ALL.len())]);
-                    unit
-                }
-            });
-        Some(Self { units: units.collect(), checkpoint })
-    }
-}
-
-fn settings(rng: &mut fastrand::Rng) -> Settings {
-    let [n_gpu, n_cpu_pinned, n_cpu] = match rng.u8(..8) {
-        0 => [number(rng), number(rng), number(rng)],
-        _ => [1 + rng.usize(..4), rng.usize(..4), rng.usize(..4)],
-    };
-    let batch =
-        |rng: &mut fastrand::Rng, n: usize| if rng.u8(..30) == 0 { number(rng) } else { rng.usize(..=n.min(9)) };
-    let [batch_gpu, batch_cpu_pinned, batch_cpu] = [n_gpu, n_cpu_pinned, n_cpu].map(|n| batch(rng, n));
-    Settings { n_gpu, n_cpu_pinned, n_cpu, batch_gpu, batch_cpu_pinned, batch_cpu, ..Settings::default() }
-}
 
 /// Ranges of one space: none overlaps another, all end by `end`.
 fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
@@ -211,16 +26,35 @@ fn apart(mut ranges: Vec<(usize, usize)>, end: usize, what: &str) {
     assert!(last <= end, "{what}: to {last} of {end}");
 }
 
+/// What a matrix is made by.
+fn recipe(checkpoint: &Checkpoint, arrival: &Arrival) -> Option<Recipe> {
+    let ArrivalOp::Dequantise { scheme, shape, .. } = arrival.op else { return None };
+    let tensors: Vec<_> = arrival.inputs.iter().map(|input| checkpoint.describe(input).unwrap()).collect();
+    Some(Recipe::new(scheme, shape, &tensors).unwrap())
+}
+
+/// Type and shape of what arrives.
+fn made(checkpoint: &Checkpoint, arrival: &Arrival) -> (DType, Vec<usize>) {
+    let (stored, shape) = checkpoint.describe(&arrival.inputs[0]).unwrap();
+    match arrival.op {
+        ArrivalOp::Keep => (stored, shape.to_vec()),
+        ArrivalOp::To(to) => (to, shape.to_vec()),
+        ArrivalOp::Dequantise { shape, to, .. } => {
+            (to.unwrap_or_else(|| recipe(checkpoint, arrival).unwrap().as_blocks()), shape.to_vec())
+        }
+    }
+}
+
 /// The tier that a unit is planned in, and whether it is used in place.
 fn expected(checkpoint: &Checkpoint, unit: &Unit, sharing: Sharing) -> (Tier, bool) {
-    let as_it_lies = |arrival: &crate::plan::Arrival| {
-        let entry = checkpoint.entry(&arrival.inputs[0]).unwrap();
-        let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
+    let as_it_lies = |arrival: &Arrival| {
+        let (entry, (to, shape)) = (checkpoint.entry(&arrival.inputs[0]).unwrap(), made(checkpoint, arrival));
         // Of nothing nothing is converted.
-        let stays = entry.packed.is_none() && to == entry.dtype || entry.elements() == 0;
+        let stays = entry.packed.is_none() && to == entry.dtype && arrival.inputs.len() == 1 || shape.contains(&0);
         stays && entry.offset.is_multiple_of(to.align() as u64)
     };
-    let some = unit.arrivals().iter().any(|arrival| checkpoint.entry(&arrival.inputs[0]).unwrap().bytes > 0);
+    let mut inputs = unit.arrivals().iter().flat_map(|arrival| &arrival.inputs);
+    let some = inputs.any(|input| checkpoint.entry(input).unwrap().bytes > 0);
     let in_place = some && unit.tier != Tier::PinnedPacked && unit.arrivals().iter().all(as_it_lies);
     match (sharing, unit.tier) {
         (Sharing::Own, tier) => (tier, false),
@@ -230,16 +64,19 @@ fn expected(checkpoint: &Checkpoint, unit: &Unit, sharing: Sharing) -> (Tier, bo
     }
 }
 
-/// A unit's tensors are read once, and arrive where nothing else does, or stay where they were read to.
-fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: Sharing) {
-    assert_eq!((plan.tier, plan.in_place), expected(checkpoint, unit, sharing));
-    assert_eq!((plan.name.as_str(), plan.tensors.len()), (unit.name(), unit.arrivals().len()));
-    let aligned = |at: usize, to: usize| at.is_multiple_of(to);
+/// Tensors that make a matrix lie apart in a staging block, where kernels take them.
+fn check_staged(made: &Dequantise) {
+    assert!(made.inputs.iter().all(|input| input.staged_at.is_multiple_of(REPACK_ALIGN)), "{made:?}");
+    apart(made.inputs.iter().map(|input| (input.staged_at, input.bytes)).collect(), made.staged_bytes(), "staged");
+}
+
+/// Reads are whole pages, one behind the other in files and in the slot.
+fn check_extents(checkpoint: &Checkpoint, plan: &UnitLayout) {
     let mut before: Option<&Extent> = None;
     for extent in &plan.extents {
         let length = checkpoint.length(extent.file);
         assert!(extent.offset < extent.end && extent.end <= length, "{extent:?} of {length}");
-        assert!(aligned(extent.offset as usize, PAGE) && aligned(extent.len, PAGE) && aligned(extent.at, PAGE));
+        assert!([extent.offset as usize, extent.len, extent.at].iter().all(|at| at.is_multiple_of(PAGE)));
         // To the page in which the last tensor ends, and no further.
         let rounded = extent.end.next_multiple_of(PAGE as u64);
         assert_eq!(extent.offset + extent.len as u64, rounded, "{extent:?}");
@@ -251,27 +88,70 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: 
         before = Some(extent);
     }
     assert!(before.map_or(0, |last| last.at + last.len) <= plan.host_bytes);
+    let read =
+        |extent: &Extent| (extent.offset + extent.len as u64).min(checkpoint.length(extent.file)) - extent.offset;
+    assert_eq!(plan.read_bytes as u64, plan.extents.iter().map(read).sum::<u64>());
+}
 
-    let (mut places, mut needed, mut arriving) = (Vec::new(), Vec::new(), 0);
-    for arrival in unit.arrivals() {
-        let entry = checkpoint.entry(&arrival.inputs[0]).unwrap();
-        let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
-        let to = if let ArrivalOp::To(to) = arrival.op { to } else { entry.dtype };
-        assert_eq!((placed.dtype, &placed.shape), (to, &entry.shape));
-        assert!(aligned(placed.at, if plan.in_place { to.align() } else { DEVICE_ALIGN }));
-        let elements = entry.elements();
-        places.push((placed.at, to.bytes(elements)));
-        if elements == 0 {
-            continue;
+/// Nothing is read that is not needed, but for the rest of pages and small gaps: file, start, end and name of what is.
+fn check_needed(plan: &UnitLayout, mut needed: Vec<(usize, u64, u64, &String)>) {
+    needed.sort_unstable();
+    needed.dedup();
+    assert_eq!(plan.disk_bytes, needed.iter().map(|(_, start, end, _)| (end - start) as usize).sum::<usize>());
+    for extent in &plan.extents {
+        let mut last = extent.offset;
+        for (_, start, end, _) in needed
+            .iter()
+            .filter(|(file, start, ..)| *file == extent.file && (extent.offset..extent.end).contains(start))
+        {
+            assert!(*start <= last + MAX_GAP + 2 * PAGE as u64, "{extent:?}: nothing from {last} to {start}");
+            last = last.max(*end);
         }
+        assert_eq!(last, extent.end, "{extent:?}");
+    }
+}
+
+/// A unit's tensors are read once, and arrive where nothing else does, or stay where they were read to.
+fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: Sharing) {
+    assert_eq!((plan.tier, plan.in_place), expected(checkpoint, unit, sharing));
+    assert_eq!((plan.name.as_str(), plan.tensors.len()), (unit.name(), unit.arrivals().len()));
+    let aligned = |at: usize, to: usize| at.is_multiple_of(to);
+    check_extents(checkpoint, plan);
+    let position = |entry: &TensorEntry| {
         let within =
             |extent: &&Extent| extent.file == entry.file && extent.offset <= entry.offset && entry.end() <= extent.end;
         let found: Vec<_> = plan.extents.iter().filter(within).collect();
-        let [extent] = found[..] else { panic!("{}: {found:?}", arrival.output) };
-        let from = extent.at + (entry.offset - extent.offset) as usize;
-        needed.push((entry.file, entry.offset, entry.end(), &arrival.inputs[0]));
+        let [extent] = found[..] else { panic!("{entry:?}: {found:?}") };
+        extent.at + (entry.offset - extent.offset) as usize
+    };
+    let (mut places, mut needed, mut kept, mut arriving) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    for arrival in unit.arrivals() {
+        let inputs: Vec<_> = arrival.inputs.iter().map(|input| checkpoint.entry(input).unwrap()).collect();
+        let (entry, (to, shape)) = (inputs[0], made(checkpoint, arrival));
+        let placed = &plan.tensors[plan.find(&arrival.output).unwrap()];
+        let elements = shape.iter().product();
+        assert_eq!((placed.dtype, &placed.shape), (to, &shape));
+        assert!(aligned(placed.at, if plan.in_place { to.align() } else { DEVICE_ALIGN }));
+        places.push((placed.at, to.bytes(elements)));
+        let read = arrival.inputs.iter().zip(&inputs).filter(|(_, entry)| entry.bytes > 0);
+        needed.extend(read.map(|(name, entry)| (entry.file, entry.offset, entry.end(), name)));
+        if elements == 0 {
+            continue;
+        }
+        let from = position(entry);
         if plan.in_place {
             assert_eq!(placed.at, from);
+        } else if let Some(recipe) = recipe(checkpoint, arrival) {
+            let found: Vec<_> = plan.dequantises.iter().filter(|found| found.to == placed.at).collect();
+            let [found] = found[..] else { panic!("{}: {found:?}", arrival.output) };
+            assert_eq!((found.recipe, found.to_type), (recipe, to));
+            let from: Vec<_> = inputs.iter().map(|entry| (position(entry), entry.bytes)).collect();
+            assert_eq!(found.inputs.iter().map(|input| (input.from, input.bytes)).collect::<Vec<_>>(), from);
+            check_staged(found);
+            kept.extend(match found.is_kept_stored() {
+                true => found.inputs.iter().map(|input| (input.kept_at, input.bytes)).collect(),
+                false => vec![(found.kept_at, to.bytes(elements))],
+            });
         } else if let Some(packed) = &entry.packed {
             let (parts, wanted) = (packed.parts(), (from, placed.at, packed));
             assert_eq!((parts.bytes(), parts.weights), (entry.bytes, elements));
@@ -294,29 +174,12 @@ fn check_unit(checkpoint: &Checkpoint, unit: &Unit, plan: &UnitLayout, sharing: 
     }
     if !plan.in_place {
         apart(places.clone(), plan.device_bytes, "tensors on the device");
+        apart(kept, plan.packed_bytes, "what matrices are made of, where it is kept");
     }
     let copied: usize = plan.copies.iter().map(|copy| copy.bytes).sum();
     let count = places.iter().filter(|(_, bytes)| *bytes > 0).count();
     assert!(copied == arriving && plan.casts.len() <= count, "{copied} bytes are copied of {arriving}");
-
-    // Nothing is read that is not needed, but for the rest of pages and small gaps.
-    needed.sort_unstable();
-    needed.dedup();
-    assert_eq!(plan.disk_bytes, needed.iter().map(|(_, start, end, _)| (end - start) as usize).sum::<usize>());
-    for extent in &plan.extents {
-        let mut last = extent.offset;
-        for (_, start, end, _) in needed
-            .iter()
-            .filter(|(file, start, ..)| *file == extent.file && (extent.offset..extent.end).contains(start))
-        {
-            assert!(*start <= last + MAX_GAP + 2 * PAGE as u64, "{extent:?}: nothing from {last} to {start}");
-            last = last.max(*end);
-        }
-        assert_eq!(last, extent.end, "{extent:?}");
-    }
-    let read =
-        |extent: &Extent| (extent.offset + extent.len as u64).min(checkpoint.length(extent.file)) - extent.offset;
-    assert_eq!(plan.read_bytes as u64, plan.extents.iter().map(read).sum::<u64>());
+    check_needed(plan, needed);
 }
 
 /// Cut into parts and windows anywhere, as static tensors are, all of a unit arrives once, and lies whole in the part that it is
@@ -422,6 +285,8 @@ fn check_plan(asked: &Asked, settings: &Settings, plan: &Plan, sharing: Sharing)
         }
     }
     assert!(plan.layout.ram.is_some() || plan.layout.pinned.is_some());
+    let staged = plan.units.iter().flat_map(|unit| &unit.dequantises).map(Dequantise::staged_bytes).max();
+    assert!(sharing == Sharing::Ram || plan.layout.staging.block_bytes >= staged.unwrap_or(0));
     let spaces = plan.layout.spaces();
     let memories = [&[Tier::Ram][..], &[Tier::Pinned], &[Tier::Gpu, Tier::GpuPacked]];
     for ((tiers, space), align) in memories.into_iter().zip(spaces).zip([PAGE, PAGE, DEVICE_ALIGN]) {
