@@ -4,6 +4,8 @@
 //! Bytes are those that must move, each read or written once; operations are a multiplication and an addition each, of pairs
 //! that the causal mask lets through.
 
+#[path = "bench/dequantising.rs"]
+mod dequantising;
 #[path = "../cli/src/device.rs"]
 mod device;
 #[path = "bench/expansion.rs"]
@@ -55,7 +57,7 @@ struct Options {
     plot: PlotTo,
 }
 
-/// Rows of the table besides those of expansion and unpacking, for the progress bar.
+/// Rows of the table besides those of expansion, dequantising and unpacking, for the progress bar.
 const ROWS: u64 = 39;
 
 /// How far a kernel may be from its twin: BF16 rounds to 2⁻⁹ of a value.
@@ -101,11 +103,11 @@ fn run<D: Kernels>(
     let mut rng = fastrand::Rng::new();
     let copied = [on.repeated(DType::F32, &[count], &random(&mut rng, 1 << 18))?, on.empty(DType::F32, &[count])?];
     let (time, rounds) = (options.common.window.as_secs_f64(), options.common.rounds);
-    let more = expansion::TYPES.len() as u64 + unpacking::rows(device);
+    let more = expansion::TYPES.len() as u64 + dequantising::rows(device) + unpacking::rows(device);
     let bar = report::progress((ROWS + more) * u64::from(rounds), &options.common)?;
     let rows = Vec::new();
     let mut bench = Bench { on: &on, rng, time, rounds, divisor, weights_divisor, processors, copied, rows, bar };
-    let weights = [Bench::casts, Bench::expansion, Bench::unpacking];
+    let weights = [Bench::casts, Bench::expansion, Bench::dequantising, Bench::unpacking];
     let others = [Bench::rows_of_the_residual, Bench::activations, Bench::products, Bench::attention];
     for part in weights.into_iter().chain(others) {
         part(&mut bench)?;

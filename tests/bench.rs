@@ -418,12 +418,13 @@ fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
         assert!(row["off"].is_null() || row["off"] == 0.0, "the CPU is its own twin: {row}");
         let multiplies = ["linear", "attention"].contains(&row["kernel"].as_str().unwrap());
         assert_eq!(row["tflop_s"].is_number(), multiplies, "{row}");
-        let decodes = ["expand", "unpack"].contains(&row["kernel"].as_str().unwrap());
+        let decodes = ["expand", "dequantise", "unpack"].contains(&row["kernel"].as_str().unwrap());
         assert_eq!(row["weights_gb_s"].is_number(), decodes, "{row}");
     }
     for kernel in [
         "cast",
         "expand",
+        "dequantise",
         "rms_norm",
         "add_rms_norm",
         "rms_norm_in_place",
@@ -439,6 +440,21 @@ fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
         "unpack",
     ] {
         assert!(rows(&measured).iter().any(|row| row["kernel"] == kernel), "{kernel} is missing");
+    }
+    for (kernel, weights) in
+        [("expand", &["q4_k", "q8_0", "mxfp4"][..]), ("dequantise", &["fp8", "int4", "gptq", "awq", "nf4"])]
+    {
+        for of in weights {
+            let named = |row: &&Value| row["shape"].as_str().unwrap().to_lowercase().starts_with(of);
+            let found: Vec<_> = rows(&measured).iter().filter(|row| row["kernel"] == kernel).filter(named).collect();
+            assert!(found.iter().any(|row| row["off"] == 0.0), "{kernel} of {of}: {found:?}");
+            // What is read is shorter than what is made, or hardly longer.
+            for row in found {
+                let (moved, seconds) = (number(row, "bytes"), median(row, "seconds"));
+                let made = number(row, "weights_gb_s") * seconds * 1e9;
+                assert!(made < moved && moved < 2.2 * made, "{row}");
+            }
+        }
     }
 }
 

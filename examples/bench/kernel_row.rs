@@ -70,7 +70,7 @@ impl Row {
 
     /// A copy is its limit.
     pub fn moves(&self) -> bool {
-        self.operations == 0.0 && !["argmax", "expand", "unpack"].contains(&self.kernel)
+        self.operations == 0.0 && !["argmax", "expand", "dequantise", "unpack"].contains(&self.kernel)
     }
 
     pub fn time(&self) -> f64 {

@@ -86,8 +86,24 @@ impl Scheme {
 }
 
 impl Recipe {
-    /// For a matrix of this shape, of tensors of these types and shapes; or what is wrong with which of them.
-    pub(crate) fn new(
+    /// For a matrix of this shape, of tensors of these types and shapes, in the order of the scheme.
+    ///
+    /// # Errors
+    /// Which of them does not fit, by its place, and why.
+    ///
+    /// # Panics
+    /// If there are fewer tensors than the scheme has.
+    ///
+    /// ```
+    /// use layer_streamer::{DType, quantised::{Recipe, Scheme}};
+    ///
+    /// let codes = (DType::F8E4M3, &[256, 512][..]);
+    /// let recipe = Recipe::new(Scheme::Fp8, [256, 512], &[codes, (DType::F32, &[2, 4])]).unwrap();
+    /// assert_eq!((recipe.block, recipe.as_blocks()), ([128, 128], DType::F8_64));
+    /// let (place, cause) = Recipe::new(Scheme::Fp8, [256, 512], &[codes, (DType::F32, &[2, 5])]).unwrap_err();
+    /// assert!(place == 1 && cause.contains("expected"), "{cause}");
+    /// ```
+    pub fn new(
         scheme: Scheme,
         [rows, columns]: [usize; 2],
         tensors: &[(DType, &[usize])],

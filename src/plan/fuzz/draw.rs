@@ -100,8 +100,11 @@ fn description(rng: &mut fastrand::Rng, shape: &[usize]) -> Description {
     Description { shape: shape.to_vec(), table: packed::Table([0; 13]), checksum: 0, part, lengths: lengths.collect() }
 }
 
-/// A matrix of up to `most` weights, and types and shapes of what makes it.
-fn matrix(rng: &mut fastrand::Rng, most: usize) -> (Scheme, [usize; 2], Vec<(DType, Vec<usize>)>) {
+/// Type and shape of a tensor.
+type Kind = (DType, Vec<usize>);
+
+/// A matrix of up to `most` weights, and the tensors that make it.
+fn matrix(rng: &mut fastrand::Rng, most: usize) -> (Scheme, [usize; 2], Vec<Kind>) {
     let group = 8 << rng.usize(..5);
     let columns = group * (1 + rng.usize(..33));
     let rows = (most / columns) >> rng.u32(..40);
