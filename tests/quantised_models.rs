@@ -292,6 +292,9 @@ fn scales_for_other_groups_than_the_configuration_states_are_refused() {
     for (method, scales, stated) in [
         (with(gptq(), "/group_size", 16.into()), "scales", "a group_size of 16"),
         (with(gptq(), "/group_size", 64.into()), "scales", "a group_size of 64"),
+        // As many groups, of other columns.
+        (with(gptq(), "/group_size", 33.into()), "scales", "a group_size of 33"),
+        (of_weights("group_size", 33.into()), "weight_scale", "a group_size of 33"),
         (with(gptq(), "/group_size", (-1).into()), "scales", "a group_size of -1, a scale for each row"),
         (of_parts(64), "scales", "a group_size of 64"),
         (with(awq(), "/group_size", 128.into()), "scales", "a group_size of 128"),

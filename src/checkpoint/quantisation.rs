@@ -1,6 +1,6 @@
 //! Weights of a folder that several stored tensors make: what `quantization_config` says, and which tensors those are.
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
+use std::{fs::File, iter, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use serde_json::Value;
 
@@ -228,9 +228,14 @@ impl Quantisation {
         let tensors: Vec<_> = entries.iter().map(|entry| (entry.dtype, entry.shape.as_slice())).collect();
         // Tensors that do not fit together are refused where the matrix is planned.
         let Ok(recipe) = Recipe::new(scheme, shape, &tensors) else { return Ok(()) };
-        // Not the blocks: of few rows or columns a smaller one is all.
-        let scales = |block: [usize; 2]| [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
-        if scales(recipe.block) == scales(block) {
+        let is_ordered = matches!(scheme, Scheme::Rows { order: true, .. } | Scheme::Gptq { order: true, .. });
+        let is_stated = iter::zip(shape, iter::zip(recipe.block, block)).all(|(size, (own, stated))| match is_ordered {
+            // The order says which column has which scale.
+            true => size.div_ceil(own) == size.div_ceil(stated),
+            // Of few rows or columns a smaller block is all.
+            false => own.min(size) == stated.min(size),
+        });
+        if is_stated {
             return Ok(());
         }
         let found = match recipe.block {

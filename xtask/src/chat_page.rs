@@ -52,11 +52,7 @@ fn turns(wanted: &[(&str, &str)]) -> String {
 
 /// A chat of two turns with a model that ends its answers.
 fn answers(browser: &mut Browser, program: &Path) -> Result<(), Failure> {
-    let model = run::scratch("chat-model")?;
-    for entry in fs::read_dir(run::root().join("examples/speller"))? {
-        let entry = entry?;
-        fs::copy(entry.path(), model.path().join(entry.file_name()))?;
-    }
+    let model = speller::copy()?;
     fs::write(model.path().join("chat_template.jinja"), TEMPLATE)?;
     let mut server = Server::start(program, model.path(), "--name speller --context 128")?;
     open(browser, &server)?;

@@ -13,15 +13,20 @@ use crate::{
 pub const PROMPT: &str = "4096=";
 pub const ANSWER: &str = " four thousand ninety-six";
 
-/// A copy of the model that never ends an answer, in a folder that is gone at the end.
-pub fn endless() -> Result<tempfile::TempDir, Failure> {
-    let folder = run::scratch("endless")?;
+/// A copy of the model, in a folder that is gone at the end.
+pub fn copy() -> Result<tempfile::TempDir, Failure> {
+    let folder = run::scratch("speller")?;
     for entry in fs::read_dir(run::root().join("examples/speller"))? {
         let entry = entry?;
-        if entry.file_name() != "generation_config.json" {
-            fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
-        }
+        fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
     }
+    Ok(folder)
+}
+
+/// The same, which never ends an answer.
+pub fn endless() -> Result<tempfile::TempDir, Failure> {
+    let folder = copy()?;
+    fs::remove_file(folder.path().join("generation_config.json"))?;
     let path = folder.path().join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
     (config["eos_token_id"], config["max_position_embeddings"]) = (Value::Null, 20_000.into());
