@@ -311,6 +311,19 @@ fn attention_case(
     for (page, known) in caches.iter_mut().flat_map(|cache| cache.chunks_mut(kv_heads * PAGE * size).zip(&known)) {
         page.chunks_mut(PAGE * size).for_each(|head| head[known * size..].fill(f32::NAN));
     }
+    if let Some(window) = window {
+        // Values that no query sees are great: one that counts would show.
+        let mut seen = vec![false; shape[0] * PAGE];
+        for (pages, (before, _)) in batch.pages.iter().zip(&batch.lengths) {
+            for key in before.saturating_sub(window - 1)..*before {
+                seen[pages[key / PAGE] as usize * PAGE + key % PAGE] = true;
+            }
+        }
+        for (at, value) in caches[1].iter_mut().enumerate() {
+            let key = at / (kv_heads * PAGE * size) * PAGE + at / size % PAGE;
+            *value *= if seen[key] { 1.0 } else { 1e6 };
+        }
+    }
     let new = [0, 1].map(|_| random(rng, tokens * kv_heads * size));
     // Queries long enough for some keys to matter more than others, in every second head far more.
     let scale = |i: usize| if (i / size % heads).is_multiple_of(2) { 4.0 } else { 1024.0 };
@@ -373,7 +386,7 @@ fn attention_is_causal_grouped_windowed_capped_and_ragged_for_every_head_size() 
 fn attention_at_the_edges_of_tables_tiles_and_parts() {
     on_gpu(2, |gpu, rng| {
         // Tables that fill what is allocated for them: nobody may look beyond.
-        let many = random_batch(rng, 63, 20, 1);
+        let many = Batch { width: 1, ..random_batch(rng, 63, 20, 1) };
         attention_case(gpu, rng, &many, [2, 1, 32], (None, None))?;
         // As many parts as there is room for, beside those of a head whose scores are far greater.
         let batch = Batch::scattered(vec![(820, 1)], rng);
@@ -386,8 +399,10 @@ fn attention_at_the_edges_of_tables_tiles_and_parts() {
         }
         // Windows that begin where a tile of keys does, or next to it.
         for window in [63, 64, 65, 78, 79, 80, 95, 111, 127, 128, 129] {
-            let batch = Batch::scattered(vec![(64, 60)], rng);
-            attention_case(gpu, rng, &batch, [2, 1, 64], (Some(window), None))?;
+            for lengths in [(64, 60), (window + 64, 1)] {
+                let batch = Batch::scattered(vec![lengths], rng);
+                attention_case(gpu, rng, &batch, [2, 1, 64], (Some(window), None))?;
+            }
         }
         // Lengths around a tile.
         for new in [1, 8, 9, 15, 16, 17, 63, 64, 65] {
