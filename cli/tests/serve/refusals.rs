@@ -56,6 +56,7 @@ fn a_field_that_cannot_be_taken_is_named() {
         (json!({ "stop": ["a", "b", "c", "d", "e"] }), "stop", "up to 4"),
         (json!({ "stop": "" }), "stop", "none of them empty"),
         (json!({ "stop": [1] }), "stop", "up to 4"),
+        (json!({ "stop": ["a", "b".repeat(1025)] }), "stop", "up to 1024"),
         (json!({ "stream": 1 }), "stream", "true or false"),
         (json!({ "stream_options": { "include_usage": true } }), "stream_options", "set stream"),
         (json!({ "stream": true, "stream_options": { "odd": 1 } }), "stream_options.odd", "leave it out"),
