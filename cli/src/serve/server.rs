@@ -8,13 +8,12 @@ use std::{
 use layer_streamer::{
     engine::Engine,
     model::{Model, Sampling},
-    plan::Part,
 };
 use tokio::sync::Semaphore;
 
 use super::{
     closing::Closing,
-    counts::HttpCounts,
+    counts::{HttpCounts, Memory},
     key::Key,
     request::Terms,
     room::{self, Room},
@@ -58,8 +57,7 @@ pub struct Server {
     pub reading: Arc<Semaphore>,
     /// For prompts that wait and answers that are not taken.
     pub room: Arc<Room>,
-    /// What the server takes.
-    pub memory: Vec<Part>,
+    pub memory: Memory,
 }
 
 /// Whom the server answers, and how patiently.
@@ -80,7 +78,7 @@ impl Server {
         model: &Model,
         (name, context, most): (String, usize, usize),
         rules: Rules,
-        memory: Vec<Part>,
+        memory: Memory,
     ) -> Self {
         let reading = (room::reading(context, rules.body) >> 10).min(u32::MAX as usize);
         let longest_text = context.saturating_mul(text.longest_token());
