@@ -12,6 +12,7 @@ use layer_streamer::{
 use tokio::sync::Semaphore;
 
 use super::{
+    body,
     closing::Closing,
     counts::{HttpCounts, Memory},
     key::Key,
@@ -26,7 +27,7 @@ use crate::{
 /// A body that is longer than this counts as long, in bytes.
 pub const LONG_BODY: usize = 16 << 10;
 
-/// So many long bodies are read at a time.
+/// So many of the longest bodies are read at a time, or more that are shorter.
 pub const LONG_BODIES: usize = 4;
 
 /// The server, as its connections see it.
@@ -51,7 +52,7 @@ pub struct Server {
     pub rules: Rules,
     pub http: HttpCounts,
     pub closing: Closing,
-    /// Permits for long bodies.
+    /// Permits for long bodies, in KiB.
     pub long_bodies: Arc<Semaphore>,
     /// Permits for what requests take while they are parsed and cut into tokens, in KiB.
     pub reading: Arc<Semaphore>,
@@ -94,10 +95,10 @@ impl Server {
             most,
             sampling: model.config.suggested.sampling,
             stop_tokens: model.config.stop.clone(),
-            rules,
             http: HttpCounts::default(),
             closing: Closing::default(),
-            long_bodies: Arc::new(Semaphore::new(LONG_BODIES)),
+            long_bodies: Arc::new(Semaphore::new(LONG_BODIES * body::permits(rules.body) as usize)),
+            rules,
             reading: Arc::new(Semaphore::new(reading)),
             room: Arc::default(),
             memory,
