@@ -33,6 +33,7 @@ use layer_streamer::{
     kernels::Kernels,
     model::{Cache, Model, Sampler},
 };
+use room::Room;
 use server::{Rules, Server};
 use tokio::{net::TcpListener, runtime};
 
@@ -162,9 +163,10 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
     let own = text::memory(&placing.model, &model).into_iter().chain([sampler, requests]).collect();
     let loaded = run::load(device, placing, &mut model, cache, own, None)?;
     let engine = Engine::new(loaded.decoder, Limits { waiting: *queue, ..Limits::default() })?;
-    let names = (options.model_name(), context, placing.max_new_tokens);
     let memory = Memory { parts: loaded.parts, has_gpu: !device.memory_is_ram() };
-    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules, memory));
+    let room = Room::new(*sequences, context);
+    let names = (options.model_name(), context, placing.max_new_tokens);
+    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules, (memory, room)));
     let threads = thread::available_parallelism().map_or(2, usize::from);
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)

@@ -79,7 +79,7 @@ impl Server {
         model: &Model,
         (name, context, most): (String, usize, usize),
         rules: Rules,
-        memory: Memory,
+        (memory, room): (Memory, Room),
     ) -> Self {
         let reading = (room::reading(context, rules.body) >> 10).min(u32::MAX as usize);
         let longest_text = context.saturating_mul(text.longest_token());
@@ -100,20 +100,20 @@ impl Server {
             long_bodies: Arc::new(Semaphore::new(LONG_BODIES * body::permits(rules.body) as usize)),
             rules,
             reading: Arc::new(Semaphore::new(reading)),
-            room: Arc::default(),
+            room: Arc::new(room),
             memory,
         }
     }
 
-    /// What requests are read with.
-    pub fn terms(&self) -> Terms<'_> {
+    /// What requests are read with; a text may have so many bytes.
+    pub fn terms(&self, longest_text: usize) -> Terms<'_> {
         Terms {
             text: &self.text,
             template: self.template.as_ref(),
             name: Some(&self.name),
             vocab: self.vocab,
             context: self.context,
-            longest_text: self.longest_text,
+            longest_text,
             most: self.most,
             usual: None,
             sampling: self.sampling,

@@ -51,7 +51,7 @@ pub struct Terms<'a> {
     pub vocab: usize,
     /// Tokens that a prompt may have with its answer.
     pub context: usize,
-    /// Bytes that a text may have: a longer one has more tokens than the context.
+    /// Bytes that a text may have: a longer one has more tokens than the context, or takes more to be cut into them than there is.
     pub longest_text: usize,
     /// The most tokens of an answer.
     pub most: usize,
@@ -109,14 +109,17 @@ impl Asked {
     }
 }
 
-/// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them.
+/// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them, or takes too much to be cut.
 fn check_text(terms: &Terms<'_>, name: &str, length: usize) -> Result<(), Refused> {
     if length <= terms.longest_text {
         return Ok(());
     }
-    let most = terms.context;
-    let cause =
-        format!("has {length} bytes, more than {most} tokens can be: shorten it, or start with a larger --context");
+    let (context, most) = (terms.context, terms.longest_text);
+    let limit = match length > context.saturating_mul(terms.text.longest_token()) {
+        true => format!("{context} tokens can be"),
+        false => format!("the {most} for which there is memory"),
+    };
+    let cause = format!("has {length} bytes, more than {limit}: shorten it, or start with a larger --context");
     Err(Refused::field(name, cause).with_code("context_length_exceeded"))
 }
 
