@@ -321,28 +321,30 @@ fn a_line_that_is_not_understood_has_an_answer_that_says_why_or_ends_the_run() {
         r#"{"id": "d", "messages": [{"role": "user", "content": "7="}]}"#,
         r#"{"id": "e", "prompt_ids": [70000]}"#,
         r#"{"id": "f", "prompt": "7=", "temperature": -1}"#,
+        &json!({ "id": "g", "prompt": "7=", "stop": "x".repeat(1025) }).to_string(),
     ];
     let batch = Batch::of(&[]);
     batch.rewrite(&format!("{good}\n{}\n\n{good}\n", bad.join("\n")));
     let done = batch.run(&[]);
     assert!(done.status.success(), "{}", text(&done.stderr));
     let said = text(&done.stderr);
-    assert!(said.contains("8 of 8 prompts answered, 6 of them errors"), "{said}");
+    assert!(said.contains("9 of 9 prompts answered, 7 of them errors"), "{said}");
     let answers = batch.written();
     let numbers: Vec<_> = answers.iter().map(|answer| answer["line"].as_u64().unwrap()).collect();
-    assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 9]);
-    for (answer, part) in answers[1..7].iter().zip([
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8, 10]);
+    for (answer, part) in answers[1..8].iter().zip([
         "max_tokens: is not known",
         "line: is no JSON: ",
         "prompt: is empty",
         "messages: the model has no chat template",
         "prompt: token 70000 is not in the vocabulary of 343",
         "temperature: is -1, must be a number, 0 or more",
+        "stop: has a text of 1025 bytes",
     ]) {
         assert!(answer["error"].as_str().unwrap().starts_with(part) && answer.get("text").is_none(), "{answer}");
     }
     assert_eq!((&answers[1]["id"], &answers[2]["id"], &answers[3]["id"]), (&json!("a"), &Value::Null, &json!("c")));
-    assert_eq!((&answers[0]["text"], &answers[7]["text"]), (&json!(" seven"), &json!(" seven")));
+    assert_eq!((&answers[0]["text"], &answers[8]["text"]), (&json!(" seven"), &json!(" seven")));
     for bad in bad {
         fs::write(batch.output(), "").unwrap();
         batch.rewrite(&format!("{good}\n{bad}\n{good}"));

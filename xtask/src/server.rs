@@ -61,7 +61,8 @@ impl Server {
     pub fn said(&self) -> Result<Vec<(String, u64)>, Failure> {
         let text = self.client().get("/metrics")?;
         let of = |line: &str| {
-            let (purpose, bytes) = line.strip_prefix("layer_streamer_memory_bytes{purpose=\"")?.split_once("\"} ")?;
+            let (labels, bytes) = line.strip_prefix("layer_streamer_memory_bytes{purpose=\"")?.split_once("\"} ")?;
+            let (purpose, _) = labels.split_once("\",memory=\"")?;
             Some((purpose.to_owned(), bytes.parse().ok()?))
         };
         Ok(text.lines().filter_map(of).collect())

@@ -50,7 +50,9 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const MOST_HELD: usize = 64;
 
 /// Bytes that those answers may have before no more lines are read.
-const MOST_HELD_BYTES: usize = 4 << 20;
+fn most_held_bytes(sequences: usize) -> usize {
+    sequences.saturating_mul(64 << 10).max(4 << 20)
+}
 
 /// What lines and answers on their way take of RAM: twice as many as there are sequences, with text or tokens of their answers, and those
 /// that are held; and so many bytes besides.
@@ -59,7 +61,7 @@ pub fn memory(sequences: usize, context: usize, besides: usize) -> Part {
     const TOKEN: usize = 2 * size_of::<u32>() + 24;
     let on_their_way = sequences.saturating_mul(2).saturating_mul(context).saturating_mul(TOKEN);
     // Held, and gathered to be written.
-    let held = 2 * MOST_HELD_BYTES;
+    let held = most_held_bytes(sequences).saturating_mul(2);
     Part { purpose: Purpose::Requests, bytes: on_their_way.saturating_add(held).saturating_add(besides) }
 }
 
@@ -243,8 +245,8 @@ impl Running<'_, '_> {
     fn has_room(&self) -> bool {
         let sequences = self.feed.sequences;
         let on_their_way = self.active.len() + self.awaited;
-        let may_be_held =
-            self.order.held() + self.awaited < MOST_HELD * sequences && self.order.held_bytes() < MOST_HELD_BYTES;
+        let may_be_held = self.order.held() + self.awaited < MOST_HELD * sequences
+            && self.order.held_bytes() < most_held_bytes(sequences);
         !self.is_over && on_their_way < 2 * sequences && may_be_held
     }
 

@@ -144,7 +144,7 @@ fn plain_ask(object: Map<String, Value>) -> Result<Plain, Refused> {
     let turns = fields.take("messages");
     let given = [("prompt", text.is_some()), ("prompt_ids", ids.is_some()), ("messages", turns.is_some())];
     let most = fields.count("max_new_tokens", 1..=u32::MAX as usize)?;
-    let (stop, sampling) = (stops(&mut fields)?, sampling(&mut fields)?);
+    let (stop, sampling) = (request::stop_texts(&mut fields, MOST_STOPS)?, sampling(&mut fields)?);
     // First of all, so that whoever misspelt the prompt's name is told so.
     fields.end()?;
     let given: Vec<_> = given.into_iter().filter_map(|(name, is_given)| is_given.then_some(name)).collect();
@@ -164,20 +164,6 @@ fn token_ids(value: &Value) -> Result<Vec<u32>, Refused> {
     let id = |id: &Value| id.as_u64()?.try_into().ok();
     let ids = value.as_array().and_then(|ids| ids.iter().map(id).collect::<Option<Vec<u32>>>());
     ids.ok_or_else(|| Refused::field("prompt_ids", "is no list of token ids; give one, such as [1, 2]"))
-}
-
-/// A text, or a list of them; none may be empty.
-fn stops(fields: &mut Fields) -> Result<Option<Vec<String>>, Refused> {
-    let Some(value) = fields.take("stop") else { return Ok(None) };
-    let stops = match value {
-        Value::String(stop) => Some(vec![stop]),
-        Value::Array(stops) => stops.iter().map(|stop| stop.as_str().map(str::to_owned)).collect(),
-        _ => None,
-    };
-    let is_good = |stops: &Vec<String>| stops.len() <= MOST_STOPS && !stops.iter().any(String::is_empty);
-    stops.filter(is_good).map(Some).ok_or_else(|| {
-        Refused::field("stop", format!("has to be a text or a list of up to {MOST_STOPS} texts, none of them empty"))
-    })
 }
 
 /// How tokens are to be drawn.

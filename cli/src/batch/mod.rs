@@ -250,7 +250,9 @@ fn run_on<D: Kernels>(device: &D, options: &Options) -> Result<(), Failure> {
         opened.begin()?.0.complete()?;
         return finish(options, &paths, Ended::Complete, &Summary::of(tally), 0, &[]);
     }
-    let besides = found.map_or(preparing.reading(), |scan| scan.reading) + opened.known().bytes();
+    // The context may be shorter now than when the lines were looked through.
+    let reading = found.map_or(usize::MAX, |scan| scan.reading).min(preparing.reading());
+    let besides = reading.saturating_add(opened.known().bytes());
     compute(device, options, &paths, &mut model, (preparing, besides), opened, tally)
 }
 
@@ -374,7 +376,7 @@ fn preparing(options: &Options, model: &Model) -> Result<Preparing, Failure> {
         suggested: model.config.suggested.sampling,
         stop_tokens: model.config.stop.clone(),
         vocab: model.config.vocab,
-        context: model.config.max_positions,
+        context: placing.context.unwrap_or(model.config.max_positions),
         max_positions: model.config.max_positions,
         longest_token,
     })

@@ -14,7 +14,7 @@ use crate::{
     Failure,
     sampling::SamplingOptions,
     serve::{
-        cost::{self, Texts},
+        cost::{self, Cost, Texts},
         error::Refused,
         request::{Asked, Form as Endpoint, Terms},
         room,
@@ -77,36 +77,46 @@ pub struct Job {
 
 impl Preparing {
     pub fn prepare(&self, RawLine { number, digest, bytes }: RawLine) -> Prepared {
-        let Line { form, id, ask } = self.parse(bytes.as_deref());
-        let job = ask.and_then(|ask| self.job(number, ask));
+        let cost = self.cost(bytes.as_deref());
+        let Line { form, id, ask } = self.parse(bytes.as_deref(), cost);
+        let job = ask.and_then(|ask| self.job(number, ask, cost));
         Prepared { place: Place { number, digest, form, id }, job }
     }
 
-    /// What a line asks for, if it is not too long, nor takes too much to read.
-    pub fn parse(&self, bytes: Option<&[u8]>) -> Line {
+    /// What a line of that cost asks for, if it is not too long, nor takes too much to parse.
+    pub fn parse(&self, bytes: Option<&[u8]>, Cost { parsed, .. }: Cost) -> Line {
         let Some(line) = bytes else { return Line::bad(input::too_long()) };
-        let (cost, most) = (self.cost(bytes), self.reading());
-        match cost > most {
-            true => Line::bad(format!("takes {cost} bytes to read, more than the {most} that there are; shorten it")),
+        let most = self.reading();
+        match parsed > most {
+            true => Line::bad(format!("takes {parsed} bytes to read, more than the {most} that there are; shorten it")),
             false => Line::parse(line),
         }
     }
 
-    /// What a line takes while it is read, in bytes.
-    pub fn cost(&self, bytes: Option<&[u8]>) -> usize {
-        bytes.map_or(0, |bytes| bytes.len() + cost::of(bytes, Texts::Together, self.longest_text()))
+    /// What a line takes while it is read, with its bytes.
+    pub fn cost(&self, bytes: Option<&[u8]>) -> Cost {
+        bytes.map_or_else(Cost::default, |bytes| {
+            let cost = cost::of(bytes, Texts::Together);
+            Cost { parsed: bytes.len() + cost.parsed, ..cost }
+        })
     }
 
-    /// The most that any line may take.
+    /// The most bytes that reading a line may take.
     pub fn reading(&self) -> usize {
-        room::reading(self.max_positions, BODY_LIMIT)
+        room::reading(self.context, BODY_LIMIT)
     }
 
-    /// What a line asks for, as a request.
-    pub fn job(&self, number: u64, ask: Ask) -> Result<Job, Refused> {
+    /// What reading a line of that cost takes, in bytes.
+    pub fn taken(&self, cost: Cost) -> usize {
+        cost.taken(self.longest_text(), self.reading())
+    }
+
+    /// What a line of that cost asks for, as a request.
+    pub fn job(&self, number: u64, ask: Ask, cost: Cost) -> Result<Job, Refused> {
+        let longest_text = self.longest_text().min(cost.longest_text(self.reading()));
         let job = match ask {
-            Ask::Plain(plain) => self.plain(number, plain)?,
-            Ask::OpenAi(endpoint, body) => self.openai(number, endpoint, body)?,
+            Ask::Plain(plain) => self.plain(number, plain, longest_text)?,
+            Ask::OpenAi(endpoint, body) => self.openai(number, endpoint, body, longest_text)?,
         };
         if !self.words.in_words && !job.stop.is_empty() {
             return Err(Refused::field("stop", "the answer is token ids, which have no text; leave it out"));
@@ -136,12 +146,16 @@ impl Preparing {
         self.context.saturating_mul(self.longest_token)
     }
 
-    fn check_text(&self, name: &'static str, text: &str) -> Result<(), Refused> {
-        if text.len() <= self.longest_text() {
+    fn check_text(&self, name: &'static str, text: &str, most: usize) -> Result<(), Refused> {
+        if text.len() <= most {
             return Ok(());
         }
         let (length, context, remedy) = (text.len(), self.context, self.remedy());
-        Err(Refused::field(name, format!("has {length} bytes, more than {context} tokens can be; {remedy}")))
+        let limit = match length > self.longest_text() {
+            true => format!("{context} tokens can be"),
+            false => format!("the {most} for which there is memory"),
+        };
+        Err(Refused::field(name, format!("has {length} bytes, more than {limit}; {remedy}")))
     }
 
     /// The seed of a line that has none: each draws by another, whatever the other lines are.
@@ -149,8 +163,13 @@ impl Preparing {
         self.sampling.seed.unwrap_or(0).wrapping_add(number)
     }
 
-    fn plain(&self, number: u64, Plain { prompt, most, stop, sampling }: Plain) -> Result<Job, Refused> {
-        let (tokens, is_turn) = self.tokens(prompt)?;
+    fn plain(
+        &self,
+        number: u64,
+        Plain { prompt, most, stop, sampling }: Plain,
+        longest_text: usize,
+    ) -> Result<Job, Refused> {
+        let (tokens, is_turn) = self.tokens(prompt, longest_text)?;
         let usual = SamplingOptions { seed: self.sampling.seed.map(|_| self.seed(number)), ..self.sampling.clone() };
         let sampling = usual.after(&sampling).over(&self.suggested, || self.seed(number))?;
         let mut request = Request::new(tokens, most.unwrap_or(self.most));
@@ -166,7 +185,7 @@ impl Preparing {
     }
 
     /// A body means what it means to `serve`, but that its seed is the line's and not drawn.
-    fn openai(&self, number: u64, endpoint: Endpoint, body: Value) -> Result<Job, Refused> {
+    fn openai(&self, number: u64, endpoint: Endpoint, body: Value, longest_text: usize) -> Result<Job, Refused> {
         let Some(text) = &self.words.text else {
             return Err(Refused::field(
                 "body",
@@ -181,7 +200,7 @@ impl Preparing {
             name: None,
             vocab: self.vocab,
             context: self.context,
-            longest_text: self.longest_text(),
+            longest_text,
             most: usize::MAX,
             usual: Some(self.most),
             sampling: sampling.unwrap_or_default(),
@@ -207,8 +226,8 @@ impl Preparing {
         Ok(Job { request, stop, seed: Some(sampling.seed), model })
     }
 
-    /// The prompt's tokens, and whether they are turns of a conversation.
-    fn tokens(&self, prompt: Prompt) -> Result<(Vec<u32>, bool), Refused> {
+    /// The prompt's tokens, and whether they are turns of a conversation. A text may have so many bytes.
+    fn tokens(&self, prompt: Prompt, longest_text: usize) -> Result<(Vec<u32>, bool), Refused> {
         let refused = |name: &'static str| move |error: Failure| Refused::field(name, error.to_string());
         let Words { text, template, raw, system, thinking, .. } = &self.words;
         let name = if let Prompt::Messages(_) = prompt { "messages" } else { "prompt" };
@@ -217,7 +236,7 @@ impl Preparing {
             Prompt::Ids(ids) => return Ok((ids, false)),
             Prompt::Text(prompt) if *raw || template.is_none() => {
                 let text = text.as_ref().ok_or_else(no_tokenizer)?;
-                self.check_text(name, &prompt)?;
+                self.check_text(name, &prompt, longest_text)?;
                 return Ok((text.encode(&prompt).map_err(refused(name))?, false));
             }
             Prompt::Text(prompt) => {
@@ -231,12 +250,12 @@ impl Preparing {
         };
         let rendered = template.render(&turns, *thinking).map_err(refused(name))?;
         let text = text.as_ref().ok_or_else(no_tokenizer)?;
-        self.check_text(name, &rendered)?;
+        self.check_text(name, &rendered, longest_text)?;
         Ok((text.encode_turns(&rendered).map_err(refused(name))?, true))
     }
 
     /// Tokens around a short prompt, and some to spare.
     pub fn around(&self) -> usize {
-        self.tokens(Prompt::Text("1".into())).map_or(0, |(tokens, _)| tokens.len()) + 16
+        self.tokens(Prompt::Text("1".into()), usize::MAX).map_or(0, |(tokens, _)| tokens.len()) + 16
     }
 }

@@ -30,8 +30,9 @@ pub fn scan<R: BufRead>(
     while let Some(line) = lines.next().map_err(|error| format!("cannot read it: {error}"))? {
         scan.prompts += 1;
         known.has(line.number, line.digest)?;
-        scan.reading = scan.reading.max(preparing.cost(line.bytes.as_deref()).min(preparing.reading()));
-        let Line { ask, .. } = preparing.parse(line.bytes.as_deref());
+        let cost = preparing.cost(line.bytes.as_deref());
+        scan.reading = scan.reading.max(preparing.taken(cost));
+        let Line { ask, .. } = preparing.parse(line.bytes.as_deref(), cost);
         let needed = ask.and_then(|ask| {
             // To count tokens takes time. None has less than a byte, so a line may be too short to be the longest.
             let bytes = line.bytes.as_ref().map_or(0, Vec::len);
@@ -39,7 +40,7 @@ pub fn scan<R: BufRead>(
             if bound <= scan.context && !strict {
                 return Ok(0);
             }
-            preparing.job(line.number, ask).map(|job| job.request.prompt.len().saturating_add(job.request.most))
+            preparing.job(line.number, ask, cost).map(|job| job.request.prompt.len().saturating_add(job.request.most))
         });
         match needed {
             Ok(needed) => scan.context = scan.context.max(needed),

@@ -43,19 +43,25 @@ pub async fn read(server: &Server, request: Request) -> Result<Held, Refused> {
 async fn collect(server: &Server, body: Body, waits: bool) -> Result<Held, Refused> {
     let most = server.rules.body;
     let mut body = pin!(body);
-    let told = body.size_hint().lower();
-    let is_too_long = |length: usize| length as u64 > most as u64;
-    let (mut bytes, mut permit) = (Vec::new(), None);
-    let mut thrown_away = 0;
-    if told > most as u64 && waits {
+    let told = body.size_hint().exact();
+    let mut is_over = told.is_some_and(|told| told > most as u64);
+    if is_over && waits {
         return Err(too_long(most));
     }
-    let mut is_over = told > most as u64;
+    let (mut bytes, mut permit) = (Vec::new(), None);
+    let mut thrown_away = 0;
+    if let Some(told) = told.map(|told| told as usize).filter(|_| !is_over) {
+        if told > LONG_BODY {
+            permit = Some(wait(server, told).await?);
+        }
+        // Not twice as much.
+        bytes.reserve_exact(told);
+    }
     while let Some(frame) = poll_fn(|context| body.as_mut().poll_frame(context)).await {
         let broken = |error| Refused::new(StatusCode::BAD_REQUEST, format!("the request broke off: {error}"));
         // Trailers say nothing here.
         let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
-        is_over = is_over || is_too_long(bytes.len() + data.len());
+        is_over = is_over || bytes.len() + data.len() > most;
         if is_over {
             (bytes, permit) = (Vec::new(), None);
             thrown_away += data.len();
@@ -65,18 +71,26 @@ async fn collect(server: &Server, body: Body, waits: bool) -> Result<Held, Refus
             continue;
         }
         if permit.is_none() && bytes.len() + data.len() > LONG_BODY {
-            let acquired = Arc::clone(&server.long_bodies).acquire_owned();
-            let acquired = timeout(server.rules.patience / 2, acquired).await.map_err(|_| {
-                let message = "other long requests are being read; ask again later";
-                Refused::new(StatusCode::SERVICE_UNAVAILABLE, message)
-            })?;
-            permit = acquired.ok();
+            // How much is to come was not told.
+            permit = Some(wait(server, most).await?);
         }
-        // All that is to come, where that was told: not twice as much.
-        bytes.reserve_exact((told as usize).saturating_sub(bytes.len()));
         bytes.extend_from_slice(&data);
     }
     if is_over { Err(too_long(most)) } else { Ok(Held { bytes, permit }) }
+}
+
+/// Waits until a long body of so many bytes may be read.
+async fn wait(server: &Server, bytes: usize) -> Result<OwnedSemaphorePermit, Refused> {
+    let acquired = Arc::clone(&server.long_bodies).acquire_many_owned(permits(bytes));
+    let acquired = timeout(server.rules.patience / 2, acquired).await.map_err(|_| {
+        Refused::new(StatusCode::SERVICE_UNAVAILABLE, "other long requests are being read; ask again later")
+    })?;
+    acquired.map_err(|_| Refused::closing())
+}
+
+/// A permit for each KiB.
+pub fn permits(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 10)).unwrap_or(u32::MAX)
 }
 
 fn too_long(most: usize) -> Refused {

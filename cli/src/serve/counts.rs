@@ -23,6 +23,14 @@ pub struct HttpCounts {
     pub connections: AtomicUsize,
 }
 
+/// What the server takes.
+#[derive(Debug)]
+pub struct Memory {
+    pub parts: Vec<Part>,
+    /// Whether the device has a memory of its own.
+    pub has_gpu: bool,
+}
+
 impl HttpCounts {
     pub fn note(&self, path: &str, status: u16) {
         let path = match path.strip_prefix("/v1/models/") {
@@ -33,7 +41,7 @@ impl HttpCounts {
     }
 
     /// All figures.
-    pub fn text(&self, stats: &EngineStats, memory: &[Part], model: &str) -> String {
+    pub fn text(&self, stats: &EngineStats, memory: &Memory, model: &str) -> String {
         let mut text = String::new();
         let mut put = |name: &str, kind: &str, help: &str, value: u64| {
             let _ = writeln!(
@@ -55,10 +63,12 @@ impl HttpCounts {
         ] {
             put(name, "counter", help, value);
         }
-        text += "# HELP layer_streamer_memory_bytes What the server takes, by purpose.\n";
+        text +=
+            "# HELP layer_streamer_memory_bytes What the server takes, by purpose, of RAM and of the GPU's memory.\n";
         text += "# TYPE layer_streamer_memory_bytes gauge\n";
-        for (purpose, bytes) in by_purpose(memory) {
-            let _ = writeln!(text, "layer_streamer_memory_bytes{{purpose=\"{}\"}} {bytes}", escaped(&purpose));
+        for ((purpose, memory), bytes) in memory.by_purpose() {
+            let purpose = escaped(&purpose);
+            let _ = writeln!(text, "layer_streamer_memory_bytes{{purpose=\"{purpose}\",memory=\"{memory}\"}} {bytes}");
         }
         text += "# HELP layer_streamer_info The model that is served.\n# TYPE layer_streamer_info gauge\n";
         let _ = writeln!(text, "layer_streamer_info{{model=\"{}\"}} 1", escaped(model));
@@ -71,15 +81,18 @@ impl HttpCounts {
     }
 }
 
-/// What is taken for each purpose, by its name for programs.
-fn by_purpose(memory: &[Part]) -> BTreeMap<String, usize> {
-    let mut all = BTreeMap::new();
-    for part in memory {
-        let purpose =
-            serde_json::to_value(part.purpose).ok().and_then(|value| Some(value["purpose"].as_str()?.to_owned()));
-        *all.entry(purpose.unwrap_or_default()).or_default() += part.bytes;
+impl Memory {
+    /// What is taken for each purpose, by its name for programs, and of which memory.
+    fn by_purpose(&self) -> BTreeMap<(String, &'static str), usize> {
+        let mut all = BTreeMap::new();
+        for part in &self.parts {
+            let purpose =
+                serde_json::to_value(part.purpose).ok().and_then(|value| Some(value["purpose"].as_str()?.to_owned()));
+            let memory = if self.has_gpu && part.is_on_device() { "gpu" } else { "ram" };
+            *all.entry((purpose.unwrap_or_default(), memory)).or_default() += part.bytes;
+        }
+        all
     }
-    all
 }
 
 /// A label's value as Prometheus reads it.
@@ -100,12 +113,18 @@ mod tests {
             counts.note(path, status);
         }
         let part = |tier, bytes| Part { purpose: Purpose::Kept { tier, units: 1 }, bytes };
-        let memory = [part(Tier::Ram, 3), part(Tier::Gpu, 4), Part { purpose: Purpose::Requests, bytes: 5 }];
+        let requests = Part { purpose: Purpose::Requests, bytes: 5 };
+        let parts = vec![part(Tier::Ram, 3), part(Tier::Pinned, 1), part(Tier::Gpu, 8), requests];
+        let mut memory = Memory { parts, has_gpu: false };
+        let on_cpu = counts.text(&EngineStats::default(), &memory, "");
+        assert!(on_cpu.contains("\nlayer_streamer_memory_bytes{purpose=\"kept\",memory=\"ram\"} 12\n"), "{on_cpu}");
+        memory.has_gpu = true;
         let text = counts.text(&EngineStats::default(), &memory, "a\"b\\c");
         for line in [
             "layer_streamer_requests_running 0",
-            "layer_streamer_memory_bytes{purpose=\"kept\"} 7",
-            "layer_streamer_memory_bytes{purpose=\"requests\"} 5",
+            "layer_streamer_memory_bytes{purpose=\"kept\",memory=\"gpu\"} 8",
+            "layer_streamer_memory_bytes{purpose=\"kept\",memory=\"ram\"} 4",
+            "layer_streamer_memory_bytes{purpose=\"requests\",memory=\"ram\"} 5",
             "# TYPE layer_streamer_passes_total counter",
             "layer_streamer_info{model=\"a\\\"b\\\\c\"} 1",
             "layer_streamer_http_requests_total{path=\"other\",status=\"404\"} 2",

@@ -26,12 +26,14 @@ pub mod server;
 use std::{env, net::TcpListener as Listener, sync::Arc, thread, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
+use counts::Memory;
 use key::Key;
 use layer_streamer::{
     engine::{Engine, Limits},
     kernels::Kernels,
     model::{Cache, Model, Sampler},
 };
+use room::Room;
 use server::{Rules, Server};
 use tokio::{net::TcpListener, runtime};
 
@@ -161,8 +163,10 @@ fn run_on<D: Kernels>(device: &D, options: &Options, key: Option<Key>, listener:
     let own = text::memory(&placing.model, &model).into_iter().chain([sampler, requests]).collect();
     let loaded = run::load(device, placing, &mut model, cache, own, None)?;
     let engine = Engine::new(loaded.decoder, Limits { waiting: *queue, ..Limits::default() })?;
+    let memory = Memory { parts: loaded.parts, has_gpu: !device.memory_is_ram() };
+    let room = Room::new(*sequences, context);
     let names = (options.model_name(), context, placing.max_new_tokens);
-    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules, loaded.parts));
+    let server = Arc::new(Server::new(engine, (text, template), &model, names, rules, (memory, room)));
     let threads = thread::available_parallelism().map_or(2, usize::from);
     let runtime = runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)

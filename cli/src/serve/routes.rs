@@ -34,8 +34,9 @@ const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                            base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// What was taken to read a request is given back to the system at once where it was more than this, in KiB.
-const KEPT_BY_ALLOCATOR: usize = 1 << 10;
+/// What was taken to read a request is given back to the system at once where it was more than this, in KiB: that takes time
+/// of all threads.
+const KEPT_BY_ALLOCATOR: usize = 16 << 10;
 
 /// Paths that need no key: the page, which asks for it, and what says whether the server lives.
 const OPEN: [&str; 2] = ["/", "/health"];
@@ -157,11 +158,11 @@ fn unescaped(path: &str) -> String {
 async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Response, Refused> {
     let answering = Answering::begin(&server).ok_or_else(Refused::closing)?;
     let body::Held { bytes, permit } = body::read(&server, request).await?;
-    let room = room_to_read(&server, form, &bytes).await?;
+    let (room, longest_text) = room_to_read(&server, form, &bytes).await?;
     let reader = Arc::clone(&server);
     // It takes time, which other connections do not wait for.
     let asked = task::spawn_blocking(move || {
-        let asked = Asked::read(&reader.terms(), form, &bytes);
+        let asked = Asked::read(&reader.terms(longest_text), form, &bytes);
         // Other long bodies may come, before this one is answered.
         drop((bytes, permit));
         if room.num_permits() > KEPT_BY_ALLOCATOR {
@@ -175,23 +176,27 @@ async fn answer(server: Arc<Server>, form: Form, request: Request) -> Result<Res
         let message = format!("reading the request failed: {error}; this is a bug, please report it");
         Refused::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     })??;
+    server.room.check(&asked, server.context)?;
     let outline = Outline::of(&asked);
     let choices = Choices::begin(Arc::clone(&server), asked, answering)?;
     respond::respond(&server, &outline, choices).await
 }
 
-/// Waits until there is room for what a body takes while it is parsed and cut into tokens.
-async fn room_to_read(server: &Server, form: Form, body: &[u8]) -> Result<OwnedSemaphorePermit, Refused> {
+/// Waits until there is room for what a body takes while it is parsed and cut into tokens; and how long a text may be for that.
+async fn room_to_read(server: &Server, form: Form, body: &[u8]) -> Result<(OwnedSemaphorePermit, usize), Refused> {
     let texts = if form == Form::Chat { Texts::Together } else { Texts::OneByOne };
-    let taken = cost::of(body, texts, server.longest_text);
+    let cost = cost::of(body, texts);
     let most = room::reading(server.context, server.rules.body);
-    if taken > most {
+    if cost.parsed > most {
+        let cost = cost.parsed;
         let message =
-            format!("to read the request takes {taken} bytes, more than the {most} that there are: shorten it");
+            format!("to read the request takes {cost} bytes, more than the {most} that there are: shorten it");
         return Err(Refused::new(StatusCode::PAYLOAD_TOO_LARGE, message));
     }
+    let taken = cost.taken(server.longest_text, most);
     let permits = Arc::clone(&server.reading).acquire_many_owned(u32::try_from(taken >> 10).unwrap_or(u32::MAX)).await;
-    permits.map_err(|_| Refused::closing())
+    let permits = permits.map_err(|_| Refused::closing())?;
+    Ok((permits, server.longest_text.min(cost.longest_text(most))))
 }
 
 #[cfg(test)]

@@ -8,13 +8,13 @@ use std::{
 use layer_streamer::{
     engine::Engine,
     model::{Model, Sampling},
-    plan::Part,
 };
 use tokio::sync::Semaphore;
 
 use super::{
+    body,
     closing::Closing,
-    counts::HttpCounts,
+    counts::{HttpCounts, Memory},
     key::Key,
     request::Terms,
     room::{self, Room},
@@ -27,7 +27,7 @@ use crate::{
 /// A body that is longer than this counts as long, in bytes.
 pub const LONG_BODY: usize = 16 << 10;
 
-/// So many long bodies are read at a time.
+/// So many of the longest bodies are read at a time, or more that are shorter.
 pub const LONG_BODIES: usize = 4;
 
 /// The server, as its connections see it.
@@ -52,14 +52,13 @@ pub struct Server {
     pub rules: Rules,
     pub http: HttpCounts,
     pub closing: Closing,
-    /// Permits for long bodies.
+    /// Permits for long bodies, in KiB.
     pub long_bodies: Arc<Semaphore>,
     /// Permits for what requests take while they are parsed and cut into tokens, in KiB.
     pub reading: Arc<Semaphore>,
     /// For prompts that wait and answers that are not taken.
     pub room: Arc<Room>,
-    /// What the server takes.
-    pub memory: Vec<Part>,
+    pub memory: Memory,
 }
 
 /// Whom the server answers, and how patiently.
@@ -80,7 +79,7 @@ impl Server {
         model: &Model,
         (name, context, most): (String, usize, usize),
         rules: Rules,
-        memory: Vec<Part>,
+        (memory, room): (Memory, Room),
     ) -> Self {
         let reading = (room::reading(context, rules.body) >> 10).min(u32::MAX as usize);
         let longest_text = context.saturating_mul(text.longest_token());
@@ -96,25 +95,25 @@ impl Server {
             most,
             sampling: model.config.suggested.sampling,
             stop_tokens: model.config.stop.clone(),
-            rules,
             http: HttpCounts::default(),
             closing: Closing::default(),
-            long_bodies: Arc::new(Semaphore::new(LONG_BODIES)),
+            long_bodies: Arc::new(Semaphore::new(LONG_BODIES * body::permits(rules.body) as usize)),
+            rules,
             reading: Arc::new(Semaphore::new(reading)),
-            room: Arc::default(),
+            room: Arc::new(room),
             memory,
         }
     }
 
-    /// What requests are read with.
-    pub fn terms(&self) -> Terms<'_> {
+    /// What requests are read with; a text may have so many bytes.
+    pub fn terms(&self, longest_text: usize) -> Terms<'_> {
         Terms {
             text: &self.text,
             template: self.template.as_ref(),
             name: Some(&self.name),
             vocab: self.vocab,
             context: self.context,
-            longest_text: self.longest_text,
+            longest_text,
             most: self.most,
             usual: None,
             sampling: self.sampling,

@@ -121,6 +121,26 @@ fn long_requests_that_are_being_answered_keep_no_other_from_being_read() {
 }
 
 #[test]
+fn slow_clients_with_long_requests_keep_no_other_from_being_read() {
+    let server = Server::start(&speller(), &[]);
+    let slow: Vec<_> = (0..20)
+        .map(|_| {
+            let mut stream = server.connect();
+            let half = request("POST", PATH, &[("Content-Length", "100000")], &"x".repeat(50_000));
+            stream.write_all(half.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    server.wait_for("connections", 21);
+    let mut body = short();
+    body["user"] = "x".repeat(1_000_000).into();
+    let begun = Instant::now();
+    assert_eq!(server.completed(&body), " four thousand ninety-six");
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    drop(slow);
+}
+
+#[test]
 fn one_connection_serves_many_requests_and_garbage_ends_only_its_own() {
     let server = Server::start(&speller(), &[]);
     let mut stream = server.connect();

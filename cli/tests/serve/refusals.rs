@@ -12,7 +12,7 @@ use support::{copy_of, speller};
 
 use crate::{
     common::program,
-    models::{TEMPLATE, chat_model},
+    models::{TEMPLATE, chat_model, endless},
     server::{Reply, Server, request},
 };
 
@@ -56,6 +56,7 @@ fn a_field_that_cannot_be_taken_is_named() {
         (json!({ "stop": ["a", "b", "c", "d", "e"] }), "stop", "up to 4"),
         (json!({ "stop": "" }), "stop", "none of them empty"),
         (json!({ "stop": [1] }), "stop", "up to 4"),
+        (json!({ "stop": ["a", "b".repeat(1025)] }), "stop", "up to 1024"),
         (json!({ "stream": 1 }), "stream", "true or false"),
         (json!({ "stream_options": { "include_usage": true } }), "stream_options", "set stream"),
         (json!({ "stream": true, "stream_options": { "odd": 1 } }), "stream_options.odd", "leave it out"),
@@ -163,6 +164,40 @@ fn a_model_a_path_a_method_or_a_body_that_is_not_known_is_refused() {
     assert_refused(&told, 400, Some("messages"), "/v1/completions");
     let costly = format!("{{\"prompt\": [{}0]}}", "{\"\":0},".repeat(200_000));
     assert_refused(&no_template.ask("POST", "/v1/completions", &[], &costly), 413, None, "to read the request takes");
+}
+
+#[test]
+fn escaped_text_counts_by_its_bytes_and_what_is_too_long_is_told_as_such() {
+    let server = Server::start(&speller(), &["--body-limit", "1MB"]);
+    for (character, times) in [("\u{430}", 160_000), ("\u{4e2d}", 160_000), ("\u{1f600}", 80_000)] {
+        let units: String = character.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect();
+        let body = format!("{{\"prompt\": \"{}\"}}", units.repeat(times));
+        let reply = server.ask("POST", "/v1/completions", &[], &body);
+        assert_refused(&reply, 400, Some("prompt"), &format!("has {} bytes, more than", character.len() * times));
+        assert_eq!(reply.json()["error"]["code"], "context_length_exceeded");
+    }
+    // What is left aside is not cut into tokens.
+    let padded = json!({ "prompt": "4096=", "max_tokens": 5, "temperature": 0, "user": "x".repeat(900_000) });
+    assert_eq!(server.completed(&padded), " four thousand ninety-six");
+}
+
+#[test]
+fn a_request_that_can_never_fit_is_refused_before_it_is_answered() {
+    let model = endless();
+    let server = Server::start(model.path(), &["--context", "20000", "--ram", "2GB"]);
+    let mut asked = json!({ "prompt": "7=", "n": 128 });
+    for (fields, param) in [
+        (json!({ "max_tokens": 1_000_000 }), "n"),
+        (json!({ "max_tokens": 15_000, "n": 4, "logprobs": 5 }), "logprobs"),
+    ] {
+        asked.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_refused(&server.post("/v1/completions", &asked), 400, Some(param), "or stream");
+    }
+    assert_eq!(server.figure("requests_ended_total"), 0);
+    asked["stream"] = true.into();
+    let stream = server.send("/v1/completions", &asked);
+    server.wait_for("requests_running", 4);
+    drop(stream);
 }
 
 #[test]

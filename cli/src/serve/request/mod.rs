@@ -19,6 +19,9 @@ const MOST_CHOICES: usize = 128;
 /// The most stop texts, as in OpenAI's API.
 const MOST_STOPS: usize = 4;
 
+/// The longest stop text, in bytes: so much of an answer may be held back, and is searched with each token.
+const LONGEST_STOP: usize = 1024;
+
 /// Fields of OpenAI's API that change no answer here.
 const HARMLESS: [&str; 9] = [
     "user",
@@ -48,7 +51,7 @@ pub struct Terms<'a> {
     pub vocab: usize,
     /// Tokens that a prompt may have with its answer.
     pub context: usize,
-    /// Bytes that a text may have: a longer one has more tokens than the context.
+    /// Bytes that a text may have: a longer one has more tokens than the context, or takes more to be cut into them than there is.
     pub longest_text: usize,
     /// The most tokens of an answer.
     pub most: usize,
@@ -106,14 +109,17 @@ impl Asked {
     }
 }
 
-/// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them.
+/// Refuses a text of so many bytes that has more tokens than the context, however it is cut into them, or takes too much to be cut.
 fn check_text(terms: &Terms<'_>, name: &str, length: usize) -> Result<(), Refused> {
     if length <= terms.longest_text {
         return Ok(());
     }
-    let most = terms.context;
-    let cause =
-        format!("has {length} bytes, more than {most} tokens can be: shorten it, or start with a larger --context");
+    let (context, most) = (terms.context, terms.longest_text);
+    let limit = match length > context.saturating_mul(terms.text.longest_token()) {
+        true => format!("{context} tokens can be"),
+        false => format!("the {most} for which there is memory"),
+    };
+    let cause = format!("has {length} bytes, more than {limit}: shorten it, or start with a larger --context");
     Err(Refused::field(name, cause).with_code("context_length_exceeded"))
 }
 
@@ -157,7 +163,7 @@ fn common(terms: &Terms<'_>, form: Form, fields: &mut Fields, usual: usize) -> R
         choices,
         most: most.min(terms.most),
         sampling,
-        stop_texts: stop_texts(fields)?,
+        stop_texts: stop_texts(fields, MOST_STOPS)?.unwrap_or_default(),
         stop_tokens: terms.stop_tokens.to_vec(),
         logprobs: None,
         stream,
@@ -185,20 +191,27 @@ fn most(form: Form, fields: &mut Fields) -> Result<Option<usize>, Refused> {
     }
 }
 
-fn stop_texts(fields: &mut Fields) -> Result<Vec<String>, Refused> {
-    let wrong = || {
-        Refused::field("stop", format!("has to be a text or a list of up to {MOST_STOPS} texts, none of them empty"))
+/// The field `stop`: a text, or a list of up to `most`.
+///
+/// # Errors
+/// Where one is empty or longer than [`LONGEST_STOP`].
+pub fn stop_texts(fields: &mut Fields, most: usize) -> Result<Option<Vec<String>>, Refused> {
+    let Some(value) = fields.take("stop") else { return Ok(None) };
+    let texts = match value {
+        Value::String(text) => Some(vec![text]),
+        Value::Array(texts) => texts.iter().map(|text| text.as_str().map(str::to_owned)).collect(),
+        _ => None,
     };
-    let texts = match fields.take("stop") {
-        None => Vec::new(),
-        Some(Value::String(text)) => vec![text],
-        Some(Value::Array(texts)) => texts
-            .iter()
-            .map(|text| text.as_str().map(str::to_owned).ok_or_else(wrong))
-            .collect::<Result<Vec<_>, _>>()?,
-        Some(_) => return Err(wrong()),
-    };
-    if texts.len() > MOST_STOPS || texts.iter().any(String::is_empty) { Err(wrong()) } else { Ok(texts) }
+    let is_good = |texts: &Vec<String>| texts.len() <= most && !texts.iter().any(String::is_empty);
+    let texts = texts.filter(is_good).ok_or_else(|| {
+        Refused::field("stop", format!("has to be a text or a list of up to {most} texts, none of them empty"))
+    })?;
+    match texts.iter().map(String::len).find(|length| *length > LONGEST_STOP) {
+        Some(length) => {
+            Err(Refused::field("stop", format!("has a text of {length} bytes; give texts of up to {LONGEST_STOP}")))
+        }
+        None => Ok(Some(texts)),
+    }
 }
 
 /// Whether a stream is to end with the numbers of tokens.
