@@ -98,7 +98,7 @@ fn words(number: u64, tokens: u64) -> String {
 
 /// Requests that take much to read, of which none is answered: JSON of many small objects, lists, texts and numbers, and long texts.
 fn read(client: &Client, number: usize) -> Result<(), Failure> {
-    let bodies = bodies();
+    let bodies = bodies(READING);
     for turn in 0..bodies.len() {
         let (body, expected) = &bodies[(number + turn) % bodies.len()];
         let begun = Instant::now();
@@ -117,14 +117,14 @@ fn read(client: &Client, number: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Bodies of which reading takes nearly all that there is, and more; and how they are refused.
-fn bodies() -> Vec<(String, &'static str)> {
+/// Bodies of which reading takes nearly so many bytes, all that there are, and more; and how they are refused.
+fn bodies(reading: usize) -> Vec<(String, &'static str)> {
     let mut bodies = Vec::new();
     // What each piece counts for, as cli/src/serve/cost.rs has it: an object with a field, lists, a text and a number.
     for (piece, cost) in [("{\"\":0},", 840), ("[0],", 256), ("[0,0,0,0,0],", 640), ("\"x\",", 162), ("-1,", 96)] {
         let body = |bytes: usize| format!("{{\"prompt\": [{}-1]}}", piece.repeat(bytes / cost));
-        bodies.push((body(READING - 2000), " 400 "));
-        bodies.push((body(READING + 2000), " 413 "));
+        bodies.push((body(reading - 2000), " 400 "));
+        bodies.push((body(reading + 2000), " 413 "));
     }
     for text in ["The quick brown fox. ".repeat(2900), "x,".repeat(500_000), "\u{4e2d}".repeat(20_000)] {
         bodies.push((json!({ "prompt": text }).to_string(), " 400 "));
@@ -150,14 +150,12 @@ mod tests {
         assert_eq!(firsts.len() as u64, SEQUENCES);
     }
 
+    /// To parse the large ones would take memory, which the peaks that other tests measure begin with.
     #[test]
     fn bodies_are_json_within_the_usual_limit() {
-        for (body, _) in bodies() {
-            assert!(
-                body.len() < 4 << 20 && serde_json::from_str::<serde_json::Value>(&body).is_ok(),
-                "{}",
-                &body[..30]
-            );
+        assert!(bodies(READING).iter().all(|(body, _)| body.len() < 4 << 20));
+        for (body, _) in bodies(10_000).iter().filter(|(body, _)| body.len() < 10_000) {
+            assert!(serde_json::from_str::<serde_json::Value>(body).is_ok(), "{body}");
         }
     }
 }
