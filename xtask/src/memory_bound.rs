@@ -73,6 +73,7 @@ pub fn least_ram(plan: &mut Command) -> Result<u64, Failure> {
         .filter(|_| !refused.status.success())
         .ok_or_else(|| format!("no refusal that has the least RAM: {said}").into())
 }
+
 /// What a program says that it takes, by purpose, in bytes.
 type Said = Vec<(String, u64)>;
 
@@ -128,6 +129,7 @@ fn peak_of(command: &mut Command) -> Result<(String, u64), Failure> {
     let usage = unsafe { usage.assume_init() };
     Ok((said, u64::try_from(usage.ru_maxrss)? * 1024))
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -26,24 +26,26 @@ pub fn check(program: &Path, model: &Path) -> Result<(), Failure> {
         let summary: Value = serde_json::from_str(&summary)?;
         let said = said(&summary["memory"])?;
         judge(what, &said, &["kv_cache", "requests", "tokenizer"], peak, budget)?;
-        if summary["answered"] != PROMPTS || summary["errors"] != 1 {
-            return Err(format!("{what}: not {PROMPTS} answers, of which one is an error: {summary}").into());
+        if summary["answered"] != PROMPTS || summary["errors"] != 2 {
+            return Err(format!("{what}: not {PROMPTS} answers, of which two are errors: {summary}").into());
         }
         budget = Some(total(&said) / 10 * 9);
     }
     Ok(())
 }
 
-/// Two of them are long: a prompt, and a line that nobody can answer.
+/// Three of them are long: a prompt, a line that takes nearly all that there is to read it, and one that takes more.
 fn lines() -> String {
     let mut lines = String::new();
-    for number in 0..PROMPTS - 2 {
+    for number in 0..PROMPTS - 3 {
         let prompt = format!("{number} and {} make", 7 * number);
         let _ = writeln!(lines, "{}", json!({ "id": number, "prompt": prompt }));
     }
     let _ =
         writeln!(lines, "{}", json!({ "prompt": (0..100).map(|number| format!("{number}, ")).collect::<String>() }));
-    let _ = writeln!(lines, "{{\"prompt_ids\": [{}0]}}", "0,".repeat(4 << 20));
+    for ids in [670_000, 4 << 20] {
+        let _ = writeln!(lines, "{{\"prompt_ids\": [{}0]}}", "0,".repeat(ids));
+    }
     lines
 }
 
@@ -54,6 +56,9 @@ mod tests {
     #[test]
     fn each_prompt_has_a_line() {
         assert_eq!(lines().lines().count() as u64, PROMPTS);
-        assert!(lines().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+        // To parse the long ones would take memory, which the peaks that other tests measure begin with.
+        let lines = lines();
+        let mut short = lines.lines().filter(|line| line.len() < 10_000);
+        assert!(short.all(|line| serde_json::from_str::<Value>(line).is_ok()));
     }
 }

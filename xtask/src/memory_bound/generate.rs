@@ -40,6 +40,7 @@ pub fn check(program: &Path, model: &Path) -> Result<(), Failure> {
 fn same(found: &Value, expected: &Value) -> Result<(), Failure> {
     if found == expected { Ok(()) } else { Err(format!("tokens {found}, where other settings gave {expected}").into()) }
 }
+
 struct Check<'a> {
     program: &'a Path,
     model: &'a Path,
@@ -79,6 +80,7 @@ impl Check<'_> {
         Ok(answer["tokens"].clone())
     }
 }
+
 /// A control group with a limit of memory.
 struct Group {
     /// A command that runs another one in the group.
@@ -149,6 +151,7 @@ fn ends_well(command: &mut Command, limit: Duration) -> Result<bool, Failure> {
     child.wait()?;
     Ok(false)
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

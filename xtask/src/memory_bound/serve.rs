@@ -24,6 +24,8 @@ const CACHE_TOKENS: u64 = SEQUENCES * CONTEXT;
 const PROMPT: u64 = 240;
 /// Clients that send what takes much to read.
 const READERS: usize = 8;
+/// What a server sets aside for reading, with the usual limit of bodies and so short a context, in bytes.
+const READING: usize = 64 << 20;
 /// How long sequences may take to fill the cache.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -54,7 +56,7 @@ fn load(server: &Server) -> Result<String, Failure> {
     let mut open = Vec::new();
     for number in 0..SEQUENCES {
         let prompt = words(number, PROMPT);
-        let asked = json!({ "prompt": prompt, "max_tokens": 256, "stream": true, "logprobs": 5, "seed": number });
+        let asked = json!({ "prompt": prompt, "max_tokens": 700, "stream": true, "logprobs": 5, "seed": number });
         open.push(server.client().send(&asked.to_string())?);
     }
     let waiting = thread::scope(|scope| {
@@ -66,10 +68,17 @@ fn load(server: &Server) -> Result<String, Failure> {
             let asked = json!({ "prompt": prompt, "max_tokens": 256, "user": padding });
             open.push(server.client().send(&asked.to_string())?);
         }
-        let waiting = server.figure("requests_waiting")?;
+        let (mut waiting, begun) = (0, Instant::now());
+        while waiting < QUEUE / 2 && begun.elapsed() < PATIENCE {
+            waiting = waiting.max(server.figure("requests_waiting")?);
+            thread::sleep(Duration::from_millis(20));
+        }
         readers.into_iter().try_for_each(|reader| reader.join().expect("a reader does not panic"))?;
         Ok::<_, Failure>(waiting)
     })?;
+    if waiting < QUEUE / 2 {
+        return Err(format!("{waiting} requests wait, of {QUEUE}").into());
+    }
     let filled = SEQUENCES * PROMPT * 3 / 4;
     let begun = Instant::now();
     while server.figure("prompt_tokens_total")? < filled {
@@ -87,24 +96,40 @@ fn words(number: u64, tokens: u64) -> String {
     (0..tokens / 4).map(|word| format!("{:03} ", (number * 331 + word * 7) % 1000)).collect()
 }
 
-/// Requests that take much to read, of which none is answered: JSON of many small objects and lists, numbers, and a text.
+/// Requests that take much to read, of which none is answered: JSON of many small objects, lists, texts and numbers, and long texts.
 fn read(client: &Client, number: usize) -> Result<(), Failure> {
-    let fill = |piece: &str, bytes: usize| piece.repeat(bytes / piece.len());
-    let most = 4_000_000;
-    let bodies = [
-        format!("{{\"prompt\": [{}0]}}", fill("{\"\":0},", most)),
-        format!("{{\"prompt\": [{}0]}}", fill("[0],", most)),
-        format!("{{\"prompt\": [{}-1]}}", fill("0,", most)),
-        json!({ "prompt": fill("The quick brown fox. ", 60_000) }).to_string(),
-        json!({ "prompt": fill("x,", 1_000_000) }).to_string(),
-    ];
+    let bodies = bodies(READING);
     for turn in 0..bodies.len() {
-        let reply = status(client.send(&bodies[(number + turn) % bodies.len()])?)?;
-        if !reply.contains(" 400 ") && !reply.contains(" 413 ") && !reply.contains(" 503 ") {
-            return Err(format!("a request that cannot be answered got {reply}").into());
+        let (body, expected) = &bodies[(number + turn) % bodies.len()];
+        let begun = Instant::now();
+        loop {
+            let reply = status(client.send(body)?)?;
+            if reply.contains(expected) {
+                break;
+            }
+            // Others are read just now.
+            if !reply.contains(" 503 ") || begun.elapsed() > PATIENCE {
+                let start = &body[..body.len().min(30)];
+                return Err(format!("{start}…, of {} bytes, got {reply:?} in place of {expected}", body.len()).into());
+            }
         }
     }
     Ok(())
+}
+
+/// Bodies of which reading takes nearly so many bytes, all that there are, and more; and how they are refused.
+fn bodies(reading: usize) -> Vec<(String, &'static str)> {
+    let mut bodies = Vec::new();
+    // What each piece counts for, as cli/src/serve/cost.rs has it: an object with a field, lists, a text and a number.
+    for (piece, cost) in [("{\"\":0},", 840), ("[0],", 256), ("[0,0,0,0,0],", 640), ("\"x\",", 162), ("-1,", 96)] {
+        let body = |bytes: usize| format!("{{\"prompt\": [{}-1]}}", piece.repeat(bytes / cost));
+        bodies.push((body(reading - 2000), " 400 "));
+        bodies.push((body(reading + 2000), " 413 "));
+    }
+    for text in ["The quick brown fox. ".repeat(2900), "x,".repeat(500_000), "\u{4e2d}".repeat(20_000)] {
+        bodies.push((json!({ "prompt": text }).to_string(), " 400 "));
+    }
+    bodies
 }
 
 /// The first line of an answer.
@@ -123,5 +148,14 @@ mod tests {
         let texts: Vec<String> = (0..SEQUENCES).map(|number| words(number, 64)).collect();
         let firsts: std::collections::BTreeSet<&str> = texts.iter().map(|text| &text[..4]).collect();
         assert_eq!(firsts.len() as u64, SEQUENCES);
+    }
+
+    /// To parse the large ones would take memory, which the peaks that other tests measure begin with.
+    #[test]
+    fn bodies_are_json_within_the_usual_limit() {
+        assert!(bodies(READING).iter().all(|(body, _)| body.len() < 4 << 20));
+        for (body, _) in bodies(10_000).iter().filter(|(body, _)| body.len() < 10_000) {
+            assert!(serde_json::from_str::<serde_json::Value>(body).is_ok(), "{body}");
+        }
     }
 }
