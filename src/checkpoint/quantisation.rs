@@ -229,12 +229,13 @@ impl Quantisation {
         // Tensors that do not fit together are refused where the matrix is planned.
         let Ok(recipe) = Recipe::new(scheme, shape, &tensors) else { return Ok(()) };
         let is_ordered = matches!(scheme, Scheme::Rows { order: true, .. } | Scheme::Gptq { order: true, .. });
-        let is_stated = iter::zip(shape, iter::zip(recipe.block, block)).all(|(size, (own, stated))| match is_ordered {
-            // The order says which column has which scale.
-            true => size.div_ceil(own) == size.div_ceil(stated),
-            // Of few rows or columns a smaller block is all.
-            false => own.min(size) == stated.min(size),
-        });
+        let is_stated =
+            iter::zip(shape, iter::zip(recipe.block, block)).all(|(size, (own, stated))| match is_ordered {
+                // The order says which column has which scale.
+                true => size.div_ceil(own) == size.div_ceil(stated),
+                // Of few rows or columns a smaller block is all.
+                false => own.min(size) == stated.min(size),
+            });
         if is_stated {
             return Ok(());
         }
