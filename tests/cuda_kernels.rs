@@ -268,25 +268,34 @@ fn argmax_takes_the_first_of_equals_and_marks_a_row_with_a_nan() {
     });
 }
 
+/// A product with and without a bias, to both types.
+fn linear_case(gpu: &On<Cuda>, rng: &mut fastrand::Rng, [tokens, k, n]: [usize; 3]) -> Result<()> {
+    let (values, weights, biases) = (random(rng, tokens * k), random(rng, n * k), random(rng, n));
+    for (bias, wide) in [(false, false), (true, false), (false, true), (true, true)] {
+        near(
+            &format!("linear of [{tokens}, {k}] and [{n}, {k}], bias {bias}, F32 {wide}"),
+            on_both!(gpu, |on| {
+                let (x, weight) = (on.activation(&[tokens, k], &values)?, on.weight(&[n, k], &weights)?);
+                let with = on.weight(&[n], &biases)?;
+                let to = if wide { DType::F32 } else { on.device.precision().activation };
+                let mut out = on.empty(to, &[tokens, n])?;
+                on.device.linear(&on.stream, x.get(), weight.get(), bias.then(|| with.get()), out.out())?;
+                on.read(&out)?
+            }),
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn linear_of_any_shape_with_and_without_bias_to_both_types() {
     on_gpu(40, |gpu, rng| {
-        let (tokens, k, n) = (length(rng, 300), length(rng, 900), length(rng, 900));
-        let (values, weights, biases) = (random(rng, tokens * k), random(rng, n * k), random(rng, n));
-        for (bias, wide) in [(false, false), (true, false), (false, true), (true, true)] {
-            near(
-                &format!("linear of [{tokens}, {k}] and [{n}, {k}], bias {bias}, F32 {wide}"),
-                on_both!(gpu, |on| {
-                    let (x, weight) = (on.activation(&[tokens, k], &values)?, on.weight(&[n, k], &weights)?);
-                    let with = on.weight(&[n], &biases)?;
-                    let to = if wide { DType::F32 } else { on.device.precision().activation };
-                    let mut out = on.empty(to, &[tokens, n])?;
-                    on.device.linear(&on.stream, x.get(), weight.get(), bias.then(|| with.get()), out.out())?;
-                    on.read(&out)?
-                }),
-            );
-        }
-        Ok(())
+        let shape = [length(rng, 300), length(rng, 900), length(rng, 900)];
+        linear_case(gpu, rng, shape)
+    });
+    // So deep that stages take places in turn, and so wide that a block takes more rows.
+    on_gpu(1, |gpu, rng| {
+        [[3, 1700, 20], [2, 500, 8200]].into_iter().try_for_each(|shape| linear_case(gpu, rng, shape))
     });
 }
 

@@ -8,6 +8,7 @@ type Row = (&'static str, &'static str, &'static str, &'static str);
 const AGAIN: &str = "what it guards is checked again inside";
 const NO_BLOCK: &str = "no bytes are no block: its planes do not fit";
 const UNSEEN: &str = "keys of which no query sees any: all are masked, and add nothing";
+const NO_STAGE: &str = "zeros for a stage that there is not";
 const ALL: &str = "every token is some sequence's: q_offsets end where tokens do";
 
 #[rustfmt::skip]
@@ -44,22 +45,24 @@ const EQUIVALENT: &[Row] = &[
      "always true", "a lane that has none below gets its own"),
     ("cuda/attention_decode.cu", "i % 8 == 0 && base + i >= parts",
      "always false", "parts beyond the last are of no keys"),
-    ("cuda/attention_prefill.cu", "key < part.end",
-     "always true", "zeros, for nobody"),
-    ("cuda/attention_prefill.cu", "if (key < part.end) {",
-     "< part.end becomes <=", "zeros, for nobody"),
-    ("cuda/attention_prefill.cu", "key + kKeys - 1 > first || key <= last - call.window",
-     "always true", AGAIN),
-    ("cuda/attention_prefill.cu", "if (key + kKeys - 1 > first || key <= last - call.window) {",
-     "> first becomes >=", AGAIN),
-    ("cuda/attention_prefill.cu", "key <= last && key + kKeys - 1 > first - call.window",
-     "always true", "all of the tile is masked, and adds nothing"),
-    ("cuda/attention_prefill.cu", "const bool seen = key <= last && key + kKeys - 1 > first - call.window;",
-     "> first - call.window becomes >=", "all of the tile is masked, and adds nothing"),
     ("cuda/dequantise.cu", "if (at < count) tile[column / 8 * kPitch + column % 8 * kSide + side] = matrix.codes[at];",
      "< count becomes <=", "a word of what lies behind the codes, which is not used"),
     ("cuda/norm.cu", "if (row < rows && (i * lanes + lane) * 4 < size) {",
      "< rows becomes <=", "the sum of a row that is not written"),
+    ("cuda/product.cu", "call.n - first < Shape::kRows",
+     "always true", "there is no place for more rows"),
+    ("cuda/product.cu", "row < rows",
+     "always false", "which row is read in place of one that there is not"),
+    ("cuda/product.cu", "from < k",
+     "always true", NO_STAGE),
+    ("cuda/product.cu", "if (from < k) {",
+     "< k becomes <=", NO_STAGE),
+    ("cuda/product.cu", "for (size_t i = threadIdx.x; i < n; i += kComparing) {",
+     "< n becomes <=", "an algorithm that is right may be refused, and another is taken"),
+    ("cuda/product.cu", "__syncthreads();",
+     "left out", "of what is wrong in few places; the emulation's algorithms are wrong all over"),
+    ("cuda/product.cu", "threadIdx.x != 0",
+     "always false", "every thread computes and writes the same"),
     ("cuda/rope.cu", "for (int base = 0; base < items; base += kBlock * kUnroll) {",
      "< items becomes <=", AGAIN),
     ("cuda/rows.cu", "warp > 0",
