@@ -410,7 +410,7 @@ fn what_cannot_be_measured_is_refused_by_name() {
 
 #[test]
 fn bench_kernels_holds_every_kernel_against_its_twin_and_times_it() {
-    let measured = object("bench_kernels", &[], "--device cpu --rounds 2 --window 0.001");
+    let measured = object("bench_kernels", &[], "--device cpu --small --rounds 2 --window 0.001");
     for row in rows(&measured) {
         assert_positive(row, &["bytes", "gb_s"]);
         assert_spread(&row["of_copy"]);
