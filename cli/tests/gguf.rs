@@ -162,7 +162,7 @@ fn gemma_in_five_types_says_what_transformers_says_of_the_same_file() {
     let model = PathBuf::from(env::var_os("LAYER_STREAMER_GEMMA").expect("it names Gemma's file"));
     let answers: Value = serde_json::from_slice(&fs::read(data("gemma/answers.json")).unwrap()).unwrap();
     for answer in answers.as_array().unwrap() {
-        // A pass takes long, since tests are hardly optimised.
+        // A pass takes long where the program is hardly optimised.
         let arguments = ["--max-new-tokens", "8", answer["prompt"].as_str().unwrap()];
         let ids = run("generate", &model, &[&["--print-ids"], &arguments[..]].concat()).0;
         let expected: Vec<_> = answer["tokens"].as_array().unwrap()[..8].iter().map(Value::to_string).collect();

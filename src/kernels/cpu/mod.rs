@@ -40,7 +40,7 @@ use rows::{Convert, Each, Elements, Greatest, Norm};
 use split::Pieces;
 #[cfg(target_arch = "x86_64")]
 use {
-    digits::Vnni,
+    digits::Instructions,
     tiles::{Amx, Twin},
 };
 
@@ -193,7 +193,8 @@ impl Kernels for Cpu {
     fn arithmetic(&self) -> String {
         let vectors = Vectors::widest().name();
         #[cfg(target_arch = "x86_64")]
-        let more = [Vnni::of_this_machine().map(|_| " with VNNI"), Amx::wanted().ok().flatten().map(|_| " and AMX")];
+        let more =
+            [Instructions::widest().map(|_| ", whole numbers"), Amx::wanted().ok().flatten().map(|_| " and AMX")];
         #[cfg(not(target_arch = "x86_64"))]
         let more = [None::<&str>];
         format!("cpu ({vectors}{})", more.into_iter().flatten().collect::<String>())
@@ -268,9 +269,12 @@ fn linear(Linear { x, weight, bias, mut out, T: tokens, K: k, N: n }: Linear<'_,
         };
     }
     #[cfg(target_arch = "x86_64")]
-    if let (Matrix::Blocks(DType::Q4_K, weight), Some(vnni), true) = (weight, Vnni::of_this_machine(), k > 0) {
+    if let (Matrix::Blocks(dtype, weight), Some(instructions)) = (weight, Instructions::widest())
+        && digits::take(dtype)
+        && k > 0
+    {
         // SAFETY: `out` is [T, N], and this call's.
-        return unsafe { digits::multiply(vnni, &product, weight, n, out) };
+        return unsafe { digits::multiply(instructions, &product, (dtype, weight), n, out) };
     }
     // SAFETY: `out` is [T, N], and each part of it is given to one thread only.
     let part = |rows: Range<usize>, some: Range<usize>| unsafe { product.part(vectors, rows, some, out) };

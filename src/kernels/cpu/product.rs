@@ -1,5 +1,5 @@
 //! Matrix products, straight from the weights' rows: tiles of four rows and some tokens, or of eight rows and one, whose sums stay
-//! in registers. Quantised weights are expanded a block of some rows at a time, for all tokens.
+//! in registers. Quantised weights that `digits` does not take are expanded a block of some rows at a time, for all tokens.
 //!
 //! An element's sum has the same order whatever the number of tokens and wherever its row and token lie: the lanes of a vector
 //! over [`BLOCK`] weights, then the lanes' sums over the blocks.
@@ -82,9 +82,7 @@ impl Work for Part<'_> {
             Matrix::Plain(Weight::F32(weight)) => self.compute::<L, f32>(weight),
             Matrix::Plain(Weight::F16(weight)) => self.compute::<L, f16>(weight),
             Matrix::Plain(Weight::BF16(weight)) => self.compute::<L, bf16>(weight),
-            Matrix::Blocks(dtype, weight) if self.product.tokens == 1 => self.dots::<L>(dtype, weight),
-            Matrix::Blocks(dtype, weight) if self.product.tokens <= FEW => self.expand::<L, 8>(dtype, weight),
-            Matrix::Blocks(dtype, weight) => self.expand::<L, ROWS>(dtype, weight),
+            Matrix::Blocks(dtype, weight) => self.blocks_of::<L>(dtype, weight),
         }
     }
 }
@@ -120,17 +118,37 @@ impl Part<'_> {
         }
     }
 
-    /// The same with weights that are expanded, a block of H rows at a time: to the bits that they would have as F32.
+    /// The same with quantised weights.
     #[inline(always)]
-    fn expand<L: Lanes, const H: usize>(self, dtype: DType, weight: &[u8]) {
-        let row_bytes = dtype.bytes(self.product.k);
-        let mut panel = [[0.0; BLOCK]; H];
-        for (rows, ks) in self.blocks(H) {
-            for (row, out) in rows.clone().zip(&mut panel) {
+    fn blocks_of<L: Lanes>(mut self, dtype: DType, weight: &[u8]) {
+        if self.product.tokens == 1 {
+            self.rows = self.dots::<L>(dtype, weight);
+            if self.rows.is_empty() {
+                return;
+            }
+        }
+        let (mut few, mut many);
+        let panel: &mut [_] = if self.product.tokens <= FEW {
+            few = [[0.0; BLOCK]; 8];
+            &mut few
+        } else {
+            many = [[0.0; BLOCK]; ROWS];
+            &mut many
+        };
+        // Called in one place: it is compiled for each type of blocks.
+        self.expand::<L>(dtype, weight, panel);
+    }
+
+    /// With weights that are expanded, a panel of rows at a time: to the bits that they would have as F32.
+    #[inline(always)]
+    fn expand<L: Lanes>(self, dtype: DType, weight: &[u8], panel: &mut [[f32; BLOCK]]) {
+        let (row_bytes, height) = (dtype.bytes(self.product.k), panel.len());
+        for (rows, ks) in self.blocks(height) {
+            for (row, out) in rows.clone().zip(&mut *panel) {
                 let weights = &weight[row * row_bytes..][dtype.bytes(ks.start)..dtype.bytes(ks.end)];
                 // What is needed so many rows further on.
                 for line in (0..weights.len()).step_by(64) {
-                    L::fetch(weights.as_ptr().wrapping_add(H * row_bytes + line).cast());
+                    L::fetch(weights.as_ptr().wrapping_add(height * row_bytes + line).cast());
                 }
                 blocks::expand::<L>(dtype, weights, &mut out[..ks.len()]);
             }
@@ -139,15 +157,16 @@ impl Part<'_> {
         }
     }
 
-    /// The same for one token: to the same bits, but what is expanded stays in registers.
+    /// The same for one token: to the same bits, but what is expanded stays in registers. Four rows at a time: those that are left
+    /// are returned.
     #[inline(always)]
-    fn dots<L: Lanes>(mut self, dtype: DType, weight: &[u8]) {
+    fn dots<L: Lanes>(&self, dtype: DType, weight: &[u8]) -> Range<usize> {
         /// Weights of a row at a time: those of the largest block.
         const SOME: usize = 256;
         let (Product { x, k, .. }, row_bytes) = (*self.product, dtype.bytes(self.product.k));
         let (token, left) = (self.tokens.start, self.rows.end - self.rows.len() % 4..self.rows.end);
-        self.rows.end = left.start;
-        for (rows, ks) in self.blocks(4) {
+        let whole = Part { rows: self.rows.start..left.start, tokens: self.tokens.clone(), ..*self };
+        for (rows, ks) in whole.blocks(4) {
             let ahead = weight.as_ptr().wrapping_add((rows.start + 8) * row_bytes);
             let mut sums = [L::splat(0.0); 4];
             for start in ks.clone().step_by(SOME) {
@@ -165,10 +184,7 @@ impl Part<'_> {
             }
             self.put(token, rows.start, ks.start == 0, &L::four_sums(sums));
         }
-        if !left.is_empty() {
-            self.rows = left;
-            self.expand::<L, 8>(dtype, weight);
-        }
+        left
     }
 
     /// A block of some rows, for all tokens.

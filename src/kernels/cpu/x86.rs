@@ -1,7 +1,7 @@
 //! The vectors of x86-64.
 //!
-//! **Invariant**: values of [`Avx2`] and [`Avx512`] are made and used only by what [`run_avx2`] and [`run_avx512`] call, which
-//! take the proof that the machine has the instructions.
+//! **Invariant**: values of [`Avx2`] and [`Avx512`] are made and used only by what [`run_avx2`], [`run_avx512`] and
+//! `digits::Instructions::run` call, which take the proof that the machine has the instructions.
 
 use std::arch::x86_64::*;
 
@@ -54,6 +54,8 @@ macro_rules! instructions {
     )* };
 }
 
+pub(super) use instructions;
+
 /// Methods that load or store.
 macro_rules! moves {
     ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty { $body:expr })*) => { $(
@@ -67,7 +69,7 @@ macro_rules! moves {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Codes256(__m256i);
+pub(super) struct Codes256(pub(super) __m256i);
 
 impl Codes for Codes256 {
     type Numbers = Avx2;
@@ -97,7 +99,7 @@ impl Codes for Codes256 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256);
+pub(super) struct Avx2(pub(super) __m256);
 
 impl Lanes for Avx2 {
     type Codes = Codes256;
@@ -145,7 +147,7 @@ impl Lanes for Avx2 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Codes512(__m512i);
+pub(super) struct Codes512(pub(super) __m512i);
 
 impl Codes for Codes512 {
     type Numbers = Avx512;
@@ -169,7 +171,7 @@ impl Codes for Codes512 {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(super) struct Avx512(pub(super) __m512);
 
 impl Lanes for Avx512 {
     type Codes = Codes512;

@@ -1,6 +1,4 @@
-//! Activations as whole numbers of three digits from -64 to 63.
-
-use std::arch::x86_64::*;
+//! Activations as whole numbers of three digits from -63 to 64.
 
 use super::BLOCK;
 
@@ -8,21 +6,32 @@ use super::BLOCK;
 pub(super) const DIGITS: usize = 3;
 
 /// What a digit is worth beside the next.
-const BASE: i32 = 128;
+pub(super) const BASE: i32 = 128;
 
-/// The greatest whole number: its first digit is 63, with something to spare.
+/// The greatest digit.
+pub(super) const GREATEST: i32 = BASE / 2;
+
+/// The greatest whole number: its first digit is 63.
 const MOST: f32 = 1_040_000.0;
 
 /// Lesser ones are not made larger: that would not fit into an F32.
 const LEAST: f32 = 1e-30;
+
+/// Activations whose digits are added up.
+const SUMMED: usize = 16;
+
+/// Added to a number that is far below, this leaves it rounded in the lowest bits.
+const ROUNDS: f32 = 12_582_912.0;
 
 /// 256 activations of a token.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Digits {
     pub(super) digits: [[i8; BLOCK]; DIGITS],
-    /// Their sums over 32 each.
-    pub(super) sums: [[i16; BLOCK / 32]; DIGITS],
+    /// Their sums over 16 each, negative: what is taken off codes or weights goes by these.
+    pub(super) less: [[i16; BLOCK / SUMMED]; DIGITS],
+    /// The sums of the whole numbers over 32 each.
+    pub(super) sums: [f32; BLOCK / 32],
     /// What the whole numbers are multiplied by; NaN where there is something infinite, or no number.
     pub(super) scale: f32,
 }
@@ -34,60 +43,47 @@ impl Digits {
         unsafe { room.align_to_mut() }.1
     }
 
-    const NONE: Self = Self { digits: [[0; BLOCK]; DIGITS], sums: [[0; BLOCK / 32]; DIGITS], scale: 0.0 };
-
-    /// Makes it of these.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub(super) fn split(&mut self, x: &[f32; BLOCK]) {
-        let mut greatest = _mm512_setzero_si512();
-        for x in x.as_chunks::<16>().0 {
-            // SAFETY: as many as a vector has.
-            let bits = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
+    /// Makes it of these, and of zeros behind them. The compiler makes vectors of the loops.
+    #[inline(always)]
+    pub(super) fn split(&mut self, x: &[f32]) {
+        let mut all = [0.0; BLOCK];
+        all[..x.len()].copy_from_slice(x);
+        let mut greatest = 0;
+        for x in &all {
             // Without the sign: as whole numbers they are in the same order, with infinity and NaN above all.
-            greatest = _mm512_max_epi32(greatest, _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX)));
+            greatest = greatest.max(x.to_bits() as i32 & i32::MAX);
         }
-        let greatest = f32::from_bits(_mm512_reduce_max_epi32(greatest) as u32);
-        if !greatest.is_finite() {
-            *self = Self { scale: f32::NAN, ..Self::NONE };
-            return;
+        let greatest = f32::from_bits(greatest as u32);
+        let is_finite = greatest.is_finite();
+        let greatest = greatest.max(LEAST);
+        // Of what is not finite nothing comes but NaN, by the scale.
+        let factor = if is_finite { MOST / greatest } else { 0.0 };
+        self.scale = if is_finite { greatest / MOST } else { f32::NAN };
+        let [first, second, third] = &mut self.digits;
+        for (((x, first), second), third) in all.iter().zip(first).zip(second).zip(third) {
+            let number = (x * factor + ROUNDS).to_bits() as i32 - ROUNDS.to_bits() as i32;
+            let last = ((number + GREATEST - 1) & (BASE - 1)) - (GREATEST - 1);
+            let number = (number - last) >> BASE.ilog2();
+            let middle = ((number + GREATEST - 1) & (BASE - 1)) - (GREATEST - 1);
+            *third = last as i8;
+            *second = middle as i8;
+            *first = ((number - middle) >> BASE.ilog2()) as i8;
         }
-        let greatest = if greatest > LEAST { greatest } else { LEAST };
-        self.scale = greatest / MOST;
-        let factor = _mm512_set1_ps(MOST / greatest);
-        for (number, x) in x.as_chunks::<16>().0.iter().enumerate() {
-            // SAFETY: as many as a vector has.
-            let mut left = _mm512_cvtps_epi32(_mm512_mul_ps(unsafe { _mm512_loadu_ps(x.as_ptr()) }, factor));
-            for digits in self.digits.iter_mut().rev() {
-                let half = _mm512_set1_epi32(BASE / 2);
-                let digit = _mm512_and_si512(_mm512_add_epi32(left, half), _mm512_set1_epi32(BASE - 1));
-                let digit = _mm512_sub_epi32(digit, half);
-                left = _mm512_srai_epi32::<7>(_mm512_sub_epi32(left, digit));
-                // SAFETY: the part has as many bytes as a vector has lanes.
-                unsafe {
-                    let to = digits.as_chunks_mut::<16>().0[number].as_mut_ptr();
-                    _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(digit));
+        for (digits, less) in self.digits.iter().zip(&mut self.less) {
+            for (digits, less) in digits.as_chunks::<SUMMED>().0.iter().zip(less) {
+                let mut sum = 0;
+                for digit in digits {
+                    sum += i16::from(*digit);
                 }
+                *less = -sum;
             }
         }
-        for (digits, sums) in self.digits.iter().zip(&mut self.sums) {
-            for (digits, sum) in digits.as_chunks::<32>().0.iter().zip(sums) {
-                // SAFETY: as many bytes as the vector has.
-                let digits = unsafe { _mm256_loadu_si256(digits.as_ptr().cast()) };
-                // From 64 to 191, so that they are added up as bytes without a sign.
-                let eights =
-                    _mm256_sad_epu8(_mm256_xor_si256(digits, _mm256_set1_epi8(i8::MIN)), _mm256_setzero_si256());
-                let two = _mm_add_epi64(_mm256_castsi256_si128(eights), _mm256_extracti128_si256::<1>(eights));
-                let all = _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)));
-                *sum = (all - 32 * 128) as i16;
+        for (group, sum) in self.sums.iter_mut().enumerate() {
+            let mut whole = 0;
+            for less in &self.less {
+                whole = whole * BASE - i32::from(less[2 * group]) - i32::from(less[2 * group + 1]);
             }
+            *sum = whole as f32;
         }
     }
-}
-
-/// What the whole numbers of digits that were multiplied and added up come to.
-#[target_feature(enable = "avx512f")]
-pub(super) fn joined(sums: [__m512i; DIGITS]) -> __m512 {
-    let [first, second, third] = [0, 1, 2].map(|digit| _mm512_cvtepi32_ps(sums[digit]));
-    let base = _mm512_set1_ps(BASE as f32);
-    _mm512_fmadd_ps(_mm512_fmadd_ps(first, base, second), base, third)
 }
