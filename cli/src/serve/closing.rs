@@ -30,9 +30,13 @@ impl Answering {
     /// `None` while the server is ending.
     pub fn begin(server: &Arc<Server>) -> Option<Self> {
         // Counted first: whoever waits for the last one after the end has begun sees it.
-        server.closing.answering.send_modify(|count| *count += 1);
-        let begun = Self(Arc::clone(server));
+        let begun = Self::counted(server);
         if server.closing.has_begun() { None } else { Some(begun) }
+    }
+
+    fn counted(server: &Arc<Server>) -> Self {
+        server.closing.answering.send_modify(|count| *count += 1);
+        Self(Arc::clone(server))
     }
 }
 
@@ -85,8 +89,10 @@ pub fn listen(server: Arc<Server>) -> Result<(), Failure> {
                 process::exit(128 + number);
             }
             let running = *server.closing.answering.borrow();
-            say!("ending: {running} requests are answered first, new ones are refused; a second signal ends at once");
+            // Until this is said the process does not end; and once it is said, new ones are refused.
+            let _saying = Answering::counted(&server);
             server.closing.begin();
+            say!("ending: {running} requests are answered first, new ones are refused; a second signal ends at once");
         }
     });
     Ok(())

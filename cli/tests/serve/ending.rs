@@ -21,7 +21,7 @@ fn server() -> (tempfile::TempDir, Server) {
 fn at_the_first_signal_what_runs_is_answered_and_what_comes_is_refused() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let (_model, mut server) = server();
-        let body = json!({ "prompt": "4096=", "temperature": 0, "max_tokens": 3000, "stream": true });
+        let body = json!({ "prompt": "4096=", "temperature": 0, "max_tokens": 2000, "stream": true });
         let [mut one, two] = [(); 2].map(|()| server.send(PATH, &body));
         server.wait_for("requests_running", 2);
         let waiting = server.send(PATH, &json!({ "prompt": "4096=", "temperature": 0, "max_tokens": 3 }));
