@@ -16,3 +16,5 @@ mod ending;
 mod page;
 #[path = "serve/refusals.rs"]
 mod refusals;
+#[path = "serve/room.rs"]
+mod room;

@@ -228,6 +228,32 @@ fn a_key_is_asked_for_and_other_sites_names_are_not_answered() {
 }
 
 #[test]
+fn a_head_that_is_too_long_is_refused_and_ends_its_own_connection() {
+    let server = Server::start(&speller(), &[]);
+    let limit = 16 << 10;
+    let asked = |length: usize, connection: &str| {
+        let headers = |padding| [("Connection", connection), ("X-Padding", padding)];
+        let bare = request("GET", "/v1/models", &headers(""), "").len();
+        server.ask("GET", "/v1/models", &headers(&"x".repeat(length - bare)), "")
+    };
+    assert_eq!(asked(limit, "close").status, 200);
+    for length in [limit + 1, 2 * limit, 100 * limit] {
+        // It is the server that closes, and says so.
+        let reply = asked(length, "keep-alive");
+        assert_eq!((reply.status, reply.headers["connection"].as_str()), (431, "close"), "{length} bytes");
+        assert_eq!((reply.headers["content-length"].as_str(), reply.text().as_str()), ("0", ""));
+    }
+    // One that has not come whole by now, and never will.
+    let mut stream = server.connect();
+    stream.write_all(format!("GET /v1/models HTTP/1.1\r\nX-Padding: {}", "x".repeat(limit)).as_bytes()).unwrap();
+    assert_eq!(Reply::read(stream).status, 431);
+    // The request itself has four.
+    let many = |count: usize| server.ask("GET", "/v1/models", &vec![("X-Padding", "x"); count - 4], "").status;
+    assert_eq!([many(100), many(101)], [200, 431]);
+    server.wait_for("connections", 1);
+}
+
+#[test]
 fn a_request_that_comes_too_slowly_is_ended() {
     let server = Server::start(&speller(), &["--patience", "1"]);
     let begun = Instant::now();
