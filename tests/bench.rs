@@ -26,7 +26,8 @@ fn benches() -> Vec<(&'static str, Vec<String>)> {
         ("bench_stream", stream),
         ("bench_ring", words("--rounds 2 --window 0.01 --wake-ups 40")),
         ("bench_transfer", words("--device cpu --size 1MiB --rounds 2 --window 0.001")),
-        ("bench_kernels", words("--device cpu --rounds 1 --window 0.001")),
+        // Of the same kernels, rows and curves as on large tensors, which take minutes in a build that is hardly optimised.
+        ("bench_kernels", words("--device cpu --small --rounds 1 --window 0.001")),
         ("bench_trace", words("--rounds 2 --window 0.001")),
     ];
     #[cfg(feature = "capi")]

@@ -8,7 +8,8 @@ use std::{
     sync::OnceLock,
 };
 
-/// The folder with both libraries, of the profile that the tests have.
+/// The folder with both libraries, of the profile that the tests have; but the everyday ones are not optimised, since hosts hardly
+/// compute, and a build with optimisations takes many times as long.
 pub fn libraries() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -27,6 +28,7 @@ pub fn libraries() -> &'static Path {
         ]);
         cargo.args(["--features", if cfg!(feature = "cuda") { "capi,cuda" } else { "capi" }]);
         cargo.args(["--crate-type", "staticlib,cdylib", "--target-dir"]).arg(target);
+        cargo.env("CARGO_PROFILE_DEV_OPT_LEVEL", "0");
         if folder.ends_with("release") {
             cargo.arg("--release");
         }

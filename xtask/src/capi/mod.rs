@@ -58,7 +58,6 @@ fn tests(work: &Path) -> Result<(), Failure> {
          capi_kernels --test capi_misuse --test capi_plan --test capi_trace -- -D warnings",
     )
     .run()?;
-    run::cargo("build -q --locked --bin layer-streamer").run()?;
     let mut tests = run::cargo("test -q --locked --features capi --test capi -- --ignored");
     if run::command("python3", &["-m", "pip", "show", "-q", "numpy"]).quiet().is_err() {
         let python = work.join("python");
@@ -106,7 +105,7 @@ impl<'a> Hosts<'a> {
         for source in ["generate.c", "embed.c", "CMakeLists.txt"] {
             fs::copy(run::root().join("examples/c").join(source), work.join(source))?;
         }
-        let program = run::target().join("debug/layer-streamer");
+        let program = run::program()?;
         let options = ["generate", "--device", "cpu", "--quiet", "--print-ids", "--prompt-ids", PROMPT];
         Ok(Self { work, prefix, expected: run::command(program, &options).read()? })
     }
