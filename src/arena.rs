@@ -50,8 +50,9 @@ const UNPOISONED: &str = "nothing panics under this lock";
 
 /// Threads that make an arena present, piece after piece.
 struct Prefault {
-    /// Where the next piece begins: before it memory is present, or is about to be.
+    /// Where the next piece begins: before it memory is present, or is about to be, or is not wanted.
     next: Arc<AtomicUsize>,
+    promised: Arc<Promised>,
     /// Until the memory is asked for they let others start.
     begun: Arc<AtomicBool>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
@@ -67,12 +68,28 @@ impl Prefault {
 
     /// Leaves them nothing to do of `bytes`, and waits for their end.
     fn stop(&self, bytes: usize) {
-        let at = self.next.fetch_max(bytes, Relaxed);
-        PROMISED.fetch_sub(bytes.saturating_sub(at), Relaxed);
+        self.next.fetch_max(bytes, Relaxed);
         self.begin();
         let threads = mem::take(&mut *self.threads.lock().expect(UNPOISONED));
         // They cannot panic, and what they did is undone with the mapping.
         threads.into_iter().for_each(|thread| _ = thread.join());
+        self.promised.take(self.promised.0.load(Relaxed));
+    }
+}
+
+/// Bytes of an arena that are yet to become present: its part of [`PROMISED`].
+struct Promised(AtomicUsize);
+
+impl Promised {
+    fn new(bytes: usize) -> Arc<Self> {
+        PROMISED.fetch_add(bytes, Relaxed);
+        Arc::new(Self(bytes.into()))
+    }
+
+    /// Of these the system knows, or is about to.
+    fn take(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, Relaxed);
+        PROMISED.fetch_sub(bytes, Relaxed);
     }
 }
 
@@ -124,21 +141,29 @@ impl Arena {
 
     /// Reserves one slot that is filled once, from its start on. It becomes present from there on, its first pieces now and
     /// the rest, once somebody [asks for it](Self::is_prefaulted), in threads of its own; whoever overtakes them waits for the
-    /// pages that it writes, and no more.
-    pub(crate) fn prefaulting(what: &'static str, bytes: usize) -> Result<Self> {
+    /// pages that it writes, and no more. A page that is not `wanted`, by where it begins, becomes present where it is written,
+    /// or with a neighbour in a huge page.
+    pub(crate) fn prefaulting(
+        what: &'static str,
+        bytes: usize,
+        wanted: impl Fn(usize) -> bool + Clone + Send + 'static,
+    ) -> Result<Self> {
         let mut arena = Self::reserve(what, 1, bytes)?;
         let map = arena.map.clone().expect("it was reserved");
         let first = FIRST.min(map.len());
-        // Where this fails, memory becomes present where it is used.
-        let _ = map.advise_range(Advice::PopulateWrite, 0, first);
-        let rest = map.len() - first;
-        PROMISED.fetch_add(rest, Relaxed);
+        let promised = Promised::new(map.len() - first);
+        (0..first).step_by(PAGE).filter(|page| wanted(*page)).for_each(|page| {
+            // SAFETY: inside the mapping, which may be written, and which nobody else knows yet.
+            unsafe { fault_in_page(map.as_mut_ptr().add(page)) };
+        });
         let (next, begun) = (Arc::new(AtomicUsize::new(first)), Arc::new(AtomicBool::new(false)));
         // Half of the processors are left to those who read, copy and compute.
-        let count = (thread::available_parallelism().map_or(1, usize::from) / 2).max(1).min(rest.div_ceil(STEP));
+        let most = (thread::available_parallelism().map_or(1, usize::from) / 2).max(1);
+        let count = most.min((map.len() - first).div_ceil(STEP));
         let mut threads = Vec::with_capacity(count);
         for _ in 0..count {
             let (map, next, begun) = (map.clone(), next.clone(), begun.clone());
+            let (promised, wanted) = (promised.clone(), wanted.clone());
             let work = move |()| {
                 while !begun.load(Relaxed) {
                     thread::park();
@@ -146,10 +171,11 @@ impl Arena {
                 // By faults, not by advice, which would hold a lock that others need to map memory, as drivers do when a
                 // kernel is first launched, and threads when they start.
                 let _ = share(map.len(), &next, |at, len| {
+                    let pages = || (at..at + len).step_by(PAGE).filter(|page| wanted(*page));
                     // Before the system sees it: counted twice, it would be missing elsewhere.
-                    PROMISED.fetch_sub(len, Relaxed);
+                    promised.take(pages().count() * PAGE);
                     // SAFETY: inside the mapping, which may be written, and which this thread holds.
-                    (at..at + len).step_by(PAGE).for_each(|page| unsafe { fault_in_page(map.as_mut_ptr().add(page)) });
+                    pages().for_each(|page| unsafe { fault_in_page(map.as_mut_ptr().add(page)) });
                     Ok(())
                 });
             };
@@ -158,9 +184,9 @@ impl Arena {
         }
         if threads.is_empty() {
             // The memory becomes present where it is used.
-            PROMISED.fetch_sub(rest, Relaxed);
+            promised.take(map.len() - first);
         } else {
-            arena.prefault = Some(Prefault { next, begun, threads: Mutex::new(threads) });
+            arena.prefault = Some(Prefault { next, promised, begun, threads: Mutex::new(threads) });
         }
         Ok(arena)
     }
@@ -234,7 +260,7 @@ impl Arena {
         }
     }
 
-    /// Whether all bytes before `end` are present, or are about to be. Where they are not, whoever fills them may overtake the
+    /// Whether all bytes before `end` that are wanted are present, or are about to be. Where they are not, whoever fills them may overtake the
     /// threads that prefault it; they begin once this was first asked. True where none do.
     pub(crate) fn is_prefaulted(&self, end: usize) -> bool {
         self.prefault.as_ref().is_none_or(|prefault| {
@@ -258,7 +284,26 @@ impl Drop for Arena {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    /// By page: whether it is present.
+    fn present(arena: &Arena) -> Vec<bool> {
+        let (start, bytes) = arena.whole();
+        let mut pages = vec![0; bytes / PAGE];
+        // SAFETY: the mapping is that long and the vector has a byte for each page.
+        assert_eq!(unsafe { libc::mincore(start.as_ptr().cast(), bytes, pages.as_mut_ptr()) }, 0);
+        pages.iter().map(|page| page & 1 == 1).collect()
+    }
+
+    fn within_ten_seconds(is_so: impl Fn() -> bool) {
+        let mut waits = 0..1000;
+        while !is_so() {
+            assert!(waits.next().is_some(), "not within ten seconds");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
 
     #[test]
     fn slots_are_page_aligned_disjoint_and_present() {
@@ -266,34 +311,38 @@ mod tests {
         let starts: Vec<_> = (0..3).map(|i| arena.slot(i).as_ptr() as usize).collect();
         assert_eq!(starts[0] % PAGE, 0);
         assert_eq!((starts[1] - starts[0], starts[2] - starts[0], arena.whole().1), (8192, 16384, 24576));
-        let mut present = [0u8; 6];
-        // SAFETY: the mapping is six pages long and the vector has a byte for each.
-        let rc = unsafe { libc::mincore(arena.slot(0).as_ptr().cast(), 24576, present.as_mut_ptr()) };
-        assert_eq!((rc, present), (0, [1; 6]));
+        assert_eq!(present(&arena), [true; 6]);
     }
 
     #[test]
     fn memory_that_is_prefaulted_becomes_present_by_itself_and_may_be_dropped_before() {
-        let arena = Arena::prefaulting("a test", (40 << 20) + 5).unwrap();
+        let arena = Arena::prefaulting("a test", (40 << 20) + 5, |_| true).unwrap();
         let bytes = arena.whole().1;
         assert!(!arena.is_prefaulted(bytes), "nobody asked for the rest yet");
         assert!(arena.is_prefaulted(FIRST), "the first pieces are there at once");
-        let mut present = vec![0u8; bytes / PAGE];
-        for _ in 0..1000 {
-            // SAFETY: the mapping is that long and the vector has a byte for each page.
-            unsafe { libc::mincore(arena.slot(0).as_ptr().cast(), bytes, present.as_mut_ptr()) };
-            if present.iter().all(|page| page & 1 == 1) {
-                break;
-            }
-            thread::sleep(std::time::Duration::from_millis(10));
-        }
-        assert!(present.iter().all(|page| page & 1 == 1), "not within ten seconds");
+        within_ten_seconds(|| !present(&arena).contains(&false));
         drop(arena);
         for _ in 0..20 {
-            drop(Arena::prefaulting("a test", 256 << 20).unwrap());
+            drop(Arena::prefaulting("a test", 256 << 20, |_| true).unwrap());
         }
         // What was promised and not taken is not held against others; other tests may run.
         assert!(PROMISED.load(Relaxed) < 4 << 30, "{PROMISED:?}");
+    }
+
+    #[test]
+    fn what_is_not_wanted_does_not_become_present() {
+        let bytes = 4 * FIRST;
+        let wanted = |page: usize| page / PAGE % 3 == 1;
+        let arena = Arena::prefaulting("a test", bytes, wanted).unwrap();
+        // SAFETY: the advice is for this mapping: its pages come one by one.
+        assert_eq!(unsafe { libc::madvise(arena.slot(0).as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) }, 0);
+        let present =
+            || present(&arena).into_iter().enumerate().map(|(page, there)| (page * PAGE, there)).collect::<Vec<_>>();
+        arena.prefault();
+        within_ten_seconds(|| present().iter().all(|(at, there)| *there || !wanted(*at)));
+        assert!(arena.is_prefaulted(bytes));
+        // What was there before the advice may have been a huge page.
+        assert!(present().iter().all(|(at, there)| *at < FIRST || *there == wanted(*at)));
     }
 
     #[test]

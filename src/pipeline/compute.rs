@@ -245,8 +245,10 @@ impl<D: Device> ComputeSide<D> {
             self.control.fail_for_good(e.clone());
             self.failed = Some(e.clone());
         })?;
-        if let Place::Slot(slot) = place {
-            self.inlet.release(slot);
+        match place {
+            Place::Slot(slot) => self.inlet.release(slot),
+            Place::Mapped => self.memory.mapped(unit).iter().for_each(|mapped| mapped.end_use()),
+            Place::Resident => {}
         }
         // Held until here: what was not recorded must count as in use at the end.
         let checked = self.check_files(unit, place);

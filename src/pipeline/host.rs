@@ -82,7 +82,7 @@ impl HostMemory {
             let arena = || match lent {
                 // SAFETY: what is lent is long enough for the slots and, behind them, the residents, and outlives this.
                 Some((start, _)) => unsafe { Ok(Arena::lent(start.add(slots), 1, kept)) },
-                None => Arena::prefaulting(what, kept),
+                None => Arena::prefaulting(what, kept, |_| true),
             };
             (kept > 0).then(arena).transpose()
         };

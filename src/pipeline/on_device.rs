@@ -2,7 +2,10 @@
 
 use std::{
     ptr,
-    sync::atomic::{AtomicPtr, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicPtr, Ordering},
+    },
 };
 
 use crate::{
@@ -37,6 +40,27 @@ impl<D: Device> Stretch<D> {
     }
 }
 
+/// By where a page of the kept units' memory begins: whether it is needed, which it is not while its unit is used from the page cache.
+fn needed(
+    plan: &Arc<Plan>,
+    sources: &Arc<[Source]>,
+    mapped: &Arc<[Option<MappedUnit>]>,
+) -> impl Fn(usize) -> bool + Clone + Send + 'static {
+    let (plan, sources, mapped) = (plan.clone(), sources.clone(), mapped.clone());
+    let begins = |(index, _): (usize, &Option<_>)| (plan.units[index].resident_at, index);
+    let mut units: Vec<_> = mapped.iter().enumerate().filter(|(_, mapped)| mapped.is_some()).map(begins).collect();
+    units.sort_unstable();
+    move |page| {
+        let of_page = units.partition_point(|(begin, _)| *begin <= page).checked_sub(1);
+        let is_used_in_page_cache = of_page.is_some_and(|of_page| {
+            let (begin, index) = units[of_page];
+            let (mapped, unit) = (&mapped[index], &plan.units[index]);
+            page < begin + unit.kept_bytes() && mapped.as_ref().is_some_and(|mapped| mapped.is_chosen(&sources, unit))
+        });
+        !is_used_in_page_cache
+    }
+}
+
 /// Device memory with its events; the transfer fills it, compute uses it. A unit that is used in place is not in it: its slot stands for
 /// that in host memory where it lies, and is without memory where all units are. While the page cache has such a unit that is
 /// kept, it is used there.
@@ -52,7 +76,7 @@ pub(crate) struct DeviceMemory<D: Device> {
     in_place: Vec<AtomicPtr<u8>>,
     residents: Option<Stretch<D>>,
     /// By unit, for those that are kept and used in place: where they are while the page cache has them.
-    mapped: Vec<Option<MappedUnit>>,
+    mapped: Arc<[Option<MappedUnit>]>,
     /// By slot: the unit in it is on the device and as the layer function expects it.
     arrived: Vec<D::Event>,
     /// By slot: the layer function is done with it.
@@ -64,11 +88,11 @@ pub(crate) struct DeviceMemory<D: Device> {
 
 impl<D: Device> DeviceMemory<D> {
     /// In memory of the caller's if some is `lent`, which is long enough and outlives this: the residents behind the slots.
-    pub(crate) fn new(device: &D, plan: &Plan, sources: &[Source], lent: Option<DevicePtr>) -> Result<Self> {
+    pub(crate) fn new(device: &D, plan: &Arc<Plan>, sources: &Arc<[Source]>, lent: Option<DevicePtr>) -> Result<Self> {
         let (stage, [.., space]) = (&plan.layout.gpu, plan.layout.spaces());
         let Space { slots: slot_bytes, kept } = space;
         let events = || (0..stage.slots).map(|_| device.event()).collect::<Result<Vec<_>>>();
-        let mapped: Vec<_> = plan.units.iter().map(|unit| MappedUnit::new(sources, unit)).collect();
+        let mapped: Arc<[_]> = plan.units.iter().map(|unit| MappedUnit::new(sources, unit)).collect();
         let if_resident =
             |unit: &UnitLayout| unit.tier.is_on_device().then(|| Ok([device.event()?, device.event()?])).transpose();
         let slots = || match lent {
@@ -78,7 +102,9 @@ impl<D: Device> DeviceMemory<D> {
         // Behind the slots.
         let residents_at = || match lent {
             Some(start) => Ok(Stretch::Lent(start.offset(slot_bytes))),
-            None if device.memory_is_ram() => Arena::prefaulting(KEPT, kept).map(Stretch::Ram),
+            None if device.memory_is_ram() => {
+                Arena::prefaulting(KEPT, kept, needed(plan, sources, &mapped)).map(Stretch::Ram)
+            }
             None => device.allocate(KEPT, kept).map(Stretch::Own),
         };
         Ok(Self {

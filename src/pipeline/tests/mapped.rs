@@ -3,15 +3,22 @@
 use std::{
     fs::{self, File},
     os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
+
+use memmap2::Mmap;
 
 use super::*;
 use crate::{
     device::Cpu,
     io::{HUGE, is_cached},
-    layout::PAGE,
+    layout::{PAGE, UnitLayout},
+    pipeline::link::Place,
 };
 
 /// Units that are used in place, each in pages of its own.
@@ -22,14 +29,21 @@ fn aligned() -> Fixture {
     fixture
 }
 
-/// Reads all of the files; returns whether the page cache has them then, as far as the system tells. If it does not, that is said.
-fn warm(fixture: &Fixture) -> bool {
-    let has = |path: &PathBuf| is_cached(&File::open(path).unwrap(), 0, fs::read(path).unwrap().len());
-    let warm = fixture.checkpoint.files().iter().all(has);
-    if !warm {
+/// Has the page cache hold all of the files as long as what is returned lives, since it may give them up at any time. `None`, which is
+/// said, where the system does not tell what it has.
+fn warm(fixture: &Fixture) -> Option<Vec<Mmap>> {
+    let files = fixture.checkpoint.files().iter().map(|path| File::open(path).unwrap());
+    let held = files.map(|file| {
+        // SAFETY: nobody cuts these files short.
+        let map = unsafe { Mmap::map(&file).unwrap() };
+        map.lock().unwrap();
+        is_cached(&file, 0, map.len()).then_some(map)
+    });
+    let held: Option<Vec<_>> = held.collect();
+    if held.is_none() {
         eprintln!("skipped: the system does not tell what the page cache has");
     }
-    warm
+    held
 }
 
 /// Has the page cache give up all of the files; returns whether it did, as none in memory does.
@@ -58,9 +72,7 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
     for tier in [Tier::Disk, Tier::Gpu] {
         let mut fixture = aligned();
         fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(tier));
-        if !warm(&fixture) {
-            return;
-        }
+        let Some(held) = warm(&fixture) else { return };
         let mut mapping = streamer(&fixture, CachePolicy::Auto);
         (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut mapping));
         let (stats, bytes) = (mapping.stats(), mapping.plan().bytes_per_pass() as f64);
@@ -81,6 +93,7 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
         assert_eq!(reading.stats().first.unwrap().mapped_bytes, 0.0);
         reading.close().unwrap();
 
+        drop(held);
         if !cool(&fixture) {
             continue;
         }
@@ -91,10 +104,61 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
         let first = stats.first.unwrap();
         assert!(!direct || first.direct_bytes >= bytes && first.mapped_bytes == 0.0, "{tier}: {first:?}");
         // It was read to where it is kept.
-        assert!(warm(&fixture));
+        let _held = warm(&fixture).unwrap();
         (0..3).for_each(|_| fixtures::checked_pass(&fixture, &mut streamer));
         let mapped = streamer.stats().mapped_bytes;
         assert!(!direct || mapped == 0, "{tier}: {mapped}");
+    }
+}
+
+/// How many of these pages are present as this process knows them, which a page of a file is not by being in the page cache.
+fn known(start: *mut u8, bytes: usize) -> usize {
+    let mut entries = vec![0; bytes.div_ceil(PAGE) * 8];
+    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, (start.addr() / PAGE * 8) as u64).unwrap();
+    // The highest bit says so: Documentation/admin-guide/mm/pagemap.rst of Linux.
+    entries.chunks(8).filter(|entry| entry[7] & 0x80 != 0).count()
+}
+
+#[test]
+fn a_unit_takes_memory_once_whether_it_is_used_in_the_page_cache_or_read() {
+    let mut fixture = aligned();
+    fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Gpu));
+    let Some(_held) = warm(&fixture) else { return };
+    // Whoever asks first is told that the page cache has not all of it.
+    let missing = Arc::new(AtomicUsize::new(1));
+    let of_plan = missing.clone();
+    let plan = move || of_plan.fetch_update(Relaxed, Relaxed, |missing| missing.checked_sub(1)).is_ok();
+    Faults::plan(|attempt| attempt.result).plan_given_up(plan);
+    let mut streamer = streamer(&fixture, CachePolicy::Auto);
+    let plan = streamer.plan().clone();
+    let passes = |streamer: &mut LayerStreamer<Cpu>| {
+        // Units are handed on some passes ahead.
+        (0..20).for_each(|_| fixtures::checked_pass(&fixture, streamer));
+        // Those threads have ended that fault memory in.
+        let is_late = |unit: &UnitLayout| streamer.memory.is_late(unit, usize::MAX);
+        while plan.units.iter().any(is_late) {
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // By unit: its pages, those of its memory that are present, and those of the page cache that this process has.
+    let pages = |streamer: &LayerStreamer<Cpu>| -> Vec<[usize; 3]> {
+        let of_unit = |(index, unit): (usize, &UnitLayout)| {
+            let memory = streamer.memory.address(&plan, index, Place::Resident).as_ptr();
+            let mapping = streamer.memory.mapped(index).unwrap().start();
+            let bytes = unit.kept_bytes();
+            [bytes.div_ceil(PAGE), known(memory, bytes), known(mapping, bytes)]
+        };
+        plan.units.iter().enumerate().map(of_unit).collect()
+    };
+
+    passes(&mut streamer);
+    for (index, [all, memory, mapping]) in pages(&streamer).into_iter().enumerate() {
+        assert_eq!([memory, mapping], if index == 0 { [all, 0] } else { [0, all] }, "unit {index}");
+    }
+    missing.store(usize::MAX, Relaxed);
+    passes(&mut streamer);
+    for (index, [all, memory, mapping]) in pages(&streamer).into_iter().enumerate() {
+        assert_eq!([memory, mapping], [all, 0], "unit {index}");
     }
 }
 
@@ -102,9 +166,7 @@ fn what_the_page_cache_has_is_used_there_and_what_it_has_not_is_read() {
 fn mapped_files_lie_in_huge_pages_as_the_page_cache_has_them() {
     let mut fixture = aligned();
     fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Gpu));
-    if !warm(&fixture) {
-        return;
-    }
+    let Some(_held) = warm(&fixture) else { return };
     let (mut streamer, mut number) = (streamer(&fixture, CachePolicy::Auto), 0);
     let extents: Vec<_> = streamer.plan().units.iter().map(|unit| unit.extents.len()).collect();
     let pass = streamer.run_pass(&Cpu.stream().unwrap(), 0, |checked, layer| {
@@ -125,9 +187,7 @@ fn mapped_files_lie_in_huge_pages_as_the_page_cache_has_them() {
 fn a_file_that_changes_while_it_is_used_in_the_page_cache_ends_the_pass() {
     let mut fixture = aligned();
     fixture.units.iter_mut().for_each(|unit| _ = unit.set_tier(Tier::Gpu));
-    if !warm(&fixture) {
-        return;
-    }
+    let Some(_held) = warm(&fixture) else { return };
     let mut streamer = streamer(&fixture, CachePolicy::Auto);
     fixtures::checked_pass(&fixture, &mut streamer);
     assert!(streamer.stats().mapped_bytes > 0);
@@ -149,9 +209,7 @@ fn units_that_the_page_cache_gives_up_at_any_time_are_read_and_every_layer_is_ex
         case.settings.cache = CachePolicy::Auto;
         let mut rng = fastrand::Rng::with_seed(seed);
         Faults::plan(|attempt| attempt.result).plan_given_up(move || rng.bool());
-        if !warm(&case.fixture) {
-            return;
-        }
+        let Some(_held) = warm(&case.fixture) else { return };
         let (mut streamer, units) = (case.streamer(), case.units.len());
         let streams = [(); 2].map(|()| case.device.stream().unwrap());
         for _ in 0..3 {
