@@ -45,6 +45,23 @@ fn json_has_the_tokens_what_moved_and_what_binds() {
 }
 
 #[test]
+fn the_speed_of_new_tokens_is_that_of_the_passes_that_bring_them() {
+    let of = |new: &str| -> (Value, String) {
+        let json = run(&["--json", "--quiet", "--max-new-tokens", new, "4096="]);
+        (serde_json::from_slice(&json.stdout).unwrap(), text(&run(&["--max-new-tokens", new, "4096="]).stderr))
+    };
+    let (found, said) = of("3");
+    // The prompt's pass brings the first token.
+    let (passes, rate) = (found["decode_passes"].as_u64(), found["tokens_per_second"].as_f64().unwrap());
+    assert_eq!((found["tokens"].as_array().unwrap().len(), passes), (3, Some(2)));
+    assert!((rate * found["decode_seconds"].as_f64().unwrap() - 2.0).abs() < 1e-9, "{found}");
+    assert!(said.contains("3 out at ") && said.matches(" tokens/s").count() == 2, "{said}");
+    let (found, said) = of("1");
+    assert!(found["decode_passes"] == 0 && found["tokens_per_second"].is_null(), "{found}");
+    assert!(said.contains("1 out; the first ") && said.matches(" tokens/s").count() == 1, "{said}");
+}
+
+#[test]
 fn a_prompt_comes_from_a_file_or_from_standard_input() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompt");

@@ -7,7 +7,7 @@ use std::{
     io::{self, IsTerminal},
     ops::ControlFlow,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 pub use answer::Answer;
@@ -137,11 +137,15 @@ pub fn answer<D: Kernels>(
     drop(waiting);
     let prompt_time = start.elapsed();
     let forward = forward.map_err(Failure::from).and_then(|()| between(decoder));
-    let decoding = Instant::now();
     let (mut found, mut first_token, mut end) = (Vec::new(), None, None);
+    // When the first token came, and how many passes after that brought one, the last of them when.
+    let (mut first, mut passes, mut last) = (None, 0, Instant::now());
     let decoded = forward.and_then(|()| {
         // Stop tokens are looked for here, so that it is known which one it was.
         decoder.decode(&[0], limits.most, &[], choice, |_, token| {
+            last = Instant::now();
+            passes += usize::from(first.is_some());
+            first.get_or_insert(last);
             if limits.stop.contains(&token) {
                 end = Some(End::StopToken(token));
                 return Ok::<_, Failure>(ControlFlow::Break(()));
@@ -156,7 +160,6 @@ pub fn answer<D: Kernels>(
             Ok(if end.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })
     });
-    let decode_time = decoding.elapsed();
     bar.finish_and_clear();
     drop(interrupts);
     match decoded {
@@ -173,7 +176,8 @@ pub fn answer<D: Kernels>(
         prompt_tokens: tokens.len(),
         prompt_time,
         tokens: found,
-        decode_time,
+        decode_passes: passes,
+        decode_time: first.map_or(Duration::ZERO, |first| last - first),
         first_token,
         end,
         device_memory: None,

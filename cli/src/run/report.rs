@@ -20,6 +20,9 @@ pub struct Run {
     pub prompt_tokens: usize,
     pub prompt_time: Duration,
     pub tokens: Vec<u32>,
+    /// For tokens after the first, which the prompt's pass brings: so many passes were done.
+    pub decode_passes: usize,
+    /// And took so long.
     pub decode_time: Duration,
     /// From the start of the program to the first token.
     pub first_token: Option<Duration>,
@@ -28,6 +31,17 @@ pub struct Run {
     pub device_memory: Option<[usize; 3]>,
     /// How tokens were drawn, where they were.
     pub sampling: Option<Sampling>,
+}
+
+impl Run {
+    /// Tokens per second, after the first; `None` where there is one at most.
+    fn decode_rate(&self) -> Option<f64> {
+        (self.decode_passes > 0).then(|| per_second(self.decode_passes, self.decode_time))
+    }
+}
+
+fn per_second(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64().max(1e-9)
 }
 
 /// A run, and what the streamer counted meanwhile.
@@ -84,15 +98,14 @@ impl Report {
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut line = |line: String| text += &(line + "\n");
-        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, .. } = &self.run;
-        let per_second = |tokens: usize, time: &Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let Run { prompt_tokens, prompt_time, tokens, first_token, .. } = &self.run;
         let first =
             first_token.map_or_else(String::new, |at| format!("; the first {:.2} s after the start", at.as_secs_f64()));
+        let rate = self.run.decode_rate().map_or_else(String::new, |rate| format!(" at {rate:.2} tokens/s"));
         line(format!(
-            "{prompt_tokens} tokens in at {:.2} tokens/s, {} out at {:.2} tokens/s{first}",
-            per_second(*prompt_tokens, prompt_time),
+            "{prompt_tokens} tokens in at {:.2} tokens/s, {} out{rate}{first}",
+            per_second(*prompt_tokens, *prompt_time),
             tokens.len(),
-            per_second(tokens.len(), decode_time),
         ));
         if let Some(used) = &self.run.sampling {
             line(sampling::describe(used));
@@ -198,7 +211,7 @@ impl Report {
 
     /// The same for programs.
     pub fn json(&self, text: Option<&str>) -> Value {
-        let Run { prompt_tokens, prompt_time, tokens, decode_time, first_token, end, .. } = &self.run;
+        let Run { prompt_tokens, prompt_time, tokens, decode_passes, decode_time, first_token, end, .. } = &self.run;
         let limits = self.probe.as_ref().map(Probe::bandwidths);
         let links = self.links(limits).map(|(name, all, of, limit)| {
             let pass = |passes: &PassStats| json!({ "bytes": of(passes), "gb_s": of(passes) / 1e9 / passes.seconds.max(1e-9) });
@@ -217,8 +230,8 @@ impl Report {
             "text": text, "tokens": tokens, "interrupted": *end == End::Interrupt, "end": end.name(), "device": self.device,
             "sampling": self.run.sampling,
             "prompt_tokens": prompt_tokens, "prompt_seconds": prompt_time.as_secs_f64(),
-            "decode_seconds": decode_time.as_secs_f64(), "first_token_seconds": first_token.map(|at| at.as_secs_f64()),
-            "tokens_per_second": tokens.len() as f64 / decode_time.as_secs_f64().max(1e-9),
+            "decode_passes": decode_passes, "decode_seconds": decode_time.as_secs_f64(),
+            "first_token_seconds": first_token.map(|at| at.as_secs_f64()), "tokens_per_second": self.run.decode_rate(),
             "passes": self.stats.passes, "first_pass": self.stats.first, "steady_pass": self.stats.steady,
             "links": links, "stages": Stage::ALL.map(|stage| json!({ "stage": stage.name(), "totals": self.stats.stage(stage) })),
             "placement": {
