@@ -8,6 +8,7 @@ type Row = (&'static str, &'static str, &'static str, &'static str);
 const AGAIN: &str = "what it guards is checked again inside";
 const NO_BLOCK: &str = "no bytes are no block: its planes do not fit";
 const UNSEEN: &str = "keys of which no query sees any: all are masked, and add nothing";
+const NO_TILE: &str = "zeros for a tile of no keys, which nobody reads";
 const NO_STAGE: &str = "zeros for a stage that there is not";
 const ALL: &str = "every token is some sequence's: q_offsets end where tokens do";
 
@@ -23,6 +24,10 @@ const EQUIVALENT: &[Row] = &[
      "always false", "sums of no keys are zeros, of which only the sign matters"),
     ("cuda/attention.cuh", "next < end",
      "always true", UNSEEN),
+    ("cuda/attention.cuh", "key < end",
+     "always true", NO_TILE),
+    ("cuda/attention.cuh", "if (key < end) {",
+     "< end becomes <=", NO_TILE),
     ("cuda/attention.cuh", "over + kMore >= 0 && over - (kKeys - 1) < call.window",
      "always true", UNSEEN),
     ("cuda/attention.cuh", "over < kKeys - 1 || over + kMore >= call.window",
